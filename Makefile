@@ -1,0 +1,57 @@
+# `make demo` and `make test` do all the set-up themselves: a virtual environment, torch, the package and its libraries.
+# Nothing but Python, a C++ compiler and make has to be there.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch torchvision
+SEED   ?= 0
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+SOURCES  := setup.py pyproject.toml gatedconv/_build.py $(wildcard csrc/*.* csrc/*/*.*)
+CPP      := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
+PYTHON_FILES := gatedconv kernels tests benchmarks setup.py
+
+.PHONY: demo test lint format build coverage clean
+
+demo: $(VENV)/.build
+	$(BIN)/gatedconv train --preset demo --seed $(SEED) --run runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.build
+	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
+	$(BIN)/ruff format --check $(wildcard $(PYTHON_FILES))
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.build
+	$(BIN)/ruff check --fix $(wildcard $(PYTHON_FILES))
+	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))
+	$(BIN)/clang-format -i $(CPP)
+
+build: $(VENV)/.build
+
+coverage: $(VENV)/.build
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+# Each stamp stands for a finished step, so a second run does nothing and a broken one goes on where it stopped.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: the libraries are compiled against the one that is there.
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(BIN)/python -c "import torch, torchvision" 2>/dev/null || $(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/.packages: pyproject.toml $(VENV)/.torch
+	GATEDCONV_BUILD=off $(PIP) install --editable ".[demo,test]"
+	@touch $@
+
+$(VENV)/.build: $(SOURCES) $(VENV)/.packages
+	$(PIP) install --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf build dist .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache gatedconv/*.so gatedconv/_build_info.json

@@ -1,0 +1,2 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>

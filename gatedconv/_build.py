@@ -1,0 +1,301 @@
+"""Builds the native libraries: one list of sources and flags for installing (setup.py) and for compiling on first use.
+
+setup.py loads this file by its path, so it imports nothing but the standard library and asks PyTorch nothing: all it
+needs of the torch that the user has is its folder and its version file.
+
+The libraries use PyTorch's stable ABI alone and no Python symbol, so one compiled file serves every Python and every
+torch from 2.11 on. Objects are kept by the hash of what went into them: a changed source rebuilds its own object, and
+two processes that build at once write the same bytes (each to a file of its own, then renamed).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TARGETS = ("cpu", "cuda")
+
+# torch 2.11, in the encoding of torch/headeronly/version.h: the oldest torch whose stable ABI the sources may use.
+TORCH_TARGET_VERSION = "0x020b000000000000"
+
+# PyTorch's own headers ask for C++20 since 2.13; the older ones accept it.
+CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
+
+# A file whose name ends so is compiled for that instruction set, on x86-64 only, and reached through run-time dispatch.
+ISA_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "_avx2": ("-mavx2", "-mfma"),
+    "_avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
+}
+
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0+PTX")
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built here; the message says why, in words for the user."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What a build has to know of an installed torch."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit: its folder and the version of its nvcc."""
+
+    root: Path
+    version: str
+
+
+def library_name(target: str) -> str:
+    """Return the file name of the library for ``target`` ("cpu" or "cuda")."""
+    return f"_C_{target}.so"
+
+
+def find_torch() -> Torch:
+    """Find the torch of this environment without importing it.
+
+    Under pip's build isolation this process cannot see it, but ``sys.executable -I`` can: the isolation is only a
+    ``PYTHONPATH``, which ``-I`` ignores.
+
+    Raises:
+        BuildError: No torch, or one older than 2.11.
+    """
+    spec = importlib.util.find_spec("torch")
+    origin = spec.origin if spec else None
+    if origin is None:
+        question = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+        answer = subprocess.run([sys.executable, "-I", "-c", question], capture_output=True, text=True)
+        origin = answer.stdout.strip()
+    if not origin:
+        raise BuildError(f"torch is not installed for {sys.executable}: install it, then install gatedconv again")
+    root = Path(origin).parent
+    text = (root / "version.py").read_text()
+    version = re.search(r"^__version__ *=.*?['\"](.+?)['\"]", text, re.M)
+    cuda = re.search(r"^cuda\b.*?= *['\"](.+?)['\"]", text, re.M)
+    if version is None:
+        raise BuildError(f"{root / 'version.py'} names no version")
+    number = tuple(int(part) for part in version[1].split(".")[:2])
+    if number < (2, 11):
+        raise BuildError(f"torch {version[1]} is older than 2.11, the oldest whose stable ABI serves")
+    return Torch(root, version[1], cuda[1] if cuda else None)
+
+
+def find_toolkit() -> Toolkit:
+    """Find a CUDA toolkit: ``CUDA_HOME``, ``CUDA_PATH``, the real home of the nvcc on PATH, or /usr/local/cuda.
+
+    The nvcc on PATH may be a wrapper script, whose folder is no toolkit, so it is asked for its own (``--dryrun``).
+
+    Raises:
+        BuildError: None of them holds nvcc, the headers and the run-time library.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [Path(named)] if named else []
+    on_path = shutil.which("nvcc")
+    if not named and on_path:
+        told = subprocess.run([on_path, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", told.stderr + told.stdout, re.M)
+        if top:
+            candidates.append(Path(top[1].strip()).resolve())
+        candidates.append(Path(on_path).resolve().parent.parent)
+    if not named:
+        candidates.append(Path("/usr/local/cuda"))
+    for root in candidates:
+        if (root / "bin/nvcc").exists() and (root / "include/cuda_runtime.h").exists() and _cudart_folder(root):
+            told = subprocess.run([str(root / "bin/nvcc"), "--version"], capture_output=True, text=True)
+            version = re.search(r"release (\d+\.\d+)", told.stdout)
+            if version:
+                return Toolkit(root, version[1])
+    raise BuildError(
+        "no CUDA toolkit (bin/nvcc, include/cuda_runtime.h and lib64/libcudart.so) in: "
+        + (", ".join(str(path) for path in candidates) or "CUDA_HOME, PATH")
+    )
+
+
+def check_cuda(torch: Torch) -> Toolkit:
+    """Return the toolkit that can build the CUDA library for ``torch``.
+
+    Whether a GPU is visible does not matter.
+
+    Raises:
+        BuildError: FORCE_CUDA=0, a torch without CUDA, no toolkit, or one of another major version.
+    """
+    if os.environ.get("FORCE_CUDA") == "0":
+        raise BuildError("left out: FORCE_CUDA=0")
+    if torch.cuda is None:
+        raise BuildError(f"torch {torch.version} is built without CUDA")
+    toolkit = find_toolkit()
+    if toolkit.version.split(".")[0] != torch.cuda.split(".")[0]:
+        raise BuildError(
+            f"nvcc {toolkit.version} in {toolkit.root} and CUDA {torch.cuda} of torch differ in their major version"
+        )
+    return toolkit
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler: ``CXX``, else c++, g++ or clang++ of PATH.
+
+    Raises:
+        BuildError: There is none.
+    """
+    named = os.environ.get("CXX")
+    names = [named] if named else ["c++", "g++", "clang++"]
+    for name in names:
+        # CXX may carry a launcher or options ("ccache g++").
+        if shutil.which(shlex.split(name)[0]):
+            return name
+    raise BuildError(f"no C++ compiler: tried {', '.join(names)}")
+
+
+def source_files(csrc: Path, target: str) -> list[Path]:
+    """List the sources of a library, leaving out those for another processor."""
+    if target == "cuda":
+        return sorted([*csrc.glob("cuda/**/*.cu"), *csrc.glob("cuda/**/*.cpp")])
+    files = [*csrc.glob("*.cpp"), *csrc.glob("cpu/**/*.cpp"), *csrc.glob("shared/**/*.cpp")]
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return sorted(file for file in files if x86 or not _isa_flags(file))
+
+
+def source_hash(csrc: Path) -> str:
+    """Hash every file below ``csrc`` and this one: two equal hashes give equal libraries."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for file in sorted(csrc.rglob("*")):
+        if file.suffix in (".cpp", ".cu", ".h", ".cuh"):
+            digest.update(f"\0{file.relative_to(csrc)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(target: str, csrc: Path, output: Path, cache: Path) -> None:
+    """Compile and link the library for ``target`` from ``csrc`` into the file ``output``.
+
+    Args:
+        target: "cpu" or "cuda".
+        csrc: Folder of the sources.
+        output: The library file to write; it appears whole or not at all.
+        cache: Folder that keeps the objects between builds.
+
+    Raises:
+        BuildError: Something is missing here, or a command failed; the message names it.
+    """
+    if sys.platform == "win32":
+        raise BuildError("the native libraries are not built on Windows")
+    torch = find_torch()
+    compiler = find_compiler()
+    toolkit = check_cuda(torch) if target == "cuda" else None
+    sources = source_files(csrc, target)
+    if not sources:
+        raise BuildError(f"no sources for {target} in {csrc}")
+    headers = b"".join(file.read_bytes() for file in sorted(csrc.rglob("*.h")) + sorted(csrc.rglob("*.cuh")))
+    jobs = int(os.environ.get("MAX_JOBS") or min(len(sources), os.cpu_count() or 1))
+
+    def compile_one(source: Path) -> Path:
+        command = _compile_command(source, csrc, torch, compiler, toolkit)
+        return _compile(source, command, headers, cache)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compile_one, sources))
+    _link(objects, output, torch, compiler, toolkit)
+
+
+def _isa_flags(source: Path) -> tuple[str, ...]:
+    return next((flags for suffix, flags in ISA_FLAGS.items() if source.stem.endswith(suffix)), ())
+
+
+def _cudart_folder(root: Path) -> Path | None:
+    folders = [root / "lib64", root / "lib", root / f"targets/{platform.machine()}-linux/lib"]
+    return next((folder for folder in folders if any(folder.glob("libcudart.so*"))), None)
+
+
+def _compile_command(
+    source: Path, csrc: Path, torch: Torch, compiler: str, toolkit: Toolkit | None
+) -> list[str]:
+    common = ["-c", str(source), f"-I{csrc}", "-isystem", str(torch.root / "include")]
+    common.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
+    if toolkit is not None:
+        common += ["-isystem", str(toolkit.root / "include")]
+    if source.suffix == ".cu" and toolkit is not None:
+        return [str(toolkit.root / "bin/nvcc"), *NVCC_FLAGS, *architecture_flags(), *common]
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    return [*shlex.split(compiler), *CXX_FLAGS, *_isa_flags(source), *extra, *common]
+
+
+def architecture_flags() -> list[str]:
+    """Return nvcc's ``-gencode`` flags: ``TORCH_CUDA_ARCH_LIST``, else the visible devices, else the supported ones.
+
+    Raises:
+        BuildError: TORCH_CUDA_ARCH_LIST holds something that is no compute capability.
+    """
+    named = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    flags = []
+    for entry in [name for name in named if name] or _visible_architectures() or CUDA_ARCHITECTURES:
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 9.0+PTX, got {entry!r}")
+        number = match[1] + match[2]
+        code = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
+        flags += ["-gencode", f"arch=compute_{number},code={code}"]
+    return flags
+
+
+def _visible_architectures() -> list[str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True)
+    return sorted(set(re.findall(r"^\d+\.\d+$", told.stdout, re.M))) if told.returncode == 0 else []
+
+
+def _compile(source: Path, command: list[str], headers: bytes, cache: Path) -> Path:
+    digest = hashlib.sha256("\0".join([*command, _compiler_version(command[0])]).encode())
+    digest.update(headers + source.read_bytes())
+    finished = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    if not finished.exists():
+        _run_into(finished, command)
+    return finished
+
+
+def _compiler_version(compiler: str) -> str:
+    told = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    return told.stdout
+
+
+def _link(objects: list[Path], output: Path, torch: Torch, compiler: str, toolkit: Toolkit | None) -> None:
+    command = [*shlex.split(compiler), "-shared", *map(str, objects), f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
+    if sys.platform == "linux":
+        # A symbol that torch does not export fails here and not in the user's process.
+        command.append("-Wl,-z,defs")
+    if toolkit is not None:
+        command += ["-ltorch_cuda", f"-L{_cudart_folder(toolkit.root)}", "-lcudart"]
+    _run_into(output, [*command, *shlex.split(os.environ.get("LDFLAGS", ""))])
+
+
+def _run_into(output: Path, command: list[str]) -> None:
+    """Run ``command`` with ``-o`` to a file beside ``output``, then rename: never a half-written file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as folder:
+        part = Path(folder) / output.name
+        try:
+            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+        except OSError as error:
+            raise BuildError(f"{shlex.join(command)}\n{error}") from error
+        if done.returncode != 0:
+            raise BuildError(f"{shlex.join(command)}\nexit status {done.returncode}\n{done.stderr.strip()[-4000:]}")
+        os.replace(part, output)
