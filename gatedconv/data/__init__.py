@@ -1,0 +1,19 @@
+"""Images in memory as uint8, from five kinds of source, and batches of them made on the device."""
+
+from __future__ import annotations
+
+from gatedconv.data.batches import EvalBatches, Normalize, TrainBatches
+from gatedconv.data.image_data import Augment, DataError, ImageData, validation_view
+from gatedconv.data.sources import SOURCES, load_data
+
+__all__ = [
+    "SOURCES",
+    "Augment",
+    "DataError",
+    "EvalBatches",
+    "ImageData",
+    "Normalize",
+    "TrainBatches",
+    "load_data",
+    "validation_view",
+]

@@ -1,0 +1,181 @@
+"""The one form in which every data source hands over its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """A data source that is missing, damaged or not of the expected form; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes made to each training image.
+
+    Attributes:
+        pad: pixels of black border added on every side before a random crop of the original size.
+        flip: mirror every other image left to right, at random.
+    """
+
+    pad: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Labelled images in memory, split in train and test.
+
+    Attributes:
+        train_images: uint8 (N, C, H, W), 0..255.
+        train_labels: int64 (N,), values in [0, num_classes).
+        test_images: uint8 (M, C, H, W).
+        test_labels: int64 (M,).
+        num_classes: number of classes.
+        class_names: one name per class.
+        mean: per-channel mean of the train split, of pixels scaled to [0, 1].
+        std: per-channel standard deviation of the same.
+        augment: the augmentation that suits these images.
+        val_images: uint8 (V, C, H, W) where the source brings a validation split of its own, else None.
+        val_labels: int64 (V,) or None.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment
+    val_images: Tensor | None = None
+    val_labels: Tensor | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        _, channels, height, width = self.train_images.shape
+        return channels, height, width
+
+
+def make_image_data(
+    where: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    augment: Augment,
+    class_names: tuple[str, ...] = (),
+    val: tuple[Tensor, Tensor] | None = None,
+) -> ImageData:
+    """Check the splits against each other, work out classes, mean and std, and build an `ImageData`.
+
+    Args:
+        where: the source, named in errors.
+        train: images uint8 (N, C, H, W) and labels int64 (N,).
+        test: the same for the test split.
+        augment: augmentation of the train split.
+        class_names: names in label order; without them classes are called "0", "1", ...
+        val: optional validation split.
+
+    Raises:
+        DataError: a split is empty, sizes differ, or a label is out of range.
+    """
+    splits = {"train": train, "test": test} | ({"val": val} if val is not None else {})
+    for name, (images, labels) in splits.items():
+        if len(images) == 0:
+            raise DataError(f"{where}: {name}_images: expected at least one image, found none")
+        if len(images) != len(labels):
+            raise DataError(f"{where}: {name}_labels: expected {len(images)} labels, one per image, found {len(labels)}")
+        if images.shape[1:] != train[0].shape[1:]:
+            raise DataError(
+                f"{where}: {name}_images: expected images of {_size(train[0])} as in train_images, found {_size(images)}"
+            )
+    num_classes = len(class_names) or int(train[1].max()) + 1
+    for name, (_, labels) in splits.items():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            found = low if low < 0 else high
+            raise DataError(f"{where}: {name}_labels: expected labels 0 to {num_classes - 1}, found {found}")
+    if num_classes < 2:
+        raise DataError(f"{where}: train_labels: expected at least 2 classes, found {num_classes}")
+    mean, std = channel_statistics(train[0])
+    return ImageData(
+        *train,
+        *test,
+        num_classes=num_classes,
+        class_names=class_names or tuple(str(label) for label in range(num_classes)),
+        mean=mean,
+        std=std,
+        augment=augment,
+        val_images=None if val is None else val[0],
+        val_labels=None if val is None else val[1],
+    )
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of 255.
+
+    Exact: counted from the 256-bin histogram of each channel. A constant channel gets std 1, so that
+    normalising it is harmless.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        centre = float((share * values).sum())
+        spread = float((share * (values - centre) ** 2).sum()) ** 0.5
+        mean.append(centre)
+        std.append(spread if spread > 0 else 1.0)
+    return tuple(mean), tuple(std)
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split indices so that each class gives the same share to the second part.
+
+    Args:
+        labels: int64 (N,).
+        fraction: share of each class in the second part, in (0, 1).
+        seed: seed of the draw.
+
+    Returns:
+        Two sorted int64 index tensors, disjoint, together 0..N-1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    second = []
+    for label in labels.unique():
+        members = torch.nonzero(labels == label).flatten()
+        order = torch.randperm(len(members), generator=generator)
+        second.append(members[order[: round(fraction * len(members))]])
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.cat(second)] = True
+    return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
+
+
+def validation_view(data: ImageData, fraction: float, seed: int) -> ImageData:
+    """The same data with the validation split in the place of the test split, for making choices.
+
+    The source's own validation split if it has one, else a stratified `fraction` of the train split,
+    which then no longer trains. The statistics are worked out again from what trains.
+    """
+    if data.val_images is not None and data.val_labels is not None:
+        return replace(data, test_images=data.val_images, test_labels=data.val_labels)
+    keep, held_out = stratified_split(data.train_labels, fraction, seed)
+    images = data.train_images[keep]
+    mean, std = channel_statistics(images)
+    return replace(
+        data,
+        train_images=images,
+        train_labels=data.train_labels[keep],
+        test_images=data.train_images[held_out],
+        test_labels=data.train_labels[held_out],
+        mean=mean,
+        std=std,
+    )
+
+
+def _size(images: Tensor) -> str:
+    channels, height, width = images.shape[1:]
+    return f"{height}x{width} pixels with {channels} channel(s)"

@@ -1,0 +1,126 @@
+"""Checkpoints that survive a crash: written whole or not at all, the one before kept, damage noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+State = dict[str, Any]
+_MAGIC = b"gatedconv checkpoint 1\n"
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another run; the message is for the user."""
+
+
+def previous_path(path: Path) -> Path:
+    """Where the checkpoint before the newest one is kept."""
+    return path.with_suffix(".previous" + path.suffix)
+
+
+def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
+
+    Args:
+        path: the file.
+        content: all of it.
+        previous: where what stood at `path` is moved just before; None to replace it.
+
+    Raises:
+        OSError: the disk is full or not writable; what stood at `path` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise OSError(f"{path}: could not be written ({reason}); what was there before is kept") from None
+    _sync_folder(path.parent)
+
+
+def save_checkpoint(path: Path, state: State) -> None:
+    """Write `state` to `path`; the checkpoint that stood there becomes the previous one.
+
+    At every moment at least one whole checkpoint lies on the disk: the new file is complete before the
+    old one is renamed, and the old one is renamed, never removed.
+
+    Args:
+        path: of the newest checkpoint, ending in .pt.
+        state: tensors, numbers, strings, lists and dicts only.
+
+    Raises:
+        OSError: the disk is full or not writable; the last good checkpoint is untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    content = _MAGIC + hashlib.sha256(payload).digest() + payload
+    write_atomic(path, content, previous=previous_path(path))
+
+
+def load_checkpoint(path: Path) -> State:
+    """Read the newest whole checkpoint: the one at `path`, else the one before it.
+
+    Tensors come to the CPU; no code in the file is run.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+    """
+    present = [candidate for candidate in (path, previous_path(path)) if candidate.is_file()]
+    if not present:
+        raise CheckpointError(f"{path}: expected a checkpoint, found none")
+    faults = []
+    for candidate in present:
+        try:
+            return _read(candidate)
+        except CheckpointError as error:
+            faults.append(str(error))
+    raise CheckpointError("; ".join(faults))
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether any checkpoint, whole or not, lies at `path`."""
+    return any(candidate.is_file() for candidate in (path, previous_path(path)))
+
+
+def _read(path: Path) -> State:
+    content = path.read_bytes()
+    header = len(_MAGIC) + _DIGEST_SIZE
+    payload = content[header:]
+    if not content.startswith(_MAGIC):
+        raise CheckpointError(f"{path}: expected a gatedconv checkpoint, found a damaged or different file")
+    if hashlib.sha256(payload).digest() != content[len(_MAGIC) : header]:
+        raise CheckpointError(f"{path}: damaged checkpoint: its checksum does not match its content")
+    try:
+        state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{path}: unreadable checkpoint ({error})") from None
+    return state
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):  # some file systems refuse; the rename itself has happened
+        os.fsync(handle)
+    os.close(handle)

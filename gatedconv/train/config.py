@@ -1,0 +1,220 @@
+"""The settings of a run: one frozen dataclass, checked at construction, from TOML and to TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MODELS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+GATES = ("none", "layer", "channel", "both")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field with its documentation and its allowed values: one of `choices`, or low <= value <= high.
+
+    `above` is a lower bound that is itself not allowed. For tuples the bounds hold for each element.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; the help of each field is also that of its command-line flag.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range. Both name the field, what is allowed and the value.
+    """
+
+    # ---- what is trained on what
+    name: str = option("", "label of the run; presets set it")
+    data: str = option("digits", "digits, cifar10, cifar100, npz:PATH or imagefolder:PATH")
+    data_root: str = option("data", "folder for downloaded data")
+    image_size: int = option(32, "side in pixels to which imagefolder images are scaled", low=8)
+    split_seed: int = option(0, "seed of the splits that a source does not bring itself", low=0)
+    evaluate_on: str = option("test", "split to evaluate on; make choices on val", choices=("test", "val"))
+    val_fraction: float = option(0.1, "share of the train split that becomes val", above=0.0, high=0.5)
+    model: str = option("resnet20", "network", choices=MODELS)
+    shortcut: str = option("B", "shortcut where shapes change: A padding, B projection", choices=("A", "B"))
+    gate: str = option("layer", "what is gated; none trains the dense network", choices=GATES)
+    position: str = option(
+        "after", "what a channel gate gates and reads", choices=("before", "middle", "after")
+    )
+    estimator: str = option(
+        "ste", "gradient estimator of the gates", choices=("ste", "gumbel", "bernoulli", "batch_mean")
+    )
+    hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0)
+    pool: str = option("avg", "how a channel gate reads its input", choices=("avg", "flatten"))
+    dense_baseline: bool = option(False, "first train the dense network, same seed and recipe")
+
+    # ---- optimisation
+    epochs: int = option(40, "passes over the train split", low=1)
+    batch_size: int = option(128, "images per step", low=2)
+    lr: float = option(0.1, "highest learning rate", above=0.0)
+    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "staged"))
+    milestones: tuple[float, ...] = option(
+        (0.5, 0.75), "staged: fractions of the run at which the rate drops", above=0.0, high=1.0
+    )
+    lr_decay: float = option(0.1, "staged: factor at each milestone", above=0.0, high=1.0)
+    warmup_epochs: float = option(0.0, "epochs of linear learning-rate warm-up", low=0.0)
+    momentum: float = option(0.9, "momentum of SGD", low=0.0, high=1.0)
+    nesterov: bool = option(True, "Nesterov momentum")
+    weight_decay: float = option(5e-4, "weight decay of the network", low=0.0)
+    norm_weight_decay: bool = option(True, "weight decay also on BatchNorm and biases")
+    gate_lr_factor: float = option(1.0, "learning rate of the gates over that of the network", above=0.0)
+    gate_weight_decay: float = option(0.0, "weight decay of the gates", low=0.0)
+    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy", low=0.0, high=0.9)
+    grad_clip: float = option(0.0, "largest gradient norm; 0 does not clip", low=0.0)
+    augment: bool = option(True, "random shifts, and flips where the source allows them")
+    pad: int = option(-1, "pixels of the largest random shift; -1 for what suits the source", low=-1)
+
+    # ---- losses on the gates
+    polar_weight: float = option(3.0, "λ of the polarization loss, at its highest", low=0.0)
+    polar_schedule: str = option(
+        "rising", "λ over the run: rising is Table 6's 0, 2/3, 1", choices=("constant", "rising", "warmup")
+    )
+    act_weight: float = option(0.0, "weight of the activation loss", low=0.0)
+    act_weighting: str = option("uniform", "activation loss per gate", choices=("uniform", "macs"))
+    mac_weight: float = option(0.0, "weight of the MAC-target loss", low=0.0)
+    mac_target: float = option(0.5, "MACs wanted, as a share of the dense network's", above=0.0, high=1.0)
+    gate_warmup: float = option(
+        0.0, "share of the run over which the weights above rise (polar_schedule: warmup)", low=0.0, high=1.0
+    )
+
+    # ---- after training
+    bn_reestimate: bool = option(True, "work out BatchNorm statistics again on the frozen network")
+    latency: bool = option(True, "measure latency at batch 1 and 32")
+
+    # ---- machine
+    seed: int = option(0, "seed of initial weights, order, augmentation and gates", low=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int = option(0, "CPU threads; 0 for PyTorch's default", low=0)
+    amp: str = option("off", "mixed precision", choices=("off", "bf16", "fp16"))
+    channels_last: bool = option(True, "channels-last memory format")
+    max_minutes: float = option(0.0, "stop after the last epoch that ends within this; 0 never", low=0.0)
+    tensorboard: bool = option(False, "also write TensorBoard event files")
+
+    def __post_init__(self) -> None:
+        """Check every field, then what only fields together can get wrong."""
+        for spec in dataclasses.fields(self):
+            object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: expected rising fractions of the run, got {list(self.milestones)}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: expected momentum above 0, got momentum 0.0")
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+            raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+
+# Fields that may change between a run and its continuation: none of them changes the result.
+FREE_ON_RESUME = frozenset({"name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard"})
+
+
+def field_specs() -> dict[str, dataclasses.Field[Any]]:
+    """Every field of `TrainConfig` by name, in order."""
+    return {spec.name: spec for spec in dataclasses.fields(TrainConfig)}
+
+
+def field_type(spec: dataclasses.Field[Any]) -> type:
+    """The type of a field: str, int, float, bool or tuple (of floats); defaults have exactly that type."""
+    return type(spec.default)
+
+
+def make_config(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
+    """Build a config from field names and values; fields left out get their defaults.
+
+    Raises:
+        ValueError: an unknown field (with the nearest known one) or a value that is not allowed.
+        TypeError: a value of the wrong type.
+    """
+    known = field_specs()
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{where}: unknown field {key!r}{hint}")
+    return TrainConfig(**values)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The fields set in a TOML file, as plain values.
+
+    Raises:
+        ValueError: the file is missing, is no TOML, or holds tables.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected a TOML file, found nothing there") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path}: expected a TOML file, could not read it ({error})") from None
+    tables = [key for key, value in values.items() if isinstance(value, dict)]
+    if tables:
+        raise ValueError(f"{path}: expected plain keys, found the table [{tables[0]}]")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def to_toml(config: TrainConfig) -> str:
+    """Every field of a config as TOML, each under its help text; `read_toml` gives the same values back."""
+    import tomli_w
+
+    lines = []
+    for name, spec in field_specs().items():
+        value = getattr(config, name)
+        lines.append(f"# {spec.metadata['help']}")
+        lines.append(tomli_w.dumps({name: list(value) if isinstance(value, tuple) else value}).strip())
+    return "\n".join(lines) + "\n"
+
+
+def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
+    """The value in the field's own type, or an error that names the field, what is allowed and the value."""
+    kind = field_type(spec)
+    if kind is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{spec.name}: expected a list of numbers, got {value!r}")
+        return tuple(_checked_number(spec, float, element) for element in value)
+    if kind in (int, float):
+        return _checked_number(spec, kind, value)
+    if not isinstance(value, kind):
+        raise TypeError(f"{spec.name}: expected {kind.__name__}, got {value!r}")
+    choices = spec.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{spec.name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _checked_number(spec: dataclasses.Field[Any], kind: type, value: Any) -> Any:
+    accepted = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise TypeError(f"{spec.name}: expected {'a whole number' if kind is int else 'a number'}, got {value!r}")
+    low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
+    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    if not inside or not math.isfinite(value):
+        bounds = [
+            text
+            for bound, text in ((low, f"at least {low}"), (above, f"above {above}"), (high, f"at most {high}"))
+            if bound is not None
+        ]
+        raise ValueError(f"{spec.name}: expected {' and '.join(bounds) or 'a finite number'}, got {value!r}")
+    return kind(value)
