@@ -1,3 +1,40 @@
 """Train a network with gated layers and channels once, freeze what the gates agree on, cut the rest out."""
 
+from gatedconv import models, ops
+from gatedconv.deploy import Consensus, compact, count_macs, export, freeze, load, save
+from gatedconv.gates import (
+    ChannelGate,
+    LayerGate,
+    activation_loss,
+    expected_macs,
+    mac_target_loss,
+    polarization_loss,
+    pruning_rate,
+)
+
+# The public name of the lookup is the package's own name; `from gatedconv.gates import …` still works.
+from gatedconv.gates import find_gates as gates
+from gatedconv.nn import Conv2d
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ChannelGate",
+    "Consensus",
+    "Conv2d",
+    "LayerGate",
+    "activation_loss",
+    "compact",
+    "count_macs",
+    "expected_macs",
+    "export",
+    "freeze",
+    "gates",
+    "load",
+    "mac_target_loss",
+    "models",
+    "ops",
+    "polarization_loss",
+    "pruning_rate",
+    "save",
+]

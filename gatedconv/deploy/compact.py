@@ -1,0 +1,129 @@
+"""Cutting: a frozen model becomes a smaller plain one that computes the same numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gates import FrozenGate, find_gates
+from gatedconv.models import ResNet
+from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, GatherChannels
+
+
+def compact(frozen: nn.Module, example_input: Tensor) -> nn.Module:
+    """A copy without gates, and without what they closed; the outputs in eval are those of ``frozen``.
+
+    A closed layer leaves its shortcut; closed channels leave the convolutions on both their sides, and
+    what is left of a branch is added into the channels that it belongs to. A branch whose inner channels
+    are all closed leaves the constant that its last norm makes of zeros. A gated ``Conv2d`` outside our
+    residual blocks stays, skipping its closed channels itself.
+
+    Args:
+        frozen: the result of ``freeze``.
+        example_input: (N, C, H, W) that the model accepts.
+
+    Raises:
+        TypeError: for arguments of another kind.
+        ValueError: for a model whose gates are not frozen.
+    """
+    if not isinstance(frozen, nn.Module):
+        raise TypeError(f"compact: the model must be a torch.nn.Module, got {type(frozen).__name__}")
+    if not isinstance(example_input, Tensor) or example_input.dim() != 4:
+        kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise TypeError(f"compact: example_input must be a tensor (N, C, H, W), got {kind}")
+    learning = [name for name, gate in find_gates(frozen).items() if not isinstance(gate, FrozenGate)]
+    if learning:
+        raise ValueError(f"compact: freeze the model first; gate {learning[0]!r} is still learning")
+    result = copy.deepcopy(frozen)
+    for name, block in list(result.named_modules()):
+        if isinstance(block, BasicBlock):
+            parent, _, attribute = name.rpartition(".")
+            small: nn.Module = compact_block(block)
+            if isinstance(result, ResNet) and small.is_identity:
+                small = nn.Identity()  # our ResNets' stream comes out of a ReLU: another one changes nothing
+            setattr(result.get_submodule(parent), attribute, small)
+    if hasattr(result, "mac_terms"):
+        del result.mac_terms
+    return result.train(frozen.training)
+
+
+def compact_block(block: BasicBlock) -> CompactBlock:
+    """One residual block without its closed part."""
+    layer, channel = block.layer_gate, block.channel_gate
+    mask = channel.mask if channel is not None else None
+    closed = isinstance(layer, FrozenGate) and not layer.is_open
+    if closed or (mask is not None and block.position == "after" and not mask.any()):
+        return CompactBlock(block.downsample, None, None)
+    if mask is None or bool(mask.all()):
+        return CompactBlock(block.downsample, _sequence(conv1=block.conv1, bn1=block.bn1, relu=nn.ReLU(inplace=True),
+                                                        conv2=block.conv2, bn2=block.bn2), None)
+    index = mask.nonzero().flatten()
+    if block.position == "after":
+        branch = _sequence(conv1=block.conv1, bn1=block.bn1, relu=nn.ReLU(inplace=True),
+                           conv2=_cut_conv(block.conv2, out=index), bn2=_cut_norm(block.bn2, index))
+        return CompactBlock(block.downsample, branch, index)
+    cut = _cut_middle if block.position == "middle" else _cut_before
+    return cut(block, index)
+
+
+def _cut_middle(block: BasicBlock, index: Tensor) -> CompactBlock:
+    if index.numel() == 0:
+        # conv2 sees zeros, so bn2 sees zeros: a constant for each channel is all that the branch adds.
+        constant = _norm_of_zero(block.bn2)
+        return CompactBlock(_sequence(shortcut=block.downsample, bias=ChannelBias(constant)), None, None)
+    branch = _sequence(conv1=_cut_conv(block.conv1, out=index), bn1=_cut_norm(block.bn1, index),
+                       relu=nn.ReLU(inplace=True), conv2=_cut_conv(block.conv2, into=index), bn2=block.bn2)
+    return CompactBlock(block.downsample, branch, None)
+
+
+def _cut_before(block: BasicBlock, index: Tensor) -> CompactBlock:
+    if index.numel() == 0:
+        # conv1 sees zeros; what bn1 makes of them is constant, but conv2's padding then shows at the border.
+        start = {"constant": ConstantMap(torch.relu(_norm_of_zero(block.bn1)), block.conv1.stride[0])}
+    else:
+        start = {"gather": GatherChannels(index), "conv1": _cut_conv(block.conv1, into=index),
+                 "bn1": block.bn1, "relu": nn.ReLU(inplace=True)}
+    return CompactBlock(block.downsample, _sequence(**start, conv2=block.conv2, bn2=block.bn2), None)
+
+
+def _sequence(**layers: nn.Module | None) -> nn.Sequential:
+    """A Sequential with named steps; our convolutions become torch.nn's own."""
+    steps = ((name, layer) for name, layer in layers.items() if layer is not None)
+    return nn.Sequential(OrderedDict((n, _cut_conv(m) if isinstance(m, nn.Conv2d) else m) for n, m in steps))
+
+
+@torch.no_grad()
+def _cut_conv(conv: nn.Conv2d, *, out: Tensor | None = None, into: Tensor | None = None) -> nn.Conv2d:
+    """A torch.nn.Conv2d with the given outputs and inputs alone (groups = 1, no bias: a block's own)."""
+    weight = conv.weight if out is None else conv.weight.index_select(0, out)
+    weight = weight if into is None else weight.index_select(1, into)
+    result = nn.Conv2d(
+        weight.shape[1], weight.shape[0], conv.kernel_size, conv.stride, conv.padding, bias=False,
+        device=weight.device, dtype=weight.dtype,
+    )
+    result.weight.copy_(weight)
+    result.weight.requires_grad_(conv.weight.requires_grad)
+    return result
+
+
+@torch.no_grad()
+def _cut_norm(norm: nn.BatchNorm2d, index: Tensor) -> nn.BatchNorm2d:
+    result = nn.BatchNorm2d(
+        index.numel(), norm.eps, norm.momentum, device=norm.weight.device, dtype=norm.weight.dtype
+    )
+    for name, value in norm.state_dict().items():
+        result.state_dict()[name].copy_(value.index_select(0, index) if value.dim() else value)
+    return result
+
+
+@torch.no_grad()
+def _norm_of_zero(norm: nn.BatchNorm2d) -> Tensor:
+    """What an eval-mode BatchNorm2d makes of zeros, one value for each channel (C,)."""
+    zeros = norm.weight.new_zeros(1, norm.num_features, 1, 1)
+    value: Tensor = torch.nn.functional.batch_norm(
+        zeros, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+    ).flatten()
+    return value

@@ -1,0 +1,84 @@
+"""Exporting a cut model to other runtimes: ONNX, torch.export, AOTInductor."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.deploy.compact import compact
+from gatedconv.gates import FrozenGate, find_gates, unwrap
+
+FORMATS = ("onnx", "torch", "aoti")
+ONNX_OPSET = 18
+
+
+def export(
+    model: nn.Module, path: str | os.PathLike[str], example_input: Tensor, format: str = "onnx"
+) -> None:
+    """Write a model for another runtime, in eval mode, with a dynamic batch size.
+
+    Args:
+        model: compact, or frozen (then it is cut first), or without gates.
+        path: the file to write; replaced as a whole or not at all.
+        example_input: (N, C, H, W); C, H and W are fixed in the file.
+        format: "onnx" (opset 18, standard operators alone; needs the ``export`` extra), "torch" (a
+            ``.pt2`` of torch.export) or "aoti" (a compiled ``.pt2`` package of AOTInductor, for this
+            machine's device; needs a C++ compiler).
+
+    Raises:
+        ValueError: an unknown format, or a model that still learns its gates.
+        ImportError: the packages that ONNX needs are missing.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if not isinstance(example_input, Tensor) or example_input.dim() != 4:
+        raise TypeError("export: example_input must be a tensor (N, C, H, W)")
+    plain = _plain(unwrap(model), example_input).eval()
+    # A batch of one would be taken for a constant; two stand for "any".
+    example = example_input.detach()[:1].expand(2, *example_input.shape[1:]).contiguous()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti}[format]
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporters, not for our user to mend
+        part = Path(folder) / (path.name if format == "onnx" else "model.pt2")
+        with torch.no_grad():
+            writer(plain, part, example)
+        os.replace(part, path)
+
+
+def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
+    gates = find_gates(model)
+    learning = [name for name, gate in gates.items() if not isinstance(gate, FrozenGate)]
+    if learning:
+        raise ValueError(f"export: freeze the model first; gate {learning[0]!r} is still learning")
+    return compact(model, example_input) if gates else model
+
+
+def _program(model: nn.Module, example: Tensor) -> Any:
+    return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+
+
+def _write_torch(model: nn.Module, path: Path, example: Tensor) -> None:
+    torch.export.save(_program(model, example), path)
+
+
+def _write_aoti(model: nn.Module, path: Path, example: Tensor) -> None:
+    torch._inductor.aoti_compile_and_package(_program(model, example), package_path=str(path))
+
+
+def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"export: ONNX needs {' and '.join(missing)}: pip install 'gatedconv[export]'")
+    torch.onnx.export(
+        model, (example,), str(path), input_names=["input"], output_names=["output"], opset_version=ONNX_OPSET,
+        dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
+    )

@@ -1,0 +1,173 @@
+"""Freezing: the gates agree on one sub-network and become constants."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gates import FrozenGate, Gate, unwrap
+from gatedconv.gates.registry import find_gates, require_gates
+
+AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net is not the one that trained
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What the gates agreed on.
+
+    Attributes:
+        masks: gate path -> bool (num_gates,), True for open.
+        agreement: 0 to 1, the share of (sample, gate) decisions that equal the masks; None where masks
+            were given by hand without samples to compare.
+        gate_agreement: the same for each gate.
+        open_rates: gate path -> (num_gates,), the share of samples for which it was open.
+    """
+
+    masks: dict[str, Tensor]
+    agreement: float | None
+    gate_agreement: dict[str, float]
+    open_rates: dict[str, Tensor]
+
+
+def freeze(
+    model: nn.Module, loader: Iterable[Any] | None = None, *, masks: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of the model whose gates are constants; the original is left as it is.
+
+    Args:
+        model: a gated model.
+        loader: batches (x, ...) or x, x (N, C, H, W); each gate becomes the majority of its eval-mode
+            decisions over all samples, a tie open.
+        masks: gate path -> bool (num_gates,), for every gate; decides instead of a vote. With a loader as
+            well, the loader only measures agreement.
+
+    With neither, the running open rates of training decide (open at 0.5 and above).
+
+    Returns:
+        the frozen copy, with a ``Consensus`` as its attribute ``consensus``.
+
+    Warns:
+        UserWarning: where agreement is below 99 %, naming the gates.
+
+    Raises:
+        TypeError, ValueError: masks that miss a gate, name an unknown one or have the wrong dtype or
+            size; a model without gates or already frozen; a loader without samples.
+    """
+    gates = require_gates(model, "freeze")
+    frozen_already = [name for name, gate in gates.items() if isinstance(gate, FrozenGate)]
+    if frozen_already:
+        raise ValueError(f"freeze: the model is frozen already (gate {frozen_already[0]!r})")
+    if masks is not None:
+        masks = _checked_masks(gates, masks)
+    if loader is not None:
+        rates, agree = _vote(model, gates, loader, masks)
+    else:
+        rates = {name: gate.running_open_rate.detach().clone() for name, gate in gates.items()}
+        agree = None if masks is not None else {n: torch.maximum(r, 1 - r) for n, r in rates.items()}
+    masks = masks or {name: rate >= 0.5 for name, rate in rates.items()}
+    frozen = freeze_gates(model, masks)
+    frozen.consensus = _consensus(masks, rates, agree)
+    _warn(frozen.consensus)
+    return frozen
+
+
+def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """The copying half of ``freeze``: every gate replaced by the constant ``masks[path]``."""
+    frozen = copy.deepcopy(unwrap(model))
+    for name in find_gates(frozen):
+        parent, _, attribute = name.rpartition(".")
+        setattr(frozen.get_submodule(parent), attribute, FrozenGate(masks[name]))
+    return frozen
+
+
+def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"freeze: masks must be a dict of gate path -> bool tensor, got {type(masks).__name__}")
+    missing, unknown = gates.keys() - masks.keys(), masks.keys() - gates.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"freeze: masks must name every gate; missing {sorted(missing)}, unknown {sorted(unknown)}"
+        )
+    checked = {}
+    for name, gate in gates.items():
+        mask = masks[name]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"freeze: the mask of {name!r} must be a bool tensor, got {kind}")
+        if mask.shape != (gate.num_gates,):
+            raise ValueError(
+                f"freeze: the mask of {name!r} must have shape ({gate.num_gates},), got {tuple(mask.shape)}"
+            )
+        checked[name] = mask.detach().clone().to(gate.running_open_rate.device)
+    return checked
+
+
+@torch.no_grad()
+def _vote(
+    model: nn.Module, gates: Mapping[str, Gate], loader: Iterable[Any], masks: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Open rate of every gate over the loader, and its share of samples that equal the mask.
+
+    A channel gate inside a block that a sample skips is not asked by that sample; one that no sample
+    asked keeps the open rate of its training.
+    """
+    votes = {name: torch.zeros_like(gate.running_open_rate, dtype=torch.float64) for name, gate in gates.items()}
+    asked = dict.fromkeys(gates, 0)
+    seen, was_training = 0, {module: module.training for module in model.modules()}
+    device = next(iter(votes.values())).device
+
+    def count(name: str) -> Any:
+        def hook(gate: nn.Module, args: Any, output: Tensor) -> None:
+            votes[name] += output.sum(dim=0, dtype=torch.float64)
+            asked[name] += output.shape[0]
+
+        return hook
+
+    hooks = [gate.register_forward_hook(count(name)) for name, gate in gates.items()]
+    model.eval()
+    try:
+        for batch in loader:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            if not isinstance(x, Tensor):
+                raise TypeError(f"freeze: the loader must yield tensors or (tensor, ...), got {type(x).__name__}")
+            model(x.to(device))
+            seen += x.shape[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in was_training.items():
+            module.training = training
+    if seen == 0:
+        raise ValueError("freeze: the loader yielded no samples")
+    rates = {
+        name: vote / asked[name] if asked[name] else gates[name].running_open_rate.double()
+        for name, vote in votes.items()
+    }
+    chosen = masks or {name: rate >= 0.5 for name, rate in rates.items()}
+    agree = {name: torch.where(chosen[name], rate, 1 - rate) for name, rate in rates.items()}
+    return {name: rate.to(torch.get_default_dtype()) for name, rate in rates.items()}, agree
+
+
+def _consensus(
+    masks: Mapping[str, Tensor], rates: Mapping[str, Tensor], agree: Mapping[str, Tensor] | None
+) -> Consensus:
+    per_gate = {name: float(share.mean()) for name, share in (agree or {}).items()}
+    total = float(torch.cat([share.double() for share in agree.values()]).mean()) if agree else None
+    return Consensus(dict(masks), total, per_gate, dict(rates))
+
+
+def _warn(consensus: Consensus) -> None:
+    low = {name: share for name, share in consensus.gate_agreement.items() if share < AGREEMENT_WARNING}
+    if consensus.agreement is not None and (consensus.agreement < AGREEMENT_WARNING or low):
+        worst = ", ".join(f"{name} {share:.1%}" for name, share in sorted(low.items(), key=lambda kv: kv[1])[:5])
+        warnings.warn(
+            f"freeze: the samples agree with the consensus on {consensus.agreement:.2%} of the decisions; "
+            f"least on: {worst}",
+            stacklevel=3,
+        )

@@ -1,0 +1,26 @@
+"""Gates: estimators, gate modules, the losses that polarise them, schedules, and what they cost."""
+
+from gatedconv.gates.channel_gate import ChannelGate
+from gatedconv.gates.costs import MacTerm, expected_macs, pruning_rate
+from gatedconv.gates.estimators import ESTIMATORS
+from gatedconv.gates.gate import FrozenGate, Gate
+from gatedconv.gates.layer_gate import LayerGate
+from gatedconv.gates.losses import activation_loss, mac_target_loss, polarization_loss
+from gatedconv.gates.registry import find_gates, open_rates, unwrap
+
+__all__ = [
+    "ESTIMATORS",
+    "ChannelGate",
+    "FrozenGate",
+    "Gate",
+    "LayerGate",
+    "MacTerm",
+    "activation_loss",
+    "expected_macs",
+    "find_gates",
+    "mac_target_loss",
+    "open_rates",
+    "polarization_loss",
+    "pruning_rate",
+    "unwrap",
+]

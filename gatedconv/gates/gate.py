@@ -1,0 +1,161 @@
+"""The base class of every gate: a module that decides, per sample, what stays open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gates.estimators import Estimator, make_estimator
+
+RUNNING_MOMENTUM = 0.1  # as BatchNorm's running statistics: about the last ten batches
+
+
+class Gate(nn.Module):
+    """A set of ``num_gates`` binary decisions per sample.
+
+    Attributes:
+        num_gates: number of decisions, one logit each.
+        logits: (N, num_gates), of the last call; None before any call.
+        open_rate: (num_gates,), mean of the gate over the last batch, differentiable in training;
+            None before any call.
+        running_open_rate: buffer (num_gates,), exponential mean of ``open_rate`` over training batches.
+        mask: None while the gate learns; bool (num_gates,) once it is frozen.
+    """
+
+    running_open_rate: Tensor
+    mask: Tensor | None
+
+    def __init__(self, num_gates: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        if isinstance(num_gates, bool) or not isinstance(num_gates, int):
+            raise TypeError(f"{type(self).__name__}: num_gates must be an int, got {num_gates!r}")
+        if num_gates < 1:
+            raise ValueError(f"{type(self).__name__}: num_gates must be at least 1, got {num_gates}")
+        self.num_gates = num_gates
+        self.logits: Tensor | None = None
+        self.open_rate: Tensor | None = None
+        self.register_buffer("running_open_rate", torch.ones(num_gates, device=device, dtype=dtype))
+
+    @property
+    def saturated(self) -> Tensor:
+        """Bool (num_gates,): gates that no sample of the last batch can move.
+
+        The straight-through estimator passes no gradient where \\|logit\\| > 1 (eq. 4); a gate is
+        saturated when that holds for the whole batch.
+        """
+        if self.logits is None:
+            raise ValueError(f"{type(self).__name__}.saturated: call the gate once before asking")
+        return (self.logits.detach().abs() > 1).all(dim=0)
+
+    @property
+    def dead(self) -> Tensor:
+        """Bool (num_gates,): saturated gates that are shut for the whole last batch."""
+        if self.logits is None:
+            raise ValueError(f"{type(self).__name__}.dead: call the gate once before asking")
+        return (self.logits.detach() < -1).all(dim=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
+        return {**self.__dict__, "logits": None, "open_rate": None}
+
+
+class LearnedGate(Gate):
+    """features -> dense ``hidden`` -> BatchNorm1d -> ReLU -> dense ``num_gates`` -> estimator.
+
+    With ``hidden=None`` the single dense layer ``fc2`` stands alone (the paper's 1FC). The arithmetic
+    runs in the parameters' dtype, outside autocast: half-precision logits would flip decisions near 0.
+    """
+
+    def __init__(
+        self, in_features: int, num_gates: int, *, hidden: int | None, estimator: str, temperature: float,
+        device: Any = None, dtype: Any = None,
+    ) -> None:
+        super().__init__(num_gates, device=device, dtype=dtype)
+        name = type(self).__name__
+        if hidden is not None and (isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1):
+            raise ValueError(f"{name}: hidden must be a positive int or None, got {hidden!r}")
+        self.mask = None
+        self.estimator: Estimator = make_estimator(estimator, num_gates, temperature, owner=name)
+        self.estimator.to(device=device)
+        self.fc1 = nn.Linear(in_features, hidden, device=device, dtype=dtype) if hidden else None
+        self.norm = nn.BatchNorm1d(hidden, device=device, dtype=dtype) if hidden else None
+        self.fc2 = nn.Linear(hidden or in_features, num_gates, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start open: logits about 0.5, inside the estimator's window, so that every gate can still move."""
+        for layer in (self.fc1, self.norm, self.fc2):
+            if layer is not None:
+                layer.reset_parameters()
+        nn.init.constant_(self.fc2.bias, 0.5)
+        nn.init.normal_(self.fc2.weight, std=0.1 / self.fc2.in_features**0.5)
+        nn.init.ones_(self.running_open_rate)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, in_features) in the parameters' dtype."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Decide for a batch.
+
+        Args:
+            x: (N, C, H, W), any floating dtype.
+
+        Returns:
+            (N, num_gates) in x.dtype, every value exactly 0 or 1.
+        """
+        if x.dim() != 4:
+            raise ValueError(f"{type(self).__name__}: input must be (N, C, H, W), got shape {tuple(x.shape)}")
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            hidden = self._features(x)
+            if self.fc1 is not None and self.norm is not None:
+                hidden = torch.relu(self.norm(self.fc1(hidden)))
+            logits = self.fc2(hidden)
+            gate = self.estimator(logits)
+            self.logits = logits
+            self.open_rate = gate.mean(dim=0)
+            if self.training:
+                with torch.no_grad():
+                    self.running_open_rate.lerp_(self.open_rate.detach(), RUNNING_MOMENTUM)
+        return gate.to(x.dtype)
+
+
+class FrozenGate(Gate):
+    """A gate that became a constant: the consensus of the samples.
+
+    ``is_open`` (any channel open) and ``is_full`` (all open) are Python bools, so that code can branch
+    on them without reading a device.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask.numel(), device=mask.device)
+        self.register_buffer("mask", mask.detach().clone())
+        self.running_open_rate.copy_(mask)
+        self._note()
+
+    def _note(self) -> None:
+        self.is_open = bool(self.mask.any())
+        self.is_full = bool(self.mask.all())
+        self.open_rate = self.running_open_rate
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._note()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenGate:
+        super()._apply(fn, recurse)
+        self.open_rate = self.running_open_rate
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what ``__getstate__`` drops: a frozen gate knows its open rate without a call."""
+        super().__setstate__(state)
+        self._note()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, ...) -> the mask for every sample: (N, num_gates) in x.dtype."""
+        return self.mask.to(x.dtype).expand(x.shape[0], -1)

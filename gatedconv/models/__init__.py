@@ -1,0 +1,7 @@
+"""CIFAR ResNets 20 to 110, gated or plain."""
+
+from gatedconv.models.resnet import ResNet, resnet20, resnet32, resnet44, resnet56, resnet110
+
+BUILDERS = {builder.__name__: builder for builder in (resnet20, resnet32, resnet44, resnet56, resnet110)}
+
+__all__ = ["BUILDERS", "ResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]

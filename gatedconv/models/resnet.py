@@ -1,0 +1,148 @@
+"""CIFAR ResNets (He et al. 2016, section 4.2) with a gate wherever one is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gates import ESTIMATORS, ChannelGate, LayerGate, MacTerm
+from gatedconv.models.costs import resnet_mac_terms
+from gatedconv.nn.block import GATES, POSITIONS, BasicBlock
+
+WIDTHS = (16, 32, 64)
+
+
+class ResNet(nn.Module):
+    """6n+2 layers: a 3x3 stem, three stages of n ``BasicBlock`` at 16, 32, 64 channels, pool, fc.
+
+    Build it through ``resnet20`` ... ``resnet110``, which document the arguments.
+
+    Attributes:
+        config: the constructor's arguments and the builder's name, all of them JSON types.
+        mac_terms: where the model's MACs lie and which gates scale them; see ``MacTerm``.
+
+    Shape: (N, C, H, W) -> logits (N, num_classes); any H and W, unless a gate flattens its input.
+    """
+
+    def __init__(
+        self, depth: int, num_classes: int = 10, gate: str | None = None, position: str = "after",
+        shortcut: str = "B", *, estimator: str = "ste", temperature: float = 2 / 3, hidden: int | None = 16,
+        pool: str = "avg", input_size: tuple[int, int, int] = (3, 32, 32),
+    ) -> None:
+        super().__init__()
+        _check(depth, num_classes, gate, position, shortcut, estimator, hidden, pool, input_size)
+        self.config: dict[str, Any] = {
+            "name": f"resnet{depth}", "num_classes": num_classes, "gate": gate, "position": position,
+            "shortcut": shortcut, "estimator": estimator, "temperature": temperature, "hidden": hidden,
+            "pool": pool, "input_size": list(input_size),
+        }
+        channels, height, width = self.input_size = tuple(input_size)
+        self.conv1 = nn.Conv2d(channels, WIDTHS[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.relu = nn.ReLU(inplace=True)
+        in_channels = WIDTHS[0]
+        for stage, out_channels in enumerate(WIDTHS, start=1):
+            blocks = []
+            for index in range((depth - 2) // 6):
+                stride = 2 if stage > 1 and index == 0 else 1
+                blocks.append(self._block(in_channels, out_channels, stride, (height, width)))
+                in_channels, height, width = out_channels, -(-height // stride), -(-width // stride)
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(WIDTHS[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.mac_terms: list[MacTerm] = resnet_mac_terms(self)
+
+    def _block(self, in_channels: int, channels: int, stride: int, size: tuple[int, int]) -> BasicBlock:
+        options = self.config
+        gate, position = options["gate"], options["position"]
+        head = {"estimator": options["estimator"], "temperature": options["temperature"]}
+        layer_gate = channel_gate = None
+        if gate in ("layer", "both"):
+            layer_gate = LayerGate(in_channels, hidden=options["hidden"] or 16, **head)
+        if gate in ("channel", "both"):
+            read = in_channels if position == "before" else channels
+            shrink = 1 if position == "before" else stride
+            feature_size = -(-size[0] // shrink) * -(-size[1] // shrink)
+            channel_gate = ChannelGate(
+                read, hidden=options["hidden"], pool=options["pool"], feature_size=feature_size, **head
+            )
+        return BasicBlock(
+            in_channels, channels, stride, shortcut=options["shortcut"], position=position,
+            layer_gate=layer_gate, channel_gate=channel_gate,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> logits (N, num_classes)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
+
+
+def _check(
+    depth: int, num_classes: int, gate: str | None, position: str, shortcut: str, estimator: str,
+    hidden: int | None, pool: str, input_size: tuple[int, int, int],
+) -> None:
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"ResNet: depth must be 6n + 2 with n >= 1, got {depth}")
+    if num_classes < 1:
+        raise ValueError(f"ResNet: num_classes must be at least 1, got {num_classes}")
+    for name, value, allowed in (
+        ("gate", gate, GATES), ("position", position, POSITIONS), ("shortcut", shortcut, ("A", "B")),
+        ("estimator", estimator, ESTIMATORS), ("pool", pool, ("avg", "flatten")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"ResNet: {name} must be one of {allowed}, got {value!r}")
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"ResNet: hidden must be a positive int or None, got {hidden!r}")
+    if len(input_size) != 3 or min(input_size) < 1:
+        raise ValueError(f"ResNet: input_size must be (C, H, W), all positive, got {input_size!r}")
+
+
+def resnet20(num_classes: int = 10, gate: str | None = None, position: str = "after",
+             shortcut: str = "B", **options: Any) -> ResNet:
+    """ResNet-20 for small images; the other depths differ in nothing else.
+
+    Args:
+        num_classes: rows of the last layer.
+        gate: None, "layer", "channel" or "both".
+        position: of the channel gates in a block: "before", "middle" or "after".
+        shortcut: where shapes change, "B" (1x1 convolution and BatchNorm) or "A" (padding).
+        **options: ``estimator`` ("ste", "gumbel", "bernoulli", "batch_mean"), ``temperature`` (of the
+            Gumbel-softmax), ``hidden`` (units of the gates' hidden layer; None: single dense layer in
+            channel gates), ``pool`` ("avg" or "flatten" input of channel gates), ``input_size``
+            ((C, H, W), default (3, 32, 32), at which MACs are counted).
+
+    Raises:
+        ValueError: for any value outside these sets.
+    """
+    return ResNet(20, num_classes, gate, position, shortcut, **options)
+
+
+def resnet32(num_classes: int = 10, gate: str | None = None, position: str = "after",
+             shortcut: str = "B", **options: Any) -> ResNet:
+    """ResNet-32; arguments as in ``resnet20``."""
+    return ResNet(32, num_classes, gate, position, shortcut, **options)
+
+
+def resnet44(num_classes: int = 10, gate: str | None = None, position: str = "after",
+             shortcut: str = "B", **options: Any) -> ResNet:
+    """ResNet-44; arguments as in ``resnet20``."""
+    return ResNet(44, num_classes, gate, position, shortcut, **options)
+
+
+def resnet56(num_classes: int = 10, gate: str | None = None, position: str = "after",
+             shortcut: str = "B", **options: Any) -> ResNet:
+    """ResNet-56; arguments as in ``resnet20``."""
+    return ResNet(56, num_classes, gate, position, shortcut, **options)
+
+
+def resnet110(num_classes: int = 10, gate: str | None = None, position: str = "after",
+              shortcut: str = "B", **options: Any) -> ResNet:
+    """ResNet-110; arguments as in ``resnet20``."""
+    return ResNet(110, num_classes, gate, position, shortcut, **options)

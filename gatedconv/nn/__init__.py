@@ -1,0 +1,17 @@
+"""Modules: the drop-in convolution, the gated residual block, and what it becomes when cut."""
+
+from gatedconv.nn.block import BasicBlock
+from gatedconv.nn.compact_block import ChannelBias, CompactBlock, ConstantMap, GatherChannels, ScatterAdd
+from gatedconv.nn.conv import Conv2d
+from gatedconv.nn.shortcut import PadShortcut
+
+__all__ = [
+    "BasicBlock",
+    "ChannelBias",
+    "CompactBlock",
+    "Conv2d",
+    "ConstantMap",
+    "GatherChannels",
+    "PadShortcut",
+    "ScatterAdd",
+]

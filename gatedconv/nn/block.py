@@ -1,0 +1,87 @@
+"""The gated residual block: two 3x3 convolutions, a shortcut, and gates where asked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gates import ChannelGate, FrozenGate, LayerGate
+from gatedconv.gates.gate import Gate
+from gatedconv.nn.conv import Conv2d
+from gatedconv.nn.shortcut import make_shortcut
+
+GATES = (None, "layer", "channel", "both")
+POSITIONS = ("before", "middle", "after")
+
+
+class BasicBlock(nn.Module):
+    """out = ReLU(shortcut(x) + g_layer * branch(x)), branch = bn2(conv2(relu(bn1(conv1(x))))).
+
+    A layer gate reads the block's input. A channel gate reads what it gates (Figure 5 of the paper):
+    "before" the branch's input, the shortcut ungated; "middle" relu(bn1(conv1)); "after" bn2's output.
+    Gates multiply after the norm, so a closed channel is an exact zero.
+
+    In training every sample is computed and then multiplied, as in the paper, so that BatchNorm sees the
+    whole batch. In eval the branch runs on the samples whose layer gate is open and on no other. With
+    frozen gates nothing closed is computed in either mode.
+
+    Shape: (N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    layer_gate: Gate | None
+    channel_gate: Gate | None
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, *, shortcut: str = "B",
+        position: str = "after", layer_gate: LayerGate | None = None, channel_gate: ChannelGate | None = None,
+    ) -> None:
+        super().__init__()
+        self.position = position
+        self.conv1 = Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = make_shortcut(in_channels, channels, stride, shortcut)
+        self.layer_gate = layer_gate
+        self.channel_gate = channel_gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in_channels, H, W) -> (N, channels, H', W')."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        gate = self.layer_gate
+        if gate is None or (isinstance(gate, FrozenGate) and gate.is_open):
+            return self.relu(shortcut + self.branch(x))
+        if isinstance(gate, FrozenGate):
+            return torch.relu(shortcut)  # not in place: an identity shortcut is the caller's tensor
+        decision = gate(x)[:, :, None, None]
+        if self.training or torch.compiler.is_compiling():  # a graph needs shapes that do not depend on data
+            return self.relu(shortcut + decision * self.branch(x))
+        index = decision.flatten().nonzero().flatten()
+        if index.numel() == 0:
+            return torch.relu(shortcut)
+        part = decision.index_select(0, index) * self.branch(x.index_select(0, index))
+        return self.relu(shortcut.index_add(0, index, part))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual branch, channel gate included: (N, in_channels, H, W) -> (N, channels, H', W')."""
+        mask = self.channel_gate.mask if self.channel_gate is not None else None
+        if mask is not None:
+            return self._frozen_branch(x, mask)
+        x = self._gated(x, "before")
+        h = self._gated(self.relu(self.bn1(self.conv1(x))), "middle")
+        return self._gated(self.bn2(self.conv2(h)), "after")
+
+    def _gated(self, x: Tensor, position: str) -> Tensor:
+        if self.channel_gate is None or self.position != position:
+            return x
+        return x * self.channel_gate(x)[:, :, None, None]
+
+    def _frozen_branch(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The branch with a constant mask: convolutions skip closed channels on both their sides."""
+        everything = torch.ones_like(self.bn1.weight, dtype=torch.bool)
+        before, middle, after = (mask if self.position == p else None for p in POSITIONS)
+        h = self.conv1.masked_forward(x, everything if middle is None else middle, before)
+        h = self.relu(self.bn1(h))
+        y = self.bn2(self.conv2.masked_forward(h, everything if after is None else after, middle))
+        return y if after is None else y * after.to(y.dtype)[:, None, None]
