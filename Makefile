@@ -22,13 +22,11 @@ test: lint
 
 lint: $(VENV)/.build
 	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
-	$(BIN)/ruff format --check $(wildcard $(PYTHON_FILES))
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.build
 	$(BIN)/ruff check --fix $(wildcard $(PYTHON_FILES))
-	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))
 	$(BIN)/clang-format -i $(CPP)
 
 build: $(VENV)/.build

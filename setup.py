@@ -1,9 +1,9 @@
-"""Adds to pyproject.toml what it cannot say: the mapped packages, and the native libraries built where they can be.
+"""Adds to pyproject.toml what it cannot say: the mapped packages and the native libraries.
 
-GATEDCONV_BUILD=auto (the default) builds what this machine can build and installs without the rest, the reason kept
-for ``gatedconv env``; ``off`` builds nothing; ``require`` fails where something cannot be built. The CUDA library is
-part of it where torch has CUDA and a toolkit of the same major version is there; FORCE_CUDA=1 makes it a must under
-``require``, FORCE_CUDA=0 leaves it out.
+GATEDCONV_BUILD=auto (the default) builds what this machine can build and installs without the rest, the
+reason kept for ``gatedconv env``; ``off`` builds nothing; ``require`` fails where something cannot be built.
+The CUDA library is part of it where torch has CUDA and a toolkit of the same major version is there;
+FORCE_CUDA=1 makes it a must under ``require``, FORCE_CUDA=0 leaves it out.
 """
 
 import importlib.util
@@ -46,7 +46,9 @@ def missing() -> dict[str, str]:
 
 
 # Asking for torch costs a process; commands that only read metadata need no answer.
-BUILDS = any(word in sys.argv for word in ("build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"))
+BUILDS = any(
+    word in sys.argv for word in ("build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop")
+)
 REASONS = missing() if BUILDS else {}
 
 if MODE == "require" and ("cpu" in REASONS or ("cuda" in REASONS and os.environ.get("FORCE_CUDA") == "1")):
@@ -83,11 +85,13 @@ class BuildPython(build_py):
     def run(self) -> None:
         """Copy, then write the reasons."""
         super().run()
-        write_outcome(ROOT / "gatedconv" if self.editable_mode else Path(self.build_lib) / "gatedconv", REASONS)
+        write_outcome(
+            ROOT / "gatedconv" if self.editable_mode else Path(self.build_lib) / "gatedconv", REASONS
+        )
 
 
 def write_outcome(folder: Path, reasons: dict[str, str]) -> None:
-    """Write what ``gatedconv env`` shows of the build: per library a reason, or that it was built, and from what."""
+    """Write what ``gatedconv env`` shows: from which source, and the reason for what was not built."""
     for target, reason in reasons.items():
         print(f"gatedconv: the {target} library is not built: {reason}", file=sys.stderr)
     try:
@@ -99,7 +103,9 @@ def write_outcome(folder: Path, reasons: dict[str, str]) -> None:
     (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-native = [Extension(f"gatedconv._C_{target}", sources=[]) for target in _build.TARGETS if target not in REASONS]
+native = [
+    Extension(f"gatedconv._C_{target}", sources=[]) for target in _build.TARGETS if target not in REASONS
+]
 csrc_packages = ["gatedconv._csrc"] + [
     f"gatedconv._csrc.{path.name}" for path in sorted(CSRC.iterdir()) if path.is_dir()
 ]
@@ -107,7 +113,10 @@ csrc_packages = ["gatedconv._csrc"] + [
 setup(
     packages=[*find_packages(include=["gatedconv", "gatedconv.*"]), "gatedconv.kernels", *csrc_packages],
     package_dir={"gatedconv.kernels": "kernels", "gatedconv._csrc": "csrc"},
-    package_data={"gatedconv": ["py.typed"], **dict.fromkeys(csrc_packages, ["*.cpp", "*.cu", "*.h", "*.cuh"])},
+    package_data={
+        "gatedconv": ["py.typed"],
+        **dict.fromkeys(csrc_packages, ["*.cpp", "*.cu", "*.h", "*.cuh"]),
+    },
     ext_modules=native if BUILDS else [],
     cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython},
     # The libraries are free of Python's ABI, so a wheel with them serves every Python.

@@ -1,11 +1,12 @@
-"""Builds the native libraries: one list of sources and flags for installing (setup.py) and for compiling on first use.
+"""Builds the native libraries: one list of sources and flags for installing and for first use.
 
-setup.py loads this file by its path, so it imports nothing but the standard library and asks PyTorch nothing: all it
-needs of the torch that the user has is its folder and its version file.
+setup.py loads this file by its path, so it imports nothing but the standard library and asks PyTorch nothing:
+all it needs of the torch that the user has is its folder and its version file.
 
-The libraries use PyTorch's stable ABI alone and no Python symbol, so one compiled file serves every Python and every
-torch from 2.11 on. Objects are kept by the hash of what went into them: a changed source rebuilds its own object, and
-two processes that build at once write the same bytes (each to a file of its own, then renamed).
+The libraries use PyTorch's stable ABI alone and no Python symbol, so one compiled file serves every Python
+and every torch from 2.11 on. Objects are kept by the hash of what went into them: a changed source rebuilds
+its own object, and two processes that build at once write the same bytes (each to a file of its own, then
+renamed).
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from pathlib import Path
 
 TARGETS = ("cpu", "cuda")
 
-# torch 2.11, in the encoding of torch/headeronly/version.h: the oldest torch whose stable ABI the sources may use.
+# torch 2.11, in the encoding of torch/headeronly/version.h: the oldest torch whose stable ABI the sources may
+# use.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 # PyTorch's own headers ask for C++20 since 2.13; the older ones accept it.
 CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
 
-# A file whose name ends so is compiled for that instruction set, on x86-64 only, and reached through run-time dispatch.
+# A file whose name ends so is compiled for that instruction set, on x86-64 only, and reached through run-time
+# dispatch.
 ISA_FLAGS: Mapping[str, tuple[str, ...]] = {
     "_avx2": ("-mavx2", "-mfma"),
     "_avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
@@ -72,8 +75,8 @@ def library_name(target: str) -> str:
 def find_torch() -> Torch:
     """Find the torch of this environment without importing it.
 
-    Under pip's build isolation this process cannot see it, but ``sys.executable -I`` can: the isolation is only a
-    ``PYTHONPATH``, which ``-I`` ignores.
+    Under pip's build isolation this process cannot see it, but ``sys.executable -I`` can: the isolation is
+    only a ``PYTHONPATH``, which ``-I`` ignores.
 
     Raises:
         BuildError: No torch, or one older than 2.11.
@@ -85,7 +88,9 @@ def find_torch() -> Torch:
         answer = subprocess.run([sys.executable, "-I", "-c", question], capture_output=True, text=True)
         origin = answer.stdout.strip()
     if not origin:
-        raise BuildError(f"torch is not installed for {sys.executable}: install it, then install gatedconv again")
+        raise BuildError(
+            f"torch is not installed for {sys.executable}: install it, then install gatedconv again"
+        )
     root = Path(origin).parent
     text = (root / "version.py").read_text()
     version = re.search(r"^__version__ *=.*?['\"](.+?)['\"]", text, re.M)
@@ -99,9 +104,10 @@ def find_torch() -> Torch:
 
 
 def find_toolkit() -> Toolkit:
-    """Find a CUDA toolkit: ``CUDA_HOME``, ``CUDA_PATH``, the real home of the nvcc on PATH, or /usr/local/cuda.
+    """Find a CUDA toolkit: CUDA_HOME, CUDA_PATH, the home of the nvcc on PATH, or /usr/local/cuda.
 
-    The nvcc on PATH may be a wrapper script, whose folder is no toolkit, so it is asked for its own (``--dryrun``).
+    The nvcc on PATH may be a wrapper script, whose folder is no toolkit, so it is asked for its own
+    (``--dryrun``).
 
     Raises:
         BuildError: None of them holds nvcc, the headers and the run-time library.
@@ -110,7 +116,9 @@ def find_toolkit() -> Toolkit:
     candidates = [Path(named)] if named else []
     on_path = shutil.which("nvcc")
     if not named and on_path:
-        told = subprocess.run([on_path, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
+        told = subprocess.run(
+            [on_path, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True
+        )
         top = re.search(r"^#\$ TOP=(.+)$", told.stderr + told.stdout, re.M)
         if top:
             candidates.append(Path(top[1].strip()).resolve())
@@ -118,7 +126,11 @@ def find_toolkit() -> Toolkit:
     if not named:
         candidates.append(Path("/usr/local/cuda"))
     for root in candidates:
-        if (root / "bin/nvcc").exists() and (root / "include/cuda_runtime.h").exists() and _cudart_folder(root):
+        if (
+            (root / "bin/nvcc").exists()
+            and (root / "include/cuda_runtime.h").exists()
+            and _cudart_folder(root)
+        ):
             told = subprocess.run([str(root / "bin/nvcc"), "--version"], capture_output=True, text=True)
             version = re.search(r"release (\d+\.\d+)", told.stdout)
             if version:
@@ -144,7 +156,7 @@ def check_cuda(torch: Torch) -> Toolkit:
     toolkit = find_toolkit()
     if toolkit.version.split(".")[0] != torch.cuda.split(".")[0]:
         raise BuildError(
-            f"nvcc {toolkit.version} in {toolkit.root} and CUDA {torch.cuda} of torch differ in their major version"
+            f"nvcc {toolkit.version} in {toolkit.root} and CUDA {torch.cuda} of torch differ in major version"
         )
     return toolkit
 
@@ -237,7 +249,7 @@ def _compile_command(
 
 
 def architecture_flags() -> list[str]:
-    """Return nvcc's ``-gencode`` flags: ``TORCH_CUDA_ARCH_LIST``, else the visible devices, else the supported ones.
+    """Return nvcc's ``-gencode`` flags: TORCH_CUDA_ARCH_LIST, else the visible devices, else ours.
 
     Raises:
         BuildError: TORCH_CUDA_ARCH_LIST holds something that is no compute capability.
@@ -278,7 +290,13 @@ def _compiler_version(compiler: str) -> str:
 
 
 def _link(objects: list[Path], output: Path, torch: Torch, compiler: str, toolkit: Toolkit | None) -> None:
-    command = [*shlex.split(compiler), "-shared", *map(str, objects), f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
+    command = [
+        *shlex.split(compiler),
+        "-shared",
+        *map(str, objects),
+        f"-L{torch.root / 'lib'}",
+        "-ltorch_cpu",
+    ]
     if sys.platform == "linux":
         # A symbol that torch does not export fails here and not in the user's process.
         command.append("-Wl,-z,defs")
@@ -297,5 +315,7 @@ def _run_into(output: Path, command: list[str]) -> None:
         except OSError as error:
             raise BuildError(f"{shlex.join(command)}\n{error}") from error
         if done.returncode != 0:
-            raise BuildError(f"{shlex.join(command)}\nexit status {done.returncode}\n{done.stderr.strip()[-4000:]}")
+            raise BuildError(
+                f"{shlex.join(command)}\nexit status {done.returncode}\n{done.stderr.strip()[-4000:]}"
+            )
         os.replace(part, output)

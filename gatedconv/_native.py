@@ -1,10 +1,10 @@
 """Loads the native libraries: the built one, else one compiled on first use, else none (the references run).
 
-Nothing is loaded or compiled at import. The first native call decides, once per process and library, and what it
-found, a failure too, is kept, so that a broken compiler costs its seconds once and warns once.
+Nothing is loaded or compiled at import. The first native call decides, once per process and library, and what
+it found, a failure too, is kept, so that a broken compiler costs its seconds once and warns once.
 
-``GATEDCONV_NATIVE`` narrows the choice: ``auto`` (the default), ``aot`` (only the built library), ``jit`` (only one
-compiled on first use) or ``off`` (the references).
+``GATEDCONV_NATIVE`` narrows the choice: ``auto`` (the default), ``aot`` (only the built library), ``jit``
+(only one compiled on first use) or ``off`` (the references).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def source_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what is compiled on first use: ``GATEDCONV_CACHE``, else the user's cache folder."""
+    """Return the folder of what is compiled on first use: GATEDCONV_CACHE, else the user's cache."""
     named = os.environ.get("GATEDCONV_CACHE")
     if named:
         return Path(named)
@@ -75,8 +75,8 @@ def build_info() -> dict[str, Any]:
 def load(target: str = "cpu") -> Library:
     """Load the library for ``target`` ("cpu" or "cuda") unless this process has tried already.
 
-    The CUDA library adds to the operators that the CPU library declares, so it comes after that one and, for the two
-    to be of one build, from the same source.
+    The CUDA library adds to the operators that the CPU library declares, so it comes after that one and, for
+    the two to be of one build, from the same source.
     """
     library = _loaded.get(target)
     if library is not None:

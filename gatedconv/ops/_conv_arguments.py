@@ -1,0 +1,169 @@
+"""Checks the arguments of a masked convolution and brings them to the form that the operators take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["ConvArguments", "IntPair", "check_arguments"]
+
+IntPair = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class ConvArguments:
+    """The numbers of a convolution.
+
+    Attributes:
+        stride: Vertical and horizontal step, in pixels.
+        padding: Pixels of zeros at the top, bottom, left and right.
+        dilation: Vertical and horizontal distance of neighbouring taps.
+        groups: Number of groups.
+        output_shape: (N, C_out, P, Q).
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+    output_shape: tuple[int, int, int, int]
+
+
+def check_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_open: Tensor,
+    in_open: Tensor | None,
+    stride: IntPair,
+    padding: IntPair | str,
+    dilation: IntPair,
+    groups: int,
+    residual: Tensor | None,
+) -> ConvArguments:
+    """Check everything that `masked_conv2d` is given and work out its output's shape.
+
+    Raises:
+        TypeError: A wrong type or dtype.
+        ValueError: A wrong rank, size, device or number.
+    """
+    _check_tensors(input, weight, bias, residual)
+    _check_masks(input, weight, out_open, in_open)
+    steps = _pair("stride", stride, 1)
+    spread = _pair("dilation", dilation, 1)
+    _require_int("groups", groups, 1)
+    channels, per_group = weight.shape[0], weight.shape[1]
+    if per_group * groups != input.shape[1] or channels % groups != 0:
+        raise ValueError(
+            f"masked_conv2d: weight of shape {tuple(weight.shape)} with groups={groups} expects input with "
+            f"{per_group * groups} channels and C_out divisible by groups, got input {tuple(input.shape)}"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"masked_conv2d: bias must have shape ({channels},), got {tuple(bias.shape)}")
+    kernel = (weight.shape[2], weight.shape[3])
+    pads = _padding(padding, kernel, steps, spread)
+    height = _output_size("height", input.shape[2], kernel[0], pads[0] + pads[1], steps[0], spread[0])
+    width = _output_size("width", input.shape[3], kernel[1], pads[2] + pads[3], steps[1], spread[1])
+    shape = (input.shape[0], channels, height, width)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(
+            f"masked_conv2d: residual must have the output's shape {shape}, got {tuple(residual.shape)}"
+        )
+    return ConvArguments(steps, pads, spread, groups, shape)
+
+
+def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    for name, tensor, rank in (
+        ("input", input, 4),
+        ("weight", weight, 4),
+        ("bias", bias, 1),
+        ("residual", residual, 4),
+    ):
+        if tensor is None and name in ("bias", "residual"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"masked_conv2d: {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"masked_conv2d: {name} must be floating point, got {tensor.dtype}")
+        if tensor.dim() != rank:
+            raise ValueError(f"masked_conv2d: {name} must be {rank}-D, got shape {tuple(tensor.shape)}")
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"masked_conv2d: {name} must have input's dtype {input.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != input.device:
+            raise ValueError(
+                f"masked_conv2d: {name} must be on input's device {input.device}, got {tensor.device}"
+            )
+
+
+def _check_masks(input: Tensor, weight: Tensor, out_open: Tensor, in_open: Tensor | None) -> None:
+    batch, in_channels, out_channels = input.shape[0], input.shape[1], weight.shape[0]
+    _check_mask("out_open", out_open, [(out_channels,), (batch, out_channels)], input.device)
+    if in_open is not None:
+        _check_mask("in_open", in_open, [(in_channels,)], input.device)
+
+
+def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]], device: torch.device) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"masked_conv2d: {name} must be a bool tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"masked_conv2d: {name} must be a bool tensor, got {mask.dtype}")
+    if mask.shape not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"masked_conv2d: {name} must have shape {expected}, got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"masked_conv2d: {name} must be on input's device {device}, got {mask.device}")
+
+
+def _require_int(name: str, value: object, least: int) -> None:
+    # A traced size is a SymInt, which is no int.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"masked_conv2d: {name} must be an int or two of them, got {value!r}")
+    if value < least:
+        raise ValueError(f"masked_conv2d: {name} must be at least {least}, got {value}")
+
+
+def _pair(name: str, value: IntPair, least: int) -> tuple[int, int]:
+    if isinstance(value, (int, torch.SymInt)):
+        _require_int(name, value, least)
+        return (value, value)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"masked_conv2d: {name} must be an int or two of them, got {value!r}")
+    if len(value) not in (1, 2):
+        raise ValueError(f"masked_conv2d: {name} must be an int or two of them, got {value!r}")
+    for entry in value:
+        _require_int(name, entry, least)
+    return (value[0], value[-1])
+
+
+def _padding(
+    padding: IntPair | str, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Return top, bottom, left, right; "same" puts an odd pixel at the bottom and right, as PyTorch does."""
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"masked_conv2d: padding='same' needs stride 1, got {stride}")
+        total = [dilation[i] * (kernel[i] - 1) for i in (0, 1)]
+        return (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if isinstance(padding, str):
+        raise ValueError(
+            f"masked_conv2d: padding must be 'same', 'valid', an int or two of them, got {padding!r}"
+        )
+    high, wide = _pair("padding", padding, 0)
+    return (high, high, wide, wide)
+
+
+def _output_size(axis: str, size: int, kernel: int, padding: int, stride: int, dilation: int) -> int:
+    reach = dilation * (kernel - 1) + 1
+    if kernel < 1 or size + padding < reach:
+        raise ValueError(
+            f"masked_conv2d: the padded input {axis} ({size} + {padding}) must be at least the kernel's "
+            f"reach ({reach} = dilation {dilation} * ({kernel} - 1) + 1)"
+        )
+    return (size + padding - reach) // stride + 1

@@ -1,0 +1,162 @@
+"""The convolution that computes only what is open: the public function and its reference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatedconv.ops import _masked_conv2d_native
+from gatedconv.ops._conv_arguments import ConvArguments, IntPair, check_arguments
+from gatedconv.ops._conv_cut import cut_forward
+from gatedconv.ops._memory_format import conv_memory_format
+
+__all__ = ["masked_conv2d", "masked_conv2d_reference"]
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_open: Tensor,
+    in_open: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Convolve, computing only the open outputs from only the open inputs.
+
+    ``act(conv2d(input, weight, bias) * out_open + residual)`` with inputs that ``in_open`` closes taken as 0,
+    where a closed output is ``act(residual)``, or exactly 0 without one: its bias is not added, and no NaN
+    that stands elsewhere reaches it. Nothing of a closed input is read, NaN or not.
+
+    Differentiable: with ``G' = G * [output > 0]`` where ``relu``, else ``G' = G``, the gradient of
+    ``residual`` is ``G'``, those of ``input``, ``weight`` and ``bias`` come from ``G'`` on the open outputs,
+    and are exactly 0 on closed inputs and closed rows; the masks have none. Second derivatives are right in
+    eager PyTorch; where a compiled or exported graph would need them an error says so.
+
+    Args:
+        input: (N, C_in, H, W), floating point, any strides.
+        weight: (C_out, C_in / groups, KH, KW), dtype and device of ``input``, as all that follows but the
+            masks.
+        bias: (C_out,), or None.
+        out_open: bool (C_out,), or (N, C_out) for a mask for each sample.
+        in_open: bool (C_in,), or None for all open.
+        stride: Step in pixels, one number or (vertical, horizontal).
+        padding: Zeros on each side in pixels, one number or (vertical, horizontal), "same" or "valid".
+        dilation: Distance of neighbouring taps in pixels, one number or (vertical, horizontal).
+        groups: Number of groups that the channels are split into.
+        residual: (N, C_out, P, Q) to add, or None.
+        relu: Whether the output goes through a ReLU.
+
+    Returns:
+        (N, C_out, P, Q) in the dtype of ``input`` and the memory format that `torch.nn.functional.conv2d`
+        gives.
+
+    Raises:
+        TypeError: An argument of a wrong type or dtype.
+        ValueError: An argument of a wrong rank, size, device or value, or a kernel larger than the padded
+        input.
+    """
+    device = input.device.type if isinstance(input, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = _cast(input, dtype), _cast(weight, dtype)
+            bias = None if bias is None else _cast(bias, dtype)
+            residual = None if residual is None else _cast(residual, dtype)
+            return masked_conv2d(
+                input,
+                weight,
+                bias,
+                out_open,
+                in_open,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                residual=residual,
+                relu=relu,
+            )
+    arguments = check_arguments(
+        input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
+    )
+    if input.dtype in (torch.float32, torch.float64) and device == "cpu" and _masked_conv2d_native.ready():
+        return torch.ops.gatedconv.masked_conv2d.default(
+            input,
+            weight,
+            bias,
+            out_open,
+            in_open,
+            residual,
+            arguments.stride,
+            arguments.padding,
+            arguments.dilation,
+            groups,
+            relu,
+        )
+    if torch.compiler.is_compiling():
+        # How many channels are open is no size that a traced graph knows.
+        out = _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
+    else:
+        out = cut_forward(input, weight, bias, out_open, in_open, residual, arguments, relu)
+    return out.contiguous(memory_format=conv_memory_format(input, weight))
+
+
+def masked_conv2d_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_open: Tensor,
+    in_open: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Compute `masked_conv2d` in full, from PyTorch's own functions: what it means, not how fast."""
+    arguments = check_arguments(
+        input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
+    )
+    return _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
+
+
+def _reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_open: Tensor,
+    in_open: Tensor | None,
+    residual: Tensor | None,
+    arguments: ConvArguments,
+    relu: bool,
+) -> Tensor:
+    groups, channels = arguments.groups, weight.shape[0]
+    if in_open is not None:
+        input = torch.where(in_open[:, None, None], input, 0)
+        taps = in_open.view(groups, 1, -1).expand(groups, channels // groups, -1).reshape(channels, -1)
+        weight = torch.where(taps[:, :, None, None], weight, 0)
+    if out_open.dim() == 1:
+        # A NaN in a closed row would come back through the gradient of the input.
+        weight = torch.where(out_open[:, None, None, None], weight, 0)
+    top, bottom, left, right = arguments.padding
+    padded = F.pad(input, (left, right, top, bottom))
+    out = F.conv2d(padded, weight, bias, arguments.stride, 0, arguments.dilation, groups)
+    out = torch.where(out_open.view(-1, channels, 1, 1), out, 0)
+    if residual is not None:
+        out = out + residual
+    return torch.relu(out) if relu else out
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # fp64 stays fp64 under autocast, as in PyTorch's own convolution.
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor

@@ -1,0 +1,54 @@
+"""The straight-through estimator of a gate (equations 3 and 4 of the paper)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ste", "ste_reference"]
+
+
+class _Ste(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor) -> Tensor:
+        return (logits > 0).to(logits.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return torch.where(logits.abs() <= 1, grad, 0)
+
+
+def ste(logits: Tensor) -> Tensor:
+    """Open a gate where its logit is positive; pass the gradient where the logit is within [-1, 1].
+
+    Args:
+        logits: Floating point, any shape.
+
+    Returns:
+        The gate, exactly 0 or 1, in the shape and dtype of ``logits``; a NaN logit closes it. The gradient is
+        that of the identity where ``|logit| <= 1`` (both ends included) and exactly 0 elsewhere.
+
+    Raises:
+        TypeError: ``logits`` is not a floating point tensor.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"ste: logits must be a floating point tensor, got {kind}")
+    return _Ste.apply(logits)
+
+
+def ste_reference(logits: Tensor) -> Tensor:
+    """Compute `ste` from PyTorch's own differentiable functions."""
+    gate = (logits > 0).to(logits.dtype)
+    # clamp passes the gradient on [-1, 1], ends included; its value is taken away again.
+    passes = logits.nan_to_num(nan=2.0).clamp(-1, 1)
+    return gate + (passes - passes.detach())
