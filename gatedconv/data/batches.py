@@ -1,4 +1,4 @@
-"""Batches made where the model is: uint8 images stay on the device and are augmented there, a batch at a time."""
+"""Batches made where the model is: uint8 images live on the device and are augmented there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class Normalize:
 
     def __init__(self, data: ImageData, device: torch.device, memory_format: torch.memory_format) -> None:
         self.scale = (1 / (255 * torch.tensor(data.std, device=device))).view(1, -1, 1, 1)
-        self.shift = (-torch.tensor(data.mean, device=device) / torch.tensor(data.std, device=device)).view(1, -1, 1, 1)
+        self.shift = (-torch.tensor(data.mean, device=device) / torch.tensor(data.std, device=device)).view(
+            1, -1, 1, 1
+        )
         self.memory_format = memory_format
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ class TrainBatches:
     ) -> None:
         if batch_size > len(data.train_images):
             raise ValueError(
-                f"batch_size: expected at most {len(data.train_images)}, the size of the train split, got {batch_size}"
+                f"batch_size: expected at most {len(data.train_images)}, the size of the train split, "
+                f"got {batch_size}"
             )
         device = torch.device(device)
         self.augment = data.augment if augment is None else augment
@@ -118,7 +121,9 @@ class EvalBatches:
         if split not in ("train", "test"):
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
         images, labels = (
-            (data.train_images, data.train_labels) if split == "train" else (data.test_images, data.test_labels)
+            (data.train_images, data.train_labels)
+            if split == "train"
+            else (data.test_images, data.test_labels)
         )
         device = torch.device(device)
         self.images, self.labels = images.to(device), labels.to(device)

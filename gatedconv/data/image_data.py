@@ -88,10 +88,13 @@ def make_image_data(
         if len(images) == 0:
             raise DataError(f"{where}: {name}_images: expected at least one image, found none")
         if len(images) != len(labels):
-            raise DataError(f"{where}: {name}_labels: expected {len(images)} labels, one per image, found {len(labels)}")
+            raise DataError(
+                f"{where}: {name}_labels: expected {len(images)} labels, one per image, found {len(labels)}"
+            )
         if images.shape[1:] != train[0].shape[1:]:
             raise DataError(
-                f"{where}: {name}_images: expected images of {_size(train[0])} as in train_images, found {_size(images)}"
+                f"{where}: {name}_images: expected images of {_size(train[0])} as in train_images, "
+                f"found {_size(images)}"
             )
     num_classes = len(class_names) or int(train[1].max()) + 1
     for name, (_, labels) in splits.items():

@@ -1,4 +1,4 @@
-"""Latency of models side by side: measured in turns, so that a noisy machine is noisy for all of them alike."""
+"""Latency of models side by side, measured in turns: a noisy machine is noisy for all alike."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def measure_latency(
     if not models:
         raise ValueError("measure_latency: expected at least one model, got none")
     if rounds < 1 or warmup < 1:
-        raise ValueError(f"measure_latency: expected at least 1 round and 1 warm-up, got {rounds} and {warmup}")
+        raise ValueError(
+            f"measure_latency: expected at least 1 round and 1 warm-up, got {rounds} and {warmup}"
+        )
     repeats = {}
     for name, model in models.items():
         for _ in range(warmup):

@@ -1,0 +1,26 @@
+"""Training: settings, the loop, checkpoints, and the pipeline of one run."""
+
+from __future__ import annotations
+
+from gatedconv.train.checkpoint import CheckpointError
+from gatedconv.train.config import TrainConfig
+from gatedconv.train.folder import RunFolder
+from gatedconv.train.listener import Listener
+from gatedconv.train.loop import NonFiniteLoss, train
+from gatedconv.train.metrics import EpochMetrics, evaluate
+from gatedconv.train.presets import PRESETS, preset_settings
+from gatedconv.train.run import run
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "EpochMetrics",
+    "Listener",
+    "NonFiniteLoss",
+    "RunFolder",
+    "TrainConfig",
+    "evaluate",
+    "preset_settings",
+    "run",
+    "train",
+]

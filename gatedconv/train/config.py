@@ -127,7 +127,9 @@ class TrainConfig:
 
 
 # Fields that may change between a run and its continuation: none of them changes the result.
-FREE_ON_RESUME = frozenset({"name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard"})
+FREE_ON_RESUME = frozenset(
+    {"name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard"}
+)
 
 
 def field_specs() -> dict[str, dataclasses.Field[Any]]:
@@ -207,13 +209,21 @@ def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
 def _checked_number(spec: dataclasses.Field[Any], kind: type, value: Any) -> Any:
     accepted = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise TypeError(f"{spec.name}: expected {'a whole number' if kind is int else 'a number'}, got {value!r}")
+        raise TypeError(
+            f"{spec.name}: expected {'a whole number' if kind is int else 'a number'}, got {value!r}"
+        )
     low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
-    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    inside = (
+        (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    )
     if not inside or not math.isfinite(value):
         bounds = [
             text
-            for bound, text in ((low, f"at least {low}"), (above, f"above {above}"), (high, f"at most {high}"))
+            for bound, text in (
+                (low, f"at least {low}"),
+                (above, f"above {above}"),
+                (high, f"at most {high}"),
+            )
             if bound is not None
         ]
         raise ValueError(f"{spec.name}: expected {' and '.join(bounds) or 'a finite number'}, got {value!r}")

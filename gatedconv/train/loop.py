@@ -1,4 +1,4 @@
-"""The training loop: images on the device, augmentation there, SGD, the losses on the gates, a checkpoint per epoch.
+"""The training loop: batches made on the device, SGD, the losses on the gates, a checkpoint per epoch.
 
 Read `_epochs` from top to bottom; everything else is what one of its lines calls.
 """
@@ -80,13 +80,25 @@ def train(
     device = resolve_device(config.device)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     batches = TrainBatches(
-        data, config.batch_size, augment=augmentation(data, config), device=device, seed=config.seed,
+        data,
+        config.batch_size,
+        augment=augmentation(data, config),
+        device=device,
+        seed=config.seed,
         memory_format=memory_format,
     )
     test_batches = EvalBatches(data, device=device, memory_format=memory_format)
     model.to(device=device, memory_format=memory_format)
     return _epochs(
-        model, batches, test_batches, config, phase, checkpoint, resume and checkpoint is not None, on_step, deadline
+        model,
+        batches,
+        test_batches,
+        config,
+        phase,
+        checkpoint,
+        resume and checkpoint is not None,
+        on_step,
+        deadline,
     )
 
 
@@ -112,7 +124,9 @@ def _epochs(
 
     history: list[EpochMetrics] = []
     if resume and checkpoint is not None:
-        history = restore_state(load_checkpoint(checkpoint), checkpoint, parts, batches.generator, config, phase)
+        history = restore_state(
+            load_checkpoint(checkpoint), checkpoint, parts, batches.generator, config, phase
+        )
         yield from history
 
     steps = len(batches)
@@ -147,9 +161,15 @@ def _epochs(
         _require_finite(report.loss, "loss", report, checkpoint)
         _require_finite(test_loss, "test loss", report, checkpoint)
         metrics = EpochMetrics(
-            phase=phase, epoch=epoch + 1, lr=learning_rate(config, done), train_loss=report.loss,
-            train_top1=report.top1, test_loss=test_loss, test_top1=test_top1,
-            seconds=time.monotonic() - started, polar_weight=polar_weight(config, done / config.epochs),
+            phase=phase,
+            epoch=epoch + 1,
+            lr=learning_rate(config, done),
+            train_loss=report.loss,
+            train_top1=report.top1,
+            test_loss=test_loss,
+            test_top1=test_top1,
+            seconds=time.monotonic() - started,
+            polar_weight=polar_weight(config, done / config.epochs),
             **meter.gate_metrics(),
         )
         history.append(metrics)
@@ -226,11 +246,18 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     }
     return torch.optim.SGD(
         [
-            {"params": found, "weight_decay": decay[kind], "lr_factor": config.gate_lr_factor if kind == "gates" else 1.0}
+            {
+                "params": found,
+                "weight_decay": decay[kind],
+                "lr_factor": config.gate_lr_factor if kind == "gates" else 1.0,
+            }
             for kind, found in groups.items()
             if found
         ],
-        lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=True,
     )
 
 
@@ -257,7 +284,9 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one that this machine has ({torch.cuda.device_count()} GPUs), got {name!r}")
+        raise ValueError(
+            f"device: expected one that this machine has ({torch.cuda.device_count()} GPUs), got {name!r}"
+        )
     return device
 
 
@@ -269,7 +298,11 @@ def _would_miss(deadline: float, history: list[EpochMetrics]) -> bool:
 def _require_finite(value: float, what: str, at: StepReport, checkpoint: Path | None) -> None:
     if math.isfinite(value):
         return
-    kept = f"; the checkpoint of the epoch before is kept at {checkpoint}" if checkpoint and checkpoint.exists() else ""
+    kept = (
+        f"; the checkpoint of the epoch before is kept at {checkpoint}"
+        if checkpoint and checkpoint.exists()
+        else ""
+    )
     raise NonFiniteLoss(
         f"{at.phase}: {what} became {value} in epoch {at.epoch}, step {at.step} of {at.steps}; "
         f"expected a finite number (a lower lr or grad_clip may help){kept}"

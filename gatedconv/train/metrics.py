@@ -102,7 +102,9 @@ class EpochMeter:
         if not isinstance(self._open_rates, Tensor):
             return {}
         means = self._open_rates / self.steps
-        rates = dict(zip(self.gates, means.split([gate.num_gates for gate in self.gates.values()]), strict=True))
+        rates = dict(
+            zip(self.gates, means.split([gate.num_gates for gate in self.gates.values()]), strict=True)
+        )
         learning = [gate for gate in self.gates.values() if gate.logits is not None]
         everything = {name: torch.ones_like(rate) for name, rate in rates.items()}
         return {

@@ -85,7 +85,10 @@ def _paper_presets() -> dict[str, Settings]:
     for data, other in (("c10", "c100"), ("c100", "c10")):
         for depth in (56, 110):
             for gate, gate_settings in _PAPER_GATES.items():
-                for suffix, milestones in (("", _PAPER_MILESTONES[data]), ("-swapped", _PAPER_MILESTONES[other])):
+                for suffix, milestones in (
+                    ("", _PAPER_MILESTONES[data]),
+                    ("-swapped", _PAPER_MILESTONES[other]),
+                ):
                     name = f"paper-{data}-r{depth}-{gate}{suffix}"
                     settings = {"name": name, "model": f"resnet{depth}", "milestones": milestones}
                     presets[name] = _PAPER | _PAPER_DATA[data] | gate_settings | settings

@@ -67,7 +67,9 @@ def restore_state(
         CheckpointError: the checkpoint belongs to another run.
     """
     if state["phase"] != phase:
-        raise CheckpointError(f"{path}: expected a checkpoint of phase {phase!r}, found one of {state['phase']!r}")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of phase {phase!r}, found one of {state['phase']!r}"
+        )
     _require_same_config(state["config"], path, config)
     try:
         for name, part in parts.items():
@@ -88,4 +90,6 @@ def _require_same_config(stored: dict[str, Any], path: Path, config: TrainConfig
         mine = getattr(config, name)
         theirs = stored.get(name)
         if name not in FREE_ON_RESUME and theirs != mine:
-            raise CheckpointError(f"{path}: checkpoint of another run: expected {name} {mine!r}, found {theirs!r}")
+            raise CheckpointError(
+                f"{path}: checkpoint of another run: expected {name} {mine!r}, found {theirs!r}"
+            )

@@ -1,0 +1,44 @@
+"""What the commands that take RUN or MODEL have in common: finding networks and images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gatedconv.deploy import load
+from gatedconv.train.folder import RunFolder
+
+KINDS = ("dense", "compact")
+
+
+def saved_networks(target: Path) -> dict[str, nn.Module]:
+    """The finished networks of a run folder ("dense", "compact"), or the one in a model file.
+
+    Raises:
+        ValueError: nothing is there, or it is no run and no model.
+    """
+    if target.is_file():
+        return {target.stem: load(target)}
+    if not target.is_dir():
+        raise ValueError(f"{target}: expected a run folder or a saved model, found nothing there")
+    folder = RunFolder(target)
+    found = {kind: load(folder.model(kind)) for kind in KINDS if folder.model(kind).is_file()}
+    if not found:
+        raise ValueError(
+            f"{target}: expected a finished run with dense.safetensors or compact.safetensors, found neither"
+        )
+    return found
+
+
+def cut_network(target: Path) -> nn.Module:
+    """The cut network of a run, or its dense one if it had no gates, or the network in a model file."""
+    networks = saved_networks(target)
+    return networks.get("compact") or next(iter(networks.values()))
+
+
+def example_input(network: nn.Module, batch: int = 1) -> torch.Tensor:
+    """Random images (batch, C, H, W) of the size that a network was built for, the same at every call."""
+    size = getattr(network, "input_size", (3, 32, 32))
+    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,77 @@
+"""`gatedconv train`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from gatedconv.cli.config_flags import add_config_flags, given_flags, merge_settings
+from gatedconv.train.config import TrainConfig, make_config
+from gatedconv.train.folder import RunFolder
+
+TIME_LIMIT = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.epilog = (
+        "precedence: preset < config file < flag. Exit code 3: max_minutes ended the run; resume it."
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="named settings: demo, paper-c10-r56-layer, best-c10-r56, ..."
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file")
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="folder to write; default: a new one in runs/"
+    )
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    add_config_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, print the outcome, draw the plots."""
+    from gatedconv.cli.progress import make_listener
+    from gatedconv.report import comparison_table
+    from gatedconv.train.run import run as run_training
+
+    flags = given_flags(arguments)
+    if arguments.resume is not None:
+        if arguments.preset or arguments.config or arguments.run:
+            raise ValueError("resume: the settings are the run's own; leave out --preset, --config and --run")
+        folder = RunFolder(arguments.resume)
+        stored = folder.read_config()
+        config = make_config({**vars(stored), **flags})
+    else:
+        config = merge_settings(arguments.preset, arguments.config, flags)
+        folder = RunFolder(arguments.run or _new_folder(config))
+    with make_listener() as listener:
+        summary = run_training(config, folder, resume=arguments.resume is not None, listener=listener)
+    if summary is None:
+        return TIME_LIMIT
+    _draw(folder)
+    print(comparison_table(summary))
+    print(f"written to {folder.path}")
+    return 0
+
+
+def _draw(folder: RunFolder) -> None:
+    """Draw the plots where matplotlib is installed; a run without pictures is still a run."""
+    from gatedconv.cli.report import draw_run
+
+    try:
+        draw_run(folder)
+    except ImportError as error:
+        print(f"plots not drawn: {error}")
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    """The first free one of runs/NAME-seedN, runs/NAME-seedN-2, ..."""
+    source = Path(config.data.partition(":")[2]).stem or config.data
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name or f"{config.model}-{config.gate}-{source}")
+    base = Path("runs") / f"{label}-seed{config.seed}"
+    number, folder = 1, base
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder

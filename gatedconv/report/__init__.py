@@ -1,0 +1,7 @@
+"""What people look at after a run: tables and plots, made from plain dicts."""
+
+from __future__ import annotations
+
+from gatedconv.report.tables import comparison_table, figures_table, latency_table, runs_table, text_table
+
+__all__ = ["comparison_table", "figures_table", "latency_table", "runs_table", "text_table"]

@@ -1,0 +1,109 @@
+"""Results as plain text tables, the same on a terminal, in a log and in a README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Summary = Mapping[str, Any]
+_ABSENT = "-"
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out cells in columns: the first to the left, the others to the right, a rule under the header."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def laid_out(cells: Sequence[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([laid_out(lines[0]), rule, *(laid_out(line) for line in lines[1:])])
+
+
+def comparison_table(summary: Summary) -> str:
+    """Dense against frozen, from a run's summary: top-1, MACs, parameters, latency, agreement.
+
+    A run without a dense baseline, or without gates, leaves that column empty.
+    """
+    dense, frozen = summary.get("dense"), summary.get("frozen")
+    rows = [
+        ["top-1 (%)", *_cells(dense, frozen, "top1", "{:.2f}", relative=False)],
+        ["MACs (M)", *_cells(dense, frozen, "macs", "{:.2f}", scale=1e-6)],
+        ["parameters (k)", *_cells(dense, frozen, "params", "{:.1f}", scale=1e-3)],
+    ]
+    for batch in ("1", "32"):
+        measured = [_latency(side, batch) for side in (dense, frozen)]
+        if any(measured):
+            rows.append([f"latency, batch {batch} (ms)", *_cells(*measured, "ms", "{:.2f}")])
+    if frozen is not None:
+        rows.append(["agreement (%)", _ABSENT, f"{100 * summary['agreement']:.2f}", ""])
+    return text_table(["", "dense", "frozen", "change"], rows)
+
+
+def runs_table(summaries: Mapping[str, Summary]) -> str:
+    """One row per network of each run: {run: summary}."""
+    rows = []
+    for run, summary in summaries.items():
+        for kind in ("dense", "frozen"):
+            if kind in summary:
+                agreement = summary.get("agreement") if kind == "frozen" else None
+                rows.append(
+                    [
+                        run,
+                        kind,
+                        *_figures(summary[kind]),
+                        _ABSENT if agreement is None else f"{100 * agreement:.2f}",
+                    ]
+                )
+    return text_table(["run", "network", "top-1 (%)", "MACs (M)", "params (k)", "agreement (%)"], rows)
+
+
+def figures_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row per network, from {name: {top1, macs, params}}."""
+    return text_table(
+        ["network", "top-1 (%)", "MACs (M)", "params (k)"],
+        [[name, *_figures(row)] for name, row in rows.items()],
+    )
+
+
+def latency_table(rows: Iterable[tuple[str, int, Any]]) -> str:
+    """One row per (name, batch, latency), latency with `median`, `least` and `iqr` in ms."""
+    return text_table(
+        ["network", "batch", "median (ms)", "least (ms)", "spread (ms)"],
+        [
+            [name, str(batch), *(f"{value:.3f}" for value in (at.median, at.least, at.iqr))]
+            for name, batch, at in rows
+        ],
+    )
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row['top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['params'] / 1e3:.1f}"]
+
+
+def _latency(side: Mapping[str, Any] | None, batch: str) -> dict[str, float] | None:
+    found = (side or {}).get("latency_ms", {}).get(batch)
+    return None if found is None else {"ms": found}
+
+
+def _cells(
+    dense: Mapping[str, Any] | None,
+    frozen: Mapping[str, Any] | None,
+    key: str,
+    form: str,
+    *,
+    scale: float = 1.0,
+    relative: bool = True,
+) -> list[str]:
+    """Dense, frozen and their difference: percent of dense where `relative`, else in the unit itself."""
+    values = [None if side is None else side[key] * scale for side in (dense, frozen)]
+    shown = [_ABSENT if value is None else form.format(value) for value in values]
+    before, after = values
+    if before is None or after is None:
+        return [*shown, ""]
+    return [*shown, f"{100 * (after / before - 1):+.1f} %" if relative else f"{after - before:+.2f}"]

@@ -1,0 +1,149 @@
+"""The folder that a run writes: one place that knows its file names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gatedconv.train.checkpoint import has_checkpoint, write_atomic
+from gatedconv.train.config import TrainConfig, make_config, read_toml, to_toml
+from gatedconv.train.metrics import EpochMetrics
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run.
+
+    config.toml        every setting
+    metrics.jsonl      one line per epoch and training
+    checkpoint/        dense.pt, gated.pt and, of each, the one before
+    summary.json       the outcome
+    plots/             pictures
+    *.safetensors, compact.onnx, compact.pt2
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Settings as TOML."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The outcome as JSON."""
+        return self.path / "summary.json"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of pictures."""
+        return self.path / "plots"
+
+    def checkpoint(self, phase: str) -> Path:
+        """Newest checkpoint of a training."""
+        return self.path / "checkpoint" / f"{phase}.pt"
+
+    def model(self, kind: str) -> Path:
+        """Saved model: kind is dense, gated or compact."""
+        return self.path / f"{kind}.safetensors"
+
+    def holds_run(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.is_file() or any(
+            has_checkpoint(self.checkpoint(phase)) for phase in ("dense", "gated")
+        )
+
+    def begin(self, config: TrainConfig, *, resume: bool) -> None:
+        """Claim the folder for a run and write its config.
+
+        Raises:
+            ValueError: it holds another run, or there is none to resume.
+            OSError: it cannot be written.
+        """
+        if resume and not self.holds_run():
+            raise ValueError(f"{self.path}: expected a run to resume, found none")
+        if not resume and self.holds_run():
+            raise ValueError(
+                f"{self.path}: holds a run already; go on with --resume, or choose another folder"
+            )
+        if not resume:
+            write_atomic(self.config, to_toml(config).encode())
+
+    def read_config(self) -> TrainConfig:
+        """The settings of the run.
+
+        Raises:
+            ValueError: there are none, or they are damaged.
+        """
+        if not self.config.is_file():
+            raise ValueError(f"{self.path}: expected a run folder with config.toml, found none")
+        return make_config(read_toml(self.config), where=str(self.config))
+
+    def read_metrics(self) -> list[EpochMetrics]:
+        """Metrics of every epoch so far, in order; empty if none was finished.
+
+        Raises:
+            ValueError: a line is damaged.
+        """
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(EpochMetrics(**json.loads(line)))
+            except (json.JSONDecodeError, TypeError) as error:
+                if number == len(lines):
+                    break  # cut off by a crash: a resumed run writes it again
+                raise ValueError(f"{self.metrics}: line {number} is damaged ({error})") from None
+        return found
+
+    def read_summary(self) -> dict[str, Any]:
+        """The outcome of the run.
+
+        Raises:
+            ValueError: the run has none yet, or it is damaged.
+        """
+        try:
+            summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{self.path}: expected a finished run with summary.json, found none") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.summary}: expected JSON, found damaged text ({error})") from None
+        return summary
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write the outcome, whole or not at all."""
+        write_atomic(self.summary, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl; the first line of a session replaces the file.
+
+    A resumed training yields its finished epochs again, from the checkpoint, so the file always tells
+    exactly what the checkpoint knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._mode = "w"
+
+    def write(self, metrics: EpochMetrics) -> None:
+        """Add one line.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        try:
+            with open(self.path, self._mode, encoding="utf-8") as file:
+                file.write(json.dumps(metrics.as_dict()) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.path}: could not be written ({error.strerror})") from None
+        self._mode = "a"

@@ -1,0 +1,151 @@
+"""One run, from a config to a folder: train, freeze, cut, measure, save."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatedconv.data import ImageData
+from gatedconv.train.build import build_model, load_images, phases
+from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
+from gatedconv.train.config import TrainConfig
+from gatedconv.train.finish import finish
+from gatedconv.train.folder import MetricsWriter, RunFolder
+from gatedconv.train.listener import Listener
+from gatedconv.train.loop import resolve_device, train
+from gatedconv.train.metrics import EpochMetrics
+from gatedconv.train.provenance import provenance
+from gatedconv.train.tensorboard import TensorBoard
+
+# All gates stuck this far from the wanted MACs means that the target will not be met.
+_TARGET_TOLERANCE = 0.05
+
+
+def run(
+    config: TrainConfig, folder: RunFolder, *, resume: bool = False, listener: Listener | None = None
+) -> dict[str, Any] | None:
+    """Train what `config` asks for and write everything to `folder`.
+
+    Args:
+        config: the run.
+        folder: a folder that holds no run yet, or, with `resume`, this one.
+        resume: go on where the folder's checkpoints stand.
+        listener: hears of progress.
+
+    Returns:
+        The content of summary.json; None if `max_minutes` ended the run early.
+
+    Raises:
+        DataError, CheckpointError, ValueError, NonFiniteLoss, OSError: see `train` and `RunFolder.begin`;
+            whatever was on the disk before stays there.
+    """
+    listener = listener or Listener()
+    deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    resolve_device(config.device)
+    data = load_images(config)
+    folder.begin(config, resume=resume)
+    listener.start(config, data)
+    trained = _train_phases(config, data, folder, resume, listener, deadline)
+    if trained is None:
+        return None
+    return conclude(config, data, folder, trained, listener)
+
+
+def conclude(
+    config: TrainConfig, data: ImageData, folder: RunFolder, trained: dict[str, nn.Module], listener: Listener
+) -> dict[str, Any]:
+    """Freeze, cut and measure trained networks, and write summary.json; returns its content."""
+    listener.phase("finish")
+    started = time.monotonic()
+    outcome = finish(config, data, folder, trained, listener)
+    history = folder.read_metrics()
+    summary = {
+        "name": config.name,
+        "model": config.model,
+        "gate": config.gate,
+        "data": config.data,
+        "evaluated_on": config.evaluate_on,
+        "seed": config.seed,
+        "epochs": {phase: sum(line.phase == phase for line in history) for phase in trained},
+        **outcome,
+        "wall_s": round(sum(line.seconds for line in history) + time.monotonic() - started, 2),
+        **provenance(resolve_device(config.device)),
+    }
+    folder.write_summary(summary)
+    return summary
+
+
+def load_trained(folder: RunFolder, config: TrainConfig, data: ImageData) -> dict[str, nn.Module]:
+    """The networks of a run as its newest checkpoints have them, whether or not it was finished.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    trained = {}
+    for phase in phases(config):
+        path = folder.checkpoint(phase)
+        if has_checkpoint(path) or phase == "gated":
+            network = build_model(config, data, gated=phase == "gated")
+            network.load_state_dict(load_checkpoint(path)["model"])
+            layout = torch.channels_last if config.channels_last else torch.contiguous_format
+            trained[phase] = network.to(device=resolve_device(config.device), memory_format=layout)
+    return trained
+
+
+def _train_phases(
+    config: TrainConfig,
+    data: ImageData,
+    folder: RunFolder,
+    resume: bool,
+    listener: Listener,
+    deadline: float | None,
+) -> dict[str, nn.Module] | None:
+    writer = MetricsWriter(folder.metrics)
+    trained: dict[str, nn.Module] = {}
+    with TensorBoard(folder.path / "tensorboard") if config.tensorboard else nullcontext() as board:
+        for phase in phases(config):
+            listener.phase(phase)
+            network = build_model(config, data, gated=phase == "gated")
+            checkpoint = folder.checkpoint(phase)
+            metrics = None
+            for metrics in train(
+                network,
+                data,
+                config,
+                phase=phase,
+                checkpoint=checkpoint,
+                resume=resume and has_checkpoint(checkpoint),
+                on_step=listener.step,
+                deadline=deadline,
+            ):
+                writer.write(metrics)
+                if board is not None:
+                    board.write(metrics)
+                listener.epoch(metrics)
+            done = metrics.epoch if metrics else 0
+            if done < config.epochs:
+                listener.note(
+                    f"stopped after {done} of {config.epochs} epochs ({phase}): max_minutes is "
+                    f"{config.max_minutes:g}; go on with: gatedconv train --resume {folder.path}"
+                )
+                return None
+            if metrics is not None:
+                _note_stuck_gates(config, metrics, listener)
+            trained[phase] = network
+    return trained
+
+
+def _note_stuck_gates(config: TrainConfig, last: EpochMetrics, listener: Listener) -> None:
+    """Say so when nothing could move the gates any more and the MACs are not what was asked for."""
+    stuck = last.num_gates > 0 and last.gates_saturated == last.num_gates
+    if stuck and config.mac_weight and last.macs > config.mac_target * (1 + _TARGET_TOLERANCE):
+        listener.note(
+            f"all {last.num_gates} gates are saturated at {last.macs:.1%} of the dense MACs, "
+            f"mac_target is {config.mac_target:.1%}: a longer gate_warmup or a higher mac_weight may help"
+        )
