@@ -12,12 +12,13 @@ KINDS = ("open", "closed", "one", "odd")
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
 def gated_model(gate, position, shortcut, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    model = gatedconv.models.resnet20(gate=gate, position=position, shortcut=shortcut, **options)
+    # depth 8: an identity block and both kinds of downsampling, at a third of the time of ResNet-20
+    model = gatedconv.models.ResNet(8, gate=gate, position=position, shortcut=shortcut, **options)
     randomize_statistics(model, seed=1)
     return model.to(dtype).eval()
 

@@ -1,0 +1,91 @@
+"""compact: what is left, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import gatedconv
+from gatedconv.nn import ChannelBias, CompactBlock, ConstantMap, GatherChannels, PadShortcut, ScatterAdd
+from tests.oracle import random_masks
+
+OURS = (gatedconv.models.ResNet, CompactBlock, GatherChannels, ScatterAdd, ChannelBias, ConstantMap, PadShortcut)
+X = torch.zeros(1, 3, 16, 16)
+
+
+def cut(kind, gate="both", position="after", seed=0):
+    torch.manual_seed(0)
+    model = gatedconv.models.resnet20(gate=gate, position=position, input_size=(3, 16, 16)).eval()
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, kind, seed)
+    return gatedconv.compact(gatedconv.freeze(model, masks=masks), X), masks
+
+
+@pytest.mark.parametrize("position", ["before", "middle", "after"])
+@pytest.mark.parametrize("kind", ["open", "closed", "one", "odd"])
+def test_only_plain_modules_remain(kind, position):
+    small, _ = cut(kind, position=position)
+    for name, module in small.named_modules():
+        assert type(module).__module__.startswith("torch.nn") or type(module) in OURS, name
+    assert not any("gate" in name for name in small.state_dict())
+
+
+def test_closed_layers_vanish():
+    small, _ = cut("closed", gate="layer")
+    assert [type(block) for block in small.layer1] == [nn.Identity] * 3
+    convolutions = [m for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 3  # the stem and two projections
+    assert gatedconv.count_macs(small, X) < 0.02 * gatedconv.count_macs(gatedconv.models.resnet20(), X)
+
+
+def test_everything_open_is_the_dense_network():
+    small, _ = cut("open")
+    dense = gatedconv.models.resnet20()
+    assert gatedconv.count_macs(small, X) == gatedconv.count_macs(dense, X)
+    assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in dense.parameters())
+
+
+@pytest.mark.parametrize(("position", "sides"), [("before", (1, 0)), ("middle", (1, 1)), ("after", (0, 1))])
+def test_convolutions_have_exactly_the_open_channels(position, sides):
+    small, masks = cut("odd", gate="channel", position=position, seed=5)
+    for name, mask in masks.items():
+        branch = small.get_submodule(name.removesuffix("channel_gate") + "branch")
+        count = int(mask.sum())
+        if position == "before":
+            assert branch.conv1.in_channels == count
+        if position == "middle":
+            assert branch.conv1.out_channels == branch.bn1.num_features == branch.conv2.in_channels == count
+        if position == "after":
+            assert branch.conv2.out_channels == branch.bn2.num_features == count
+
+
+def test_compact_leaves_the_frozen_model_alone_and_shares_nothing_with_it():
+    model = gatedconv.models.resnet20(gate="channel", position="middle", input_size=(3, 16, 16)).eval()
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", 0)
+    frozen = gatedconv.freeze(model, masks=masks)
+    before = frozen(torch.ones(1, 3, 16, 16))
+    small = gatedconv.compact(frozen, X)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    assert torch.equal(frozen(torch.ones(1, 3, 16, 16)), before)
+
+
+def test_the_cut_net_trains_scripts_and_traces():
+    small, _ = cut("odd", position="before")
+    small.train()(torch.randn(4, 3, 16, 16)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in small.parameters() if p.grad is not None)
+    small.eval()
+    traced = torch.fx.symbolic_trace(small)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(traced(x), small(x))
+
+
+def test_bad_arguments_are_named():
+    model = gatedconv.models.resnet20(gate="layer")
+    with pytest.raises(ValueError, match="freeze the model first; gate 'layer1.0.layer_gate' is still learning"):
+        gatedconv.compact(model, X)
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        gatedconv.compact("model", X)
+    with pytest.raises(TypeError, match="example_input must be a tensor"):
+        gatedconv.compact(gatedconv.models.resnet20(), (1, 3, 16, 16))

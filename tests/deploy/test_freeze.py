@@ -1,0 +1,135 @@
+"""freeze: votes, masks by hand, agreement, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gatedconv
+
+
+def tiny(gate="channel", **options):
+    torch.manual_seed(0)
+    return gatedconv.models.resnet20(gate=gate, input_size=(3, 8, 8), **options).eval()
+
+
+def make_gate_follow_brightness(gate):
+    """Logit = mean of the input's channel 0 minus 0.5: the sample decides."""
+    torch.nn.init.zeros_(gate.fc1.weight)
+    torch.nn.init.zeros_(gate.fc1.bias)
+    gate.fc1.weight.data[0, 0] = 1
+    torch.nn.init.zeros_(gate.fc2.weight)
+    gate.fc2.weight.data[:, 0] = 1
+    gate.fc2.bias.data[:] = -0.5
+
+
+class FirstGate(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = gatedconv.LayerGate(1)
+        make_gate_follow_brightness(self.gate)
+
+    def forward(self, x):
+        return x * self.gate(x)[:, :, None, None]
+
+
+def images(*levels):
+    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("levels", "is_open", "agreement"),
+    [((1.0, 1.0, 0.0), True, 2 / 3), ((1.0, 0.0, 0.0), False, 2 / 3), ((1.0, 0.0), True, 0.5), ((0.0,), False, 1.0)],
+)
+@pytest.mark.filterwarnings("ignore:freeze")
+def test_the_majority_of_all_samples_decides_and_a_tie_opens(levels, is_open, agreement):
+    loader = [(images(level), None) for level in levels]  # one sample a batch
+    for batches in (loader, [images(*levels)]):
+        frozen = gatedconv.freeze(FirstGate().eval(), batches)
+        assert frozen.consensus.masks["gate"].tolist() == [is_open]
+        assert frozen.consensus.agreement == pytest.approx(agreement)
+        assert frozen.consensus.open_rates["gate"].item() == pytest.approx(sum(levels) / len(levels))
+
+
+def test_low_agreement_warns_and_names_the_gates():
+    with pytest.warns(UserWarning, match=r"66.67% of the decisions; least on: gate 66.7%"):
+        gatedconv.freeze(FirstGate().eval(), [images(1.0, 1.0, 0.0)])
+
+
+def test_freezing_leaves_the_original_alone():
+    model = tiny().train()
+    model(torch.randn(4, 3, 8, 8))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = gatedconv.freeze(model, [torch.randn(4, 3, 8, 8)])
+    assert model.training and all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert all(gate.mask is None for gate in gatedconv.gates(model).values())
+    assert all(gate.mask.dtype == torch.bool for gate in gatedconv.gates(frozen).values())
+    assert not any("fc1" in name for name in frozen.state_dict())
+
+
+def test_without_a_loader_the_running_open_rates_of_training_decide():
+    model = tiny()
+    gate = gatedconv.gates(model)["layer1.0.channel_gate"]
+    gate.running_open_rate.copy_(torch.linspace(0, 1, 16))
+    with pytest.warns(UserWarning, match="layer1.0.channel_gate"):
+        frozen = gatedconv.freeze(model)
+    assert torch.equal(frozen.consensus.masks["layer1.0.channel_gate"], torch.linspace(0, 1, 16) >= 0.5)
+    assert 0.9 < frozen.consensus.agreement < 1
+
+
+def test_masks_by_hand_with_a_loader_measure_agreement():
+    masks = {"gate": torch.tensor([False])}
+    assert gatedconv.freeze(FirstGate().eval(), masks=masks).consensus.agreement is None
+    with pytest.warns(UserWarning):
+        frozen = gatedconv.freeze(FirstGate().eval(), [images(1.0, 1.0, 0.0)], masks=masks)
+    assert frozen.consensus.masks["gate"].tolist() == [False]
+    assert frozen.consensus.agreement == pytest.approx(1 / 3)
+
+
+def test_training_goes_on_after_freezing_with_gradients_for_open_channels_only():
+    model = tiny(position="middle")
+    masks = {name: torch.arange(g.num_gates) % 2 == 0 for name, g in gatedconv.gates(model).items()}
+    frozen = gatedconv.freeze(model, masks=masks).train()
+    frozen(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    block = frozen.layer2[1]
+    open_rows = block.conv1.weight.grad.flatten(1).abs().sum(dim=1) > 0
+    assert torch.equal(open_rows, masks["layer2.1.channel_gate"])
+    assert torch.equal(block.conv2.weight.grad.transpose(0, 1).flatten(1).abs().sum(dim=1) > 0, open_rows)
+
+
+def test_state_dict_of_a_frozen_model_moves_the_masks():
+    model = tiny("layer")
+    names = list(gatedconv.gates(model))
+    closed = {name: torch.tensor([False]) for name in names}
+    source = gatedconv.freeze(model, masks=closed)
+    target = gatedconv.freeze(model, masks={name: torch.tensor([True]) for name in names})
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(target(x), source(x))
+    assert not any(gate.is_open for gate in gatedconv.gates(target).values())
+
+
+def test_bad_arguments_are_named():
+    model = tiny("layer")
+    good = {name: torch.tensor([True]) for name in gatedconv.gates(model)}
+    first = next(iter(good))
+    with pytest.raises(ValueError, match=f"missing .*{first}"):
+        gatedconv.freeze(model, masks={k: v for k, v in good.items() if k != first})
+    with pytest.raises(ValueError, match="unknown .'layer9'"):
+        gatedconv.freeze(model, masks={**good, "layer9": torch.tensor([True])})
+    with pytest.raises(TypeError, match="must be a bool tensor, got torch.float32"):
+        gatedconv.freeze(model, masks={**good, first: torch.ones(1)})
+    with pytest.raises(TypeError, match="must be a bool tensor, got list"):
+        gatedconv.freeze(model, masks={**good, first: [True]})
+    with pytest.raises(ValueError, match=r"must have shape \(1,\), got \(2,\)"):
+        gatedconv.freeze(model, masks={**good, first: torch.tensor([True, True])})
+    with pytest.raises(TypeError, match="masks must be a dict"):
+        gatedconv.freeze(model, masks=[torch.tensor([True])])
+    with pytest.raises(ValueError, match="no gates"):
+        gatedconv.freeze(gatedconv.models.resnet20())
+    with pytest.raises(ValueError, match="frozen already"):
+        gatedconv.freeze(gatedconv.freeze(model, masks=good))
+    with pytest.raises(ValueError, match="no samples"):
+        gatedconv.freeze(model, [])
+    with pytest.raises(TypeError, match="must yield tensors"):
+        gatedconv.freeze(model, [{"image": torch.zeros(1)}])

@@ -1,0 +1,117 @@
+"""save and load: every stage of a model, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+
+import pytest
+import torch
+
+import gatedconv
+from tests.oracle import random_masks, randomize_statistics
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def stages():
+    torch.manual_seed(0)
+    model = gatedconv.models.resnet20(gate="both", position="middle", shortcut="A", num_classes=7, input_size=(3, 16, 16))
+    randomize_statistics(model, 0)
+    model.eval()
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", 3)
+    frozen = gatedconv.freeze(model, masks=masks)
+    dense = gatedconv.models.resnet20().eval()
+    return {"dense": dense, "gated": model, "frozen": frozen, "compact": gatedconv.compact(frozen, X)}
+
+
+@pytest.mark.parametrize("stage", ["dense", "gated", "frozen", "compact"])
+def test_a_loaded_model_computes_the_same_bits(stage, tmp_path):
+    model = stages()[stage]
+    gatedconv.save(model, tmp_path / "model.safetensors")
+    loaded = gatedconv.load(tmp_path / "model.safetensors")
+    assert torch.equal(loaded(X), model(X)) and not loaded.training
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    if stage in ("frozen", "compact"):
+        assert loaded.consensus.masks.keys() == model.consensus.masks.keys()
+        assert all(torch.equal(loaded.consensus.masks[n], m) for n, m in model.consensus.masks.items())
+
+
+def test_doubles_stay_doubles(tmp_path):
+    model = stages()["compact"].double()
+    gatedconv.save(model, tmp_path / "m")
+    assert torch.equal(gatedconv.load(tmp_path / "m")(X.double()), model(X.double()))
+
+
+def test_nothing_in_the_file_is_a_pickle(tmp_path):
+    gatedconv.save(stages()["compact"], tmp_path / "m")
+    data = (tmp_path / "m").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])  # the whole header is JSON, and tensors are what follows
+    assert header["__metadata__"]["gatedconv"].startswith("{")
+
+
+def edit_header(path, edit):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def test_damaged_truncated_foreign_and_newer_files(tmp_path):
+    path = tmp_path / "m.safetensors"
+    gatedconv.save(stages()["frozen"], path)
+    good = path.read_bytes()
+
+    def description(change):
+        def edit(header):
+            inner = json.loads(header["__metadata__"]["gatedconv"])
+            change(inner)
+            header["__metadata__"]["gatedconv"] = json.dumps(inner)
+
+        return edit
+
+    def refuses(match, error=ValueError):
+        with pytest.raises(error, match=match) as caught:
+            gatedconv.load(path)
+        assert "m.safetensors" in str(caught.value)
+        path.write_bytes(good)
+
+    path.write_bytes(good[:-100])
+    refuses("not a whole safetensors file")
+    path.write_bytes(b"PK\x03\x04 something else")
+    refuses("not a whole safetensors file")
+    path.write_bytes(b"")
+    refuses("not a whole safetensors file")
+    edit_header(path, lambda header: header.pop("__metadata__"))
+    refuses("gatedconv did not write it")
+    edit_header(path, description(lambda d: d.update(version=99)))
+    refuses("format version 99")
+    edit_header(path, description(lambda d: d["model"].update(name="resnet999")))
+    refuses("unknown model 'resnet999'")
+    edit_header(path, description(lambda d: d.pop("consensus")))
+    refuses("damaged")
+    edit_header(path, description(lambda d: d["model"].update(num_classes=8)))
+    refuses("do not fit")
+    edit_header(path, lambda header: header["__metadata__"].update(gatedconv="{"))
+    refuses("damaged")
+    path.unlink()
+    refuses("no such file", FileNotFoundError)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    gatedconv.save(stages()["dense"], path)
+    good = path.read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        gatedconv.save(stages()["compact"], path)
+    assert path.read_bytes() == good and os.listdir(tmp_path) == ["m.safetensors"]
