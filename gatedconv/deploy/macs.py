@@ -45,7 +45,8 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
 
 
 def _fvcore_total(model: nn.Module, example_input: Tensor) -> int:
-    from fvcore.nn import FlopCountAnalysis
+    with _quiet():  # fvcore compiles a script at import, which recent PyTorch calls deprecated
+        from fvcore.nn import FlopCountAnalysis
 
     executed = _executed_masked_convs(model, example_input)
 
