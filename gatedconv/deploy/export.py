@@ -46,7 +46,10 @@ def export(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti}[format]
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # deprecations inside the exporters, not for our user to mend
         part = Path(folder) / (path.name if format == "onnx" else "model.pt2")
         with torch.no_grad():
@@ -79,6 +82,14 @@ def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> None:
     if missing:
         raise ImportError(f"export: ONNX needs {' and '.join(missing)}: pip install 'gatedconv[export]'")
     torch.onnx.export(
-        model, (example,), str(path), input_names=["input"], output_names=["output"], opset_version=ONNX_OPSET,
-        dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
+        model,
+        (example,),
+        str(path),
+        input_names=["input"],
+        output_names=["output"],
+        opset_version=ONNX_OPSET,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
     )

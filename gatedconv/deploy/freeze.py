@@ -65,6 +65,7 @@ def freeze(
         raise ValueError(f"freeze: the model is frozen already (gate {frozen_already[0]!r})")
     if masks is not None:
         masks = _checked_masks(gates, masks)
+    agree: dict[str, Tensor] | None
     if loader is not None:
         rates, agree = _vote(model, gates, loader, masks)
     else:
@@ -72,8 +73,9 @@ def freeze(
         agree = None if masks is not None else {n: torch.maximum(r, 1 - r) for n, r in rates.items()}
     masks = masks or {name: rate >= 0.5 for name, rate in rates.items()}
     frozen = freeze_gates(model, masks)
-    frozen.consensus = _consensus(masks, rates, agree)
-    _warn(frozen.consensus)
+    consensus = _consensus(masks, rates, agree)
+    vars(frozen)["consensus"] = consensus  # typed here; Module.__setattr__ is not
+    _warn(consensus)
     return frozen
 
 
@@ -88,7 +90,9 @@ def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(masks, Mapping):
-        raise TypeError(f"freeze: masks must be a dict of gate path -> bool tensor, got {type(masks).__name__}")
+        raise TypeError(
+            f"freeze: masks must be a dict of gate path -> bool tensor, got {type(masks).__name__}"
+        )
     missing, unknown = gates.keys() - masks.keys(), masks.keys() - gates.keys()
     if missing or unknown:
         raise ValueError(
@@ -117,7 +121,9 @@ def _vote(
     A channel gate inside a block that a sample skips is not asked by that sample; one that no sample
     asked keeps the open rate of its training.
     """
-    votes = {name: torch.zeros_like(gate.running_open_rate, dtype=torch.float64) for name, gate in gates.items()}
+    votes = {
+        name: torch.zeros_like(gate.running_open_rate, dtype=torch.float64) for name, gate in gates.items()
+    }
     asked = dict.fromkeys(gates, 0)
     seen, was_training = 0, {module: module.training for module in model.modules()}
     device = next(iter(votes.values())).device
@@ -135,7 +141,9 @@ def _vote(
         for batch in loader:
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             if not isinstance(x, Tensor):
-                raise TypeError(f"freeze: the loader must yield tensors or (tensor, ...), got {type(x).__name__}")
+                raise TypeError(
+                    f"freeze: the loader must yield tensors or (tensor, ...), got {type(x).__name__}"
+                )
             model(x.to(device))
             seen += x.shape[0]
     finally:
@@ -165,7 +173,9 @@ def _consensus(
 def _warn(consensus: Consensus) -> None:
     low = {name: share for name, share in consensus.gate_agreement.items() if share < AGREEMENT_WARNING}
     if consensus.agreement is not None and (consensus.agreement < AGREEMENT_WARNING or low):
-        worst = ", ".join(f"{name} {share:.1%}" for name, share in sorted(low.items(), key=lambda kv: kv[1])[:5])
+        worst = ", ".join(
+            f"{name} {share:.1%}" for name, share in sorted(low.items(), key=lambda kv: kv[1])[:5]
+        )
         warnings.warn(
             f"freeze: the samples agree with the consensus on {consensus.agreement:.2%} of the decisions; "
             f"least on: {worst}",

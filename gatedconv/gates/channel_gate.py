@@ -28,9 +28,17 @@ class ChannelGate(LearnedGate):
     """
 
     def __init__(
-        self, in_channels: int, num_gates: int | None = None, *, hidden: int | None = 16, pool: str = "avg",
-        feature_size: int | tuple[int, int] | None = None, estimator: str = "ste",
-        temperature: float = DEFAULT_TEMPERATURE, device: Any = None, dtype: Any = None,
+        self,
+        in_channels: int,
+        num_gates: int | None = None,
+        *,
+        hidden: int | None = 16,
+        pool: str = "avg",
+        feature_size: int | tuple[int, int] | None = None,
+        estimator: str = "ste",
+        temperature: float = DEFAULT_TEMPERATURE,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         if pool not in ("avg", "flatten"):
             raise ValueError(f"ChannelGate: pool must be 'avg' or 'flatten', got {pool!r}")
@@ -41,8 +49,13 @@ class ChannelGate(LearnedGate):
             raise ValueError(f"ChannelGate: feature_size must be at least 1, got {feature_size!r}")
         positions = size if pool == "flatten" and size is not None else 1
         super().__init__(
-            in_channels * positions, in_channels if num_gates is None else num_gates, hidden=hidden,
-            estimator=estimator, temperature=temperature, device=device, dtype=dtype,
+            in_channels * positions,
+            in_channels if num_gates is None else num_gates,
+            hidden=hidden,
+            estimator=estimator,
+            temperature=temperature,
+            device=device,
+            dtype=dtype,
         )
         self.in_channels = in_channels
         self.pool = pool

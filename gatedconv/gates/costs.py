@@ -69,5 +69,7 @@ def _expected(
     expected = torch.full_like(anchor, always)
     for term, amount in zip(terms, amounts, strict=True):
         if term.gates:
-            expected = expected + amount * math.prod((means[g] for g in term.gates[1:]), start=means[term.gates[0]])
+            expected = expected + amount * math.prod(
+                (means[g] for g in term.gates[1:]), start=means[term.gates[0]]
+            )
     return expected

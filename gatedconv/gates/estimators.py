@@ -23,7 +23,7 @@ class Estimator(nn.Module):
 
 
 class StraightThrough(Estimator):
-    """Eqs. 3-4 of the paper: forward z > 0; backward the identity where \\|z\\| <= 1."""
+    """Eqs. 3-4 of the paper: forward z > 0; backward the identity where abs(z) <= 1."""
 
     def forward(self, logits: Tensor) -> Tensor:
         """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
@@ -106,7 +106,7 @@ def _hard_forward(decision: Tensor, soft: Tensor) -> Tensor:
 
     ``hard - soft.detach() + soft`` would leave values like 0.9999999; the gate has to be exactly 0 or 1.
     """
-    hard: Tensor = _HardForward.apply(decision, soft)  # type: ignore[no-untyped-call]
+    hard: Tensor = _HardForward.apply(decision, soft)
     return hard
 
 
@@ -120,5 +120,5 @@ class _HardForward(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad

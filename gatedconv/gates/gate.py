@@ -42,7 +42,7 @@ class Gate(nn.Module):
     def saturated(self) -> Tensor:
         """Bool (num_gates,): gates that no sample of the last batch can move.
 
-        The straight-through estimator passes no gradient where \\|logit\\| > 1 (eq. 4); a gate is
+        The straight-through estimator passes no gradient where abs(logit) > 1 (eq. 4); a gate is
         saturated when that holds for the whole batch.
         """
         if self.logits is None:
@@ -69,8 +69,15 @@ class LearnedGate(Gate):
     """
 
     def __init__(
-        self, in_features: int, num_gates: int, *, hidden: int | None, estimator: str, temperature: float,
-        device: Any = None, dtype: Any = None,
+        self,
+        in_features: int,
+        num_gates: int,
+        *,
+        hidden: int | None,
+        estimator: str,
+        temperature: float,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__(num_gates, device=device, dtype=dtype)
         name = type(self).__name__
@@ -157,5 +164,5 @@ class FrozenGate(Gate):
         self._note()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, ...) -> the mask for every sample: (N, num_gates) in x.dtype."""
+        """Give the mask to every sample: x (N, ...) -> (N, num_gates) in x.dtype."""
         return self.mask.to(x.dtype).expand(x.shape[0], -1)

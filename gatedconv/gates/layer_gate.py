@@ -12,7 +12,7 @@ DEFAULT_TEMPERATURE = 2 / 3  # at most 1 for two classes, or hard samples and so
 
 
 class LayerGate(LearnedGate):
-    """One decision per sample: does this layer run? (Table 2 of the paper, left column.)
+    """One decision per sample, whether this layer runs (Table 2 of the paper, left column).
 
     Global average pool -> dense ``hidden`` -> BatchNorm1d -> ReLU -> dense 1 -> estimator.
 
@@ -26,12 +26,23 @@ class LayerGate(LearnedGate):
     """
 
     def __init__(
-        self, in_channels: int, *, hidden: int = 16, estimator: str = "ste",
-        temperature: float = DEFAULT_TEMPERATURE, device: Any = None, dtype: Any = None,
+        self,
+        in_channels: int,
+        *,
+        hidden: int = 16,
+        estimator: str = "ste",
+        temperature: float = DEFAULT_TEMPERATURE,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__(
-            in_channels, 1, hidden=hidden, estimator=estimator, temperature=temperature,
-            device=device, dtype=dtype,
+            in_channels,
+            1,
+            hidden=hidden,
+            estimator=estimator,
+            temperature=temperature,
+            device=device,
+            dtype=dtype,
         )
         self.in_channels = in_channels
 

@@ -11,7 +11,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel, DataParallel or torch.compile wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "module") and type(model).__module__.startswith("torch.nn.parallel"):
+        if inner is None and type(model).__module__.startswith("torch.nn.parallel"):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
@@ -33,7 +33,9 @@ def require_gates(model: nn.Module, owner: str) -> dict[str, Gate]:
     """``find_gates``, but ValueError, naming ``owner``, where there are none."""
     found = find_gates(model)
     if not found:
-        raise ValueError(f"{owner}: the model has no gates; build it with gate=... or use gatedconv.gate_model")
+        raise ValueError(
+            f"{owner}: the model has no gates; build it with gate=... or use gatedconv.gate_model"
+        )
     return found
 
 

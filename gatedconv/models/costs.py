@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 def resnet_mac_terms(model: ResNet) -> list[MacTerm]:
     """Terms for one image of ``model.input_size``; gates' own dense layers are not part of them."""
     _, height, width = model.input_size
-    terms = [MacTerm(_conv(model.conv1, height * width) + _norm(model.bn1, height * width),
-                     _params(model.conv1, model.bn1))]
+    terms = [
+        MacTerm(
+            _conv(model.conv1, height * width) + _norm(model.bn1, height * width),
+            _params(model.conv1, model.bn1),
+        )
+    ]
     for stage in ("layer1", "layer2", "layer3"):
         for index, block in enumerate(getattr(model, stage)):
             stride = block.conv1.stride[0]
@@ -38,7 +42,10 @@ def _block_terms(name: str, block: BasicBlock, pixels: int) -> list[MacTerm]:
     gates = {
         part: layer + (channel if block.position in positions else ())
         for part, positions in {
-            "conv1": ("before", "middle"), "bn1": ("middle",), "conv2": ("middle", "after"), "bn2": ("after",)
+            "conv1": ("before", "middle"),
+            "bn1": ("middle",),
+            "conv2": ("middle", "after"),
+            "bn2": ("after",),
         }.items()
     }
     terms = [
@@ -54,17 +61,18 @@ def _block_terms(name: str, block: BasicBlock, pixels: int) -> list[MacTerm]:
 
 
 def _conv(conv: nn.Module, pixels: int) -> float:
-    return float(_weight_count(conv) * pixels)
+    return _weight_count(conv) * pixels
 
 
-def _weight_count(layer: nn.Module) -> int:
-    weight = layer.weight
-    return int(weight.numel())  # type: ignore[operator]
+def _weight_count(layer: nn.Module) -> float:
+    return float(dict(layer.named_parameters())["weight"].numel())
 
 
-def _norm(norm: nn.BatchNorm2d, pixels: int) -> float:
-    return float(2 * norm.num_features * pixels)
+def _norm(norm: nn.Module, pixels: int) -> float:
+    return 2 * _weight_count(norm) * pixels
 
 
 def _params(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for name, p in module.named_parameters() if "gate" not in name)
+    return sum(
+        p.numel() for module in modules for name, p in module.named_parameters() if "gate." not in name
+    )

@@ -26,17 +26,37 @@ class ResNet(nn.Module):
     Shape: (N, C, H, W) -> logits (N, num_classes); any H and W, unless a gate flattens its input.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
-        self, depth: int, num_classes: int = 10, gate: str | None = None, position: str = "after",
-        shortcut: str = "B", *, estimator: str = "ste", temperature: float = 2 / 3, hidden: int | None = 16,
-        pool: str = "avg", input_size: tuple[int, int, int] = (3, 32, 32),
+        self,
+        depth: int,
+        num_classes: int = 10,
+        gate: str | None = None,
+        position: str = "after",
+        shortcut: str = "B",
+        *,
+        estimator: str = "ste",
+        temperature: float = 2 / 3,
+        hidden: int | None = 16,
+        pool: str = "avg",
+        input_size: tuple[int, int, int] = (3, 32, 32),
     ) -> None:
         super().__init__()
         _check(depth, num_classes, gate, position, shortcut, estimator, hidden, pool, input_size)
         self.config: dict[str, Any] = {
-            "name": f"resnet{depth}", "num_classes": num_classes, "gate": gate, "position": position,
-            "shortcut": shortcut, "estimator": estimator, "temperature": temperature, "hidden": hidden,
-            "pool": pool, "input_size": list(input_size),
+            "name": f"resnet{depth}",
+            "num_classes": num_classes,
+            "gate": gate,
+            "position": position,
+            "shortcut": shortcut,
+            "estimator": estimator,
+            "temperature": temperature,
+            "hidden": hidden,
+            "pool": pool,
+            "input_size": list(input_size),
         }
         channels, height, width = self.input_size = tuple(input_size)
         self.conv1 = nn.Conv2d(channels, WIDTHS[0], 3, padding=1, bias=False)
@@ -49,7 +69,7 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 1 and index == 0 else 1
                 blocks.append(self._block(in_channels, out_channels, stride, (height, width)))
                 in_channels, height, width = out_channels, -(-height // stride), -(-width // stride)
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(WIDTHS[-1], num_classes)
         for module in self.modules():
@@ -72,29 +92,45 @@ class ResNet(nn.Module):
                 read, hidden=options["hidden"], pool=options["pool"], feature_size=feature_size, **head
             )
         return BasicBlock(
-            in_channels, channels, stride, shortcut=options["shortcut"], position=position,
-            layer_gate=layer_gate, channel_gate=channel_gate,
+            in_channels,
+            channels,
+            stride,
+            shortcut=options["shortcut"],
+            position=position,
+            layer_gate=layer_gate,
+            channel_gate=channel_gate,
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> logits (N, num_classes)."""
+        """Classify: x (N, C, H, W) -> logits (N, num_classes)."""
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
 
 
 def _check(
-    depth: int, num_classes: int, gate: str | None, position: str, shortcut: str, estimator: str,
-    hidden: int | None, pool: str, input_size: tuple[int, int, int],
+    depth: int,
+    num_classes: int,
+    gate: str | None,
+    position: str,
+    shortcut: str,
+    estimator: str,
+    hidden: int | None,
+    pool: str,
+    input_size: tuple[int, int, int],
 ) -> None:
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"ResNet: depth must be 6n + 2 with n >= 1, got {depth}")
     if num_classes < 1:
         raise ValueError(f"ResNet: num_classes must be at least 1, got {num_classes}")
     for name, value, allowed in (
-        ("gate", gate, GATES), ("position", position, POSITIONS), ("shortcut", shortcut, ("A", "B")),
-        ("estimator", estimator, ESTIMATORS), ("pool", pool, ("avg", "flatten")),
+        ("gate", gate, GATES),
+        ("position", position, POSITIONS),
+        ("shortcut", shortcut, ("A", "B")),
+        ("estimator", estimator, ESTIMATORS),
+        ("pool", pool, ("avg", "flatten")),
     ):
         if value not in allowed:
             raise ValueError(f"ResNet: {name} must be one of {allowed}, got {value!r}")
@@ -104,8 +140,13 @@ def _check(
         raise ValueError(f"ResNet: input_size must be (C, H, W), all positive, got {input_size!r}")
 
 
-def resnet20(num_classes: int = 10, gate: str | None = None, position: str = "after",
-             shortcut: str = "B", **options: Any) -> ResNet:
+def resnet20(
+    num_classes: int = 10,
+    gate: str | None = None,
+    position: str = "after",
+    shortcut: str = "B",
+    **options: Any,
+) -> ResNet:
     """ResNet-20 for small images; the other depths differ in nothing else.
 
     Args:
@@ -124,25 +165,45 @@ def resnet20(num_classes: int = 10, gate: str | None = None, position: str = "af
     return ResNet(20, num_classes, gate, position, shortcut, **options)
 
 
-def resnet32(num_classes: int = 10, gate: str | None = None, position: str = "after",
-             shortcut: str = "B", **options: Any) -> ResNet:
+def resnet32(
+    num_classes: int = 10,
+    gate: str | None = None,
+    position: str = "after",
+    shortcut: str = "B",
+    **options: Any,
+) -> ResNet:
     """ResNet-32; arguments as in ``resnet20``."""
     return ResNet(32, num_classes, gate, position, shortcut, **options)
 
 
-def resnet44(num_classes: int = 10, gate: str | None = None, position: str = "after",
-             shortcut: str = "B", **options: Any) -> ResNet:
+def resnet44(
+    num_classes: int = 10,
+    gate: str | None = None,
+    position: str = "after",
+    shortcut: str = "B",
+    **options: Any,
+) -> ResNet:
     """ResNet-44; arguments as in ``resnet20``."""
     return ResNet(44, num_classes, gate, position, shortcut, **options)
 
 
-def resnet56(num_classes: int = 10, gate: str | None = None, position: str = "after",
-             shortcut: str = "B", **options: Any) -> ResNet:
+def resnet56(
+    num_classes: int = 10,
+    gate: str | None = None,
+    position: str = "after",
+    shortcut: str = "B",
+    **options: Any,
+) -> ResNet:
     """ResNet-56; arguments as in ``resnet20``."""
     return ResNet(56, num_classes, gate, position, shortcut, **options)
 
 
-def resnet110(num_classes: int = 10, gate: str | None = None, position: str = "after",
-              shortcut: str = "B", **options: Any) -> ResNet:
+def resnet110(
+    num_classes: int = 10,
+    gate: str | None = None,
+    position: str = "after",
+    shortcut: str = "B",
+    **options: Any,
+) -> ResNet:
     """ResNet-110; arguments as in ``resnet20``."""
     return ResNet(110, num_classes, gate, position, shortcut, **options)

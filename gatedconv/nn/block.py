@@ -32,8 +32,15 @@ class BasicBlock(nn.Module):
     channel_gate: Gate | None
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int = 1, *, shortcut: str = "B",
-        position: str = "after", layer_gate: LayerGate | None = None, channel_gate: ChannelGate | None = None,
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        *,
+        shortcut: str = "B",
+        position: str = "after",
+        layer_gate: LayerGate | None = None,
+        channel_gate: ChannelGate | None = None,
     ) -> None:
         super().__init__()
         self.position = position
@@ -47,7 +54,7 @@ class BasicBlock(nn.Module):
         self.channel_gate = channel_gate
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, in_channels, H, W) -> (N, channels, H', W')."""
+        """Run the block: x (N, in_channels, H, W) -> (N, channels, H', W')."""
         shortcut = x if self.downsample is None else self.downsample(x)
         gate = self.layer_gate
         if gate is None or (isinstance(gate, FrozenGate) and gate.is_open):

@@ -82,7 +82,9 @@ class CompactBlock(nn.Module):
     left; ``scatter`` says where the branch's channels go when only some of them are left.
     """
 
-    def __init__(self, downsample: nn.Module | None, branch: nn.Module | None, scatter: Tensor | None) -> None:
+    def __init__(
+        self, downsample: nn.Module | None, branch: nn.Module | None, scatter: Tensor | None
+    ) -> None:
         super().__init__()
         self.downsample = downsample
         self.branch = branch
@@ -95,7 +97,7 @@ class CompactBlock(nn.Module):
         return self.downsample is None and self.branch is None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C_in, H, W) -> (N, C_out, H', W')."""
+        """Run what is left: x (N, C_in, H, W) -> (N, C_out, H', W')."""
         out = x if self.downsample is None else self.downsample(x)
         if self.branch is not None:
             part = self.branch(x)

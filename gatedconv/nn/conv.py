@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,20 +30,38 @@ class Conv2d(nn.Conv2d):
     gate: Gate | None
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True,
-        padding_mode: str = "zeros", device: Any = None, dtype: Any = None, *,
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
         gate: str | ChannelGate | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device=device, dtype=dtype,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=dtype,
         )
         self.gate = _make_gate(gate, out_channels, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (N, in_channels, H, W) -> (N, out_channels, H_out, W_out)."""
+        """Convolve, then gate: (N, in_channels, H, W) -> (N, out_channels, H_out, W_out)."""
         if self.gate is None:
             return super().forward(input)
         if input.dim() != 4:
@@ -60,8 +78,15 @@ class Conv2d(nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return ops.masked_conv2d(
-            input, self.weight, self.bias, out_open, in_open, stride=self.stride, padding=padding,
-            dilation=self.dilation, groups=self.groups,
+            input,
+            self.weight,
+            self.bias,
+            out_open,
+            in_open,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
         )
 
 

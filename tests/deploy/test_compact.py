@@ -10,7 +10,15 @@ import gatedconv
 from gatedconv.nn import ChannelBias, CompactBlock, ConstantMap, GatherChannels, PadShortcut, ScatterAdd
 from tests.oracle import random_masks
 
-OURS = (gatedconv.models.ResNet, CompactBlock, GatherChannels, ScatterAdd, ChannelBias, ConstantMap, PadShortcut)
+OURS = (
+    gatedconv.models.ResNet,
+    CompactBlock,
+    GatherChannels,
+    ScatterAdd,
+    ChannelBias,
+    ConstantMap,
+    PadShortcut,
+)
 X = torch.zeros(1, 3, 16, 16)
 
 
@@ -83,7 +91,9 @@ def test_the_cut_net_trains_scripts_and_traces():
 
 def test_bad_arguments_are_named():
     model = gatedconv.models.resnet20(gate="layer")
-    with pytest.raises(ValueError, match="freeze the model first; gate 'layer1.0.layer_gate' is still learning"):
+    with pytest.raises(
+        ValueError, match="freeze the model first; gate 'layer1.0.layer_gate' is still learning"
+    ):
         gatedconv.compact(model, X)
     with pytest.raises(TypeError, match="must be a torch.nn.Module"):
         gatedconv.compact("model", X)

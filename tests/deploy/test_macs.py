@@ -11,8 +11,15 @@ from tests.oracle import random_masks
 
 
 def test_layers_by_hand():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.BatchNorm2d(8), nn.ReLU(),
-                        nn.Conv2d(8, 4, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, groups=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1, groups=4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
     pixels = 6 * 7
     expected = pixels * (3 * 8 * 9 + 2 * 8 + 8 * 4 // 4 + 4) + 4 * 5
     assert gatedconv.count_macs(net, torch.zeros(1, 3, 6, 7)) == expected
@@ -35,8 +42,11 @@ def test_a_frozen_net_executes_the_convolutions_of_its_cut_net(position):
 
 def norm_sizes(net, x):
     sizes = []
-    hooks = [m.register_forward_hook(lambda m, a, out: sizes.append((m, out.shape[2] * out.shape[3])))
-             for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    hooks = [
+        m.register_forward_hook(lambda m, a, out: sizes.append((m, out.shape[2] * out.shape[3])))
+        for m in net.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
     net(x)
     for hook in hooks:
         hook.remove()
@@ -45,7 +55,9 @@ def norm_sizes(net, x):
 
 def test_a_frozen_conv_counts_open_outputs_and_images():
     conv = gatedconv.Conv2d(6, 8, 3, padding=1, groups=2, gate="channel")
-    net = gatedconv.freeze(nn.Sequential(conv), masks={"0.gate": torch.tensor([1, 1, 0, 0, 0, 0, 0, 1]).bool()})
+    net = gatedconv.freeze(
+        nn.Sequential(conv), masks={"0.gate": torch.tensor([1, 1, 0, 0, 0, 0, 0, 1]).bool()}
+    )
     assert gatedconv.count_macs(net, torch.zeros(5, 6, 4, 4)) == 5 * 16 * 3 * (3 * 9)
 
 

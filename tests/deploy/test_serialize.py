@@ -18,7 +18,9 @@ X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 def stages():
     torch.manual_seed(0)
-    model = gatedconv.models.resnet20(gate="both", position="middle", shortcut="A", num_classes=7, input_size=(3, 16, 16))
+    model = gatedconv.models.resnet20(
+        gate="both", position="middle", shortcut="A", num_classes=7, input_size=(3, 16, 16)
+    )
     randomize_statistics(model, 0)
     model.eval()
     masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", 3)

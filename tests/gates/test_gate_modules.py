@@ -16,7 +16,9 @@ from gatedconv import ChannelGate, LayerGate
 def table_2(gate, features):
     """Logits by the functional layers, batch statistics."""
     h = F.linear(features, gate.fc1.weight, gate.fc1.bias)
-    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + gate.norm.eps).sqrt() * gate.norm.weight + gate.norm.bias
+    h = (h - h.mean(0)) / (
+        h.var(0, unbiased=False) + gate.norm.eps
+    ).sqrt() * gate.norm.weight + gate.norm.bias
     return F.linear(F.relu(h), gate.fc2.weight, gate.fc2.bias)
 
 
@@ -90,7 +92,10 @@ def test_a_used_gate_copies_and_pickles():
     assert gate.open_rate.requires_grad
     for other in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
         assert other.open_rate is None and other.logits is None
-        assert all(torch.equal(a, b) for a, b in zip(gate.state_dict().values(), other.state_dict().values()))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(gate.state_dict().values(), other.state_dict().values(), strict=True)
+        )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,10 @@ def test_a_used_gate_copies_and_pickles():
         (lambda: ChannelGate(4, pool="max"), "pool must be 'avg' or 'flatten'"),
         (lambda: ChannelGate(4, pool="flatten"), "needs feature_size"),
         (lambda: LayerGate(4)(torch.randn(4, 4)), r"input must be \(N, C, H, W\)"),
-        (lambda: ChannelGate(2, pool="flatten", feature_size=9)(torch.randn(2, 2, 2, 2)), r"built for H\*W = 9"),
+        (
+            lambda: ChannelGate(2, pool="flatten", feature_size=9)(torch.randn(2, 2, 2, 2)),
+            r"built for H\*W = 9",
+        ),
         (lambda: LayerGate(4)(torch.randn(1, 4, 2, 2)), "more than 1 value per channel"),
     ],
 )

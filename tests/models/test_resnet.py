@@ -33,8 +33,15 @@ def test_mac_terms_add_up_to_fvcore(shortcut):
 
 def test_torchvision_names():
     names = set(gatedconv.models.resnet20(gate="layer").state_dict())
-    for name in ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight",
-                 "layer2.0.downsample.1.bias", "layer3.2.bn2.num_batches_tracked", "fc.bias"):
+    for name in (
+        "conv1.weight",
+        "bn1.running_mean",
+        "layer1.0.conv1.weight",
+        "layer2.0.downsample.0.weight",
+        "layer2.0.downsample.1.bias",
+        "layer3.2.bn2.num_batches_tracked",
+        "fc.bias",
+    ):
         assert name in names
     assert not any("gate" in name for name in gatedconv.models.resnet20().state_dict())
 
@@ -54,19 +61,28 @@ def test_every_gate_trains_and_gets_a_gradient(gate, position):
 
 def test_flattened_gates_fit_every_position():
     for position in ("before", "middle", "after"):
-        model = gatedconv.models.resnet20(gate="channel", position=position, pool="flatten", input_size=(3, 13, 10))
+        model = gatedconv.models.resnet20(
+            gate="channel", position=position, pool="flatten", input_size=(3, 13, 10)
+        )
         assert model(torch.randn(2, 3, 13, 10)).shape == (2, 10)
-    sizes = [g.fc1.in_features for g in gatedconv.gates(gatedconv.models.resnet20(gate="channel", pool="flatten")).values()]
+    sizes = [
+        g.fc1.in_features
+        for g in gatedconv.gates(gatedconv.models.resnet20(gate="channel", pool="flatten")).values()
+    ]
     assert sizes[0] == 16 * 32 * 32 and sizes[-1] == 64 * 8 * 8
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gate": "block"}, "gate must be one of"), ({"position": "end"}, "position must be one of"),
-        ({"shortcut": "C"}, "shortcut must be one of"), ({"estimator": "x"}, "estimator must be one of"),
-        ({"hidden": 0}, "hidden must be"), ({"num_classes": 0}, "num_classes must be"),
-        ({"input_size": (3, 0, 8)}, "input_size must be"), ({"pool": "max"}, "pool must be one of"),
+        ({"gate": "block"}, "gate must be one of"),
+        ({"position": "end"}, "position must be one of"),
+        ({"shortcut": "C"}, "shortcut must be one of"),
+        ({"estimator": "x"}, "estimator must be one of"),
+        ({"hidden": 0}, "hidden must be"),
+        ({"num_classes": 0}, "num_classes must be"),
+        ({"input_size": (3, 0, 8)}, "input_size must be"),
+        ({"pool": "max"}, "pool must be one of"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

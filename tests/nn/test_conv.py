@@ -14,9 +14,13 @@ from torch import nn
 import gatedconv
 
 CONFIGURATIONS = [
-    dict(kernel_size=3), dict(kernel_size=(3, 1), stride=(2, 1), padding=(1, 0)), dict(kernel_size=3, padding="same"),
-    dict(kernel_size=2, padding="valid", dilation=2), dict(kernel_size=3, groups=2, bias=False),
-    dict(kernel_size=3, padding=1, padding_mode="reflect"), dict(kernel_size=3, padding=2, padding_mode="circular"),
+    dict(kernel_size=3),
+    dict(kernel_size=(3, 1), stride=(2, 1), padding=(1, 0)),
+    dict(kernel_size=3, padding="same"),
+    dict(kernel_size=2, padding="valid", dilation=2),
+    dict(kernel_size=3, groups=2, bias=False),
+    dict(kernel_size=3, padding=1, padding_mode="reflect"),
+    dict(kernel_size=3, padding=2, padding_mode="circular"),
     dict(kernel_size=3, padding="same", padding_mode="replicate", dilation=2),
 ]
 
