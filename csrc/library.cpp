@@ -1,13 +1,11 @@
-// Every operator of gatedconv, declared once. The bodies are in cpu/ and cuda/, the fake kernels in
-// gatedconv/ops.
+// Every operator of gatedconv, declared once. The bodies are in cpu/ and cuda/, the fakes in gatedconv/ops.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(gatedconv, m) {
-  // input (N, C_in, H, W), weight (C_out, C_in / groups, KH, KW), bias (C_out), out_open bool (C_out) or (N,
-  // C_out), in_open bool (C_in), residual (N, C_out, P, Q); padding is top, bottom, left, right -> (N, C_out,
-  // P, Q)
+  // input (N, C_in, H, W), weight (C_out, C_in / groups, KH, KW), bias (C_out), residual (N, C_out, P, Q),
+  // out_open bool (C_out) or (N, C_out), in_open bool (C_in); padding is top, bottom, left, right.
+  // Returns (N, C_out, P, Q).
   m.def(
-      "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor out_open, Tensor? in_open, Tensor? "
-      "residual, "
-      "int[] stride, int[] padding, int[] dilation, int groups, bool relu) -> Tensor");
+      "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor out_open, Tensor? in_open, "
+      "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool relu) -> Tensor");
 }

@@ -115,11 +115,9 @@ def _load_first(target: str) -> Library:
             return Library(target, "jit", path, "; ".join(reasons) or None)
         reasons.append(f"compiled on first use: {reason}")
     library = Library(target, "none", None, "; ".join(reasons))
-    warnings.warn(
-        f"gatedconv: no native {target} library, the PyTorch references run instead. {library.reason}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    if target == "cpu" or torch.cuda.is_available():
+        message = f"gatedconv: no native {target} library, the PyTorch references run instead"
+        warnings.warn(f"{message}. {library.reason}", RuntimeWarning, stacklevel=3)
     return library
 
 
@@ -137,6 +135,8 @@ def _ahead_of_time_reason(target: str) -> str | None:
 def _compile(target: str) -> Path:
     if os.environ.get("GATEDCONV_BUILD") == "off":
         raise _build.BuildError("GATEDCONV_BUILD=off")
+    if target == "cuda" and not torch.cuda.is_available():
+        raise _build.BuildError("no CUDA device is here to compile for")
     csrc = source_folder()
     torch_version = torch.__version__.replace("/", "-")
     folder = cache_folder() / f"{_build.source_hash(csrc)}-torch-{torch_version}"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedconv.ops._conv_arguments import ConvArguments
+from gatedconv.ops._memory_format import conv_memory_format
 
 __all__ = ["Gradients", "cut_backward", "cut_forward"]
 
@@ -69,7 +70,8 @@ def cut_forward(
             out = _put(out, cut.rows, arguments.output_shape[1], 1)
         else:
             out = residual + out if cut.rows is None else residual.index_add(1, cut.rows, out)
-    return torch.relu(out) if relu else out
+    out = torch.relu(out) if relu else out
+    return out.contiguous(memory_format=conv_memory_format(input, weight))
 
 
 def cut_backward(
@@ -142,7 +144,9 @@ def _convolution_backward(
         cut.groups,
         list(needs[:3]),
     )
-    return gradients[0], gradients[1], gradients[2]
+    # With oneDNN a wanted bias brings an unwanted weight along.
+    made = [part if need else None for part, need in zip(gradients, needs, strict=False)]
+    return made[0], made[1], made[2]
 
 
 def _cut(

@@ -13,7 +13,7 @@ from gatedconv.ops._conv_arguments import ConvArguments
 from gatedconv.ops._conv_cut import cut_backward
 from gatedconv.ops._memory_format import conv_memory_format
 
-__all__ = ["ready"]
+__all__ = ["call", "ready"]
 
 _NAME = "gatedconv::masked_conv2d"
 _library: torch.library.Library | None = None
@@ -29,6 +29,33 @@ def ready() -> bool:
         _library = torch.library.Library("gatedconv", "FRAGMENT")
         _register(_library)
     return True
+
+
+def call(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_open: Tensor,
+    in_open: Tensor | None,
+    residual: Tensor | None,
+    arguments: ConvArguments,
+    relu: bool,
+) -> Tensor:
+    """Call the operator; `ready` has said that it is there."""
+    a = arguments
+    return torch.ops.gatedconv.masked_conv2d.default(
+        input,
+        weight,
+        bias,
+        out_open,
+        in_open,
+        residual,
+        a.stride,
+        a.padding,
+        a.dilation,
+        a.groups,
+        relu,
+    )
 
 
 def _register(library: torch.library.Library) -> None:

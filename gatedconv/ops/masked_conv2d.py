@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gatedconv.ops import _masked_conv2d_native
 from gatedconv.ops._conv_arguments import ConvArguments, IntPair, check_arguments
-from gatedconv.ops._conv_cut import cut_forward
+from gatedconv.ops._conv_cut import cut_backward, cut_forward
 from gatedconv.ops._memory_format import conv_memory_format
 
 __all__ = ["masked_conv2d", "masked_conv2d_reference"]
@@ -85,25 +87,15 @@ def masked_conv2d(
     arguments = check_arguments(
         input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
     )
-    if input.dtype in (torch.float32, torch.float64) and device == "cpu" and _masked_conv2d_native.ready():
-        return torch.ops.gatedconv.masked_conv2d.default(
-            input,
-            weight,
-            bias,
-            out_open,
-            in_open,
-            residual,
-            arguments.stride,
-            arguments.padding,
-            arguments.dilation,
-            groups,
-            relu,
-        )
-    if torch.compiler.is_compiling():
-        # How many channels are open is no size that a traced graph knows.
-        out = _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
-    else:
-        out = cut_forward(input, weight, bias, out_open, in_open, residual, arguments, relu)
+    native = (
+        device == "cpu" and input.dtype in (torch.float32, torch.float64) and _masked_conv2d_native.ready()
+    )
+    if not torch.compiler.is_compiling():
+        return _MaskedConv2d.apply(input, weight, bias, out_open, in_open, residual, arguments, relu, native)
+    if native:
+        return _masked_conv2d_native.call(input, weight, bias, out_open, in_open, residual, arguments, relu)
+    # How many channels are open is no size that a traced graph knows, so it cannot hold cut tensors.
+    out = _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
     return out.contiguous(memory_format=conv_memory_format(input, weight))
 
 
@@ -126,6 +118,40 @@ def masked_conv2d_reference(
         input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
     )
     return _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
+
+
+class _MaskedConv2d(torch.autograd.Function):
+    """The eager operator: the native kernel or cut tensors forward, cut tensors backward."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_open: Tensor,
+        in_open: Tensor | None,
+        residual: Tensor | None,
+        arguments: ConvArguments,
+        relu: bool,
+        native: bool,
+    ) -> Tensor:
+        forward = _masked_conv2d_native.call if native else cut_forward
+        return forward(input, weight, bias, out_open, in_open, residual, arguments, relu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, out_open, in_open, _, arguments, relu, _ = inputs
+        ctx.save_for_backward(input, weight, out_open, in_open, output if relu else None)
+        ctx.arguments = arguments
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, out_open, in_open, output = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
+        to_input, to_weight, to_bias, to_residual = cut_backward(
+            grad, input, weight, out_open, in_open, output, ctx.arguments, needs
+        )
+        return to_input, to_weight, to_bias, None, None, to_residual, None, None, None
 
 
 def _reference(
