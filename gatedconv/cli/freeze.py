@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.report import comparison_table
     from gatedconv.train.build import load_images
     from gatedconv.train.folder import RunFolder
-    from gatedconv.train.run import conclude, load_trained
+    from gatedconv.train.pipeline import conclude, load_trained
 
     folder = RunFolder(arguments.target)
     config = folder.read_config()

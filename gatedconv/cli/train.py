@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, print the outcome, draw the plots."""
     from gatedconv.cli.progress import make_listener
     from gatedconv.report import comparison_table
-    from gatedconv.train.run import run as run_training
+    from gatedconv.train.pipeline import run as run_training
 
     flags = given_flags(arguments)
     if arguments.resume is not None:

@@ -97,13 +97,13 @@ def make_image_data(
                 f"found {_size(images)}"
             )
     num_classes = len(class_names) or int(train[1].max()) + 1
+    if num_classes < 2:
+        raise DataError(f"{where}: train_labels: expected at least 2 classes, found {num_classes}")
     for name, (_, labels) in splits.items():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             found = low if low < 0 else high
             raise DataError(f"{where}: {name}_labels: expected labels 0 to {num_classes - 1}, found {found}")
-    if num_classes < 2:
-        raise DataError(f"{where}: train_labels: expected at least 2 classes, found {num_classes}")
     mean, std = channel_statistics(train[0])
     return ImageData(
         *train,

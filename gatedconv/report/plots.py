@@ -77,17 +77,24 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
             vmax=1,
             extent=extent,
         )
-        for epoch in _jumps(lines):
+        axes.set_yticks([row - 0.5 for row in range(1, len(names))], minor=True)
+        axes.grid(axis="y", which="minor", color="white", linewidth=1.0)
+        for epoch, weight in _jumps(lines):
             axes.axvline(epoch - 0.5, color=STAGE, linewidth=1.4)
+            axes.annotate(
+                f"λ = {weight:g}", (epoch - 0.5, 1), xycoords=("data", "axes fraction"), xytext=(3, 2),
+                textcoords="offset points", color=STAGE, fontsize=8, annotation_clip=False,
+            )  # fmt: skip
         labels = [
             name.removesuffix("_gate").replace(".layer", "").replace(".channel", " ch") for name in names
         ]
         every = max(1, -(-len(names) // 30))
         axes.set_yticks(range(0, len(names), every), labels[::every])
-        axes.tick_params(length=0)
+        axes.tick_params(which="both", length=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("epoch")
-        axes.set_title(_heading("Which gates are open", title))
+        axes.set_title(_heading("Which gates are open", title), pad=14)
         bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 0.5, 1])
         bar.ax.set_yticklabels(["closed", "half", "open"])
         bar.outline.set_visible(False)
@@ -138,7 +145,7 @@ def _gates_panel(axes: Any, lines: History) -> None:
     # (1 - g) g is at most 1/4: four times it spans 0 to 100 % like the others.
     disagreement = [400 * line["polarization"] for line in lines]
     axes.plot(epochs, disagreement, color=POLAR, label=f"disagreement, 4g(1-g): {disagreement[-1]:.1f} %")
-    for epoch in _jumps(lines):
+    for epoch, _ in _jumps(lines):
         axes.axvline(epoch - 0.5, color=STAGE, linewidth=1.0, alpha=0.6)
     axes.set_ylim(-2, 103)
     axes.set_xlabel("epoch")
@@ -148,14 +155,14 @@ def _gates_panel(axes: Any, lines: History) -> None:
     axes.legend(loc="best")
 
 
-def _jumps(lines: History) -> list[int]:
-    """Epochs at which λ differs from the epoch before by a jump; a slow ramp has none."""
-    weights = [line["polar_weight"] for line in lines]
-    steps = [abs(after - before) for before, after in zip(weights, weights[1:], strict=False)]
-    moved = [step for step in steps if step > 0]
-    if not moved or len(moved) > 4:
-        return []
-    return [lines[index + 1]["epoch"] for index, step in enumerate(steps) if step > 0]
+def _jumps(lines: History) -> list[tuple[int, float]]:
+    """Epochs at which λ differs from the epoch before, and its new value; none for a ramp of many steps."""
+    found = [
+        (after["epoch"], after["polar_weight"])
+        for before, after in zip(lines, lines[1:], strict=False)
+        if after["polar_weight"] != before["polar_weight"]
+    ]
+    return found if len(found) <= 4 else []
 
 
 def _open_closed_map() -> Any:

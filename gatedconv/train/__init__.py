@@ -8,8 +8,8 @@ from gatedconv.train.folder import RunFolder
 from gatedconv.train.listener import Listener
 from gatedconv.train.loop import NonFiniteLoss, train
 from gatedconv.train.metrics import EpochMetrics, evaluate
+from gatedconv.train.pipeline import run
 from gatedconv.train.presets import PRESETS, preset_settings
-from gatedconv.train.run import run
 
 __all__ = [
     "PRESETS",

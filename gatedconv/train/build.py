@@ -25,6 +25,8 @@ def load_images(config: TrainConfig) -> ImageData:
 def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> ResNet:
     """The network of a run with fresh weights, drawn from the run's seed.
 
+    Dense and gated networks of one seed start from the same weights, gates aside.
+
     Args:
         config: names the network and its gates.
         data: gives the number of classes and the image size.
@@ -32,16 +34,21 @@ def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> 
     """
     torch.manual_seed(config.seed)
     builder = getattr(models, config.model)
+    size = data.image_shape
+    dense: ResNet = builder(data.num_classes, shortcut=config.shortcut, input_size=size)
+    if not gated or config.gate == "none":
+        return dense
     network: ResNet = builder(
         data.num_classes,
-        config.gate if gated and config.gate != "none" else None,
+        config.gate,
         config.position,
         config.shortcut,
         estimator=config.estimator,
         hidden=config.hidden or None,
         pool=config.pool,
-        input_size=data.image_shape,
+        input_size=size,
     )
+    network.load_state_dict(dense.state_dict(), strict=False)
     return network
 
 

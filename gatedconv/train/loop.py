@@ -124,9 +124,7 @@ def _epochs(
 
     history: list[EpochMetrics] = []
     if resume and checkpoint is not None:
-        history = restore_state(
-            load_checkpoint(checkpoint), checkpoint, parts, batches.generator, config, phase
-        )
+        history = restore_state(load_checkpoint(checkpoint), checkpoint, parts, batches, config, phase)
         yield from history
 
     steps = len(batches)
@@ -174,7 +172,7 @@ def _epochs(
         )
         history.append(metrics)
         if checkpoint is not None:
-            save_checkpoint(checkpoint, pack_state(parts, batches.generator, config, phase, history))
+            save_checkpoint(checkpoint, pack_state(parts, batches, config, phase, history))
         yield metrics
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 Settings = dict[str, Any]
 
-# The 85-second tour: every number here was chosen on seeds other than those of the tests.
+# The short tour. The MAC target lies below the 50 % aimed at because gates are discrete: a layer gate of
+# ResNet-20 moves a tenth of the MACs at once.
 _DEMO: Settings = {
     "name": "demo",
     "data": "digits",
     "model": "resnet20",
     "gate": "layer",
+    "position": "middle",  # for --gate channel: a middle gate takes work from both convolutions
     "estimator": "ste",
     "dense_baseline": True,
     "epochs": 40,

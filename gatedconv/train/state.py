@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gatedconv.data import TrainBatches
 from gatedconv.train.checkpoint import CheckpointError, State
 from gatedconv.train.config import FREE_ON_RESUME, TrainConfig, field_specs
 from gatedconv.train.metrics import EpochMetrics
@@ -15,7 +16,7 @@ from gatedconv.train.metrics import EpochMetrics
 
 def pack_state(
     parts: dict[str, Any],
-    generator: torch.Generator,
+    batches: TrainBatches,
     config: TrainConfig,
     phase: str,
     history: list[EpochMetrics],
@@ -24,17 +25,18 @@ def pack_state(
 
     Args:
         parts: what has a `state_dict`, by name: model, optimizer, scaler.
-        generator: of order and augmentation.
+        batches: of the train split; their generator decides order and augmentation.
         config: of the run.
         phase: which training of the run this is.
         history: metrics of every epoch done.
     """
-    random = {"data": generator.get_state(), "cpu": torch.get_rng_state()}
+    random = {"data": batches.generator.get_state(), "cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
     return {
         "phase": phase,
         "epoch": len(history),
+        "train_images": len(batches.labels),
         "config": dataclasses.asdict(config),
         "random": random,
         "history": [metrics.as_dict() for metrics in history],
@@ -46,7 +48,7 @@ def restore_state(
     state: State,
     path: Path,
     parts: dict[str, Any],
-    generator: torch.Generator,
+    batches: TrainBatches,
     config: TrainConfig,
     phase: str,
 ) -> list[EpochMetrics]:
@@ -56,7 +58,7 @@ def restore_state(
         state: from `load_checkpoint`.
         path: the file, for errors.
         parts: as in `pack_state`; loaded in place.
-        generator: of order and augmentation; set in place.
+        batches: of the train split; their generator is set in place.
         config: of this run; must equal the checkpoint's, but for fields that change no result.
         phase: which training of the run this is.
 
@@ -71,6 +73,11 @@ def restore_state(
             f"{path}: expected a checkpoint of phase {phase!r}, found one of {state['phase']!r}"
         )
     _require_same_config(state["config"], path, config)
+    if state["train_images"] != len(batches.labels):
+        raise CheckpointError(
+            f"{path}: checkpoint of other data: expected {len(batches.labels)} train images, "
+            f"found {state['train_images']}"
+        )
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -78,7 +85,7 @@ def restore_state(
         first = str(error).strip().splitlines()
         reason = " ".join(line.strip() for line in first[:2])
         raise CheckpointError(f"{path}: checkpoint of another model: {reason}") from None
-    generator.set_state(state["random"]["data"])
+    batches.generator.set_state(state["random"]["data"])
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random"]["cuda"])

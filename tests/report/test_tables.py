@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from gatedconv.deploy.latency import Latency
+from gatedconv.report import comparison_table, figures_table, latency_table, runs_table
+
+DENSE = {"top1": 99.5, "macs": 2_500_000, "params": 272_000, "latency_ms": {"1": 4.0, "32": 20.0}}
+FROZEN = {"top1": 99.25, "macs": 1_000_000, "params": 136_000, "latency_ms": {"1": 2.0, "32": 25.0}}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_comparison_prints_gains_and_losses_alike() -> None:
+    lines = comparison_table({"dense": DENSE, "frozen": FROZEN, "agreement": 0.9975}).splitlines()
+    assert cells(lines[0]) == ["dense", "frozen", "change"]
+    assert [cells(line) for line in lines[2:]] == [
+        ["top-1 (%)", "99.50", "99.25", "-0.25"],
+        ["MACs (M)", "2.50", "1.00", "-60.0 %"],
+        ["parameters (k)", "272.0", "136.0", "-50.0 %"],
+        ["latency, batch 1 (ms)", "4.00", "2.00", "-50.0 %"],
+        ["latency, batch 32 (ms)", "20.00", "25.00", "+25.0 %"],
+        ["agreement (%)", "-", "99.75"],
+    ]
+    assert len({len(line) for line in lines[1:2]}) == 1
+
+
+def test_comparison_without_baseline_or_without_gates() -> None:
+    alone = comparison_table(
+        {"frozen": {k: v for k, v in FROZEN.items() if k != "latency_ms"}, "agreement": 1.0}
+    )
+    assert "latency" not in alone and cells(alone.splitlines()[2]) == ["top-1 (%)", "-", "99.25"]
+    assert "agreement" not in comparison_table({"dense": DENSE})
+
+
+def test_runs_table_has_a_row_per_network() -> None:
+    text = runs_table(
+        {"runs/a": {"dense": DENSE, "frozen": FROZEN, "agreement": 0.5}, "runs/b": {"dense": DENSE}}
+    )
+    rows = [cells(line) for line in text.splitlines()[2:]]
+    assert rows == [
+        ["runs/a", "dense", "99.50", "2.50", "272.0", "-"],
+        ["runs/a", "frozen", "99.25", "1.00", "136.0", "50.00"],
+        ["runs/b", "dense", "99.50", "2.50", "272.0", "-"],
+    ]
+
+
+def test_figures_and_latency_tables() -> None:
+    assert cells(figures_table({"compact": FROZEN}).splitlines()[2]) == ["compact", "99.25", "1.00", "136.0"]
+    text = latency_table([("dense", 32, Latency(median=1.5, least=1.25, iqr=0.125, rounds=5))])
+    assert cells(text.splitlines()[2]) == ["dense", "32", "1.500", "1.250", "0.125"]

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatedconv.train import PRESETS, TrainConfig, preset_settings
+from gatedconv.train.config import field_specs, make_config, read_toml, to_toml
+from gatedconv.train.loop import learning_rate, polar_weight
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("epochs", 0, ValueError, "epochs: expected at least 1, got 0"),
+        ("epochs", 2.5, TypeError, "epochs: expected a whole number, got 2.5"),
+        ("epochs", True, TypeError, "epochs: expected a whole number, got True"),
+        ("batch_size", 1, ValueError, "batch_size: expected at least 2, got 1"),
+        ("lr", 0.0, ValueError, "lr: expected above 0.0, got 0.0"),
+        ("lr", float("nan"), ValueError, "lr: expected above 0.0, got nan"),
+        ("lr", float("inf"), ValueError, "lr: expected above 0.0, got inf"),
+        ("momentum", 1.5, ValueError, "momentum: expected at least 0.0 and at most 1.0, got 1.5"),
+        ("mac_target", 0.0, ValueError, "mac_target: expected above 0.0 and at most 1.0, got 0.0"),
+        ("model", "resnet21", ValueError, "model: expected one of resnet20, .*got 'resnet21'"),
+        ("gate", "blocks", ValueError, "gate: expected one of none, layer, channel, both, got 'blocks'"),
+        ("nesterov", "yes", TypeError, "nesterov: expected bool, got 'yes'"),
+        ("milestones", (0.7, 0.3), ValueError, "milestones: expected rising fractions"),
+        ("milestones", (0.5, 1.5), ValueError, "milestones: expected above 0.0 and at most 1.0, got 1.5"),
+        ("milestones", 0.5, TypeError, "milestones: expected a list of numbers, got 0.5"),
+        ("device", "tpu", ValueError, "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
+    ],
+)
+def test_each_fault_names_field_range_and_value(
+    field: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        TrainConfig(**{field: value})
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(ValueError, match="nesterov: expected momentum above 0"):
+        TrainConfig(momentum=0.0)
+
+
+def test_unknown_field_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="run.toml: unknown field 'batchsize'; did you mean batch_size?"):
+        make_config({"batchsize": 3}, where="run.toml")
+
+
+def test_every_field_has_help() -> None:
+    assert all(spec.metadata["help"] for spec in field_specs().values())
+
+
+@pytest.mark.parametrize("name", ["demo", "paper-c100-r110-channel-swapped", "best-c10-r56"])
+def test_toml_gives_the_same_config_back(name: str, tmp_path: Path) -> None:
+    config = make_config(preset_settings(name))
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert make_config(read_toml(tmp_path / "config.toml")) == config
+
+
+def test_toml_faults_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.toml: expected a TOML file, found nothing"):
+        read_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("epochs = = 3")
+    with pytest.raises(ValueError, match=r"bad\.toml: expected a TOML file, could not read it"):
+        read_toml(tmp_path / "bad.toml")
+    (tmp_path / "table.toml").write_text("[train]\nepochs = 3")
+    with pytest.raises(ValueError, match=r"found the table \[train\]"):
+        read_toml(tmp_path / "table.toml")
+
+
+def test_every_preset_is_a_valid_config_with_its_own_name() -> None:
+    for name in PRESETS:
+        assert make_config(preset_settings(name)).name == name
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown preset 'paper-c10-r56'; did you mean paper-c10-r56-"):
+        preset_settings("paper-c10-r56")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "drops"),
+    [
+        ("paper-c10-r110-layer", 256, (60, 120, 160)),
+        ("paper-c10-r110-layer-swapped", 256, (125, 190, 250)),
+        ("paper-c100-r110-layer", 64, (125, 190, 250)),
+        ("paper-c100-r110-layer-swapped", 64, (60, 120, 160)),
+    ],
+)
+def test_paper_presets_follow_section_4_1(name: str, batch: int, drops: tuple[int, ...]) -> None:
+    config = make_config(preset_settings(name))
+    assert (config.epochs, config.batch_size, config.momentum, config.weight_decay) == (350, batch, 0.9, 5e-4)
+    assert (config.nesterov, config.seed, config.shortcut, config.estimator) == (False, 1, "B", "ste")
+    rates = [learning_rate(config, epoch) for epoch in range(350)]
+    assert rates[0] == 0.1
+    changes = [epoch for epoch in range(1, 350) if rates[epoch] != rates[epoch - 1]]
+    assert tuple(changes) == drops
+    assert [rates[epoch] / rates[epoch - 1] for epoch in changes] == pytest.approx([0.1] * 3)
+    lambdas = [polar_weight(config, epoch / 350) for epoch in (0, 124, 125, 189, 190, 349)]
+    assert lambdas == [0, 0, 2, 2, 3, 3]
+
+
+def test_paper_channel_preset_is_2fc_after() -> None:
+    config = make_config(preset_settings("paper-c10-r110-channel"))
+    assert (config.gate, config.position, config.hidden, config.pool) == ("channel", "after", 16, "flatten")
+
+
+def test_cosine_with_warmup() -> None:
+    config = TrainConfig(epochs=10, lr=1.0, warmup_epochs=2.0)
+    assert learning_rate(config, 0.0) > 0
+    assert learning_rate(config, 1.0) == 0.5
+    assert learning_rate(config, 2.0) == 1.0
+    assert learning_rate(config, 6.0) == pytest.approx(0.5)
+    assert learning_rate(config, 10.0) == pytest.approx(0.0)
+
+
+def test_polar_weight_schedules() -> None:
+    rising = TrainConfig(polar_weight=6.0)
+    assert [polar_weight(rising, progress) for progress in (0.1, 0.4, 0.9)] == [0.0, 4.0, 6.0]
+    constant = dataclasses.replace(rising, polar_schedule="constant")
+    assert polar_weight(constant, 0.0) == 6.0
+    warmup = dataclasses.replace(rising, polar_schedule="warmup", gate_warmup=0.5)
+    assert [polar_weight(warmup, progress) for progress in (0.0, 0.25, 0.5, 1.0)] == [0.0, 3.0, 6.0, 6.0]

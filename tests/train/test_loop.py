@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gatedconv.data import ImageData, validation_view
+from gatedconv.gates import find_gates
+from gatedconv.models.resnet import ResNet
+from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
+from gatedconv.train.checkpoint import load_checkpoint, previous_path
+from gatedconv.train.loop import make_optimizer, resolve_device, total_loss
+
+CONFIG = TrainConfig(epochs=4, batch_size=16, lr=0.05, mac_weight=1.0, gate_warmup=0.2, act_weight=0.1)
+
+
+def network(config: TrainConfig = CONFIG, seed: int = 0) -> ResNet:
+    torch.manual_seed(seed)
+    gate = None if config.gate == "none" else config.gate
+    return ResNet(8, 3, gate, config.position, estimator=config.estimator, input_size=(1, 8, 8))
+
+
+def comparable(metrics: list[EpochMetrics]) -> list[dict[str, Any]]:
+    return [{**line.as_dict(), "seconds": 0.0} for line in metrics]
+
+
+def assert_same_state(left: Any, right: Any) -> None:
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same_state(left[key], right[key])
+    elif isinstance(left, (list, tuple)):
+        for a, b in zip(left, right, strict=True):
+            assert_same_state(a, b)
+    else:
+        assert left == right
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gate": "none"},
+        {"gate": "channel", "position": "middle", "estimator": "bernoulli"},
+        {
+            "gate": "both",
+            "estimator": "gumbel",
+            "grad_clip": 1.0,
+            "label_smoothing": 0.1,
+            "schedule": "staged",
+        },
+        {"amp": "bf16", "channels_last": False},
+    ],
+    ids=["layer", "dense", "channel-bernoulli", "both-gumbel", "bf16"],
+)
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+def test_resume_is_exact(tmp_path: Path, data: ImageData, changes: dict[str, Any], damaged: bool) -> None:
+    config = dataclasses.replace(CONFIG, **changes)
+    straight = network(config)
+    whole = list(train(straight, data, config, checkpoint=tmp_path / "straight.pt"))
+
+    path = tmp_path / "cut.pt"
+    list(itertools.islice(train(network(config), data, config, checkpoint=path), 3))
+    if damaged:
+        path.write_bytes(path.read_bytes()[:-7])
+    torch.rand(5)  # whatever happened to the global generator in between must not matter
+    resumed = network(config, seed=9)
+    joined = list(train(resumed, data, config, checkpoint=path, resume=True))
+
+    assert [line.epoch for line in joined] == [1, 2, 3, 4]
+    assert comparable(joined) == comparable(whole)
+    assert_same_state(straight.state_dict(), resumed.state_dict())
+    ends = [load_checkpoint(tmp_path / name) for name in ("straight.pt", "cut.pt")]
+    assert_same_state(*(end["optimizer"] for end in ends))
+    assert_same_state(*(end["random"] for end in ends))
+
+
+def test_a_seed_repeats_and_another_differs(data: ImageData) -> None:
+    def final(seed: int) -> Tensor:
+        config = dataclasses.replace(CONFIG, seed=seed, epochs=1)
+        model = network(config)
+        list(train(model, data, config))
+        return model.fc.weight
+
+    assert torch.equal(final(1), final(1))
+    assert not torch.equal(final(1), final(2))
+
+
+def test_it_learns_and_the_metrics_tell_so(data: ImageData) -> None:
+    config = dataclasses.replace(CONFIG, epochs=25, batch_size=8, mac_target=0.6, lr=0.1)
+    model = network(config)
+    lines = list(train(model, data, config))
+    assert lines[-1].test_top1 >= 95 and lines[0].train_loss > 2 * lines[-1].train_loss
+    assert list(lines[0].gate_open_rates) == list(find_gates(model))
+    assert lines[0].num_gates == 3
+    for line in lines:
+        assert 0 <= line.polarization <= 0.25
+        assert line.gates_dead <= line.gates_saturated <= 3
+        # One gate per module: their mean is the overall open rate.
+        assert line.open_rate == pytest.approx(sum(line.gate_open_rates.values()) / 3, abs=1e-4)
+
+
+def test_a_mac_target_moves_the_macs(data: ImageData) -> None:
+    final = {}
+    for target in (0.4, 1.0):
+        config = dataclasses.replace(
+            CONFIG,
+            epochs=20,
+            batch_size=8,
+            mac_target=target,
+            mac_weight=5.0,
+            act_weight=0.0,
+            polar_weight=0.5,
+        )
+        final[target] = list(train(network(config), data, config))[-1].macs
+    assert final[0.4] < 0.65 and final[1.0] > 0.9
+
+
+def test_the_last_good_checkpoint_survives_a_nan(tmp_path: Path, data: ImageData) -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network(dataclasses.replace(CONFIG, gate="none"))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            logits: Tensor = self.inner(x)
+            return logits * math.nan if self.calls == 5 else logits
+
+    path = tmp_path / "gated.pt"
+    seen = []
+    with pytest.raises(
+        NonFiniteLoss, match=r"loss became nan in epoch 2, step 2 of 3; .* kept at .*gated\.pt"
+    ):
+        for line in train(Failing(), data, CONFIG, checkpoint=path):
+            seen.append(line)
+    assert len(seen) == 1
+    state = load_checkpoint(path)
+    assert state["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_weights_that_break_in_the_last_step_are_noticed(data: ImageData) -> None:
+    class FailingInEval(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network(dataclasses.replace(CONFIG, gate="none"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.inner(x)
+            return logits if self.training else logits * math.inf
+
+    with pytest.raises(NonFiniteLoss, match="test loss became"):
+        list(train(FailingInEval(), data, CONFIG))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, data: ImageData) -> None:
+    path = tmp_path / "gated.pt"
+    list(itertools.islice(train(network(), data, CONFIG, checkpoint=path), 1))
+    other = dataclasses.replace(CONFIG, lr=0.3)
+    with pytest.raises(
+        CheckpointError, match=r"gated\.pt: checkpoint of another run: expected lr 0.3, found 0.05"
+    ):
+        list(train(network(), data, other, checkpoint=path, resume=True))
+    with pytest.raises(CheckpointError, match="expected a checkpoint of phase 'dense', found one of 'gated'"):
+        list(train(network(), data, CONFIG, phase="dense", checkpoint=path, resume=True))
+    with pytest.raises(CheckpointError, match="checkpoint of another model: .*ResNet"):
+        list(train(ResNet(14, 3, "layer", input_size=(1, 8, 8)), data, CONFIG, checkpoint=path, resume=True))
+    fewer = validation_view(data, 0.5, seed=0)
+    with pytest.raises(CheckpointError, match="checkpoint of other data: expected 24 train images"):
+        list(train(network(), fewer, CONFIG, checkpoint=path, resume=True))
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path, data: ImageData) -> None:
+    with pytest.raises(CheckpointError, match="expected a checkpoint, found none"):
+        list(train(network(), data, CONFIG, checkpoint=tmp_path / "none.pt", resume=True))
+
+
+def test_a_deadline_ends_the_run_between_epochs(tmp_path: Path, data: ImageData) -> None:
+    path = tmp_path / "gated.pt"
+    assert list(train(network(), data, CONFIG, checkpoint=path, deadline=0.0)) == []
+    assert not path.exists() and not previous_path(path).exists()
+
+
+def test_optimizer_groups_decay_what_they_should() -> None:
+    config = TrainConfig(weight_decay=0.01, norm_weight_decay=False, gate_lr_factor=0.5)
+    model = network()
+    optimizer = make_optimizer(model, config)
+    groups = {id(p): (g["weight_decay"], g["lr_factor"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        if "gate" in name:
+            assert groups[id(parameter)] == (0.0, 0.5), name
+        elif "bn" in name or "downsample.1" in name or name == "fc.bias":
+            assert groups[id(parameter)] == (0.0, 1.0), name
+        else:
+            assert groups[id(parameter)] == (0.01, 1.0), name
+
+
+def test_total_loss_is_the_sum_of_its_parts() -> None:
+    """Against the equations, written out on the open rates."""
+    config = TrainConfig(
+        polar_weight=2.0,
+        polar_schedule="constant",
+        act_weight=0.5,
+        mac_weight=3.0,
+        mac_target=0.5,
+        gate_warmup=0.5,
+    )
+    model = network().train()
+    images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 3
+    logits = model(images)
+    loss, polarization = total_loss(model, logits, labels, config, progress=0.25)
+    rates = [gate.open_rate.item() for gate in find_gates(model).values()]
+    polar = sum(rate * (1 - rate) for rate in rates) / 3
+    dense = sum(term.macs for term in model.mac_terms)
+    macs = sum(
+        term.macs * math.prod(find_gates(model)[name].open_rate.item() for name in term.gates)
+        for term in model.mac_terms
+    )
+    entropy = -logits.log_softmax(1)[torch.arange(16), labels].mean().item()
+    expected = entropy + 2 * polar + 0.5 * (0.5 * sum(rates) / 3 + 3 * (macs / (0.5 * dense) - 1) ** 2)
+    assert polarization.item() == pytest.approx(polar, abs=1e-6)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="device: expected one that this machine has"):
+        resolve_device("cuda:99")

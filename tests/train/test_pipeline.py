@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gatedconv
+from gatedconv.data import EvalBatches, ImageData, TrainBatches
+from gatedconv.train import EpochMetrics, Listener, RunFolder, TrainConfig, run
+from gatedconv.train.build import build_model, load_images
+from gatedconv.train.finish import reestimate_batchnorm
+from tests.image_files import write_npz
+
+
+class Recorder(Listener):
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.epochs: list[EpochMetrics] = []
+        self.notes: list[str] = []
+
+    def phase(self, phase: str) -> None:
+        self.phases.append(phase)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self.epochs.append(metrics)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def small(archive: Path, **changes: Any) -> TrainConfig:
+    settings = {
+        "data": f"npz:{archive}",
+        "epochs": 2,
+        "batch_size": 16,
+        "mac_weight": 4.0,
+        "mac_target": 0.5,
+        "dense_baseline": True,
+        "device": "cpu",
+    }
+    return TrainConfig(**(settings | changes))
+
+
+def test_a_run_writes_everything_and_the_summary_is_true(tmp_path: Path, archive: Path) -> None:
+    config, folder, heard = small(archive, tensorboard=True), RunFolder(tmp_path / "run"), Recorder()
+    summary = run(config, folder, listener=heard)
+    assert summary is not None and summary == folder.read_summary()
+    assert heard.phases == ["dense", "gated", "finish"]
+    assert [(line.phase, line.epoch) for line in heard.epochs] == [
+        ("dense", 1), ("dense", 2), ("gated", 1), ("gated", 2),
+    ]  # fmt: skip
+    assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == [
+        line.as_dict() for line in heard.epochs
+    ]
+    assert folder.read_config() == config
+    assert list((folder.path / "tensorboard").iterdir())
+
+    data = load_images(config)
+    test = (data.test_images.float() / 255 - data.mean[0]) / data.std[0]
+    for name, kind in (("dense", "dense"), ("frozen", "compact")):
+        net = gatedconv.load(folder.model(kind))
+        with torch.no_grad():
+            right = (net(test).argmax(1) == data.test_labels).double().mean().item()
+        assert summary[name]["top1"] == pytest.approx(100 * right, abs=1e-3)
+        assert summary[name]["params"] == sum(p.numel() for p in net.parameters())
+        assert summary[name]["macs"] == gatedconv.count_macs(net, test[:1])
+        assert set(summary[name]["latency_ms"]) == {"1", "32"}
+        assert all(ms > 0 for ms in summary[name]["latency_ms"].values())
+    assert summary["macs_dense"] == pytest.approx(summary["dense"]["macs"], rel=1e-3)
+    assert 0 <= summary["agreement"] <= 1 and 0 <= summary["pruning_rate"] <= 1
+    assert (
+        summary["seed"] == 0
+        and summary["wall_s"] > 0
+        and summary["versions"]["torch"] == torch.__version__.split("+")[0]
+    )
+
+
+def test_exports_compute_what_the_compact_network_computes(tmp_path: Path, archive: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    summary = run(small(archive, epochs=1, dense_baseline=False, latency=False), folder)
+    assert summary is not None and "dense" not in summary and "latency_ms" not in summary["frozen"]
+    assert summary["exports"] == ["compact.onnx", "compact.pt2"]
+    images = torch.randn(3, 1, 8, 8)
+    net = gatedconv.load(folder.model("compact"))
+    with torch.no_grad():
+        expected = net(images)
+        exported = torch.export.load(folder.path / "compact.pt2").module()(images)
+    torch.testing.assert_close(exported, expected, rtol=1e-5, atol=1e-5)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder.path / "compact.onnx"))
+    (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(output, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_run_resumes_to_the_same_summary(tmp_path: Path, archive: Path) -> None:
+    config = small(archive, latency=False)
+
+    class Interrupting(Recorder):
+        def epoch(self, metrics: EpochMetrics) -> None:
+            super().epoch(metrics)
+            if (metrics.phase, metrics.epoch) == ("gated", 1):
+                raise KeyboardInterrupt
+
+    straight, cut = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "cut")
+    expected = run(config, straight)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, cut, listener=Interrupting())
+    heard = Recorder()
+    got = run(config, cut, resume=True, listener=heard)
+    assert expected is not None and got is not None
+    varying = {"wall_s"}
+    assert {k: v for k, v in got.items() if k not in varying} == {
+        k: v for k, v in expected.items() if k not in varying
+    }
+    assert len(heard.epochs) == 4 and len(cut.read_metrics()) == 4
+    for kind in ("dense", "gated", "compact"):
+        left, right = (gatedconv.load(folder.model(kind)).state_dict() for folder in (straight, cut))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_time_limit_ends_a_run_that_can_be_resumed(tmp_path: Path, archive: Path) -> None:
+    folder, heard = RunFolder(tmp_path / "run"), Recorder()
+    config = small(archive, dense_baseline=False, latency=False, max_minutes=1e-9)
+    assert run(config, folder, listener=heard) is None
+    assert "stopped after 0 of 2 epochs" in heard.notes[0] and not folder.summary.exists()
+    assert run(dataclasses.replace(config, max_minutes=0.0), folder, resume=True) is not None
+
+
+def test_a_dense_run_has_no_frozen_part(tmp_path: Path, archive: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    summary = run(small(archive, gate="none", epochs=1, latency=False), folder)
+    assert summary is not None and "frozen" not in summary and "agreement" not in summary
+    assert summary["dense"]["macs"] > 0 and not folder.model("compact").exists()
+
+
+def test_stuck_gates_off_target_are_noted(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates far beyond the window cannot reach the target; the run must say so."""
+
+    def stuck(config: TrainConfig, data: ImageData, *, gated: bool = True) -> nn.Module:
+        model = build_model(config, data, gated=gated)
+        for gate in gatedconv.gates(model).values():
+            nn.init.zeros_(gate.fc2.weight)
+            nn.init.constant_(gate.fc2.bias, 50.0)
+        return model
+
+    monkeypatch.setattr("gatedconv.train.pipeline.build_model", stuck)
+    heard = Recorder()
+    summary = run(
+        small(archive, dense_baseline=False, epochs=1, latency=False),
+        RunFolder(tmp_path / "r"),
+        listener=heard,
+    )
+    assert any(
+        "all 9 gates are saturated at 100.0% of the dense MACs, mac_target is 50.0%" in n for n in heard.notes
+    )
+    assert summary["frozen"]["macs"] == pytest.approx(summary["macs_dense"], rel=1e-3)
+
+
+def test_a_folder_is_never_overwritten(tmp_path: Path, archive: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    config = small(archive, epochs=1, gate="none", latency=False)
+    run(config, folder)
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(config, folder)
+    with pytest.raises(ValueError, match="expected a run to resume, found none"):
+        run(config, RunFolder(tmp_path / "other"), resume=True)
+    assert before == {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+
+def test_same_seed_same_weights_dense_and_gated(archive: Path) -> None:
+    """Dense and gated networks of one seed differ only by what gates are."""
+    config = small(archive)
+    data = load_images(config)
+    dense, gated = build_model(config, data, gated=False).state_dict(), build_model(config, data).state_dict()
+    assert all(torch.equal(value, gated[name]) for name, value in dense.items())
+    assert all("gate" in name for name in gated.keys() - dense.keys())
+
+
+def test_reestimated_statistics_are_the_means_over_the_batches(data: ImageData) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))
+    batches = [batch for batch in EvalBatches(data, "train", batch_size=16)]
+    weight = model[3].weight.clone()
+    model.eval()
+    reestimate_batchnorm(model, batches)
+    outputs = [model[0](images).detach() for images, _ in batches]
+    means = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+    variances = torch.stack([output.transpose(0, 1).flatten(1).var(1) for output in outputs]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means)
+    torch.testing.assert_close(model[1].running_var, variances)
+    assert model[1].momentum == 0.1 and not model[1].training and torch.equal(model[3].weight, weight)
+
+
+def test_damaged_records_are_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a run folder with config\.toml, found none"):
+        folder.read_config()
+    with pytest.raises(ValueError, match=r"expected a finished run with summary\.json, found none"):
+        folder.read_summary()
+    folder.summary.write_text("{")
+    with pytest.raises(ValueError, match=r"summary\.json: expected JSON"):
+        folder.read_summary()
+    assert folder.read_metrics() == []
+    good = json.dumps(EpochMetrics("gated", 1, 0.1, 1.0, 50.0, 1.0, 50.0, 1.0).as_dict())
+    folder.metrics.write_text(f"{good}\n{good[:20]}")
+    assert len(folder.read_metrics()) == 1
+    folder.metrics.write_text(f"{good[:20]}\n{good}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1 is damaged"):
+        folder.read_metrics()
+
+
+def test_validation_runs_never_see_the_test_split(tmp_path: Path) -> None:
+    archive = write_npz(tmp_path / "a.npz")
+    config = small(archive, evaluate_on="val", val_fraction=0.25)
+    data, full = load_images(config), load_images(dataclasses.replace(config, evaluate_on="test"))
+    assert len(data.train_labels) == 36 and len(data.test_labels) == 12
+    trained_on = {image.numpy().tobytes() for image in full.train_images}
+    assert all(image.numpy().tobytes() in trained_on for image in data.test_images)
+    assert len(TrainBatches(data, 16)) == 2
