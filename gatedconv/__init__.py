@@ -1,7 +1,7 @@
 """Train a network with gated layers and channels once, freeze what the gates agree on, cut the rest out."""
 
 from gatedconv import models, ops
-from gatedconv.deploy import Consensus, compact, count_macs, export, freeze, load, save
+from gatedconv.deploy import Consensus, Engine, compact, count_macs, export, freeze, load, save
 from gatedconv.gates import (
     ChannelGate,
     LayerGate,
@@ -22,6 +22,7 @@ __all__ = [
     "ChannelGate",
     "Consensus",
     "Conv2d",
+    "Engine",
     "LayerGate",
     "activation_loss",
     "compact",

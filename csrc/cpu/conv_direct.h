@@ -1,0 +1,105 @@
+// Direct convolution and depthwise convolution over NHWC maps with a zero border.
+#pragma once
+
+#include "conv_tile.h"
+
+namespace gatedconv::GATEDCONV_ISA {
+
+// Offsets of the taps. Where a pixel's channels fill its stride, the taps of one kernel row are one run.
+struct Taps {
+  std::vector<int> offsets;
+  int run;
+};
+
+static inline Taps find_taps(const Step& step) {
+  const Map& in = step.in;
+  const bool joined = step.dilation_w == 1 && in.pixel == step.span;
+  Taps taps{{}, joined ? step.kernel_w * step.span : step.span};
+  for (int y = 0; y < step.kernel_h; ++y) {
+    const ptrdiff_t row = (y * step.dilation_h - step.pad_top) * in.row;
+    for (int x = 0; x < (joined ? 1 : step.kernel_w); ++x) {
+      taps.offsets.push_back(static_cast<int>(row + (x * step.dilation_w - step.pad_left) * in.pixel));
+    }
+  }
+  return taps;
+}
+
+// A map of one pixel is a row of images: a linear layer over the batch is one matrix product.
+struct Rows {
+  int width;
+  ptrdiff_t in, out, residual;  // from one output pixel to the next
+  bool images;
+};
+
+static inline Rows find_rows(const Step& step, const Part& part) {
+  if (step.out.height == 1 && step.out.width == 1) {
+    return {static_cast<int>(part.unit1 - part.unit0), step.in.image, step.out.image, step.residual.image,
+            true};
+  }
+  return {step.out.width, step.stride_w * step.in.pixel, step.out.pixel, step.residual.pixel, false};
+}
+
+static inline void conv_direct(const Step& step, const Part& part) {
+  const Taps taps = find_taps(step);
+  const Rows rows = find_rows(step, part);
+  const ptrdiff_t panel_stride = static_cast<ptrdiff_t>(step.kernel_h) * step.kernel_w * step.span * kPanel;
+  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
+  const bool grouped = step.index != nullptr;
+  Tile tile{};
+  tile.pixel_stride = rows.in;
+  tile.taps = taps.offsets.data();
+  tile.num_taps = static_cast<int>(taps.offsets.size());
+  tile.run = taps.run;
+  tile.panel_stride = panel_stride;
+  tile.residual_stride = rows.residual;
+  tile.out_stride = rows.out;
+  tile.act = step.act;
+  for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
+    v = tile_vectors(last - v0, rows.width);
+    if (grouped) v = std::min(v, kPanelVectors - v0 % kPanelVectors);  // panels read different input channels
+    const int channel = v0 * kLanes;
+    const float* group = step.in.data + (grouped ? step.index[v0 / kPanelVectors] : 0);
+    tile.weights = step.weights + (v0 / kPanelVectors) * panel_stride + (v0 % kPanelVectors) * kLanes;
+    tile.bias = step.bias + channel;
+    for (int64_t unit = part.unit0; unit < part.unit1; unit = rows.images ? part.unit1 : unit + 1) {
+      const int64_t image = unit / step.rows, y = unit % step.rows;
+      const float* in = group + image * step.in.image + y * step.stride_h * step.in.row;
+      float* out = step.out.at(image, y) + channel;
+      const float* residual = step.residual.data ? step.residual.at(image, y) + channel : nullptr;
+      for_pieces(rows.width, v, [&](int x, int px) {
+        tile.pixels = in + x * rows.in;
+        tile.out = out + x * rows.out;
+        tile.residual = residual ? residual + x * rows.residual : nullptr;
+        tile_function(px, v)(tile);
+      });
+    }
+  }
+}
+
+static inline void conv_depthwise(const Step& step, const Part& part) {
+  const int padded = (step.out.channels + kPanel - 1) / kPanel * kPanel;
+  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    const int64_t image = unit / step.rows, y = unit % step.rows;
+    const float* top = step.in.data + image * step.in.image +
+                       (y * step.stride_h - step.pad_top) * step.in.row - step.pad_left * step.in.pixel;
+    for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
+      const int c = v * kLanes;
+      for (int x = 0; x < step.out.width; ++x) {
+        const float* window = top + x * step.stride_w * step.in.pixel + c;
+        vec sum = load(step.bias + c);
+        const float* w = step.weights + c;
+        for (int i = 0; i < step.kernel_h; ++i) {
+          for (int j = 0; j < step.kernel_w; ++j, w += padded) {
+            sum += load(window + i * step.dilation_h * step.in.row + j * step.dilation_w * step.in.pixel) *
+                   load(w);
+          }
+        }
+        if (step.residual.data) sum += load(step.residual.at(image, y) + x * step.residual.pixel + c);
+        store(step.out.at(image, y) + x * step.out.pixel + c, activate(sum, step.act));
+      }
+    }
+  }
+}
+
+}  // namespace gatedconv::GATEDCONV_ISA

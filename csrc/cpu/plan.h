@@ -1,0 +1,142 @@
+// A plan: a network as a flat list of fused instructions over feature maps in NHWC with a zero border.
+//
+// The program is a list of int64 that gatedconv/deploy/engine writes (field order: the enums below); it holds
+// no size of an image, so one program serves every batch, height and width. What depends on those is worked
+// out at the start of a run, in plan.cpp. Everything here is independent of PyTorch and of the instruction
+// set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace gatedconv {
+
+constexpr int kPanel = 16;       // output channels of one packed weight panel, on every instruction set
+constexpr int64_t kVersion = 1;  // of the program's encoding
+
+enum class Op : int64_t {
+  kInput,      // NCHW tensor of any strides -> map
+  kOutput,     // map -> contiguous NCHW tensor
+  kConv,       // direct convolution; weights [panel][kh][kw][c_in][16]
+  kWinograd2,  // F(2x2, 3x3); weights [panel][16][c_in][16]
+  kWinograd4,  // F(4x4, 3x3); weights [panel][36][c_in][16]
+  kDepthwise,  // weights [kh][kw][channels rounded up to 16]
+  kMaxPool,
+  kAvgPool,     // weights: 0 divide by the window inside the image, 1 by the window with padding
+  kMeanPool,    // over the whole map
+  kGather,      // channels by an index list
+  kScatterAdd,  // residual, with the input added at the channels of an index list
+  kSubsample,   // every stride-th pixel, channels moved up by `offset`, zeros elsewhere
+  kAdd,
+};
+
+enum class Act : int64_t { kNone, kRelu, kRelu6 };
+
+// Fields of one map and one instruction in the program.
+enum MapField { kChannels, kPixel, kHalo, kMultiple, kSlot, kMapFields };
+enum StepField {
+  kOp,
+  kIn,
+  kOut,
+  kResidual,
+  kAct,
+  kKernelH,
+  kKernelW,
+  kStrideH,
+  kStrideW,
+  kPadTop,
+  kPadLeft,
+  kPadBottom,
+  kPadRight,
+  kDilationH,
+  kDilationW,
+  kWeights,
+  kBias,
+  kSpan,
+  kIndex,
+  kOption,
+  kStepFields
+};
+
+// A feature map of a run. Strides and offsets are in floats; `data` is channel 0 of the first pixel of image
+// 0.
+struct Map {
+  int channels = 0, height = 0, width = 0;
+  int halo = 0, multiple = 1, slot = 0;
+  ptrdiff_t pixel = 0, row = 0, image = 0;
+  float* data = nullptr;
+  int bottom() const { return halo + (height + multiple - 1) / multiple * multiple - height; }
+  int right() const { return halo + (width + multiple - 1) / multiple * multiple - width; }
+  float* at(int64_t n, int64_t y) const { return data + n * image + y * row; }
+};
+
+struct Step {
+  Op op;
+  Act act;
+  int kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int span;  // input channels that one output channel reads (fewer than all of them if grouped)
+  int64_t option;
+  Map in, out, residual;  // residual.data is null where there is none
+  const float* weights;
+  const float* bias;
+  const int64_t* index;  // channel list, or for a grouped convolution the first input channel of every panel
+  int64_t index_size;
+  int rows;  // units of work in one image: rows of the output, or rows of Winograd tiles
+  // The tensors outside: kInput reads `source` by these strides, kOutput writes `target`, both from image
+  // `first` on.
+  const float* source;
+  int64_t source_stride[4];
+  float* target;
+};
+
+// A part of a step: units (image * rows + row) in [unit0, unit1), output channel panels in [panel0, panel1).
+struct Part {
+  int64_t unit0, unit1;
+  int panel0, panel1;
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* name;
+  int lanes;
+  void (*run)(const Step& step, const Part& part, float* scratch);
+  size_t (*scratch_floats)(const Step& step);
+};
+
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+// The best instruction set of this machine, or the one that GATEDCONV_ISA names (null if it cannot run here).
+const Kernels* choose_kernels(const char** error);
+
+// Calls body(0 .. workers - 1), at the same time or one after another.
+using Parallel = std::function<void(int workers, const std::function<void(int)>& body)>;
+
+struct Input {
+  const float* data;
+  int64_t size[4];
+  int64_t stride[4];
+};
+
+// A decoded program for one input size.
+struct Plan {
+  std::vector<Step> steps;
+  std::vector<int64_t> slot_floats;  // of one image
+  int out_channels = 0, out_height = 0, out_width = 0;
+};
+
+// Null if the program is sound for the input, else what is wrong.
+const char* decode(const int64_t* program, int64_t program_size, const float* weights, int64_t weights_size,
+                   const Input& input, Plan& plan);
+
+// Bytes that `run` needs for feature maps and scratch.
+int64_t workspace_bytes(const Plan& plan, const Kernels& kernels, int64_t batch, int workers);
+
+// Runs the plan over the whole batch; false if there is no memory for the workspace.
+bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers,
+         const Parallel& parallel);
+
+}  // namespace gatedconv

@@ -1,0 +1,7 @@
+#define GATEDCONV_ISA avx2
+#define GATEDCONV_LANES 8
+#include "kernels.h"
+
+namespace gatedconv {
+const Kernels kernels_avx2 = {"avx2", avx2::kLanes, avx2::run, avx2::scratch_floats};
+}  // namespace gatedconv

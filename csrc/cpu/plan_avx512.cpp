@@ -1,0 +1,7 @@
+#define GATEDCONV_ISA avx512
+#define GATEDCONV_LANES 16
+#include "kernels.h"
+
+namespace gatedconv {
+const Kernels kernels_avx512 = {"avx512", avx512::kLanes, avx512::run, avx512::scratch_floats};
+}  // namespace gatedconv

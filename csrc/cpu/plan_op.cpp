@@ -1,0 +1,94 @@
+// The operator plan_run: a whole network in one call.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "plan.h"
+#include "workspace.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+void run_in_parallel(int workers, const std::function<void(int)>& body) {
+  // Each worker is a loop over shared task queues, so it does not matter how many of them PyTorch really
+  // starts.
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) { body(static_cast<int>(begin)); });
+}
+
+Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weights,
+                std::vector<int64_t> shape) {
+  STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "plan_run: input must be float32 (N, C, H, W)");
+  STD_TORCH_CHECK(program.scalar_type() == torch::headeronly::ScalarType::Long && program.is_contiguous() &&
+                      weights.scalar_type() == torch::headeronly::ScalarType::Float &&
+                      weights.is_contiguous(),
+                  "plan_run: program must be int64, weights float32, both contiguous");
+  STD_TORCH_CHECK(shape.size() >= 2 && (shape[1] == 2 || shape[1] == 4), "plan_run: shape is cut short");
+  const char* error = nullptr;
+  const gatedconv::Kernels* kernels = gatedconv::choose_kernels(&error);
+  STD_TORCH_CHECK(kernels, "plan_run: ", error);
+  gatedconv::Input source{static_cast<const float*>(input.const_data_ptr()), {}, {}};
+  for (int i = 0; i < 4; ++i) {
+    source.size[i] = input.size(i);
+    source.stride[i] = input.stride(i);
+  }
+  gatedconv::Plan plan;
+  error =
+      gatedconv::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.numel(),
+                        static_cast<const float*>(weights.const_data_ptr()), weights.numel(), source, plan);
+  STD_TORCH_CHECK(!error, "plan_run: ", error);
+  std::vector<int64_t> size{source.size[0], plan.out_channels};
+  if (shape[1] == 4) {
+    size.insert(size.end(), {plan.out_height, plan.out_width});
+  } else {
+    STD_TORCH_CHECK(plan.out_height == 1 && plan.out_width == 1, "plan_run: the output is no vector");
+  }
+  Tensor output = torch::stable::new_empty(input, size);
+  const bool ran = gatedconv::run(plan, *kernels, source, static_cast<float*>(output.mutable_data_ptr()),
+                                  static_cast<int>(torch::stable::get_num_threads()), run_in_parallel);
+  STD_TORCH_CHECK(ran, "plan_run: no memory for the workspace");
+  return output;
+}
+
+// Bytes that plan_run needs beside its input, output and weights for an input of this size on this machine.
+int64_t plan_workspace(std::vector<int64_t> size, const Tensor& program, int64_t workers) {
+  STD_TORCH_CHECK(size.size() == 4, "plan_workspace: size must be N, C, H, W");
+  const char* error = nullptr;
+  const gatedconv::Kernels* kernels = gatedconv::choose_kernels(&error);
+  STD_TORCH_CHECK(kernels, "plan_workspace: ", error);
+  gatedconv::Input source{nullptr, {size[0], size[1], size[2], size[3]}, {}};
+  gatedconv::Plan plan;
+  error = gatedconv::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.numel(), nullptr,
+                            INT64_MAX, source, plan);
+  STD_TORCH_CHECK(!error, "plan_workspace: ", error);
+  return gatedconv::workspace_bytes(plan, *kernels, size[0], static_cast<int>(workers));
+}
+
+// Frees the memory that runs keep for the next one; returns its bytes.
+int64_t plan_release() {
+  return gatedconv::Workspace::release();
+}
+
+// The instruction set in use: portable, avx2 or avx512.
+std::string plan_isa() {
+  const char* error = nullptr;
+  const gatedconv::Kernels* kernels = gatedconv::choose_kernels(&error);
+  STD_TORCH_CHECK(kernels, "plan_isa: ", error);
+  return kernels->name;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gatedconv, CPU, m) {
+  m.impl("plan_run", TORCH_BOX(&plan_run));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gatedconv, CompositeExplicitAutograd, m) {
+  m.impl("plan_workspace", TORCH_BOX(&plan_workspace));
+  m.impl("plan_release", TORCH_BOX(&plan_release));
+  m.impl("plan_isa", TORCH_BOX(&plan_isa));
+}

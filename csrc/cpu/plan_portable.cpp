@@ -1,0 +1,7 @@
+#define GATEDCONV_ISA portable
+#define GATEDCONV_LANES 4
+#include "kernels.h"
+
+namespace gatedconv {
+const Kernels kernels_portable = {"portable", portable::kLanes, portable::run, portable::scratch_floats};
+}  // namespace gatedconv

@@ -1,0 +1,58 @@
+// Fixed-width float vectors on the compiler's vector extension.
+//
+// Each instruction-set unit (plan_portable.cpp, plan_avx2.cpp, plan_avx512.cpp) defines GATEDCONV_ISA, its
+// namespace, and GATEDCONV_LANES, the floats in one register, before it includes the kernels; the kernels
+// themselves are written once. Contraction (a * b + c -> fma) is the compiler's default where the unit's
+// flags allow it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "plan.h"
+
+#if !defined(GATEDCONV_ISA) || !defined(GATEDCONV_LANES)
+#error "define GATEDCONV_ISA and GATEDCONV_LANES before including simd.h"
+#endif
+
+namespace gatedconv::GATEDCONV_ISA {
+
+constexpr int kLanes = GATEDCONV_LANES;
+constexpr int kPanelVectors = kPanel / kLanes;  // registers that hold one row of a weight panel
+
+typedef float vec __attribute__((vector_size(4 * GATEDCONV_LANES)));
+typedef float unaligned_vec __attribute__((vector_size(4 * GATEDCONV_LANES), aligned(4), may_alias));
+
+static inline vec load(const float* from) {
+  return *reinterpret_cast<const unaligned_vec*>(from);
+}
+static inline void store(float* to, vec value) {
+  *reinterpret_cast<unaligned_vec*>(to) = value;
+}
+
+// Not vec{} + value: the sum with +0 is an instruction of its own, because it turns -0 into +0.
+static inline vec splat(float value) {
+#if GATEDCONV_LANES == 16
+  return vec{value, value, value, value, value, value, value, value,
+             value, value, value, value, value, value, value, value};
+#elif GATEDCONV_LANES == 8
+  return vec{value, value, value, value, value, value, value, value};
+#else
+  return vec{value, value, value, value};
+#endif
+}
+
+// NaN stays NaN, as in PyTorch: every comparison with it is false.
+static inline vec activate(vec value, Act act) {
+  if (act == Act::kNone) return value;
+  value = value < 0 ? vec{} : value;
+  if (act == Act::kRelu6) value = value > 6 ? splat(6) : value;
+  return value;
+}
+
+// Registers that cover `channels`.
+static inline int vectors(int channels) {
+  return (channels + kLanes - 1) / kLanes;
+}
+
+}  // namespace gatedconv::GATEDCONV_ISA

@@ -1,0 +1,141 @@
+"""The engine: a cut network packed into a native plan."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.deploy.compact import compact
+from gatedconv.deploy.engine.describe import describe
+from gatedconv.deploy.engine.fuse import fuse
+from gatedconv.deploy.engine.graph import trace
+from gatedconv.deploy.engine.partition import Segment, find_segments
+from gatedconv.deploy.engine.plan_module import PlanModule
+from gatedconv.deploy.engine.program import write_program
+from gatedconv.gates import FrozenGate, find_gates
+from gatedconv.ops.plan import unavailable
+
+
+class Engine(nn.Module):
+    """A frozen or compact network, packed once and run natively on the CPU, float32, eval.
+
+    What no plan can run (see `describe`) runs in PyTorch, in between; a model that cannot be traced runs
+    there as a whole. The result equals the model's up to rounding: max|a - b| / max|b| <= 1e-5.
+
+    Args:
+        model: A frozen, compact or plain model; a frozen one is cut first. It is copied, and not changed.
+        example_input: (N, C, H, W): a size that the model accepts. Any other batch, height and width that the
+            model accepts may follow; the algorithms are chosen for this one.
+
+    Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
+
+    Raises:
+        TypeError: `model` is no module, or `example_input` no float32 tensor.
+        ValueError: `example_input` has another rank or device, or the model has gates that are not frozen.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Engine: the model must be a torch.nn.Module, got {type(model).__name__}")
+        dtype, device = _kind(model)
+        _check_input(example_input, "example_input", None, dtype, device)
+        learning = [name for name, gate in find_gates(model).items() if not isinstance(gate, FrozenGate)]
+        if learning:
+            raise ValueError(f"Engine: freeze the model first; gate {learning[0]!r} is still learning")
+        with torch.inference_mode(False), torch.no_grad():
+            source = compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
+            source = source.eval().requires_grad_(False)
+            # Kept out of the submodules: it is what save and pickle keep, and what runs is packed from it.
+            self.__dict__["source"] = source
+            self.example_size = tuple(example_input.shape)
+            self.dtype, self.device = dtype, device
+            self.segments: list[Segment] = []
+            self.reason = _why_not(source)
+            self.body: nn.Module = source
+            if self.reason is None:
+                self._build(source, example_input)
+        self.eval()
+
+    def _build(self, source: nn.Module, example_input: Tensor) -> None:
+        try:
+            traced = trace(source, example_input)
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            self.reason = f"torch.fx cannot trace the model: {type(error).__name__}: {error}"
+            return
+        self.segments = find_segments(traced)
+        for i, segment in enumerate(self.segments):
+            name = f"plan{i}"
+            packed = write_program(segment.source, fuse(segment.layers, segment.result), segment.result)
+            traced.add_submodule(name, PlanModule(packed))
+            with traced.graph.inserting_after(segment.nodes[-1]):
+                call = traced.graph.call_module(name, (segment.source,))
+            segment.result.replace_all_uses_with(call)
+            for node in reversed(segment.nodes):
+                traced.graph.erase_node(node)
+        traced.graph.lint()
+        traced.recompile()
+        traced.delete_all_unused_submodules()
+        self.body = traced
+
+    @property
+    def plans(self) -> list[PlanModule]:
+        """The packed segments, in order."""
+        return [module for module in self.body.modules() if isinstance(module, PlanModule)]
+
+    def forward(self, x: Tensor) -> Any:
+        """Compute the model's output.
+
+        Raises:
+            TypeError: `x` is no float32 tensor.
+            ValueError: `x` has another rank, device or number of channels, or is too small.
+        """
+        _check_input(x, "input", self.example_size[1], self.dtype, self.device)
+        return self.body(x.detach())
+
+    def describe(self) -> str:
+        """Say what runs where: layers, kernels, MACs, bytes, instruction set, workspace."""
+        return describe(self)
+
+    def train(self, mode: bool = True) -> Engine:
+        """Stay in eval: a packed network cannot be trained."""
+        return super().train(False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Engine, (self.source, torch.zeros(self.example_size, dtype=self.dtype, device=self.device))
+
+
+def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype and device of a model's inputs: those of its first floating point tensor."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype, tensor.device
+    return torch.float32, torch.device("cpu")
+
+
+def _why_not(model: nn.Module) -> str | None:
+    """Say why no plan can be made of a model, None if one may."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype}, and plans compute in float32"
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device}, and plans run on the CPU"
+    return unavailable()
+
+
+def _check_input(
+    x: Tensor, what: str, channels: int | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"Engine: {what} must be a tensor (N, C, H, W), got {type(x).__name__}")
+    if x.dtype != dtype:
+        raise TypeError(f"Engine: {what} must have the model's dtype {dtype}, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"Engine: {what} must be (N, C, H, W), got shape {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"Engine: {what} must be on the model's device {device}, got {x.device}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"Engine: {what} must have {channels} channels, got shape {tuple(x.shape)}")

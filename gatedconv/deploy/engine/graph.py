@@ -1,0 +1,67 @@
+"""Traces a model into a graph of values: nothing in place, no layers that do nothing, shapes on every node."""
+
+from __future__ import annotations
+
+import copy
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from gatedconv.nn import ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd
+
+_LEAVES = (ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd)
+_IN_PLACE_FUNCTIONS = {operator.iadd, torch.relu_}
+_NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Treat the modules that a plan knows as one node each."""
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+    """Return a traced eval copy of `model`, with shapes for two images of example_input's size on its nodes.
+
+    Raises:
+        Exception: Whatever tracing or the trial run raises: the model is not traceable.
+    """
+    source = copy.deepcopy(model).eval()
+    graph = _Tracer().trace(source)
+    traced = fx.GraphModule(source, graph, type(model).__name__)
+    _drop_nothing(traced)
+    _make_functional(traced)
+    traced.graph.lint()
+    traced.recompile()
+    _, channels, height, width = example_input.shape
+    with torch.no_grad():
+        # Not zeros: a model may divide by what it sees.
+        ShapeProp(traced).propagate(torch.full((2, channels, height, width), 0.5))
+    return traced
+
+
+def _drop_nothing(traced: fx.GraphModule) -> None:
+    for node in list(traced.graph.nodes):
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, _NOTHING_IN_EVAL):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+
+
+def _make_functional(traced: fx.GraphModule) -> None:
+    """Let every later reader of a tensor that is written in place read the writer's result."""
+    order = {node: i for i, node in enumerate(traced.graph.nodes)}
+    for node in list(traced.graph.nodes):
+        if _is_in_place(node, traced) and isinstance(node.args[0], fx.Node):
+            written = node.args[0]
+            written.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])  # noqa: B023
+
+
+def _is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_function":
+        return node.target in _IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace", False))
+    return node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")

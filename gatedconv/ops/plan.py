@@ -1,0 +1,91 @@
+"""A packed network run in one operator call; `gatedconv.Engine` makes the packed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gatedconv import _native
+
+__all__ = ["plan_isa", "plan_output_size", "plan_release", "plan_run", "plan_workspace", "unavailable"]
+
+_NAME = "gatedconv::plan_run"
+_library: torch.library.Library | None = None
+
+
+def unavailable() -> str | None:
+    """Load the native library; say why there is none, None if there is one."""
+    global _library
+    library = _native.load("cpu")
+    if not library.available:
+        return library.reason or "no native library"
+    if _library is None:
+        _library = torch.library.Library("gatedconv", "FRAGMENT")
+        torch.library.register_fake(_NAME, _fake, lib=_library)
+    return None
+
+
+def plan_run(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int]) -> Tensor:
+    """Run a plan. `unavailable` must have returned None in this process.
+
+    Args:
+        input: (N, C, H, W), float32, CPU, any strides.
+        program: (P,), int64: the instructions.
+        weights: (Q,), float32: the packed weights.
+        shape: What `plan_output_size` reads.
+
+    Returns:
+        (N, C') or (N, C', H', W'), contiguous.
+    """
+    return torch.ops.gatedconv.plan_run.default(input, program, weights, shape)
+
+
+def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """Work out a plan's output size.
+
+    Args:
+        size: The input's (N, C, H, W).
+        shape: Output channels, output rank (2 or 4), then for every layer that changes height or width:
+            extent, stride and whole padding of the height, then of the width; extent 0 is a mean over the map.
+
+    Raises:
+        ValueError: The input is smaller than a kernel, or makes no single pixel where the output is a vector.
+    """
+    height, width = size[2], size[3]
+    for i in range(2, len(shape), 6):
+        if shape[i] == 0:
+            height, width = 1, 1
+            continue
+        if height + shape[i + 2] < shape[i] or width + shape[i + 5] < shape[i + 3]:
+            raise ValueError(
+                f"input of {size[2]} x {size[3]} pixels is too small: a layer of {shape[i]} x {shape[i + 3]} "
+                f"pixels would run over {height} x {width}"
+            )
+        height = (height + shape[i + 2] - shape[i]) // shape[i + 1] + 1
+        width = (width + shape[i + 5] - shape[i + 3]) // shape[i + 4] + 1
+    if shape[1] == 4:
+        return [size[0], shape[0], height, width]
+    if height != 1 or width != 1:
+        raise ValueError(f"input of {size[2]} x {size[3]} pixels does not fit the model's linear layer")
+    return [size[0], shape[0]]
+
+
+def _fake(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int]) -> Tensor:
+    return input.new_empty(plan_output_size(input.shape, shape))
+
+
+def plan_isa() -> str:
+    """Return the instruction set that plans run on here: "portable", "avx2" or "avx512"."""
+    return str(torch.ops.gatedconv.plan_isa())
+
+
+def plan_workspace(size: Sequence[int], program: Tensor, workers: int) -> int:
+    """Return the bytes that a run needs beside its tensors for an input of `size` (N, C, H, W)."""
+    return int(torch.ops.gatedconv.plan_workspace(size, program, workers))
+
+
+def plan_release() -> int:
+    """Free the workspaces that finished runs have left for the next ones; returns their bytes."""
+    return int(torch.ops.gatedconv.plan_release())
