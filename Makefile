@@ -15,7 +15,7 @@ PYTHON_FILES := gatedconv kernels tests benchmarks setup.py
 .PHONY: demo test lint format build coverage clean
 
 demo: $(VENV)/.build
-	$(BIN)/gatedconv train --preset demo --seed $(SEED) --run runs/demo
+	$(BIN)/gatedconv train --preset demo --seed $(SEED)
 
 test: lint
 	$(BIN)/python -m pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _contestants(target: Path) -> dict[str, Any]:
     """Every network of the target in eager PyTorch, and in our engine where there is one."""
     networks: dict[str, Any] = {name: network.eval() for name, network in saved_networks(target).items()}
-    try:
-        from gatedconv import Engine
-    except ImportError:
+    engine = getattr(importlib.import_module("gatedconv"), "Engine", None)
+    if engine is None:
         return networks
     engines = {
-        f"{name}, engine": Engine(network, example_input(network)) for name, network in networks.items()
+        f"{name}, engine": engine(network, example_input(network)) for name, network in networks.items()
     }
     return networks | engines

@@ -28,7 +28,9 @@ _STYLE = {
     "grid.linewidth": 0.8,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "legend.frameon": False,
+    "legend.edgecolor": "white",
+    "legend.fancybox": False,
+    "legend.framealpha": 0.9,
     "lines.linewidth": 1.6,
 }
 
@@ -134,6 +136,7 @@ def _accuracy_panel(axes: Any, trainings: Mapping[str, History], title: str) -> 
     axes.set_ylabel("top-1 (%), pale: training batches")
     axes.set_title(_heading("Accuracy", title))
     axes.grid(axis="y")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="lower right")
 
 
@@ -149,10 +152,11 @@ def _gates_panel(axes: Any, lines: History) -> None:
         axes.axvline(epoch - 0.5, color=STAGE, linewidth=1.0, alpha=0.6)
     axes.set_ylim(-2, 103)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("%")
+    axes.set_ylabel("share (%)")
     axes.set_title("Gates")
     axes.grid(axis="y")
-    axes.legend(loc="best")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="upper right")
 
 
 def _jumps(lines: History) -> list[tuple[int, float]]:

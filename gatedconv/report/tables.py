@@ -39,7 +39,7 @@ def comparison_table(summary: Summary) -> str:
     for batch in ("1", "32"):
         measured = [_latency(side, batch) for side in (dense, frozen)]
         if any(measured):
-            rows.append([f"latency, batch {batch} (ms)", *_cells(*measured, "ms", "{:.2f}")])
+            rows.append([f"latency, batch {batch} (ms)", *_cells(measured[0], measured[1], "ms", "{:.2f}")])
     if frozen is not None:
         rows.append(["agreement (%)", _ABSENT, f"{100 * summary['agreement']:.2f}", ""])
     return text_table(["", "dense", "frozen", "change"], rows)

@@ -46,10 +46,10 @@ def finish(
         _reestimate_if_asked(config, data, nets["dense"])
     if "gated" in trained:
         gated = trained["gated"]
-        frozen = _frozen(gated, config, data, listener)
+        frozen, consensus = _frozen(gated, config, data, listener)
         _reestimate_if_asked(config, data, frozen)
         nets["frozen"] = compact(frozen.eval(), example_images(data, config, 1))
-        outcome |= consensus_figures(gated, frozen.consensus, evaluate(gated, _test_batches(config, data))[1])
+        outcome |= consensus_figures(gated, consensus, evaluate(gated, _test_batches(config, data))[1])
         save(gated, folder.model("gated"))
     for name, net in nets.items():
         outcome[name] = figures(net.eval(), config, data)
@@ -148,14 +148,18 @@ def example_images(data: ImageData, config: TrainConfig, batch: int) -> Tensor:
     return batches.normalize(batches.images[rows])
 
 
-def _frozen(gated: nn.Module, config: TrainConfig, data: ImageData, listener: Listener) -> nn.Module:
+def _frozen(
+    gated: nn.Module, config: TrainConfig, data: ImageData, listener: Listener
+) -> tuple[nn.Module, Consensus]:
     """Vote over the whole training split; what `freeze` warns of becomes a note."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         frozen = freeze(gated, EvalBatches(data, "train", **_placement(config)))
     for warning in caught:
         listener.note(str(warning.message))
-    return frozen
+    consensus = frozen.consensus
+    assert isinstance(consensus, Consensus)  # for the type checker: nn.Module's attributes have no types
+    return frozen, consensus
 
 
 def _reestimate_if_asked(config: TrainConfig, data: ImageData, net: nn.Module) -> None:

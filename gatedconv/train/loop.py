@@ -88,7 +88,7 @@ def train(
         memory_format=memory_format,
     )
     test_batches = EvalBatches(data, device=device, memory_format=memory_format)
-    model.to(device=device, memory_format=memory_format)
+    model.to(device).to(memory_format=memory_format)
     return _epochs(
         model,
         batches,

@@ -87,14 +87,14 @@ def load_trained(folder: RunFolder, config: TrainConfig, data: ImageData) -> dic
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
     """
-    trained = {}
+    trained: dict[str, nn.Module] = {}
     for phase in phases(config):
         path = folder.checkpoint(phase)
         if has_checkpoint(path) or phase == "gated":
             network = build_model(config, data, gated=phase == "gated")
             network.load_state_dict(load_checkpoint(path)["model"])
             layout = torch.channels_last if config.channels_last else torch.contiguous_format
-            trained[phase] = network.to(device=resolve_device(config.device), memory_format=layout)
+            trained[phase] = network.to(resolve_device(config.device)).to(memory_format=layout)
     return trained
 
 

@@ -1,4 +1,4 @@
-"""Every wrong input: exit code 2, one line on stderr naming what, where and what was expected; nothing lost."""
+"""Wrong input: exit code 2, one line on stderr naming what, where and what was expected; nothing lost."""
 
 from __future__ import annotations
 
