@@ -74,7 +74,8 @@ class BuildLibraries(build_ext):
                 if MODE == "require":
                     raise
                 outcome[target] = str(error)
-                self.extensions.remove(extension)
+                # A list of its own: setuptools decided from the distribution's where the package goes.
+                self.extensions = [other for other in self.extensions if other is not extension]
         folder = ROOT / "gatedconv" if self.editable_mode else Path(self.build_lib) / "gatedconv"
         write_outcome(folder, outcome)
 
@@ -100,6 +101,8 @@ def write_outcome(folder: Path, reasons: dict[str, str]) -> None:
         torch = None
     info = {"source_hash": _build.source_hash(CSRC), "torch": torch, "reasons": reasons}
     folder.mkdir(parents=True, exist_ok=True)
+    for target in reasons:  # what an earlier build may have left
+        (folder / _build.library_name(target)).unlink(missing_ok=True)
     (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 

@@ -219,7 +219,13 @@ def build(target: str, csrc: Path, output: Path, cache: Path) -> None:
 
     def compile_one(source: Path) -> Path:
         command = _compile_command(source, csrc, torch, compiler, toolkit)
-        return _compile(source, command, headers, cache)
+        # Where the sources lie is no part of the object: an installed copy shares it with a checkout.
+        key = "\0".join(command).replace(str(csrc), "csrc") + _compiler_version(command[0])
+        digest = hashlib.sha256(key.encode() + headers + source.read_bytes())
+        finished = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not finished.exists():
+            _run_into(finished, command)
+        return finished
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(compile_one, sources))
@@ -273,15 +279,6 @@ def _visible_architectures() -> list[str]:
     query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
     told = subprocess.run(query, capture_output=True, text=True)
     return sorted(set(re.findall(r"^\d+\.\d+$", told.stdout, re.M))) if told.returncode == 0 else []
-
-
-def _compile(source: Path, command: list[str], headers: bytes, cache: Path) -> Path:
-    digest = hashlib.sha256("\0".join([*command, _compiler_version(command[0])]).encode())
-    digest.update(headers + source.read_bytes())
-    finished = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
-    if not finished.exists():
-        _run_into(finished, command)
-    return finished
 
 
 def _compiler_version(compiler: str) -> str:

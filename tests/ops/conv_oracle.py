@@ -1,4 +1,4 @@
-"""The masked convolution, written down as its definition: output by output, in fp64, sharing nothing with gatedconv."""
+"""The masked convolution as it is defined: output by output, in fp64, sharing nothing with gatedconv."""
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,25 @@ def masked_conv2d_oracle(
             channels = range(group * per_group, (group + 1) * per_group)
             read = [c for c in channels if in_open is None or in_open[c]]
             taps = [c - group * per_group for c in read]
-            # The plane of the right size and, where nothing is read, its value: a convolution with a zero input.
+            # The plane of the right size and, where nothing is read, its value: a convolution with a zero
+            # input.
             plane = F.conv2d(
-                torch.zeros_like(input[n : n + 1, :1]).double(), torch.zeros_like(weight[:1, :1]).double(),
-                None, stride, padding, dilation,
+                torch.zeros_like(input[n : n + 1, :1]).double(),
+                torch.zeros_like(weight[:1, :1]).double(),
+                None,
+                stride,
+                padding,
+                dilation,
             )[0, 0]
             is_open = out_open[row] if out_open.dim() == 1 else out_open[n, row]
             if is_open and read:
                 plane = F.conv2d(
-                    input[n : n + 1, read].double(), weight[row : row + 1, taps].double(), None,
-                    stride, padding, dilation,
+                    input[n : n + 1, read].double(),
+                    weight[row : row + 1, taps].double(),
+                    None,
+                    stride,
+                    padding,
+                    dilation,
                 )[0, 0]
             if is_open and bias is not None:
                 plane = plane + bias[row].double()

@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.conv_oracle import masked_conv2d_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatedconv.ops import _masked_conv2d_native, masked_conv2d, masked_conv2d_reference
+from tests.ops.conv_oracle import masked_conv2d_oracle
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -77,7 +77,9 @@ def cases(draw):
 def check_case(case) -> None:
     tensors, numbers = case
     if tensors[0].shape[0] == 0:
-        expected = F.conv2d(*tensors[:2], None, *(numbers[k] for k in ("stride", "padding", "dilation", "groups")))
+        expected = F.conv2d(
+            *tensors[:2], None, *(numbers[k] for k in ("stride", "padding", "dilation", "groups"))
+        )
     else:
         expected = masked_conv2d_oracle(*tensors, **numbers)
     for function in (masked_conv2d, masked_conv2d_reference):
@@ -108,7 +110,9 @@ def test_gradients_equal_the_definitions(case, native):
     input, weight, bias, out_open, in_open = tensors
     if input.shape[0] == 0:
         return
-    leaves = [None if t is None else t.double().requires_grad_() for t in (input, weight, bias, numbers["residual"])]
+    leaves = [
+        None if t is None else t.double().requires_grad_() for t in (input, weight, bias, numbers["residual"])
+    ]
     wanted = [leaf for leaf in leaves if leaf is not None]
 
     def gradients(function):
@@ -150,7 +154,10 @@ def test_all_open_equals_conv2d_on_pytorchs_own_samples(backend):
     checked = 0
     for dtype in (torch.float32, torch.float64):
         for sample in info.sample_inputs("cpu", dtype):
-            weight, bias = sample.args[0], sample.args[1] if len(sample.args) > 1 else sample.kwargs.get("bias")
+            weight, bias = (
+                sample.args[0],
+                sample.args[1] if len(sample.args) > 1 else sample.kwargs.get("bias"),
+            )
             numbers = {k: v for k, v in sample.kwargs.items() if k != "bias"}
             if sample.input.dim() != 4:
                 continue

@@ -1,15 +1,19 @@
 import pytest
 import torch
-from tests.ops.conv_oracle import masked_conv2d_oracle
 
 from gatedconv.ops import _masked_conv2d_native, masked_conv2d
+from tests.ops.conv_oracle import masked_conv2d_oracle
 
 OUT_OPEN = torch.tensor([1, 0, 1, 1, 0], dtype=torch.bool)
 IN_OPEN = torch.tensor([1, 1, 0, 1], dtype=torch.bool)
 
 
 def tensors(dtype=torch.float32, channels_last=False, requires_grad=False):
-    x, w, b = torch.randn(2, 4, 6, 5, dtype=dtype), torch.randn(5, 4, 3, 3, dtype=dtype), torch.randn(5, dtype=dtype)
+    x, w, b = (
+        torch.randn(2, 4, 6, 5, dtype=dtype),
+        torch.randn(5, 4, 3, 3, dtype=dtype),
+        torch.randn(5, dtype=dtype),
+    )
     residual = torch.randn(2, 5, 3, 3, dtype=dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -63,7 +67,9 @@ def test_gradcheck(monkeypatch, native):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_compiled_in_one_graph_gives_the_same_output_and_gradients(monkeypatch, native, channels_last):
     if not native:
-        monkeypatch.setattr(_masked_conv2d_native, "ready", torch.compiler.assume_constant_result(lambda: False))
+        monkeypatch.setattr(
+            _masked_conv2d_native, "ready", torch.compiler.assume_constant_result(lambda: False)
+        )
     torch._dynamo.reset()
     leaves = tensors(channels_last=channels_last, requires_grad=True)
     expected = layer(*leaves)
@@ -71,7 +77,8 @@ def test_compiled_in_one_graph_gives_the_same_output_and_gradients(monkeypatch, 
     torch.testing.assert_close(got, expected)
     assert got.stride() == expected.stride()
     for ours, plain in zip(
-        torch.autograd.grad(got.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), leaves),
+        torch.autograd.grad(got.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
         strict=True,
     ):
         torch.testing.assert_close(ours, plain)
