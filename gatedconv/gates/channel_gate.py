@@ -61,11 +61,10 @@ class ChannelGate(LearnedGate):
         self.pool = pool
         self.feature_size = size
 
-    def _features(self, x: Tensor) -> Tensor:
-        if self.pool == "avg":
-            return x.mean(dim=(2, 3), dtype=self.fc2.weight.dtype)
-        if x.shape[2] * x.shape[3] != self.feature_size:
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is (N, C, H, W) of a size that the gate was built for."""
+        super().check_input(x)
+        if self.pool == "flatten" and x.shape[2] * x.shape[3] != self.feature_size:
             raise ValueError(
                 f"ChannelGate: pool='flatten' was built for H*W = {self.feature_size}, got {tuple(x.shape)}"
             )
-        return x.flatten(1).to(self.fc2.weight.dtype)

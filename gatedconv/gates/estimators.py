@@ -1,7 +1,7 @@
 """Gradient estimators: from real logits to binary gates through which gradients still flow.
 
-Each estimator is a small module ``logits (N, num_gates) -> gate (N, num_gates)``, the gate exactly 0 or
-1 in the logits' dtype. In training it may draw noise; in eval every one of them is deterministic.
+The arithmetic is `gatedconv.ops.estimate`; here is what an estimator keeps between calls. In training it may draw
+noise; in eval every one of them is deterministic.
 """
 
 from __future__ import annotations
@@ -10,82 +10,51 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
+from gatedconv.ops import ESTIMATORS
 
-ESTIMATORS = ("ste", "gumbel", "bernoulli", "batch_mean")
+RUNNING_MOMENTUM = 0.1  # as BatchNorm's running statistics: about the last ten batches
+
+__all__ = ["ESTIMATORS", "RUNNING_MOMENTUM", "Estimator", "make_estimator"]
 
 
 class Estimator(nn.Module):
-    """Base class; see the module's docstring for the contract."""
+    """logits (N, num_gates) -> gate (N, num_gates), exactly 0 or 1 in the logits' dtype.
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
-        raise NotImplementedError
+    "ste": eqs. 3-4 of the paper: forward z > 0; backward the identity where \\|z\\| <= 1. "gumbel": hard binary
+    Gumbel-softmax (Jang et al. 2017). "bernoulli": a sample of Bernoulli(sigmoid(z)) with the gradient of the
+    probability (Bengio et al. 2013). "batch_mean": the paper's "Bernoulli" ablation, open above the batch mean of
+    the logits (section 4.4); in eval above the running mean of the training batches, so that a prediction depends
+    on its own image alone.
 
-
-class StraightThrough(Estimator):
-    """Eqs. 3-4 of the paper: forward z > 0; backward the identity where abs(z) <= 1."""
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
-        return ops.ste(logits)
-
-
-class GumbelSoftmax(Estimator):
-    """Hard binary Gumbel-softmax (Jang et al. 2017) with straight-through gradient.
-
-    The two-class case: the difference of two Gumbel variables is logistic, so with u uniform on (0, 1)
-    s = sigmoid((z + log u - log(1 - u)) / temperature); forward s > 1/2, backward ds/dz. No noise in eval.
+    Attributes:
+        running_mean: buffer (num_gates,) of "batch_mean"; None for the others.
     """
 
-    def __init__(self, temperature: float) -> None:
+    running_mean: Tensor | None
+
+    def __init__(self, name: str, num_gates: int, temperature: float) -> None:
         super().__init__()
+        self.name = name
         self.temperature = temperature
+        self.register_buffer("running_mean", torch.zeros(num_gates) if name == "batch_mean" else None)
+
+    def draw_noise(self, batch: int, num_gates: int, like: Tensor) -> Tensor | None:
+        """Uniform noise (batch, num_gates) of this call, dtype and device of ``like``; None where none is needed."""
+        if not self.training or self.name not in ("gumbel", "bernoulli"):
+            return None
+        noise = torch.rand(batch, num_gates, dtype=like.dtype, device=like.device)
+        if self.name == "bernoulli":
+            return noise
+        # Open interval: u = 0 or 1 would be an infinite logit, whose gradient is NaN.
+        return noise.clamp_(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps)
 
     def forward(self, logits: Tensor) -> Tensor:
         """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
-        noisy = logits
-        if self.training:
-            # Open interval: u = 0 or 1 would be an infinite logit, whose gradient is NaN.
-            tiny = torch.finfo(logits.dtype).tiny
-            u = torch.rand_like(logits).clamp(tiny, 1 - torch.finfo(logits.dtype).eps)
-            noisy = logits + torch.log(u) - torch.log1p(-u)
-        return _hard_forward(noisy > 0, torch.sigmoid(noisy / self.temperature))
-
-
-class Bernoulli(Estimator):
-    """A sample of Bernoulli(sigmoid(z)), straight-through: the gradient is that of the probability.
-
-    In eval the more likely value, z > 0 (Bengio et al. 2013).
-    """
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
-        probability = torch.sigmoid(logits)
-        decision = torch.rand_like(probability) < probability if self.training else logits > 0
-        return _hard_forward(decision, probability)
-
-
-class BatchMean(Estimator):
-    """The paper's "Bernoulli" ablation: open where the logit is above its batch mean (section 4.4).
-
-    Deterministic, but dependent on the other images of the batch; in eval the running mean of the
-    training batches stands in, so that a prediction depends on its own image alone. Backward as in eq. 4.
-    """
-
-    running_mean: Tensor
-
-    def __init__(self, num_gates: int) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(num_gates))
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
-        if not self.training:
-            return ops.ste(logits - self.running_mean.to(logits.dtype))
-        mean = logits.mean(dim=0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), 0.1)
-        return ops.ste(logits - mean)
+        noise = self.draw_noise(logits.shape[0], logits.shape[1], logits)
+        return ops.estimate(
+            logits, self.name, noise=noise, temperature=self.temperature, threshold=self.running_mean,
+            training=self.training, momentum=RUNNING_MOMENTUM,
+        )
 
 
 def make_estimator(name: str, num_gates: int, temperature: float, *, owner: str) -> Estimator:
@@ -94,31 +63,4 @@ def make_estimator(name: str, num_gates: int, temperature: float, *, owner: str)
         raise ValueError(f"{owner}: estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
     if not temperature > 0:
         raise ValueError(f"{owner}: temperature must be above 0, got {temperature!r}")
-    if name == "gumbel":
-        return GumbelSoftmax(float(temperature))
-    if name == "batch_mean":
-        return BatchMean(num_gates)
-    return StraightThrough() if name == "ste" else Bernoulli()
-
-
-def _hard_forward(decision: Tensor, soft: Tensor) -> Tensor:
-    """The decision's value with the soft probability's gradient.
-
-    ``hard - soft.detach() + soft`` would leave values like 0.9999999; the gate has to be exactly 0 or 1.
-    """
-    hard: Tensor = _HardForward.apply(decision, soft)
-    return hard
-
-
-class _HardForward(torch.autograd.Function):
-    @staticmethod
-    def forward(decision: Tensor, soft: Tensor) -> Tensor:
-        return decision.to(soft.dtype)
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad
+    return Estimator(name, num_gates, float(temperature))

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gates.estimators import Estimator, make_estimator
-
-RUNNING_MOMENTUM = 0.1  # as BatchNorm's running statistics: about the last ten batches
+from gatedconv import ops
+from gatedconv.gates.estimators import RUNNING_MOMENTUM, Estimator, make_estimator
 
 
 class Gate(nn.Module):
@@ -64,9 +63,11 @@ class Gate(nn.Module):
 class LearnedGate(Gate):
     """features -> dense ``hidden`` -> BatchNorm1d -> ReLU -> dense ``num_gates`` -> estimator.
 
-    With ``hidden=None`` the single dense layer ``fc2`` stands alone (the paper's 1FC). The arithmetic
-    runs in the parameters' dtype, outside autocast: half-precision logits would flip decisions near 0.
+    With ``hidden=None`` the single dense layer ``fc2`` stands alone (the paper's 1FC). The arithmetic is
+    `gatedconv.ops.gate`: in the parameters' dtype, autocast or not, and by kernels on a GPU.
     """
+
+    pool: str
 
     def __init__(
         self,
@@ -100,33 +101,52 @@ class LearnedGate(Gate):
         nn.init.normal_(self.fc2.weight, std=0.1 / self.fc2.in_features**0.5)
         nn.init.ones_(self.running_open_rate)
 
-    def _features(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, in_features) in the parameters' dtype."""
-        raise NotImplementedError
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is (N, C, H, W) of a size that the gate was built for."""
+        if x.dim() != 4:
+            raise ValueError(f"{type(self).__name__}: input must be (N, C, H, W), got shape {tuple(x.shape)}")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pooled: Tensor | None = None) -> Tensor:
         """Decide for a batch.
 
         Args:
             x: (N, C, H, W), any floating dtype.
+            pooled: (N, C), the mean of x over H and W where its producer has it already; saves reading x again.
 
         Returns:
             (N, num_gates) in x.dtype, every value exactly 0 or 1.
         """
-        if x.dim() != 4:
-            raise ValueError(f"{type(self).__name__}: input must be (N, C, H, W), got shape {tuple(x.shape)}")
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            hidden = self._features(x)
-            if self.fc1 is not None and self.norm is not None:
-                hidden = torch.relu(self.norm(self.fc1(hidden)))
-            logits = self.fc2(hidden)
-            gate = self.estimator(logits)
-            self.logits = logits
-            self.open_rate = gate.mean(dim=0)
-            if self.training:
-                with torch.no_grad():
-                    self.running_open_rate.lerp_(self.open_rate.detach(), RUNNING_MOMENTUM)
-        return gate.to(x.dtype)
+        self.check_input(x)
+        features = x if pooled is None or self.pool != "avg" else pooled
+        return self.note(ops.gate(features, *self.arguments(x.shape[0], x.dtype)))
+
+    def note(self, decision: ops.GateOutput) -> Tensor:
+        """Keep the last call's logits and open rate; returns the gate."""
+        self.logits, self.open_rate = decision.logits, decision.open_rate
+        return decision.gate
+
+    def arguments(
+        self, batch: int, dtype: torch.dtype
+    ) -> tuple[ops.GateParameters, ops.GateStatistics, ops.GateOptions, Tensor | None]:
+        """What `gatedconv.ops.gate` takes besides its input, noise of this call included."""
+        fc1, norm, fc2 = self.fc1, self.norm, self.fc2
+        hidden: tuple[Tensor | None, ...] = (None,) * 4
+        norm_buffers: tuple[Tensor | None, ...] = (None,) * 3
+        norm_options: dict[str, Any] = {"batch_stats": False}
+        if fc1 is not None and norm is not None:
+            hidden = (fc1.weight, fc1.bias, norm.weight, norm.bias)
+            norm_buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            norm_options = {
+                "batch_stats": norm.training or norm.running_mean is None, "eps": norm.eps,
+                "norm_momentum": norm.momentum,
+            }
+        options = ops.GateOptions(
+            self.estimator.name, self.estimator.temperature, flatten=self.pool == "flatten", training=self.training,
+            momentum=RUNNING_MOMENTUM, dtype=dtype, **norm_options,
+        )
+        statistics = ops.GateStatistics(*norm_buffers, self.running_open_rate, self.estimator.running_mean)
+        noise = self.estimator.draw_noise(batch, self.num_gates, fc2.weight)
+        return ops.GateParameters(*hidden, fc2.weight, fc2.bias), statistics, options, noise
 
 
 class FrozenGate(Gate):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from gatedconv.gates.gate import LearnedGate
 
 DEFAULT_TEMPERATURE = 2 / 3  # at most 1 for two classes, or hard samples and soft gradients part ways
@@ -45,6 +43,4 @@ class LayerGate(LearnedGate):
             dtype=dtype,
         )
         self.in_channels = in_channels
-
-    def _features(self, x: Tensor) -> Tensor:
-        return x.mean(dim=(2, 3), dtype=self.fc2.weight.dtype)
+        self.pool = "avg"

@@ -1,6 +1,42 @@
 """Stateless operators, each with its plain PyTorch reference: ``<name>_reference``, same signature."""
 
+from gatedconv.ops.estimate import ESTIMATORS, estimate
+from gatedconv.ops.gate import (
+    GateOptions,
+    GateOutput,
+    GateParameters,
+    GateStatistics,
+    gate,
+    gate_reference,
+)
+from gatedconv.ops.gated_residual import (
+    InnerGate,
+    NormArguments,
+    ResidualOutput,
+    gated_residual,
+    gated_residual_is_fused,
+    gated_residual_reference,
+)
 from gatedconv.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from gatedconv.ops.ste import ste, ste_reference
 
-__all__ = ["masked_conv2d", "masked_conv2d_reference", "ste", "ste_reference"]
+__all__ = [
+    "ESTIMATORS",
+    "GateOptions",
+    "GateOutput",
+    "GateParameters",
+    "GateStatistics",
+    "InnerGate",
+    "NormArguments",
+    "ResidualOutput",
+    "estimate",
+    "gate",
+    "gate_reference",
+    "gated_residual",
+    "gated_residual_is_fused",
+    "gated_residual_reference",
+    "masked_conv2d",
+    "masked_conv2d_reference",
+    "ste",
+    "ste_reference",
+]

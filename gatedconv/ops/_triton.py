@@ -1,0 +1,36 @@
+"""Whether Triton kernels run on a tensor: on CUDA, or, under Triton's interpreter, on the CPU for tests.
+
+``GATEDCONV_TRITON`` is ``auto`` (the default) or ``off`` (the PyTorch references run everywhere).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+__all__ = ["runs_on"]
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether kernels are wanted, and possible, on the device of x."""
+    return x.device.type in _devices()
+
+
+@torch.compiler.assume_constant_result
+def _devices() -> tuple[str, ...]:
+    mode = os.environ.get("GATEDCONV_TRITON", "auto")
+    if mode not in ("auto", "off"):
+        raise ValueError(f"GATEDCONV_TRITON: expected auto or off, got {mode!r}")
+    if mode == "off" or not _installed():
+        return ()
+    # Under the interpreter kernels read CPU memory; a process has one kind of kernel or the other.
+    return ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,79 @@
+"""Gradient estimators: from real logits to binary gates through which gradients still flow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gatedconv.ops.ste import ste
+
+__all__ = ["ESTIMATORS", "estimate"]
+
+ESTIMATORS = ("ste", "gumbel", "bernoulli", "batch_mean")
+
+
+def estimate(
+    logits: Tensor, estimator: str, *, noise: Tensor | None = None, temperature: float = 2 / 3,
+    threshold: Tensor | None = None, training: bool = False, momentum: float = 0.1,
+) -> Tensor:
+    """Gates of ``logits`` (N, num_gates): exactly 0 or 1, in the dtype of the logits.
+
+    Args:
+        logits: floating point (N, num_gates).
+        estimator: "ste", eqs. 3-4 of the paper; "gumbel", the hard binary Gumbel-softmax (Jang et al. 2017);
+            "bernoulli", a sample of Bernoulli(sigmoid(z)) with the gradient of its probability (Bengio et al.
+            2013); "batch_mean", the paper's section 4.4: open above the batch mean of the logits, backward as in
+            eq. 4.
+        noise: uniform on the open interval (0, 1), shape and dtype of ``logits``; None makes "gumbel" and
+            "bernoulli" deterministic: open where z > 0. The others use none.
+        temperature: of the Gumbel-softmax.
+        threshold: (num_gates,), of "batch_mean" alone: the running batch mean, which stands in for the batch's own
+            where not ``training`` and moves by ``momentum``, in place, where training.
+        training: of "batch_mean" alone.
+        momentum: of ``threshold``.
+    """
+    if estimator == "ste":
+        return ste(logits)
+    if estimator == "batch_mean":
+        return ste(logits - _batch_mean(logits, threshold, training, momentum))
+    if estimator == "bernoulli":
+        probability = torch.sigmoid(logits)
+        return _hard_forward(logits > 0 if noise is None else noise < probability, probability)
+    if estimator == "gumbel":
+        # The difference of two Gumbel variables is logistic.
+        noisy = logits if noise is None else logits + torch.log(noise) - torch.log1p(-noise)
+        return _hard_forward(noisy > 0, torch.sigmoid(noisy / temperature))
+    raise ValueError(f"estimate: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+
+
+def _batch_mean(logits: Tensor, running: Tensor | None, training: bool, momentum: float) -> Tensor:
+    if not training:
+        return logits.new_zeros(()) if running is None else running.to(logits.dtype)
+    mean = logits.mean(dim=0)
+    if running is not None:
+        with torch.no_grad():
+            running.lerp_(mean.detach().to(running.dtype), momentum)
+    return mean
+
+
+def _hard_forward(decision: Tensor, soft: Tensor) -> Tensor:
+    """The decision's value with the soft probability's gradient.
+
+    ``hard - soft.detach() + soft`` would leave values like 0.9999999; the gate has to be exactly 0 or 1.
+    """
+    hard: Tensor = _HardForward.apply(decision, soft)
+    return hard
+
+
+class _HardForward(torch.autograd.Function):
+    @staticmethod
+    def forward(decision: Tensor, soft: Tensor) -> Tensor:
+        return decision.to(soft.dtype)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
