@@ -1,6 +1,7 @@
 """Train a network with gated layers and channels once, freeze what the gates agree on, cut the rest out."""
 
 from gatedconv import models, ops
+from gatedconv.convert import gate_model
 from gatedconv.deploy import Consensus, Engine, compact, count_macs, export, freeze, load, save
 from gatedconv.gates import (
     ChannelGate,
@@ -30,6 +31,7 @@ __all__ = [
     "expected_macs",
     "export",
     "freeze",
+    "gate_model",
     "gates",
     "load",
     "mac_target_loss",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,11 +20,13 @@ class MacTerm:
             (a BatchNorm counts 2 per element, a pool 1).
         params: parameters that belong to it.
         gates: paths of the gates that scale it; empty for work that always runs.
+        channels: for each of them the channels that count, None for all; empty: all of every gate.
     """
 
     macs: float
     params: int = 0
     gates: tuple[str, ...] = ()
+    channels: tuple[tuple[int, ...] | None, ...] = ()
 
 
 def mac_terms(model: nn.Module, owner: str) -> Sequence[MacTerm]:
@@ -60,16 +61,22 @@ def _expected(
     terms: Sequence[MacTerm], amounts: list[float], model: nn.Module, rates: Mapping[str, Tensor] | None
 ) -> Tensor:
     rates = open_rates(model, "expected_macs") if rates is None else rates
-    means = {name: rate.mean() for name, rate in rates.items()}
-    missing = {gate for term in terms for gate in term.gates} - means.keys()
+    missing = {gate for term in terms for gate in term.gates} - rates.keys()
     if missing:
         raise ValueError(f"expected_macs: no open rate for the gates {sorted(missing)}")
-    always = math.fsum(amount for term, amount in zip(terms, amounts, strict=True) if not term.gates)
-    anchor = next(iter(means.values()), torch.zeros(()))
-    expected = torch.full_like(anchor, always)
-    for term, amount in zip(terms, amounts, strict=True):
-        if term.gates:
-            expected = expected + amount * math.prod(
-                (means[g] for g in term.gates[1:]), start=means[term.gates[0]]
-            )
-    return expected
+    factors = [_factors(term) for term in terms]
+    keys = {key: number for number, key in enumerate(dict.fromkeys(k for keys in factors for k in keys), start=1)}
+    anchor = next(iter(rates.values()), torch.zeros(()))
+    # The first mean is 1, which fills up the terms that have fewer gates than others.
+    means = torch.stack([anchor.new_ones(()), *(_mean(rates[gate], channels) for gate, channels in keys)])
+    width = max(1, *(len(f) for f in factors))
+    index = torch.tensor([[*(keys[k] for k in f), *[0] * (width - len(f))] for f in factors], device=means.device)
+    return (means[index].prod(dim=1) * means.new_tensor(amounts)).sum()
+
+
+def _factors(term: MacTerm) -> list[tuple[str, tuple[int, ...] | None]]:
+    return list(zip(term.gates, term.channels or [None] * len(term.gates), strict=True))
+
+
+def _mean(rate: Tensor, channels: tuple[int, ...] | None) -> Tensor:
+    return rate.mean() if channels is None else rate[list(channels)].mean()

@@ -3,15 +3,31 @@
 from gatedconv.nn.block import BasicBlock
 from gatedconv.nn.compact_block import ChannelBias, CompactBlock, ConstantMap, GatherChannels, ScatterAdd
 from gatedconv.nn.conv import Conv2d
+from gatedconv.nn.graph import (
+    AddBranch,
+    AppendOnes,
+    Constant,
+    GraphNet,
+    ScatterChannels,
+    SelectOpen,
+    StochasticDepth,
+)
 from gatedconv.nn.shortcut import PadShortcut
 
 __all__ = [
+    "AddBranch",
+    "AppendOnes",
     "BasicBlock",
     "ChannelBias",
     "CompactBlock",
     "Conv2d",
+    "Constant",
     "ConstantMap",
     "GatherChannels",
+    "GraphNet",
     "PadShortcut",
     "ScatterAdd",
+    "ScatterChannels",
+    "SelectOpen",
+    "StochasticDepth",
 ]

@@ -1,0 +1,70 @@
+"""What a conversion did, and what it left alone and why; and the choice of layers by name."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+Choice = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+
+@dataclass
+class Conversion:
+    """The record that ``gate_model`` leaves on its result as ``conversion``.
+
+    Attributes:
+        traced_by: "fx", "export", or "modules" where no graph could be had and layers were swapped.
+        gated: gate path -> what it gates (a residual branch or a layer).
+        skipped: layer or block -> why it has no gate.
+        reachable_macs: 0 to 1, the share of the model's MACs that at least one gate scales.
+        note: why a less capable way of tracing was taken; empty otherwise.
+    """
+
+    traced_by: str
+    gated: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    reachable_macs: float = 0.0
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs (traced by {self.traced_by})"]
+        lines += [self.note] if self.note else []
+        lines += [f"  {gate}: {what}" for gate, what in self.gated.items()]
+        lines += [f"  not gated, {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+class Selection:
+    """``include`` and ``exclude`` of ``gate_model``."""
+
+    def __init__(self, include: Choice, exclude: Choice) -> None:
+        self.include = _checked(include, "include")
+        self.exclude = _checked(exclude, "exclude")
+        self.unused = {p for choice in (self.include, self.exclude) if isinstance(choice, list) for p in choice}
+
+    def reason(self, name: str, module: nn.Module) -> str:
+        """Why the layer or block is not to be gated; empty if it is."""
+        if self.include is not None and not self._matches(self.include, name, module):
+            return "not in include"
+        if self.exclude is not None and self._matches(self.exclude, name, module):
+            return "in exclude"
+        return ""
+
+    def _matches(self, choice: list[str] | Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+        if callable(choice):
+            return bool(choice(name, module))
+        hits = {p for p in choice if fnmatch.fnmatchcase(name, p) or name.startswith(f"{p}.")}
+        self.unused -= hits
+        return bool(hits)
+
+
+def _checked(choice: Choice, argument: str) -> list[str] | Callable[[str, nn.Module], bool] | None:
+    if choice is None or callable(choice):
+        return choice
+    patterns = [choice] if isinstance(choice, str) else list(choice)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"gate_model: {argument} must be a name, a pattern, a list of them or a callable, got {choice!r}")
+    return patterns

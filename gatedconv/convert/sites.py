@@ -1,0 +1,190 @@
+"""Where channel gates go: behind the norm of each convolution, its activation, or before a block."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from gatedconv.convert.branches import Branch
+from gatedconv.convert.canonical import op_name, scope_of, submodule
+from gatedconv.convert.conversion import Selection
+from gatedconv.convert.flow import ACTIVATIONS, MIXING_NORMS, NORMS, Flow
+
+
+@dataclass(eq=False)
+class Site:
+    """A channel gate to be.
+
+    Attributes:
+        name: path of the layer whose output is gated.
+        node: the gate reads and multiplies this node's value.
+        readers: the nodes that get the product; None for all.
+    """
+
+    name: str
+    node: fx.Node
+    readers: set[fx.Node] | None = None
+
+
+class SiteFinder:
+    """Walks the convolutions of a graph; ``skipped`` collects the reasons."""
+
+    def __init__(self, flow: Flow, branches: list[Branch], selection: Selection) -> None:
+        self.flow = flow
+        self.branches = branches
+        self.selection = selection
+        self.skipped: dict[str, str] = {}
+        self.calls = Counter(str(n.target) for n in self._nodes() if n.op == "call_module")
+        self.owners = Counter(id(p) for m in flow.graph_module.modules() for p in m.parameters(recurse=False))
+        self.shortcut_nodes = {n for branch in branches for n in branch.shortcut_nodes}
+        self.pooled = self._pooled()
+        self.final = self._final()
+
+    def find(self, position: str) -> list[Site]:
+        """The sites for one of the positions "after", "middle", "before"."""
+        if position == "before":
+            return self._before()
+        sites: list[Site] = []
+        gated: set[fx.Node] = set()
+        for node in self._nodes():
+            if self.flow.kind(node) not in ("conv", "linear"):
+                module = submodule(node)
+                if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                    self.skipped[str(node.target)] = "a transposed convolution"
+                elif isinstance(module, nn.modules.conv._ConvNd):
+                    self.skipped[str(node.target)] = "its input is no image with channels in dimension 1"
+                continue
+            name = scope_of(node) or node.name
+            reason = self._reason(node, name, gated)
+            target = self._target(node, position) if not reason else None
+            if target is None:
+                self.skipped[name] = reason or "no activation follows inside its branch"
+                continue
+            if target in gated:
+                self.skipped[name] = "another layer's gate is in the same place"
+                continue
+            gated.add(target)
+            sites.append(Site(scope_of(target) or name, target))
+        return sites
+
+    def _before(self) -> list[Site]:
+        sites = []
+        inside = {n for branch in self.branches for n in branch.nodes}
+        for branch in self.branches:
+            module = self.flow.graph_module.get_submodule(branch.name)
+            name = branch.name or branch.addition.name
+            reason = self.selection.reason(name, module)
+            if branch.entry.op == "placeholder":
+                reason = "it reads the model's input"
+            if reason:
+                self.skipped[name] = reason
+            else:
+                sites.append(Site(name, branch.entry, {n for n in branch.entry.users if n in branch.nodes}))
+        for node in self._nodes():
+            if self.flow.kind(node) not in ("conv", "linear") or node in inside:
+                continue
+            name, source = scope_of(node) or node.name, node.all_input_nodes[0]
+            reason = self._reason(node, name, set(), output=False)
+            if not reason and source.op == "placeholder":
+                reason = "it reads the model's input"
+            if reason:
+                self.skipped[name] = reason
+            else:
+                sites.append(Site(name, source, {node}))
+        return sites
+
+    def _nodes(self) -> list[fx.Node]:
+        return list(self.flow.graph_module.graph.nodes)
+
+    def _reason(self, node: fx.Node, name: str, gated: set[fx.Node], *, output: bool = True) -> str:
+        """Why this convolution is left alone; empty if it is not."""
+        module = submodule(node)
+        owner = module if module is not None else self.flow.graph_module.get_submodule(name)
+        parameters = list(module.parameters(recurse=False)) if module is not None else []
+        channels, value = self.flow[node], node.meta["val"]
+        if chosen := self.selection.reason(name, owner):
+            return chosen
+        if self.flow.kind(node) == "linear" and value.dim() != 4:
+            return "a dense layer"
+        if node.op == "call_module" and self.calls[str(node.target)] > 1:
+            return f"called {self.calls[str(node.target)]} times: its weights are shared"
+        if any(self.owners[id(p)] > 1 for p in parameters):
+            return "its weights are shared with another layer"
+        if parameters and not any(p.requires_grad for p in parameters):
+            return "its weights are frozen (requires_grad=False)"
+        if node in self.pooled:
+            return "it works on pooled 1x1 maps"
+        if node in self.shortcut_nodes:
+            return "the shortcut of a residual block"
+        if output and channels.size < 2:
+            return "a single output channel"
+        if output and node in self.final:
+            return "its channels are the model's outputs"
+        if output and isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1:
+            if self._origin(node.all_input_nodes[0]) & gated:
+                return "depthwise: the gate of its input closes its channels"
+        return ""
+
+    def _origin(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes from which a value comes channel by channel."""
+        chain = {node}
+        while self.flow.kind(node) == "channelwise" and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+            chain.add(node)
+        return chain
+
+    def _target(self, node: fx.Node, position: str) -> fx.Node | None:
+        """The node to gate: the norm after the convolution or, in the middle, the activation after that."""
+        current = node
+        if (norm := _only_user(current)) is not None and isinstance(submodule(norm), NORMS + MIXING_NORMS):
+            current = norm
+        if position == "after":
+            return current
+        user = _only_user(current)
+        return user if user is not None and is_activation(user) else None
+
+    def _pooled(self) -> set[fx.Node]:
+        """Nodes whose value is made of global averages alone, as inside squeeze-excite."""
+        pooled: set[fx.Node] = set()
+        for node in self._nodes():
+            sources = [n for n in node.all_input_nodes if self.flow.has_channels(n)]
+            if _is_global_pool(node) or (sources and all(n in pooled for n in sources)):
+                pooled.add(node)
+        return pooled
+
+    def _final(self) -> set[fx.Node]:
+        """Nodes whose channels reach the model's output one by one."""
+        final: set[fx.Node] = set()
+        for node in reversed(self._nodes()):
+            if any(u.op == "output" or (u in final and self.flow.kind(u) in ("channelwise", "move")) for u in node.users):
+                final.add(node)
+        return final
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Whether the node is an activation function, as a module or a call."""
+    if node.op == "call_module":
+        return isinstance(submodule(node), ACTIVATIONS + (nn.PReLU,))
+    names = ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu", "mish")
+    return node.op in ("call_function", "call_method") and op_name(node) in names
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_global_pool(node: fx.Node) -> bool:
+    module = submodule(node)
+    if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
+        return module.output_size in (1, (1, 1))
+    if node.op == "call_module":
+        return False
+    if node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
+        return node.args[1:2] in ((1,), ((1, 1),)) or node.kwargs.get("output_size") in (1, (1, 1))
+    if node.op in ("call_function", "call_method") and op_name(node) in ("mean", "amax", "adaptive_avg_pool2d"):
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return isinstance(dim, (tuple, list)) and {d for d in dim if isinstance(d, int)} in ({2, 3}, {-1, -2}, {1})
+    return False

@@ -1,0 +1,138 @@
+"""Tiny modules of converted and cut networks, and the graph module that carries them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+# What a converted network carries beside its graph and weights; torch.fx forgets such things when it copies.
+_CARRIED = ("mac_terms", "conversion", "consensus", "input_size")
+
+
+class GraphNet(fx.GraphModule):
+    """A ``torch.fx.GraphModule`` that keeps gatedconv's attributes when it is copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphNet:
+        result: GraphNet = super().__deepcopy__(memo)
+        for name in _CARRIED:
+            if name in self.__dict__:
+                setattr(result, name, copy.deepcopy(self.__dict__[name], memo))
+        result.training = self.training
+        return result
+
+
+class SelectOpen(nn.Module):
+    """(x (N, ...), gate (N, 1)) -> the samples whose gate is open; in training all of them.
+
+    Training computes every sample, so that BatchNorm sees the whole batch, and so does a compiled graph,
+    whose shapes must not depend on data.
+    """
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Select the samples."""
+        if self.training or torch.compiler.is_compiling():
+            return x
+        return x.index_select(0, gate.flatten().nonzero().flatten())
+
+
+class AddBranch(nn.Module):
+    """(shortcut (N, ...), part, gate (N, 1)) -> shortcut + gate * part.
+
+    ``part`` has N samples, or the open ones alone, as ``SelectOpen`` left them.
+    """
+
+    def forward(self, shortcut: Tensor, part: Tensor, gate: Tensor) -> Tensor:
+        """Add the branch to the samples that are open."""
+        factor = gate.reshape(-1, *[1] * (part.dim() - 1))
+        if part.shape[0] == gate.shape[0]:
+            return shortcut + factor * part
+        index = gate.flatten().nonzero().flatten()
+        return shortcut.index_add(0, index, factor.index_select(0, index) * part)
+
+
+class StochasticDepth(nn.Module):
+    """Drops its input at random in training, for single samples ("row") or the whole batch ("batch").
+
+    Huang et al. 2016. What survives is divided by 1 - p if ``scale``; in eval the identity.
+    """
+
+    def __init__(self, p: float, mode: str = "row", scale: bool = True) -> None:
+        super().__init__()
+        self.p = p
+        self.mode = mode
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, ...) -> the same shape."""
+        if not self.training or self.p == 0:
+            return x
+        count = x.shape[0] if self.mode == "row" else 1
+        kept = torch.empty(count, *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
+        if self.scale and self.p < 1:
+            kept = kept / (1 - self.p)
+        return x * kept
+
+    def extra_repr(self) -> str:
+        """Numbers shown by repr()."""
+        return f"p={self.p}, mode={self.mode}, scale={self.scale}"
+
+
+class ScatterChannels(nn.Module):
+    """x with K channels -> ``size`` channels along ``axis``: x at ``index``, constants elsewhere.
+
+    Args:
+        index: int64 (K,).
+        fill: what the result is where x has no channel: shape (1, ...) with ``size`` at ``axis`` and
+            otherwise as x, or 1.
+        axis: the channels' dimension.
+    """
+
+    index: Tensor
+    fill: Tensor
+
+    def __init__(self, index: Tensor, fill: Tensor, axis: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self.register_buffer("fill", fill)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Put x among the constants."""
+        shape = list(x.shape)
+        shape[self.axis] = self.fill.shape[self.axis]
+        return self.fill.to(x.dtype).expand(shape).index_copy(self.axis, self.index, x)
+
+    def extra_repr(self) -> str:
+        """Numbers shown by repr()."""
+        return f"channels={self.index.numel()} of {self.fill.shape[self.axis]}, axis={self.axis}"
+
+
+class AppendOnes(nn.Module):
+    """x (N, C, H, W) -> (N, C + 1, H, W): one more channel, all ones.
+
+    A constant that a zero-padded convolution sees fades at the border; the channel of ones carries all
+    such constants at once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Append the channel."""
+        return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+
+
+class Constant(nn.Module):
+    """x (N, ...) -> ``value`` (1, ...) for each of the N samples: what does not depend on the input."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=value.is_floating_point())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Repeat the value."""
+        return self.value.expand(x.shape[0], *self.value.shape[1:])
+
+    def extra_repr(self) -> str:
+        """Numbers shown by repr()."""
+        return f"shape={tuple(self.value.shape[1:])}"
