@@ -6,9 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,13 @@ class Latency:
 
 @torch.inference_mode()
 def measure_latency(
-    models: Mapping[str, Callable[[Tensor], object]],
+    models: Mapping[Name, Callable[[Tensor], object]],
     example_input: Tensor,
     *,
     rounds: int = 21,
     warmup: int = 3,
     min_ms: float = 5.0,
-) -> dict[str, Latency]:
+) -> dict[Name, Latency]:
     """Time several models on one input, in turns: round 1 of each, then round 2 of each, and so on.
 
     Args:
@@ -56,7 +59,7 @@ def measure_latency(
         for _ in range(warmup):
             duration = _timed(model, example_input, 1)
         repeats[name] = max(1, round(min_ms / max(duration, 1e-3)))
-    samples: dict[str, list[float]] = {name: [] for name in models}
+    samples: dict[Name, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
             samples[name].append(_timed(model, example_input, repeats[name]))

@@ -36,10 +36,12 @@ def comparison_table(summary: Summary) -> str:
         ["MACs (M)", *_cells(dense, frozen, "macs", "{:.2f}", scale=1e-6)],
         ["parameters (k)", *_cells(dense, frozen, "params", "{:.1f}", scale=1e-3)],
     ]
-    for batch in ("1", "32"):
-        measured = [_latency(side, batch) for side in (dense, frozen)]
-        if any(measured):
-            rows.append([f"latency, batch {batch} (ms)", *_cells(measured[0], measured[1], "ms", "{:.2f}")])
+    for key, where in (("latency_ms", ""), ("engine_latency_ms", ", engine")):
+        for batch in ("1", "32"):
+            before, after = (_latency(side, key, batch) for side in (dense, frozen))
+            if before or after:
+                cells = _cells(before, after, "ms", "{:.2f}")
+                rows.append([f"latency, batch {batch}{where} (ms)", *cells])
     if frozen is not None:
         rows.append(["agreement (%)", _ABSENT, f"{100 * summary['agreement']:.2f}", ""])
     return text_table(["", "dense", "frozen", "change"], rows)
@@ -86,8 +88,8 @@ def _figures(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['params'] / 1e3:.1f}"]
 
 
-def _latency(side: Mapping[str, Any] | None, batch: str) -> dict[str, float] | None:
-    found = (side or {}).get("latency_ms", {}).get(batch)
+def _latency(side: Mapping[str, Any] | None, key: str, batch: str) -> dict[str, float] | None:
+    found = (side or {}).get(key, {}).get(batch)
     return None if found is None else {"ms": found}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
-from gatedconv.deploy import Consensus, compact, count_macs, export, freeze, save
+from gatedconv.deploy import Consensus, Engine, compact, count_macs, export, freeze, save
 from gatedconv.deploy.latency import measure_latency
 from gatedconv.gates import expected_macs, pruning_rate
 from gatedconv.train.config import TrainConfig
@@ -56,7 +56,7 @@ def finish(
         save(net, folder.model("compact" if name == "frozen" else name))
     if config.latency:
         for name, times in latencies(nets, config, data).items():
-            outcome[name]["latency_ms"] = times
+            outcome[name] |= times
     if "frozen" in nets:
         outcome["exports"] = write_exports(nets["frozen"], config, data, folder, listener)
     return outcome
@@ -91,13 +91,22 @@ def consensus_figures(gated: nn.Module, consensus: Consensus, dynamic_top1: floa
 
 def latencies(
     nets: dict[str, nn.Module], config: TrainConfig, data: ImageData
-) -> dict[str, dict[str, float]]:
-    """Median ms of one call, the networks measured in turns: {name: {"1": ms, "32": ms}}."""
-    times: dict[str, dict[str, float]] = {name: {} for name in nets}
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Median ms of one call at batch 1 and 32, all networks and their engines measured in turns.
+
+    Returns:
+        {name: {"latency_ms": {"1": ms, "32": ms}}} of PyTorch's eager mode, and beside it
+        "engine_latency_ms" where our engine runs the network natively.
+    """
+    times: dict[str, dict[str, dict[str, float]]] = {name: {} for name in nets}
     for batch in LATENCY_BATCHES:
-        measured = measure_latency(nets, example_images(data, config, batch))
-        for name, latency in measured.items():
-            times[name][str(batch)] = round(latency.median, 4)
+        images = example_images(data, config, batch)
+        entrants: dict[tuple[str, str], nn.Module] = {(name, "latency_ms"): net for name, net in nets.items()}
+        if images.device.type == "cpu":
+            engines = {(name, "engine_latency_ms"): Engine(net, images) for name, net in nets.items()}
+            entrants |= {key: engine for key, engine in engines.items() if engine.plans}
+        for (name, runtime), latency in measure_latency(entrants, images).items():
+            times[name].setdefault(runtime, {})[str(batch)] = round(latency.median, 4)
     return times
 
 

@@ -22,7 +22,14 @@ def test_comparison_prints_gains_and_losses_alike() -> None:
         ["latency, batch 32 (ms)", "20.00", "25.00", "+25.0 %"],
         ["agreement (%)", "-", "99.75"],
     ]
-    assert len({len(line) for line in lines[1:2]}) == 1
+
+
+def test_comparison_shows_the_engine_where_it_ran() -> None:
+    frozen = {**FROZEN, "engine_latency_ms": {"1": 0.5}}
+    lines = comparison_table(
+        {"dense": {**DENSE, "engine_latency_ms": {"1": 1.0}}, "frozen": frozen, "agreement": 1.0}
+    )
+    assert cells(lines.splitlines()[7]) == ["latency, batch 1, engine (ms)", "1.00", "0.50", "-50.0 %"]
 
 
 def test_comparison_without_baseline_or_without_gates() -> None:

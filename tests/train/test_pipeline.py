@@ -72,6 +72,8 @@ def test_a_run_writes_everything_and_the_summary_is_true(tmp_path: Path, archive
         assert summary[name]["macs"] == gatedconv.count_macs(net, test[:1])
         assert set(summary[name]["latency_ms"]) == {"1", "32"}
         assert all(ms > 0 for ms in summary[name]["latency_ms"].values())
+        if gatedconv.Engine(net, test[:1]).plans:
+            assert set(summary[name]["engine_latency_ms"]) == {"1", "32"}
     assert summary["macs_dense"] == pytest.approx(summary["dense"]["macs"], rel=1e-3)
     assert 0 <= summary["agreement"] <= 1 and 0 <= summary["pruning_rate"] <= 1
     assert (
