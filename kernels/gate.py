@@ -142,7 +142,7 @@ def tail(
             if NOISY:
                 u = tl.load(noise_ptr + at, mask=mask, other=0.5)
             opens = decide(z, u, threshold[None, :], temperature, ESTIMATOR, NOISY) & mask
-            tl.store(gate_ptr + at, opens.to(gate_ptr.dtype.element_ty), mask=mask)
+            tl.store(gate_ptr + at, opens.to(tl.float32).to(gate_ptr.dtype.element_ty), mask=mask)
             opened += tl.sum(opens.to(tl.float32), 0)
     if ESTIMATOR == "batch_mean" and TRAIN:
         threshold = total / N
@@ -153,7 +153,7 @@ def tail(
             at = rows[:, None] * O + o[None, :]
             z = tl.load(logits_ptr + at, mask=mask, other=0.0)
             opens = decide(z, z, threshold[None, :], temperature, ESTIMATOR, NOISY) & mask
-            tl.store(gate_ptr + at, opens.to(gate_ptr.dtype.element_ty), mask=mask)
+            tl.store(gate_ptr + at, opens.to(tl.float32).to(gate_ptr.dtype.element_ty), mask=mask)
             opened += tl.sum(opens.to(tl.float32), 0)
     tl.store(threshold_ptr + o, threshold, mask=in_o)
     rate = opened / N  # a count below 2^24 is exact in fp32

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .gate import gate_dense, gate_pool_dense, gate_tail
 from .gate_backward import gate_backward_dense, gate_backward_logits, gate_backward_tail
-from .launch import ceil_div, on_device, positions, power_of_two
+from .launch import TILE, ceil_div, on_device, positions, power_of_two
 
 DENSE_ROWS = 16
-TILE = 2048  # elements of a map in flight per program: 16 a thread; with 32 the addresses take 240 registers
 SPLIT_ABOVE = 1 << 16  # elements of a sample above which its channels are shared out to several programs
 ONE_LAUNCH_GATES = 16  # one tile; above, one program's tail takes longer than a second launch
 POOL_UNITS = 64  # units of the first layer above which pooling and the layer part: the weight tile spills

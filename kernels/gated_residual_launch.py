@@ -15,9 +15,8 @@ from .gated_residual import (
     residual_reduce,
     statistics,
 )
-from .launch import ceil_div, on_device, positions, power_of_two
+from .launch import ceil_div, map_tiles, on_device, positions, power_of_two
 
-TILE = 2048  # elements of a map in flight per program, 16 a thread
 GROUPS = 128  # programs that share the batch of a reduction: about one per multiprocessor of a large GPU
 CHANNEL_TILE = 32  # of the kernels that finish a reduction
 ROW_TILE = 32
@@ -153,15 +152,7 @@ class Backward:
 
 
 def _grid(x: Tensor) -> Grid:
-    batch, channels = x.shape[:2]
-    pixels = x.shape[2] * x.shape[3]
-    if x.stride(1) == 1 and channels > 1:  # channels_last: neighbours in memory are channels
-        block_c = power_of_two(channels, most=64)
-        block_s = power_of_two(pixels, most=TILE // block_c)
-    else:
-        block_s = power_of_two(pixels, most=128)
-        block_c = power_of_two(channels, most=TILE // block_s)
+    batch = x.shape[0]
     per_group = ceil_div(batch, GROUPS)
-    return Grid(
-        ceil_div(batch, per_group), per_group, ceil_div(channels, block_c), {"BLOCK_C": block_c, "BLOCK_S": block_s}
-    )
+    tiles, blocks = map_tiles(x)
+    return Grid(ceil_div(batch, per_group), per_group, tiles, blocks)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Launch = Callable[..., Any]
+TILE = 2048  # elements of a map in flight per program: 16 a thread; with 32 the addresses take 240 registers
 
 
 def power_of_two(number: int, least: int = 1, most: int = 1 << 30) -> int:
@@ -36,6 +35,18 @@ def positions(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     if stride[2] != width * stride[3]:
         return positions(x.contiguous())
     return x, (stride[0], stride[1], stride[3])
+
+
+def map_tiles(x: Tensor) -> tuple[int, dict[str, int]]:
+    """For a pass over x (N, C, H, W): programs that share the channels of a sample, and their tile sizes."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    if x.stride(1) == 1 and channels > 1:  # channels_last: neighbours in memory are channels
+        block_c = power_of_two(channels, most=64)
+        block_s = power_of_two(pixels, most=TILE // block_c)
+    else:
+        block_s = power_of_two(pixels, most=128)
+        block_c = power_of_two(channels, most=TILE // block_s)
+    return ceil_div(channels, block_c), {"BLOCK_C": block_c, "BLOCK_S": block_s}
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

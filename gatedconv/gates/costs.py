@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gatedconv.gates.closed_form import Multilinear, cached, multilinear
 from gatedconv.gates.registry import open_rates, unwrap
 
 
@@ -64,19 +65,12 @@ def _expected(
     missing = {gate for term in terms for gate in term.gates} - rates.keys()
     if missing:
         raise ValueError(f"expected_macs: no open rate for the gates {sorted(missing)}")
-    factors = [_factors(term) for term in terms]
-    keys = {key: number for number, key in enumerate(dict.fromkeys(k for keys in factors for k in keys), start=1)}
-    anchor = next(iter(rates.values()), torch.zeros(()))
-    # The first mean is 1, which fills up the terms that have fewer gates than others.
-    means = torch.stack([anchor.new_ones(()), *(_mean(rates[gate], channels) for gate, channels in keys)])
-    width = max(1, *(len(f) for f in factors))
-    index = torch.tensor([[*(keys[k] for k in f), *[0] * (width - len(f))] for f in factors], device=means.device)
-    return (means[index].prod(dim=1) * means.new_tensor(amounts)).sum()
+    joined = torch.cat(list(rates.values())) if rates else torch.zeros(0)
+    sizes = {name: rate.numel() for name, rate in rates.items()}
+    key = ("expected", tuple(amounts), tuple(sizes.items()), joined.device, joined.dtype)
+    form = cached(unwrap(model), key, lambda: Multilinear.build(amounts, [_factors(t) for t in terms], sizes, joined))
+    return multilinear(joined, form)
 
 
 def _factors(term: MacTerm) -> list[tuple[str, tuple[int, ...] | None]]:
     return list(zip(term.gates, term.channels or [None] * len(term.gates), strict=True))
-
-
-def _mean(rate: Tensor, channels: tuple[int, ...] | None) -> Tensor:
-    return rate.mean() if channels is None else rate[list(channels)].mean()

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gatedconv.gates.closed_form import cached, gate_average, polarization
 from gatedconv.gates.costs import expected_macs, mac_terms
-from gatedconv.gates.registry import open_rates
+from gatedconv.gates.registry import open_rates, unwrap
 
 
 def polarization_loss(model: nn.Module) -> Tensor:
@@ -20,7 +21,8 @@ def polarization_loss(model: nn.Module) -> Tensor:
     0 when every sample agrees on every gate, at most 1/4. Scalar, dtype of the gates.
     """
     rates = global_open_rates(model, "polarization_loss")
-    return torch.stack([((1 - rate) * rate).mean() for rate in rates.values()]).mean()
+    joined = torch.cat(list(rates.values()))
+    return polarization(joined, _gate_weights(model, rates, joined))
 
 
 def activation_loss(model: nn.Module, weight: str = "uniform") -> Tensor:
@@ -33,15 +35,10 @@ def activation_loss(model: nn.Module, weight: str = "uniform") -> Tensor:
     if weight not in ("uniform", "macs"):
         raise ValueError(f"activation_loss: weight must be 'uniform' or 'macs', got {weight!r}")
     rates = global_open_rates(model, "activation_loss")
-    means = torch.stack([rate.mean() for rate in rates.values()])
+    joined = torch.cat(list(rates.values()))
     if weight == "uniform":
-        return means.mean()
-    controlled = dict.fromkeys(rates, 0.0)
-    for term in mac_terms(model, "activation_loss"):
-        for gate in term.gates:
-            controlled[gate] += term.macs
-    weights = means.new_tensor(list(controlled.values()))
-    return (means * weights).sum() / weights.sum()
+        return torch.dot(joined, _gate_weights(model, rates, joined))
+    return torch.dot(joined, _mac_weights(model, rates, joined))
 
 
 def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
@@ -54,6 +51,26 @@ def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
     total = sum(term.macs for term in mac_terms(model, "mac_target_loss"))
     expected = expected_macs(model, global_open_rates(model, "mac_target_loss"))
     return (expected / (target * total) - 1) ** 2
+
+
+def _gate_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Weights of the joined rates that give every gate the same say."""
+    sizes = tuple(rate.numel() for rate in rates.values())
+    return cached(unwrap(model), ("gates", sizes, like.device, like.dtype), lambda: gate_average(sizes, like.detach()))
+
+
+def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Weights of the joined rates by the MACs that each gate controls."""
+    controlled = dict.fromkeys(rates, 0.0)
+    for term in mac_terms(model, "activation_loss"):
+        for gate in term.gates:
+            controlled[gate] += term.macs
+    total = sum(controlled.values())
+    shares = tuple((macs / total / rates[gate].numel(), rates[gate].numel()) for gate, macs in controlled.items())
+    return cached(
+        unwrap(model), ("macs", shares, like.device, like.dtype),
+        lambda: torch.cat([like.new_full((size,), share) for share, size in shares]),
+    )
 
 
 def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from gatedconv import ops
 from gatedconv.gates import ChannelGate, FrozenGate, LayerGate
-from gatedconv.gates.gate import Gate
+from gatedconv.gates.gate import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
 from gatedconv.nn.shortcut import make_shortcut
 
@@ -24,6 +27,9 @@ class BasicBlock(nn.Module):
     In training every sample is computed and then multiplied, as in the paper, so that BatchNorm sees the
     whole batch. In eval the branch runs on the samples whose layer gate is open and on no other. With
     frozen gates nothing closed is computed in either mode.
+
+    Attributes:
+        pooled: (N, channels), the mean over H and W of the last output where it came for free; else None.
 
     Shape: (N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -52,10 +58,22 @@ class BasicBlock(nn.Module):
         self.downsample = make_shortcut(in_channels, channels, stride, shortcut)
         self.layer_gate = layer_gate
         self.channel_gate = channel_gate
+        self.pooled: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block: x (N, in_channels, H, W) -> (N, channels, H', W')."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
+        return {**self.__dict__, "pooled": None}
+
+    def forward(self, x: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """Run the block: x (N, in_channels, H, W) -> (N, channels, H', W').
+
+        ``pooled`` (N, in_channels) is the mean of x over H and W where its producer has it already.
+        """
         shortcut = x if self.downsample is None else self.downsample(x)
+        if self.training:
+            self.pooled = None
+            if ops.kernels_run_on(x) and self._learns_at_its_end():
+                return self._fused_end(x, shortcut, pooled)
         gate = self.layer_gate
         if gate is None or (isinstance(gate, FrozenGate) and gate.is_open):
             return self.relu(shortcut + self.branch(x))
@@ -75,14 +93,46 @@ class BasicBlock(nn.Module):
         mask = self.channel_gate.mask if self.channel_gate is not None else None
         if mask is not None:
             return self._frozen_branch(x, mask)
-        x = self._gated(x, "before")
-        h = self._gated(self.relu(self.bn1(self.conv1(x))), "middle")
-        return self._gated(self.bn2(self.conv2(h)), "after")
+        return self._gated(self.bn2(self._convolved(x)), "after")
 
-    def _gated(self, x: Tensor, position: str) -> Tensor:
+    def _convolved(self, x: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """The branch up to conv2."""
+        x = self._gated(x, "before", pooled)
+        return self.conv2(self._gated(self.relu(self.bn1(self.conv1(x))), "middle"))
+
+    def _gated(self, x: Tensor, position: str, pooled: Tensor | None = None) -> Tensor:
         if self.channel_gate is None or self.position != position:
             return x
-        return x * self.channel_gate(x)[:, :, None, None]
+        return ops.gated_scale(x, self.channel_gate(x, pooled))
+
+    def _learns_at_its_end(self) -> bool:
+        """Whether a learning gate acts where `ops.gated_residual` can take it together with norm, sum and ReLU."""
+        norm, channel = self.bn2, self.channel_gate
+        if type(norm) is not nn.BatchNorm2d or not norm.training or norm.running_mean is None or norm.momentum is None:
+            return False
+        if not all(gate is None or isinstance(gate, LearnedGate) for gate in (self.layer_gate, channel)):
+            return False
+        inner = channel is not None and self.position == "after"
+        if isinstance(channel, LearnedGate) and inner and channel.pool != "avg":
+            return False  # it reads every position of bn2's output
+        watched = [norm, channel] if inner else [norm]  # what is not called on its own cannot call its hooks
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in watched)
+        return (self.layer_gate is not None or inner) and not hooked
+
+    def _fused_end(self, x: Tensor, shortcut: Tensor, pooled: Tensor | None) -> Tensor:
+        """Run the block in training with bn2, gates, sum and ReLU as one operator."""
+        layer = None if self.layer_gate is None else self.layer_gate(x, pooled)
+        branch = self._convolved(x, pooled)
+        gate, inner, norm = self.channel_gate, None, self.bn2
+        if isinstance(gate, LearnedGate) and self.position == "after":
+            inner = ops.InnerGate(*gate.arguments(branch.shape[0], branch.dtype))
+        buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+        arguments = ops.NormArguments(norm.weight, norm.bias, *buffers, norm.eps, norm.momentum)
+        result = ops.gated_residual(branch, shortcut, arguments, layer, inner)
+        if result.channel is not None and isinstance(gate, LearnedGate):
+            gate.note(result.channel)
+        self.pooled = result.pooled
+        return result.out
 
     def _frozen_branch(self, x: Tensor, mask: Tensor) -> Tensor:
         """The branch with a constant mask: convolutions skip closed channels on both their sides."""

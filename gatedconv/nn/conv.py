@@ -69,7 +69,7 @@ class Conv2d(nn.Conv2d):
         if isinstance(self.gate, FrozenGate):
             return self.masked_forward(input, self.gate.mask)
         out = super().forward(input)
-        return out * self.gate(out)[:, :, None, None]
+        return ops.gated_scale(out, self.gate(out))
 
     def masked_forward(self, input: Tensor, out_open: Tensor, in_open: Tensor | None = None) -> Tensor:
         """The convolution restricted to open outputs and inputs; see ``gatedconv.ops.masked_conv2d``."""

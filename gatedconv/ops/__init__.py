@@ -1,5 +1,6 @@
 """Stateless operators, each with its plain PyTorch reference: ``<name>_reference``, same signature."""
 
+from gatedconv.ops._triton import kernels_run_on
 from gatedconv.ops.estimate import ESTIMATORS, estimate
 from gatedconv.ops.gate import (
     GateOptions,
@@ -14,9 +15,9 @@ from gatedconv.ops.gated_residual import (
     NormArguments,
     ResidualOutput,
     gated_residual,
-    gated_residual_is_fused,
     gated_residual_reference,
 )
+from gatedconv.ops.gated_scale import gated_scale, gated_scale_reference
 from gatedconv.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from gatedconv.ops.ste import ste, ste_reference
 
@@ -33,8 +34,10 @@ __all__ = [
     "gate",
     "gate_reference",
     "gated_residual",
-    "gated_residual_is_fused",
     "gated_residual_reference",
+    "gated_scale",
+    "gated_scale_reference",
+    "kernels_run_on",
     "masked_conv2d",
     "masked_conv2d_reference",
     "ste",

@@ -12,12 +12,17 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["runs_on"]
+__all__ = ["kernels_run_on", "runs_on"]
 
 
 def runs_on(x: Tensor) -> bool:
     """Whether kernels are wanted, and possible, on the device of x."""
     return x.device.type in _devices()
+
+
+def kernels_run_on(x: Tensor) -> bool:
+    """Whether operators on tensors like x launch Triton kernels right now: not while a graph is compiled."""
+    return not torch.compiler.is_compiling() and runs_on(x)
 
 
 @torch.compiler.assume_constant_result

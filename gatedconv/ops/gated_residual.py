@@ -13,7 +13,7 @@ from gatedconv.ops._gate_arguments import GateOptions, GateOutput, GateParameter
 from gatedconv.ops.gate import gate_reference, kernels_can
 
 __all__ = [
-    "InnerGate", "NormArguments", "ResidualOutput", "gated_residual", "gated_residual_is_fused", "gated_residual_reference",
+    "InnerGate", "NormArguments", "ResidualOutput", "gated_residual", "gated_residual_reference",
 ]
 
 
@@ -72,7 +72,7 @@ def gated_residual(
         ValueError: shapes do not fit, or there is but one value per channel.
     """
     _check(x, shortcut, norm, layer)
-    if not gated_residual_is_fused(x, shortcut, norm, channel):
+    if not _kernels_can(x, shortcut, norm, channel):
         return gated_residual_reference(x, shortcut, norm, layer, channel)
     from gatedconv.ops._gated_residual_triton import fused_residual
 
@@ -96,11 +96,10 @@ def gated_residual_reference(
     return ResidualOutput(out, out.mean(dim=(2, 3), dtype=norm.weight.dtype), decision)
 
 
-def gated_residual_is_fused(
+def _kernels_can(
     x: Tensor, shortcut: Tensor, norm: NormArguments, channel: InnerGate | None = None
 ) -> bool:
-    """Whether `gated_residual` would run as kernels; a compiled graph fuses the reference by itself."""
-    if torch.compiler.is_compiling() or not _triton.runs_on(x):
+    if not _triton.kernels_run_on(x):  # a compiled graph fuses the reference by itself
         return False
     halves = (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in halves or shortcut.dtype not in halves or x.numel() <= x.shape[1]:

@@ -1,0 +1,89 @@
+"""Compiles every kernel for every GPU generation, without a GPU, and prints what each needs as JSON lines.
+
+Run as ``python -m tests.kernels.cubins 75 90 ...`` in a process of its own: a process has either interpreted kernels or
+compiled ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gatedconv.kernels import gate, gate_backward
+
+HEAD = {
+    "HIDDEN": True, "BATCH_STATS": True, "UPDATE": True, "TRAIN": True, "ESTIMATOR": "ste", "NOISY": False,
+    "BLOCK_N": 64, "BLOCK_H": 16, "BLOCK_O": 16,
+}
+GRAD = {"HAS_GATE": True, "HAS_RATE": True, "HAS_LOGITS": False, "ESTIMATOR": "ste", "NOISY": False}
+FLAT = {"HIDDEN": False, "BATCH_STATS": False}
+WIDE = {"BLOCK_N": 16, "BLOCK_H": 128}
+NOISE = {"ESTIMATOR": "gumbel", "NOISY": True}
+TAIL = GRAD | {"BATCH_STATS": True, "BLOCK_N": 64, "BLOCK_H": 16, "BLOCK_O": 16}
+# The tile sizes that the launchers choose: (kernel, constants, number of stages).
+CASES = [
+    (gate.gate_pool_dense, HEAD | {"TICKET": False, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_S": 32}, 1),
+    (gate.gate_pool_dense, HEAD | {"TICKET": True, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_S": 128}, 1),
+    (gate.gate_pool_dense, HEAD | {"TICKET": True, "BLOCK_M": 64, "BLOCK_C": 64, "BLOCK_S": 32} | FLAT, 1),
+    (gate.gate_dense, {"BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_K": 64}, 2),
+    (gate.gate_dense, {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_K": 64}, 2),
+    (gate.gate_tail, HEAD, 1),
+    (gate.gate_tail, HEAD | WIDE, 1),
+    (gate.gate_tail, HEAD | NOISE, 1),
+    (gate.gate_tail, HEAD | {"ESTIMATOR": "batch_mean"}, 1),
+    (gate_backward.gate_backward_logits, GRAD | {"CENTRE": True, "BLOCK_N": 64, "BLOCK_O": 16, "ESTIMATOR": "batch_mean"}, 3),
+    (gate_backward.gate_backward_tail, TAIL, 1),
+    (gate_backward.gate_backward_tail, TAIL | WIDE, 1),
+    (gate_backward.gate_backward_tail, TAIL | NOISE, 1),
+    (gate_backward.gate_backward_dense, {"NEED_DX": True, "BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 16}, 2),
+    (gate_backward.gate_backward_dense, {"NEED_DX": True, "BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_K": 32}, 2),
+]
+HALF = {"x_ptr", "dx_ptr", "gate_ptr", "d_gate_ptr"}
+SCALARS = {"eps", "temperature", "norm_momentum", "momentum", "scale"}
+
+
+def compile_case(kernel: triton.JITFunction, constants: dict[str, object], stages: int, capability: int) -> dict[str, object]:
+    """Compile for one generation and return the kernel's name and resources."""
+    signature = {name: _type(name, constants) for name in inspect.signature(kernel.fn).parameters}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=dict(constants)), target=GPUTarget("cuda", capability, 32),
+        options={"num_stages": stages},
+    )
+    return {
+        "kernel": kernel.fn.__name__, "capability": capability, "shared": compiled.metadata.shared,
+        **_resources(compiled.asm["cubin"]),
+    }
+
+
+def _type(name: str, constants: dict[str, object]) -> str:
+    if name in constants:
+        return "constexpr"
+    if name.endswith("_ptr"):
+        integer = {"run_count_ptr": "*i64", "ticket_ptr": "*i32"}
+        return integer.get(name, "*fp16" if name in HALF else "*fp32")
+    return "fp32" if name in SCALARS else "i32"
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        for case in CASES:
+            print(json.dumps(compile_case(*case, int(argument))), flush=True)

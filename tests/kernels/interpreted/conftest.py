@@ -1,0 +1,25 @@
+"""These tests run the kernels: natively where there is a GPU, else in a process of their own under the interpreter.
+
+``test_interpreter.py`` starts that process. Triton reads TRITON_INTERPRET when it is imported, so one process has one
+kind of kernel.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
