@@ -5,6 +5,8 @@
 #include <optional>
 #include <vector>
 
+#include "masked_planes.h"
+#include "plan.h"
 #include "shared/masked_conv2d_op.h"
 
 namespace {
@@ -31,6 +33,25 @@ void run(const ConvShape& shape, const ConvTensors<T>& tensors) {
   });
 }
 
+// The plane kernels of the instruction set that the engine chose for this machine.
+const gatedconv::PlaneKernels& plane_kernels() {
+  const char* error = nullptr;
+  const gatedconv::Kernels* chosen = gatedconv::choose_kernels(&error);
+  STD_TORCH_CHECK(chosen, "masked_conv2d: ", error);
+  for (const auto* kernels : {&gatedconv::plane_kernels_avx512, &gatedconv::plane_kernels_avx2}) {
+    if (kernels->lanes == chosen->lanes) return *kernels;
+  }
+  return gatedconv::plane_kernels_portable;
+}
+
+void run_planes(const ConvShape& shape, const ConvTensors<float>& tensors) {
+  auto parallel = [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    torch::stable::parallel_for(0, count, grain, body);
+  };
+  gatedconv::masked_conv2d_planes(shape, tensors, plane_kernels(),
+                                  static_cast<int>(torch::stable::get_num_threads()), parallel);
+}
+
 Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const Tensor& out_open, const std::optional<Tensor>& in_open,
                      const std::optional<Tensor>& residual, std::vector<int64_t> stride,
@@ -48,8 +69,8 @@ Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optio
                               shape.in_channels, groups, index.data(), offset.data());
   const auto type = input.scalar_type();
   if (type == torch::headeronly::ScalarType::Float) {
-    run(shape, gatedconv::conv_tensors<float>(shape, input, weight, dense_bias, mask, residual, output,
-                                              index.data(), offset.data(), relu));
+    run_planes(shape, gatedconv::conv_tensors<float>(shape, input, weight, dense_bias, mask, residual, output,
+                                                     index.data(), offset.data(), relu));
   } else {
     STD_TORCH_CHECK(type == torch::headeronly::ScalarType::Double,
                     "masked_conv2d: expected float32 or float64");

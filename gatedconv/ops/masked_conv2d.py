@@ -91,7 +91,11 @@ def masked_conv2d(
         device == "cpu" and input.dtype in (torch.float32, torch.float64) and _masked_conv2d_native.ready()
     )
     if not torch.compiler.is_compiling():
-        return _MaskedConv2d.apply(input, weight, bias, out_open, in_open, residual, arguments, relu, native)
+        inputs = (input, weight, bias, out_open, in_open, residual, arguments, relu)
+        forward = _masked_conv2d_native.call if native else cut_forward
+        if torch.is_grad_enabled():
+            return _MaskedConv2d.apply(forward, *inputs)
+        return forward(*inputs)
     if native:
         return _masked_conv2d_native.call(input, weight, bias, out_open, in_open, residual, arguments, relu)
     # How many channels are open is no size that a traced graph knows, so it cannot hold cut tensors.
@@ -124,34 +128,25 @@ class _MaskedConv2d(torch.autograd.Function):
     """The eager operator: the native kernel or cut tensors forward, cut tensors backward."""
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        out_open: Tensor,
-        in_open: Tensor | None,
-        residual: Tensor | None,
-        arguments: ConvArguments,
-        relu: bool,
-        native: bool,
-    ) -> Tensor:
-        forward = _masked_conv2d_native.call if native else cut_forward
-        return forward(input, weight, bias, out_open, in_open, residual, arguments, relu)
+    def forward(*inputs: Any) -> Tensor:
+        # A signature of its own would be inspected anew at every call, which takes longer than small layers.
+        forward, *arguments = inputs
+        return forward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, out_open, in_open, _, arguments, relu, _ = inputs
+        _, input, weight, _, out_open, in_open, _, arguments, relu = inputs
         ctx.save_for_backward(input, weight, out_open, in_open, output if relu else None)
         ctx.arguments = arguments
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, out_open, in_open, output = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
+        needs = [ctx.needs_input_grad[i] for i in (1, 2, 3, 6)]
         to_input, to_weight, to_bias, to_residual = cut_backward(
             grad, input, weight, out_open, in_open, output, ctx.arguments, needs
         )
-        return to_input, to_weight, to_bias, None, None, to_residual, None, None, None
+        return None, to_input, to_weight, to_bias, None, None, to_residual, None, None
 
 
 def _reference(

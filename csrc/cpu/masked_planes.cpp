@@ -1,0 +1,375 @@
+// Cuts a masked convolution into tiles for the plane kernels.
+//
+// A kernel wants every tap's pixels as one run, so each input channel is copied into planes as wide as the
+// output: one plane for every kernel column and, with a stride, for every phase of the rows. In such a plane
+// the next kernel row is the next row of the plane, and row ends need no care. The copies are made band by
+// band, so that they stay in cache, and cost KW stores for an input pixel against KH * KW * outputs
+// multiplies.
+#include "masked_planes.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace gatedconv {
+namespace {
+
+// Floats of copied planes that stay in a core's second-level cache beside the weights.
+constexpr int64_t kBandFloats = 64 * 1024;
+
+// Multiply-adds that are worth a thread.
+constexpr int64_t kWorthwhile = 100 * 1000;
+
+// The rows that kernel rows of one phase (kh * dilation modulo stride) read.
+struct Phase {
+  int64_t residue, max_shift;
+};
+
+// The input columns that a kernel column reads, and which of them exist.
+struct Columns {
+  int64_t col0;
+  TapRange range;
+};
+
+struct Layout {
+  std::vector<Phase> phases;
+  std::vector<Columns> columns;
+  std::vector<ptrdiff_t> taps;
+  int64_t band;                   // output rows
+  std::vector<ptrdiff_t> offset;  // of the plane of (phase, kernel column) in a channel
+  int64_t channel_floats;
+  bool in_place;  // the input is its own plane
+};
+
+// The outputs of one group that are open, for one sample or for all, with their packed weights.
+struct OpenOutputs {
+  std::vector<int32_t> rows;
+  std::vector<int32_t> tile_begin;  // into rows
+  std::vector<float> weights;       // tile after tile
+};
+
+void reserve(std::vector<float>& buffer, int64_t floats) {
+  if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+bool planar(const Strides4& strides, int64_t width) {
+  return strides.w == 1 && strides.h == width;
+}
+
+void lay_out_band(const ConvShape& s, int64_t band, Layout& layout) {
+  layout.band = band;
+  layout.offset.clear();
+  int64_t at = 0;
+  for (const Phase& phase : layout.phases) {
+    for (int64_t kw = 0; kw < s.kernel_w; ++kw) {
+      layout.offset.push_back(at);
+      at += (band + phase.max_shift) * s.out_w;
+    }
+  }
+  layout.channel_floats = at;
+  layout.taps.clear();
+  for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
+    const int64_t residue = kh * s.dilation_h % s.stride_h, shift = kh * s.dilation_h / s.stride_h;
+    size_t phase = 0;
+    while (layout.phases[phase].residue != residue) ++phase;
+    for (int64_t kw = 0; kw < s.kernel_w; ++kw) {
+      layout.taps.push_back(layout.offset[phase * s.kernel_w + kw] + shift * s.out_w);
+    }
+  }
+}
+
+Layout lay_out(const ConvShape& s, const ConvTensors<float>& t, int64_t channels, int lanes, int threads) {
+  Layout layout{};
+  for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
+    const Phase phase{kh * s.dilation_h % s.stride_h, kh * s.dilation_h / s.stride_h};
+    auto same = [&](const Phase& other) { return other.residue == phase.residue; };
+    auto found = std::find_if(layout.phases.begin(), layout.phases.end(), same);
+    if (found == layout.phases.end()) {
+      layout.phases.push_back(phase);
+    } else {
+      found->max_shift = std::max(found->max_shift, phase.max_shift);
+    }
+  }
+  for (int64_t kw = 0; kw < s.kernel_w; ++kw) {
+    const int64_t col0 = kw * s.dilation_w - s.pad_left;
+    layout.columns.push_back({col0, tap_range(col0, s.stride_w, s.out_w, s.width)});
+  }
+  // Enough bands for every thread, and each small enough for the cache.
+  int64_t band = ceil_div(s.out_h, std::max<int64_t>(1, ceil_div(threads, std::max<int64_t>(1, s.batch))));
+  const int64_t row_floats = channels * s.kernel_w * static_cast<int64_t>(layout.phases.size()) * s.out_w;
+  band = std::max<int64_t>(1, std::min(band, kBandFloats / std::max<int64_t>(1, row_floats) - s.kernel_h));
+  band = ceil_div(s.out_h, ceil_div(s.out_h, band));
+  const bool pointwise = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 &&
+                         s.out_h == s.height && s.out_w == s.width;
+  // Read in place nothing may be read beyond the last pixel.
+  layout.in_place = pointwise && planar(t.input_strides, s.width) && s.out_h * s.out_w % lanes == 0 &&
+                    band * s.out_w % lanes == 0;
+  lay_out_band(s, band, layout);
+  return layout;
+}
+
+// The part of a plane that lies inside the input; the rest is zeros.
+struct Window {
+  int64_t row0, col0;  // of the input, for the plane's first pixel
+  TapRange rows, cols;
+};
+
+void clear(float* begin, float* end) {
+  while (begin < end) *begin++ = 0;
+}
+
+// Writes one plane of `rows` rows: pixel (r, q) is the input's (row0 + r * stride, col0 + q * stride).
+void copy_plane(const ConvShape& s, const Strides4& strides, const float* from, const Window& window,
+                int64_t rows, float* to) {
+  const auto [row0, col0, valid, cols] = window;
+  const int64_t width = s.out_w;
+  clear(to, to + valid.begin * width);
+  clear(to + valid.end * width, to + rows * width);
+  if (s.stride_w == 1 && s.stride_h == 1 && width == s.width && planar(strides, s.width)) {
+    // The rows are one run, only shifted; what comes from the neighbouring rows is overwritten.
+    const int64_t shift = row0 * width + col0;
+    const int64_t begin = std::max(valid.begin * width, -shift);
+    const int64_t end = std::min(valid.end * width, s.height * width - shift);
+    if (begin < end) std::memcpy(to + begin, from + begin + shift, (end - begin) * sizeof(float));
+    for (int64_t q = 0; q < cols.begin; ++q) {
+      for (int64_t r = valid.begin; r < valid.end; ++r) to[r * width + q] = 0;
+    }
+    for (int64_t q = cols.end; q < width; ++q) {
+      for (int64_t r = valid.begin; r < valid.end; ++r) to[r * width + q] = 0;
+    }
+    return;
+  }
+  const int64_t step = s.stride_w * strides.w;
+  for (int64_t r = valid.begin; r < valid.end; ++r) {
+    float* row = to + r * width;
+    const float* source = from + (row0 + r * s.stride_h) * strides.h + col0 * strides.w;
+    clear(row, row + cols.begin);
+    if (step == 1) {
+      std::memcpy(row + cols.begin, source + cols.begin, (cols.end - cols.begin) * sizeof(float));
+    } else if (step == 2) {
+      for (int64_t q = cols.begin; q < cols.end; ++q) row[q] = source[q * 2];
+    } else {
+      for (int64_t q = cols.begin; q < cols.end; ++q) row[q] = source[q * step];
+    }
+    clear(row + cols.end, row + width);
+  }
+}
+
+// Copies the group's open channels, rows [first, last), into planar maps one after another.
+void make_planar(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t group, int64_t first,
+                 int64_t last, float* to) {
+  const int32_t *begin = t.in_index + t.in_offset[group], *end = t.in_index + t.in_offset[group + 1];
+  for (int64_t y = first; y < last; ++y) {
+    const float* row = t.input + n * t.input_strides.n + y * t.input_strides.h;
+    for (const int32_t* channel = begin; channel < end; ++channel) {
+      const float* from = row + *channel * t.input_strides.c;
+      float* at = to + ((channel - begin) * s.height + y) * s.width;
+      for (int64_t x = 0; x < s.width; ++x) at[x] = from[x * t.input_strides.w];
+    }
+  }
+}
+
+// Copies what output rows [row, row + rows) read of the group's open channels.
+void copy_band(const ConvShape& s, const ConvTensors<float>& t, const Layout& layout, int64_t n,
+               int64_t group, int64_t row, int64_t rows, std::vector<float>& maps, float* to) {
+  const bool in_rows = t.input_strides.w == 1;
+  const int32_t first = t.in_offset[group], count = t.in_offset[group + 1] - first;
+  Strides4 strides = t.input_strides;
+  if (!in_rows) {
+    const int64_t top = std::max<int64_t>(0, row * s.stride_h - s.pad_top);
+    const int64_t bottom = (row + rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h - s.pad_top + 1;
+    strides = {0, s.height * s.width, s.width, 1};
+    reserve(maps, count * strides.c);
+    make_planar(s, t, n, group, top, std::min(s.height, bottom), maps.data());
+  }
+  size_t plane = 0;
+  for (const Phase& phase : layout.phases) {
+    const int64_t row0 = row * s.stride_h + phase.residue - s.pad_top, planes = rows + phase.max_shift;
+    const TapRange valid = tap_range(row0, s.stride_h, planes, s.height);
+    for (int64_t kw = 0; kw < s.kernel_w; ++kw, ++plane) {
+      const Window window{row0, layout.columns[kw].col0, valid, layout.columns[kw].range};
+      for (int32_t i = 0; i < count; ++i) {
+        const float* from = in_rows ? t.input + n * t.input_strides.n + t.in_index[first + i] * strides.c
+                                    : maps.data() + i * strides.c;
+        copy_plane(s, strides, from, window, planes, to + i * layout.channel_floats + layout.offset[plane]);
+      }
+    }
+  }
+}
+
+void pack(const ConvShape& s, const ConvTensors<float>& t, int64_t group, const bool* open, int max_outputs,
+          OpenOutputs& outputs) {
+  const int64_t per_group = s.out_channels / s.groups, first_input = group * (s.in_channels / s.groups);
+  outputs.rows.clear();
+  outputs.tile_begin.clear();
+  for (int64_t row = group * per_group; row < (group + 1) * per_group; ++row) {
+    if (open[row]) outputs.rows.push_back(static_cast<int32_t>(row));
+  }
+  const int64_t count = static_cast<int64_t>(outputs.rows.size()), tiles = ceil_div(count, max_outputs);
+  const int64_t inputs = t.in_offset[group + 1] - t.in_offset[group];
+  outputs.weights.resize(count * inputs * s.kernel_h * s.kernel_w);
+  float* to = outputs.weights.data();
+  int64_t begin = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t size = count / tiles + (tile < count % tiles);
+    outputs.tile_begin.push_back(static_cast<int32_t>(begin));
+    for (int64_t r = 0; r < size; ++r) {
+      const float* row = t.weight + outputs.rows[begin + r] * t.weight_strides.n;
+      float* at = to + r;
+      for (int64_t i = 0; i < inputs; ++i) {
+        const float* filter = row + (t.in_index[t.in_offset[group] + i] - first_input) * t.weight_strides.c;
+        for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
+          for (int64_t kw = 0; kw < s.kernel_w; ++kw, at += size) {
+            *at = filter[kh * t.weight_strides.h + kw * t.weight_strides.w];
+          }
+        }
+      }
+    }
+    to += size * inputs * s.kernel_h * s.kernel_w;
+    begin += size;
+  }
+  outputs.tile_begin.push_back(static_cast<int32_t>(count));
+}
+
+// What a closed output is.
+void write_closed(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t row, int64_t begin,
+                  int64_t end) {
+  if (!t.residual && planar(t.output_strides, s.out_w)) {
+    float* to = t.output + n * t.output_strides.n + row * t.output_strides.c;
+    std::memset(to + begin * s.out_w, 0, (end - begin) * s.out_w * sizeof(float));
+    return;
+  }
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t q = 0; q < s.out_w; ++q) {
+      const Strides4 &r = t.residual_strides, &o = t.output_strides;
+      float value = t.residual ? t.residual[n * r.n + row * r.c + p * r.h + q * r.w] : 0.0f;
+      if (t.relu) value = relu_keeping_nan(value);
+      t.output[n * o.n + row * o.c + p * o.h + q * o.w] = value;
+    }
+  }
+}
+
+// One thread's work on one call.
+class Worker {
+ public:
+  Worker(const ConvShape& shape, const ConvTensors<float>& tensors, const PlaneKernels& kernels,
+         const Layout& layout, const std::vector<OpenOutputs>& shared)
+      : s_(shape), t_(tensors), kernels_(kernels), layout_(layout), shared_(shared) {
+    direct_ = planar(t_.output_strides, s_.out_w) && (!t_.residual || planar(t_.residual_strides, s_.out_w));
+  }
+
+  void run(int64_t n, int64_t row, int64_t rows) {
+    const bool* open = t_.out_open + n * t_.mask_stride;
+    for (int64_t group = 0; group < s_.groups; ++group) {
+      const OpenOutputs* outputs = &own_;
+      if (t_.mask_stride == 0) {
+        outputs = &shared_[group];
+      } else {
+        pack(s_, t_, group, open, kernels_.max_outputs, own_);
+      }
+      if (!outputs->rows.empty()) run_group(n, group, row, rows, *outputs);
+    }
+    for (int64_t c = 0; c < s_.out_channels; ++c) {
+      if (!open[c]) write_closed(s_, t_, n, c, row, row + rows);
+    }
+  }
+
+ private:
+  void run_group(int64_t n, int64_t group, int64_t row, int64_t rows, const OpenOutputs& outputs) {
+    PlaneTile tile{};
+    tile.num_channels = t_.in_offset[group + 1] - t_.in_offset[group];
+    channels_.clear();
+    if (layout_.in_place) {
+      tile.planes = t_.input + n * t_.input_strides.n + row * t_.input_strides.h;
+      for (int32_t i = t_.in_offset[group]; i < t_.in_offset[group + 1]; ++i) {
+        channels_.push_back(t_.in_index[i] * t_.input_strides.c);
+      }
+    } else {
+      reserve(planes_, tile.num_channels * layout_.channel_floats + kernels_.lanes);
+      copy_band(s_, t_, layout_, n, group, row, rows, maps_, planes_.data());
+      tile.planes = planes_.data();
+      for (int c = 0; c < tile.num_channels; ++c) channels_.push_back(c * layout_.channel_floats);
+    }
+    tile.channels = channels_.data();
+    tile.taps = layout_.taps.data();
+    tile.num_taps = static_cast<int>(layout_.taps.size());
+    tile.pixels = rows * s_.out_w;
+    tile.weights = outputs.weights.data();
+    if (!direct_) reserve(results_, kernels_.max_outputs * tile.pixels);
+    for (size_t i = 0; i + 1 < outputs.tile_begin.size(); ++i) {
+      tile.outputs = outputs.tile_begin[i + 1] - outputs.tile_begin[i];
+      run_tile(n, row, rows, outputs.rows.data() + outputs.tile_begin[i], tile);
+      tile.weights += static_cast<ptrdiff_t>(tile.outputs) * tile.num_channels * tile.num_taps;
+    }
+  }
+
+  void run_tile(int64_t n, int64_t row, int64_t rows, const int32_t* channel, PlaneTile& tile) {
+    const Strides4 &o = t_.output_strides, &r = t_.residual_strides;
+    tile.relu = direct_ && t_.relu;
+    for (int i = 0; i < tile.outputs; ++i) {
+      tile.bias[i] = t_.bias ? t_.bias + channel[i] : nullptr;
+      tile.residual[i] =
+          direct_ && t_.residual ? t_.residual + n * r.n + channel[i] * r.c + row * r.h : nullptr;
+      tile.out[i] = direct_ ? t_.output + n * o.n + channel[i] * o.c + row * o.h : &results_[i * tile.pixels];
+    }
+    kernels_.run(tile);
+    if (direct_) return;
+    const float* result = results_.data();
+    for (int64_t p = row; p < row + rows; ++p) {
+      for (int64_t q = 0; q < s_.out_w; ++q, ++result) {
+        float* to = t_.output + n * o.n + p * o.h + q * o.w;
+        const float* residual = t_.residual ? t_.residual + n * r.n + p * r.h + q * r.w : nullptr;
+        for (int i = 0; i < tile.outputs; ++i) {
+          float value = result[i * tile.pixels];
+          if (residual) value += residual[channel[i] * r.c];
+          to[channel[i] * o.c] = t_.relu ? relu_keeping_nan(value) : value;
+        }
+      }
+    }
+  }
+
+  const ConvShape& s_;
+  const ConvTensors<float>& t_;
+  const PlaneKernels& kernels_;
+  const Layout& layout_;
+  const std::vector<OpenOutputs>& shared_;
+  bool direct_;  // kernels write the output itself
+  OpenOutputs own_;
+  std::vector<ptrdiff_t> channels_;
+  // Kept by the thread: to clear fresh ones would cost as much as to fill them.
+  static thread_local std::vector<float> planes_, maps_, results_;
+};
+
+thread_local std::vector<float> Worker::planes_, Worker::maps_, Worker::results_;
+
+}  // namespace
+
+void masked_conv2d_planes(const ConvShape& shape, const ConvTensors<float>& tensors,
+                          const PlaneKernels& kernels, int threads, const ParallelFor& parallel) {
+  if (shape.batch * shape.out_channels * shape.out_h * shape.out_w == 0) return;
+  std::vector<OpenOutputs> outputs(tensors.mask_stride == 0 ? shape.groups : 0);
+  for (size_t group = 0; group < outputs.size(); ++group) {
+    pack(shape, tensors, static_cast<int64_t>(group), tensors.out_open, kernels.max_outputs, outputs[group]);
+  }
+  int32_t channels = 0;
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    channels = std::max(channels, tensors.in_offset[group + 1] - tensors.in_offset[group]);
+  }
+  const Layout layout = lay_out(shape, tensors, channels, kernels.lanes, threads);
+  const int64_t bands = ceil_div(shape.out_h, layout.band);
+  const int64_t work = layout.band * shape.out_w * shape.out_channels * shape.in_channels / shape.groups *
+                       shape.kernel_h * shape.kernel_w;
+  parallel(shape.batch * bands, 1 + kWorthwhile / std::max<int64_t>(1, work),
+           [&](int64_t begin, int64_t end) {
+             Worker worker(shape, tensors, kernels, layout, outputs);
+             for (int64_t unit = begin; unit < end; ++unit) {
+               const int64_t row = unit % bands * layout.band;
+               worker.run(unit / bands, row, std::min(layout.band, shape.out_h - row));
+             }
+           });
+}
+
+}  // namespace gatedconv

@@ -1,0 +1,7 @@
+#define GATEDCONV_ISA avx2
+#define GATEDCONV_LANES 8
+#include "masked_planes_kernels.h"
+
+namespace gatedconv {
+const PlaneKernels plane_kernels_avx2 = {avx2::kLanes, avx2::kMaxOutputs, avx2::run_plane_tile};
+}  // namespace gatedconv
