@@ -7,6 +7,7 @@ layers become ours. ``op_name`` then names every node independently of how it wa
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -106,6 +107,27 @@ def scope_of(node: fx.Node) -> str:
     if node.op == "call_module":
         return str(node.target)
     return str(entries[-1]).removeprefix("L['self'].").removeprefix("L['self']") if entries else ""
+
+
+def settle_inplace(graph_module: fx.GraphModule) -> None:
+    """Let modules work in place only where nobody else can see the tensor that they overwrite."""
+    for node in graph_module.graph.nodes:
+        module = submodule(node)
+        if module is None or getattr(module, "inplace", False) is not True:
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or len(source.users) != 1 or not _is_fresh(source):
+            plain = copy.copy(module)
+            plain.inplace = False  # type: ignore[assignment]
+            set_module(graph_module, str(node.target), plain)
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether the node's value is a new tensor, and no view of one that others may read."""
+    module = submodule(node)
+    if module is not None:
+        return isinstance(module, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.AvgPool2d, nn.MaxPool2d))
+    return node.op == "call_function" and op_name(node) in ("add", "mul", "cat", "sub")
 
 
 def _make_functional(graph_module: fx.GraphModule) -> None:

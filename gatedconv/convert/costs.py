@@ -115,8 +115,9 @@ class _Labels:
                         wide = flow[source].size == len(need)
                         self._add(source, need if wide else torch.full((flow[source].size,), ALWAYS))
             return
-        for source in node.all_input_nodes:
-            self._add_all(source)
+        if kind != "gate":  # a frozen gate reads nothing
+            for source in node.all_input_nodes:
+                self._add_all(source)
 
     def _add_all(self, source: fx.Node) -> None:
         if self.flow.has_channels(source):

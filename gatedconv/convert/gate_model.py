@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.convert.branches import Branch, find_branches
-from gatedconv.convert.canonical import canonicalize, free_path, set_module
+from gatedconv.convert.canonical import canonicalize, free_path, set_module, settle_inplace
 from gatedconv.convert.conversion import Choice, Conversion, Selection
 from gatedconv.convert.costs import graph_mac_terms, reachable_share
 from gatedconv.convert.flow import Flow
@@ -96,11 +96,9 @@ def _finish(
     graph_module: fx.GraphModule, name: str, conversion: Conversion, example_input: Tensor, training: bool
 ) -> GraphNet:
     graph_module.graph.lint()
+    settle_inplace(graph_module)
     result = GraphNet(graph_module, graph_module.graph, name)
     result.eval()
-    for module in result.modules():
-        if isinstance(module, (SelectOpen, AddBranch)):
-            module.train()  # shapes must not depend on which gates are open
     evaluate_shapes(result, example_input)
     result.mac_terms = graph_mac_terms(Flow(result), conversion.gated)
     result.conversion = conversion

@@ -40,6 +40,8 @@ class SiteFinder:
         self.calls = Counter(str(n.target) for n in self._nodes() if n.op == "call_module")
         self.owners = Counter(id(p) for m in flow.graph_module.modules() for p in m.parameters(recurse=False))
         self.shortcut_nodes = {n for branch in branches for n in branch.shortcut_nodes}
+        # An identity shortcut carries these on to every later block: a channel closed here alone saves nothing.
+        self.stream_nodes = {n for b in branches if not b.shortcut_nodes for n in self._origin(b.entry)}
         self.pooled = self._pooled()
         self.final = self._final()
 
@@ -62,6 +64,9 @@ class SiteFinder:
             target = self._target(node, position) if not reason else None
             if target is None:
                 self.skipped[name] = reason or "no activation follows inside its branch"
+                continue
+            if target in self.stream_nodes:
+                self.skipped[name] = "identity shortcuts carry its output on"
                 continue
             if target in gated:
                 self.skipped[name] = "another layer's gate is in the same place"

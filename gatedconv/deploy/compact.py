@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from gatedconv.gates import FrozenGate, find_gates
+from gatedconv.convert.canonical import canonicalize
+from gatedconv.convert.trace import TraceFailure, trace
+from gatedconv.deploy.cut import cut_graph
+from gatedconv.gates import FrozenGate, find_gates, unwrap
 from gatedconv.models import ResNet
-from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, GatherChannels
+from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, GatherChannels, GraphNet
 
 
-def compact(frozen: nn.Module, example_input: Tensor) -> nn.Module:
+def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int = 1) -> nn.Module:
     """A copy without gates, and without what they closed; the outputs in eval are those of ``frozen``.
 
     A closed layer leaves its shortcut; closed channels leave the convolutions on both their sides, and
@@ -37,17 +41,39 @@ def compact(frozen: nn.Module, example_input: Tensor) -> nn.Module:
     learning = [name for name, gate in find_gates(frozen).items() if not isinstance(gate, FrozenGate)]
     if learning:
         raise ValueError(f"compact: freeze the model first; gate {learning[0]!r} is still learning")
-    result = copy.deepcopy(frozen)
-    for name, block in list(result.named_modules()):
-        if isinstance(block, BasicBlock):
-            parent, _, attribute = name.rpartition(".")
-            small: nn.Module = compact_block(block)
-            if isinstance(result, ResNet) and small.is_identity:
-                small = nn.Identity()  # our ResNets' stream comes out of a ReLU: another one changes nothing
-            setattr(result.get_submodule(parent), attribute, small)
-    if hasattr(result, "mac_terms"):
-        del result.mac_terms
+    model = copy.deepcopy(unwrap(frozen))
+    _cut_our_blocks(model)
+    result = _cut_rest(model, example_input, channel_multiple) if find_gates(model) else model
+    for attribute in ("mac_terms", "conversion"):
+        if hasattr(result, attribute):
+            delattr(result, attribute)
+    consensus = getattr(frozen, "consensus", None)
+    if consensus is not None:
+        result.consensus = consensus
     return result.train(frozen.training)
+
+
+def _cut_our_blocks(model: nn.Module) -> None:
+    for name, block in list(model.named_modules()):
+        if isinstance(block, BasicBlock):
+            small: nn.Module = compact_block(block)
+            if isinstance(model, ResNet) and small.is_identity:
+                small = nn.Identity()  # our ResNets' stream comes out of a ReLU: another one changes nothing
+            model.set_submodule(name, small)
+
+
+def _cut_rest(model: nn.Module, example_input: Tensor, channel_multiple: int) -> nn.Module:
+    """The general cut, on the CPU; a model without a graph keeps its frozen gates, which skip what is closed."""
+    device = example_input.device
+    example = example_input.detach().cpu()
+    model = model.cpu().eval()
+    try:
+        graph_module = fx.GraphModule(model, model.graph) if isinstance(model, GraphNet) else trace(model, example)[0]
+    except TraceFailure as failure:
+        warnings.warn(f"compact: the model keeps its frozen layers, it cannot be traced: {failure}", stacklevel=3)
+        return model.to(device)
+    canonicalize(graph_module, model)
+    return cut_graph(graph_module, example, channel_multiple, type(model).__name__).to(device)
 
 
 def compact_block(block: BasicBlock) -> CompactBlock:

@@ -7,17 +7,18 @@ from torch import Tensor, nn
 
 
 class GatherChannels(nn.Module):
-    """x (N, C, H, W) -> x[:, index] (N, K, H, W)."""
+    """x (N, C, H, W) -> x[:, index] (N, K, H, W); the channels may lie along another ``axis``."""
 
     index: Tensor
 
-    def __init__(self, index: Tensor) -> None:
+    def __init__(self, index: Tensor, axis: int = 1) -> None:
         super().__init__()
         self.register_buffer("index", index)
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         """Select the channels."""
-        return x.index_select(1, self.index)
+        return x.index_select(self.axis, self.index)
 
     def extra_repr(self) -> str:
         """Numbers shown by repr()."""
@@ -25,17 +26,21 @@ class GatherChannels(nn.Module):
 
 
 class ScatterAdd(nn.Module):
-    """(stream (N, C, H, W), part (N, K, H, W)) -> stream with ``part`` added at channels ``index``."""
+    """(stream (N, C, H, W), part (N, K, H, W)) -> stream with ``part`` added at channels ``index``.
+
+    The channels may lie along another ``axis``.
+    """
 
     index: Tensor
 
-    def __init__(self, index: Tensor) -> None:
+    def __init__(self, index: Tensor, axis: int = 1) -> None:
         super().__init__()
         self.register_buffer("index", index)
+        self.axis = axis
 
     def forward(self, stream: Tensor, part: Tensor) -> Tensor:
         """Add the part into the stream's channels."""
-        return stream.index_add(1, self.index, part)
+        return stream.index_add(self.axis, self.index, part)
 
     def extra_repr(self) -> str:
         """Numbers shown by repr()."""
