@@ -22,9 +22,9 @@ def make_listener() -> AbstractContextManager[Listener]:
     return _bar() if sys.stdout.isatty() else _lines()
 
 
-def describe(metrics: EpochMetrics) -> str:
-    """One line of an epoch's figures."""
-    text = f"loss {metrics.train_loss:.3f}  top-1 {metrics.test_top1:5.2f} %"
+def describe(metrics: EpochMetrics, loss: float | None = None) -> str:
+    """One line of an epoch's figures; `loss`, of the epoch that runs, takes the place of its own."""
+    text = f"loss {metrics.train_loss if loss is None else loss:.3f}  top-1 {metrics.test_top1:5.2f} %"
     if metrics.num_gates:
         text += f"  open {metrics.open_rate:5.1%}  polar {metrics.polarization:.4f}  MACs {metrics.macs:5.1%}"
         if metrics.gates_dead:
@@ -74,7 +74,7 @@ class BarListener(Listener):
         self._progress = progress
         self._epochs = 0
         self._task: Any = None
-        self._last = ""
+        self._last: EpochMetrics | None = None
 
     def start(self, config: TrainConfig, data: ImageData) -> None:
         """Say what is trained on what."""
@@ -83,7 +83,7 @@ class BarListener(Listener):
 
     def phase(self, phase: str) -> None:
         """Begin a bar."""
-        self._last = ""
+        self._last = None
         total = None if phase == "finish" else float(self._epochs)
         self._task = self._progress.add_task(
             phase, total=total, figures=_FINISH if total is None else "", place=""
@@ -91,13 +91,15 @@ class BarListener(Listener):
 
     def step(self, report: StepReport) -> None:
         """Move the bar within an epoch."""
-        figures = self._last or f"loss {report.loss:.3f}  top-1 {report.top1:5.2f} % (train)"
+        figures = f"loss {report.loss:.3f}  top-1 {report.top1:5.2f} % (training batches)"
+        if self._last is not None:
+            figures = describe(self._last, report.loss)
         self._update(report.epoch - 1 + report.step / report.steps, report.epoch, figures)
 
     def epoch(self, metrics: EpochMetrics) -> None:
         """Show the figures of the epoch."""
-        self._last = describe(metrics)
-        self._update(float(metrics.epoch), metrics.epoch, self._last)
+        self._last = metrics
+        self._update(float(metrics.epoch), metrics.epoch, describe(metrics))
 
     def note(self, text: str) -> None:
         """Print a note above the bars."""

@@ -44,6 +44,9 @@ def test_lines_and_bars_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
         if listener is bar:
             assert progress.tasks[-1].completed == 2.0 and progress.tasks[-1].total == 4.0
             assert progress.tasks[-1].fields["figures"] == describe(METRICS)
+            listener.step(StepReport("gated", 3, 1, 2, 0.7, 55.0))
+            assert progress.tasks[-1].completed == 2.5
+            assert progress.tasks[-1].fields["figures"].startswith("loss 0.700  top-1 91.25 %  open 50.0%")
         listener.phase("finish")
     printed = capsys.readouterr().out
     for text in (printed, screen.getvalue()):
