@@ -25,7 +25,6 @@ def kernels_run_on(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and runs_on(x)
 
 
-@torch.compiler.assume_constant_result
 def _devices() -> tuple[str, ...]:
     mode = os.environ.get("GATEDCONV_TRITON", "auto")
     if mode not in ("auto", "off"):
@@ -34,6 +33,10 @@ def _devices() -> tuple[str, ...]:
         return ()
     # Under the interpreter kernels read CPU memory; a process has one kind of kernel or the other.
     return ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+# What torch.compiler.assume_constant_result does; calling that would import the compiler, which takes seconds.
+vars(_devices)["_dynamo_marked_constant"] = True
 
 
 @functools.cache
