@@ -35,7 +35,7 @@ def _devices() -> tuple[str, ...]:
     return ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 
-# What torch.compiler.assume_constant_result does; calling that would import the compiler, which takes seconds.
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
 vars(_devices)["_dynamo_marked_constant"] = True
 
 
