@@ -1,0 +1,118 @@
+"""Writes the measured parts of README.md and docs/results.md from the runs under results/.
+
+``python docs/write.py`` writes them, ``--check`` says whether they are up to date. No number there is typed
+by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gatedconv.report.tables import comparison_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+
+
+def demo() -> str:
+    """The table that ``make demo`` ends with."""
+    return f"```\n{comparison_table(_summary('demo'))}\n```"
+
+
+def demo_seeds() -> str:
+    """The demo over several seeds, one row each: what the table above looks like on other numbers."""
+    rows = []
+    for path in sorted(RESULTS.glob("demo-seeds/*.json")):
+        found = json.loads(path.read_text())
+        dense, frozen = found["dense"], found["frozen"]
+        rows.append(
+            [
+                found["gate"],
+                str(found["seed"]),
+                f"{dense['top1']:.2f}",
+                f"{frozen['top1']:.2f}",
+                f"{frozen['macs'] / dense['macs']:.1%}",
+                f"{found['agreement']:.2%}",
+            ]
+        )
+    return _markdown(["gates", "seed", "dense top-1 (%)", "frozen top-1 (%)", "MACs left", "agreement"], rows)
+
+
+def cifar10() -> str:
+    """The short CIFAR-10 runs, dense and gated with the same seed and recipe."""
+    rows = []
+    for path in sorted(RESULTS.glob("cifar10-*/summary.json")):
+        found = json.loads(path.read_text())
+        kind = "dense" if "dense" in found else "frozen"
+        net = found[kind]
+        gates = "none (dense)" if kind == "dense" else f"{found['gate']}, {found['position']}"
+        agreement = "" if kind == "dense" else f"{found['agreement']:.2%}"
+        epochs = str(max(found["epochs"].values()))
+        rows.append(
+            [
+                gates,
+                str(found["seed"]),
+                epochs,
+                f"{net['top1']:.2f}",
+                f"{net['macs'] / 1e6:.2f}",
+                f"{net['params'] / 1e3:.1f}",
+                agreement,
+                f"`{found['commit'][:10]}`",
+            ]
+        )
+    header = ["gates", "seed", "epochs", "top-1 (%)", "MACs (M)", "parameters (k)", "agreement", "commit"]
+    return _markdown(header, rows)
+
+
+BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"demo": demo},
+    ROOT / "docs" / "results.md": {"demo": demo, "demo-seeds": demo_seeds, "cifar10": cifar10},
+}
+
+
+def written(path: Path) -> str:
+    """The file's text with every block made anew."""
+    text = path.read_text()
+    for name, make in BLOCKS[path].items():
+        begin, end = f"<!-- {name}: begin, written by docs/write.py -->", f"<!-- {name}: end -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"{path}: no block {begin} ... {end}")
+        text = f"{before}{begin}\n\n{make()}\n\n{end}{after}"
+    return text
+
+
+def _summary(name: str) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((RESULTS / name / "summary.json").read_text())
+    return summary
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "Not run yet."
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> int:
+    """Write, or check, every file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
+    check = parser.parse_args().check
+    stale = [path for path in BLOCKS if written(path) != path.read_text()]
+    for path in stale:
+        if check:
+            print(f"{path.relative_to(ROOT)} does not match results/: run python docs/write.py", file=sys.stderr)
+        else:
+            path.write_text(written(path))
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
