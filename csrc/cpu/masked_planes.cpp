@@ -221,6 +221,10 @@ void pack(const ConvShape& s, const ConvTensors<float>& t, int64_t group, const 
       float* at = to + r;
       for (int64_t i = 0; i < inputs; ++i) {
         const float* filter = row + (t.in_index[t.in_offset[group] + i] - first_input) * t.weight_strides.c;
+        if (t.weight_strides.w == 1 && t.weight_strides.h == s.kernel_w) {
+          for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap, at += size) *at = filter[tap];
+          continue;
+        }
         for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
           for (int64_t kw = 0; kw < s.kernel_w; ++kw, at += size) {
             *at = filter[kh * t.weight_strides.h + kw * t.weight_strides.w];

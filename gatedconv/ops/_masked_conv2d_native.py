@@ -46,6 +46,23 @@ def call(
 ) -> Tensor:
     """Call the operator; `ready` has said that it is there."""
     a = arguments
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _call(input, weight, bias, out_open, in_open, residual, a, relu)
+    # The registered autograd kernel is Python, and would cost more than the rest of the call.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(input, weight, bias, out_open, in_open, residual, a, relu)
+
+
+def _call(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_open: Tensor,
+    in_open: Tensor | None,
+    residual: Tensor | None,
+    a: ConvArguments,
+    relu: bool,
+) -> Tensor:
     return torch.ops.gatedconv.masked_conv2d.default(
         input,
         weight,

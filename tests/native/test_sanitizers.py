@@ -13,7 +13,10 @@ CSRC = HERE.parents[1] / "csrc"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
 
 # Each test with the sources that it is linked with.
-TESTS = {"masked_conv2d_test.cpp": []}
+TESTS = {
+    "masked_conv2d_test.cpp": [],
+    "masked_planes_test.cpp": ["cpu/masked_planes.cpp", "cpu/masked_planes_portable.cpp"],
+}
 
 
 @pytest.mark.parametrize("name", TESTS)

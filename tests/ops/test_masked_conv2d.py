@@ -1,10 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gatedconv.ops import _masked_conv2d_native, masked_conv2d, masked_conv2d_reference
+from gatedconv.ops._conv_arguments import check_arguments
 from tests.ops.conv_oracle import masked_conv2d_oracle
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -88,11 +89,65 @@ def check_case(case) -> None:
         assert relative_error(out, expected) <= TOLERANCE[out.dtype]
 
 
-@settings(max_examples=80, deadline=None)
-@given(cases())
-def test_native_equals_the_definition(case):
-    assert _masked_conv2d_native.ready()
+@pytest.fixture(scope="module", params=["avx512", "avx2", "portable"])
+def instruction_set(request):
+    with pytest.MonkeyPatch.context() as patch:
+        assert _masked_conv2d_native.ready()
+        patch.setenv("GATEDCONV_ISA", request.param)
+        try:
+            masked_conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), None, mask_of([1]))
+        except RuntimeError as error:
+            assert "GATEDCONV_ISA" in str(error)
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_native_equals_the_definition(instruction_set, case):
     check_case(case)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases())
+def test_the_native_fp64_body_equals_the_definition(case):
+    tensors, numbers = case
+    if tensors[0].shape[0] == 0:
+        return
+    *tensors, out_open, in_open = tensors
+    tensors = [None if t is None else t.double() for t in tensors]
+    residual = None if numbers["residual"] is None else numbers["residual"].double()
+    checked = check_arguments(*tensors, out_open, in_open, *list(numbers.values())[:4], residual)
+    out = _masked_conv2d_native.call(*tensors, out_open, in_open, residual, checked, numbers["relu"])
+    expected = masked_conv2d_oracle(*tensors, out_open, in_open, **numbers | {"residual": residual})
+    assert relative_error(out, expected) <= 1e-12
+
+
+# Shapes of real layers, odd counts among them, so that bands, tiles and register tails are all met.
+@pytest.mark.parametrize("channels", [(16, 16), (11, 13), (33, 7)])
+@pytest.mark.parametrize("size", [(32, 32), (15, 17), (8, 8)])
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (1, 1), (1, 2), (7, 2)])
+def test_real_layers(instruction_set, channels, size, kernel, stride):
+    x, w, b = (
+        torch.randn(3, channels[0], *size),
+        torch.randn(channels[1], channels[0], kernel, kernel),
+        torch.randn(channels[1]),
+    )
+    out_open, in_open = torch.rand(channels[1]) < 0.5, torch.rand(channels[0]) < 0.7
+    cut = (x * in_open[:, None, None]).double(), w.double(), b.double()
+    expected = F.conv2d(*cut, stride, kernel // 2) * out_open[:, None, None]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        out = masked_conv2d(
+            x.contiguous(memory_format=memory_format),
+            w,
+            b,
+            out_open,
+            in_open,
+            stride=stride,
+            padding=kernel // 2,
+        )
+        assert relative_error(out, expected) <= 1e-5
+        assert not out[:, ~out_open].any()
 
 
 @settings(max_examples=50, deadline=None)

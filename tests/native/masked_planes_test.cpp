@@ -1,0 +1,115 @@
+// The plane driver and its portable kernels against the direct convolution, under sanitizers. Every buffer
+// has exactly its tensor's size, and threads run at the same time.
+#include "cpu/masked_planes.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using gatedconv::ConvShape;
+using gatedconv::ConvTensors;
+using gatedconv::Strides4;
+
+void in_threads(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  std::vector<std::thread> threads;
+  const int64_t chunk = std::max(grain, (count + 1) / 2);
+  for (int64_t begin = 0; begin < count; begin += chunk) {
+    threads.emplace_back([=, &body] { body(begin, std::min(count, begin + chunk)); });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+Strides4 strides(int64_t c, int64_t h, int64_t w, bool channels_last) {
+  if (channels_last) return {c * h * w, 1, w * c, c};
+  return {c * h * w, h * w, w, 1};
+}
+
+std::unique_ptr<float[]> filled(int64_t count, std::mt19937& random) {
+  std::unique_ptr<float[]> data(new float[count]);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < count; ++i) data[i] = normal(random);
+  return data;
+}
+
+bool check(const ConvShape& s, unsigned bits, std::mt19937& random) {
+  const bool per_sample = bits & 1, last = bits & 16;
+  auto input = filled(s.batch * s.in_channels * s.height * s.width, random);
+  auto weight = filled(s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w, random);
+  auto bias = filled(s.out_channels, random);
+  const int64_t outputs = s.batch * s.out_channels * s.out_h * s.out_w;
+  auto residual = filled(outputs, random);
+  std::unique_ptr<float[]> output(new float[outputs]), expected(new float[outputs]);
+  const int64_t masks = per_sample ? s.batch * s.out_channels : s.out_channels;
+  std::unique_ptr<bool[]> out_open(new bool[masks]), in_open(new bool[s.in_channels]);
+  for (int64_t i = 0; i < masks; ++i) out_open[i] = random() % 2;
+  for (int64_t i = 0; i < s.in_channels; ++i) in_open[i] = random() % 3 > 0;
+  std::unique_ptr<int32_t[]> index(new int32_t[s.in_channels]), offset(new int32_t[s.groups + 1]);
+  gatedconv::list_open_inputs(in_open.get(), s.in_channels, s.groups, index.get(), offset.get());
+  const Strides4 out = strides(s.out_channels, s.out_h, s.out_w, last);
+  ConvTensors<float> t{input.get(),
+                       weight.get(),
+                       bits & 2 ? bias.get() : nullptr,
+                       bits & 4 ? residual.get() : nullptr,
+                       output.get(),
+                       out_open.get(),
+                       index.get(),
+                       offset.get(),
+                       strides(s.in_channels, s.height, s.width, last),
+                       strides(s.in_channels / s.groups, s.kernel_h, s.kernel_w, false),
+                       out,
+                       out,
+                       per_sample ? s.out_channels : 0,
+                       (bits & 8) != 0};
+  gatedconv::masked_conv2d_planes(s, t, gatedconv::plane_kernels_portable, 2, in_threads);
+  t.output = expected.get();
+  for (int64_t n = 0; n < s.batch; ++n) {
+    for (int64_t c = 0; c < s.out_channels; ++c) {
+      for (int64_t p = 0; p < s.out_h; ++p) {
+        for (int64_t q = 0; q < s.out_w; ++q) gatedconv::write_output(s, t, n, c, p, q);
+      }
+    }
+  }
+  for (int64_t i = 0; i < outputs; ++i) {
+    if (std::fabs(output[i] - expected[i]) > 1e-4f * (1 + std::fabs(expected[i]))) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(0);
+  int64_t cases = 0;
+  for (int64_t i = 0; i < 1500; ++i) {
+    auto draw = [&](int64_t low, int64_t high) {
+      return low + static_cast<int64_t>(random() % (high - low + 1));
+    };
+    ConvShape s{};
+    s.batch = draw(1, 3), s.groups = draw(1, 3);
+    s.in_channels = s.groups * draw(1, 9), s.out_channels = s.groups * draw(1, 9);
+    s.height = draw(1, 12), s.width = draw(1, 12);
+    s.kernel_h = draw(1, 4), s.kernel_w = draw(1, 4);
+    s.stride_h = draw(1, 3), s.stride_w = draw(1, 3);
+    s.dilation_h = draw(1, 2), s.dilation_w = draw(1, 2);
+    s.pad_top = draw(0, 5), s.pad_left = draw(0, 5);
+    const int64_t room_h = s.height + s.pad_top + draw(0, 5) - s.dilation_h * (s.kernel_h - 1) - 1;
+    const int64_t room_w = s.width + s.pad_left + draw(0, 5) - s.dilation_w * (s.kernel_w - 1) - 1;
+    if (room_h < 0 || room_w < 0) continue;
+    s.out_h = room_h / s.stride_h + 1, s.out_w = room_w / s.stride_w + 1;
+    if (!check(s, random(), random)) {
+      std::printf("wrong: C %ld -> %ld, groups %ld, %ldx%ld, kernel %ldx%ld, stride %ldx%ld, pad %ldx%ld\n",
+                  s.in_channels, s.out_channels, s.groups, s.height, s.width, s.kernel_h, s.kernel_w,
+                  s.stride_h, s.stride_w, s.pad_top, s.pad_left);
+      return 1;
+    }
+    ++cases;
+  }
+  std::printf("%ld cases\n", cases);
+  return cases > 1000 ? 0 : 1;
+}
