@@ -12,7 +12,7 @@ SOURCES  := setup.py pyproject.toml gatedconv/_build.py $(wildcard csrc/*.* csrc
 CPP      := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
 PYTHON_FILES := gatedconv kernels tests benchmarks setup.py
 
-.PHONY: demo test lint format build coverage clean
+.PHONY: demo test lint format build coverage bench bench-all bench-docs clean
 
 demo: $(VENV)/.build
 	$(BIN)/gatedconv train --preset demo --seed $(SEED)
@@ -34,6 +34,17 @@ build: $(VENV)/.build
 coverage: $(VENV)/.build
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
+# A few minutes: the most telling cases, printed. BENCH="--results" keeps the rows in benchmarks/results/.
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -m quick -q $(BENCH)
+
+# Everything, kept in benchmarks/results/; an interrupted run goes on where it stopped. On an idle machine about 20 minutes.
+bench-all: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -q --results $(BENCH)
+
+bench-docs: $(VENV)/.build
+	$(BIN)/python -m benchmarks.tables
+
 # Each stamp stands for a finished step, so a second run does nothing and a broken one goes on where it stopped.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +60,10 @@ $(VENV)/.packages: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.build: $(SOURCES) $(VENV)/.packages
 	$(PIP) install --no-deps --editable .
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.build
+	$(PIP) install --editable ".[bench]"
 	@touch $@
 
 clean:

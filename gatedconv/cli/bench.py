@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +11,126 @@ from gatedconv.cli.networks import example_input, saved_networks
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("target", type=Path, metavar="RUN|MODEL", help="a run folder or a saved model")
+    parser.add_argument(
+        "target",
+        metavar="RUN|MODEL",
+        help="a run folder, a saved model, a .pt2 of torch.export, or the name of a torchvision model",
+    )
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1, 32], metavar="N", help="batch sizes [1 32]"
     )
-    parser.add_argument("--rounds", type=int, default=21, metavar="N", help="measurements of each [21]")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each [15]")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
+    parser.add_argument(
+        "--peers",
+        metavar="NAME,...",
+        default="all",
+        help="the runtimes to measure beside ours: eager, compile, onnxruntime, openvino; all or none [all]",
+    )
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="height and width of the images, if not the model's"
+    )
+    parser.add_argument(
+        "--all-settings", action="store_true", help="every set-up of a runtime, not its best alone"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure the networks of the target in turns and print a table."""
+    """Measure the networks of the target in turns, in ours and in other runtimes, and print a table."""
     import torch
 
-    from gatedconv.deploy.latency import measure_latency
-    from gatedconv.report import latency_table
+    from gatedconv.report.bench import bench_table, best_rows, network_contest
 
-    if min(arguments.batch) < 1:
-        raise ValueError(f"batch: expected at least 1, got {min(arguments.batch)}")
+    _check(arguments)
+    settings = _settings(arguments.peers)
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"threads: expected at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    contestants = _contestants(arguments.target)
-    first = next(iter(contestants.values()))
-    rows = []
-    for batch in arguments.batch:
-        measured = measure_latency(contestants, example_input(first, batch), rounds=arguments.rounds)
-        rows += [(name, batch, latency) for name, latency in measured.items()]
-    print(latency_table(rows))
+    rows, left_out = [], {}
+    for name, (network, size) in _networks(arguments.target, arguments.size).items():
+        for batch in arguments.batch:
+            x = example_input(network, batch, size)
+            contest = network_contest(name, network, x, settings=settings)
+            contest.rounds(arguments.rounds)
+            rows += contest.rows()
+            left_out.update(contest.failures)
+    print(bench_table(rows if arguments.all_settings else best_rows(rows)))
+    for (provider, setting), reason in left_out.items():
+        print(f"not measured: {provider}, {setting}: {reason}")
     return 0
 
 
-def _contestants(target: Path) -> dict[str, Any]:
-    """Every network of the target in eager PyTorch, and in our engine where there is one."""
-    networks: dict[str, Any] = {name: network.eval() for name, network in saved_networks(target).items()}
-    engine = getattr(importlib.import_module("gatedconv"), "Engine", None)
-    if engine is None:
-        return networks
-    engines = {
-        f"{name}, engine": engine(network, example_input(network)) for name, network in networks.items()
-    }
-    return networks | engines
+def _check(arguments: argparse.Namespace) -> None:
+    for name, values in (
+        ("batch", arguments.batch), ("rounds", [arguments.rounds]), ("threads", [arguments.threads]),
+        ("size", [arguments.size]),
+    ):  # fmt: skip
+        given = [value for value in values if value is not None]
+        if given and min(given) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {min(given)}")
+
+
+def _settings(peers: str) -> list[Any]:
+    from gatedconv.report.peers import OURS, PROVIDERS, SETTINGS
+
+    others = [name for name in PROVIDERS if name != OURS]
+    wanted = {"all": others, "none": []}.get(peers, [name.strip() for name in peers.split(",")])
+    unknown = sorted(set(wanted) - set(others))
+    if unknown:
+        raise ValueError(f"peers: expected some of {', '.join(others)}, all or none; got {unknown[0]!r}")
+    return [setting for setting in SETTINGS if setting.provider == OURS or setting.provider in wanted]
+
+
+def _networks(target: str, size: int | None) -> dict[str, tuple[Any, tuple[int, int, int] | None]]:
+    """Name -> network in eval mode and the (C, H, W) of its images, None for that of the network itself."""
+    asked = None if size is None else (3, size, size)
+    path = Path(target)
+    if path.suffix == ".pt2":
+        return {path.stem: _exported(path)}
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        found = saved_networks(path)
+        return {name: (network.eval(), asked) for name, network in found.items()}
+    return {target: (_torchvision(target), asked or (3, 224, 224))}
+
+
+def _exported(path: Path) -> tuple[Any, tuple[int, int, int]]:
+    import torch
+
+    class Exported(torch.nn.Module):
+        """An exported program is in eval mode for good and refuses to be told so again."""
+
+        def __init__(self, program: torch.nn.Module) -> None:
+            super().__init__()
+            self.program = program
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.program(x)
+
+        def train(self, mode: bool = True) -> Exported:
+            return self
+
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a .pt2 of torch.export, found nothing there")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # whatever a damaged or foreign archive makes torch raise
+        raise ValueError(f"{path}: torch.export cannot load it: {error}") from error
+    shapes = [
+        tuple(node.meta["val"].shape) for node in program.graph.find_nodes(op="placeholder")
+        if node.name in program.graph_signature.user_inputs
+    ]  # fmt: skip
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise ValueError(f"{path}: expected a network of one input (N, C, H, W), got {shapes}")
+    channels, height, width = (int(length) for length in shapes[0][1:])
+    return Exported(program.module()), (channels, height, width)
+
+
+def _torchvision(name: str) -> Any:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ImportError(f"{name}: no such file, and torchvision, which may know it, is missing") from error
+    if name not in models.list_models(module=models):
+        raise ValueError(
+            f"{name}: expected a run folder, a model file or a torchvision model, found none of them"
+        )
+    return models.get_model(name, weights=None).eval()

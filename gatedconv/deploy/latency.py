@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
 
-Name = TypeVar("Name")
+from gatedconv.deploy.turns import Name, Turns
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one call, in ms: median, least and spread (75th minus 25th percentile) over the rounds."""
+    """Time of one call, in ms: median and spread (75th minus 25th percentile) of rounds, and the least."""
 
     median: float
     least: float
@@ -54,36 +52,10 @@ def measure_latency(
         raise ValueError(
             f"measure_latency: expected at least 1 round and 1 warm-up, got {rounds} and {warmup}"
         )
-    repeats = {}
-    for name, model in models.items():
-        for _ in range(warmup):
-            duration = _timed(model, example_input, 1)
-        repeats[name] = max(1, round(min_ms / max(duration, 1e-3)))
-    samples: dict[Name, list[float]] = {name: [] for name in models}
+    calls = {name: partial(model, example_input) for name, model in models.items()}
+    synchronize = partial(torch.cuda.synchronize, example_input.device) if example_input.is_cuda else None
+    turns = Turns(calls, turn_ms=min_ms, warmup=warmup, lead_in=0, settle=False, synchronize=synchronize)
     for _ in range(rounds):
-        for name, model in models.items():
-            samples[name].append(_timed(model, example_input, repeats[name]))
-    return {name: _summary(values) for name, values in samples.items()}
-
-
-def _timed(model: Callable[[Tensor], object], example_input: Tensor, repeats: int) -> float:
-    """Milliseconds per call; on a GPU the device has finished before either reading of the clock."""
-    _synchronize(example_input)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        model(example_input)
-    _synchronize(example_input)
-    return (time.perf_counter() - started) * 1000 / repeats
-
-
-def _synchronize(example_input: Tensor) -> None:
-    if example_input.is_cuda:
-        torch.cuda.synchronize(example_input.device)
-
-
-def _summary(values: list[float]) -> Latency:
-    spread = 0.0
-    if len(values) > 1:
-        lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-        spread = upper - lower
-    return Latency(statistics.median(values), min(values), spread, len(values))
+        turns.round()
+    spreads = {name: turns.spread(name) for name in models}
+    return {name: Latency(at.median, at.least, at.iqr, rounds) for name, at in spreads.items()}

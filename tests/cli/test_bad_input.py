@@ -182,7 +182,13 @@ def test_commands_on_what_does_not_fit(gatedconv: Call, tmp_path: Path, archive:
         gatedconv("export", model, "--format", "tflite"), "format", "onnx, torch, aoti", "'tflite'"
     )
     assert_one_line(gatedconv("bench", model, "--batch", 0), "batch: expected at least 1, got 0")
-    assert_one_line(gatedconv("bench", model, "--rounds", 0), "expected at least 1 round")
+    assert_one_line(gatedconv("bench", model, "--rounds", 0), "rounds: expected at least 1, got 0")
+    assert_one_line(gatedconv("bench", model, "--size", 0), "size: expected at least 1, got 0")
+    assert_one_line(
+        gatedconv("bench", model, "--peers", "eager,tflite"), "peers: expected some of", "'tflite'"
+    )
+    assert_one_line(gatedconv("bench", "resnet19"), "resnet19", "expected a run folder, a model file")
+    assert_one_line(gatedconv("bench", archive.with_suffix(".pt2")), "expected a .pt2", "found nothing")
     assert_one_line(gatedconv("bench", model, "--threads", 0), "threads: expected at least 1, got 0")
 
 

@@ -54,9 +54,10 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
         expected = package.load(run / "compact.safetensors")(images)
         torch.testing.assert_close(torch.export.load(out).module()(images), expected, rtol=1e-5, atol=1e-5)
 
-    bench = gatedconv("bench", run, "--batch", 2, "--rounds", 2)
+    bench = gatedconv("bench", run, "--batch", 2, "--rounds", 2, "--peers", "eager")
     assert bench.code == 0, bench.err
-    assert {"dense", "compact"} <= {line.split()[0].rstrip(",") for line in bench.out.splitlines()[2:]}
+    measured = {tuple(line.split()[:3]) for line in bench.out.splitlines()[2:]}
+    assert measured >= {(name, "2", by) for name in ("dense", "compact") for by in ("gatedconv", "eager")}
 
     reported = gatedconv("report", run, run)
     assert (

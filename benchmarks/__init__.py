@@ -1,0 +1,1 @@
+"""Benchmarks of gatedconv against every runtime that a user could pick instead: ``pytest benchmarks``."""

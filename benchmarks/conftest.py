@@ -1,0 +1,131 @@
+"""Options, the results file and the closing table of ``pytest benchmarks``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.record import Record, default_path, machine_header
+from gatedconv.report.bench import Contest, Row, bench_table, best_rows
+from gatedconv.report.peers import OURS
+
+CACHE = Path(__file__).resolve().parent.parent / "build" / "bench"
+_ROWS = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gatedconv benchmarks")
+    group.addoption("--results", nargs="?", const="auto", metavar="FILE",
+                    help="keep the rows, and skip what FILE holds already; "
+                         "without FILE: benchmarks/results/DEVICE-TORCH-COMMIT.json")  # fmt: skip
+    group.addoption("--rounds", type=int, default=15, help="rounds of each case [15]")
+    group.addoption("--threads", type=int, default=2, help="CPU threads of every provider [2]")
+    group.addoption("--max-minutes", type=float, help="start no case after this time; run again to go on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: in the short selection that `make bench` runs")
+    config.stash[_ROWS] = []
+
+
+def as_parameters(cases: Iterable[Any]) -> list[Any]:
+    """Cases as test parameters, with readable names and the mark of the short selection."""
+    return [
+        pytest.param(
+            case,
+            id=f"{case.name}-batch-{case.batch}".replace(" ", "-"),
+            marks=[pytest.mark.quick] if case.quick else [],
+        )
+        for case in cases
+    ]
+
+
+@pytest.fixture(scope="session")
+def record(pytestconfig: pytest.Config) -> Record | None:
+    """The results file, None if nothing is to be kept."""
+    threads, wanted = pytestconfig.getoption("--threads"), pytestconfig.getoption("--results")
+    if wanted is None:
+        return None
+    header = machine_header(threads)
+    return Record(default_path(header) if wanted == "auto" else Path(wanted), header)
+
+
+@pytest.fixture(scope="session")
+def deadline(pytestconfig: pytest.Config) -> float | None:
+    minutes = pytestconfig.getoption("--max-minutes")
+    return None if minutes is None else time.monotonic() + 60 * minutes
+
+
+@pytest.fixture(scope="session")
+def cpu_threads(pytestconfig: pytest.Config) -> Iterator[int]:
+    before = torch.get_num_threads()
+    threads: int = pytestconfig.getoption("--threads")
+    torch.set_num_threads(threads)
+    yield threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compete(
+    pytestconfig: pytest.Config,
+    benchmark: Any,
+    record: Record | None,
+    deadline: float | None,
+    cpu_threads: int,
+) -> Callable[[str, Any, Callable[[], Contest]], None]:
+    """(benchmark, case, contest) -> measure a case in turns, unless the results file has it."""
+
+    def measure(family: str, case: Any, build: Callable[[], Contest]) -> None:
+        if record is not None and record.has(family, case.name, case.batch):
+            pytest.skip("measured already")
+        if deadline is not None and time.monotonic() > deadline:
+            pytest.skip("out of time; run again to go on")
+        contest = build()
+        play(benchmark, contest, pytestconfig.getoption("--rounds"))
+        rows, failures = contest.rows(), told(contest)
+        pytestconfig.stash[_ROWS] += rows
+        benchmark.group = f"{case.name}, batch {case.batch}"
+        benchmark.extra_info.update(rows=[row.as_dict() for row in rows], failures=failures)
+        if record is not None:
+            record.add(rows, failures)
+        assert rows, failures
+
+    return measure
+
+
+def play(benchmark: Any, contest: Contest, rounds: int) -> None:
+    """Let pytest-benchmark time our turns; the others have theirs in its untimed set-up, round by round."""
+    turns = contest.turns
+    first = next(iter(turns.entrants))
+    others = [name for name in turns.entrants if name != first]
+
+    def peers() -> None:
+        turns.round(others)
+        turns.prepare(first)
+
+    with torch.inference_mode():
+        benchmark.pedantic(turns.play, args=(first,), setup=peers, rounds=rounds, iterations=1)
+    benchmark.extra_info.update(entrant=": ".join(first), calls_per_round=turns.calls[first])
+
+
+def told(contest: Contest) -> list[dict[str, Any]]:
+    """The settings that could not be timed, as JSON types."""
+    where = {"benchmark": contest.benchmark, "case": contest.case, "batch": contest.batch}
+    return [
+        {**where, "provider": provider, "setting": setting, "reason": reason}
+        for (provider, setting), reason in contest.failures.items()
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = best_rows(config.stash[_ROWS])
+    if not rows:
+        return
+    terminalreporter.section(f"fastest setting of each provider; ratios of pairs, over {OURS}")
+    for line in bench_table(rows).splitlines():
+        terminalreporter.line(line)

@@ -1,0 +1,1 @@
+"""``make gpu``: what needs a GPU, in stages that each end within nine minutes."""

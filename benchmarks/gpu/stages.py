@@ -1,0 +1,32 @@
+"""The stages by name. A stage is a function of a `Session`; add one by decorating it and naming its module here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from benchmarks.gpu.session import Session
+
+Stage = Callable[[Session], int]
+
+_modules = ("check", "gates", "training")
+_stages: dict[str, Stage] = {}
+
+
+def stage(name: str) -> Callable[[Stage], Stage]:
+    """Register a stage; it returns an exit code, 0 for success."""
+
+    def register(function: Stage) -> Stage:
+        if name in _stages:
+            raise ValueError(f"stage {name!r} is registered twice")
+        _stages[name] = function
+        return function
+
+    return register
+
+
+def all_stages() -> dict[str, Stage]:
+    """Every stage, in the order in which `make gpu` runs them."""
+    for module in _modules:
+        importlib.import_module(f"benchmarks.gpu.{module}")
+    return dict(_stages)

@@ -1,0 +1,121 @@
+"""The networks that are measured, dense and cut; built from a seed, with norms as of a trained network."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import gatedconv
+
+CUTS = ("dense", "mid-50", "half the blocks")
+
+
+@dataclass(frozen=True)
+class NetworkCase:
+    """A network, what was cut out of it, and the batches that it is measured at.
+
+    Attributes:
+        model: "resnet56" and "resnet110" (32x32, ours) or "resnet18" and "resnet50" (224x224, torchvision's).
+        cut: "dense"; "mid-50": half of the channels between a block's first and last convolution;
+            "half the blocks": every second block is left with its shortcut.
+        batch: images per call.
+        quick: whether it belongs to the short selection.
+    """
+
+    model: str
+    cut: str
+    batch: int
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """As result rows call it."""
+        return f"{self.model} {self.cut}"
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return 32 if self.model in ("resnet56", "resnet110") else 224
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        """The network in eval mode and its input (N, 3, H, W)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = (
+                _cifar(self.model, self.cut) if self.image_size == 32 else _imagenet(self.model, self.cut)
+            )
+            return network.eval(), torch.randn(self.batch, 3, self.image_size, self.image_size)
+
+
+def _cases() -> tuple[NetworkCase, ...]:
+    quick = {("resnet56", cut, batch) for cut in CUTS for batch in (1, 32)} | {("resnet18", "mid-50", 1)}
+    small = itertools.product(("resnet56", "resnet110"), CUTS, (1, 8, 32))
+    large = itertools.product(("resnet18", "resnet50"), CUTS[:2], (1, 8))
+    wanted = [*small, *large]
+    return tuple(NetworkCase(*case, quick=case in quick) for case in wanted)
+
+
+CASES = _cases()
+
+
+def _cifar(model: str, cut: str) -> nn.Module:
+    gate = {"dense": None, "mid-50": "channel", "half the blocks": "layer"}[cut]
+    network = getattr(gatedconv.models, model)(gate=gate, position="middle" if gate == "channel" else "after")
+    settle_norms(network)
+    network.eval()
+    if gate is None:
+        return network
+    masks = {
+        name: half_open(found.num_gates) if gate == "channel" else torch.tensor([index % 2 == 0])
+        for index, (name, found) in enumerate(gatedconv.gates(network).items())
+    }
+    return gatedconv.compact(gatedconv.freeze(network, masks=masks), torch.zeros(1, 3, 32, 32))
+
+
+def _imagenet(model: str, cut: str) -> nn.Module:
+    import torchvision
+
+    network: nn.Module = getattr(torchvision.models, model)(weights=None)
+    if cut == "mid-50":
+        for block in network.modules():
+            if hasattr(block, "conv1") and hasattr(block, "conv2") and hasattr(block, "bn2"):
+                _halve_middle(block)
+    settle_norms(network)
+    return network
+
+
+def _halve_middle(block: nn.Module) -> None:
+    """Halve what lies between the first and the last convolution of a torchvision block."""
+    last = 3 if hasattr(block, "conv3") else 2
+    for index in range(1, last + 1):
+        conv = getattr(block, f"conv{index}")
+        inputs = conv.in_channels if index == 1 else conv.in_channels // 2
+        outputs = conv.out_channels if index == last else conv.out_channels // 2
+        setattr(block, f"conv{index}", nn.Conv2d(
+            inputs, outputs, conv.kernel_size, conv.stride, conv.padding, bias=False
+        ))  # fmt: skip
+        if index != last:
+            setattr(block, f"bn{index}", nn.BatchNorm2d(outputs))
+
+
+def half_open(count: int) -> Tensor:
+    """Bool (count,) with half of the entries open, at random places."""
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[torch.randperm(count)[: count // 2]] = True
+    return mask
+
+
+@torch.no_grad()
+def settle_norms(network: nn.Module) -> None:
+    """Give BatchNorm2d statistics that are neither 0 nor 1, and each branch a small part in the stream."""
+    for name, norm in network.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.2)
+            norm.running_var.uniform_(0.5, 1.5)
+            norm.weight.uniform_(0.5, 1.0)
+            norm.bias.normal_(0, 0.2)
+            if name.endswith(("bn2", "bn3")):
+                norm.weight.mul_(0.3)

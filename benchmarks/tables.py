@@ -1,0 +1,191 @@
+"""Writes the CPU section of docs/performance.md from the committed result files; no number is typed by hand.
+
+``python -m benchmarks.tables`` writes it, ``--check`` says whether it is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.layers import OPEN, SHAPES, LayerCase
+from benchmarks.networks import CASES as NETWORKS
+from benchmarks.networks import CUTS
+from benchmarks.record import RESULTS, read
+from gatedconv.report.bench import Row, best_rows
+from gatedconv.report.peers import OURS
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- cpu: begin, written by python -m benchmarks.tables -->", "<!-- cpu: end -->"
+# How many times faster than the fastest peer we set out to be, by network and batch; others have no goal.
+GOALS = {
+    ("resnet56 dense", 1): 1.5,
+    ("resnet56 dense", 32): 1.3,
+    ("resnet56 mid-50", 1): 2.0,
+    ("resnet56 mid-50", 32): 1.4,
+    ("resnet56 half the blocks", 1): 2.0,
+    ("resnet56 half the blocks", 32): 1.4,
+    **{(f"{model} {cut}", n): 1.0 for model in ("resnet18", "resnet50") for cut in CUTS[:2] for n in (1, 8)},
+}
+HALF_OPEN_GOAL, FULLY_OPEN_GOAL = 1.7, 1.0  # against conv2d, CIFAR shapes, batch 8 and up
+_SHORT = {
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "eager": "PyTorch eager",
+}
+
+
+def cpu_section(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown of all CPU result files, newest first for each device."""
+    newest: dict[str, dict[str, Any]] = {}
+    for found in sorted(results, key=lambda result: result["date"]):
+        newest[found["device"]] = found
+    return "\n\n".join(_device(found) for found in newest.values())
+
+
+def _device(found: dict[str, Any]) -> str:
+    rows = [Row(**row) for row in found["rows"]]
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("onnxruntime", "openvino")
+                         if name in found["versions"])  # fmt: skip
+    parts = [
+        f"### {found['device']}\n\n{found['cpu']}, {found['isa']}, {found['threads']} threads, float32; "
+        f"torch {found['torch']}, {versions}; commit `{found['commit'][:10]}`, {found['date']}.",
+        _networks([row for row in rows if row.benchmark == "network"]),
+        _layers([row for row in rows if row.benchmark == "layer"]),
+        _failures(found["failures"]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _networks(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    providers = list(dict.fromkeys(row.provider for row in rows if row.provider != OURS))
+    best = {(row.case, row.batch, row.provider): row for row in best_rows(rows)}
+    lines = []
+    for case in NETWORKS:
+        group = {p: best.get((case.name, case.batch, p)) for p in (OURS, *providers)}
+        if any(group.values()):
+            peers = [row for provider in providers if (row := group[provider])]
+            times = [_ms(group[provider]) for provider in (OURS, *providers)]
+            verdict = _verdict(peers, GOALS.get((case.name, case.batch)))
+            lines.append([case.name, str(case.batch), *times, *verdict])
+    header = ["network", "batch", "**gatedconv**", *(_SHORT.get(p, p) for p in providers),
+              "fastest peer / ours", "goal"]  # fmt: skip
+    return (
+        "**Whole networks.** Median ms per call (interquartile range), each provider at its fastest setting. "
+        "The ratio is taken pair by pair within a round against the fastest peer: median (quartiles).\n\n"
+        + _markdown(header, lines) + "\n\n" + _settings(rows)
+    )  # fmt: skip
+
+
+def _settings(rows: list[Row]) -> str:
+    """How often each setting was the fastest of its provider."""
+    wins: dict[tuple[str, str], int] = {(row.provider, row.setting): 0 for row in rows}
+    for row in best_rows(rows):
+        wins[row.provider, row.setting] += 1
+    told = [f"{_SHORT.get(p, p)} {setting} ({count})" for (p, setting), count in wins.items() if p != OURS]
+    return "Settings tried, and in how many cases each was its provider's fastest: " + "; ".join(told) + "."
+
+
+def _layers(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    best = {(row.case, row.batch, row.provider): row for row in best_rows(rows)}
+    lines = []
+    for shape in SHAPES:
+        for batch in dict.fromkeys(row.batch for row in rows):
+            cells, seen = [], False
+            for share in OPEN:
+                case = LayerCase(shape, batch, share)
+                dense = best.get((case.name, batch, "conv2d"))
+                seen = seen or dense is not None
+                cells.append(_layer_cell(case, dense))
+            if seen:
+                lines.append([shape.name, str(batch), *cells])
+    header = [
+        "convolution",
+        "batch",
+        *(f"{share} % open" if share != "odd" else "odd count" for share in OPEN),
+    ]
+    return (
+        "**One convolution.** How many times faster `masked_conv2d` is than `torch.nn.functional.conv2d` "
+        "computing all outputs, each in its faster memory format, by the share of outputs that are open; "
+        '"odd count" is just '
+        f"under half. Goals, for the 32x32 networks' shapes from batch 8: {HALF_OPEN_GOAL} half open, "
+        f"{FULLY_OPEN_GOAL} fully open; what misses its goal is in italics.\n\n" + _markdown(header, lines)
+    )  # fmt: skip
+
+
+def _layer_cell(case: LayerCase, dense: Row | None) -> str:
+    if dense is None or dense.ratio is None:
+        return "-"
+    goal = {50: HALF_OPEN_GOAL, 100: FULLY_OPEN_GOAL}.get(case.open if isinstance(case.open, int) else -1)
+    missed = case.shape.family == "cifar" and case.batch >= 8 and goal is not None and dense.ratio < goal
+    return f"_{dense.ratio:.2f}_" if missed else f"{dense.ratio:.2f}"
+
+
+def _failures(failures: list[dict[str, Any]]) -> str:
+    if not failures:
+        return ""
+    lines = [
+        f"- {f['case']}, batch {f['batch']}, {f['provider']} ({f['setting']}): {f['reason']}"
+        for f in failures
+    ]
+    return "**Not measured.**\n\n" + "\n".join(lines)
+
+
+def _ms(row: Row | None) -> str:
+    return "-" if row is None else f"{row.ms_median:.3g} ({row.ms_iqr:.2g})"
+
+
+def _verdict(peers: Sequence[Row], goal: float | None) -> list[str]:
+    """The ratio against the fastest peer, and the goal with what became of it."""
+    wanted = "" if goal is None else f"{goal}"
+    fastest = min(peers, key=lambda row: row.ms_median, default=None)
+    if fastest is None or fastest.ratio is None:
+        return ["-", wanted]
+    met = "" if goal is None else ", met" if fastest.ratio >= goal else ", missed"
+    spread = f"{fastest.ratio:.2f} ({fastest.ratio_low:.2f}-{fastest.ratio_high:.2f})"
+    return [f"{spread} {_SHORT.get(fastest.provider, fastest.provider)}", wanted + met]
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def render(document: str, section: str) -> str:
+    """The document with its CPU section replaced.
+
+    Raises:
+        ValueError: the document does not have both marks, in order.
+    """
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; 1 if the document is out of date"
+    )
+    arguments = parser.parse_args()
+    found = [read(path) for path in sorted(RESULTS.glob("*.json"))]
+    section = cpu_section([result for result in found if result["cuda"] is None])
+    before = DOCUMENT.read_text()
+    after = render(before, section or "No results yet.")
+    if not arguments.check:
+        DOCUMENT.write_text(after)
+    return int(arguments.check and before != after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+"""Single convolutions with some of their outputs closed: our operator against what PyTorch can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.conftest import as_parameters
+from benchmarks.layers import CASES, LayerCase, layer_contest
+
+
+@pytest.mark.parametrize("case", as_parameters(CASES))
+def test_layer(case: LayerCase, compete: Callable[..., None]) -> None:
+    compete("layer", case, lambda: layer_contest(case))

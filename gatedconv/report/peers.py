@@ -1,0 +1,243 @@
+"""Ways to run a network on the CPU: ours, and every runtime that a user could pick instead, each at its best.
+
+A `Setting` prepares a network for one batch and returns a callable without arguments that computes the
+output. What can be kept on the disk (ONNX files, AOTInductor packages) goes to a folder, so that a second run
+starts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.deploy import export
+
+OURS = "gatedconv"
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of running a network.
+
+    Attributes:
+        provider: the runtime, as result rows name it.
+        name: how it is set up.
+        prepare: (network in eval mode, input (N, C, H, W) float32, folder for files, threads) -> run.
+        needs: packages that have to be installed.
+        split: whether the batch is cut in two, so that a batch of one cannot be run.
+    """
+
+    provider: str
+    name: str
+    prepare: Callable[[nn.Module, Tensor, Path, int], Run]
+    needs: tuple[str, ...] = ()
+    split: bool = False
+
+    @property
+    def missing(self) -> str | None:
+        """Why this setting cannot be tried at all, None if it can."""
+        lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
+        if self.provider == OURS and not hasattr(importlib.import_module("gatedconv"), "Engine"):
+            return "gatedconv.Engine is missing"
+        return f"{', '.join(lacking)} not installed (pip install 'gatedconv[bench]')" if lacking else None
+
+
+def _engine(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    engine = importlib.import_module("gatedconv").Engine(network, x)
+    return lambda: engine(x)
+
+
+def _eager(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    return lambda: network(x)
+
+
+def _eager_folded(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    from torch.fx.experimental.optimization import fuse
+
+    folded, x = _channels_last(fuse(copy.deepcopy(network)), x)
+    return lambda: folded(x)
+
+
+def _eager_channels_last(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    network, x = _channels_last(network, x)
+    return lambda: network(x)
+
+
+def _compiled(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    # max-autotune has nothing to choose from for convolutions on a CPU: they are oneDNN's either way.
+    network, x = _channels_last(network, x)
+    compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+    with torch.inference_mode():  # as it is going to be called: compiled code is kept for one mode
+        compiled(x)
+    return lambda: compiled(x)
+
+
+def _aoti(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    network, x = _channels_last(network, x)
+    isa = torch.backends.cpu.get_cpu_capability().lower()
+    path = folder / f"aoti-{isa}-{threads}t-batch{len(x)}.pt2"  # the compiler fixes all three
+    if not path.exists():
+        program = torch.export.export(network, (x,))
+        part = path.with_suffix(".part.pt2")
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(part), inductor_configs={"freezing": True}
+        )
+        os.replace(part, path)
+    runner = torch._inductor.aoti_load_package(str(path))
+    return lambda: runner(x)
+
+
+def _onnx_file(network: nn.Module, x: Tensor, folder: Path) -> Path:
+    path = folder / "network.onnx"
+    if not path.exists():
+        export(network, path, x, "onnx")
+    return path
+
+
+def _ort_session(path: Path, batch: int, threads: int, spinning: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_free_dimension_override_by_name("batch", batch)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _ort(spinning: bool) -> Callable[[nn.Module, Tensor, Path, int], Run]:
+    def prepare(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+        session = _ort_session(_onnx_file(network, x, folder), len(x), threads, spinning)
+        feed = {session.get_inputs()[0].name: x.numpy()}
+        return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+    return prepare
+
+
+def _ort_split(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    """Two sessions of half the threads, each on half the batch."""
+    path, halves = _onnx_file(network, x, folder), _halves(x)
+    sessions = [_ort_session(path, len(half), max(1, threads // 2), True) for half in halves]
+    feeds = [{sessions[0].get_inputs()[0].name: half.numpy()} for half in halves]
+    other = ThreadPoolExecutor(1)
+
+    def run() -> Tensor:
+        second = other.submit(sessions[1].run, None, feeds[1])
+        first = sessions[0].run(None, feeds[0])[0]
+        return torch.cat([torch.from_numpy(first), torch.from_numpy(second.result()[0])])
+
+    return run
+
+
+def _openvino_model(path: Path, shape: Sequence[int], threads: int, **properties: Any) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape(list(shape))
+    # Left alone it computes in bfloat16 where the CPU can.
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    return core.compile_model(model, "CPU", {**exact, **properties})
+
+
+def _openvino(hint: str) -> Callable[[nn.Module, Tensor, Path, int], Run]:
+    def prepare(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+        path = _onnx_file(network, x, folder)
+        request = _openvino_model(path, x.shape, threads, PERFORMANCE_HINT=hint).create_infer_request()
+        feed = {0: x.numpy()}
+        return lambda: torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0])
+
+    return prepare
+
+
+def _openvino_split(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    """Two streams, each on half the batch at the same time."""
+    halves = _halves(x)
+    compiled = _openvino_model(
+        _onnx_file(network, x, folder), halves[0].shape, threads, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=2
+    )
+    requests = [compiled.create_infer_request() for _ in halves]
+    feeds = [{0: half.numpy()} for half in halves]
+
+    def run() -> Tensor:
+        for request, feed in zip(requests, feeds, strict=True):
+            request.start_async(feed, share_inputs=True)
+        for request in requests:
+            request.wait()
+        return torch.cat([torch.from_numpy(request.get_output_tensor(0).data) for request in requests])
+
+    return run
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(OURS, "Engine", _engine),
+    Setting("eager", "NCHW", _eager),
+    Setting("eager", "channels_last", _eager_channels_last),
+    Setting("eager", "BN folded, channels_last", _eager_folded),
+    Setting("compile", "freezing, channels_last", _compiled),
+    Setting("compile", "AOTInductor, freezing, channels_last", _aoti),
+    Setting("onnxruntime", "all optimizations", _ort(True), ("onnx", "onnxscript", "onnxruntime")),
+    Setting("onnxruntime", "two sessions", _ort_split, ("onnx", "onnxscript", "onnxruntime"), split=True),
+    Setting("openvino", "latency", _openvino("LATENCY"), ("onnx", "onnxscript", "openvino")),
+    Setting("openvino", "two streams", _openvino_split, ("onnx", "onnxscript", "openvino"), split=True),
+)  # fmt: skip
+PROVIDERS = tuple(dict.fromkeys(setting.provider for setting in SETTINGS))
+"""The names of the runtimes, ours first."""
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the runtimes that are installed."""
+    found = {}
+    for package in ("torch", "onnxruntime", "openvino"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def fingerprint(network: nn.Module, x: Tensor) -> str:
+    """Names a network by its structure, weights and image size; the same for every batch."""
+    digest = hashlib.sha256(f"{network}{tuple(x.shape[1:])}{torch.__version__}".encode())
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the chatter of exporters and compilers off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    if len(x) < 2 or len(x) % 2:
+        raise ValueError(f"a batch cut in two must be even, got {len(x)}")
+    first, second = x.chunk(2)
+    return first.contiguous(), second.contiguous()
+
+
+def _channels_last(network: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    moved: nn.Module = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    return moved, x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gatedconv
+from gatedconv.report import peers
+from gatedconv.report.bench import (
+    Contest,
+    Row,
+    bench_table,
+    best_rows,
+    network_contest,
+    relative_error,
+)
+from gatedconv.report.peers import SETTINGS, Setting, fingerprint
+
+OUT = torch.tensor([1.0, 2.0])
+
+
+def contest(**outputs: Tensor | Exception) -> Contest:
+    """One entrant per name; each returns its tensor, or raises while it is prepared."""
+
+    def builder(output: Tensor | Exception) -> object:
+        def build() -> object:
+            if isinstance(output, Exception):
+                raise output
+            return lambda: output
+
+        return build
+
+    entrants = {(name, "only"): builder(output) for name, output in outputs.items()}
+    return Contest("network", "net", 2, entrants, dict.fromkeys(entrants, OUT), turn_ms=0, settle=False)
+
+
+def row(**changes: object) -> Row:
+    given = {
+        "benchmark": "network", "case": "net", "batch": 1, "dtype": "float32", "provider": "eager", "setting": "NCHW",
+        "ms_median": 2.0, "ms_min": 1.5, "ms_iqr": 0.25, "rounds": 3, "ratio": 2.0, "ratio_low": 1.5,
+        "ratio_high": 2.5, "error": 1e-7,
+    }  # fmt: skip
+    return Row(**{**given, **changes})
+
+
+def test_what_is_wrong_is_told_and_not_timed() -> None:
+    found = contest(
+        right=OUT.clone(),
+        close=OUT + 1e-5,
+        off=OUT * 1.001,
+        nan=torch.tensor([1.0, float("nan")]),
+        short=OUT[:1],
+        broken=RuntimeError("no such\nthing"),
+    )
+    assert list(found.errors) == [("right", "only"), ("close", "only")] == list(found.turns.entrants)
+    assert found.errors["right", "only"] == 0 and 0 < found.errors["close", "only"] < 1e-4
+    assert set(found.failures) == {(name, "only") for name in ("off", "nan", "short", "broken")}
+    assert found.failures["broken", "only"] == "RuntimeError: no such thing"
+    assert "wrong output: relative error 1.0e-03" in found.failures["off", "only"]
+
+
+def test_nothing_that_runs_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="net: nothing could be run; ValueError: bad"):
+        contest(only=ValueError("bad"))
+
+
+def test_rows_compare_with_the_fastest_of_ours() -> None:
+    entrants = {("gatedconv", "a"): 0, ("gatedconv", "b"): 0, ("eager", "NCHW"): 0}
+    found = Contest(
+        "network", "net", 2, {name: lambda: lambda: OUT for name in entrants}, dict.fromkeys(entrants, OUT), settle=False
+    )  # fmt: skip
+    found.rounds(3)
+    found.turns.samples = {
+        ("gatedconv", "a"): [3.0, 3.0, 3.0],
+        ("gatedconv", "b"): [1.0, 2.0, 4.0],
+        ("eager", "NCHW"): [2.0, 6.0, 20.0],
+    }
+    rows = {(r.provider, r.setting): r for r in found.rows()}
+    assert found.ours == ("gatedconv", "b")
+    assert rows["gatedconv", "a"].ratio is None and rows["gatedconv", "b"].ratio is None
+    peer = rows["eager", "NCHW"]
+    assert (peer.ratio, peer.ratio_low, peer.ratio_high) == (3, 2.5, 4)  # of the pairs 2, 3, 5
+    assert (peer.ms_median, peer.ms_iqr, peer.rounds, peer.batch, peer.dtype) == (6, 9, 3, 2, "float32")
+
+
+def test_no_ratio_without_ours() -> None:
+    found = contest(eager=OUT.clone())
+    found.rounds(2)
+    assert [r.ratio for r in found.rows()] == [None]
+
+
+def test_best_rows_keep_the_fastest_setting_of_each_provider() -> None:
+    rows = [row(setting="a", ms_median=3.0), row(setting="b"), row(provider="openvino"), row(batch=8, ms_median=9.0)]
+    assert [(r.provider, r.setting, r.batch) for r in best_rows(rows)] == [
+        ("eager", "b", 1), ("openvino", "NCHW", 1), ("eager", "NCHW", 8)
+    ]  # fmt: skip
+
+
+def test_table_shows_wins_and_losses_alike() -> None:
+    lines = bench_table([
+        row(provider="gatedconv", ratio=None), row(), row(ratio=0.5, ratio_low=0.4, ratio_high=0.6)
+    ]).splitlines()  # fmt: skip
+    assert lines[2].endswith("0.250") and lines[3].endswith("2.00x (1.50-2.50)") and lines[4].endswith("0.50x (0.40-0.60)")
+
+
+def test_relative_error() -> None:
+    assert relative_error(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
+    assert math.isinf(relative_error(torch.zeros(2), torch.zeros(3)))
+    assert math.isinf(relative_error(torch.tensor(float("nan")), torch.tensor(1.0)))
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    network = gatedconv.models.resnet20(gate="channel", position="after", input_size=(3, 8, 8)).eval()
+    masks = {name: torch.arange(gate.num_gates) % 3 == 0 for name, gate in gatedconv.gates(network).items()}
+    return gatedconv.compact(gatedconv.freeze(network, masks=masks), torch.zeros(1, 3, 8, 8)).eval()
+
+
+def chosen(*names: str) -> list[Setting]:
+    return [setting for setting in SETTINGS if setting.name in names]
+
+
+def test_every_quick_setting_computes_the_network(small: nn.Module, tmp_path: Path) -> None:
+    settings = [s for s in SETTINGS if s.provider not in ("compile",) and s.missing is None]
+    found = network_contest("small", small, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2)
+    assert not found.failures
+    assert {(s.provider, s.name) for s in settings} == set(found.errors)
+    assert {"eager", "onnxruntime"} <= {provider for provider, _ in found.errors}
+
+
+@pytest.mark.slow
+def test_compiled_settings_compute_the_network(small: nn.Module) -> None:
+    settings = [s for s in SETTINGS if s.provider == "compile"]
+    found = network_contest("small", small, torch.randn(2, 3, 8, 8), settings=settings, threads=1)
+    assert not found.failures and len(found.errors) == len(settings) > 1
+
+
+def test_a_batch_that_cannot_be_halved_has_no_split_settings(small: nn.Module) -> None:
+    for batch, threads in ((1, 2), (3, 2), (2, 1)):
+        found = network_contest(
+            "small", small, torch.randn(batch, 3, 8, 8), settings=[*chosen("NCHW"), *chosen("two sessions")],
+            threads=threads,
+        )  # fmt: skip
+        assert set(found.errors) == {("eager", "NCHW")} and not found.failures
+
+
+def test_prepared_files_are_kept_by_network(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    x = torch.randn(1, 3, 8, 8)
+    network_contest("small", small, x, settings=chosen("all optimizations"), folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [fingerprint(small, x)]
+    monkeypatch.setattr(peers, "export", lambda *args: pytest.fail("exported again"))
+    network_contest("small", small, torch.randn(2, 3, 8, 8), settings=chosen("all optimizations"), folder=tmp_path)
+    other = gatedconv.models.resnet20(input_size=(3, 8, 8)).eval()
+    assert fingerprint(other, x) != fingerprint(small, x) != fingerprint(small, torch.randn(1, 3, 9, 9))
+
+
+def test_a_missing_runtime_is_told(small: nn.Module) -> None:
+    absent = Setting("tensorrt", "best", lambda *args: pytest.fail("prepared"), needs=("no_such_runtime",))
+    found = network_contest("small", small, torch.randn(1, 3, 8, 8), settings=[*chosen("NCHW"), absent])
+    assert "no_such_runtime not installed" in found.failures["tensorrt", "best"]
+    assert set(found.errors) == {("eager", "NCHW")}
+
+
+def test_openvino_is_held_to_float32(small: nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    x = torch.randn(2, 3, 8, 8)
+    compiled = peers._openvino_model(peers._onnx_file(small, x, tmp_path), x.shape, 1)
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
