@@ -12,7 +12,7 @@ SOURCES  := setup.py pyproject.toml gatedconv/_build.py $(wildcard csrc/*.* csrc
 CPP      := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
 PYTHON_FILES := gatedconv kernels tests benchmarks setup.py
 
-.PHONY: demo test lint format build coverage bench bench-all bench-docs clean
+.PHONY: demo test lint format build coverage bench bench-all bench-docs clean gpu
 
 demo: $(VENV)/.build
 	$(BIN)/gatedconv train --preset demo --seed $(SEED)
@@ -44,6 +44,11 @@ bench-all: $(VENV)/.bench
 
 bench-docs: $(VENV)/.build
 	$(BIN)/python -m benchmarks.tables
+
+# Needs a GPU, and a Python with torch, triton and the package's dependencies; installs nothing. STAGE is one or more of
+# the stages, each of which ends within nine minutes; without it, all of them.
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(STAGE)
 
 # Each stamp stands for a finished step, so a second run does nothing and a broken one goes on where it stopped.
 $(VENV)/bin/python:

@@ -29,4 +29,5 @@ def all_stages() -> dict[str, Stage]:
     """Every stage, in the order in which `make gpu` runs them."""
     for module in _modules:
         importlib.import_module(f"benchmarks.gpu.{module}")
-    return dict(_stages)
+    order = {f"benchmarks.gpu.{module}": i for i, module in enumerate(_modules)}
+    return dict(sorted(_stages.items(), key=lambda item: order[item[1].__module__]))  # a stable sort

@@ -1,0 +1,150 @@
+"""The gate operator on a CPU: its reference, and the registered pair that compiled graphs see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+import gatedconv
+from gatedconv import ops
+from gatedconv.ops import _gate_library
+
+
+def make(features=3, hidden=4, gates=5, dtype=torch.float32):
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
+    first = (draw(hidden, features), draw(hidden), 1 + 0.1 * draw(hidden), draw(hidden)) if hidden else (None,) * 4
+    parameters = ops.GateParameters(*first, draw(gates, hidden or features), draw(gates))
+    norm = (draw(hidden), 1 + draw(hidden).abs(), torch.tensor(0)) if hidden else (None,) * 3
+    return parameters, ops.GateStatistics(*norm, torch.ones(gates, dtype=dtype), draw(gates))
+
+
+def operator_arguments(x, parameters, statistics, options, noise=None):
+    return (
+        x, *parameters, noise, statistics.mean, statistics.var, statistics.threshold, options.flatten, options.eps,
+        options.estimator, options.temperature, options.training, options.batch_stats,
+        _gate_library._DTYPES.index(options.dtype or x.dtype),
+    )  # fmt: skip
+
+
+def test_reference_is_table_2_written_out():
+    parameters, statistics = make()
+    x = torch.randn(6, 3, 2, 5)
+    out = ops.gate(x, parameters, statistics, ops.GateOptions())
+    h = F.linear(x.sum((2, 3)) / 10, parameters.weight1, parameters.bias1)
+    n = (h - h.mean(0)) / torch.sqrt(((h - h.mean(0)) ** 2).mean(0) + 1e-5)
+    z = F.linear((n * parameters.norm_weight + parameters.norm_bias).clamp(min=0), parameters.weight2, parameters.bias2)
+    torch.testing.assert_close(out.logits, z)
+    assert torch.equal(out.gate, (z > 0).float()) and torch.equal(out.open_rate, out.gate.mean(0))
+
+
+def test_training_moves_the_buffers_and_evaluation_leaves_them():
+    parameters, statistics = make()
+    before = [s.clone() for s in statistics]
+    x = torch.randn(6, 3)
+    ops.gate(x, parameters, statistics, ops.GateOptions("batch_mean", training=False, batch_stats=False))
+    assert all(torch.equal(a, b) for a, b in zip(before, statistics, strict=True))
+    out = ops.gate(x, parameters, statistics, ops.GateOptions("batch_mean"))
+    h = F.linear(x, parameters.weight1, parameters.bias1)
+    expected = (
+        0.9 * before[0] + 0.1 * h.mean(0), 0.9 * before[1] + 0.1 * h.var(0), torch.tensor(1),
+        0.9 * before[3] + 0.1 * out.open_rate, 0.9 * before[4] + 0.1 * out.logits.mean(0),
+    )  # fmt: skip
+    for got, want in zip(statistics, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("estimator", ops.ESTIMATORS)
+@pytest.mark.parametrize("hidden", [4, None])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_registered_operators_equal_the_reference(estimator, hidden, flatten):
+    """Closed-form gradients against autograd, in fp64."""
+    x = torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    parameters, statistics = make(12 if flatten else 3, hidden, dtype=torch.float64)
+    noise = torch.rand(6, 5, dtype=torch.float64) if estimator in ("gumbel", "bernoulli") else None
+    options = ops.GateOptions(estimator, flatten=flatten)
+    leaves = [t for t in (x, *parameters) if t is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    expected = ops.gate_reference(x, parameters, ops.GateStatistics(*(
+        None if s is None else s.clone() for s in statistics)), options, noise)  # fmt: skip
+    got = torch.ops.gatedconv.gate_forward(*operator_arguments(x, parameters, statistics, options, noise))[:3]
+    weights = [torch.randn_like(t) for t in expected]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    pairs = zip(torch.autograd.grad(got, leaves, weights), torch.autograd.grad(expected, leaves, weights), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 2, 2), (6, 12)])
+@pytest.mark.parametrize("hidden", [4, None])
+def test_opcheck(shape, hidden):
+    flatten = len(shape) == 4
+    parameters, statistics = make(12, hidden)
+    leaves = ops.GateParameters(*(None if p is None else p.requires_grad_() for p in parameters))
+    x = torch.randn(shape).requires_grad_()
+    options = ops.GateOptions(flatten=flatten)
+    opcheck(torch.ops.gatedconv.gate_forward.default, operator_arguments(x, leaves, statistics, options))
+
+
+def test_opcheck_of_a_permuted_input_and_of_backward():
+    parameters, statistics = make(3)
+    x = torch.randn(6, 3, 2, 4).contiguous(memory_format=torch.channels_last)
+    arguments = operator_arguments(x, parameters, statistics, ops.GateOptions("batch_mean", dtype=torch.float16))
+    opcheck(torch.ops.gatedconv.gate_forward.default, arguments)
+    gate, rate, logits, pooled, hidden, stat, threshold = torch.ops.gatedconv.gate_forward(*arguments)
+    assert gate.dtype == torch.float16
+    opcheck(
+        torch.ops.gatedconv.gate_backward.default,
+        (gate, None, logits, pooled, logits, hidden, stat, threshold, parameters.weight1, parameters.norm_weight,
+         parameters.norm_bias, parameters.weight2, None, 8, True, "batch_mean", 1.0, True, True, 2),
+    )  # fmt: skip
+
+
+def test_compiled_operator_moves_buffers_in_one_graph():
+    parameters, statistics = make()
+    reference = ops.GateStatistics(*(s.clone() for s in statistics))
+    options = ops.GateOptions("batch_mean")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def forward(x):
+        return _gate_library.compiled_gate(x, parameters, statistics, options, None)
+
+    x = torch.randn(6, 3, 2, 2, requires_grad=True)
+    out, expected = forward(x), ops.gate_reference(x, parameters, reference, options)
+    for a, b in zip(out, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(statistics, reference, strict=True):
+        torch.testing.assert_close(a, b)
+    a, b = (torch.autograd.grad(t.logits.square().sum() + t.open_rate.sum(), x)[0] for t in (out, expected))
+    torch.testing.assert_close(a, b)
+
+
+def test_modules_compile_in_one_graph():
+    torch.manual_seed(0)
+    gate = gatedconv.ChannelGate(3, 4).train()
+    x = torch.randn(6, 3, 4, 4)
+    expected = gate(x)
+    assert torch.equal(torch.compile(gate, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda p, s: ops.gate(torch.ones(2, 3, dtype=torch.int64), p, s, ops.GateOptions()), TypeError, "torch.int64"),
+        (lambda p, s: ops.gate(torch.ones(2, 3, 1), p, s, ops.GateOptions()), ValueError, r"got shape \(2, 3, 1\)"),
+        (lambda p, s: ops.gate(torch.ones(2, 4), p, s, ops.GateOptions()), ValueError, "gives 4 features"),
+        (lambda p, s: ops.gate(torch.ones(2, 3), p, s, ops.GateOptions("argmax")), ValueError, "got 'argmax'"),
+        (lambda p, s: ops.gate(torch.ones(2, 3), p, s, ops.GateOptions("gumbel"), torch.rand(2, 4)), ValueError,
+         r"noise must have shape \(2, 5\), got \(2, 4\)"),
+        (lambda p, s: ops.gate(torch.ones(1, 3), p, s, ops.GateOptions()), ValueError, "more than 1 value per channel"),
+        (lambda p, s: ops.estimate(torch.ones(2, 3), "argmax"), ValueError, "got 'argmax'"),
+        (lambda p, s: ops.gated_scale(torch.ones(2, 3, 4, 4), torch.ones(2, 1)), ValueError, r"gate \(N, C\)"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(*make())
