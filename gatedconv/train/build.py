@@ -44,6 +44,7 @@ def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> 
         config.position,
         config.shortcut,
         estimator=config.estimator,
+        temperature=config.temperature,
         hidden=config.hidden or None,
         pool=config.pool,
         input_size=size,

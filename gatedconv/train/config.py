@@ -63,6 +63,7 @@ class TrainConfig:
     estimator: str = option(
         "ste", "gradient estimator of the gates", choices=("ste", "gumbel", "bernoulli", "batch_mean")
     )
+    temperature: float = option(2 / 3, "temperature of the gumbel estimator", above=0.0)
     hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0)
     pool: str = option("avg", "how a channel gate reads its input", choices=("avg", "flatten"))
     dense_baseline: bool = option(False, "first train the dense network, same seed and recipe")
