@@ -130,63 +130,132 @@ static inline void transform_result(const Step& step, const float* from, ptrdiff
   }
 }
 
+// The products of one block: for every point, PX tiles times V vectors of output channels.
+struct Products {
+  const float* patches;  // [point][tile][channel], transformed
+  ptrdiff_t patch_point, patch_tile;
+  const float* weights;  // [panel][point][channel][16], at the first vector
+  ptrdiff_t weight_point, weight_panel;
+  float* out;  // [point][tile][vector]
+  ptrdiff_t out_point, out_tile;
+  int points, channels;
+};
+
+template <int PX, int V>
+static void multiply(const Products& products) {
+  const int no_tap = 0;
+  Tile tile{};
+  tile.pixel_stride = products.patch_tile;
+  tile.taps = &no_tap;
+  tile.num_taps = 1;
+  tile.run = products.channels;
+  tile.panel_stride = products.weight_panel;
+  for (int point = 0; point < products.points; ++point) {
+    tile.pixels = products.patches + point * products.patch_point;
+    tile.weights = products.weights + point * products.weight_point;
+    float* out = products.out + point * products.out_point;
+    vec sum[PX][V]{};
+    accumulate<PX, V>(tile, sum);
+#pragma GCC unroll 16
+    for (int p = 0; p < PX; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(out + p * products.out_tile + v * kLanes, sum[p][v]);
+    }
+  }
+}
+
+using MultiplyFunction = void (*)(const Products&);
+
+template <int V, int... I>
+static MultiplyFunction pick_multiply(int px, std::integer_sequence<int, I...>) {
+  static constexpr MultiplyFunction functions[] = {multiply<I + 1, V>...};
+  return functions[px - 1];
+}
+
+static inline MultiplyFunction multiply_function(int px, int v) {
+  if constexpr (kMaxVectors == 4) {
+    if (v == 3) return pick_multiply<3>(px, std::make_integer_sequence<int, max_pixels(3)>());
+    if (v == 4) return pick_multiply<4>(px, std::make_integer_sequence<int, max_pixels(4)>());
+  }
+  if (v == 2) return pick_multiply<2>(px, std::make_integer_sequence<int, max_pixels(2)>());
+  return pick_multiply<1>(px, std::make_integer_sequence<int, max_pixels(1)>());
+}
+
+// Walks over the tiles of a batch of maps, row by row.
+struct TileCursor {
+  int64_t image;
+  int y, x, rows, columns;
+  TileCursor(const Step& step, int64_t tile, int columns) : rows(step.rows), columns(columns) {
+    x = static_cast<int>(tile % columns);
+    y = static_cast<int>(tile / columns % rows);
+    image = tile / columns / rows;
+  }
+  void next() {
+    if (++x < columns) return;
+    x = 0;
+    if (++y < rows) return;
+    y = 0;
+    ++image;
+  }
+};
+
+template <int M>
+static inline void transform_results(const Step& step, TileCursor at, int tiles, int v0, int v,
+                                     const float* products, ptrdiff_t stride) {
+  const int channel = v0 * kLanes;
+  for (int t = 0; t < tiles; ++t, at.next(), products += v * kLanes) {
+    Target target{step.out.at(at.image, at.y * M) + at.x * M * step.out.pixel + channel, nullptr,
+                  step.out.height - at.y * M, step.out.width - at.x * M};
+    if (step.residual.data) {
+      target.residual = step.residual.at(at.image, at.y * M) + at.x * M * step.residual.pixel + channel;
+    }
+    for (int i = 0; i < v; ++i) {
+      transform_result<M>(step, products + i * kLanes, stride, load(step.bias + channel + i * kLanes),
+                          target);
+      target.out += kLanes;
+      if (target.residual) target.residual += kLanes;
+    }
+  }
+}
+
 template <int M>
 static void conv_winograd(const Step& step, const Part& part, float* scratch) {
   constexpr int N = M + 2, points = N * N;
   const int columns = (step.out.width + M - 1) / M;
-  const int channels = step.in.channels, padded = padded_channels(step);
+  const int padded = padded_channels(step);
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
-  const ptrdiff_t point_weights = static_cast<ptrdiff_t>(channels) * kPanel;
   const int64_t first = part.unit0 * columns, count = (part.unit1 - part.unit0) * columns;
   const int64_t blocks = (count + block_tiles(step) - 1) / block_tiles(step);
-  const int no_tap = 0;
+  Products products{};
+  products.patches = scratch;
+  products.patch_tile = padded;
+  products.points = points;
+  products.channels = step.in.channels;
+  products.weight_point = static_cast<ptrdiff_t>(step.in.channels) * kPanel;
+  products.weight_panel = points * products.weight_point;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t tile0 = first + count * block / blocks;
     const int tiles = static_cast<int>(first + count * (block + 1) / blocks - tile0);
-    const ptrdiff_t in_stride = point_stride(tiles, padded);
-    float* products = scratch + points * in_stride;
-    for (int t = 0; t < tiles; ++t) {
-      const int64_t unit = (tile0 + t) / columns, x = (tile0 + t) % columns;
-      const int64_t image = unit / step.rows, y = unit % step.rows;
-      const float* patch = step.in.at(image, y * M - 1) + (x * M - 1) * step.in.pixel;
-      transform_patch<M>(step.in, patch, scratch + static_cast<ptrdiff_t>(t) * padded, in_stride);
+    const TileCursor begin(step, tile0, columns);
+    products.patch_point = point_stride(tiles, padded);
+    TileCursor at = begin;
+    for (int t = 0; t < tiles; ++t, at.next()) {
+      const float* patch = step.in.at(at.image, at.y * M - 1) + (at.x * M - 1) * step.in.pixel;
+      transform_patch<M>(step.in, patch, scratch + static_cast<ptrdiff_t>(t) * padded, products.patch_point);
     }
+    float* sums = scratch + points * products.patch_point;
     for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
       v = tile_vectors(last - v0, tiles);
-      const ptrdiff_t out_stride = point_stride(tiles, v * kLanes);
-      Tile tile{};
-      tile.pixel_stride = padded;
-      tile.taps = &no_tap;
-      tile.num_taps = 1;
-      tile.run = channels;
-      tile.panel_stride = points * point_weights;
-      tile.out_stride = v * kLanes;
-      const float* weights =
-          step.weights + (v0 / kPanelVectors) * tile.panel_stride + (v0 % kPanelVectors) * kLanes;
-      for (int point = 0; point < points; ++point) {
-        tile.weights = weights + point * point_weights;
-        for_pieces(tiles, v, [&](int t, int px) {
-          tile.pixels = scratch + point * in_stride + static_cast<ptrdiff_t>(t) * padded;
-          tile.out = products + point * out_stride + t * v * kLanes;
-          tile_function(px, v)(tile);
-        });
-      }
-      for (int t = 0; t < tiles; ++t) {
-        const int64_t unit = (tile0 + t) / columns, x = (tile0 + t) % columns;
-        const int64_t image = unit / step.rows, y = unit % step.rows;
-        const int channel = v0 * kLanes;
-        Target target{step.out.at(image, y * M) + x * M * step.out.pixel + channel, nullptr,
-                      static_cast<int>(step.out.height - y * M), static_cast<int>(step.out.width - x * M)};
-        if (step.residual.data) {
-          target.residual = step.residual.at(image, y * M) + x * M * step.residual.pixel + channel;
-        }
-        for (int i = 0; i < v; ++i) {
-          transform_result<M>(step, products + static_cast<ptrdiff_t>(t) * v * kLanes + i * kLanes,
-                              out_stride, load(step.bias + channel + i * kLanes), target);
-          target.out += kLanes;
-          if (target.residual) target.residual += kLanes;
-        }
-      }
+      products.out_tile = v * kLanes;
+      products.out_point = point_stride(tiles, v * kLanes);
+      products.weights =
+          step.weights + (v0 / kPanelVectors) * products.weight_panel + (v0 % kPanelVectors) * kLanes;
+      for_pieces(tiles, v, [&](int t, int px) {
+        products.patches = scratch + static_cast<ptrdiff_t>(t) * padded;
+        products.out = sums + t * products.out_tile;
+        multiply_function(px, v)(products);
+      });
+      transform_results<M>(step, begin, tiles, v0, v, sums, products.out_point);
     }
   }
 }

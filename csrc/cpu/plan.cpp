@@ -1,5 +1,4 @@
-// Decodes a program for one input size and runs it: on one image group per worker, or all workers on one
-// group.
+// Runs a plan: every worker on images of its own, or all workers on one group of images.
 #include "plan.h"
 
 #include <algorithm>
@@ -7,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <thread>
 
 #include "workspace.h"
 
@@ -21,154 +21,6 @@ constexpr int64_t kMaxGroup = 8;
 int ceil_div(int64_t a, int64_t b) {
   return static_cast<int>((a + b - 1) / b);
 }
-
-int window_count(int size, int pad, int kernel, int dilation, int stride) {
-  return (size + pad - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-void resolve_strides(Map& map) {
-  map.row = (map.halo + map.width + map.right()) * map.pixel;
-  // A whole vector stored at the last pixel, or read at the last narrow one, stays inside the image.
-  map.image = ((map.halo + map.height + map.bottom()) * map.row + 2 * kPanel - 1) / kPanel * kPanel;
-}
-
-const char* resolve_size(Step& step, const int64_t* field) {
-  const Map& in = step.in;
-  Map& out = step.out;
-  out.height = in.height;
-  out.width = in.width;
-  switch (step.op) {
-    case Op::kConv:
-    case Op::kWinograd2:
-    case Op::kWinograd4:
-    case Op::kDepthwise:
-    case Op::kMaxPool:
-    case Op::kAvgPool: {
-      const int pad_h = static_cast<int>(field[kPadTop] + field[kPadBottom]);
-      const int pad_w = static_cast<int>(field[kPadLeft] + field[kPadRight]);
-      if (in.height + pad_h < step.dilation_h * (step.kernel_h - 1) + 1 ||
-          in.width + pad_w < step.dilation_w * (step.kernel_w - 1) + 1) {
-        return "a map is smaller than the kernel that runs over it";
-      }
-      out.height = window_count(in.height, pad_h, step.kernel_h, step.dilation_h, step.stride_h);
-      out.width = window_count(in.width, pad_w, step.kernel_w, step.dilation_w, step.stride_w);
-      break;
-    }
-    case Op::kMeanPool:
-      out.height = out.width = 1;
-      break;
-    case Op::kSubsample:
-      out.height = ceil_div(in.height, step.stride_h);
-      out.width = ceil_div(in.width, step.stride_w);
-      break;
-    default:
-      break;
-  }
-  const int tile = step.op == Op::kWinograd4 ? 4 : step.op == Op::kWinograd2 ? 2 : 1;
-  step.rows = ceil_div(step.op == Op::kOutput ? in.height : out.height, tile);
-  return nullptr;
-}
-
-struct Header {
-  int64_t version, maps, steps, index_start;
-};
-
-}  // namespace
-
-const char* decode(const int64_t* program, int64_t program_size, const float* weights, int64_t weights_size,
-                   const Input& input, Plan& plan) {
-  Header header;
-  if (program_size < 4) return "the program is cut short";
-  std::memcpy(&header, program, sizeof(header));
-  if (header.version != kVersion) return "the program is of another version of gatedconv";
-  if (header.maps < 1 || header.steps < 2 || header.index_start > program_size ||
-      header.index_start != 4 + header.maps * kMapFields + header.steps * kStepFields) {
-    return "the program is cut short";
-  }
-  std::vector<Map> maps(header.maps);
-  const int64_t* field = program + 4;
-  for (Map& map : maps) {
-    map.channels = static_cast<int>(field[kChannels]);
-    map.pixel = field[kPixel];
-    map.halo = static_cast<int>(field[kHalo]);
-    map.multiple = static_cast<int>(field[kMultiple]);
-    map.slot = static_cast<int>(field[kSlot]);
-    if (map.slot < 0 || map.slot >= header.maps) return "a slot is out of range";
-    field += kMapFields;
-  }
-  plan.slot_floats.assign(header.maps, 0);
-  for (int64_t i = 0; i < header.steps; ++i, field += kStepFields) {
-    const auto number = [&](StepField name) { return static_cast<int>(field[name]); };
-    const auto is_map = [&](StepField name) { return field[name] >= 0 && field[name] < header.maps; };
-    Step step{};
-    step.op = static_cast<Op>(field[kOp]);
-    step.act = static_cast<Act>(field[kAct]);
-    step.kernel_h = number(kKernelH);
-    step.kernel_w = number(kKernelW);
-    step.stride_h = number(kStrideH);
-    step.stride_w = number(kStrideW);
-    step.pad_top = number(kPadTop);
-    step.pad_left = number(kPadLeft);
-    step.dilation_h = number(kDilationH);
-    step.dilation_w = number(kDilationW);
-    step.span = number(kSpan);
-    step.option = field[kOption];
-    if (field[kWeights] < 0 || field[kWeights] > weights_size || field[kBias] < 0 ||
-        field[kBias] > weights_size || field[kIndex] < 0 ||
-        header.index_start + field[kIndex] > program_size) {
-      return "a weight or index is out of range";
-    }
-    step.weights = weights + field[kWeights];
-    step.bias = weights + field[kBias];
-    if (field[kIndex] > 0) {  // index lists are stored as size, entries; 0 is no list
-      const int64_t* list = program + header.index_start + field[kIndex];
-      step.index = list + 1;
-      step.index_size = *list;
-      if (header.index_start + field[kIndex] + 1 + *list > program_size) return "an index list is cut short";
-    }
-    if ((step.op != Op::kInput && !is_map(kIn)) || (step.op != Op::kOutput && !is_map(kOut))) {
-      return "a map is out of range";
-    }
-    if (step.op == Op::kInput) {
-      step.in.channels = static_cast<int>(input.size[1]);
-      step.in.height = static_cast<int>(input.size[2]);
-      step.in.width = static_cast<int>(input.size[3]);
-      step.source = input.data;
-      std::copy(input.stride, input.stride + 4, step.source_stride);
-      if (maps[field[kOut]].channels != input.size[1]) return "the input has another number of channels";
-    } else {
-      step.in = maps[field[kIn]];
-    }
-    if (step.op != Op::kOutput) step.out = maps[field[kOut]];
-    if (is_map(kResidual)) step.residual = maps[field[kResidual]];
-    if (const char* error = resolve_size(step, field)) return error;
-    if (step.op == Op::kOutput) {
-      plan.out_channels = step.in.channels;
-      plan.out_height = step.in.height;
-      plan.out_width = step.in.width;
-      step.out = {};
-    } else {
-      resolve_strides(step.out);
-      maps[field[kOut]] = step.out;
-      plan.slot_floats[step.out.slot] = std::max<int64_t>(plan.slot_floats[step.out.slot], step.out.image);
-    }
-    if (is_map(kResidual)) {
-      if (step.residual.height != step.out.height || step.residual.width != step.out.width ||
-          step.residual.channels != step.out.channels) {
-        return "a residual has another size than what it is added to";
-      }
-      step.residual.data = const_cast<float*>(weights);  // any non-null pointer: run() places it
-    }
-    plan.steps.push_back(step);
-  }
-  // Images lie a whole slot apart in every map, so that one image's maps never reach into another image's.
-  for (Step& step : plan.steps) {
-    for (Map* map : {&step.in, &step.out, &step.residual}) map->image = plan.slot_floats[map->slot];
-  }
-  return nullptr;
-}
-
-namespace {
 
 int64_t map_bytes(const Map& map) {
   return 4 * (map.halo + map.height + map.bottom()) * map.row;
@@ -297,10 +149,15 @@ class TaskQueue {
   alignas(64) std::atomic<int> done_{0};
 };
 
-void pause() {
+// Waits briefly without giving up the core, then in turns with whoever else wants it.
+template <typename Condition>
+void wait_until(Condition condition) {
+  for (int spins = 0; !condition(); ++spins) {
+    if (spins > 4000) std::this_thread::yield();
 #if defined(__x86_64__)
-  __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #endif
+  }
 }
 
 struct Job {
@@ -350,7 +207,7 @@ void run_together(const Job& job, const Chunk& chunk, const std::vector<Segment>
       for (int task; (task = queues[i].claim(worker, workers)) >= 0; queues[i].finish()) {
         job.kernels.run(items[i].step, items[i].split.part(task), own);
       }
-      while (!queues[i].done()) pause();
+      wait_until([&] { return queues[i].done(); });
     }
   });
 }
@@ -427,19 +284,23 @@ bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* ou
 }
 
 const Kernels* choose_kernels(const char** error) {
-  const Kernels* known[] = {&kernels_avx512, &kernels_avx2, &kernels_portable};
-  __builtin_cpu_init();
-  const bool can[] = {
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("fma"),
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-      true,
+  struct Choice {
+    const Kernels* kernels;
+    bool runs;
   };
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const Choice choices[] = {{&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, true}};
+#else
+  const Choice choices[] = {{&kernels_portable, true}};
+#endif
   const char* wanted = std::getenv("GATEDCONV_ISA");
-  for (int i = 0; i < 3; ++i) {
-    if (wanted && *wanted && std::strcmp(wanted, known[i]->name) != 0) continue;
-    if (can[i]) return known[i];
+  for (const Choice& choice : choices) {
+    const bool named = !wanted || !*wanted || std::strcmp(wanted, choice.kernels->name) == 0;
+    if (named && choice.runs) return choice.kernels;
   }
   *error = "GATEDCONV_ISA: expected portable, avx2 or avx512, and one that this machine has";
   return nullptr;

@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #define GATEDCONV_ISA avx2
 #define GATEDCONV_LANES 8
 #include "kernels.h"
@@ -5,3 +6,4 @@
 namespace gatedconv {
 const Kernels kernels_avx2 = {"avx2", avx2::kLanes, avx2::run, avx2::scratch_floats};
 }  // namespace gatedconv
+#endif

@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #define GATEDCONV_ISA avx512
 #define GATEDCONV_LANES 16
 #include "kernels.h"
@@ -5,3 +6,4 @@
 namespace gatedconv {
 const Kernels kernels_avx512 = {"avx512", avx512::kLanes, avx512::run, avx512::scratch_floats};
 }  // namespace gatedconv
+#endif

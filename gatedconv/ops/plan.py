@@ -48,7 +48,7 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
     Args:
         size: The input's (N, C, H, W).
         shape: Output channels, output rank (2 or 4), then for every layer that changes height or width:
-            extent, stride and whole padding of the height, then of the width; extent 0 is a mean over the map.
+            extent, stride, whole padding of the height, then of the width; extent 0 is a mean over the map.
 
     Raises:
         ValueError: The input is smaller than a kernel, or makes no single pixel where the output is a vector.

@@ -6,13 +6,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.engine.describe import describe
 from gatedconv.deploy.engine.fuse import fuse
 from gatedconv.deploy.engine.graph import trace
-from gatedconv.deploy.engine.partition import Segment, find_segments
+from gatedconv.deploy.engine.partition import find_segments
 from gatedconv.deploy.engine.plan_module import PlanModule
 from gatedconv.deploy.engine.program import write_program
 from gatedconv.gates import FrozenGate, find_gates
@@ -53,7 +53,6 @@ class Engine(nn.Module):
             self.__dict__["source"] = source
             self.example_size = tuple(example_input.shape)
             self.dtype, self.device = dtype, device
-            self.segments: list[Segment] = []
             self.reason = _why_not(source)
             self.body: nn.Module = source
             if self.reason is None:
@@ -66,13 +65,15 @@ class Engine(nn.Module):
         except Exception as error:  # tracing runs the model's own code, which may raise anything
             self.reason = f"torch.fx cannot trace the model: {type(error).__name__}: {error}"
             return
-        self.segments = find_segments(traced)
-        for i, segment in enumerate(self.segments):
+        calls: dict[fx.Node, fx.Node] = {}  # the result of a segment -> the call that makes it now
+        for i, segment in enumerate(find_segments(traced)):
             name = f"plan{i}"
-            packed = write_program(segment.source, fuse(segment.layers, segment.result), segment.result)
+            layers = fuse(segment.layers, segment.result)
+            packed = write_program(segment.source, layers, segment.result, example_input.shape[0])
             traced.add_submodule(name, PlanModule(packed))
             with traced.graph.inserting_after(segment.nodes[-1]):
-                call = traced.graph.call_module(name, (segment.source,))
+                call = traced.graph.call_module(name, (calls.get(segment.source, segment.source),))
+            calls[segment.result] = call
             segment.result.replace_all_uses_with(call)
             for node in reversed(segment.nodes):
                 traced.graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""Traces a model into a graph of values: nothing in place, no layers that do nothing, shapes on every node."""
+"""Traces a model into a graph of values: nothing in place, no layers without effect, shapes on every node."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def pack_winograd(weight: Tensor, tile: int) -> Tensor:
 
 
 def winograd_weights(tile: int) -> Tensor:
-    """G (tile + 2, 3), float64: at point p = p_i (1, p, p^2) / prod_{k != i} (p - p_k), at infinity (0, 0, 1)."""
+    """G (tile + 2, 3), float64: at point p_i (1, p, p^2) / prod_{k != i} (p - p_k), at infinity (0, 0, 1)."""
     points = _POINTS[tile]
     rows = []
     for i, p in enumerate(points):

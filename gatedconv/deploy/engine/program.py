@@ -85,8 +85,8 @@ class Program:
     ]  # how the output's size follows from the input's: see gatedconv.ops.plan.plan_output_size
 
 
-def write_program(source: fx.Node, layers: list[Layer], result: fx.Node) -> Program:
-    """Pack the fused layers of a segment that reads `source` and returns `result`."""
+def write_program(source: fx.Node, layers: list[Layer], result: fx.Node, batch: int) -> Program:
+    """Pack the fused layers of a segment from `source` to `result`, at its best for `batch` images."""
     maps: list[Map] = []
     of: dict[fx.Node, int] = {}
 
@@ -103,7 +103,7 @@ def write_program(source: fx.Node, layers: list[Layer], result: fx.Node) -> Prog
             continue
         read = of[layer.inputs[0]]
         residual = of[layer.residual] if layer.residual is not None else -1
-        steps.append(Step(_choose_op(layer, maps[read]), layer, read, new_map(layer.output), residual))
+        steps.append(Step(_choose_op(layer, maps[read], batch), layer, read, new_map(layer.output), residual))
     steps.append(Step("output", None, of[result], -1))
     _shape_maps(steps, maps)
     _place_maps(steps, maps)
@@ -134,7 +134,7 @@ def _windows(steps: list[Step]) -> list[int]:
     return windows
 
 
-def _choose_op(layer: Layer, read: Map) -> str:
+def _choose_op(layer: Layer, read: Map, batch: int) -> str:
     if layer.kind != "conv":
         return layer.kind
     assert layer.weight is not None
@@ -143,19 +143,25 @@ def _choose_op(layer: Layer, read: Map) -> str:
         return "depthwise"
     plain = layer.groups == 1 and layer.stride == (1, 1) and layer.dilation == (1, 1)
     if plain and layer.kernel == (3, 3) and layer.padding == (1, 1, 1, 1):
-        return _choose_winograd(out_channels, per_group, read.height, read.width)
+        return _choose_winograd(layer, read, batch)
     return "conv"
 
 
-def _choose_winograd(out_channels: int, in_channels: int, height: int, width: int) -> str:
-    """The cheapest of direct, F(2) and F(4), in multiply-adds of the products and of the transforms."""
+def _choose_winograd(layer: Layer, read: Map, batch: int) -> str:
+    """The cheapest of direct, F(2) and F(4), in multiply-adds; the factors are measured."""
+    assert layer.weight is not None
+    out_channels, in_channels = layer.weight.shape[:2]
     if in_channels < 5:
         return "conv"
-    costs = {"conv": 9.0 * height * width * in_channels * out_channels}
-    for name, tile in (("winograd2", 2), ("winograd4", 4)):
-        tiles = -(-height // tile) * -(-width // tile)
-        products = (tile + 2) ** 2 * in_channels * out_channels
-        costs[name] = tiles * (products + 12 * (tile + 2) ** 2 * (in_channels + out_channels) / 2)
+    costs = {}
+    for name, tile in (("conv", 1), ("winograd2", 2), ("winograd4", 4)):
+        tiles = -(-read.height // tile) * -(-read.width // tile)
+        points = (tile + 2) ** 2
+        weights = points * in_channels * out_channels
+        transforms = 6 * points * (in_channels + out_channels) if tile > 1 else 0
+        # What a cache cannot keep comes from memory once for a group of images: seven multiply-adds a weight.
+        fetched = max(weights - 2**18, 0) / min(max(batch, 1), 8)
+        costs[name] = tiles * (weights + transforms) + 7 * fetched
     return min(costs, key=lambda name: costs[name])
 
 

@@ -1,0 +1,243 @@
+"""How an engine is built, called, moved about and refused."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import gatedconv
+from gatedconv.ops import plan
+from tests.engine.nets import Residual, error, settle
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return settle(gatedconv.models.resnet20())
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return gatedconv.Engine(model, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: torch.cat([x, x], 3)[:, :, :, ::2],
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:1].expand(4, 3, 32, 32),
+        lambda x: x.flip(0)[:, [2, 0, 1]],
+    ],
+    ids=["channels_last", "every other column", "transposed", "expanded", "picked"],
+)
+def test_any_strides(engine, model, layout):
+    x = layout(torch.randn(4, 3, 32, 32))
+    result = engine(x)
+    assert result.is_contiguous()
+    assert error(result, model, x) <= 1e-5
+
+
+def test_an_empty_batch(engine):
+    assert engine(torch.empty(0, 3, 32, 32)).shape == (0, 10)
+
+
+def test_the_input_is_left_alone(engine):
+    x = torch.randn(2, 3, 32, 32)
+    kept = x.clone()
+    engine(x)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize(
+    ("x", "kind", "words"),
+    [
+        ([1.0], TypeError, "tensor"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.float64), TypeError, "float32"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, "uint8"),
+        (torch.zeros(3, 8, 8), ValueError, r"\(N, C, H, W\)"),
+        (torch.zeros(1, 4, 8, 8), ValueError, "3 channels"),
+        (torch.zeros(1, 3, 8, 8, device="meta"), ValueError, "meta"),
+    ],
+)
+def test_what_is_no_input(engine, x, kind, words):
+    with pytest.raises(kind, match=words):
+        engine(x)
+
+
+def test_an_input_smaller_than_a_kernel():
+    engine = gatedconv.Engine(nn.Sequential(nn.Conv2d(3, 4, 5)), torch.zeros(1, 3, 9, 9))
+    with pytest.raises(ValueError, match="4 x 9"):
+        engine(torch.zeros(1, 3, 4, 9))
+
+
+def test_a_linear_layer_after_a_map_of_another_size():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+    engine = gatedconv.Engine(net, torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="linear"):
+        engine(torch.zeros(1, 3, 8, 8))
+
+
+def test_what_cannot_be_built():
+    x = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(TypeError, match="Module"):
+        gatedconv.Engine("net", x)
+    with pytest.raises(ValueError, match="freeze"):
+        gatedconv.Engine(gatedconv.models.resnet20(gate="layer"), x)
+    with pytest.raises(ValueError, match="N, C, H, W"):
+        gatedconv.Engine(gatedconv.models.resnet20(), x[0])
+    with pytest.raises(TypeError, match="float64"):
+        gatedconv.Engine(gatedconv.models.resnet20(), x.double())
+
+
+def test_grad_modes_in_any_mix(model):
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    modes = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+    results = []
+    for build in modes:
+        with build():
+            built = gatedconv.Engine(model, x.detach())
+        for call in modes:
+            with call():
+                results.append(built(x))
+    assert all(not result.requires_grad for result in results)
+    assert all(torch.equal(result.clone(), results[0].clone()) for result in results)
+
+
+def test_two_threads_share_one_engine(engine, model):
+    inputs = [torch.randn(n, 3, 32, 32) for n in (1, 2, 5, 8)]
+    expected = [engine(x) for x in inputs]
+    wrong = []
+
+    def work(start):
+        for i in range(12):
+            x, result = inputs[(start + i) % 4], expected[(start + i) % 4]
+            if not torch.equal(engine(x), result):
+                wrong.append((start, i))
+
+    workers = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"]
+)
+def test_copies_compute_the_same(engine, copied):
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(copied(engine)(x), engine(x))
+
+
+def test_train_changes_nothing(engine):
+    x = torch.randn(2, 3, 32, 32)
+    before = engine(x)
+    assert not engine.train().training
+    assert torch.equal(engine(x), before)
+
+
+def test_later_changes_of_the_model_do_not_reach_the_engine():
+    net = settle(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    x = torch.randn(1, 3, 8, 8)
+    engine = gatedconv.Engine(net, x)
+    before = engine(x)
+    with torch.no_grad():
+        net[0].weight.zero_()
+    assert torch.equal(engine(x), before)
+
+
+class Attention(nn.Module):
+    """Squeeze and excitation: a product of a map and a vector, which no plan knows."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+def test_the_unknown_runs_in_pytorch():
+    net = settle(nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), Residual(16, 8), Attention(16), Residual(16, 8)))
+    x = torch.randn(2, 3, 12, 12)
+    engine = gatedconv.Engine(net, x)
+    assert error(engine(x), net, x) <= 1e-5
+    text = engine.describe()
+    assert "PyTorch: sigmoid" in text and "PyTorch: mul" in text and "plan0" in text and "plan1" in text
+    assert "3 operations" in text or "2 operations" in text
+
+
+class Branching(nn.Module):
+    """The way that the data takes depends on the data."""
+
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_what_cannot_be_traced_runs_in_pytorch():
+    engine = gatedconv.Engine(nn.Sequential(nn.Conv2d(3, 4, 1), Branching()), torch.zeros(1, 3, 4, 4))
+    x = torch.randn(1, 3, 4, 4)
+    assert "Everything runs in PyTorch" in engine.describe() and "trace" in engine.describe()
+    assert torch.equal(engine(x), engine.source(x))
+
+
+def test_float64_runs_in_pytorch():
+    net = nn.Conv2d(3, 4, 3).double()
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    engine = gatedconv.Engine(net, x)
+    assert "float64" in engine.describe()
+    assert torch.equal(engine(x), net(x))
+
+
+def test_a_value_that_is_overwritten_and_read_again():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
+
+        def forward(self, x):
+            a = self.a(x)
+            b = self.b(torch.relu_(a))
+            return torch.relu(b + a) + b  # reads a after relu_ and b twice
+
+    net = Net().eval()
+    x = torch.randn(2, 3, 9, 9)
+    engine = gatedconv.Engine(net, x)
+    assert "Nothing is left to PyTorch" in engine.describe()
+    assert error(engine(x), net, x) <= 1e-5
+
+
+def test_describe_names_kernels_and_sizes(engine):
+    text = engine.describe()
+    for words in (
+        "Winograd F(4x4)",
+        "direct 3x3",
+        "layer3.2.conv2",
+        "M MACs",
+        "workspace",
+        "MiB",
+        plan.plan_isa(),
+    ):
+        assert words in text
+
+
+def test_an_unknown_instruction_set_is_refused(engine, monkeypatch):
+    monkeypatch.setenv("GATEDCONV_ISA", "mmx")
+    with pytest.raises(RuntimeError, match="GATEDCONV_ISA"):
+        engine(torch.zeros(1, 3, 32, 32))
+
+
+def test_the_workspace_is_bounded_and_given_back(engine):
+    program = engine.plans[0].program
+    of_one = plan.plan_workspace((1, 3, 32, 32), program, 2)
+    assert plan.plan_workspace((4096, 3, 32, 32), program, 2) <= 16 * of_one
+    plan.plan_release()
+    engine(torch.zeros(1, 3, 32, 32))
+    assert plan.plan_release() > 0
+    assert plan.plan_release() == 0

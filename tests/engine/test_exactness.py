@@ -1,0 +1,181 @@
+"""The engine computes what the model computes: max|a - b| / max|b| <= 1e-5 against float64."""
+
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import gatedconv
+from gatedconv.deploy.engine import program
+from tests.engine.nets import ISAS, Residual, error, settle, supported
+
+LIMIT = 1e-5
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    if not supported(request.param):
+        pytest.skip(f"no {request.param} here")
+    monkeypatch.setenv("GATEDCONV_ISA", request.param)
+    return request.param
+
+
+def is_native(engine):
+    return engine.reason is None and "Nothing is left to PyTorch" in engine.describe()
+
+
+@pytest.mark.parametrize("position", ["after", "middle", "before"])
+@pytest.mark.parametrize("mask", ["open", "closed", "one", "odd"])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_a_gated_resnet(position, mask, shortcut):
+    model = settle(gatedconv.models.resnet20(gate="channel", position=position, shortcut=shortcut))
+    masks = {}
+    for name, gate in gatedconv.gates(model).items():
+        chosen = torch.rand(gate.num_gates) < 0.45
+        if mask in ("open", "closed"):
+            chosen[:] = mask == "open"
+        elif mask == "one":
+            chosen[:] = False
+            chosen[gate.num_gates // 3] = True
+        masks[name] = chosen
+    frozen = gatedconv.freeze(model, masks=masks)
+    x = torch.randn(3, 3, 20, 28)
+    engine = gatedconv.Engine(frozen, x)
+    assert error(engine(x), frozen, x) <= LIMIT
+    assert is_native(engine) or (position, mask) == ("before", "closed")
+
+
+def test_a_layer_cut_resnet():
+    model = settle(gatedconv.models.resnet32(gate="layer"))
+    masks = {name: torch.tensor([i % 2 == 0]) for i, name in enumerate(gatedconv.gates(model))}
+    frozen = gatedconv.freeze(model, masks=masks)
+    x = torch.randn(5, 3, 32, 32)
+    engine = gatedconv.Engine(frozen, x)
+    assert is_native(engine)
+    assert error(engine(x), frozen, x) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2"])
+def test_torchvision(name):
+    model = settle(getattr(torchvision.models, name)(num_classes=10))
+    x = torch.randn(2, 3, 40, 64)
+    engine = gatedconv.Engine(model, x)
+    assert is_native(engine)
+    assert error(engine(x), model, x) <= LIMIT
+
+
+@pytest.mark.parametrize("kernel", ["conv", "winograd2", "winograd4"])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 14), (1, 1), (33, 6)])
+def test_every_3x3_algorithm(isa, kernel, size, monkeypatch):
+    monkeypatch.setattr(program, "_choose_winograd", lambda *_: kernel)
+    model = settle(
+        nn.Sequential(nn.Conv2d(3, 11, 1), Residual(11, 37), Residual(11, 5), nn.Conv2d(11, 50, 3, 1, 1))
+    )
+    x = torch.randn(3, 3, *size)
+    engine = gatedconv.Engine(model, x)
+    assert sum(step.op == kernel for step in engine.plans[0].steps) >= 5
+    assert error(engine(x), model, x) <= LIMIT
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution and an input that it accepts."""
+    kernel, dilation = (draw(st.tuples(st.integers(1, 5), st.integers(1, 5))) for _ in range(2))
+    dilation = tuple(min(d, 3) for d in dilation)
+    stride, padding = (1, 1), draw(st.sampled_from(["same", "valid", "numbers"]))
+    if padding == "numbers":
+        padding = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+        stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    groups = draw(st.integers(1, 4))
+    channels, outputs = draw(st.integers(1, 35)) * groups, draw(st.integers(1, 40)) * groups
+    extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    pads = padding if isinstance(padding, tuple) else (0, 0)
+    least = [1 if padding == "same" else max(1, e - 2 * p) for e, p in zip(extent, pads, strict=True)]
+    size = [low + draw(st.integers(0, 16)) for low in least]
+    conv = nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups, draw(st.booleans()))
+    return conv, torch.randn(draw(st.integers(1, 4)), channels, *size)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=convolutions(), relu=st.booleans(), isa=st.sampled_from([isa for isa in ISAS if supported(isa)]))
+def test_any_convolution(case, relu, isa, monkeypatch):
+    monkeypatch.setenv("GATEDCONV_ISA", isa)
+    conv, x = case
+    model = nn.Sequential(conv, nn.ReLU()) if relu else nn.Sequential(conv)
+    engine = gatedconv.Engine(model, x)
+    assert is_native(engine)
+    result = engine(x)
+    with torch.no_grad():
+        exact = model.double()(x.double())
+    assert (result - exact).abs().max() <= LIMIT * max(float(exact.abs().max()), 1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kernel=st.integers(1, 4), stride=st.integers(1, 3), size=st.integers(4, 15), channels=st.integers(1, 20),
+    kind=st.sampled_from(["max", "avg", "avg_inside"]), data=st.data(),
+)  # fmt: skip
+def test_any_pooling(kernel, stride, size, channels, kind, data):
+    padding = data.draw(st.integers(0, kernel // 2))
+    pool = {
+        "max": nn.MaxPool2d(kernel, stride, padding),
+        "avg": nn.AvgPool2d(kernel, stride, padding),
+        "avg_inside": nn.AvgPool2d(kernel, stride, padding, count_include_pad=False),
+    }[kind]
+    model = nn.Sequential(nn.Conv2d(2, channels, 1), pool, nn.Conv2d(channels, 3, 1))
+    x = torch.randn(2, 2, size, size + 1)
+    engine = gatedconv.Engine(model, x)
+    assert is_native(engine)
+    assert error(engine(x), model, x) <= LIMIT
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(3)
+    model = settle(gatedconv.models.resnet20())
+    return model, gatedconv.Engine(model, torch.zeros(1, 3, 12, 16))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 33])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_way_to_share_a_batch(isa, small, batch, threads):
+    model, engine = small
+    x = torch.randn(batch, 3, 12, 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        result = engine(x)
+    finally:
+        torch.set_num_threads(before)
+    assert error(result, model, x) <= LIMIT
+
+
+def test_maps_too_large_for_a_core_share_the_work():
+    model = settle(
+        nn.Sequential(nn.Conv2d(3, 40, 3, 1, 1), Residual(40, 56, 2), nn.MaxPool2d(2), Residual(40, 24))
+    )
+    x = torch.randn(9, 3, 130, 150)
+    assert error(gatedconv.Engine(model, x)(x), model, x) <= LIMIT
+
+
+def test_another_size_than_the_example():
+    model = settle(gatedconv.models.resnet20())
+    engine = gatedconv.Engine(model, torch.randn(1, 3, 32, 32))
+    for size in ((32, 32), (1, 1), (7, 45), (64, 33)):
+        x = torch.randn(2, 3, *size)
+        assert error(engine(x), model, x) <= LIMIT
+
+
+def test_nan_and_infinity_go_where_pytorch_sends_them():
+    model = settle(
+        nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 4, 1), nn.ReLU6())
+    )
+    x = torch.randn(2, 3, 16, 16)
+    x[0, 1, 3, 4] = float("nan")
+    with torch.no_grad():
+        expected = model(x)
+    result = gatedconv.Engine(model, x)(x)
+    assert torch.equal(result.isnan(), expected.isnan()) and bool(expected.isnan().any())
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5, equal_nan=True)

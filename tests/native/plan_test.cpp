@@ -1,0 +1,191 @@
+// Runs hand-written programs on every instruction set and compares them with sums written out here.
+#include "cpu/plan.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "cpu/workspace.h"
+
+using namespace gatedconv;
+
+namespace {
+
+int failures = 0;
+
+float noise(uint32_t& state) {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int32_t>(state)) / 2147483648.0f;
+}
+
+std::vector<float> random_floats(size_t count, uint32_t seed) {
+  std::vector<float> values(count);
+  for (float& value : values) value = noise(seed);
+  return values;
+}
+
+struct Case {
+  int batch, channels, outputs, height, width, kernel, stride, pad;
+  bool residual;
+  Op op;
+};
+
+// relu(conv(x) [+ x]) by its definition; x (N, C, H, W), w (O, C, K, K).
+std::vector<float> reference(const Case& c, const std::vector<float>& x, const std::vector<float>& w,
+                             int high, int wide) {
+  std::vector<float> out(static_cast<size_t>(c.batch) * c.outputs * high * wide);
+  size_t at = 0;
+  for (int n = 0; n < c.batch; ++n)
+    for (int o = 0; o < c.outputs; ++o)
+      for (int p = 0; p < high; ++p)
+        for (int q = 0; q < wide; ++q, ++at) {
+          double sum = 0.25 * o;
+          for (int i = 0; i < c.channels; ++i)
+            for (int a = 0; a < c.kernel; ++a)
+              for (int b = 0; b < c.kernel; ++b) {
+                const int y = p * c.stride - c.pad + a, z = q * c.stride - c.pad + b;
+                if (y < 0 || z < 0 || y >= c.height || z >= c.width) continue;
+                sum += static_cast<double>(x[((n * c.channels + i) * c.height + y) * c.width + z]) *
+                       w[((o * c.channels + i) * c.kernel + a) * c.kernel + b];
+              }
+          if (c.residual) sum += x[((n * c.channels + o) * c.height + p) * c.width + q];
+          out[at] = sum > 0 ? static_cast<float>(sum) : 0.0f;
+        }
+  return out;
+}
+
+// G w G^T of the interpolation points that csrc/cpu/conv_winograd.h names.
+double point_row(int tile, int row, int column) {
+  const std::vector<double> points =
+      tile == 2 ? std::vector<double>{0, 1, -1} : std::vector<double>{0, 0.75, -0.75, 1.5, -1.5};
+  if (row == tile + 1) return column == 2;
+  double scale = 1;
+  for (size_t k = 0; k < points.size(); ++k)
+    scale *= static_cast<int>(k) == row ? 1 : points[row] - points[k];
+  return std::pow(points[row], column) / scale;
+}
+
+std::vector<float> pack(const Case& c, const std::vector<float>& w) {
+  const int tile = c.op == Op::kWinograd2 ? 2 : c.op == Op::kWinograd4 ? 4 : 0;
+  const int side = tile ? tile + 2 : c.kernel, panels = (c.outputs + 15) / 16;
+  std::vector<float> packed(static_cast<size_t>(panels) * side * side * c.channels * 16);
+  for (int o = 0; o < c.outputs; ++o)
+    for (int i = 0; i < c.channels; ++i)
+      for (int a = 0; a < side; ++a)
+        for (int b = 0; b < side; ++b) {
+          double value = 0;
+          const float* kernel = &w[(o * c.channels + i) * c.kernel * c.kernel];
+          for (int k = 0; k < c.kernel * c.kernel; ++k) {
+            const int row = k / c.kernel, column = k % c.kernel;
+            value += kernel[k] * (tile ? point_row(tile, a, row) * point_row(tile, b, column)
+                                       : (row == a && column == b));
+          }
+          packed[(((o / 16 * side + a) * side + b) * c.channels + i) * 16 + o % 16] =
+              static_cast<float>(value);
+        }
+  return packed;
+}
+
+void check(const Kernels& kernels, const Case& c, int workers) {
+  const int high = (c.height + 2 * c.pad - c.kernel) / c.stride + 1;
+  const int wide = (c.width + 2 * c.pad - c.kernel) / c.stride + 1;
+  const std::vector<float> x =
+      random_floats(static_cast<size_t>(c.batch) * c.channels * c.height * c.width, 1);
+  const std::vector<float> w =
+      random_floats(static_cast<size_t>(c.outputs) * c.channels * c.kernel * c.kernel, 2);
+  const std::vector<float> expected = reference(c, x, w, high, wide);
+
+  // Exactly as many floats as the kernels may read: a read beyond them is an error under the sanitizer.
+  std::vector<float> weights = pack(c, w);
+  const int64_t bias = static_cast<int64_t>(weights.size());
+  weights.resize(weights.size() + (c.outputs + 15) / 16 * 16);
+  for (int o = 0; o < c.outputs; ++o) weights[bias + o] = 0.25f * o;
+  const int64_t multiple = c.op == Op::kWinograd4 ? 4 : c.op == Op::kWinograd2 ? 2 : 1;
+  const auto padded = [](int64_t channels) { return (channels + 15) / 16 * 16; };
+  std::vector<int64_t> program = {kVersion,           2,     3,        0, c.channels,
+                                  padded(c.channels), c.pad, multiple, 0, c.outputs,
+                                  padded(c.outputs),  0,     1,        1};
+  const auto step = [&](std::vector<int64_t> fields) {
+    fields.resize(kStepFields);
+    program.insert(program.end(), fields.begin(), fields.end());
+  };
+  step({int64_t(Op::kInput), -1, 0, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
+  step({int64_t(c.op), 0, 1, c.residual ? 0 : -1, int64_t(Act::kRelu), c.kernel, c.kernel, c.stride, c.stride,
+        c.pad, c.pad, c.pad, c.pad, 1, 1, 0, bias, c.channels});
+  step({int64_t(Op::kOutput), 1, -1, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
+  program[3] = static_cast<int64_t>(program.size());
+  program.push_back(0);
+
+  const int64_t area = static_cast<int64_t>(c.height) * c.width;
+  const Input input{
+      x.data(), {c.batch, c.channels, c.height, c.width}, {c.channels * area, area, c.width, 1}};
+  Plan plan;
+  const char* error = decode(program.data(), program.size(), weights.data(), weights.size(), input, plan);
+  std::vector<float> out(expected.size(), NAN);
+  const Parallel parallel = [](int count, const std::function<void(int)>& body) {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
+    for (std::thread& thread : threads) thread.join();
+  };
+  if (error || !run(plan, kernels, input, out.data(), workers, parallel)) {
+    std::printf("%s\n", error ? error : "no memory");
+    ++failures;
+    return;
+  }
+  double worst = 0, largest = 0;
+  for (size_t i = 0; i < out.size(); ++i) {
+    worst = std::fmax(worst, std::isnan(out[i]) ? INFINITY : std::fabs(out[i] - expected[i]));
+    largest = std::fmax(largest, std::fabs(expected[i]));
+  }
+  if (worst > 1e-5 * largest) {
+    std::printf("%s op %d %d->%d %dx%d k%d s%d batch %d workers %d: error %g of %g\n", kernels.name,
+                int(c.op), c.channels, c.outputs, c.height, c.width, c.kernel, c.stride, c.batch, workers,
+                worst, largest);
+    ++failures;
+  }
+}
+
+// A program that is cut, or full of nonsense, is refused and never read beyond its end.
+void check_damage() {
+  const Input input{nullptr, {1, 1, 4, 4}, {16, 16, 4, 1}};
+  uint32_t state = 5;
+  for (int i = 0; i < 2000; ++i) {
+    std::vector<int64_t> program(4 + 2 * kMapFields + 2 * kStepFields + 1);
+    for (int64_t& value : program) value = static_cast<int64_t>(noise(state) * 4);
+    program[0] = kVersion;
+    program[1] = 2;
+    program[2] = 2;
+    program[3] = static_cast<int64_t>(program.size()) - 1;
+    const size_t size = i % 2 ? program.size() : static_cast<size_t>(i) % program.size();
+    program.resize(size);
+    Plan plan;
+    float weights[4] = {};
+    decode(program.data(), size, weights, 4, input, plan);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {
+      {1, 3, 16, 9, 7, 3, 1, 1, false, Op::kConv},        {2, 5, 37, 8, 12, 3, 2, 1, false, Op::kConv},
+      {3, 16, 16, 6, 6, 1, 1, 0, true, Op::kConv},        {1, 7, 7, 5, 5, 5, 1, 2, true, Op::kConv},
+      {5, 9, 70, 1, 1, 1, 1, 0, false, Op::kConv},        {2, 8, 8, 9, 6, 3, 1, 1, true, Op::kWinograd2},
+      {1, 20, 35, 7, 7, 3, 1, 1, false, Op::kWinograd2},  {2, 8, 8, 9, 6, 3, 1, 1, true, Op::kWinograd4},
+      {9, 33, 50, 14, 5, 3, 1, 1, false, Op::kWinograd4}, {3, 64, 64, 8, 8, 3, 1, 1, true, Op::kWinograd4},
+  };
+  const char* isas[] = {"portable", "avx2", "avx512"};
+  for (const char* isa : isas) {
+    setenv("GATEDCONV_ISA", isa, 1);
+    const char* error = nullptr;
+    const Kernels* kernels = choose_kernels(&error);
+    for (int i = 0; kernels && i < 10; ++i) {
+      for (int workers : {1, 2, 3}) check(*kernels, cases[i], workers);
+    }
+  }
+  check_damage();
+  Workspace::release();
+  return failures != 0;
+}
