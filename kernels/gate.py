@@ -1,13 +1,15 @@
-"""Kernels of a gate: features -> dense -> BatchNorm over the batch -> ReLU -> dense -> 0/1 decision, and back.
+"""Forward kernels of a gate: features -> dense -> BatchNorm over the batch -> ReLU -> dense -> 0/1 decision.
 
-Shapes: N samples, C channels, HW positions of a map, K features (C pooled, or C*HW flattened), H hidden units, O
-gates, S slices that the features are split into. Parameters, logits and every sum are fp32; features and gates may
-be half precision. All sums have a fixed order: there is no atomic on a float, so results repeat bit for bit.
+Shapes: N samples, C channels, HW positions of a map, K features (C pooled, or C*HW flattened), H hidden
+units, O gates, S slices that the features are split into. Parameters, logits and every sum are fp32; features
+and gates may be half precision. All sums have a fixed order: there is no atomic on a float, so results repeat
+bit for bit.
 
-Forward in two launches: a row pass (``gate_pool_dense`` or ``gate_dense``) writes each sample's share of the first
-dense layer, ``gate_tail`` does the rest. A program of the tail that needs statistics over the batch recomputes them
-from the N * H numbers of the hidden layer, which is cheaper than a barrier over the grid. Where there is one program
-of tail to run, the last program of the row pass can run it in the same launch (``TICKET``).
+Forward in two launches: a row pass (``gate_pool_dense`` or ``gate_dense``) writes each sample's share of the
+first dense layer, ``gate_tail`` does the rest. A program of the tail that needs statistics over the batch
+recomputes them from the N * H numbers of the hidden layer, which is cheaper than a barrier over the grid.
+Where there is one program of tail to run, the last program of the row pass can run it in the same launch
+(``TICKET``).
 
 Backward in two launches, in ``gate_backward``: ``gate_backward_tail`` down to the gradient of the first dense
 layer's output, ``gate_backward_dense`` from there to its weight and to the features.
@@ -33,7 +35,7 @@ def decide(z, u, threshold, temperature, ESTIMATOR: tl.constexpr, NOISY: tl.cons
 
 @triton.jit
 def slope(z, u, threshold, temperature, ESTIMATOR: tl.constexpr, NOISY: tl.constexpr):
-    """d gate / d logit of the estimator."""
+    """Derivative of gate by logit of the estimator."""
     if ESTIMATOR == "bernoulli":
         p = tl.sigmoid(z)
         result = p * (1.0 - p)
@@ -61,11 +63,42 @@ def sum_of_slices(part_ptr, rows, columns, mask, N, S, M):
 
 @triton.jit
 def tail(
-    tile, gate_ptr, rate_ptr, logits_ptr, hidden_ptr, stat_ptr, threshold_ptr, part_ptr, bias1_ptr, gamma_ptr, beta_ptr,
-    weight2_ptr, bias2_ptr, noise_ptr, run_mean_ptr, run_var_ptr, run_count_ptr, run_rate_ptr, run_threshold_ptr,
-    N, S, H, O, eps, temperature, norm_momentum, momentum,
-    HIDDEN: tl.constexpr, BATCH_STATS: tl.constexpr, UPDATE: tl.constexpr, TRAIN: tl.constexpr,
-    ESTIMATOR: tl.constexpr, NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
+    tile,
+    gate_ptr,
+    rate_ptr,
+    logits_ptr,
+    hidden_ptr,
+    stat_ptr,
+    threshold_ptr,
+    part_ptr,
+    bias1_ptr,
+    gamma_ptr,
+    beta_ptr,
+    weight2_ptr,
+    bias2_ptr,
+    noise_ptr,
+    run_mean_ptr,
+    run_var_ptr,
+    run_count_ptr,
+    run_rate_ptr,
+    run_threshold_ptr,
+    N,
+    S,
+    H,
+    O,
+    eps,
+    temperature,
+    norm_momentum,
+    momentum,
+    HIDDEN: tl.constexpr,
+    BATCH_STATS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TRAIN: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    NOISY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
     """One tile of gates for the whole batch; tile 0 also writes what belongs to the hidden layer."""
     r = tl.arange(0, BLOCK_N)
@@ -168,32 +201,137 @@ def tail(
 
 @triton.jit
 def gate_tail(
-    gate_ptr, rate_ptr, logits_ptr, hidden_ptr, stat_ptr, threshold_ptr, part_ptr, bias1_ptr, gamma_ptr, beta_ptr,
-    weight2_ptr, bias2_ptr, noise_ptr, run_mean_ptr, run_var_ptr, run_count_ptr, run_rate_ptr, run_threshold_ptr,
-    N, S, H, O, eps, temperature, norm_momentum, momentum,
-    HIDDEN: tl.constexpr, BATCH_STATS: tl.constexpr, UPDATE: tl.constexpr, TRAIN: tl.constexpr,
-    ESTIMATOR: tl.constexpr, NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
+    gate_ptr,
+    rate_ptr,
+    logits_ptr,
+    hidden_ptr,
+    stat_ptr,
+    threshold_ptr,
+    part_ptr,
+    bias1_ptr,
+    gamma_ptr,
+    beta_ptr,
+    weight2_ptr,
+    bias2_ptr,
+    noise_ptr,
+    run_mean_ptr,
+    run_var_ptr,
+    run_count_ptr,
+    run_rate_ptr,
+    run_threshold_ptr,
+    N,
+    S,
+    H,
+    O,
+    eps,
+    temperature,
+    norm_momentum,
+    momentum,
+    HIDDEN: tl.constexpr,
+    BATCH_STATS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TRAIN: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    NOISY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
-    """Logits (N, O), gates (N, O), open rates (O,) and batch statistics from part (S, N, H or O); grid (O tiles,)."""
+    """Write logits (N, O), gates (N, O), open rates (O,), statistics, from part; grid (O tiles,)."""
     tail(
-        tl.program_id(0), gate_ptr, rate_ptr, logits_ptr, hidden_ptr, stat_ptr, threshold_ptr, part_ptr, bias1_ptr,
-        gamma_ptr, beta_ptr, weight2_ptr, bias2_ptr, noise_ptr, run_mean_ptr, run_var_ptr, run_count_ptr, run_rate_ptr,
-        run_threshold_ptr, N, S, H, O, eps, temperature, norm_momentum, momentum, HIDDEN, BATCH_STATS, UPDATE, TRAIN,
-        ESTIMATOR, NOISY, BLOCK_N, BLOCK_H, BLOCK_O,
+        tl.program_id(0),
+        gate_ptr,
+        rate_ptr,
+        logits_ptr,
+        hidden_ptr,
+        stat_ptr,
+        threshold_ptr,
+        part_ptr,
+        bias1_ptr,
+        gamma_ptr,
+        beta_ptr,
+        weight2_ptr,
+        bias2_ptr,
+        noise_ptr,
+        run_mean_ptr,
+        run_var_ptr,
+        run_count_ptr,
+        run_rate_ptr,
+        run_threshold_ptr,
+        N,
+        S,
+        H,
+        O,
+        eps,
+        temperature,
+        norm_momentum,
+        momentum,
+        HIDDEN,
+        BATCH_STATS,
+        UPDATE,
+        TRAIN,
+        ESTIMATOR,
+        NOISY,
+        BLOCK_N,
+        BLOCK_H,
+        BLOCK_O,
     )
 
 
 @triton.jit
 def gate_pool_dense(
-    pooled_ptr, part_ptr, x_ptr, x_stride_n, x_stride_c, x_stride_s, weight_ptr, ticket_ptr, C, HW, M, C_PER_SLICE,
-    gate_ptr, rate_ptr, logits_ptr, hidden_ptr, stat_ptr, threshold_ptr, bias1_ptr, gamma_ptr, beta_ptr,
-    weight2_ptr, bias2_ptr, noise_ptr, run_mean_ptr, run_var_ptr, run_count_ptr, run_rate_ptr, run_threshold_ptr,
-    N, S, H, O, eps, temperature, norm_momentum, momentum,
-    HIDDEN: tl.constexpr, BATCH_STATS: tl.constexpr, UPDATE: tl.constexpr, TRAIN: tl.constexpr,
-    ESTIMATOR: tl.constexpr, NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
-    TICKET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    pooled_ptr,
+    part_ptr,
+    x_ptr,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    weight_ptr,
+    ticket_ptr,
+    C,
+    HW,
+    M,
+    C_PER_SLICE,
+    gate_ptr,
+    rate_ptr,
+    logits_ptr,
+    hidden_ptr,
+    stat_ptr,
+    threshold_ptr,
+    bias1_ptr,
+    gamma_ptr,
+    beta_ptr,
+    weight2_ptr,
+    bias2_ptr,
+    noise_ptr,
+    run_mean_ptr,
+    run_var_ptr,
+    run_count_ptr,
+    run_rate_ptr,
+    run_threshold_ptr,
+    N,
+    S,
+    H,
+    O,
+    eps,
+    temperature,
+    norm_momentum,
+    momentum,
+    HIDDEN: tl.constexpr,
+    BATCH_STATS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TRAIN: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    NOISY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    TICKET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """pooled (N, C) = mean of x (N, C, HW) over HW; part (S, N, M) = slices of pooled @ weight (M, C).T.
+    """Write pooled (N, C), the mean of x over HW, and part (S, N, M), slices of pooled @ weight (M, C).T.
 
     Grid (N, S). With TICKET the program that finishes last runs the tail and sets the counter back to 0.
     """
@@ -224,22 +362,67 @@ def gate_pool_dense(
         if drawn == N * S - 1:
             tl.debug_barrier()
             tail(
-                0, gate_ptr, rate_ptr, logits_ptr, hidden_ptr, stat_ptr, threshold_ptr, part_ptr, bias1_ptr,
-                gamma_ptr, beta_ptr, weight2_ptr, bias2_ptr, noise_ptr, run_mean_ptr, run_var_ptr, run_count_ptr,
-                run_rate_ptr, run_threshold_ptr, N, S, H, O, eps, temperature, norm_momentum, momentum, HIDDEN,
-                BATCH_STATS, UPDATE, TRAIN, ESTIMATOR, NOISY, BLOCK_N, BLOCK_H, BLOCK_O,
+                0,
+                gate_ptr,
+                rate_ptr,
+                logits_ptr,
+                hidden_ptr,
+                stat_ptr,
+                threshold_ptr,
+                part_ptr,
+                bias1_ptr,
+                gamma_ptr,
+                beta_ptr,
+                weight2_ptr,
+                bias2_ptr,
+                noise_ptr,
+                run_mean_ptr,
+                run_var_ptr,
+                run_count_ptr,
+                run_rate_ptr,
+                run_threshold_ptr,
+                N,
+                S,
+                H,
+                O,
+                eps,
+                temperature,
+                norm_momentum,
+                momentum,
+                HIDDEN,
+                BATCH_STATS,
+                UPDATE,
+                TRAIN,
+                ESTIMATOR,
+                NOISY,
+                BLOCK_N,
+                BLOCK_H,
+                BLOCK_O,
             )
             tl.store(ticket_ptr, 0)
 
 
 @triton.jit
 def gate_dense(
-    part_ptr, x_ptr, x_stride_n, x_stride_c, x_stride_s, weight_ptr, N, K, HW, M, K_PER_SLICE,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    part_ptr,
+    x_ptr,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    weight_ptr,
+    N,
+    K,
+    HW,
+    M,
+    K_PER_SLICE,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """part (S, N, M) = slices of x (N, K) @ weight (M, K).T, feature k = channel k // HW, position k % HW.
+    """Write part (S, N, M), slices of x (N, K) @ weight (M, K).T; feature k is (k // HW, k % HW).
 
-    Grid (N tiles, S, M tiles). fp32 without tensor cores: rounded products would move logits across their threshold.
+    Grid (N tiles, S, M tiles). fp32 without tensor cores: rounded products would move logits across their
+    threshold.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -254,4 +437,6 @@ def gate_dense(
             weight_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0
         )
         total = tl.dot(x.to(tl.float32), weight, total, input_precision="ieee")
-    tl.store(part_ptr + (split * N + n)[:, None] * M + m[None, :], total, mask=(n < N)[:, None] & (m < M)[None, :])
+    tl.store(
+        part_ptr + (split * N + n)[:, None] * M + m[None, :], total, mask=(n < N)[:, None] & (m < M)[None, :]
+    )

@@ -1,12 +1,14 @@
 """Kernels of a block's end, out = ReLU(shortcut + factor * BN(x)), and of the way back.
 
-Shapes: x, shortcut, out (N, C, HW) by strides; factor = layer gate (N,) * channel gate (N, C), either may be missing.
-BN normalises by the statistics of the batch. Everything between load and store is fp32; sums have a fixed order.
+Shapes: x, shortcut, out (N, C, HW) by strides; factor = layer gate (N,) * channel gate (N, C), either may be
+missing. BN normalises by the statistics of the batch. Everything between load and store is fp32; sums have a
+fixed order.
 
-Forward: ``statistics`` (one read of x), ``finish_statistics`` (C numbers), ``residual_forward`` (one pass). Backward:
-``residual_reduce`` (one read of x, out and the gradient), ``finish_reduce``, ``residual_backward`` (one pass). Between a
-read and its pass a channel gate can be decided, or be gone back through: what it reads, the pooled BN(x), is an affine
-function of the pooled x, and its gradient a constant per sample and channel. BN(x) itself is never stored.
+Forward: ``statistics`` (one read of x), ``finish_statistics`` (C numbers), ``residual_forward`` (one pass).
+Backward: ``residual_reduce`` (one read of x, out and the gradient), ``finish_reduce``, ``residual_backward``
+(one pass). Between a read and its pass a channel gate can be decided, or be gone back through: what it reads,
+the pooled BN(x), is an affine function of the pooled x, and its gradient a constant per sample and channel.
+BN(x) itself is never stored.
 """
 
 import triton
@@ -15,10 +17,20 @@ import triton.language as tl
 
 @triton.jit
 def statistics(
-    part_ptr, pooled_ptr, x_ptr, x_stride_n, x_stride_c, x_stride_s, N, C, HW, N_PER_GROUP,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    part_ptr,
+    pooled_ptr,
+    x_ptr,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    N,
+    C,
+    HW,
+    N_PER_GROUP,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """pooled (N, C) = mean of x over HW; part (G, 2, C) = mean and sum of squared deviations of a group of samples.
+    """Write pooled (N, C) = mean of x over HW; part (G, 2, C) = mean, squared deviations of some samples.
 
     Grid (G, C tiles). Tiles are merged by Chan's formula: no difference of large sums.
     """
@@ -35,7 +47,9 @@ def statistics(
         for s0 in range(0, HW, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
             mask = in_c[:, None] & (s < HW)[None, :]
-            x = tl.load(base + c[:, None] * x_stride_c + s[None, :] * x_stride_s, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(base + c[:, None] * x_stride_c + s[None, :] * x_stride_s, mask=mask, other=0.0).to(
+                tl.float32
+            )
             size = tl.minimum(HW - s0, BLOCK_S).to(tl.float32)
             tile_sum = tl.sum(x, 1)
             d = tl.where(mask, x - (tile_sum / size)[:, None], 0.0)
@@ -51,11 +65,29 @@ def statistics(
 
 @triton.jit
 def finish_statistics(
-    stat_ptr, normed_ptr, part_ptr, pooled_ptr, gamma_ptr, beta_ptr, run_mean_ptr, run_var_ptr, run_count_ptr,
-    N, C, HW, G, N_PER_GROUP, eps, momentum, NORMED: tl.constexpr, UPDATE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    stat_ptr,
+    normed_ptr,
+    part_ptr,
+    pooled_ptr,
+    gamma_ptr,
+    beta_ptr,
+    run_mean_ptr,
+    run_var_ptr,
+    run_count_ptr,
+    N,
+    C,
+    HW,
+    G,
+    N_PER_GROUP,
+    eps,
+    momentum,
+    NORMED: tl.constexpr,
+    UPDATE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """stat (2, C) = mean, 1 / sqrt(var + eps); normed (N, C) = pooled BN(x); running buffers move. Grid (C tiles,)."""
+    """Write stat (2, C) = mean, 1 / sqrt(var + eps); normed (N, C) = pooled BN(x). Grid (C tiles,)."""
     g = tl.arange(0, BLOCK_G)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
@@ -85,19 +117,41 @@ def finish_statistics(
             rows = (n < N)[:, None] & in_c[None, :]
             pooled = tl.load(pooled_ptr + n[:, None] * C + c[None, :], mask=rows, other=0.0)
             tl.store(
-                normed_ptr + n[:, None] * C + c[None, :], (pooled - mean[None, :]) * scale[None, :] + beta[None, :],
+                normed_ptr + n[:, None] * C + c[None, :],
+                (pooled - mean[None, :]) * scale[None, :] + beta[None, :],
                 mask=rows,
             )
 
 
 @triton.jit
 def residual_forward(
-    out_ptr, out_stride_n, out_stride_c, out_stride_s, pooled_out_ptr, x_ptr, x_stride_n, x_stride_c, x_stride_s,
-    shortcut_ptr, shortcut_stride_n, shortcut_stride_c, shortcut_stride_s, stat_ptr, gamma_ptr, beta_ptr,
-    layer_ptr, channel_ptr, C, HW, HAS_LAYER: tl.constexpr, HAS_CHANNEL: tl.constexpr, POOL: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    out_ptr,
+    out_stride_n,
+    out_stride_c,
+    out_stride_s,
+    pooled_out_ptr,
+    x_ptr,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    shortcut_ptr,
+    shortcut_stride_n,
+    shortcut_stride_c,
+    shortcut_stride_s,
+    stat_ptr,
+    gamma_ptr,
+    beta_ptr,
+    layer_ptr,
+    channel_ptr,
+    C,
+    HW,
+    HAS_LAYER: tl.constexpr,
+    HAS_CHANNEL: tl.constexpr,
+    POOL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """out = ReLU(shortcut + factor * BN(x)); pooled_out (N, C) = its mean over HW. Grid (N, C tiles)."""
+    """Write out = ReLU(shortcut + factor * BN(x)) and pooled_out (N, C), its mean. Grid (N, C tiles)."""
     n = tl.program_id(0)
     row = n.to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -116,7 +170,10 @@ def residual_forward(
         mask = in_c[:, None] & (s < HW)[None, :]
         x_at = x_ptr + row * x_stride_n + c[:, None] * x_stride_c + s[None, :] * x_stride_s
         short_at = (
-            shortcut_ptr + row * shortcut_stride_n + c[:, None] * shortcut_stride_c + s[None, :] * shortcut_stride_s
+            shortcut_ptr
+            + row * shortcut_stride_n
+            + c[:, None] * shortcut_stride_c
+            + s[None, :] * shortcut_stride_s
         )
         x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
         shortcut = tl.load(short_at, mask=mask, other=0.0).to(tl.float32)
@@ -132,9 +189,7 @@ def residual_forward(
 
 
 @triton.jit
-def sum_gradient(
-    at_grad, at_out, d_pooled, mask, HW, HAS_GRAD: tl.constexpr, HAS_POOLED: tl.constexpr
-):
+def sum_gradient(at_grad, at_out, d_pooled, mask, HW, HAS_GRAD: tl.constexpr, HAS_POOLED: tl.constexpr):
     """Gradient at the sum inside the ReLU: of out, and of its pooled mean, where out is positive."""
     grad = tl.zeros(mask.shape, tl.float32)
     if HAS_GRAD:
@@ -147,10 +202,37 @@ def sum_gradient(
 
 @triton.jit
 def residual_reduce(
-    part_ptr, layer_part_ptr, d_channel_ptr, d_out_ptr, d_out_stride_n, d_out_stride_c, d_out_stride_s, d_pooled_ptr,
-    out_ptr, out_stride_n, out_stride_c, out_stride_s, x_ptr, x_stride_n, x_stride_c, x_stride_s, stat_ptr, gamma_ptr,
-    beta_ptr, layer_ptr, channel_ptr, N, C, HW, N_PER_GROUP, HAS_GRAD: tl.constexpr, HAS_POOLED: tl.constexpr,
-    HAS_LAYER: tl.constexpr, HAS_CHANNEL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    part_ptr,
+    layer_part_ptr,
+    d_channel_ptr,
+    d_out_ptr,
+    d_out_stride_n,
+    d_out_stride_c,
+    d_out_stride_s,
+    d_pooled_ptr,
+    out_ptr,
+    out_stride_n,
+    out_stride_c,
+    out_stride_s,
+    x_ptr,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    stat_ptr,
+    gamma_ptr,
+    beta_ptr,
+    layer_ptr,
+    channel_ptr,
+    N,
+    C,
+    HW,
+    N_PER_GROUP,
+    HAS_GRAD: tl.constexpr,
+    HAS_POOLED: tl.constexpr,
+    HAS_LAYER: tl.constexpr,
+    HAS_CHANNEL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """Gradients of the gates, and part (G, 2, C) = sums of dy and of dy * normed x, dy the gradient of BN(x).
 
@@ -179,7 +261,12 @@ def residual_reduce(
             mask = in_c[:, None] & (s < HW)[None, :]
             grad_at = d_out_ptr
             if HAS_GRAD:
-                grad_at = d_out_ptr + row * d_out_stride_n + c[:, None] * d_out_stride_c + s[None, :] * d_out_stride_s
+                grad_at = (
+                    d_out_ptr
+                    + row * d_out_stride_n
+                    + c[:, None] * d_out_stride_c
+                    + s[None, :] * d_out_stride_s
+                )
             out_at = out_ptr + row * out_stride_n + c[:, None] * out_stride_c + s[None, :] * out_stride_s
             x_at = x_ptr + row * x_stride_n + c[:, None] * x_stride_c + s[None, :] * x_stride_s
             grad = sum_gradient(grad_at, out_at, d_pooled, mask, HW, HAS_GRAD, HAS_POOLED)
@@ -206,11 +293,26 @@ def residual_reduce(
 
 @triton.jit
 def finish_reduce(
-    d_beta_ptr, d_gamma_ptr, d_layer_ptr, part_ptr, layer_part_ptr, d_normed_ptr, pooled_ptr, stat_ptr, N, C, G, T,
-    HAS_LAYER: tl.constexpr, HAS_NORMED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    d_beta_ptr,
+    d_gamma_ptr,
+    d_layer_ptr,
+    part_ptr,
+    layer_part_ptr,
+    d_normed_ptr,
+    pooled_ptr,
+    stat_ptr,
+    N,
+    C,
+    G,
+    T,
+    HAS_LAYER: tl.constexpr,
+    HAS_NORMED: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """d beta and d gamma (C,), which are also the two sums that BN's backward needs; d_layer (N,) from (N, T).
+    """Write d beta and d gamma (C,), the two sums that BN's backward needs, and d_layer (N,) from (N, T).
 
     HAS_NORMED: with the gradient d_normed (N, C) of the pooled BN(x). Grid (C tiles,).
     """
@@ -243,14 +345,47 @@ def finish_reduce(
 
 @triton.jit
 def residual_backward(
-    dx_ptr, dx_stride_n, dx_stride_c, dx_stride_s, d_shortcut_ptr, d_shortcut_stride_n, d_shortcut_stride_c,
-    d_shortcut_stride_s, d_out_ptr, d_out_stride_n, d_out_stride_c, d_out_stride_s, d_pooled_ptr, out_ptr, out_stride_n,
-    out_stride_c, out_stride_s, x_ptr, x_stride_n, x_stride_c, x_stride_s, stat_ptr, gamma_ptr, layer_ptr, channel_ptr,
-    d_beta_ptr, d_gamma_ptr, d_normed_ptr, N, C, HW, HAS_GRAD: tl.constexpr, HAS_POOLED: tl.constexpr,
-    HAS_LAYER: tl.constexpr, HAS_CHANNEL: tl.constexpr, HAS_NORMED: tl.constexpr, NEED_SHORTCUT: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    dx_ptr,
+    dx_stride_n,
+    dx_stride_c,
+    dx_stride_s,
+    d_shortcut_ptr,
+    d_shortcut_stride_n,
+    d_shortcut_stride_c,
+    d_shortcut_stride_s,
+    d_out_ptr,
+    d_out_stride_n,
+    d_out_stride_c,
+    d_out_stride_s,
+    d_pooled_ptr,
+    out_ptr,
+    out_stride_n,
+    out_stride_c,
+    out_stride_s,
+    x_ptr,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    stat_ptr,
+    gamma_ptr,
+    layer_ptr,
+    channel_ptr,
+    d_beta_ptr,
+    d_gamma_ptr,
+    d_normed_ptr,
+    N,
+    C,
+    HW,
+    HAS_GRAD: tl.constexpr,
+    HAS_POOLED: tl.constexpr,
+    HAS_LAYER: tl.constexpr,
+    HAS_CHANNEL: tl.constexpr,
+    HAS_NORMED: tl.constexpr,
+    NEED_SHORTCUT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """dx through factor and BN, and d_shortcut. Grid (N, C tiles)."""
+    """Write dx through factor and BN, and d_shortcut. Grid (N, C tiles)."""
     n = tl.program_id(0)
     row = n.to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -276,7 +411,9 @@ def residual_backward(
         mask = in_c[:, None] & (s < HW)[None, :]
         grad_at = d_out_ptr
         if HAS_GRAD:
-            grad_at = d_out_ptr + row * d_out_stride_n + c[:, None] * d_out_stride_c + s[None, :] * d_out_stride_s
+            grad_at = (
+                d_out_ptr + row * d_out_stride_n + c[:, None] * d_out_stride_c + s[None, :] * d_out_stride_s
+            )
         out_at = out_ptr + row * out_stride_n + c[:, None] * out_stride_c + s[None, :] * out_stride_s
         x_at = x_ptr + row * x_stride_n + c[:, None] * x_stride_c + s[None, :] * x_stride_s
         grad = sum_gradient(grad_at, out_at, d_pooled, mask, HW, HAS_GRAD, HAS_POOLED)
@@ -286,7 +423,9 @@ def residual_backward(
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if NEED_SHORTCUT:
             at = (
-                d_shortcut_ptr + row * d_shortcut_stride_n + c[:, None] * d_shortcut_stride_c
+                d_shortcut_ptr
+                + row * d_shortcut_stride_n
+                + c[:, None] * d_shortcut_stride_c
                 + s[None, :] * d_shortcut_stride_s
             )
             tl.store(at, grad.to(d_shortcut_ptr.dtype.element_ty), mask=mask)

@@ -23,7 +23,7 @@ ROW_TILE = 32
 
 
 class Statistics(NamedTuple):
-    """stat (2, C): mean and 1 / sqrt(var + eps); pooled (N, C): mean of x over H and W; normed (N, C): of BN(x)."""
+    """Of x: stat (2, C), mean and 1 / sqrt(var + eps); pooled (N, C); normed (N, C), pooled BN(x)."""
 
     stat: Tensor
     pooled: Tensor
@@ -40,8 +40,14 @@ class Grid(NamedTuple):
 
 
 def normalise(
-    x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor, Tensor] | None, *, eps: float,
-    momentum: float, normed: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: tuple[Tensor, Tensor, Tensor] | None,
+    *,
+    eps: float,
+    momentum: float,
+    normed: bool,
 ) -> Statistics:
     """Statistics of x (N, C, H, W) over N, H, W; running mean, variance and int64 count move in place."""
     batch, channels = x.shape[:2]
@@ -50,7 +56,8 @@ def normalise(
     grid = _grid(x)
     part = torch.empty(grid.groups, 2, channels, **new)
     out = Statistics(
-        torch.empty(2, channels, **new), torch.empty(batch, channels, **new),
+        torch.empty(2, channels, **new),
+        torch.empty(batch, channels, **new),
         torch.empty(batch, channels, **new) if normed else None,
     )
     with on_device(x):
@@ -59,18 +66,41 @@ def normalise(
             part, out.pooled, x, *strides, batch, channels, pixels, grid.per_group, **grid.blocks
         )
         finish_statistics[(ceil_div(channels, CHANNEL_TILE),)](
-            out.stat, out.normed, part, out.pooled, weight, bias, *(running or (None, None, None)), batch, channels,
-            pixels, grid.groups, grid.per_group, eps, momentum, NORMED=normed, UPDATE=running is not None,
-            BLOCK_G=power_of_two(grid.groups), BLOCK_C=CHANNEL_TILE, BLOCK_N=ROW_TILE,
+            out.stat,
+            out.normed,
+            part,
+            out.pooled,
+            weight,
+            bias,
+            *(running or (None, None, None)),
+            batch,
+            channels,
+            pixels,
+            grid.groups,
+            grid.per_group,
+            eps,
+            momentum,
+            NORMED=normed,
+            UPDATE=running is not None,
+            BLOCK_G=power_of_two(grid.groups),
+            BLOCK_C=CHANNEL_TILE,
+            BLOCK_N=ROW_TILE,
         )
     return out
 
 
 def forward(
-    x: Tensor, shortcut: Tensor, stat: Tensor, weight: Tensor, bias: Tensor, layer: Tensor | None,
-    channel: Tensor | None, *, pool: bool,
+    x: Tensor,
+    shortcut: Tensor,
+    stat: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    layer: Tensor | None,
+    channel: Tensor | None,
+    *,
+    pool: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """out = ReLU(shortcut + layer * channel * BN(x)) in the layout of x, and its mean (N, C) over H and W."""
+    """Return out = ReLU(shortcut + layer * channel * BN(x)) in the layout of x, and its mean (N, C)."""
     batch, channels = x.shape[:2]
     x, x_strides = positions(x)
     shortcut, shortcut_strides = positions(shortcut)
@@ -79,9 +109,24 @@ def forward(
     grid = _grid(x)
     with on_device(x):
         residual_forward[(batch, grid.channel_tiles)](
-            out, *positions(out)[1], pooled, x, *x_strides, shortcut, *shortcut_strides, stat, weight, bias, layer,
-            channel, channels, x.shape[2] * x.shape[3], HAS_LAYER=layer is not None, HAS_CHANNEL=channel is not None,
-            POOL=pool, **grid.blocks,
+            out,
+            *positions(out)[1],
+            pooled,
+            x,
+            *x_strides,
+            shortcut,
+            *shortcut_strides,
+            stat,
+            weight,
+            bias,
+            layer,
+            channel,
+            channels,
+            x.shape[2] * x.shape[3],
+            HAS_LAYER=layer is not None,
+            HAS_CHANNEL=channel is not None,
+            POOL=pool,
+            **grid.blocks,
         )
     return out, pooled
 
@@ -94,8 +139,16 @@ class Backward:
     """
 
     def __init__(
-        self, d_out: Tensor | None, d_pooled: Tensor | None, out: Tensor, x: Tensor, stat: Tensor, weight: Tensor,
-        bias: Tensor, layer: Tensor | None, channel: Tensor | None,
+        self,
+        d_out: Tensor | None,
+        d_pooled: Tensor | None,
+        out: Tensor,
+        x: Tensor,
+        stat: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        layer: Tensor | None,
+        channel: Tensor | None,
     ) -> None:
         self.x, x_strides = positions(x)
         self.stat, self.weight, self.layer, self.channel = stat, weight, layer, channel
@@ -109,7 +162,9 @@ class Backward:
         d_pooled = None if d_pooled is None else d_pooled.contiguous()
         self.incoming = (d_out, *grad_strides, d_pooled, out, *positions(out)[1], self.x, *x_strides)
         self.flags = {
-            "HAS_GRAD": d_out is not None, "HAS_POOLED": d_pooled is not None, "HAS_LAYER": layer is not None,
+            "HAS_GRAD": d_out is not None,
+            "HAS_POOLED": d_pooled is not None,
+            "HAS_LAYER": layer is not None,
             "HAS_CHANNEL": channel is not None,
         }
         self.part = torch.empty(self.grid.groups, 2, channels, **new)
@@ -117,8 +172,19 @@ class Backward:
         self.d_channel = None if channel is None else torch.empty(batch, channels, **new)
         with on_device(x):
             residual_reduce[(self.grid.groups, self.grid.channel_tiles)](
-                self.part, self.layer_part, self.d_channel, *self.incoming, stat, weight, bias, layer, channel,
-                *self.sizes, self.grid.per_group, **self.flags, **self.grid.blocks,
+                self.part,
+                self.layer_part,
+                self.d_channel,
+                *self.incoming,
+                stat,
+                weight,
+                bias,
+                layer,
+                channel,
+                *self.sizes,
+                self.grid.per_group,
+                **self.flags,
+                **self.grid.blocks,
             )
 
     def finish(
@@ -138,15 +204,45 @@ class Backward:
         d_layer = None if self.layer is None else torch.empty_like(self.layer)
         with on_device(dx):
             finish_reduce[(ceil_div(channels, CHANNEL_TILE),)](
-                d_bias, d_weight, d_layer, self.part, self.layer_part, d_normed, pooled, self.stat, batch, channels,
-                self.grid.groups, self.grid.channel_tiles, HAS_LAYER=d_layer is not None,
-                HAS_NORMED=d_normed is not None, BLOCK_G=power_of_two(self.grid.groups), BLOCK_C=CHANNEL_TILE,
-                BLOCK_N=ROW_TILE, BLOCK_T=power_of_two(self.grid.channel_tiles),
+                d_bias,
+                d_weight,
+                d_layer,
+                self.part,
+                self.layer_part,
+                d_normed,
+                pooled,
+                self.stat,
+                batch,
+                channels,
+                self.grid.groups,
+                self.grid.channel_tiles,
+                HAS_LAYER=d_layer is not None,
+                HAS_NORMED=d_normed is not None,
+                BLOCK_G=power_of_two(self.grid.groups),
+                BLOCK_C=CHANNEL_TILE,
+                BLOCK_N=ROW_TILE,
+                BLOCK_T=power_of_two(self.grid.channel_tiles),
             )
             residual_backward[(batch, self.grid.channel_tiles)](
-                dx, *positions(dx)[1], d_shortcut, *strides, *self.incoming, self.stat, self.weight, self.layer,
-                self.channel, d_bias, d_weight, d_normed, batch, channels, pixels, **self.flags,
-                HAS_NORMED=d_normed is not None, NEED_SHORTCUT=need_shortcut, **self.grid.blocks,
+                dx,
+                *positions(dx)[1],
+                d_shortcut,
+                *strides,
+                *self.incoming,
+                self.stat,
+                self.weight,
+                self.layer,
+                self.channel,
+                d_bias,
+                d_weight,
+                d_normed,
+                batch,
+                channels,
+                pixels,
+                **self.flags,
+                HAS_NORMED=d_normed is not None,
+                NEED_SHORTCUT=need_shortcut,
+                **self.grid.blocks,
             )
         return dx, d_shortcut, d_weight, d_bias, d_layer
 

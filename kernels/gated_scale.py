@@ -1,4 +1,4 @@
-"""Kernels of out = gate * x, a gate (N, C) on the channels of a map (N, C, HW), and of its gradients in one pass."""
+"""Kernels of out = gate * x, a gate (N, C) on the channels of a map (N, C, HW), and of both its gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ from .launch import map_tiles, on_device, positions
 
 @triton.jit
 def gated_scale_forward(
-    out_ptr, out_stride_n, out_stride_c, out_stride_s, x_ptr, x_stride_n, x_stride_c, x_stride_s, gate_ptr, C, HW,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    out_ptr,
+    out_stride_n,
+    out_stride_c,
+    out_stride_s,
+    x_ptr,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    gate_ptr,
+    C,
+    HW,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """Write gate * x; grid (N, C tiles)."""
     n = tl.program_id(0)
@@ -31,9 +42,24 @@ def gated_scale_forward(
 
 @triton.jit
 def gated_scale_backward(
-    dx_ptr, dx_stride_n, dx_stride_c, dx_stride_s, d_gate_ptr, d_out_ptr, d_out_stride_n, d_out_stride_c,
-    d_out_stride_s, x_ptr, x_stride_n, x_stride_c, x_stride_s, gate_ptr, C, HW,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    dx_ptr,
+    dx_stride_n,
+    dx_stride_c,
+    dx_stride_s,
+    d_gate_ptr,
+    d_out_ptr,
+    d_out_stride_n,
+    d_out_stride_c,
+    d_out_stride_s,
+    x_ptr,
+    x_stride_n,
+    x_stride_c,
+    x_stride_s,
+    gate_ptr,
+    C,
+    HW,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """Write dx = gate * d_out and d_gate (N, C) = sum of d_out * x over HW; grid (N, C tiles)."""
     n = tl.program_id(0)
@@ -45,7 +71,9 @@ def gated_scale_backward(
         s = s0 + tl.arange(0, BLOCK_S)
         mask = (c < C)[:, None] & (s < HW)[None, :]
         x_at = x_ptr + row * x_stride_n + c[:, None] * x_stride_c + s[None, :] * x_stride_s
-        d_out_at = d_out_ptr + row * d_out_stride_n + c[:, None] * d_out_stride_c + s[None, :] * d_out_stride_s
+        d_out_at = (
+            d_out_ptr + row * d_out_stride_n + c[:, None] * d_out_stride_c + s[None, :] * d_out_stride_s
+        )
         x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
         d_out = tl.load(d_out_at, mask=mask, other=0.0).to(tl.float32)
         d_gate += tl.sum(d_out * x, 1)
@@ -61,7 +89,14 @@ def forward(x: Tensor, gate: Tensor) -> Tensor:
     tiles, blocks = map_tiles(x)
     with on_device(x):
         gated_scale_forward[(x.shape[0], tiles)](
-            out, *positions(out)[1], x, *strides, gate.contiguous(), x.shape[1], x.shape[2] * x.shape[3], **blocks
+            out,
+            *positions(out)[1],
+            x,
+            *strides,
+            gate.contiguous(),
+            x.shape[1],
+            x.shape[2] * x.shape[3],
+            **blocks,
         )
     return out
 
@@ -75,7 +110,16 @@ def backward(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     tiles, blocks = map_tiles(x)
     with on_device(x):
         gated_scale_backward[(x.shape[0], tiles)](
-            dx, *positions(dx)[1], d_gate, d_out, *d_out_strides, x, *strides, gate, x.shape[1],
-            x.shape[2] * x.shape[3], **blocks,
+            dx,
+            *positions(dx)[1],
+            d_gate,
+            d_out,
+            *d_out_strides,
+            x,
+            *strides,
+            gate,
+            x.shape[1],
+            x.shape[2] * x.shape[3],
+            **blocks,
         )
     return dx, d_gate

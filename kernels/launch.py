@@ -17,14 +17,15 @@ def power_of_two(number: int, least: int = 1, most: int = 1 << 30) -> int:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up."""
+    """Divide and round up."""
     return -(-a // b)
 
 
 def positions(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """x (N, C, H, W) with its H*W positions at one stride, and the strides (sample, channel, position).
+    """Give x (N, C, H, W) with its H*W positions at one stride, and the strides (sample, channel, position).
 
-    NCHW and channels_last are as they are; where rows are not evenly spaced (a crop, a subsampled map) x is copied.
+    NCHW and channels_last are as they are; where rows are not evenly spaced (a crop, a subsampled map) x is
+    copied.
     """
     height, width = x.shape[2], x.shape[3]
     stride = x.stride()

@@ -1,4 +1,4 @@
-"""Runs stages: ``python -m benchmarks.gpu [STAGE ...]``, all of them by default, each in a process of its own.
+"""Runs stages: ``python -m benchmarks.gpu [STAGE ...]``, all of them by default, each in its own process.
 
 Exit code 2, with one line, for an unknown stage or where there is no GPU.
 """
@@ -29,7 +29,10 @@ def main(names: list[str]) -> int:
         return fail("no CUDA device is visible; the stages need one")
     names = names or list(stages)
     if len(names) > 1:  # what one stage leaves in memory, caches and compiled code must not touch the next
-        codes = [subprocess.run([sys.executable, "-m", "benchmarks.gpu", name], cwd=ROOT).returncode for name in names]
+        codes = [
+            subprocess.run([sys.executable, "-m", "benchmarks.gpu", name], cwd=ROOT).returncode
+            for name in names
+        ]
         return next((code for code in codes if code), 0)
     import triton
 

@@ -43,7 +43,7 @@ def make_gate(kind: str, channels: int, size: int) -> gatedconv.gates.Gate:
 
 
 def gate_step(gate: torch.nn.Module, x: Tensor, wrap: Callable[[Call], Call] = lambda call: call) -> Call:
-    """Forward and backward of the gate: gradients of x and of every parameter, from those of gate and open rate."""
+    """Forward and backward: gradients of x and of every parameter, from those of gate and open rate."""
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         return gate(x), gate.open_rate
@@ -96,7 +96,14 @@ def bench_gates(session: Session, batches: tuple[int, ...] = (256, 128, 1024)) -
 
 
 def measure_gate(
-    case: str, kind: str, channels: int, size: int, batch: int, dtype: torch.dtype, name: str, provider: str,
+    case: str,
+    kind: str,
+    channels: int,
+    size: int,
+    batch: int,
+    dtype: torch.dtype,
+    name: str,
+    provider: str,
     how: tuple[str, str | None, bool],
 ) -> Row:
     """One provider on one case; a failure becomes a row that says so."""
@@ -111,6 +118,8 @@ def measure_gate(
             step = gate_step(gate, x, wrap)
             launches = None if graph or compiled == "reduce-overhead" else count_launches(step)
             memory = None if graph or compiled == "reduce-overhead" else peak_bytes(step)
-            return Row(*key, **measure(captured(step) if graph else step), launches=launches, bytes_peak=memory)
+            return Row(
+                *key, **measure(captured(step) if graph else step), launches=launches, bytes_peak=memory
+            )
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             return Row(*key, note=f"failed: {str(error).splitlines()[0][:120]}")

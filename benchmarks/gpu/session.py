@@ -47,6 +47,13 @@ class Row:
     launches: int | None = None
     bytes_peak: int | None = None
     note: str | None = None
+    # Fields of the CPU benchmarks' rows, so that all result files read alike.
+    setting: str = ""
+    rounds: int | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    error: float | None = None
 
 
 class Session:
@@ -60,14 +67,21 @@ class Session:
     """
 
     def __init__(
-        self, device: str, versions: dict[str, str], folder: Path = ROOT / "benchmarks" / "results",
+        self,
+        device: str,
+        versions: dict[str, str],
+        folder: Path = ROOT / "benchmarks" / "results",
         limit_s: float = LIMIT_S,
     ) -> None:
         self.started = time.monotonic()
         self.limit_s = limit_s
         self.device = device
         self.header = {
-            "device": device, **versions, "commit": commit(),
+            "device": device,
+            **dict.fromkeys(("cpu", "isa", "threads")),
+            **versions,
+            "versions": {},
+            "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         }
         self.path = folder / f"{device}-{versions['torch']}-{self.header['commit']}.json"
@@ -83,14 +97,14 @@ class Session:
         return self.left_s > seconds
 
     def add(self, row: Row) -> None:
-        """Keep a row; one of an earlier run with the same key is replaced. The file is whole at every moment."""
+        """Keep a row, in place of an earlier one of the same key. The file is whole at every moment."""
         self.rows.append(row)
         kept = [] if not self.path.exists() else json.loads(self.path.read_text())["rows"]
         new = asdict(row)
         kept = [old for old in kept if any(old[field] != new[field] for field in KEY)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self.path.with_suffix(".tmp")
-        whole.write_text(json.dumps({**self.header, "rows": [*kept, new]}, indent=1) + "\n")
+        whole.write_text(json.dumps({**self.header, "rows": [*kept, new], "failures": []}, indent=1) + "\n")
         os.replace(whole, self.path)
 
     def table(self, baseline: str) -> str:
@@ -100,18 +114,30 @@ class Session:
         for row in self.rows:
             reference = base.get(_case(row))
             speed = reference / row.ms_median if reference and row.ms_median else None
-            lines.append((
-                row.case, str(row.batch), row.dtype, row.provider, _number(row.ms_median, 3), _number(row.ms_iqr, 3),
-                _number(speed, 2), "" if row.launches is None else str(row.launches),
-                _number(None if row.bytes_peak is None else row.bytes_peak / 2**20, 1), row.note or "",
-            ))
+            lines.append(
+                (
+                    row.case,
+                    str(row.batch),
+                    row.dtype,
+                    row.provider,
+                    _number(row.ms_median, 3),
+                    _number(row.ms_iqr, 3),
+                    _number(speed, 2),
+                    "" if row.launches is None else str(row.launches),
+                    _number(None if row.bytes_peak is None else row.bytes_peak / 2**20, 1),
+                    row.note or "",
+                )
+            )
         return columns(lines)
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """Lines of equal length as aligned text, the first underlined."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
@@ -127,7 +153,11 @@ def commit() -> str:
 
 def short_name(device: str) -> str:
     """NVIDIA H200 -> h200, NVIDIA GeForce RTX 4090 -> rtx-4090, Tesla T4 -> t4."""
-    words = [word for word in re.split(r"[^a-z0-9]+", device.lower()) if word not in ("nvidia", "geforce", "tesla", "")]
+    words = [
+        word
+        for word in re.split(r"[^a-z0-9]+", device.lower())
+        if word not in ("nvidia", "geforce", "tesla", "")
+    ]
     return "-".join(words[:2] if words[:1] in (["rtx"], ["gtx"]) else words[:1]) or "gpu"
 
 

@@ -1,4 +1,4 @@
-"""The stages by name. A stage is a function of a `Session`; add one by decorating it and naming its module here."""
+"""The stages by name: functions of a `Session`. To add one, decorate it and name its module here."""
 
 from __future__ import annotations
 

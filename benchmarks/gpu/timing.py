@@ -1,4 +1,4 @@
-"""Times of a call on a GPU: medians of CUDA events, CUDA graphs, launches counted by the profiler, peak memory."""
+"""Times of a call on a GPU: medians of CUDA events, CUDA graphs, launches by the profiler, peak memory."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def training_step(depth: int, gate: str | None, batch: int, amp: bool, compiled:
 
 
 def bench_resnet(session: Session, depth: int) -> int:
-    """Layer gates in fp32 at three batch sizes, then channel gates, then fp16; what compiles slowly comes last."""
+    """Layer gates in fp32 at three batch sizes, channel gates, fp16; what compiles slowly comes last."""
     torch.backends.cudnn.benchmark = True
     cases = [("layer", batch, False) for batch in (256, 128, 1024)]
     cases += [("channel", 256, False), ("layer", 256, True), ("channel", 128, False), ("layer", 128, True)]
@@ -76,7 +76,9 @@ def measure_step(
             step = training_step(depth, gate if gated else None, batch, amp, compiled)
             launches = None if graph else count_launches(step)
             memory = None if graph else peak_bytes(step)
-            return Row(*key, **measure(captured(step) if graph else step), launches=launches, bytes_peak=memory)
+            return Row(
+                *key, **measure(captured(step) if graph else step), launches=launches, bytes_peak=memory
+            )
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             return Row(*key, note=f"failed: {str(error).splitlines()[0][:120]}")
 

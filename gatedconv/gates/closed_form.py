@@ -1,7 +1,7 @@
 """Losses of the joined open rates with gradients in closed form: a few operations a step, however many gates.
 
-What does not change from step to step is worked out once per model and device, so that a step copies nothing to the
-device and waits for nothing, and can be captured in a CUDA graph.
+What does not change from step to step is worked out once per model and device, so that a step copies nothing
+to the device and waits for nothing, and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gate_average(sizes: Sequence[int], like: Tensor) -> Tensor:
 
 
 def polarization(rates: Tensor, weights: Tensor) -> Tensor:
-    """sum of weights * (1 - rates) * rates, both (G,); its gradient is weights * (1 - 2 rates)."""
+    """Return the sum of weights * (1 - rates) * rates, both (G,); its gradient is weights * (1 - 2 rates)."""
     loss: Tensor = _Polarization.apply(rates, weights)
     return loss
 
@@ -56,27 +56,34 @@ class _Polarization(torch.autograd.Function):
 
 
 class Multilinear(NamedTuple):
-    """sum over terms of amount * product over factors of a mean of rates.
+    """The sum over terms of amount * product over factors of a mean of rates.
 
-    amounts (T,); average (K, G), row k the weights of mean k; offset (K,), 1 for mean 0, which is always 1 and fills
-    up terms of fewer factors; index int64 (W, T), the means of each term; pick (W, K, T), the same as ones and zeros.
+    amounts (T,); average (K, G), row k the weights of mean k; offset (K,), 1 for mean 0, which is always 1
+    and fills up terms of fewer factors; columns int64 (W, T), the means of each term; pick (W, K, T), the
+    same as ones and zeros.
     """
 
     amounts: Tensor
     average: Tensor
     offset: Tensor
-    index: Tensor
+    columns: Tensor
     pick: Tensor
 
     @classmethod
     def build(
-        cls, amounts: Sequence[float], factors: Sequence[Sequence[Factor]], sizes: Mapping[str, int], like: Tensor
+        cls,
+        amounts: Sequence[float],
+        factors: Sequence[Sequence[Factor]],
+        sizes: Mapping[str, int],
+        like: Tensor,
     ) -> Multilinear:
         """Constants in the dtype and on the device of ``like``; terms of the same factors become one."""
         merged: dict[tuple[Factor, ...], float] = {}
         for amount, term in zip(amounts, factors, strict=True):
             merged[tuple(term)] = merged.get(tuple(term), 0.0) + amount
-        means = {factor: k for k, factor in enumerate(dict.fromkeys(f for term in merged for f in term), start=1)}
+        means = {
+            factor: k for k, factor in enumerate(dict.fromkeys(f for term in merged for f in term), start=1)
+        }
         starts = dict(zip(sizes, _cumulative(sizes.values()), strict=True))
         average = torch.zeros(len(means) + 1, sum(sizes.values()), dtype=torch.float64)
         for (gate, channels), k in means.items():
@@ -88,8 +95,14 @@ class Multilinear(NamedTuple):
         pick = torch.nn.functional.one_hot(index, len(means) + 1).transpose(1, 2)
         offset = torch.zeros(len(means) + 1)
         offset[0] = 1
-        numbers = (torch.tensor(list(merged.values()), dtype=torch.float64), average, offset)
-        return cls(*(t.to(like) for t in numbers), index.contiguous().to(like.device), pick.to(like))
+        totals = torch.tensor(list(merged.values()), dtype=torch.float64)
+        return cls(
+            totals.to(like),
+            average.to(like),
+            offset.to(like),
+            index.contiguous().to(like.device),
+            pick.to(like),
+        )
 
 
 def multilinear(rates: Tensor, form: Multilinear) -> Tensor:
@@ -103,7 +116,7 @@ class _MultilinearForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rates: Tensor, form: Multilinear) -> Tensor:
         means = torch.addmv(form.offset, form.average, rates)
-        factors = means[form.index].unbind()
+        factors = means[form.columns].unbind()
         slope: Tensor | None = None
         for w, pick in enumerate(form.pick):
             others = form.amounts

@@ -1,7 +1,7 @@
 """Gradient estimators: from real logits to binary gates through which gradients still flow.
 
-The arithmetic is `gatedconv.ops.estimate`; here is what an estimator keeps between calls. In training it may draw
-noise; in eval every one of them is deterministic.
+The arithmetic is `gatedconv.ops.estimate`; here is what an estimator keeps between calls. In training it may
+draw noise; in eval every one of them is deterministic.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["ESTIMATORS", "RUNNING_MOMENTUM", "Estimator", "make_estimator"]
 
 
 class Estimator(nn.Module):
-    """logits (N, num_gates) -> gate (N, num_gates), exactly 0 or 1 in the logits' dtype.
+    r"""logits (N, num_gates) -> gate (N, num_gates), exactly 0 or 1 in the logits' dtype.
 
-    "ste": eqs. 3-4 of the paper: forward z > 0; backward the identity where \\|z\\| <= 1. "gumbel": hard binary
-    Gumbel-softmax (Jang et al. 2017). "bernoulli": a sample of Bernoulli(sigmoid(z)) with the gradient of the
-    probability (Bengio et al. 2013). "batch_mean": the paper's "Bernoulli" ablation, open above the batch mean of
-    the logits (section 4.4); in eval above the running mean of the training batches, so that a prediction depends
-    on its own image alone.
+    "ste": eqs. 3-4 of the paper: forward z > 0; backward the identity where \|z\| <= 1. "gumbel": hard
+    binary Gumbel-softmax (Jang et al. 2017). "bernoulli": a sample of Bernoulli(sigmoid(z)) with the gradient
+    of the probability (Bengio et al. 2013). "batch_mean": the paper's "Bernoulli" ablation, open above the
+    batch mean of the logits (section 4.4); in eval above the running mean of the training batches, so that a
+    prediction depends on its own image alone.
 
     Attributes:
         running_mean: buffer (num_gates,) of "batch_mean"; None for the others.
@@ -39,7 +39,7 @@ class Estimator(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_gates) if name == "batch_mean" else None)
 
     def draw_noise(self, batch: int, num_gates: int, like: Tensor) -> Tensor | None:
-        """Uniform noise (batch, num_gates) of this call, dtype and device of ``like``; None where none is needed."""
+        """Uniform noise (batch, num_gates) of this call, in the dtype of ``like``; None if none is needed."""
         if not self.training or self.name not in ("gumbel", "bernoulli"):
             return None
         noise = torch.rand(batch, num_gates, dtype=like.dtype, device=like.device)
@@ -52,8 +52,13 @@ class Estimator(nn.Module):
         """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
         noise = self.draw_noise(logits.shape[0], logits.shape[1], logits)
         return ops.estimate(
-            logits, self.name, noise=noise, temperature=self.temperature, threshold=self.running_mean,
-            training=self.training, momentum=RUNNING_MOMENTUM,
+            logits,
+            self.name,
+            noise=noise,
+            temperature=self.temperature,
+            threshold=self.running_mean,
+            training=self.training,
+            momentum=RUNNING_MOMENTUM,
         )
 
 

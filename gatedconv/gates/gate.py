@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class LearnedGate(Gate):
 
         Args:
             x: (N, C, H, W), any floating dtype.
-            pooled: (N, C), the mean of x over H and W where its producer has it already; saves reading x again.
+            pooled: (N, C), the mean of x over H and W where its producer has it already; saves reading x
+            again.
 
         Returns:
             (N, num_gates) in x.dtype, every value exactly 0 or 1.
@@ -129,24 +131,28 @@ class LearnedGate(Gate):
         self, batch: int, dtype: torch.dtype
     ) -> tuple[ops.GateParameters, ops.GateStatistics, ops.GateOptions, Tensor | None]:
         """What `gatedconv.ops.gate` takes besides its input, noise of this call included."""
-        fc1, norm, fc2 = self.fc1, self.norm, self.fc2
-        hidden: tuple[Tensor | None, ...] = (None,) * 4
-        norm_buffers: tuple[Tensor | None, ...] = (None,) * 3
-        norm_options: dict[str, Any] = {"batch_stats": False}
-        if fc1 is not None and norm is not None:
-            hidden = (fc1.weight, fc1.bias, norm.weight, norm.bias)
-            norm_buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-            norm_options = {
-                "batch_stats": norm.training or norm.running_mean is None, "eps": norm.eps,
-                "norm_momentum": norm.momentum,
-            }
+        fc1, norm, fc2, estimator = self.fc1, self.norm, self.fc2, self.estimator
+        parameters = ops.GateParameters(None, None, None, None, fc2.weight, fc2.bias)
+        statistics = ops.GateStatistics(open_rate=self.running_open_rate, threshold=estimator.running_mean)
         options = ops.GateOptions(
-            self.estimator.name, self.estimator.temperature, flatten=self.pool == "flatten", training=self.training,
-            momentum=RUNNING_MOMENTUM, dtype=dtype, **norm_options,
+            estimator.name,
+            estimator.temperature,
+            flatten=self.pool == "flatten",
+            training=self.training,
+            batch_stats=False,
+            momentum=RUNNING_MOMENTUM,
+            dtype=dtype,
         )
-        statistics = ops.GateStatistics(*norm_buffers, self.running_open_rate, self.estimator.running_mean)
-        noise = self.estimator.draw_noise(batch, self.num_gates, fc2.weight)
-        return ops.GateParameters(*hidden, fc2.weight, fc2.bias), statistics, options, noise
+        if fc1 is not None and norm is not None:
+            parameters = ops.GateParameters(
+                fc1.weight, fc1.bias, norm.weight, norm.bias, fc2.weight, fc2.bias
+            )
+            statistics = statistics._replace(
+                mean=norm.running_mean, var=norm.running_var, batches=norm.num_batches_tracked
+            )
+            batch_stats = norm.training or norm.running_mean is None
+            options = replace(options, batch_stats=batch_stats, eps=norm.eps, norm_momentum=norm.momentum)
+        return parameters, statistics, options, estimator.draw_noise(batch, self.num_gates, fc2.weight)
 
 
 class FrozenGate(Gate):

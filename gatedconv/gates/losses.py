@@ -56,7 +56,9 @@ def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
 def _gate_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
     """Weights of the joined rates that give every gate the same say."""
     sizes = tuple(rate.numel() for rate in rates.values())
-    return cached(unwrap(model), ("gates", sizes, like.device, like.dtype), lambda: gate_average(sizes, like.detach()))
+    return cached(
+        unwrap(model), ("gates", sizes, like.device, like.dtype), lambda: gate_average(sizes, like.detach())
+    )
 
 
 def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -66,9 +68,12 @@ def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Te
         for gate in term.gates:
             controlled[gate] += term.macs
     total = sum(controlled.values())
-    shares = tuple((macs / total / rates[gate].numel(), rates[gate].numel()) for gate, macs in controlled.items())
+    shares = tuple(
+        (macs / total / rates[gate].numel(), rates[gate].numel()) for gate, macs in controlled.items()
+    )
     return cached(
-        unwrap(model), ("macs", shares, like.device, like.dtype),
+        unwrap(model),
+        ("macs", shares, like.device, like.dtype),
         lambda: torch.cat([like.new_full((size,), share) for share, size in shares]),
     )
 

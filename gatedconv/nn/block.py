@@ -72,8 +72,9 @@ class BasicBlock(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         if self.training:
             self.pooled = None
-            if ops.kernels_run_on(x) and self._learns_at_its_end():
-                return self._fused_end(x, shortcut, pooled)
+            norm = self._end_norm() if ops.kernels_run_on(x) and self._learns_at_its_end() else None
+            if norm is not None:
+                return self._fused_end(x, shortcut, pooled, norm)
         gate = self.layer_gate
         if gate is None or (isinstance(gate, FrozenGate) and gate.is_open):
             return self.relu(shortcut + self.branch(x))
@@ -106,29 +107,38 @@ class BasicBlock(nn.Module):
         return ops.gated_scale(x, self.channel_gate(x, pooled))
 
     def _learns_at_its_end(self) -> bool:
-        """Whether a learning gate acts where `ops.gated_residual` can take it together with norm, sum and ReLU."""
-        norm, channel = self.bn2, self.channel_gate
-        if type(norm) is not nn.BatchNorm2d or not norm.training or norm.running_mean is None or norm.momentum is None:
-            return False
+        """Whether `ops.gated_residual` can take a learning gate together with norm, sum and ReLU."""
+        channel = self.channel_gate
         if not all(gate is None or isinstance(gate, LearnedGate) for gate in (self.layer_gate, channel)):
             return False
         inner = channel is not None and self.position == "after"
         if isinstance(channel, LearnedGate) and inner and channel.pool != "avg":
             return False  # it reads every position of bn2's output
-        watched = [norm, channel] if inner else [norm]  # what is not called on its own cannot call its hooks
+        # What is not called on its own cannot call its hooks.
+        watched = [self.bn2] if channel is None or not inner else [self.bn2, channel]
         hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in watched)
         return (self.layer_gate is not None or inner) and not hooked
 
-    def _fused_end(self, x: Tensor, shortcut: Tensor, pooled: Tensor | None) -> Tensor:
+    def _end_norm(self) -> ops.NormArguments | None:
+        """What `ops.gated_residual` takes of bn2; None where it is another norm, or not learning."""
+        norm = self.bn2
+        mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if type(norm) is not nn.BatchNorm2d or not norm.training or not norm.affine or norm.momentum is None:
+            return None
+        if mean is None or var is None or batches is None:
+            return None
+        return ops.NormArguments(norm.weight, norm.bias, mean, var, batches, norm.eps, norm.momentum)
+
+    def _fused_end(
+        self, x: Tensor, shortcut: Tensor, pooled: Tensor | None, norm: ops.NormArguments
+    ) -> Tensor:
         """Run the block in training with bn2, gates, sum and ReLU as one operator."""
         layer = None if self.layer_gate is None else self.layer_gate(x, pooled)
         branch = self._convolved(x, pooled)
-        gate, inner, norm = self.channel_gate, None, self.bn2
+        gate, inner = self.channel_gate, None
         if isinstance(gate, LearnedGate) and self.position == "after":
             inner = ops.InnerGate(*gate.arguments(branch.shape[0], branch.dtype))
-        buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-        arguments = ops.NormArguments(norm.weight, norm.bias, *buffers, norm.eps, norm.momentum)
-        result = ops.gated_residual(branch, shortcut, arguments, layer, inner)
+        result = ops.gated_residual(branch, shortcut, norm, layer, inner)
         if result.channel is not None and isinstance(gate, LearnedGate):
             gate.note(result.channel)
         self.pooled = result.pooled

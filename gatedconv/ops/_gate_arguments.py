@@ -30,8 +30,8 @@ class GateParameters(NamedTuple):
 class GateStatistics(NamedTuple):
     """Buffers that a call in training moves in place; None is not kept.
 
-    mean (H,), var (H,), batches int64 () of the norm; open_rate (O,); threshold (O,), the running batch mean of the
-    logits ("batch_mean" alone).
+    mean (H,), var (H,), batches int64 () of the norm; open_rate (O,); threshold (O,), the running batch mean
+    of the logits ("batch_mean" alone).
     """
 
     mean: Tensor | None = None
@@ -82,7 +82,9 @@ class GateOutput(NamedTuple):
 def check_gate(x: Tensor, parameters: GateParameters, options: GateOptions, noise: Tensor | None) -> None:
     """Raise TypeError or ValueError, saying what was expected and what came."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"gate: x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(
+            f"gate: x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}"
+        )
     if x.dim() not in (2, 4):
         raise ValueError(f"gate: x must be (N, C, H, W) or features (N, K), got shape {tuple(x.shape)}")
     if options.estimator not in ESTIMATORS:
@@ -90,7 +92,9 @@ def check_gate(x: Tensor, parameters: GateParameters, options: GateOptions, nois
     first = parameters.weight2 if parameters.weight1 is None else parameters.weight1
     features = x.shape[1] * x.shape[2] * x.shape[3] if x.dim() == 4 and options.flatten else x.shape[1]
     if first.dim() != 2 or first.shape[1] != features:
-        raise ValueError(f"gate: x gives {features} features, the first layer has weight {tuple(first.shape)}")
+        raise ValueError(
+            f"gate: x gives {features} features, the first layer has weight {tuple(first.shape)}"
+        )
     expected = (x.shape[0], parameters.weight2.shape[0])
     if noise is not None and noise.shape != expected:
         raise ValueError(f"gate: noise must have shape {expected}, got {tuple(noise.shape)}")

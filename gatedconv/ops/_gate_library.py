@@ -1,7 +1,7 @@
 """The gate as two registered operators, ``gatedconv::gate_forward`` and ``gatedconv::gate_backward``.
 
-They are what a compiled graph sees: functional, with outputs of their own, shapes known beforehand. Eager code does
-not come here: autograd through the dispatcher costs several times what a Function costs.
+They are what a compiled graph sees: functional, with outputs of their own, shapes known beforehand. Eager
+code does not come here: autograd through the dispatcher costs several times what a Function costs.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _OPTIONS = "str estimator, float temperature, bool train, bool batch_stats, int 
 
 torch.library.define(
     "gatedconv::gate_forward",
-    "(Tensor x, Tensor? weight1, Tensor? bias1, Tensor? norm_weight, Tensor? norm_bias, Tensor weight2, Tensor bias2, "
-    "Tensor? noise, Tensor? running_mean, Tensor? running_var, Tensor? running_threshold, bool flatten, float eps, "
-    f"{_OPTIONS}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, Tensor hidden, Tensor stat, "
-    "Tensor threshold)",
+    "(Tensor x, Tensor? weight1, Tensor? bias1, Tensor? norm_weight, Tensor? norm_bias, Tensor weight2, "
+    "Tensor bias2, Tensor? noise, Tensor? running_mean, Tensor? running_var, Tensor? running_threshold, "
+    f"bool flatten, float eps, {_OPTIONS}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, "
+    "Tensor hidden, Tensor stat, Tensor threshold)",
 )
 torch.library.define(
     "gatedconv::gate_backward",
-    "(Tensor? d_gate, Tensor? d_rate, Tensor? d_logits, Tensor features, Tensor logits, Tensor hidden, Tensor stat, "
-    "Tensor threshold, Tensor? weight1, Tensor? norm_weight, Tensor? norm_bias, Tensor weight2, Tensor? noise, "
-    f"int pixels, bool need_dx, {_OPTIONS}) -> Tensor[]",
+    "(Tensor? d_gate, Tensor? d_rate, Tensor? d_logits, Tensor features, Tensor logits, Tensor hidden, "
+    "Tensor stat, Tensor threshold, Tensor? weight1, Tensor? norm_weight, Tensor? norm_bias, Tensor weight2, "
+    f"Tensor? noise, int pixels, bool need_dx, {_OPTIONS}) -> Tensor[]",
 )
 
 # What a schema can carry of a dtype.
@@ -39,12 +39,26 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def compiled_gate(
-    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
+    x: Tensor,
+    parameters: GateParameters,
+    statistics: GateStatistics,
+    options: GateOptions,
+    noise: Tensor | None,
 ) -> GateOutput:
     """Compute `gate` through the operators; the buffers move here, in the graph."""
     gate, rate, logits, _, _, stat, threshold = torch.ops.gatedconv.gate_forward.default(
-        x, *parameters, noise, statistics.mean, statistics.var, statistics.threshold, options.flatten, options.eps,
-        options.estimator, options.temperature, options.training, options.batch_stats,
+        x,
+        *parameters,
+        noise,
+        statistics.mean,
+        statistics.var,
+        statistics.threshold,
+        options.flatten,
+        options.eps,
+        options.estimator,
+        options.temperature,
+        options.training,
+        options.batch_stats,
         _DTYPES.index(options.dtype or x.dtype),
     )
     with torch.no_grad():
@@ -62,44 +76,122 @@ def compiled_gate(
 
 @torch.library.impl("gatedconv::gate_forward", "CUDA")
 def _forward_cuda(
-    x: Tensor, weight1: Tensor | None, bias1: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    weight2: Tensor, bias2: Tensor, noise: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    running_threshold: Tensor | None, flatten: bool, eps: float, estimator: str, temperature: float, train: bool,
-    batch_stats: bool, dtype: int,
+    x: Tensor,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor,
+    noise: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    running_threshold: Tensor | None,
+    flatten: bool,
+    eps: float,
+    estimator: str,
+    temperature: float,
+    train: bool,
+    batch_stats: bool,
+    dtype: int,
 ) -> tuple[Tensor, ...]:
     from gatedconv.kernels import gate_launch
 
     running = gate_launch.Running(running_mean, running_var, None, None, running_threshold)
-    return tuple(gate_launch.forward(
-        x, weight1, bias1, norm_weight, norm_bias, weight2, bias2, noise, running, estimator=estimator,
-        temperature=temperature, train=train, batch_stats=batch_stats, update=False, flatten=flatten, eps=eps,
-        norm_momentum=0.0, momentum=0.0, dtype=_DTYPES[dtype],
-    ))
+    return tuple(
+        gate_launch.forward(
+            x,
+            weight1,
+            bias1,
+            norm_weight,
+            norm_bias,
+            weight2,
+            bias2,
+            noise,
+            running,
+            estimator=estimator,
+            temperature=temperature,
+            train=train,
+            batch_stats=batch_stats,
+            update=False,
+            flatten=flatten,
+            eps=eps,
+            norm_momentum=0.0,
+            momentum=0.0,
+            dtype=_DTYPES[dtype],
+        )
+    )
 
 
 @torch.library.impl("gatedconv::gate_backward", "CUDA")
 def _backward_cuda(
-    d_gate: Tensor | None, d_rate: Tensor | None, d_logits: Tensor | None, features: Tensor, logits: Tensor,
-    hidden: Tensor, stat: Tensor, threshold: Tensor, weight1: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, weight2: Tensor, noise: Tensor | None, pixels: int, need_dx: bool, estimator: str,
-    temperature: float, train: bool, batch_stats: bool, dtype: int,
+    d_gate: Tensor | None,
+    d_rate: Tensor | None,
+    d_logits: Tensor | None,
+    features: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    stat: Tensor,
+    threshold: Tensor,
+    weight1: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight2: Tensor,
+    noise: Tensor | None,
+    pixels: int,
+    need_dx: bool,
+    estimator: str,
+    temperature: float,
+    train: bool,
+    batch_stats: bool,
+    dtype: int,
 ) -> list[Tensor]:
     from gatedconv.kernels import gate_launch
 
     saved = gate_launch.GateForward(logits, logits, logits, features, hidden, stat, threshold)
-    return list(gate_launch.backward(
-        d_gate, d_rate, d_logits, features, saved, weight1, norm_weight, norm_bias, weight2, noise,
-        estimator=estimator, temperature=temperature, train=train, batch_stats=batch_stats, need_dx=need_dx,
-        pixels=pixels, dtype=_DTYPES[dtype],
-    ))
+    return list(
+        gate_launch.backward(
+            d_gate,
+            d_rate,
+            d_logits,
+            features,
+            saved,
+            weight1,
+            norm_weight,
+            norm_bias,
+            weight2,
+            noise,
+            estimator=estimator,
+            temperature=temperature,
+            train=train,
+            batch_stats=batch_stats,
+            need_dx=need_dx,
+            pixels=pixels,
+            dtype=_DTYPES[dtype],
+        )
+    )
 
 
 @torch.library.impl("gatedconv::gate_forward", "CPU")
 def _forward_cpu(
-    x: Tensor, weight1: Tensor | None, bias1: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    weight2: Tensor, bias2: Tensor, noise: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    running_threshold: Tensor | None, flatten: bool, eps: float, estimator: str, temperature: float, train: bool,
-    batch_stats: bool, dtype: int,
+    x: Tensor,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor,
+    noise: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    running_threshold: Tensor | None,
+    flatten: bool,
+    eps: float,
+    estimator: str,
+    temperature: float,
+    train: bool,
+    batch_stats: bool,
+    dtype: int,
 ) -> tuple[Tensor, ...]:
     parameter_type = weight2.dtype
     pooling = x.dim() == 4 and not flatten
@@ -126,10 +218,26 @@ def _forward_cpu(
 
 @torch.library.impl("gatedconv::gate_backward", "CPU")
 def _backward_cpu(
-    d_gate: Tensor | None, d_rate: Tensor | None, d_logits: Tensor | None, features: Tensor, logits: Tensor,
-    hidden: Tensor, stat: Tensor, threshold: Tensor, weight1: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, weight2: Tensor, noise: Tensor | None, pixels: int, need_dx: bool, estimator: str,
-    temperature: float, train: bool, batch_stats: bool, dtype: int,
+    d_gate: Tensor | None,
+    d_rate: Tensor | None,
+    d_logits: Tensor | None,
+    features: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    stat: Tensor,
+    threshold: Tensor,
+    weight1: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight2: Tensor,
+    noise: Tensor | None,
+    pixels: int,
+    need_dx: bool,
+    estimator: str,
+    temperature: float,
+    train: bool,
+    batch_stats: bool,
+    dtype: int,
 ) -> list[Tensor]:
     dz = torch.zeros_like(logits)
     if d_gate is not None:
@@ -157,7 +265,9 @@ def _backward_cpu(
     return [dx, dh.t() @ x, d_bias1, d_gamma, d_beta, dz.t() @ torch.relu(output), dz.sum(0)]
 
 
-def _slope(logits: Tensor, noise: Tensor | None, threshold: Tensor, estimator: str, temperature: float) -> Tensor:
+def _slope(
+    logits: Tensor, noise: Tensor | None, threshold: Tensor, estimator: str, temperature: float
+) -> Tensor:
     if estimator == "bernoulli":
         p = torch.sigmoid(logits)
         return p * (1 - p)
@@ -170,26 +280,60 @@ def _slope(logits: Tensor, noise: Tensor | None, threshold: Tensor, estimator: s
 
 @torch.library.register_fake("gatedconv::gate_forward")
 def _forward_fake(
-    x: Tensor, weight1: Tensor | None, bias1: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    weight2: Tensor, bias2: Tensor, noise: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    running_threshold: Tensor | None, flatten: bool, eps: float, estimator: str, temperature: float, train: bool,
-    batch_stats: bool, dtype: int,
+    x: Tensor,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor,
+    noise: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    running_threshold: Tensor | None,
+    flatten: bool,
+    eps: float,
+    estimator: str,
+    temperature: float,
+    train: bool,
+    batch_stats: bool,
+    dtype: int,
 ) -> tuple[Tensor, ...]:
     batch, gates, hidden = x.shape[0], weight2.shape[0], 0 if weight1 is None else weight1.shape[0]
     pooled = (batch, x.shape[1]) if x.dim() == 4 and not flatten else (0,)
     return (
-        weight2.new_empty((batch, gates), dtype=_DTYPES[dtype]), weight2.new_empty(gates),
-        weight2.new_empty(batch, gates), weight2.new_empty(pooled), weight2.new_empty(batch, hidden),
-        weight2.new_empty(3, hidden), weight2.new_empty(gates),
+        weight2.new_empty((batch, gates), dtype=_DTYPES[dtype]),
+        weight2.new_empty(gates),
+        weight2.new_empty(batch, gates),
+        weight2.new_empty(pooled),
+        weight2.new_empty(batch, hidden),
+        weight2.new_empty(3, hidden),
+        weight2.new_empty(gates),
     )
 
 
 @torch.library.register_fake("gatedconv::gate_backward")
 def _backward_fake(
-    d_gate: Tensor | None, d_rate: Tensor | None, d_logits: Tensor | None, features: Tensor, logits: Tensor,
-    hidden: Tensor, stat: Tensor, threshold: Tensor, weight1: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, weight2: Tensor, noise: Tensor | None, pixels: int, need_dx: bool, estimator: str,
-    temperature: float, train: bool, batch_stats: bool, dtype: int,
+    d_gate: Tensor | None,
+    d_rate: Tensor | None,
+    d_logits: Tensor | None,
+    features: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    stat: Tensor,
+    threshold: Tensor,
+    weight1: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight2: Tensor,
+    noise: Tensor | None,
+    pixels: int,
+    need_dx: bool,
+    estimator: str,
+    temperature: float,
+    train: bool,
+    batch_stats: bool,
+    dtype: int,
 ) -> list[Tensor]:
     gates, inner = weight2.shape
     units = 0 if weight1 is None else weight1.shape[0]
@@ -205,7 +349,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     _, _, logits, pooled, hidden, stat, threshold = output
     pooling = x.dim() == 4 and not flatten
     ctx.save_for_backward(
-        pooled if pooling else x, logits, hidden, stat, threshold, weight1, norm_weight, norm_bias, weight2, noise
+        pooled if pooling else x,
+        logits,
+        hidden,
+        stat,
+        threshold,
+        weight1,
+        norm_weight,
+        norm_bias,
+        weight2,
+        noise,
     )
     ctx.shape, ctx.dtype, ctx.options = x.shape if pooling else None, x.dtype, options[:-1]
     ctx.set_materialize_grads(False)
@@ -214,7 +367,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]:
     pixels = 1 if ctx.shape is None else ctx.shape[2] * ctx.shape[3]
     dx, *rest = torch.ops.gatedconv.gate_backward.default(
-        *grads[:3], *ctx.saved_tensors, pixels, ctx.needs_input_grad[0], *ctx.options, _DTYPES.index(ctx.dtype)
+        *grads[:3],
+        *ctx.saved_tensors,
+        pixels,
+        ctx.needs_input_grad[0],
+        *ctx.options,
+        _DTYPES.index(ctx.dtype),
     )
     if ctx.shape is not None:
         dx = dx[:, :, None, None].expand(ctx.shape)

@@ -1,4 +1,4 @@
-"""The gate's Triton kernels behind autograd: a Function in eager mode, a registered operator in a compiled graph."""
+"""The gate's Triton kernels behind autograd: a Function in eager mode, an operator in a compiled graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ __all__ = ["fused_gate", "launch_options", "require_batch"]
 
 
 def fused_gate(
-    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
+    x: Tensor,
+    parameters: GateParameters,
+    statistics: GateStatistics,
+    options: GateOptions,
+    noise: Tensor | None,
 ) -> GateOutput:
     """Compute `gate` by kernels; the arguments have been checked."""
     require_batch(x, parameters, options)
@@ -37,7 +41,9 @@ def require_batch(x: Tensor, parameters: GateParameters, options: GateOptions) -
 def launch_options(options: GateOptions) -> dict[str, Any]:
     """The options that both directions of the kernels take."""
     return {
-        "estimator": options.estimator, "temperature": options.temperature, "train": options.training,
+        "estimator": options.estimator,
+        "temperature": options.temperature,
+        "train": options.training,
         "batch_stats": options.batch_stats,
     }
 
@@ -47,15 +53,28 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         parameters, (noise, statistics, options) = GateParameters(*arguments[:6]), arguments[6:]
         out = gate_launch.forward(
-            x, *parameters, noise, gate_launch.Running(*statistics), **launch_options(options),
-            update=options.training, flatten=options.flatten, eps=options.eps, norm_momentum=options.norm_momentum or 0.0,
-            momentum=options.momentum, dtype=options.dtype or x.dtype,
+            x,
+            *parameters,
+            noise,
+            gate_launch.Running(*statistics),
+            **launch_options(options),
+            update=options.training,
+            flatten=options.flatten,
+            eps=options.eps,
+            norm_momentum=options.norm_momentum or 0.0,
+            momentum=options.momentum,
+            dtype=options.dtype or x.dtype,
         )
         ctx.set_materialize_grads(False)
         pooled = x.dim() == 4 and not options.flatten
         ctx.save_for_backward(
-            None if pooled else x, parameters.weight1, parameters.norm_weight, parameters.norm_bias,
-            parameters.weight2, noise, *out[2:],
+            None if pooled else x,
+            parameters.weight1,
+            parameters.norm_weight,
+            parameters.norm_bias,
+            parameters.weight2,
+            noise,
+            *out[2:],
         )
         ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
         return out.gate, out.rate, out.logits
@@ -71,8 +90,20 @@ class _Gate(torch.autograd.Function):
         saved = gate_launch.GateForward(None, None, *rest)
         pixels = ctx.shape[2] * ctx.shape[3] if x is None else 1
         grads = gate_launch.backward(
-            d_gate, d_rate, d_logits, saved.pooled if x is None else x, saved, weight1, norm_weight, norm_bias, weight2,
-            noise, **launch_options(ctx.options), need_dx=ctx.needs_input_grad[0], pixels=pixels, dtype=ctx.dtype,
+            d_gate,
+            d_rate,
+            d_logits,
+            saved.pooled if x is None else x,
+            saved,
+            weight1,
+            norm_weight,
+            norm_bias,
+            weight2,
+            noise,
+            **launch_options(ctx.options),
+            need_dx=ctx.needs_input_grad[0],
+            pixels=pixels,
+            dtype=ctx.dtype,
         )
         dx: Tensor | None = grads[0] if ctx.needs_input_grad[0] else None
         if dx is not None and x is None:

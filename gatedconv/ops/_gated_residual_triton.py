@@ -33,11 +33,22 @@ def fused_residual(
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shortcut: Tensor, layer: Tensor | None, weight: Tensor, bias: Tensor, *arguments: Any
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor,
+        layer: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        *arguments: Any,
     ) -> tuple[Tensor, ...]:
         norm, channel = arguments[6:]
         statistics = gated_residual_launch.normalise(
-            x, weight, bias, (norm.mean, norm.var, norm.batches), eps=norm.eps, momentum=norm.momentum,
+            x,
+            weight,
+            bias,
+            (norm.mean, norm.var, norm.batches),
+            eps=norm.eps,
+            momentum=norm.momentum,
             normed=channel is not None,
         )
         decision = None
@@ -49,10 +60,21 @@ class _GatedResidual(torch.autograd.Function):
             x, shortcut, statistics.stat, weight, bias, layer, gates, pool=True
         )
         ctx.set_materialize_grads(False)
-        ctx.channel, ctx.shortcut = channel, torch.empty_like(shortcut, device="meta")  # a layout without memory
+        ctx.channel, ctx.shortcut = (
+            channel,
+            torch.empty_like(shortcut, device="meta"),
+        )  # a layout without memory
         ctx.save_for_backward(
-            x, out, statistics.stat, statistics.pooled, weight, bias, layer, statistics.normed,
-            *(decision or ()), *(() if channel is None else (*channel.parameters, channel.noise)),
+            x,
+            out,
+            statistics.stat,
+            statistics.pooled,
+            weight,
+            bias,
+            layer,
+            statistics.normed,
+            *(decision or ()),
+            *(() if channel is None else (*channel.parameters, channel.noise)),
         )
         if decision is None:
             return out, pooled_out
@@ -62,8 +84,12 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, d_out: Tensor | None, d_pooled: Tensor | None, _: Tensor | None = None,
-        d_rate: Tensor | None = None, d_logits: Tensor | None = None,
+        ctx: Any,
+        d_out: Tensor | None,
+        d_pooled: Tensor | None,
+        _: Tensor | None = None,
+        d_rate: Tensor | None = None,
+        d_logits: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         x, out, stat, pooled, weight, bias, layer, normed, *rest = ctx.saved_tensors
         channel: InnerGate | None = ctx.channel
@@ -75,8 +101,18 @@ class _GatedResidual(torch.autograd.Function):
         if channel is not None and saved is not None:
             parameters, noise = GateParameters(*rest[7:13]), rest[13]
             d_normed, *grads = gate_launch.backward(
-                step.d_channel, d_rate, d_logits, normed, saved, parameters.weight1, parameters.norm_weight,
-                parameters.norm_bias, parameters.weight2, noise, **launch_options(channel.options), need_dx=True,
+                step.d_channel,
+                d_rate,
+                d_logits,
+                normed,
+                saved,
+                parameters.weight1,
+                parameters.norm_weight,
+                parameters.norm_bias,
+                parameters.weight2,
+                noise,
+                **launch_options(channel.options),
+                need_dx=True,
             )
             hidden = grads[:4] if parameters.weight1 is not None else (None,) * 4
             d_gate_parameters = (*hidden, *grads[4:])
@@ -89,8 +125,15 @@ class _GatedResidual(torch.autograd.Function):
 def _decide(pooled: Tensor, channel: InnerGate, dtype: torch.dtype) -> gate_launch.GateForward:
     parameters, statistics, options, noise = channel
     return gate_launch.forward(
-        pooled, *parameters, noise, gate_launch.Running(*statistics), **launch_options(options),
-        update=options.training, flatten=False, eps=options.eps, norm_momentum=options.norm_momentum or 0.0,
-        momentum=options.momentum, dtype=options.dtype or dtype,
+        pooled,
+        *parameters,
+        noise,
+        gate_launch.Running(*statistics),
+        **launch_options(options),
+        update=options.training,
+        flatten=False,
+        eps=options.eps,
+        norm_momentum=options.norm_momentum or 0.0,
+        momentum=options.momentum,
+        dtype=options.dtype or dtype,
     )
-

@@ -13,8 +13,14 @@ ESTIMATORS = ("ste", "gumbel", "bernoulli", "batch_mean")
 
 
 def estimate(
-    logits: Tensor, estimator: str, *, noise: Tensor | None = None, temperature: float = 2 / 3,
-    threshold: Tensor | None = None, training: bool = False, momentum: float = 0.1,
+    logits: Tensor,
+    estimator: str,
+    *,
+    noise: Tensor | None = None,
+    temperature: float = 2 / 3,
+    threshold: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
 ) -> Tensor:
     """Gates of ``logits`` (N, num_gates): exactly 0 or 1, in the dtype of the logits.
 
@@ -22,12 +28,13 @@ def estimate(
         logits: floating point (N, num_gates).
         estimator: "ste", eqs. 3-4 of the paper; "gumbel", the hard binary Gumbel-softmax (Jang et al. 2017);
             "bernoulli", a sample of Bernoulli(sigmoid(z)) with the gradient of its probability (Bengio et al.
-            2013); "batch_mean", the paper's section 4.4: open above the batch mean of the logits, backward as in
-            eq. 4.
+            2013); "batch_mean", the paper's section 4.4: open above the batch mean of the logits, backward as
+            in eq. 4.
         noise: uniform on the open interval (0, 1), shape and dtype of ``logits``; None makes "gumbel" and
             "bernoulli" deterministic: open where z > 0. The others use none.
         temperature: of the Gumbel-softmax.
-        threshold: (num_gates,), of "batch_mean" alone: the running batch mean, which stands in for the batch's own
+        threshold: (num_gates,), of "batch_mean" alone: the running batch mean, which stands in for the
+        batch's own
             where not ``training`` and moves by ``momentum``, in place, where training.
         training: of "batch_mean" alone.
         momentum: of ``threshold``.
@@ -75,5 +82,5 @@ class _HardForward(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad

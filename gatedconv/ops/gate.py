@@ -1,4 +1,4 @@
-"""The gate: from a feature map to one binary decision per sample and gate (Table 2 and section 4 of the paper)."""
+"""The gate: from a feature map to a binary decision per sample and gate (Table 2 of the paper)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from gatedconv.ops._gate_arguments import GateOptions, GateOutput, GateParameter
 from gatedconv.ops.estimate import estimate
 
 __all__ = [
-    "GateOptions", "GateOutput", "GateParameters", "GateStatistics", "gate", "gate_reference", "kernels_can",
+    "GateOptions",
+    "GateOutput",
+    "GateParameters",
+    "GateStatistics",
+    "gate",
+    "gate_reference",
+    "kernels_can",
 ]
 
 _HALVES = (torch.float16, torch.bfloat16, torch.float32)
@@ -19,13 +25,17 @@ _MAX_HIDDEN = 128
 
 
 def gate(
-    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions,
+    x: Tensor,
+    parameters: GateParameters,
+    statistics: GateStatistics,
+    options: GateOptions,
     noise: Tensor | None = None,
 ) -> GateOutput:
     """Decide, per sample, which gates are open.
 
-    features -> dense -> BatchNorm -> ReLU -> dense -> estimator; in 1FC the second dense layer stands alone. Runs as
-    two kernels forward and two backward where Triton runs (CUDA, fp32 parameters), in PyTorch elsewhere.
+    features -> dense -> BatchNorm -> ReLU -> dense -> estimator; in 1FC the second dense layer stands alone.
+    Runs as two kernels forward and two backward where Triton runs (CUDA, fp32 parameters), in PyTorch
+    elsewhere.
 
     Args:
         x: (N, C, H, W), pooled over H and W or flattened; or features (N, K). fp16, bf16, fp32 or fp64.
@@ -51,7 +61,10 @@ def gate(
 
 
 def gate_reference(
-    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions,
+    x: Tensor,
+    parameters: GateParameters,
+    statistics: GateStatistics,
+    options: GateOptions,
     noise: Tensor | None = None,
 ) -> GateOutput:
     """Compute `gate` from PyTorch's own differentiable functions."""
@@ -60,7 +73,11 @@ def gate_reference(
 
 
 def _reference(
-    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
+    x: Tensor,
+    parameters: GateParameters,
+    statistics: GateStatistics,
+    options: GateOptions,
+    noise: Tensor | None,
 ) -> GateOutput:
     dtype = parameters.weight2.dtype
     with torch.autocast(device_type=x.device.type, enabled=False):
@@ -74,13 +91,20 @@ def _reference(
             hidden = torch.relu(_normalise(hidden, parameters, statistics, options))
         logits = F.linear(hidden, parameters.weight2, parameters.bias2)
         gate = estimate(
-            logits, options.estimator, noise=noise, temperature=options.temperature,
-            threshold=statistics.threshold, training=options.training, momentum=options.momentum,
+            logits,
+            options.estimator,
+            noise=noise,
+            temperature=options.temperature,
+            threshold=statistics.threshold,
+            training=options.training,
+            momentum=options.momentum,
         )
         open_rate = gate.mean(dim=0)
         if options.training and statistics.open_rate is not None:
             with torch.no_grad():
-                statistics.open_rate.lerp_(open_rate.detach().to(statistics.open_rate.dtype), options.momentum)
+                statistics.open_rate.lerp_(
+                    open_rate.detach().to(statistics.open_rate.dtype), options.momentum
+                )
     return GateOutput(gate.to(options.dtype or x.dtype), open_rate, logits)
 
 
@@ -92,15 +116,21 @@ def _normalise(
         statistics.batches.add_(1)
         momentum = 1 / float(statistics.batches) if momentum is None else momentum
     return F.batch_norm(
-        hidden, statistics.mean, statistics.var, parameters.norm_weight, parameters.norm_bias, options.batch_stats,
-        0.0 if momentum is None else momentum, options.eps,
+        hidden,
+        statistics.mean,
+        statistics.var,
+        parameters.norm_weight,
+        parameters.norm_bias,
+        options.batch_stats,
+        0.0 if momentum is None else momentum,
+        options.eps,
     )
 
 
 def kernels_can(
     x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions
 ) -> bool:
-    """Whether the kernels cover this call; they want every buffer kept, in fp32, and no cumulative average."""
+    """Whether the kernels cover this call: every buffer kept, in fp32, and no cumulative average."""
     if not _triton.runs_on(x) or x.dtype not in _HALVES or (options.dtype or x.dtype) not in _HALVES:
         return False
     if x.numel() == 0 or statistics.open_rate is None:
@@ -109,7 +139,11 @@ def kernels_can(
     if options.estimator == "batch_mean":
         kept.append(statistics.threshold)
     if parameters.weight1 is not None:
-        if parameters.weight1.shape[0] > _MAX_HIDDEN or options.norm_momentum is None or statistics.batches is None:
+        if (
+            parameters.weight1.shape[0] > _MAX_HIDDEN
+            or options.norm_momentum is None
+            or statistics.batches is None
+        ):
             return False
         if options.batch_stats and not options.training:
             return False

@@ -13,7 +13,11 @@ from gatedconv.ops._gate_arguments import GateOptions, GateOutput, GateParameter
 from gatedconv.ops.gate import gate_reference, kernels_can
 
 __all__ = [
-    "InnerGate", "NormArguments", "ResidualOutput", "gated_residual", "gated_residual_reference",
+    "InnerGate",
+    "NormArguments",
+    "ResidualOutput",
+    "gated_residual",
+    "gated_residual_reference",
 ]
 
 
@@ -54,7 +58,11 @@ class ResidualOutput(NamedTuple):
 
 
 def gated_residual(
-    x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | None = None, channel: InnerGate | None = None,
+    x: Tensor,
+    shortcut: Tensor,
+    norm: NormArguments,
+    layer: Tensor | None = None,
+    channel: InnerGate | None = None,
 ) -> ResidualOutput:
     """Compute out = ReLU(shortcut + layer * channel * BN(x)), the channel gate reading the pooled BN(x).
 
@@ -80,7 +88,11 @@ def gated_residual(
 
 
 def gated_residual_reference(
-    x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | None = None, channel: InnerGate | None = None,
+    x: Tensor,
+    shortcut: Tensor,
+    norm: NormArguments,
+    layer: Tensor | None = None,
+    channel: InnerGate | None = None,
 ) -> ResidualOutput:
     """Compute `gated_residual` from PyTorch's own differentiable functions."""
     _check(x, shortcut, norm, layer)
@@ -96,9 +108,7 @@ def gated_residual_reference(
     return ResidualOutput(out, out.mean(dim=(2, 3), dtype=norm.weight.dtype), decision)
 
 
-def _kernels_can(
-    x: Tensor, shortcut: Tensor, norm: NormArguments, channel: InnerGate | None = None
-) -> bool:
+def _kernels_can(x: Tensor, shortcut: Tensor, norm: NormArguments, channel: InnerGate | None = None) -> bool:
     if not _triton.kernels_run_on(x):  # a compiled graph fuses the reference by itself
         return False
     halves = (torch.float16, torch.bfloat16, torch.float32)
@@ -124,6 +134,8 @@ def _check(x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | Non
             f"{tuple(x.shape)} and {tuple(shortcut.shape)}"
         )
     if norm.weight.shape != (x.shape[1],):
-        raise ValueError(f"gated_residual: the norm must have {x.shape[1]} channels, got {tuple(norm.weight.shape)}")
+        raise ValueError(
+            f"gated_residual: the norm must have {x.shape[1]} channels, got {tuple(norm.weight.shape)}"
+        )
     if layer is not None and layer.shape != (x.shape[0], 1):
         raise ValueError(f"gated_residual: layer must have shape {(x.shape[0], 1)}, got {tuple(layer.shape)}")

@@ -37,9 +37,8 @@ def gated_scale_reference(x: Tensor, gate: Tensor) -> Tensor:
 
 def _check(x: Tensor, gate: Tensor) -> None:
     if x.dim() != 4 or gate.shape != x.shape[:2]:
-        raise ValueError(
-            f"gated_scale: x must be (N, C, H, W) and gate (N, C), got {tuple(x.shape)} and {tuple(gate.shape)}"
-        )
+        shapes = f"{tuple(x.shape)} and {tuple(gate.shape)}"
+        raise ValueError(f"gated_scale: x must be (N, C, H, W) and gate (N, C), got {shapes}")
 
 
 class _GatedScale(torch.autograd.Function):

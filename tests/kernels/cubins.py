@@ -1,7 +1,7 @@
 """Compiles every kernel for every GPU generation, without a GPU, and prints what each needs as JSON lines.
 
-Run as ``python -m tests.kernels.cubins 75 90 ...`` in a process of its own: a process has either interpreted kernels or
-compiled ones.
+Run as ``python -m tests.kernels.cubins 75 90 ...`` in a process of its own: a process has either interpreted
+kernels or compiled ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import tempfile
 from pathlib import Path
 
 import triton
+from gatedconv.kernels import gate, gate_backward, gated_residual, gated_scale
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from gatedconv.kernels import gate, gate_backward, gated_residual, gated_scale
 
 HEAD = {
     "HIDDEN": True, "BATCH_STATS": True, "UPDATE": True, "TRAIN": True, "ESTIMATOR": "ste", "NOISY": False,
@@ -73,8 +72,8 @@ def compile_case(
 ) -> dict[str, object]:
     """Compile for one generation and return the kernel's name and resources.
 
-    As at a launch, a stride of 1 is a constant (of positions in NCHW, of channels in channels_last) and pointers and
-    the other strides are known to be multiples of 16.
+    As at a launch, a stride of 1 is a constant (of positions in NCHW, of channels in channels_last) and
+    pointers and the other strides are known to be multiples of 16.
     """
     names = list(inspect.signature(kernel.fn).parameters)
     unit = "_stride_c" if constants.get("BLOCK_C") == NHWC["BLOCK_C"] else "_stride_s"
@@ -88,7 +87,9 @@ def compile_case(
         options={"num_stages": stages},
     )
     return {
-        "kernel": kernel.fn.__name__, "capability": capability, "shared": compiled.metadata.shared,
+        "kernel": kernel.fn.__name__,
+        "capability": capability,
+        "shared": compiled.metadata.shared,
         **_resources(compiled.asm["cubin"]),
     }
 

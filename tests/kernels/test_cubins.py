@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# ptxas reports a stack of one or two spilled registers in some corners; anything above is a tile that is too large.
+# ptxas reports a stack of one or two spilled registers in some corners; anything above is a tile that is too
+# large.
 STACK_BYTES = 16
 
 

@@ -7,13 +7,25 @@ import json
 import pytest
 import torch
 
+from benchmarks import record
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import gates, session, timing, training
+from benchmarks.gpu import gates, session, tables, timing, training
 from benchmarks.gpu.session import Row, Session
 from benchmarks.gpu.stages import all_stages, stage
 
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"}
-FIELDS = {"benchmark", "case", "batch", "dtype", "provider", "ms_median", "ms_min", "ms_iqr", "launches", "bytes_peak"}
+FIELDS = {
+    "benchmark",
+    "case",
+    "batch",
+    "dtype",
+    "provider",
+    "ms_median",
+    "ms_min",
+    "ms_iqr",
+    "launches",
+    "bytes_peak",
+}
 
 
 @pytest.fixture
@@ -41,7 +53,8 @@ def test_every_row_is_on_the_disk_at_once(run):
     run.add(row("gatedconv", 0.5, launches=4, bytes_peak=1024))
     body = json.loads(run.path.read_text())
     assert run.path.name == f"h200-2.11.0-{body['commit']}.json"
-    assert {"device", "torch", "triton", "cuda", "commit", "date", "rows"} == body.keys()
+    assert {"device", "torch", "triton", "cuda", "commit", "date", "rows"} <= body.keys()
+    assert record.read(run.path) == body  # all result files read alike
     assert len(body["rows"]) == 2 and all(FIELDS <= r.keys() for r in body["rows"])
     assert [path.suffix for path in run.path.parent.iterdir()] == [".json"]
 
@@ -72,7 +85,8 @@ def test_time_left_runs_down_to_the_limit(tmp_path):
 
 @pytest.mark.parametrize(
     ("device", "name"),
-    [("NVIDIA H200", "h200"), ("Tesla T4", "t4"), ("NVIDIA GeForce RTX 4090", "rtx-4090"), ("NVIDIA A100-SXM4-80GB", "a100"),
+    [("NVIDIA H200", "h200"), ("Tesla T4", "t4"), ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+     ("NVIDIA A100-SXM4-80GB", "a100"),
      ("NVIDIA H100 80GB HBM3", "h100")],
 )  # fmt: skip
 def test_devices_have_short_names(device, name):
@@ -80,7 +94,12 @@ def test_devices_have_short_names(device, name):
 
 
 def test_copies_and_fills_are_no_launches():
-    events = [("CPU", "aten::mm"), ("CUDA", "gate_tail"), ("CUDA", "Memset (Device)"), ("CUDA", "Memcpy HtoD")]
+    events = [
+        ("CPU", "aten::mm"),
+        ("CUDA", "gate_tail"),
+        ("CUDA", "Memset (Device)"),
+        ("CUDA", "Memcpy HtoD"),
+    ]
     assert timing.count_kernels(events) == 1
 
 
@@ -126,3 +145,34 @@ def test_the_switch_is_put_back(monkeypatch):
     with gates.kernels("off"):
         assert os.environ["GATEDCONV_TRITON"] == "off"
     assert os.environ["GATEDCONV_TRITON"] == "auto"
+
+
+def test_the_document_is_what_the_result_files_say():
+    assert tables.main(["--check"]) == 0, "run python -m benchmarks.gpu.tables"
+
+
+def test_document_cells_are_blank_until_measured_and_goals_are_judged(run):
+    empty = tables.gate_section([])
+    assert "| layer 16x32x32 |  |  |  |  |  |  |  |  |  |" in empty and "Not measured yet" in empty
+    for provider, ms, launches in (
+        ("eager", 3.0, 40),
+        ("gatedconv", 1.5, 4),
+        ("gatedconv-graph", 0.25, None),
+    ):
+        run.add(row(provider, ms, launches=launches))
+    run.add(row("compile-reduce-overhead", 0.75))
+    section = tables.gate_section([json.loads(run.path.read_text())])
+    (line,) = (text for text in section.splitlines() if text.startswith("| layer 16x32x32 |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == [
+        "3.000",
+        "",
+        "0.750",
+        "",
+        "1.500",
+        "0.250",
+        "2.0, missed",
+        "12.0, met",
+        "3.0, met",
+        "4, met",
+    ]

@@ -15,7 +15,11 @@ from gatedconv.ops import _gate_library
 def make(features=3, hidden=4, gates=5, dtype=torch.float32):
     torch.manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
-    first = (draw(hidden, features), draw(hidden), 1 + 0.1 * draw(hidden), draw(hidden)) if hidden else (None,) * 4
+    first = (
+        (draw(hidden, features), draw(hidden), 1 + 0.1 * draw(hidden), draw(hidden))
+        if hidden
+        else (None,) * 4
+    )
     parameters = ops.GateParameters(*first, draw(gates, hidden or features), draw(gates))
     norm = (draw(hidden), 1 + draw(hidden).abs(), torch.tensor(0)) if hidden else (None,) * 3
     return parameters, ops.GateStatistics(*norm, torch.ones(gates, dtype=dtype), draw(gates))
@@ -23,10 +27,14 @@ def make(features=3, hidden=4, gates=5, dtype=torch.float32):
 
 def operator_arguments(x, parameters, statistics, options, noise=None):
     return (
-        x, *parameters, noise, statistics.mean, statistics.var, statistics.threshold, options.flatten, options.eps,
-        options.estimator, options.temperature, options.training, options.batch_stats,
+        x, *parameters, noise, statistics.mean, statistics.var, statistics.threshold, options.flatten,
+        options.eps, options.estimator, options.temperature, options.training, options.batch_stats,
         _gate_library._DTYPES.index(options.dtype or x.dtype),
     )  # fmt: skip
+
+
+def gate(x, estimator="ste", noise=None):
+    return ops.gate(x, *make(), ops.GateOptions(estimator), noise)
 
 
 def test_reference_is_table_2_written_out():
@@ -35,7 +43,9 @@ def test_reference_is_table_2_written_out():
     out = ops.gate(x, parameters, statistics, ops.GateOptions())
     h = F.linear(x.sum((2, 3)) / 10, parameters.weight1, parameters.bias1)
     n = (h - h.mean(0)) / torch.sqrt(((h - h.mean(0)) ** 2).mean(0) + 1e-5)
-    z = F.linear((n * parameters.norm_weight + parameters.norm_bias).clamp(min=0), parameters.weight2, parameters.bias2)
+    z = F.linear(
+        (n * parameters.norm_weight + parameters.norm_bias).clamp(min=0), parameters.weight2, parameters.bias2
+    )
     torch.testing.assert_close(out.logits, z)
     assert torch.equal(out.gate, (z > 0).float()) and torch.equal(out.open_rate, out.gate.mean(0))
 
@@ -74,7 +84,9 @@ def test_registered_operators_equal_the_reference(estimator, hidden, flatten):
     weights = [torch.randn_like(t) for t in expected]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
-    pairs = zip(torch.autograd.grad(got, leaves, weights), torch.autograd.grad(expected, leaves, weights), strict=True)
+    pairs = zip(
+        torch.autograd.grad(got, leaves, weights), torch.autograd.grad(expected, leaves, weights), strict=True
+    )
     for a, b in pairs:
         torch.testing.assert_close(a, b)
 
@@ -93,15 +105,19 @@ def test_opcheck(shape, hidden):
 def test_opcheck_of_a_permuted_input_and_of_backward():
     parameters, statistics = make(3)
     x = torch.randn(6, 3, 2, 4).contiguous(memory_format=torch.channels_last)
-    arguments = operator_arguments(x, parameters, statistics, ops.GateOptions("batch_mean", dtype=torch.float16))
+    arguments = operator_arguments(
+        x, parameters, statistics, ops.GateOptions("batch_mean", dtype=torch.float16)
+    )
     opcheck(torch.ops.gatedconv.gate_forward.default, arguments)
     gate, rate, logits, pooled, hidden, stat, threshold = torch.ops.gatedconv.gate_forward(*arguments)
     assert gate.dtype == torch.float16
+    saved = (pooled, logits, hidden, stat, threshold)
+    weights = (parameters.weight1, parameters.norm_weight, parameters.norm_bias, parameters.weight2)
+    options = ("batch_mean", 1.0, True, True, _gate_library._DTYPES.index(torch.float32))
     opcheck(
         torch.ops.gatedconv.gate_backward.default,
-        (gate, None, logits, pooled, logits, hidden, stat, threshold, parameters.weight1, parameters.norm_weight,
-         parameters.norm_bias, parameters.weight2, None, 8, True, "batch_mean", 1.0, True, True, 2),
-    )  # fmt: skip
+        (gate, None, logits, *saved, *weights, None, 8, True, *options),
+    )
 
 
 def test_compiled_operator_moves_buffers_in_one_graph():
@@ -134,17 +150,17 @@ def test_modules_compile_in_one_graph():
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda p, s: ops.gate(torch.ones(2, 3, dtype=torch.int64), p, s, ops.GateOptions()), TypeError, "torch.int64"),
-        (lambda p, s: ops.gate(torch.ones(2, 3, 1), p, s, ops.GateOptions()), ValueError, r"got shape \(2, 3, 1\)"),
-        (lambda p, s: ops.gate(torch.ones(2, 4), p, s, ops.GateOptions()), ValueError, "gives 4 features"),
-        (lambda p, s: ops.gate(torch.ones(2, 3), p, s, ops.GateOptions("argmax")), ValueError, "got 'argmax'"),
-        (lambda p, s: ops.gate(torch.ones(2, 3), p, s, ops.GateOptions("gumbel"), torch.rand(2, 4)), ValueError,
+        (lambda: gate(torch.ones(2, 3, dtype=torch.int64)), TypeError, "torch.int64"),
+        (lambda: gate(torch.ones(2, 3, 1)), ValueError, r"got shape \(2, 3, 1\)"),
+        (lambda: gate(torch.ones(2, 4)), ValueError, "gives 4 features"),
+        (lambda: gate(torch.ones(2, 3), "argmax"), ValueError, "got 'argmax'"),
+        (lambda: gate(torch.ones(2, 3), "gumbel", torch.rand(2, 4)), ValueError,
          r"noise must have shape \(2, 5\), got \(2, 4\)"),
-        (lambda p, s: ops.gate(torch.ones(1, 3), p, s, ops.GateOptions()), ValueError, "more than 1 value per channel"),
-        (lambda p, s: ops.estimate(torch.ones(2, 3), "argmax"), ValueError, "got 'argmax'"),
-        (lambda p, s: ops.gated_scale(torch.ones(2, 3, 4, 4), torch.ones(2, 1)), ValueError, r"gate \(N, C\)"),
+        (lambda: gate(torch.ones(1, 3)), ValueError, "more than 1 value per channel"),
+        (lambda: ops.estimate(torch.ones(2, 3), "argmax"), ValueError, "got 'argmax'"),
+        (lambda: ops.gated_scale(torch.ones(2, 3, 4, 4), torch.ones(2, 1)), ValueError, r"gate \(N, C\)"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(call, kind, message):
     with pytest.raises(kind, match=message):
-        call(*make())
+        call()

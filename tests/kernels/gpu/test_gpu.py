@@ -68,30 +68,33 @@ def test_ten_thousand_repeats_are_equal_bit_for_bit(kind):
 @pytest.mark.parametrize("gate", ["layer", "channel", "both"])
 def test_a_training_step_can_be_captured_and_replayed(gate):
     """A replayed graph moves weights and buffers exactly as eager steps do."""
+    torch.backends.cudnn.deterministic = True
+    eager, replayed = (trained(gate, graph) for graph in (False, True))
+    for name, value in eager.items():
+        torch.testing.assert_close(replayed[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def trained(gate, graph):
+    """State of a small network after eight steps."""
     from benchmarks.gpu.timing import captured
 
-    torch.backends.cudnn.deterministic = True
-    states = []
-    for graph in (False, True):
-        torch.manual_seed(0)
-        model = gatedconv.models.ResNet(8, 3, gate, input_size=(3, 8, 8)).cuda().train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        x, labels = torch.randn(8, 3, 8, 8, device="cuda"), torch.arange(8, device="cuda") % 3
+    torch.manual_seed(0)
+    model = gatedconv.models.ResNet(8, 3, gate, input_size=(3, 8, 8)).cuda().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, labels = torch.randn(8, 3, 8, 8, device="cuda"), torch.arange(8, device="cuda") % 3
 
-        def train():
-            loss = torch.nn.functional.cross_entropy(model(x), labels)
-            loss = loss + gatedconv.polarization_loss(model) + gatedconv.mac_target_loss(model)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+    def train():
+        loss = torch.nn.functional.cross_entropy(model(x), labels)
+        loss = loss + gatedconv.polarization_loss(model) + gatedconv.mac_target_loss(model)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
 
-        run = captured(train) if graph else train
-        for _ in range(5 if graph else 8):  # capturing runs three steps first
-            run()
-        torch.cuda.synchronize()
-        states.append(model.state_dict())
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    run = captured(train) if graph else train
+    for _ in range(5 if graph else 8):  # capturing runs three steps first
+        run()
+    torch.cuda.synchronize()
+    return model.state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

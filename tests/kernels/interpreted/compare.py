@@ -11,7 +11,11 @@ def leaf(tensor, exact):
     """A copy of its own with a gradient, in fp64 for the exact run."""
     if tensor is None:
         return None
-    return (tensor.double() if exact else tensor.clone(memory_format=torch.preserve_format)).detach().requires_grad_()
+    return (
+        (tensor.double() if exact else tensor.clone(memory_format=torch.preserve_format))
+        .detach()
+        .requires_grad_()
+    )
 
 
 def buffer(tensor, exact):
@@ -30,7 +34,7 @@ class Case(NamedTuple):
 
 
 def assert_close(kernel, exact, *, output=1e-5, gradient=1e-4):
-    """fp32 outputs within ``output`` and gradients within ``gradient`` of the exact ones, relative to their largest."""
+    """Outputs within ``output`` and gradients within ``gradient`` of the exact ones."""
     for name, expected in exact.outputs.items():
         error(name, kernel.outputs[name], expected, output)
     assert kernel.gradients.keys() == exact.gradients.keys()
@@ -41,7 +45,7 @@ def assert_close(kernel, exact, *, output=1e-5, gradient=1e-4):
 
 
 def error(name, got, expected, tolerance):
-    """Fail, naming the tensor, where the largest error is above tolerance times the largest value (at least 1)."""
+    """Fail, naming the tensor, where the error is above tolerance times the largest value (at least 1)."""
     assert got.shape == expected.shape, name
     worst = (got.detach().double() - expected.detach().double()).abs().max().item()
     scale = max(1.0, expected.detach().double().abs().max().item())

@@ -1,7 +1,7 @@
-"""These tests run the kernels: natively where there is a GPU, else in a process of their own under the interpreter.
+"""These tests run the kernels: natively on a GPU, else under the interpreter in a process of their own.
 
-``test_interpreter.py`` starts that process. Triton reads TRITON_INTERPRET when it is imported, so one process has one
-kind of kernel.
+``test_interpreter.py`` starts that process. Triton reads TRITON_INTERPRET when it is imported, so one process
+has one kind of kernel.
 """
 
 from __future__ import annotations

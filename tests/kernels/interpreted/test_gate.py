@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gatedconv.kernels import gate_launch
 
 from gatedconv import ops
-from gatedconv.kernels import gate_launch
 from tests.kernels.interpreted.compare import Case, assert_close, buffer, leaf
 
 NAMES = ("weight1", "bias1", "norm_weight", "norm_bias", "weight2", "bias2")
@@ -21,7 +21,9 @@ def make(device, features, hidden, gates):
     return parameters, ops.GateStatistics(*norm, torch.rand(gates, device=device), draw(gates))
 
 
-def run(function, exact, x, parameters, statistics, options, noise=None, parts=("gate", "open_rate", "logits")):
+def run(
+    function, exact, x, parameters, statistics, options, noise=None, parts=("gate", "open_rate", "logits")
+):
     x, parameters = leaf(x, exact), ops.GateParameters(*(leaf(p, exact) for p in parameters))
     statistics = ops.GateStatistics(*(buffer(s, exact) for s in statistics))
     out = function(x, parameters, statistics, options, buffer(noise, exact))
@@ -71,13 +73,19 @@ def test_rows_beyond_one_tile(device):
     check(torch.randn(70, 5, device=device), *make(device, 5, None, 3), ops.GateOptions("batch_mean"))
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "every second channel", "crop", "one pixel", "transposed"])
+@pytest.mark.parametrize(
+    "layout", ["nchw", "channels_last", "every second channel", "crop", "one pixel", "transposed"]
+)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_layouts(device, layout, flatten):
     x = torch.randn(4, 6, 5, 7, device=device)
     x = {
-        "nchw": x, "channels_last": x.contiguous(memory_format=torch.channels_last), "every second channel": x[:, ::2],
-        "crop": x[:, :, 1:, 2:5], "one pixel": x[:, :, :1, :1], "transposed": x.transpose(2, 3),
+        "nchw": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "every second channel": x[:, ::2],
+        "crop": x[:, :, 1:, 2:5],
+        "one pixel": x[:, :, :1, :1],
+        "transposed": x.transpose(2, 3),
     }[layout]
     features = x[0].numel() if flatten else x.shape[1]
     check(x, *make(device, features, 16, 2), ops.GateOptions(flatten=flatten))
@@ -98,29 +106,42 @@ def test_one_launch_and_two_agree_bit_for_bit(device):
     x = torch.randn(6, 5, 4, 4, device=device)
     parameters, statistics = make(device, 5, 16, 3)
     common = {
-        "estimator": "ste", "temperature": 1.0, "train": True, "batch_stats": True, "update": False, "flatten": False,
-        "eps": 1e-5, "norm_momentum": 0.1, "momentum": 0.1, "dtype": torch.float32,
+        "estimator": "ste",
+        "temperature": 1.0,
+        "train": True,
+        "batch_stats": True,
+        "update": False,
+        "flatten": False,
+        "eps": 1e-5,
+        "norm_momentum": 0.1,
+        "momentum": 0.1,
+        "dtype": torch.float32,
     }
     running = gate_launch.Running(*statistics)
     one, two = (
-        gate_launch.forward(x, *parameters, None, running, **common, one_launch=choice) for choice in (True, False)
+        gate_launch.forward(x, *parameters, None, running, **common, one_launch=choice)
+        for choice in (True, False)
     )
     for name in ("gate", "rate", "logits", "pooled", "hidden", "threshold"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
-    again = gate_launch.forward(x, *parameters, None, running, **common, one_launch=True)  # the counter is 0 again
+    again = gate_launch.forward(
+        x, *parameters, None, running, **common, one_launch=True
+    )  # the counter is 0 again
     assert torch.equal(one.logits, again.logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_maps(device, dtype):
-    """Features are rounded before both runs, so logits agree as in fp32; the map's gradient is rounded after."""
+    """Features are rounded before both runs, so logits agree as in fp32; d x is rounded after."""
     x = torch.randn(4, 5, 4, 4, device=device).to(dtype)
     parameters, statistics = make(device, 5, 16, 3)
     exact = run(ops.gate_reference, True, x, parameters, statistics, ops.GateOptions(dtype=torch.float64))
     kernel = run(ops.gate, False, x, parameters, statistics, ops.GateOptions())
     assert kernel.outputs["gate"].dtype == dtype and kernel.gradients["x"].dtype == dtype
     largest = exact.gradients["x"].abs().max().item()
-    assert (kernel.gradients["x"].double() - exact.gradients["x"]).abs().max() <= torch.finfo(dtype).eps * largest
+    assert (kernel.gradients["x"].double() - exact.gradients["x"]).abs().max() <= torch.finfo(
+        dtype
+    ).eps * largest
     # What comes in through the gate is rounded to its dtype: weights of the loss about 2, so eps is the unit.
     assert_close(kernel, exact, gradient=2 * torch.finfo(dtype).eps)
 
@@ -137,7 +158,9 @@ def test_eval_and_frozen_norm(device, estimator):
 def test_boundaries_are_those_of_equations_3_and_4(device):
     """1FC with weight 1 and bias 0 makes the feature the logit."""
     z = torch.tensor([-1.5, -1.0000001, -1.0, 0.0, 1e-30, 1.0, 1.0000001, float("nan")], device=device)
-    parameters = ops.GateParameters(None, None, None, None, *(t.to(device) for t in (torch.ones(1, 1), torch.zeros(1))))
+    parameters = ops.GateParameters(
+        None, None, None, None, *(t.to(device) for t in (torch.ones(1, 1), torch.zeros(1)))
+    )
     statistics = ops.GateStatistics(open_rate=torch.zeros(1, device=device))
     x = z[:, None].clone().requires_grad_()
     out = ops.gate(x, parameters, statistics, ops.GateOptions())
@@ -150,7 +173,9 @@ def test_boundaries_are_those_of_equations_3_and_4(device):
 def test_each_output_alone_carries_its_gradient(device, parts):
     x = torch.randn(4, 3, 2, 2, device=device)
     arguments = (x, *make(device, 3, 16, 2), ops.GateOptions())
-    assert_close(run(ops.gate, False, *arguments, parts=parts), run(ops.gate_reference, True, *arguments, parts=parts))
+    assert_close(
+        run(ops.gate, False, *arguments, parts=parts), run(ops.gate_reference, True, *arguments, parts=parts)
+    )
 
 
 def test_repeats_are_equal_bit_for_bit(device):
@@ -162,7 +187,9 @@ def test_repeats_are_equal_bit_for_bit(device):
 
 
 def test_a_bias_before_the_norm_has_gradient_exactly_zero(device):
-    case = run(ops.gate, False, torch.randn(4, 3, 2, 2, device=device), *make(device, 3, 16, 2), ops.GateOptions())
+    case = run(
+        ops.gate, False, torch.randn(4, 3, 2, 2, device=device), *make(device, 3, 16, 2), ops.GateOptions()
+    )
     assert not case.gradients["bias1"].any()
 
 

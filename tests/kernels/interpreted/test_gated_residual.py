@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gatedconv.kernels import gated_residual_launch
 
 from gatedconv import ops
-from gatedconv.kernels import gated_residual_launch
 from tests.kernels.interpreted import test_gate
 from tests.kernels.interpreted.compare import Case, assert_close, buffer, leaf
 
@@ -30,7 +30,9 @@ def run(function, exact, x, shortcut, layer, inner, estimator="ste", noise=None)
     if out.channel is not None:
         values |= {"open_rate": out.channel.open_rate, "logits": out.channel.logits}
     generator = torch.Generator().manual_seed(7)
-    loss = sum((v.double() * torch.randn(v.shape, generator=generator).to(v.device)).sum() for v in values.values())
+    loss = sum(
+        (v.double() * torch.randn(v.shape, generator=generator).to(v.device)).sum() for v in values.values()
+    )
     loss.backward()
     leaves = {"x": x, "shortcut": shortcut, "layer": layer, "weight": weight, "bias": bias}
     if inner:
@@ -71,7 +73,8 @@ def test_estimators_of_the_inner_gate(device, estimator):
 def test_layouts_may_differ(device, layouts):
     x, shortcut, gate = draw(device, 4, 70, 3, 3)
     x, shortcut = (
-        t.contiguous(memory_format=torch.channels_last) if last else t for t, last in zip((x, shortcut), layouts)
+        t.contiguous(memory_format=torch.channels_last) if last else t
+        for t, last in zip((x, shortcut), layouts, strict=True)
     )
     case = check(x, shortcut, gate, "2fc")
     assert case.outputs["out"].stride() == x.stride() and case.gradients["x"].stride() == x.stride()
@@ -110,7 +113,8 @@ def test_half_precision_maps(device, dtype):
     for group in ("outputs", "gradients"):
         for name, expected in getattr(exact, group).items():
             ours, theirs = (
-                (getattr(case, group)[name].double() - expected).abs().max().item() for case in (kernel, torch_)
+                (getattr(case, group)[name].double() - expected).abs().max().item()
+                for case in (kernel, torch_)
             )
             assert ours <= allowed * theirs + 1e-5, (name, ours, theirs)
 
