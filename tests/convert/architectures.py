@@ -1,0 +1,299 @@
+"""Gate, freeze, cut and export real architectures; the numbers of docs/models.md come from here.
+
+    python -m tests.convert.architectures                 the named list, written to docs/models.md
+    python -m tests.convert.architectures --random 30     so many timm networks drawn at random
+    python -m tests.convert.architectures NAME...         these alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import random
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import gatedconv
+
+TORCHVISION = (
+    "resnet18", "resnet34", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "vgg16_bn", "densenet121",
+    "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "googlenet",
+    "shufflenet_v2_x1_0", "mnasnet1_0",
+)  # fmt: skip
+TIMM = (
+    "resnet26d", "seresnet50", "efficientnet_lite0", "ghostnet_100", "repvgg_a0", "cspresnet50", "resnetv2_50",
+)  # fmt: skip
+# Not convolutional, or hybrids whose work is mostly attention.
+NOT_CNN = (
+    "*vit*", "*deit*", "*swin*", "*former*", "*mixer*", "*mlp*", "*beit*", "*eva*", "*cait*", "*xcit*", "*pvt*", "*coat*",
+    "*crossvit*", "*twins*", "*pit_*", "*tnt*", "*levit*", "*nest_*", "*volo*", "*convit*", "*jx_*", "*gc_*", "*davit*",
+    "*hiera*", "*sam_*", "*samvit*", "*clip*", "*siglip*", "*mvit*", "*maxxvit*", "*vitamin*", "*aimv2*", "*naflex*",
+    "*sequencer*", "*dino*", "*shvit*", "*swiftformer*", "*fasternet_never*", "test_*", "*tiny_vit*", "*rdnet_never*",
+)  # fmt: skip
+TOLERANCE = 1e-4  # of the difference between the outputs of two images, fp32
+MASKS: tuple[float | str, ...] = (0.7, 0.3, "one", "closed")
+
+
+@dataclass
+class Row:
+    """What became of one architecture; ``errors`` are relative to the difference between two images."""
+
+    name: str
+    size: int = 0
+    gates: int = 0
+    skipped: int = 0
+    reach: float = 0.0
+    removed: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    exact_macs: int = 0
+    onnx: float | None = None
+    engine: float | None = None
+    trained: bool = False
+    seconds: tuple[float, float] = (0.0, 0.0)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def error(self) -> float:
+        """The largest of them."""
+        return max(self.errors.values(), default=float("nan"))
+
+    @property
+    def ok(self) -> bool:
+        """Gated, cut and exact for every mask."""
+        return not self.failures and self.gates > 0 and self.error <= TOLERANCE
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The network with random weights, in eval mode, and two images of the smallest size that it takes."""
+    torch.manual_seed(0)
+    library, _, short = name.rpartition("/")
+    if library == "torchvision":
+        import torchvision
+
+        options = {"init_weights": False} if short in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(short, weights=None, **options).eval()
+        sizes: Iterable[int] = (64, 224)
+    else:
+        import timm
+
+        model = timm.create_model(short, pretrained=False).eval()
+        sizes = (64, 128, model.default_cfg["input_size"][-1])
+    for size in sizes:
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(5))
+        try:
+            with torch.no_grad():
+                model(images)
+            return model, images
+        except (RuntimeError, AssertionError, ValueError):
+            continue
+    raise RuntimeError(f"{name} takes no image of the sizes {tuple(sizes)}")
+
+
+def randomize(model: nn.Module, images: Tensor) -> None:
+    """Norm weights and layer scales at random, then the norms' statistics from data.
+
+    A network fresh from its constructor hardly reacts to its branches, and an error would hide.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter):
+            module.weight.data.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+            if isinstance(getattr(module, "bias", None), nn.Parameter):
+                module.bias.data.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
+    for name, parameter in model.named_parameters():
+        if "gamma" in name or "layer_scale" in name or "skipinit" in name:
+            parameter.data.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        model(torch.randn(8, *images.shape[1:], generator=generator))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def random_masks(gates: dict[str, nn.Module], kind: float | str, seed: int) -> dict[str, Tensor]:
+    """Open with a probability, one channel of each gate, or nothing at all."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for name, gate in gates.items():
+        size = gate.num_gates
+        mask = torch.zeros(size, dtype=torch.bool)
+        if kind == "one":
+            mask[int(torch.randint(size, (1,), generator=generator))] = True
+        elif kind != "closed":
+            mask = torch.rand(size, generator=generator) < kind
+        masks[name] = mask
+    return masks
+
+
+def first(output: object) -> Tensor:
+    """The logits of a model that may return more."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]  # type: ignore[index]
+    return output
+
+
+def examine(name: str, *, gate: str = "both", position: str = "after", onnx: bool = False, train: bool = False) -> Row:
+    """Gate one architecture, force masks, freeze, cut, and compare."""
+    row = Row(name)
+    try:
+        model, images = build(name)
+        randomize(model, images)
+        row.size = images.shape[-1]
+        started = time.perf_counter()
+        gated = gatedconv.gate_model(model, gate, position=position, example_input=images)
+        gating = time.perf_counter() - started
+        with torch.no_grad():
+            dense = first(model(images))
+            row.errors["gated"] = relative(first(gated(images)), dense, dense)
+        row.gates, row.skipped = len(gatedconv.gates(gated)), len(gated.conversion.skipped)
+        row.reach = gated.conversion.reachable_macs
+        total = gatedconv.count_macs(model, images[:1])
+    except Exception as error:  # an architecture that fails is a row of the table
+        row.failures.append(_short("gate", error))
+        return row
+    cutting = 0.0
+    for kind in MASKS:
+        try:
+            masks = random_masks(gatedconv.gates(gated), kind, seed=3)
+            frozen = gatedconv.freeze(gated, masks=masks)
+            started = time.perf_counter()
+            small = gatedconv.compact(frozen, images)
+            cutting = max(cutting, time.perf_counter() - started)
+            with torch.no_grad():
+                expected, found = first(frozen(images)), first(small(images))
+            row.errors[str(kind)] = relative(found, expected, dense)
+            macs = gatedconv.count_macs(small, images[:1])
+            row.removed[str(kind)] = 1 - macs / total
+            promised = gatedconv.expected_macs(gated, {k: m.double() for k, m in masks.items()})
+            row.exact_macs += abs(float(promised) - macs) <= 1e-6 * total
+            if kind == 0.7:
+                _runtimes(row, small, images, expected, dense, onnx)
+        except Exception as error:
+            row.failures.append(_short(f"cut at {kind}", error))
+    row.seconds = (gating, cutting)
+    if train:
+        row.trained = trains(gated, images, row)
+    return row
+
+
+def _runtimes(row: Row, small: nn.Module, images: Tensor, expected: Tensor, dense: Tensor, onnx: bool) -> None:
+    if onnx:
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            gatedconv.export(small, path, images, format="onnx")
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+        row.onnx = relative(torch.from_numpy(found), expected, dense)
+    if hasattr(gatedconv, "Engine"):
+        with torch.no_grad():
+            row.engine = relative(first(gatedconv.Engine(small, images)(images)), expected, dense)
+
+
+def trains(gated: nn.Module, images: Tensor, row: Row) -> bool:
+    """Two steps of SGD with the method's losses: finite, with a gradient on every gate."""
+    try:
+        gated.train()
+        optimizer = torch.optim.SGD(gated.parameters(), lr=0.01)
+        batch = images.repeat(2, 1, 1, 1)
+        for _ in range(2):
+            output = first(gated(batch))
+            loss = output.square().mean() + gatedconv.polarization_loss(gated) + gatedconv.mac_target_loss(gated)
+            optimizer.zero_grad()
+            loss.backward()
+            if not torch.isfinite(loss):
+                row.failures.append("train: the loss is not finite")
+                return False
+            for name, gate in gatedconv.gates(gated).items():
+                gradient = gate.fc2.bias.grad
+                if gradient is None or not torch.isfinite(gradient).all():
+                    row.failures.append(f"train: no finite gradient on {name}")
+                    return False
+            optimizer.step()
+        return True
+    except Exception as error:
+        row.failures.append(_short("train", error))
+        return False
+
+
+def relative(found: Tensor, expected: Tensor, dense: Tensor) -> float:
+    """The largest error over the difference between the dense outputs of the two images."""
+    return float((found - expected).abs().max() / (dense[0] - dense[1]).abs().max())
+
+
+def _short(stage: str, error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{stage}: {text[:160]} ({Path(where.filename).name}:{where.lineno})"
+
+
+def drawn(count: int, seed: int) -> list[str]:
+    """timm's convolutional networks of moderate size, drawn at random."""
+    import timm
+
+    names = [n for n in timm.list_models() if not any(fnmatch.fnmatch(n, p) for p in NOT_CNN)]
+    random.Random(seed).shuffle(names)
+    return [f"timm/{n}" for n in names[:count]]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| network | input | gates | reach | removed 70 % | 30 % | one | none open | largest error | ONNX | engine | remarks |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        removed = " | ".join(f"{row.removed[str(k)]:.1%}" if str(k) in row.removed else "-" for k in MASKS)
+        runtimes = " | ".join("-" if e is None else f"{e:.0e}" for e in (row.onnx, row.engine))
+        remarks = "; ".join(row.failures)
+        lines.append(f"| {row.name} | {row.size} | {row.gates} | {row.reach:.1%} | {removed} | {row.error:.0e} | {runtimes} | {remarks} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--random", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gate", default="both")
+    parser.add_argument("--position", default="after")
+    parser.add_argument("--no-onnx", action="store_true")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    names = arguments.names or (
+        drawn(arguments.random, arguments.seed) if arguments.random
+        else [*(f"torchvision/{n}" for n in TORCHVISION), *(f"timm/{n}" for n in TIMM)]
+    )  # fmt: skip
+    rows = []
+    for name in names:
+        row = examine(name, gate=arguments.gate, position=arguments.position, onnx=not arguments.no_onnx, train=True)
+        rows.append(row)
+        print(f"{'ok  ' if row.ok else 'FAIL'} {name} {row.size}px {row.gates} gates reach {row.reach:.1%} error {row.error:.1e} "
+              f"onnx {row.onnx} macs equal {row.exact_macs}/{len(MASKS)} gate {row.seconds[0]:.1f}s cut {row.seconds[1]:.1f}s "
+              f"removed {row.removed.get('0.7', 0):.1%} {'; '.join(row.failures)}", flush=True)  # fmt: skip
+    good = sum(row.ok for row in rows)
+    print(f"{good} of {len(rows)} gated, cut and exact")
+    if arguments.out:
+        arguments.out.write_text(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
