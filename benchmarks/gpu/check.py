@@ -13,6 +13,7 @@ from benchmarks.gpu.stages import stage
 TESTS = ("tests/kernels/interpreted", "tests/kernels/gpu")
 # Small shapes: a sanitizer slows a kernel down a hundredfold.
 SANITIZED = "tests/kernels/gpu/test_gpu.py::test_a_small_step_runs"
+PYTEST = (sys.executable, "-m", "benchmarks.gpu.run_tests")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -20,7 +21,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 def check(session: Session) -> int:
     """Return 0 if all tests pass and no sanitizer finds anything."""
     lines = [("check", "result", "seconds left")]
-    code = run([sys.executable, "-m", "pytest", "-q", "-x", *TESTS], session)
+    code = run([*PYTEST, "-q", "--maxfail=5", *TESTS], session)
     lines.append(("tests", result(code), f"{session.left_s:.0f}"))
     worst = code
     sanitizer = shutil.which("compute-sanitizer")
@@ -30,9 +31,8 @@ def check(session: Session) -> int:
         elif not session.has(60):
             lines.append((tool, "not run: out of time", ""))
         else:
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--kernel-regex", "kns=gate"]
-            command = command if tool != "initcheck" else [*command, "--track-unused-memory", "no"]
-            code = run([*command, sys.executable, "-m", "pytest", "-q", SANITIZED], session)
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
+            code = run([*command, *PYTEST, "-q", SANITIZED], session)
             lines.append((tool, result(code), f"{session.left_s:.0f}"))
             worst = worst or code
     print(columns(lines))

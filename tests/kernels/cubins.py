@@ -114,7 +114,19 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
 
 
+def ones(kernel: triton.JITFunction, constants: dict[str, object]) -> dict[str, object]:
+    """Constants of a launch whose sizes are all 1, which Triton turns into plain numbers."""
+    sizes = {"N", "C", "HW", "K", "M", "H", "O", "S", "G", "T", "N_PER_GROUP", "C_PER_SLICE", "K_PER_SLICE"}
+    if constants.get("BATCH_STATS"):
+        sizes -= {"N"}  # one sample has no statistics
+    return constants | {name: 1 for name in inspect.signature(kernel.fn).parameters if name in sizes}
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        for case in CASES:
-            print(json.dumps(compile_case(*case, int(argument))), flush=True)
+        for case_kernel, case_constants, case_stages in CASES:
+            if argument == "ones":
+                row = compile_case(case_kernel, ones(case_kernel, case_constants), case_stages, 80)
+            else:
+                row = compile_case(case_kernel, case_constants, case_stages, int(argument))
+            print(json.dumps(row), flush=True)

@@ -14,11 +14,11 @@ NAMES = ("weight1", "bias1", "norm_weight", "norm_bias", "weight2", "bias2")
 
 def make(device, features, hidden, gates):
     """Parameters and statistics of a gate whose logits fall on both sides of 0 and of the window."""
-    draw = lambda *shape: 0.4 * torch.randn(*shape, device=device)  # noqa: E731
+    draw = lambda *shape: 0.4 * torch.randn(*shape).to(device)  # noqa: E731
     first = (draw(hidden, features), draw(hidden), 1 + draw(hidden), draw(hidden)) if hidden else (None,) * 4
     parameters = ops.GateParameters(*first, draw(gates, hidden or features), draw(gates))
     norm = (draw(hidden), 1 + draw(hidden).abs(), torch.tensor(3, device=device)) if hidden else (None,) * 3
-    return parameters, ops.GateStatistics(*norm, torch.rand(gates, device=device), draw(gates))
+    return parameters, ops.GateStatistics(*norm, torch.rand(gates).to(device), draw(gates))
 
 
 def run(
@@ -50,27 +50,27 @@ def check(x, parameters, statistics, options, noise=None, **tolerance):
 @pytest.mark.parametrize("estimator", ops.ESTIMATORS)
 @pytest.mark.parametrize("hidden", [16, None])
 def test_every_estimator(device, estimator, hidden):
-    x = torch.randn(5, 3, 7, 5, device=device)
-    noise = torch.rand(5, 4, device=device) if estimator in ("gumbel", "bernoulli") else None
+    x = torch.randn(5, 3, 7, 5).to(device)
+    noise = torch.rand(5, 4).to(device) if estimator in ("gumbel", "bernoulli") else None
     check(x, *make(device, 3, hidden, 4), ops.GateOptions(estimator), noise)
 
 
 @pytest.mark.parametrize("batch", [2, 3, 16])
 @pytest.mark.parametrize(("channels", "gates"), [(1, 1), (16, 1), (17, 33)])
 def test_batches_and_tile_edges(device, batch, channels, gates):
-    x = torch.randn(batch, channels, 3, 3, device=device)
+    x = torch.randn(batch, channels, 3, 3).to(device)
     check(x, *make(device, channels, 16, gates), ops.GateOptions())
 
 
 @pytest.mark.parametrize("hidden", [1, 9, 33])
 def test_other_hidden_sizes(device, hidden):
-    check(torch.randn(4, 5, 2, 3, device=device), *make(device, 5, hidden, 3), ops.GateOptions())
+    check(torch.randn(4, 5, 2, 3).to(device), *make(device, 5, hidden, 3), ops.GateOptions())
 
 
 def test_rows_beyond_one_tile(device):
     """Tails look at 64 samples at a time; features (N, K) are cheap to make many of."""
-    check(torch.randn(130, 5, device=device), *make(device, 5, 16, 3), ops.GateOptions())
-    check(torch.randn(70, 5, device=device), *make(device, 5, None, 3), ops.GateOptions("batch_mean"))
+    check(torch.randn(130, 5).to(device), *make(device, 5, 16, 3), ops.GateOptions())
+    check(torch.randn(70, 5).to(device), *make(device, 5, None, 3), ops.GateOptions("batch_mean"))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_rows_beyond_one_tile(device):
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_layouts(device, layout, flatten):
-    x = torch.randn(4, 6, 5, 7, device=device)
+    x = torch.randn(4, 6, 5, 7).to(device)
     x = {
         "nchw": x,
         "channels_last": x.contiguous(memory_format=torch.channels_last),
@@ -92,18 +92,18 @@ def test_layouts(device, layout, flatten):
 
 
 def test_many_features_are_split(device):
-    x = torch.randn(3, 70, 6, 6, device=device)
+    x = torch.randn(3, 70, 6, 6).to(device)
     check(x, *make(device, 70 * 36, 16, 2), ops.GateOptions(flatten=True))
     check(x, *make(device, 70, None, 70), ops.GateOptions())  # too many units to pool and multiply in one
 
 
 def test_large_maps_are_split_by_channels(device, monkeypatch):
     monkeypatch.setattr(gate_launch, "SPLIT_ABOVE", 1)
-    check(torch.randn(3, 70, 3, 3, device=device), *make(device, 70, 16, 2), ops.GateOptions())
+    check(torch.randn(3, 70, 3, 3).to(device), *make(device, 70, 16, 2), ops.GateOptions())
 
 
 def test_one_launch_and_two_agree_bit_for_bit(device):
-    x = torch.randn(6, 5, 4, 4, device=device)
+    x = torch.randn(6, 5, 4, 4).to(device)
     parameters, statistics = make(device, 5, 16, 3)
     common = {
         "estimator": "ste",
@@ -133,7 +133,7 @@ def test_one_launch_and_two_agree_bit_for_bit(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_maps(device, dtype):
     """Features are rounded before both runs, so logits agree as in fp32; d x is rounded after."""
-    x = torch.randn(4, 5, 4, 4, device=device).to(dtype)
+    x = torch.randn(4, 5, 4, 4).to(device).to(dtype)
     parameters, statistics = make(device, 5, 16, 3)
     exact = run(ops.gate_reference, True, x, parameters, statistics, ops.GateOptions(dtype=torch.float64))
     kernel = run(ops.gate, False, x, parameters, statistics, ops.GateOptions())
@@ -148,7 +148,7 @@ def test_half_precision_maps(device, dtype):
 
 @pytest.mark.parametrize("estimator", ["ste", "batch_mean", "gumbel"])
 def test_eval_and_frozen_norm(device, estimator):
-    x = torch.randn(3, 4, 3, 3, device=device)
+    x = torch.randn(3, 4, 3, 3).to(device)
     check(x, *make(device, 4, 16, 5), ops.GateOptions(estimator, training=False, batch_stats=False))
     check(x, *make(device, 4, 16, 5), ops.GateOptions(estimator, training=True, batch_stats=False))
     one = x[:1]
@@ -171,7 +171,7 @@ def test_boundaries_are_those_of_equations_3_and_4(device):
 
 @pytest.mark.parametrize("parts", [("gate",), ("open_rate",), ("logits",)])
 def test_each_output_alone_carries_its_gradient(device, parts):
-    x = torch.randn(4, 3, 2, 2, device=device)
+    x = torch.randn(4, 3, 2, 2).to(device)
     arguments = (x, *make(device, 3, 16, 2), ops.GateOptions())
     assert_close(
         run(ops.gate, False, *arguments, parts=parts), run(ops.gate_reference, True, *arguments, parts=parts)
@@ -179,7 +179,7 @@ def test_each_output_alone_carries_its_gradient(device, parts):
 
 
 def test_repeats_are_equal_bit_for_bit(device):
-    x = torch.randn(16, 8, 5, 5, device=device)
+    x = torch.randn(16, 8, 5, 5).to(device)
     arguments = (x, *make(device, 8, 16, 8), ops.GateOptions())
     first, second = (run(ops.gate, False, *arguments) for _ in range(2))
     for got, expected in zip(second, first, strict=True):
@@ -188,14 +188,14 @@ def test_repeats_are_equal_bit_for_bit(device):
 
 def test_a_bias_before_the_norm_has_gradient_exactly_zero(device):
     case = run(
-        ops.gate, False, torch.randn(4, 3, 2, 2, device=device), *make(device, 3, 16, 2), ops.GateOptions()
+        ops.gate, False, torch.randn(4, 3, 2, 2).to(device), *make(device, 3, 16, 2), ops.GateOptions()
     )
     assert not case.gradients["bias1"].any()
 
 
 def test_one_sample_has_no_batch_statistics(device):
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        ops.gate(torch.randn(1, 3, 2, 2, device=device), *make(device, 3, 16, 2), ops.GateOptions())
+        ops.gate(torch.randn(1, 3, 2, 2).to(device), *make(device, 3, 16, 2), ops.GateOptions())
 
 
 def test_a_second_derivative_raises(device):

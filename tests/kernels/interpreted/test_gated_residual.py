@@ -15,7 +15,7 @@ def run(function, exact, x, shortcut, layer, inner, estimator="ste", noise=None)
     channels = x.shape[1]
     torch.manual_seed(3)
     parameters, statistics = test_gate.make(x.device, channels, 16 if inner != "1fc" else None, channels)
-    affine = [1 + 0.3 * torch.randn(channels, device=x.device), 0.3 * torch.randn(channels, device=x.device)]
+    affine = [1 + 0.3 * torch.randn(channels).to(x.device), 0.3 * torch.randn(channels).to(x.device)]
     x, shortcut, layer = (leaf(t, exact) for t in (x, shortcut, layer))
     weight, bias = (leaf(t, exact) for t in affine)
     moved = [torch.zeros(channels), torch.ones(channels), torch.tensor(0)]
@@ -50,7 +50,7 @@ def check(x, shortcut, layer, inner, **options):
 
 def draw(device, *shape):
     """A map whose mean is not 0, a shortcut, and a layer gate with both decisions in it."""
-    x, shortcut = torch.randn(shape, device=device) + 0.5, torch.randn(shape, device=device)
+    x, shortcut = torch.randn(shape).to(device) + 0.5, torch.randn(shape).to(device)
     layer = torch.arange(shape[0], device=device).remainder(3).clamp(max=1).float()[:, None]
     return x, shortcut, layer
 
@@ -65,7 +65,7 @@ def test_every_combination_of_gates(device, layer, inner):
 @pytest.mark.parametrize("estimator", ["gumbel", "bernoulli", "batch_mean"])
 def test_estimators_of_the_inner_gate(device, estimator):
     x, shortcut, gate = draw(device, 4, 3, 3, 3)
-    noise = torch.rand(4, 3, device=device) if estimator != "batch_mean" else None
+    noise = torch.rand(4, 3).to(device) if estimator != "batch_mean" else None
     check(x, shortcut, gate, "2fc", estimator=estimator, noise=noise)
 
 
@@ -135,8 +135,8 @@ def test_repeats_are_equal_bit_for_bit(device):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gated_scale(device, layout):
     gate = torch.tensor([[1.0, 0, 1], [0, 0.5, 1]], device=device)
-    x = torch.randn(2, 3, 5, 13, device=device).contiguous(memory_format=layout)
-    weight = torch.randn(2, 3, 5, 13, device=device)
+    x = torch.randn(2, 3, 5, 13).to(device).contiguous(memory_format=layout)
+    weight = torch.randn(2, 3, 5, 13).to(device)
     results = []
     for function, exact in ((ops.gated_scale_reference, True), (ops.gated_scale, False)):
         leaves = leaf(x, exact), leaf(gate, exact)

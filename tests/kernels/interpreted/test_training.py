@@ -17,7 +17,7 @@ def train(mode, monkeypatch, model, device, steps=2):
     model = copy.deepcopy(model).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(1)
-    x, labels = torch.randn(6, 1, 8, 8, device=device), torch.arange(6, device=device) % 3
+    x, labels = torch.randn(6, 1, 8, 8).to(device), torch.arange(6, device=device) % 3
     losses = []
     for _ in range(steps):
         loss = torch.nn.functional.cross_entropy(model(x), labels)
@@ -60,7 +60,7 @@ def test_blocks_hand_on_what_they_pooled(monkeypatch, device):
     seen = []
     for block in (*model.layer1, *model.layer2):
         block.layer_gate.register_forward_pre_hook(lambda gate, arguments: seen.append(arguments))
-    model(torch.randn(3, 1, 4, 4, device=device))
+    model(torch.randn(3, 1, 4, 4).to(device))
     assert seen[0][1] is None
     for x, pooled in seen[1:]:
         torch.testing.assert_close(pooled, x.mean((2, 3)))
@@ -69,7 +69,7 @@ def test_blocks_hand_on_what_they_pooled(monkeypatch, device):
 def test_a_frozen_norm_or_a_hook_takes_the_plain_path(monkeypatch, device):
     monkeypatch.setenv("GATEDCONV_TRITON", "auto")
     model = ResNet(8, 3, "layer", input_size=(1, 4, 4)).to(device).train()
-    x = torch.randn(3, 1, 4, 4, device=device)
+    x = torch.randn(3, 1, 4, 4).to(device)
     block, calls = model.layer1[0], []
     block.bn2.register_forward_hook(lambda *_: calls.append(1))
     model(x)
