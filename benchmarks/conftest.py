@@ -20,9 +20,14 @@ _ROWS = pytest.StashKey[list[Row]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gatedconv benchmarks")
-    group.addoption("--results", nargs="?", const="auto", metavar="FILE",
-                    help="keep the rows, and skip what FILE holds already; "
-                         "without FILE: benchmarks/results/DEVICE-TORCH-COMMIT.json")  # fmt: skip
+    group.addoption(
+        "--results",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="keep the rows, and skip what FILE holds already; "
+        "without FILE: benchmarks/results/DEVICE-TORCH-COMMIT.json",
+    )
     group.addoption("--rounds", type=int, default=15, help="rounds of each case [15]")
     group.addoption("--threads", type=int, default=2, help="CPU threads of every provider [2]")
     group.addoption("--max-minutes", type=float, help="start no case after this time; run again to go on")

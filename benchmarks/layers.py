@@ -122,9 +122,16 @@ def _masked(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
 
 def _frozen(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     shape = case.shape
-    layer = nn.Sequential(gatedconv.Conv2d(
-        shape.in_channels, shape.out_channels, shape.kernel, shape.stride, shape.kernel // 2, gate="channel"
-    ))  # fmt: skip
+    layer = nn.Sequential(
+        gatedconv.Conv2d(
+            shape.in_channels,
+            shape.out_channels,
+            shape.kernel,
+            shape.stride,
+            shape.kernel // 2,
+            gate="channel",
+        )
+    )
     with torch.no_grad():
         layer[0].weight = nn.Parameter(weight)
         layer[0].bias = nn.Parameter(bias)

@@ -49,8 +49,11 @@ def cpu_section(results: Sequence[dict[str, Any]]) -> str:
 
 def _device(found: dict[str, Any]) -> str:
     rows = [Row(**row) for row in found["rows"]]
-    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("onnxruntime", "openvino")
-                         if name in found["versions"])  # fmt: skip
+    versions = ", ".join(
+        f"{name} {found['versions'][name]}"
+        for name in ("onnxruntime", "openvino")
+        if name in found["versions"]
+    )
     parts = [
         f"### {found['device']}\n\n{found['cpu']}, {found['isa']}, {found['threads']} threads, float32; "
         f"torch {found['torch']}, {versions}; commit `{found['commit'][:10]}`, {found['date']}.",
@@ -74,13 +77,21 @@ def _networks(rows: list[Row]) -> str:
             times = [_ms(group[provider]) for provider in (OURS, *providers)]
             verdict = _verdict(peers, GOALS.get((case.name, case.batch)))
             lines.append([case.name, str(case.batch), *times, *verdict])
-    header = ["network", "batch", "**gatedconv**", *(_SHORT.get(p, p) for p in providers),
-              "fastest peer / ours", "goal"]  # fmt: skip
+    header = [
+        "network",
+        "batch",
+        "**gatedconv**",
+        *(_SHORT.get(p, p) for p in providers),
+        "fastest peer / ours",
+        "goal",
+    ]
     return (
         "**Whole networks.** Median ms per call (interquartile range), each provider at its fastest setting. "
         "The ratio is taken pair by pair within a round against the fastest peer: median (quartiles).\n\n"
-        + _markdown(header, lines) + "\n\n" + _settings(rows)
-    )  # fmt: skip
+        + _markdown(header, lines)
+        + "\n\n"
+        + _settings(rows)
+    )
 
 
 def _settings(rows: list[Row]) -> str:
@@ -118,7 +129,7 @@ def _layers(rows: list[Row]) -> str:
         '"odd count" is just '
         f"under half. Goals, for the 32x32 networks' shapes from batch 8: {HALF_OPEN_GOAL} half open, "
         f"{FULLY_OPEN_GOAL} fully open; what misses its goal is in italics.\n\n" + _markdown(header, lines)
-    )  # fmt: skip
+    )
 
 
 def _layer_cell(case: LayerCase, dense: Row | None) -> str:

@@ -61,9 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     for name, values in (
-        ("batch", arguments.batch), ("rounds", [arguments.rounds]), ("threads", [arguments.threads]),
+        ("batch", arguments.batch),
+        ("rounds", [arguments.rounds]),
+        ("threads", [arguments.threads]),
         ("size", [arguments.size]),
-    ):  # fmt: skip
+    ):
         given = [value for value in values if value is not None]
         if given and min(given) < 1:
             raise ValueError(f"{name}: expected at least 1, got {min(given)}")
@@ -87,8 +89,10 @@ def _networks(target: str, size: int | None) -> dict[str, tuple[Any, tuple[int, 
     if path.suffix == ".pt2":
         return {path.stem: _exported(path)}
     if path.exists() or path.suffix or len(path.parts) > 1:
-        found = saved_networks(path)
-        return {name: (network.eval(), asked) for name, network in found.items()}
+        found = {name: network.eval() for name, network in saved_networks(path).items()}
+        if size is None:
+            return {name: (network, None) for name, network in found.items()}
+        return {name: (net, (example_input(net).shape[1], size, size)) for name, net in found.items()}
     return {target: (_torchvision(target), asked or (3, 224, 224))}
 
 
@@ -115,9 +119,10 @@ def _exported(path: Path) -> tuple[Any, tuple[int, int, int]]:
     except Exception as error:  # whatever a damaged or foreign archive makes torch raise
         raise ValueError(f"{path}: torch.export cannot load it: {error}") from error
     shapes = [
-        tuple(node.meta["val"].shape) for node in program.graph.find_nodes(op="placeholder")
+        tuple(node.meta["val"].shape)
+        for node in program.graph.find_nodes(op="placeholder")
         if node.name in program.graph_signature.user_inputs
-    ]  # fmt: skip
+    ]
     if len(shapes) != 1 or len(shapes[0]) != 4:
         raise ValueError(f"{path}: expected a network of one input (N, C, H, W), got {shapes}")
     channels, height, width = (int(length) for length in shapes[0][1:])

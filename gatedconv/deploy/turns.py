@@ -20,6 +20,7 @@ Name = TypeVar("Name")
 SETTLE_STEP_S = 0.002
 SETTLE_LIMIT_S = 0.1
 OVERTIME = 3
+MAX_CALLS = 1000
 IDLE_SHARE = 0.2  # a process that uses less of one core than this while its main thread sleeps is at rest
 
 
@@ -90,7 +91,7 @@ class Turns(Generic[Name]):
         for name, entrant in self.entrants.items():
             # The first calls may compile or allocate: only the fastest says how many fit in a turn.
             fastest = min(self._call_ms(entrant) for _ in range(warmup))
-            self.calls[name] = max(1, round(turn_ms / max(fastest, 1e-3)))
+            self.calls[name] = max(1, min(MAX_CALLS, round(turn_ms / max(fastest, 1e-6))))
 
     def prepare(self, name: Name) -> None:
         """The untimed part of a turn: wait for rest, then lead in."""

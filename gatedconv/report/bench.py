@@ -86,9 +86,14 @@ class Contest:
     """
 
     def __init__(
-        self, benchmark: str, case: str, batch: int, prepare: Mapping[Entrant, Callable[[], Run]],
-        expected: Mapping[Entrant, Tensor], **turns: Any,
-    ) -> None:  # fmt: skip
+        self,
+        benchmark: str,
+        case: str,
+        batch: int,
+        prepare: Mapping[Entrant, Callable[[], Run]],
+        expected: Mapping[Entrant, Tensor],
+        **turns: Any,
+    ) -> None:
         self.benchmark, self.case, self.batch = benchmark, case, batch
         self.dtype = str(next(iter(expected.values())).dtype).removeprefix("torch.")
         self.errors: dict[Entrant, float] = {}
@@ -153,9 +158,15 @@ class Contest:
 
 
 def network_contest(
-    case: str, network: nn.Module, x: Tensor, *, settings: Iterable[Setting] = SETTINGS,
-    folder: Path | None = None, threads: int | None = None, **turns: Any,
-) -> Contest:  # fmt: skip
+    case: str,
+    network: nn.Module,
+    x: Tensor,
+    *,
+    settings: Iterable[Setting] = SETTINGS,
+    folder: Path | None = None,
+    threads: int | None = None,
+    **turns: Any,
+) -> Contest:
     """Prepare a network in every setting that can run it.
 
     Args:
@@ -166,6 +177,10 @@ def network_contest(
         folder: where prepared files are kept, by the network's fingerprint; default: nowhere.
         threads: CPU threads for each; default: PyTorch's.
         turns: options of `Turns`.
+
+    Raises:
+        TypeError: the network returns something else than a tensor.
+        ValueError: the network does not accept the input.
     """
     threads = threads or torch.get_num_threads()
     settings = [s for s in settings if not (s.split and (len(x) < 2 or len(x) % 2 or threads < 2))]
@@ -174,10 +189,21 @@ def network_contest(
         warnings.simplefilter("ignore")
         place = Path(passing) if folder is None else folder / fingerprint(network, x)
         place.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode():
-            expected = network(x).clone()
+        expected = _eager_output(case, network, x)
         prepare = {(s.provider, s.name): _prepared(s, network, x, place, threads) for s in settings}
         return Contest("network", case, len(x), prepare, dict.fromkeys(prepare, expected), **turns)
+
+
+@torch.inference_mode()
+def _eager_output(case: str, network: nn.Module, x: Tensor) -> Tensor:
+    try:
+        output = network(x)
+    except Exception as error:  # the network's own code, which may raise anything
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{case}: the network does not accept {tuple(x.shape)}: {reason}") from error
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{case}: expected a network that returns one tensor, got {type(output).__name__}")
+    return output.clone()
 
 
 def _prepared(

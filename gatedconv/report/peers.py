@@ -197,7 +197,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("onnxruntime", "two sessions", _ort_split, ("onnx", "onnxscript", "onnxruntime"), split=True),
     Setting("openvino", "latency", _openvino("LATENCY"), ("onnx", "onnxscript", "openvino")),
     Setting("openvino", "two streams", _openvino_split, ("onnx", "onnxscript", "openvino"), split=True),
-)  # fmt: skip
+)
 PROVIDERS = tuple(dict.fromkeys(setting.provider for setting in SETTINGS))
 """The names of the runtimes, ours first."""
 

@@ -58,6 +58,9 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
     assert bench.code == 0, bench.err
     measured = {tuple(line.split()[:3]) for line in bench.out.splitlines()[2:]}
     assert measured >= {(name, "2", by) for name in ("dense", "compact") for by in ("gatedconv", "eager")}
+    exported = gatedconv("bench", out, "--batch", 3, "--rounds", 1, "--peers", "eager", "--all-settings")
+    assert exported.code == 0, exported.err
+    assert {tuple(line.split()[:3]) for line in exported.out.splitlines()[2:]} >= {("net", "3", "eager")}
 
     reported = gatedconv("report", run, run)
     assert (

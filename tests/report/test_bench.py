@@ -39,10 +39,21 @@ def contest(**outputs: Tensor | Exception) -> Contest:
 
 def row(**changes: object) -> Row:
     given = {
-        "benchmark": "network", "case": "net", "batch": 1, "dtype": "float32", "provider": "eager", "setting": "NCHW",
-        "ms_median": 2.0, "ms_min": 1.5, "ms_iqr": 0.25, "rounds": 3, "ratio": 2.0, "ratio_low": 1.5,
-        "ratio_high": 2.5, "error": 1e-7,
-    }  # fmt: skip
+        "benchmark": "network",
+        "case": "net",
+        "batch": 1,
+        "dtype": "float32",
+        "provider": "eager",
+        "setting": "NCHW",
+        "ms_median": 2.0,
+        "ms_min": 1.5,
+        "ms_iqr": 0.25,
+        "rounds": 3,
+        "ratio": 2.0,
+        "ratio_low": 1.5,
+        "ratio_high": 2.5,
+        "error": 1e-7,
+    }
     return Row(**{**given, **changes})
 
 
@@ -70,8 +81,14 @@ def test_nothing_that_runs_is_an_error() -> None:
 def test_rows_compare_with_the_fastest_of_ours() -> None:
     entrants = {("gatedconv", "a"): 0, ("gatedconv", "b"): 0, ("eager", "NCHW"): 0}
     found = Contest(
-        "network", "net", 2, {name: lambda: lambda: OUT for name in entrants}, dict.fromkeys(entrants, OUT), settle=False
-    )  # fmt: skip
+        "network",
+        "net",
+        2,
+        {name: lambda: lambda: OUT for name in entrants},
+        dict.fromkeys(entrants, OUT),
+        turn_ms=0,
+        settle=False,
+    )
     found.rounds(3)
     found.turns.samples = {
         ("gatedconv", "a"): [3.0, 3.0, 3.0],
@@ -93,17 +110,28 @@ def test_no_ratio_without_ours() -> None:
 
 
 def test_best_rows_keep_the_fastest_setting_of_each_provider() -> None:
-    rows = [row(setting="a", ms_median=3.0), row(setting="b"), row(provider="openvino"), row(batch=8, ms_median=9.0)]
+    rows = [
+        row(setting="a", ms_median=3.0),
+        row(setting="b"),
+        row(provider="openvino"),
+        row(batch=8, ms_median=9.0),
+    ]
     assert [(r.provider, r.setting, r.batch) for r in best_rows(rows)] == [
-        ("eager", "b", 1), ("openvino", "NCHW", 1), ("eager", "NCHW", 8)
-    ]  # fmt: skip
+        ("eager", "b", 1),
+        ("openvino", "NCHW", 1),
+        ("eager", "NCHW", 8),
+    ]
 
 
 def test_table_shows_wins_and_losses_alike() -> None:
-    lines = bench_table([
-        row(provider="gatedconv", ratio=None), row(), row(ratio=0.5, ratio_low=0.4, ratio_high=0.6)
-    ]).splitlines()  # fmt: skip
-    assert lines[2].endswith("0.250") and lines[3].endswith("2.00x (1.50-2.50)") and lines[4].endswith("0.50x (0.40-0.60)")
+    lines = bench_table(
+        [row(provider="gatedconv", ratio=None), row(), row(ratio=0.5, ratio_low=0.4, ratio_high=0.6)]
+    ).splitlines()
+    assert (
+        lines[2].endswith("0.250")
+        and lines[3].endswith("2.00x (1.50-2.50)")
+        and lines[4].endswith("0.50x (0.40-0.60)")
+    )
 
 
 def test_relative_error() -> None:
@@ -117,6 +145,13 @@ def test_relative_error() -> None:
 @pytest.fixture(scope="module")
 def small() -> nn.Module:
     torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4)]
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.fixture(scope="module")
+def cut() -> nn.Module:
+    torch.manual_seed(0)
     network = gatedconv.models.resnet20(gate="channel", position="after", input_size=(3, 8, 8)).eval()
     masks = {name: torch.arange(gate.num_gates) % 3 == 0 for name, gate in gatedconv.gates(network).items()}
     return gatedconv.compact(gatedconv.freeze(network, masks=masks), torch.zeros(1, 3, 8, 8)).eval()
@@ -126,15 +161,16 @@ def chosen(*names: str) -> list[Setting]:
     return [setting for setting in SETTINGS if setting.name in names]
 
 
-def test_every_quick_setting_computes_the_network(small: nn.Module, tmp_path: Path) -> None:
+def test_every_quick_setting_computes_a_cut_network(cut: nn.Module, tmp_path: Path) -> None:
     settings = [s for s in SETTINGS if s.provider not in ("compile",) and s.missing is None]
-    found = network_contest("small", small, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2)
+    found = network_contest(
+        "cut", cut, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2
+    )
     assert not found.failures
     assert {(s.provider, s.name) for s in settings} == set(found.errors)
     assert {"eager", "onnxruntime"} <= {provider for provider, _ in found.errors}
 
 
-@pytest.mark.slow
 def test_compiled_settings_compute_the_network(small: nn.Module) -> None:
     settings = [s for s in SETTINGS if s.provider == "compile"]
     found = network_contest("small", small, torch.randn(2, 3, 8, 8), settings=settings, threads=1)
@@ -144,21 +180,40 @@ def test_compiled_settings_compute_the_network(small: nn.Module) -> None:
 def test_a_batch_that_cannot_be_halved_has_no_split_settings(small: nn.Module) -> None:
     for batch, threads in ((1, 2), (3, 2), (2, 1)):
         found = network_contest(
-            "small", small, torch.randn(batch, 3, 8, 8), settings=[*chosen("NCHW"), *chosen("two sessions")],
+            "small",
+            small,
+            torch.randn(batch, 3, 8, 8),
+            settings=[*chosen("NCHW"), *chosen("two sessions")],
             threads=threads,
-        )  # fmt: skip
+        )
         assert set(found.errors) == {("eager", "NCHW")} and not found.failures
 
 
-def test_prepared_files_are_kept_by_network(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_files_are_kept_by_network(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnxruntime")
     x = torch.randn(1, 3, 8, 8)
     network_contest("small", small, x, settings=chosen("all optimizations"), folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [fingerprint(small, x)]
     monkeypatch.setattr(peers, "export", lambda *args: pytest.fail("exported again"))
-    network_contest("small", small, torch.randn(2, 3, 8, 8), settings=chosen("all optimizations"), folder=tmp_path)
-    other = gatedconv.models.resnet20(input_size=(3, 8, 8)).eval()
-    assert fingerprint(other, x) != fingerprint(small, x) != fingerprint(small, torch.randn(1, 3, 9, 9))
+    network_contest(
+        "small", small, torch.randn(2, 3, 8, 8), settings=chosen("all optimizations"), folder=tmp_path
+    )
+    other = nn.Sequential(*small[:-1], nn.Linear(180, 4)).eval()
+    assert fingerprint(other, x) != fingerprint(small, x) != fingerprint(small, torch.randn(1, 3, 8, 9))
+
+
+def test_a_network_that_does_not_fit_is_an_error(small: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"small: the network does not accept \(1, 2, 8, 8\): .*channels"):
+        network_contest("small", small, torch.randn(1, 2, 8, 8), settings=chosen("NCHW"))
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(TypeError, match="returns one tensor, got tuple"):
+        network_contest("pair", Pair(), torch.randn(1, 2, 8, 8), settings=chosen("NCHW"))
 
 
 def test_a_missing_runtime_is_told(small: nn.Module) -> None:

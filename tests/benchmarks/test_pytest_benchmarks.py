@@ -1,0 +1,51 @@
+"""`pytest benchmarks` itself, on one small case."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CASE = "benchmarks/test_layers.py::test_layer[64->64-3x3-@8,-50-%-open-batch-8]"
+
+
+def run(*options: object) -> str:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            CASE,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--rounds=2",
+            "--threads=1",
+            *(str(option) for option in options),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_case_is_measured_kept_and_not_measured_twice(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    file, saved = tmp_path / "rows.json", tmp_path / "benchmark.json"
+    text = run(f"--results={file}", f"--benchmark-json={saved}")
+    assert "fastest setting of each provider" in text and "1 passed" in text
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 10 and all(row["rounds"] == 2 and row["ms_min"] > 0 for row in rows)
+    assert all((row["ratio"] is None) == (row["provider"] == "gatedconv") for row in rows)
+    (told,) = json.loads(saved.read_text())["benchmarks"]
+    assert told["extra_info"]["rows"] == rows and told["stats"]["rounds"] == 2
+    assert "measured already" in run(f"--results={file}")
+    assert "out of time" in run("--max-minutes=0")
+    assert len(json.loads(file.read_text())["rows"]) == 10

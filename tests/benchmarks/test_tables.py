@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.record import RESULTS, read
+from benchmarks.tables import BEGIN, DOCUMENT, END, cpu_section, main, render
+from gatedconv.report.bench import Row
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    given = {
+        "benchmark": "network",
+        "case": "resnet56 mid-50",
+        "batch": 1,
+        "dtype": "float32",
+        "provider": "gatedconv",
+        "setting": "Engine",
+        "ms_median": 1.0,
+        "ms_min": 0.9,
+        "ms_iqr": 0.1,
+        "rounds": 3,
+        "ratio": None,
+        "ratio_low": None,
+        "ratio_high": None,
+        "error": 1e-7,
+    }
+    return Row(**{**given, **changes}).as_dict()
+
+
+def peer(median: float, ratio: float, **changes: Any) -> dict[str, Any]:
+    given = {
+        "provider": "onnxruntime",
+        "setting": "all",
+        "ms_median": median,
+        "ratio": ratio,
+        "ratio_low": ratio - 0.1,
+        "ratio_high": ratio + 0.1,
+    }
+    return row(**{**given, **changes})
+
+
+def results(*rows: dict[str, Any], **header: Any) -> dict[str, Any]:
+    given = {
+        "device": "epyc-2c",
+        "cpu": "AMD EPYC",
+        "isa": "AVX2",
+        "threads": 2,
+        "torch": "2.13.0",
+        "triton": None,
+        "cuda": None,
+        "versions": {"onnxruntime": "1.2"},
+        "commit": "0123456789abcdef",
+        "date": "2026-11-22",
+    }
+    return {**given, **header, "rows": list(rows), "failures": header.get("failures", [])}
+
+
+def line(section: str, start: str) -> list[str]:
+    (found,) = (text for text in section.splitlines() if text.startswith(f"| {start} |"))
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def test_the_document_is_what_the_committed_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tables", "--check"])
+    assert main() == 0, "run python -m benchmarks.tables"
+
+
+def test_every_committed_file_is_whole() -> None:
+    for path in RESULTS.glob("*.json"):
+        found = read(path)
+        assert "+changes" not in (found["commit"] or ""), f"{path}: measured on uncommitted code"
+        assert path.name.startswith(found["device"])
+
+
+def test_the_ratio_is_that_of_the_fastest_peer_and_goals_are_judged() -> None:
+    section = cpu_section(
+        [
+            results(
+                row(),
+                peer(2.5, 2.4),
+                peer(2.2, 2.1, provider="openvino"),
+                peer(9.0, 8.9, provider="openvino", setting="slow"),
+                row(batch=32),
+                peer(1.2, 1.2, batch=32),
+            )
+        ]
+    )
+    assert line(section, "resnet56 mid-50 | 1")[2:] == [
+        "1 (0.1)",
+        "2.5 (0.1)",
+        "2.2 (0.1)",
+        "2.10 (2.00-2.20) OpenVINO",
+        "2.0, met",
+    ]
+    assert line(section, "resnet56 mid-50 | 32")[2:] == [
+        "1 (0.1)",
+        "1.2 (0.1)",
+        "-",
+        "1.20 (1.10-1.30) ONNX Runtime",
+        "1.4, missed",
+    ]
+    assert "OpenVINO slow (0)" in section and "ONNX Runtime all (2)" in section
+
+
+def test_a_loss_is_shown() -> None:
+    section = cpu_section([results(row(case="resnet18 dense"), peer(0.5, 0.5, case="resnet18 dense"))])
+    assert line(section, "resnet18 dense | 1")[-2:] == ["0.50 (0.40-0.60) ONNX Runtime", "1.0, missed"]
+
+
+def test_layers_are_compared_with_the_dense_convolution() -> None:
+    name = "16->16 3x3 @32"
+    section = cpu_section(
+        [
+            results(
+                peer(2.0, 1.75, benchmark="layer", case=f"{name}, 50 % open", batch=8, provider="conv2d"),
+                peer(0.1, 0.1, benchmark="layer", case=f"{name}, 50 % open", batch=8, provider="mkldnn"),
+                peer(2.0, 0.9, benchmark="layer", case=f"{name}, 100 % open", batch=8, provider="conv2d"),
+                peer(2.0, 0.8, benchmark="layer", case=f"{name}, 100 % open", batch=1, provider="conv2d"),
+            )
+        ]
+    )
+    assert line(section, f"{name} | 8")[2:] == ["-", "-", "1.75", "-", "_0.90_", "-"]
+    assert line(section, f"{name} | 1")[2:] == ["-", "-", "-", "-", "0.80", "-"]
+
+
+def test_the_newest_file_of_each_device_is_shown() -> None:
+    section = cpu_section(
+        [
+            results(row(), date="2026-11-22"),
+            results(row(), date="2026-11-20", commit="f" * 40),
+            results(row(), device="xeon-2c"),
+        ]
+    )
+    assert section.count("### ") == 2 and "ffffffffff" not in section
+
+
+def test_failures_are_printed() -> None:
+    failure = {
+        "benchmark": "network",
+        "case": "net",
+        "batch": 1,
+        "provider": "openvino",
+        "setting": "latency",
+        "reason": "wrong output",
+    }
+    assert "net, batch 1, openvino (latency): wrong output" in cpu_section([results(failures=[failure])])
+
+
+def test_only_the_marked_part_of_a_document_changes() -> None:
+    assert render(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\n\nnew\n\n{END} b"
+    with pytest.raises(ValueError, match="expected the marks"):
+        render("no marks", "new")
+    assert BEGIN in DOCUMENT.read_text()
