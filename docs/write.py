@@ -103,12 +103,16 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 def main() -> int:
     """Write, or check, every file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where a file is out of date"
+    )
     check = parser.parse_args().check
     stale = [path for path in BLOCKS if written(path) != path.read_text()]
     for path in stale:
         if check:
-            print(f"{path.relative_to(ROOT)} does not match results/: run python docs/write.py", file=sys.stderr)
+            print(
+                f"{path.relative_to(ROOT)} does not match results/: run python docs/write.py", file=sys.stderr
+            )
         else:
             path.write_text(written(path))
     return 1 if check and stale else 0
