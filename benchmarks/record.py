@@ -20,7 +20,7 @@ from gatedconv.train.provenance import commit, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADER = ("device", "cpu", "isa", "threads", "torch", "triton", "cuda", "versions", "commit", "date")
-_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GATEDCONV_ISA")
 
 
 class Record:

@@ -52,6 +52,8 @@ class Setting:
     def missing(self) -> str | None:
         """Why this setting cannot be tried at all, None if it can."""
         lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
+        if self.provider == "onnxruntime" and os.environ.get("ONEDNN_MAX_CPU_ISA"):
+            return "ONNX Runtime cannot be held to an older instruction set, as the others are here"
         if self.provider == OURS and not hasattr(importlib.import_module("gatedconv"), "Engine"):
             return "gatedconv.Engine is missing"
         return f"{', '.join(lacking)} not installed (pip install 'gatedconv[bench]')" if lacking else None

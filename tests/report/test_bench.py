@@ -229,3 +229,9 @@ def test_openvino_is_held_to_float32(small: nn.Module, tmp_path: Path) -> None:
     compiled = peers._openvino_model(peers._onnx_file(small, x, tmp_path), x.shape, 1)
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_under_an_instruction_set_limit_onnxruntime_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    reasons = {setting.name: setting.missing for setting in chosen("all optimizations", "NCHW")}
+    assert "cannot be held" in (reasons["all optimizations"] or "") and reasons["NCHW"] is None
