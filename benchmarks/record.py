@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gatedconv.deploy.serialize import write_atomically
+from gatedconv.deploy.atomic import write_atomic
 from gatedconv.report.bench import Row
 from gatedconv.report.peers import peer_versions
 from gatedconv.train.provenance import commit, versions
@@ -57,7 +57,7 @@ class Record:
         self.rows += [row.as_dict() for row in rows]
         self.failures += failures
         body = {**self.header, "rows": self.rows, "failures": self.failures}
-        write_atomically(self.path, _as_text(body).encode())
+        write_atomic(self.path, _as_text(body).encode())
 
 
 def read(path: Path) -> dict[str, Any]:

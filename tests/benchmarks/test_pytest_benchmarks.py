@@ -41,7 +41,9 @@ def test_a_case_is_measured_kept_and_not_measured_twice(tmp_path: Path) -> None:
     file, saved = tmp_path / "rows.json", tmp_path / "benchmark.json"
     text = run(f"--results={file}", f"--benchmark-json={saved}")
     assert "fastest setting of each provider" in text and "1 passed" in text
-    rows = json.loads(file.read_text())["rows"]
+    kept = json.loads(file.read_text())
+    rows = kept["rows"]
+    assert not kept["failures"]
     assert len(rows) == 10 and all(row["rounds"] == 2 and row["ms_min"] > 0 for row in rows)
     assert all((row["ratio"] is None) == (row["provider"] == "gatedconv") for row in rows)
     (told,) = json.loads(saved.read_text())["benchmarks"]
