@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "masked_pack.h"
 #include "masked_planes.h"
 #include "plan.h"
 #include "shared/masked_conv2d_op.h"
@@ -38,50 +39,98 @@ const gatedconv::PlaneKernels& plane_kernels() {
   const char* error = nullptr;
   const gatedconv::Kernels* chosen = gatedconv::choose_kernels(&error);
   STD_TORCH_CHECK(chosen, "masked_conv2d: ", error);
+#if defined(__x86_64__)
   for (const auto* kernels : {&gatedconv::plane_kernels_avx512, &gatedconv::plane_kernels_avx2}) {
     if (kernels->lanes == chosen->lanes) return *kernels;
   }
+#endif
   return gatedconv::plane_kernels_portable;
 }
 
-void run_planes(const ConvShape& shape, const ConvTensors<float>& tensors) {
+void run_planes(const ConvShape& shape, const ConvTensors<float>& tensors,
+                const std::optional<Tensor>& packed) {
+  STD_TORCH_CHECK(!packed || (packed->scalar_type() == torch::headeronly::ScalarType::Float &&
+                              packed->dim() == 1 && packed->stride(0) == 1),
+                  "masked_conv2d: expected packed as masked_conv2d_pack makes it");
   auto parallel = [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
     torch::stable::parallel_for(0, count, grain, body);
   };
-  gatedconv::masked_conv2d_planes(shape, tensors, plane_kernels(),
-                                  static_cast<int>(torch::stable::get_num_threads()), parallel);
+  gatedconv::masked_conv2d_planes(
+      shape, tensors, plane_kernels(), static_cast<int>(torch::stable::get_num_threads()), parallel,
+      packed ? static_cast<const float*>(packed->const_data_ptr()) : nullptr, packed ? packed->numel() : 0);
 }
+
+struct OpenInputs {
+  OpenInputs(const std::optional<Tensor>& in_open, int64_t channels, int64_t groups)
+      : index(channels), offset(groups + 1) {
+    const Tensor mask = in_open ? torch::stable::contiguous(*in_open) : Tensor();
+    gatedconv::list_open_inputs(in_open ? static_cast<const bool*>(mask.const_data_ptr()) : nullptr, channels,
+                                groups, index.data(), offset.data());
+  }
+  std::vector<int32_t> index, offset;
+};
 
 Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const Tensor& out_open, const std::optional<Tensor>& in_open,
                      const std::optional<Tensor>& residual, std::vector<int64_t> stride,
-                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu) {
+                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu,
+                     const std::optional<Tensor>& packed) {
   const ConvShape shape = gatedconv::conv_shape(input, weight, bias, out_open, in_open, residual, stride,
                                                 padding, dilation, groups);
   const Tensor output = gatedconv::new_output(shape, input, weight);
   const Tensor mask = torch::stable::contiguous(out_open);
   const std::optional<Tensor> dense_bias =
       bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  const std::optional<Tensor> in_mask =
-      in_open ? std::optional(torch::stable::contiguous(*in_open)) : std::nullopt;
-  std::vector<int32_t> index(shape.in_channels), offset(groups + 1);
-  gatedconv::list_open_inputs(in_mask ? static_cast<const bool*>(in_mask->const_data_ptr()) : nullptr,
-                              shape.in_channels, groups, index.data(), offset.data());
+  const OpenInputs inputs(in_open, shape.in_channels, groups);
   const auto type = input.scalar_type();
   if (type == torch::headeronly::ScalarType::Float) {
-    run_planes(shape, gatedconv::conv_tensors<float>(shape, input, weight, dense_bias, mask, residual, output,
-                                                     index.data(), offset.data(), relu));
+    run_planes(shape,
+               gatedconv::conv_tensors<float>(shape, input, weight, dense_bias, mask, residual, output,
+                                              inputs.index.data(), inputs.offset.data(), relu),
+               packed);
   } else {
     STD_TORCH_CHECK(type == torch::headeronly::ScalarType::Double,
                     "masked_conv2d: expected float32 or float64");
     run(shape, gatedconv::conv_tensors<double>(shape, input, weight, dense_bias, mask, residual, output,
-                                               index.data(), offset.data(), relu));
+                                               inputs.index.data(), inputs.offset.data(), relu));
   }
   return output;
+}
+
+Tensor masked_conv2d_pack(const Tensor& weight, const Tensor& out_open, const std::optional<Tensor>& in_open,
+                          int64_t groups) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "masked_conv2d_pack: expected 4-D float32 weight");
+  STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0,
+                  "masked_conv2d_pack: expected C_out to be a multiple of groups");
+  ConvShape shape{};
+  shape.in_channels = weight.size(1) * groups, shape.out_channels = weight.size(0);
+  shape.kernel_h = weight.size(2), shape.kernel_w = weight.size(3), shape.groups = groups;
+  for (const auto& [mask, size] :
+       {std::pair{&out_open, shape.out_channels}, {in_open ? &*in_open : nullptr, shape.in_channels}}) {
+    STD_TORCH_CHECK(!mask || (mask->scalar_type() == torch::headeronly::ScalarType::Bool &&
+                              mask->dim() == 1 && mask->size(0) == size),
+                    "masked_conv2d_pack: expected bool masks of shape (C_out) and (C_in)");
+  }
+  const Tensor out_mask = torch::stable::contiguous(out_open);
+  const OpenInputs inputs(in_open, shape.in_channels, groups);
+  ConvTensors<float> tensors{};
+  tensors.weight = static_cast<const float*>(weight.const_data_ptr());
+  tensors.weight_strides = gatedconv::strides4(weight);
+  tensors.out_open = static_cast<const bool*>(out_mask.const_data_ptr());
+  tensors.in_index = inputs.index.data(), tensors.in_offset = inputs.offset.data();
+  const int max_outputs = plane_kernels().max_outputs;
+  const bool keep = gatedconv::can_keep(shape, tensors);
+  const int64_t floats = keep ? gatedconv::kept_floats(shape, tensors, max_outputs) : 0;
+  Tensor packed = torch::stable::empty({floats}, weight.scalar_type(), std::nullopt, weight.device());
+  if (keep)
+    gatedconv::keep_weights(shape, tensors, max_outputs, static_cast<float*>(packed.mutable_data_ptr()));
+  return packed;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gatedconv, CPU, m) {
   m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d));
+  m.impl("masked_conv2d_pack", TORCH_BOX(&masked_conv2d_pack));
 }

@@ -10,11 +10,17 @@
 #include <algorithm>
 #include <cstring>
 
+#include "masked_pack.h"
+
 namespace gatedconv {
 namespace {
 
 // Floats of copied planes that stay in a core's second-level cache beside the weights.
 constexpr int64_t kBandFloats = 64 * 1024;
+
+// Floats between planes whose size is a power of 2: the same pixel of all of them would fall on one cache
+// set.
+constexpr int64_t kPlaneGap = 16;
 
 // Multiply-adds that are worth a thread.
 constexpr int64_t kWorthwhile = 100 * 1000;
@@ -38,13 +44,6 @@ struct Layout {
   std::vector<ptrdiff_t> offset;  // of the plane of (phase, kernel column) in a channel
   int64_t channel_floats;
   bool in_place;  // the input is its own plane
-};
-
-// The outputs of one group that are open, for one sample or for all, with their packed weights.
-struct OpenOutputs {
-  std::vector<int32_t> rows;
-  std::vector<int32_t> tile_begin;  // into rows
-  std::vector<float> weights;       // tile after tile
 };
 
 void reserve(std::vector<float>& buffer, int64_t floats) {
@@ -158,32 +157,50 @@ void copy_plane(const ConvShape& s, const Strides4& strides, const float* from, 
   }
 }
 
+int64_t map_floats(const ConvShape& s) {
+  return s.height * s.width + kPlaneGap;
+}
+
 // Copies the group's open channels, rows [first, last), into planar maps one after another.
-void make_planar(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t group, int64_t first,
-                 int64_t last, float* to) {
+void make_planar(const ConvShape& s, const ConvTensors<float>& t, const PlaneKernels& kernels, int64_t n,
+                 int64_t group, int64_t first, int64_t last, float* to) {
   const int32_t *begin = t.in_index + t.in_offset[group], *end = t.in_index + t.in_offset[group + 1];
-  for (int64_t y = first; y < last; ++y) {
-    const float* row = t.input + n * t.input_strides.n + y * t.input_strides.h;
-    for (const int32_t* channel = begin; channel < end; ++channel) {
-      const float* from = row + *channel * t.input_strides.c;
-      float* at = to + ((channel - begin) * s.height + y) * s.width;
-      for (int64_t x = 0; x < s.width; ++x) at[x] = from[x * t.input_strides.w];
+  const Strides4& strides = t.input_strides;
+  if (strides.c != 1) {
+    for (int64_t y = first; y < last; ++y) {
+      const float* row = t.input + n * strides.n + y * strides.h;
+      for (const int32_t* channel = begin; channel < end; ++channel) {
+        const float* from = row + *channel * strides.c;
+        float* at = to + (channel - begin) * map_floats(s) + y * s.width;
+        for (int64_t x = 0; x < s.width; ++x) at[x] = from[x * strides.w];
+      }
     }
+    return;
+  }
+  const bool joined = strides.h == s.width * strides.w;  // the rows are one run of pixels
+  const int64_t rows = joined ? last - first : 1;
+  std::vector<float*> planes(s.in_channels);
+  for (int64_t y = first; y < last; y += rows) {
+    for (const int32_t* c = begin; c < end; ++c) planes[*c] = to + (c - begin) * map_floats(s) + y * s.width;
+    const int64_t c0 = group * (s.in_channels / s.groups), c1 = c0 + s.in_channels / s.groups;
+    const float* from = t.input + n * strides.n + y * strides.h + c0;
+    kernels.to_planes(from, strides.w, rows * s.width, planes.data() + c0, c1 - c0);
   }
 }
 
 // Copies what output rows [row, row + rows) read of the group's open channels.
 void copy_band(const ConvShape& s, const ConvTensors<float>& t, const Layout& layout, int64_t n,
-               int64_t group, int64_t row, int64_t rows, std::vector<float>& maps, float* to) {
+               int64_t group, int64_t row, int64_t rows, const PlaneKernels& kernels,
+               std::vector<float>& maps, float* to) {
   const bool in_rows = t.input_strides.w == 1;
   const int32_t first = t.in_offset[group], count = t.in_offset[group + 1] - first;
   Strides4 strides = t.input_strides;
   if (!in_rows) {
     const int64_t top = std::max<int64_t>(0, row * s.stride_h - s.pad_top);
     const int64_t bottom = (row + rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h - s.pad_top + 1;
-    strides = {0, s.height * s.width, s.width, 1};
+    strides = {0, map_floats(s), s.width, 1};
     reserve(maps, count * strides.c);
-    make_planar(s, t, n, group, top, std::min(s.height, bottom), maps.data());
+    make_planar(s, t, kernels, n, group, top, std::min(s.height, bottom), maps.data());
   }
   size_t plane = 0;
   for (const Phase& phase : layout.phases) {
@@ -200,58 +217,37 @@ void copy_band(const ConvShape& s, const ConvTensors<float>& t, const Layout& la
   }
 }
 
-void pack(const ConvShape& s, const ConvTensors<float>& t, int64_t group, const bool* open, int max_outputs,
-          OpenOutputs& outputs) {
-  const int64_t per_group = s.out_channels / s.groups, first_input = group * (s.in_channels / s.groups);
-  outputs.rows.clear();
-  outputs.tile_begin.clear();
-  for (int64_t row = group * per_group; row < (group + 1) * per_group; ++row) {
-    if (open[row]) outputs.rows.push_back(static_cast<int32_t>(row));
-  }
-  const int64_t count = static_cast<int64_t>(outputs.rows.size()), tiles = ceil_div(count, max_outputs);
-  const int64_t inputs = t.in_offset[group + 1] - t.in_offset[group];
-  outputs.weights.resize(count * inputs * s.kernel_h * s.kernel_w);
-  float* to = outputs.weights.data();
-  int64_t begin = 0;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t size = count / tiles + (tile < count % tiles);
-    outputs.tile_begin.push_back(static_cast<int32_t>(begin));
-    for (int64_t r = 0; r < size; ++r) {
-      const float* row = t.weight + outputs.rows[begin + r] * t.weight_strides.n;
-      float* at = to + r;
-      for (int64_t i = 0; i < inputs; ++i) {
-        const float* filter = row + (t.in_index[t.in_offset[group] + i] - first_input) * t.weight_strides.c;
-        if (t.weight_strides.w == 1 && t.weight_strides.h == s.kernel_w) {
-          for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap, at += size) *at = filter[tap];
-          continue;
-        }
-        for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
-          for (int64_t kw = 0; kw < s.kernel_w; ++kw, at += size) {
-            *at = filter[kh * t.weight_strides.h + kw * t.weight_strides.w];
-          }
-        }
-      }
-    }
-    to += size * inputs * s.kernel_h * s.kernel_w;
-    begin += size;
-  }
-  outputs.tile_begin.push_back(static_cast<int32_t>(count));
-}
-
-// What a closed output is.
+// What a closed output is, in a planar output.
 void write_closed(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t row, int64_t begin,
                   int64_t end) {
-  if (!t.residual && planar(t.output_strides, s.out_w)) {
-    float* to = t.output + n * t.output_strides.n + row * t.output_strides.c;
-    std::memset(to + begin * s.out_w, 0, (end - begin) * s.out_w * sizeof(float));
+  const int64_t first = begin * s.out_w, count = (end - begin) * s.out_w;
+  float* to = t.output + n * t.output_strides.n + row * t.output_strides.c + first;
+  if (!t.residual) {
+    std::memset(to, 0, count * sizeof(float));
     return;
   }
+  const float* from = t.residual + n * t.residual_strides.n + row * t.residual_strides.c + first;
+  for (int64_t i = 0; i < count; ++i) to[i] = t.relu ? relu_keeping_nan(from[i]) : from[i];
+}
+
+// Adds the residual to rows [begin, end) of an output of any strides, and applies the ReLU.
+void finish(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t begin, int64_t end) {
+  const Strides4 &o = t.output_strides, &r = t.residual_strides;
   for (int64_t p = begin; p < end; ++p) {
     for (int64_t q = 0; q < s.out_w; ++q) {
-      const Strides4 &r = t.residual_strides, &o = t.output_strides;
-      float value = t.residual ? t.residual[n * r.n + row * r.c + p * r.h + q * r.w] : 0.0f;
-      if (t.relu) value = relu_keeping_nan(value);
-      t.output[n * o.n + row * o.c + p * o.h + q * o.w] = value;
+      float* to = t.output + n * o.n + p * o.h + q * o.w;
+      const float* from = t.residual ? t.residual + n * r.n + p * r.h + q * r.w : nullptr;
+      if (o.c == 1 && r.c == 1 && from) {
+        for (int64_t c = 0; c < s.out_channels; ++c) {
+          const float value = to[c] + from[c];
+          to[c] = t.relu && value < 0 ? 0 : value;
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < s.out_channels; ++c) {
+        const float value = to[c * o.c] + (from ? from[c * r.c] : 0.0f);
+        to[c * o.c] = t.relu ? relu_keeping_nan(value) : value;
+      }
     }
   }
 }
@@ -267,15 +263,19 @@ class Worker {
 
   void run(int64_t n, int64_t row, int64_t rows) {
     const bool* open = t_.out_open + n * t_.mask_stride;
+    if (!direct_) reserve(results_, s_.out_channels * (rows * s_.out_w + kPlaneGap));
+    result_planes_.assign(s_.out_channels, nullptr);
     for (int64_t group = 0; group < s_.groups; ++group) {
       const OpenOutputs* outputs = &own_;
       if (t_.mask_stride == 0) {
         outputs = &shared_[group];
       } else {
-        pack(s_, t_, group, open, kernels_.max_outputs, own_);
+        list_open_outputs(s_, group, open, kernels_.max_outputs, own_);
+        pack_weights(s_, t_, group, own_);
       }
       if (!outputs->rows.empty()) run_group(n, group, row, rows, *outputs);
     }
+    if (!direct_) return write_results(n, row, rows);
     for (int64_t c = 0; c < s_.out_channels; ++c) {
       if (!open[c]) write_closed(s_, t_, n, c, row, row + rows);
     }
@@ -293,7 +293,7 @@ class Worker {
       }
     } else {
       reserve(planes_, tile.num_channels * layout_.channel_floats + kernels_.lanes);
-      copy_band(s_, t_, layout_, n, group, row, rows, maps_, planes_.data());
+      copy_band(s_, t_, layout_, n, group, row, rows, kernels_, maps_, planes_.data());
       tile.planes = planes_.data();
       for (int c = 0; c < tile.num_channels; ++c) channels_.push_back(c * layout_.channel_floats);
     }
@@ -301,38 +301,39 @@ class Worker {
     tile.taps = layout_.taps.data();
     tile.num_taps = static_cast<int>(layout_.taps.size());
     tile.pixels = rows * s_.out_w;
-    tile.weights = outputs.weights.data();
-    if (!direct_) reserve(results_, kernels_.max_outputs * tile.pixels);
+    tile.weights = outputs.weights;
     for (size_t i = 0; i + 1 < outputs.tile_begin.size(); ++i) {
       tile.outputs = outputs.tile_begin[i + 1] - outputs.tile_begin[i];
-      run_tile(n, row, rows, outputs.rows.data() + outputs.tile_begin[i], tile);
+      run_tile(n, row, outputs.rows.data() + outputs.tile_begin[i], tile);
       tile.weights += static_cast<ptrdiff_t>(tile.outputs) * tile.num_channels * tile.num_taps;
     }
   }
 
-  void run_tile(int64_t n, int64_t row, int64_t rows, const int32_t* channel, PlaneTile& tile) {
+  void run_tile(int64_t n, int64_t row, const int32_t* channel, PlaneTile& tile) {
     const Strides4 &o = t_.output_strides, &r = t_.residual_strides;
     tile.relu = direct_ && t_.relu;
     for (int i = 0; i < tile.outputs; ++i) {
       tile.bias[i] = t_.bias ? t_.bias + channel[i] : nullptr;
       tile.residual[i] =
           direct_ && t_.residual ? t_.residual + n * r.n + channel[i] * r.c + row * r.h : nullptr;
-      tile.out[i] = direct_ ? t_.output + n * o.n + channel[i] * o.c + row * o.h : &results_[i * tile.pixels];
+      float*& result = result_planes_[channel[i]];
+      if (!direct_) result = results_.data() + channel[i] * (tile.pixels + kPlaneGap);
+      tile.out[i] = direct_ ? t_.output + n * o.n + channel[i] * o.c + row * o.h : result;
     }
     kernels_.run(tile);
-    if (direct_) return;
-    const float* result = results_.data();
-    for (int64_t p = row; p < row + rows; ++p) {
-      for (int64_t q = 0; q < s_.out_w; ++q, ++result) {
-        float* to = t_.output + n * o.n + p * o.h + q * o.w;
-        const float* residual = t_.residual ? t_.residual + n * r.n + p * r.h + q * r.w : nullptr;
-        for (int i = 0; i < tile.outputs; ++i) {
-          float value = result[i * tile.pixels];
-          if (residual) value += residual[channel[i] * r.c];
-          to[channel[i] * o.c] = t_.relu ? relu_keeping_nan(value) : value;
-        }
-      }
+  }
+
+  // Turns the finished planes, null where closed, into the output's own order.
+  void write_results(int64_t n, int64_t row, int64_t rows) {
+    const Strides4& o = t_.output_strides;
+    const bool joined = o.h == s_.out_w * o.w;
+    const int64_t run = joined ? rows : 1;
+    for (int64_t p = 0; p < rows; p += run) {
+      float* to = t_.output + n * o.n + (row + p) * o.h;
+      kernels_.from_planes(result_planes_.data(), s_.out_channels, p * s_.out_w, run * s_.out_w, to, o.c,
+                           o.w);
     }
+    if (t_.residual || t_.relu) finish(s_, t_, n, row, row + rows);
   }
 
   const ConvShape& s_;
@@ -343,6 +344,7 @@ class Worker {
   bool direct_;  // kernels write the output itself
   OpenOutputs own_;
   std::vector<ptrdiff_t> channels_;
+  std::vector<float*> result_planes_;
   // Kept by the thread: to clear fresh ones would cost as much as to fill them.
   static thread_local std::vector<float> planes_, maps_, results_;
 };
@@ -352,11 +354,21 @@ thread_local std::vector<float> Worker::planes_, Worker::maps_, Worker::results_
 }  // namespace
 
 void masked_conv2d_planes(const ConvShape& shape, const ConvTensors<float>& tensors,
-                          const PlaneKernels& kernels, int threads, const ParallelFor& parallel) {
+                          const PlaneKernels& kernels, int threads, const ParallelFor& parallel,
+                          const float* kept, int64_t kept_size) {
   if (shape.batch * shape.out_channels * shape.out_h * shape.out_w == 0) return;
   std::vector<OpenOutputs> outputs(tensors.mask_stride == 0 ? shape.groups : 0);
-  for (size_t group = 0; group < outputs.size(); ++group) {
-    pack(shape, tensors, static_cast<int64_t>(group), tensors.out_open, kernels.max_outputs, outputs[group]);
+  const float* tiles = kept ? kept_tiles(shape, tensors, kernels.max_outputs, kept, kept_size) : nullptr;
+  for (int64_t group = 0; group < static_cast<int64_t>(outputs.size()); ++group) {
+    OpenOutputs& open = outputs[group];
+    list_open_outputs(shape, group, tensors.out_open, kernels.max_outputs, open);
+    if (!tiles) {
+      pack_weights(shape, tensors, group, open);
+      continue;
+    }
+    open.weights = tiles;
+    const int64_t inputs = tensors.in_offset[group + 1] - tensors.in_offset[group];
+    tiles += static_cast<int64_t>(open.rows.size()) * inputs * shape.kernel_h * shape.kernel_w;
   }
   int32_t channels = 0;
   for (int64_t group = 0; group < shape.groups; ++group) {

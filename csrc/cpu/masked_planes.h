@@ -31,6 +31,12 @@ struct PlaneKernels {
   int lanes;        // pixels in a register
   int max_outputs;  // of a tile
   void (*run)(const PlaneTile& tile);
+  // Pixels of `count` neighbouring channels into one plane for each; a null plane is left out.
+  void (*to_planes)(const float* from, ptrdiff_t pixel_stride, int64_t pixels, float* const* planes,
+                    int64_t count);
+  // `pixels` pixels from `first` on of `count` planes, null for zeros, into channels that lie side by side.
+  void (*from_planes)(float* const* planes, int64_t count, int64_t first, int64_t pixels, float* to,
+                      ptrdiff_t channel_stride, ptrdiff_t pixel_stride);
 };
 
 extern const PlaneKernels plane_kernels_portable;
@@ -41,8 +47,10 @@ extern const PlaneKernels plane_kernels_avx512;
 using ParallelFor =
     std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>&)>;
 
-// Runs a whole masked convolution of floats; `threads` is how many of them `parallel` has.
+// Runs a whole masked convolution of floats; `threads` is how many of them `parallel` has. `kept` is null or
+// what keep_weights wrote (masked_pack.h); where it fits these tensors, nothing is packed.
 void masked_conv2d_planes(const ConvShape& shape, const ConvTensors<float>& tensors,
-                          const PlaneKernels& kernels, int threads, const ParallelFor& parallel);
+                          const PlaneKernels& kernels, int threads, const ParallelFor& parallel,
+                          const float* kept = nullptr, int64_t kept_size = 0);
 
 }  // namespace gatedconv

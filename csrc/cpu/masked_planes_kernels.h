@@ -3,6 +3,7 @@
 #pragma once
 
 #include "masked_planes.h"
+#include "masked_transpose.h"
 #include "simd.h"
 
 namespace gatedconv::GATEDCONV_ISA {

@@ -4,5 +4,6 @@
 
 namespace gatedconv {
 const PlaneKernels plane_kernels_portable = {portable::kLanes, portable::kMaxOutputs,
-                                             portable::run_plane_tile};
+                                             portable::run_plane_tile, portable::to_planes,
+                                             portable::from_planes};
 }  // namespace gatedconv

@@ -8,6 +8,7 @@
 #include <memory>
 #include <thread>
 
+#include "worker_pool.h"
 #include "workspace.h"
 
 namespace gatedconv {
@@ -160,56 +161,19 @@ void wait_until(Condition condition) {
   }
 }
 
-struct Job {
-  const Plan& plan;
-  const Kernels& kernels;
-  float* output;
-  int64_t scratch;  // floats of one worker
-};
-
 // One worker, one chunk of images, all steps.
-void run_alone(const Job& job, const Chunk& chunk, const std::vector<Segment>& segments, int64_t first,
-               int64_t images, float* scratch) {
+void run_alone(const Kernels& kernels, const Plan& plan, const Chunk& chunk,
+               const std::vector<Segment>& segments, int64_t first, int64_t images, float* output,
+               float* scratch) {
   for (const Segment& segment : segments) {
     for (int64_t image = 0; image < images; image += segment.group) {
       const int64_t group = std::min(segment.group, images - image);
       for (size_t i = segment.begin; i < segment.end; ++i) {
-        const Step step = chunk.at(i, first, image, job.plan, job.output);
-        const Split split = split_step(step, group, 1);
-        job.kernels.run(step, split.part(0), scratch);
+        const Step step = chunk.at(i, first, image, plan, output);
+        kernels.run(step, split_step(step, group, 1).part(0), scratch);
       }
     }
   }
-}
-
-// All workers on one chunk, step by step.
-void run_together(const Job& job, const Chunk& chunk, const std::vector<Segment>& segments, int64_t first,
-                  int64_t images, float* scratch, int workers, const Parallel& parallel) {
-  struct Item {
-    Step step;
-    Split split;
-  };
-  std::vector<Item> items;
-  for (const Segment& segment : segments) {
-    for (int64_t image = 0; image < images; image += segment.group) {
-      const int64_t group = std::min(segment.group, images - image);
-      for (size_t i = segment.begin; i < segment.end; ++i) {
-        const Step step = chunk.at(i, first, image, job.plan, job.output);
-        items.push_back({step, split_step(step, group, workers)});
-      }
-    }
-  }
-  std::unique_ptr<TaskQueue[]> queues(new TaskQueue[items.size()]);
-  for (size_t i = 0; i < items.size(); ++i) queues[i].reset(items[i].split.tasks());
-  parallel(workers, [&](int worker) {
-    float* own = scratch + worker * job.scratch;
-    for (size_t i = 0; i < items.size(); ++i) {
-      for (int task; (task = queues[i].claim(worker, workers)) >= 0; queues[i].finish()) {
-        job.kernels.run(items[i].step, items[i].split.part(task), own);
-      }
-      wait_until([&] { return queues[i].done(); });
-    }
-  });
 }
 
 // How a batch is shared out, and the memory that it takes.
@@ -242,43 +206,98 @@ Schedule make_schedule(const Plan& plan, const Kernels& kernels, int64_t batch, 
   return schedule;
 }
 
+// Every worker takes chunks of images through the whole net, each in its own workspace.
+class ImageWork : public Work {
+ public:
+  ImageWork(const Plan& plan, const Kernels& kernels, const Schedule& schedule, float* output,
+            float* workspace)
+      : plan_(plan), kernels_(kernels), schedule_(schedule), output_(output), workspace_(workspace) {
+    images_ = schedule.share * schedule.workers;
+    chunks_ = ceil_div(schedule.share, schedule.most) * schedule.workers;
+  }
+  void work(int worker) override {
+    for (int64_t i; (i = next_.fetch_add(1)) < chunks_; done_.fetch_add(1, std::memory_order_release)) {
+      const Chunk chunk(plan_, workspace_ + worker * schedule_.map_floats, schedule_.most);
+      const int64_t begin = images_ * i / chunks_, end = images_ * (i + 1) / chunks_;
+      float* scratch = workspace_ + schedule_.copies * schedule_.map_floats + worker * schedule_.scratch;
+      run_alone(kernels_, plan_, chunk, find_segments(plan_, schedule_.most), begin, end - begin, output_,
+                scratch);
+    }
+    if (worker == 0) wait_until([&] { return done_.load(std::memory_order_acquire) == chunks_; });
+  }
+
+ private:
+  const Plan& plan_;  // like the tensors, read inside of tasks only: the caller waits for those
+  const Kernels& kernels_;
+  const Schedule schedule_;
+  float* output_;
+  float* workspace_;
+  int64_t images_, chunks_;
+  std::atomic<int64_t> next_{0}, done_{0};
+};
+
+// All workers share every step of one chunk of images.
+class StepWork : public Work {
+ public:
+  StepWork(const Plan& plan, const Kernels& kernels, const Schedule& schedule, float* output,
+           float* workspace, int64_t first, int64_t images)
+      : kernels_(kernels), schedule_(schedule), scratch_(workspace + schedule.copies * schedule.map_floats) {
+    const Chunk chunk(plan, workspace, schedule.most);
+    for (const Segment& segment : find_segments(plan, images)) {
+      for (int64_t image = 0; image < images; image += segment.group) {
+        const int64_t group = std::min(segment.group, images - image);
+        for (size_t i = segment.begin; i < segment.end; ++i) {
+          const Step step = chunk.at(i, first, image, plan, output);
+          items_.push_back({step, split_step(step, group, schedule.workers)});
+        }
+      }
+    }
+    queues_.reset(new TaskQueue[items_.size()]);
+    for (size_t i = 0; i < items_.size(); ++i) queues_[i].reset(items_[i].split.tasks());
+  }
+  void work(int worker) override {
+    float* scratch = scratch_ + worker * schedule_.scratch;
+    for (size_t i = 0; i < items_.size(); ++i) {
+      for (int task; (task = queues_[i].claim(worker, schedule_.workers)) >= 0; queues_[i].finish()) {
+        kernels_.run(items_[i].step, items_[i].split.part(task), scratch);
+      }
+      wait_until([&] { return queues_[i].done(); });
+    }
+  }
+
+ private:
+  struct Item {
+    Step step;
+    Split split;
+  };
+  const Kernels& kernels_;
+  const Schedule schedule_;
+  float* scratch_;
+  std::vector<Item> items_;
+  std::unique_ptr<TaskQueue[]> queues_;
+};
+
 }  // namespace
 
 int64_t workspace_bytes(const Plan& plan, const Kernels& kernels, int64_t batch, int workers) {
   return 4 * make_schedule(plan, kernels, batch, workers).floats();
 }
 
-bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers,
-         const Parallel& parallel) {
+bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers) {
   const int64_t batch = input.size[0];
   if (batch == 0) return true;
   const Schedule schedule = make_schedule(plan, kernels, batch, workers);
-  Workspace workspace(4 * schedule.floats());
+  const Workspace workspace(4 * schedule.floats());
   if (!workspace.data()) return false;
-  float* scratch = workspace.data() + schedule.copies * schedule.map_floats;
-  const Job job{plan, kernels, output, schedule.scratch};
-  const int64_t most = schedule.most;
-  int64_t together_from = 0;
+  int64_t first = 0;
   if (schedule.alone) {
-    const int64_t chunks = ceil_div(schedule.share, most) * schedule.workers;
-    together_from = schedule.share * schedule.workers;
-    const std::vector<Segment> segments = find_segments(plan, most);
-    std::atomic<int64_t> next{0};
-    parallel(schedule.workers, [&](int worker) {
-      const Chunk chunk(plan, workspace.data() + worker * schedule.map_floats, most);
-      for (int64_t i; (i = next.fetch_add(1)) < chunks;) {
-        const int64_t begin = together_from * i / chunks, end = together_from * (i + 1) / chunks;
-        run_alone(job, chunk, segments, begin, end - begin, scratch + worker * schedule.scratch);
-      }
-    });
+    do_work(std::make_shared<ImageWork>(plan, kernels, schedule, output, workspace.data()), schedule.workers);
+    first = schedule.share * schedule.workers;
   }
-  if (together_from < batch) {
-    const Chunk chunk(plan, workspace.data(), most);
-    for (int64_t first = together_from; first < batch; first += most) {
-      const int64_t images = std::min(most, batch - first);
-      run_together(job, chunk, find_segments(plan, images), first, images, scratch, schedule.workers,
-                   parallel);
-    }
+  for (; first < batch; first += schedule.most) {
+    const int64_t images = std::min(schedule.most, batch - first);
+    do_work(std::make_shared<StepWork>(plan, kernels, schedule, output, workspace.data(), first, images),
+            schedule.workers);
   }
   return true;
 }

@@ -8,7 +8,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 namespace gatedconv {
@@ -112,9 +111,6 @@ extern const Kernels kernels_avx512;
 // The best instruction set of this machine, or the one that GATEDCONV_ISA names (null if it cannot run here).
 const Kernels* choose_kernels(const char** error);
 
-// Calls body(0 .. workers - 1), at the same time or one after another.
-using Parallel = std::function<void(int workers, const std::function<void(int)>& body)>;
-
 struct Input {
   const float* data;
   int64_t size[4];
@@ -135,8 +131,8 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
 // Bytes that `run` needs for feature maps and scratch.
 int64_t workspace_bytes(const Plan& plan, const Kernels& kernels, int64_t batch, int workers);
 
-// Runs the plan over the whole batch; false if there is no memory for the workspace.
-bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers,
-         const Parallel& parallel);
+// Runs the plan over the whole batch with up to `workers` threads; false if there is no memory for the
+// workspace.
+bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers);
 
 }  // namespace gatedconv

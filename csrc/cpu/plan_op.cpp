@@ -13,12 +13,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-void run_in_parallel(int workers, const std::function<void(int)>& body) {
-  // Each worker is a loop over shared task queues, so it does not matter how many of them PyTorch really
-  // starts.
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) { body(static_cast<int>(begin)); });
-}
-
 Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weights,
                 std::vector<int64_t> shape) {
   STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == torch::headeronly::ScalarType::Float,
@@ -49,7 +43,7 @@ Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weight
   }
   Tensor output = torch::stable::new_empty(input, size);
   const bool ran = gatedconv::run(plan, *kernels, source, static_cast<float*>(output.mutable_data_ptr()),
-                                  static_cast<int>(torch::stable::get_num_threads()), run_in_parallel);
+                                  static_cast<int>(torch::stable::get_num_threads()));
   STD_TORCH_CHECK(ran, "plan_run: no memory for the workspace");
   return output;
 }

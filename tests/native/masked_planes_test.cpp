@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/masked_pack.h"
+
 namespace {
 
 using gatedconv::ConvShape;
@@ -66,7 +68,18 @@ bool check(const ConvShape& s, unsigned bits, std::mt19937& random) {
                        out,
                        per_sample ? s.out_channels : 0,
                        (bits & 8) != 0};
-  gatedconv::masked_conv2d_planes(s, t, gatedconv::plane_kernels_portable, 2, in_threads);
+  const gatedconv::PlaneKernels& kernels = gatedconv::plane_kernels_portable;
+  std::unique_ptr<float[]> kept;
+  int64_t floats = 0;
+  if (gatedconv::can_keep(s, t) && random() % 2) {
+    floats = gatedconv::kept_floats(s, t, kernels.max_outputs);
+    kept.reset(new float[floats]);
+    gatedconv::keep_weights(s, t, kernels.max_outputs, kept.get());
+    if (!gatedconv::kept_tiles(s, t, kernels.max_outputs, kept.get(), floats)) return false;
+    // Weights that changed since then must not be taken for those that are kept.
+    if (random() % 2) weight[random() % (s.out_channels * t.weight_strides.n)] += 1;
+  }
+  gatedconv::masked_conv2d_planes(s, t, kernels, 2, in_threads, kept.get(), floats);
   t.output = expected.get();
   for (int64_t n = 0; n < s.batch; ++n) {
     for (int64_t c = 0; c < s.out_channels; ++c) {

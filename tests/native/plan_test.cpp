@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <thread>
 #include <vector>
 
 #include "cpu/workspace.h"
@@ -124,12 +123,7 @@ void check(const Kernels& kernels, const Case& c, int workers) {
   Plan plan;
   const char* error = decode(program.data(), program.size(), weights.data(), weights.size(), input, plan);
   std::vector<float> out(expected.size(), NAN);
-  const Parallel parallel = [](int count, const std::function<void(int)>& body) {
-    std::vector<std::thread> threads;
-    for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
-    for (std::thread& thread : threads) thread.join();
-  };
-  if (error || !run(plan, kernels, input, out.data(), workers, parallel)) {
+  if (error || !run(plan, kernels, input, out.data(), workers)) {
     std::printf("%s\n", error ? error : "no memory");
     ++failures;
     return;

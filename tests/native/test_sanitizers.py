@@ -15,7 +15,11 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 # Each test with the sources that it is linked with.
 TESTS = {
     "masked_conv2d_test.cpp": [],
-    "masked_planes_test.cpp": ["cpu/masked_planes.cpp", "cpu/masked_planes_portable.cpp"],
+    "masked_planes_test.cpp": [
+        "cpu/masked_pack.cpp",
+        "cpu/masked_planes.cpp",
+        "cpu/masked_planes_portable.cpp",
+    ],
 }
 
 

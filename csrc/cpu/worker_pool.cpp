@@ -1,0 +1,109 @@
+#include "worker_pool.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace gatedconv {
+namespace {
+
+// How long a helper looks out for more work before it sleeps: calls in a row find it awake.
+constexpr std::chrono::microseconds kLookout(200);
+
+class Pool {
+ public:
+  // One pool per process; a fork leaves the parent's threads behind, and with them the parent's pool.
+  static Pool& of_process() {
+    static std::mutex mutex;
+    static Pool* pool = nullptr;  // never destroyed: helpers wait in it until the process ends
+    static pid_t owner = 0;
+    const pid_t self = getpid();
+    if (std::atomic_ref<pid_t>(owner).load(std::memory_order_acquire) != self) {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (owner != self) {
+        pool = new Pool;
+        std::atomic_ref<pid_t>(owner).store(self, std::memory_order_release);
+      }
+    }
+    return *pool;
+  }
+
+  void offer(const std::shared_ptr<Work>& work, int helpers) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (int i = helpers; i > 0; --i) offers_.push_back({work, i});
+      waiting_.store(static_cast<int>(offers_.size()), std::memory_order_release);
+      grow(helpers);
+    }
+    wake_.notify_all();
+  }
+
+  void withdraw(const Work* work) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::erase_if(offers_, [&](const Offer& offer) { return offer.work.get() == work; });
+    waiting_.store(static_cast<int>(offers_.size()), std::memory_order_release);
+  }
+
+ private:
+  struct Offer {
+    std::shared_ptr<Work> work;
+    int worker;
+  };
+
+  void grow(int helpers) {
+    for (; threads_ < helpers; ++threads_) {
+      try {
+        std::thread([this] { help(); }).detach();
+      } catch (const std::system_error&) {
+        return;  // no more threads to be had: the caller works alone
+      }
+    }
+  }
+
+  void help() {
+    for (;;) {
+      Offer offer = take();
+      offer.work->work(offer.worker);
+    }
+  }
+
+  Offer take() {
+    const auto end = std::chrono::steady_clock::now() + kLookout;
+    for (int i = 0; waiting_.load(std::memory_order_acquire) == 0; ++i) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+      if (i % 64 == 63 && std::chrono::steady_clock::now() > end) break;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait(lock, [&] { return !offers_.empty(); });
+    Offer offer = std::move(offers_.back());
+    offers_.pop_back();
+    waiting_.store(static_cast<int>(offers_.size()), std::memory_order_release);
+    return offer;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<Offer> offers_;
+  std::atomic<int> waiting_{0};
+  int threads_ = 0;
+};
+
+}  // namespace
+
+void do_work(const std::shared_ptr<Work>& work, int workers) {
+  if (workers <= 1) return work->work(0);
+  Pool& pool = Pool::of_process();
+  pool.offer(work, workers - 1);
+  work->work(0);
+  pool.withdraw(work.get());
+}
+
+}  // namespace gatedconv

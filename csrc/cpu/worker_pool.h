@@ -1,0 +1,25 @@
+// Threads that help with work which its caller could do alone.
+//
+// An OpenMP region ends when every thread of the team has come and gone; on a busy machine that means waiting
+// for the system to schedule a thread that has nothing left to do, 8 ms or more where the work takes 0.2.
+// Here the caller works too, helpers that come late find nothing to do, and the caller waits for finished
+// tasks, never for threads.
+#pragma once
+
+#include <memory>
+
+namespace gatedconv {
+
+class Work {
+ public:
+  virtual ~Work() = default;
+  // Takes and does tasks until none is left to take. Called with 0 by the caller and with other numbers by
+  // helpers, by some of them or by none. Returns from work(0) only when every task is done.
+  virtual void work(int worker) = 0;
+};
+
+// Does the work with up to `workers` threads, the calling one included. Helpers may still hold `work`
+// afterwards, so outside of its tasks it must touch nothing that it does not own.
+void do_work(const std::shared_ptr<Work>& work, int workers);
+
+}  // namespace gatedconv
