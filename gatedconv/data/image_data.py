@@ -96,14 +96,15 @@ def make_image_data(
                 f"{where}: {name}_images: expected images of {_size(train[0])} as in train_images, "
                 f"found {_size(images)}"
             )
-    num_classes = len(class_names) or int(train[1].max()) + 1
-    if num_classes < 2:
-        raise DataError(f"{where}: train_labels: expected at least 2 classes, found {num_classes}")
+    num_classes = _class_count(where, train[1], class_names)
+    source = f", as class_names has {num_classes} names" if class_names else ""
     for name, (_, labels) in splits.items():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             found = low if low < 0 else high
-            raise DataError(f"{where}: {name}_labels: expected labels 0 to {num_classes - 1}, found {found}")
+            raise DataError(
+                f"{where}: {name}_labels: expected labels 0 to {num_classes - 1}{source}, found {found}"
+            )
     mean, std = channel_statistics(train[0])
     return ImageData(
         *train,
@@ -116,6 +117,23 @@ def make_image_data(
         val_images=None if val is None else val[0],
         val_labels=None if val is None else val[1],
     )
+
+
+def _class_count(where: str, labels: Tensor, class_names: tuple[str, ...]) -> int:
+    """Number of names, else largest label + 1: at most one class per image, so that a wild label is caught."""
+    if class_names:
+        if len(class_names) < 2:
+            raise DataError(f"{where}: class_names: expected at least 2 classes, found {len(class_names)}")
+        return len(class_names)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(labels):
+        raise DataError(
+            f"{where}: train_labels: expected labels 0 to {len(labels) - 1} (as many classes as train images, "
+            f"where class_names does not name them), found {low if low < 0 else high}"
+        )
+    if high == 0:
+        raise DataError(f"{where}: train_labels: expected at least 2 classes, found 1")
+    return high + 1
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -138,6 +156,9 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split indices so that each class gives the same share to the second part.
 
+    A class of at least two gives one or more, however small the share; the only one of a class stays in the
+    first part.
+
     Args:
         labels: int64 (N,).
         fraction: share of each class in the second part, in (0, 1).
@@ -151,7 +172,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     for label in labels.unique():
         members = torch.nonzero(labels == label).flatten()
         order = torch.randperm(len(members), generator=generator)
-        second.append(members[order[: round(fraction * len(members))]])
+        count = max(round(fraction * len(members)), 1 if len(members) > 1 else 0)
+        second.append(members[order[:count]])
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     chosen[torch.cat(second)] = True
     return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
@@ -162,10 +184,18 @@ def validation_view(data: ImageData, fraction: float, seed: int) -> ImageData:
 
     The source's own validation split if it has one, else a stratified `fraction` of the train split,
     which then no longer trains. The statistics are worked out again from what trains.
+
+    Raises:
+        DataError: no class of the train split can spare an image.
     """
     if data.val_images is not None and data.val_labels is not None:
         return replace(data, test_images=data.val_images, test_labels=data.val_labels)
     keep, held_out = stratified_split(data.train_labels, fraction, seed)
+    if len(held_out) == 0:
+        raise DataError(
+            f"val_fraction: expected a train split with two images of a class at least, to hold out "
+            f"{fraction:g} of it; found {len(keep)} images of {data.num_classes} classes"
+        )
     images = data.train_images[keep]
     mean, std = channel_statistics(images)
     return replace(

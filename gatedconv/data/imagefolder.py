@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,10 @@ def load_imagefolder(path: str | Path, image_size: int) -> ImageData:
 
     Raises:
         DataError: naming the file or folder, what was expected and what was found.
+        ImportError: Pillow is not installed.
     """
+    if importlib.util.find_spec("PIL") is None:
+        raise ImportError("data 'imagefolder' needs Pillow: pip install pillow")
     path = Path(path)
     test_name = "test" if (path / "test").is_dir() else "val"
     for split in ("train", test_name):

@@ -14,6 +14,7 @@ from torch import Tensor
 from gatedconv.data.image_data import Augment, DataError, ImageData, make_image_data
 
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
+_VALIDATION = ("val_images", "val_labels")
 # What NumPy raises for a file that is no archive, a cut-off archive or a damaged member.
 _DAMAGED = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError)
 
@@ -44,19 +45,15 @@ def load_npz(path: str | Path) -> ImageData:
             f"{path}: expected an .npz archive with {', '.join(_REQUIRED)}, found a single .npy array"
         )
     with archive:
-        missing = [key for key in _REQUIRED if key not in archive]
+        wanted = (*_REQUIRED, *_VALIDATION) if set(_VALIDATION) & set(archive) else _REQUIRED
+        missing = [key for key in wanted if key not in archive]
         if missing:
             raise DataError(
-                f"{path}: missing key {missing[0]}; expected {', '.join(_REQUIRED)}, "
-                f"found {', '.join(archive)}"
+                f"{path}: missing key {missing[0]}; expected {', '.join(wanted)}, found {', '.join(archive)}"
             )
         train, test = _split(path, archive, "train"), _split(path, archive, "test")
-        val = _split(path, archive, "val") if {"val_images", "val_labels"} <= set(archive) else None
-        names = (
-            tuple(str(name) for name in _member(path, archive, "class_names"))
-            if "class_names" in archive
-            else ()
-        )
+        val = _split(path, archive, "val") if wanted != _REQUIRED else None
+        names = _class_names(path, archive) if "class_names" in archive else ()
     channels, height = train[0].shape[1:3]
     return make_image_data(
         str(path), train, test, Augment(pad=max(1, height // 8), flip=channels == 3), names, val
@@ -85,8 +82,17 @@ def _split(path: Path, archive: Any, split: str) -> tuple[Tensor, Tensor]:
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise DataError(f"{path}: {split}_labels: expected shape (N,) or (N, 1), found {labels.shape}")
+    if labels.dtype == np.uint64 and labels.max(initial=0) > np.iinfo(np.int64).max:
+        raise DataError(f"{path}: {split}_labels: expected labels below 2**63, found {labels.max()}")
     planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return torch.from_numpy(planes), torch.from_numpy(labels.astype(np.int64))
+
+
+def _class_names(path: Path, archive: Any) -> tuple[str, ...]:
+    names = _member(path, archive, "class_names")
+    if names.ndim != 1 or len(names) == 0:
+        raise DataError(f"{path}: class_names: expected shape (classes,), found {names.shape}")
+    return tuple(str(name) for name in names)
 
 
 def _member(path: Path, archive: Any, key: str) -> np.ndarray[Any, Any]:

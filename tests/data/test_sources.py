@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,35 @@ def _npz_faults() -> list[Any]:
         pytest.param({"train_labels": labels[:-1]}, "train_labels: expected 48 labels", id="count"),
         pytest.param({"train_labels": labels / 2}, "train_labels: expected whole numbers", id="float labels"),
         pytest.param({"train_labels": np.zeros((48, 2), int)}, r"expected shape \(N,\)", id="label shape"),
-        pytest.param({"train_labels": np.zeros(48, int)}, "expected at least 2 classes", id="one class"),
+        pytest.param(
+            {"train_labels": np.zeros(48, int)}, "expected at least 2 classes, found 1", id="one class"
+        ),
+        pytest.param(
+            {"train_labels": np.full(48, -1)}, "train_labels: .* 0 to 47 .* found -1", id="all negative"
+        ),
+        pytest.param(
+            {"train_labels": np.where(np.arange(48) == 0, 2**40, labels)},
+            r"train_labels: expected labels 0 to 47 .*class_names.*, found 1099511627776",
+            id="wild label",
+        ),
+        pytest.param(
+            {"train_labels": np.full(48, 2**64 - 1, np.uint64)},
+            r"train_labels: expected labels below 2\*\*63, found 18446744073709551615",
+            id="unsigned",
+        ),
+        pytest.param(
+            {"class_names": np.array("a")}, r"class_names: expected shape \(classes,\)", id="names 0-d"
+        ),
+        pytest.param({"class_names": np.array(["a"])}, "class_names: expected at least 2", id="one name"),
+        pytest.param(
+            {"class_names": np.array(["a", "b"])},
+            "train_labels: expected labels 0 to 1, as class_names has 2 names, found 2",
+            id="two names",
+        ),
+        pytest.param(
+            {"val_images": images[:6]}, "missing key val_labels; .*val_images", id="val images alone"
+        ),
+        pytest.param({"val_labels": labels[:6]}, "missing key val_images", id="val labels alone"),
         pytest.param(
             {"test_images": images[:0], "test_labels": labels[:0]}, "at least one image", id="empty"
         ),
@@ -155,6 +184,17 @@ def test_imagefolder_faults(tmp_path: Path) -> None:
         load_data(f"imagefolder:{tmp_path}")
 
 
+def test_imagefolder_without_pillow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_folder(tmp_path, "train")
+    _write_folder(tmp_path, "test")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs Pillow: pip install pillow"):
+        load_data(f"imagefolder:{tmp_path}")
+
+
 def test_unknown_sources_and_unreadable_cifar(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown source 'mnist'; expected digits, cifar10"):
         load_data("mnist")
@@ -190,6 +230,19 @@ def test_validation_view_holds_out_a_stratified_part_of_train() -> None:
     assert len(view.train_labels) + len(view.test_labels) == len(data.train_labels)
     assert set(view.test_labels.tolist()) == set(range(10))
     assert view.mean == pytest.approx([view.train_images.double().mean().item() / 255])
+
+
+def test_a_small_validation_share_still_holds_every_class(tmp_path: Path) -> None:
+    data = load_data(f"npz:{write_npz(tmp_path / 'a.npz')}")
+    view = validation_view(data, 0.01, seed=0)
+    assert sorted(view.test_labels.tolist()) == [0, 1, 2] and len(view.train_labels) == 45
+
+
+def test_a_train_split_that_can_spare_nothing_is_refused(tmp_path: Path) -> None:
+    images, labels = blobs(3)
+    path = write_npz(tmp_path / "a.npz", train_images=images, train_labels=labels)
+    with pytest.raises(DataError, match="val_fraction: .* found 3 images of 3 classes"):
+        validation_view(load_data(f"npz:{path}"), 0.1, seed=0)
 
 
 def test_validation_view_prefers_the_sources_own_split(tmp_path: Path) -> None:
