@@ -4,10 +4,15 @@
 STABLE_TORCH_LIBRARY(gatedconv, m) {
   // input (N, C_in, H, W), weight (C_out, C_in / groups, KH, KW), bias (C_out), residual (N, C_out, P, Q),
   // out_open bool (C_out) or (N, C_out), in_open bool (C_in); padding is top, bottom, left, right.
-  // Returns (N, C_out, P, Q).
+  // packed is what masked_conv2d_pack made, which spares the call packing the weights; made of other weights
+  // or masks it is not used. Returns (N, C_out, P, Q).
   m.def(
       "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor out_open, Tensor? in_open, "
-      "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool relu) -> Tensor");
+      "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool relu, "
+      "Tensor? packed=None) -> Tensor");
+  // Returns a float32 vector for `packed`, empty for weights that are not dense. CPU and eager mode alone:
+  // its length depends on how many channels are open.
+  m.def("masked_conv2d_pack(Tensor weight, Tensor out_open, Tensor? in_open, int groups) -> Tensor");
   // A network in one call: input (N, C, H, W), program int64 and weights float32 as gatedconv.Engine packs
   // them. shape says how the output's size follows from the input's, for the fake: output channels, output
   // rank (2 or 4), then for every layer on the way that changes height or width: extent, stride, padding of

@@ -55,7 +55,8 @@ void launch(const ConvShape& shape, const ConvTensors<T>& tensors, cudaStream_t 
 Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const Tensor& out_open, const std::optional<Tensor>& in_open,
                      const std::optional<Tensor>& residual, std::vector<int64_t> stride,
-                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu) {
+                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu,
+                     const std::optional<Tensor>& /* packed, for CPUs */) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const ConvShape shape = gatedconv::conv_shape(input, weight, bias, out_open, in_open, residual, stride,
                                                 padding, dilation, groups);

@@ -57,7 +57,7 @@ def _fvcore_total(model: nn.Module, example_input: Tensor) -> int:
     analysis.set_op_handle("gatedconv::masked_conv2d", masked_conv)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
-    with _quiet():
+    with _quiet(), torch.no_grad():  # with gradients the trace holds an autograd function, and no operator
         return int(analysis.total())
 
 

@@ -146,9 +146,8 @@ class BasicBlock(nn.Module):
 
     def _frozen_branch(self, x: Tensor, mask: Tensor) -> Tensor:
         """The branch with a constant mask: convolutions skip closed channels on both their sides."""
-        everything = torch.ones_like(self.bn1.weight, dtype=torch.bool)
         before, middle, after = (mask if self.position == p else None for p in POSITIONS)
-        h = self.conv1.masked_forward(x, everything if middle is None else middle, before)
+        h = self.conv1.masked_forward(x, middle, before)
         h = self.relu(self.bn1(h))
-        y = self.bn2(self.conv2.masked_forward(h, everything if after is None else after, middle))
+        y = self.bn2(self.conv2.masked_forward(h, after, middle))
         return y if after is None else y * after.to(y.dtype)[:, None, None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,6 +61,7 @@ class Conv2d(nn.Conv2d):
             dtype=dtype,
         )
         self.gate = _make_gate(gate, out_channels, device, dtype)
+        self._packed = ops.PackedConv()
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve, then gate: (N, in_channels, H, W) -> (N, out_channels, H_out, W_out)."""
@@ -71,8 +74,15 @@ class Conv2d(nn.Conv2d):
         out = super().forward(input)
         return ops.gated_scale(out, self.gate(out))
 
-    def masked_forward(self, input: Tensor, out_open: Tensor, in_open: Tensor | None = None) -> Tensor:
-        """The convolution restricted to open outputs and inputs; see ``gatedconv.ops.masked_conv2d``."""
+    def masked_forward(self, input: Tensor, out_open: Tensor | None, in_open: Tensor | None = None) -> Tensor:
+        """The convolution restricted to open outputs and inputs; see ``gatedconv.ops.masked_conv2d``.
+
+        None is a mask that is open everywhere. Without gradients the weights stay packed from call to call.
+        """
+        if out_open is None:
+            if in_open is None:
+                return super().forward(input)
+            out_open = self._everything_open()
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -87,7 +97,18 @@ class Conv2d(nn.Conv2d):
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
+            packed=self._packed,
         )
+
+    def _everything_open(self) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.ones(self.out_channels, dtype=torch.bool, device=self.weight.device)
+        return self._packed.everything(self.out_channels, self.weight.device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Conv2d:
+        self._packed.clear()
+        super()._apply(fn, recurse)
+        return self
 
 
 def _make_gate(gate: str | Gate | None, out_channels: int, device: Any, dtype: Any) -> Gate | None:

@@ -1,5 +1,6 @@
 """Stateless operators, each with its plain PyTorch reference: ``<name>_reference``, same signature."""
 
+from gatedconv.ops._packed_conv import PackedConv
 from gatedconv.ops._triton import kernels_run_on
 from gatedconv.ops.estimate import ESTIMATORS, estimate
 from gatedconv.ops.gate import (
@@ -29,6 +30,7 @@ __all__ = [
     "GateStatistics",
     "InnerGate",
     "NormArguments",
+    "PackedConv",
     "ResidualOutput",
     "estimate",
     "gate",

@@ -76,6 +76,11 @@ def check_arguments(
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    if bias is None and residual is None and isinstance(input, Tensor) and isinstance(weight, Tensor):
+        # Nothing to say about the usual call, and half a small layer's time to say it in.
+        alike = input.dtype == weight.dtype and input.device == weight.device
+        if alike and input.dim() == weight.dim() == 4 and input.is_floating_point():
+            return
     for name, tensor, rank in (
         ("input", input, 4),
         ("weight", weight, 4),
@@ -128,6 +133,9 @@ def _require_int(name: str, value: object, least: int) -> None:
 
 
 def _pair(name: str, value: IntPair, least: int) -> tuple[int, int]:
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        if value[0] >= least and value[1] >= least:
+            return value
     if isinstance(value, (int, torch.SymInt)):
         _require_int(name, value, least)
         return (value, value)

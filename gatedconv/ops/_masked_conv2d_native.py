@@ -13,7 +13,7 @@ from gatedconv.ops._conv_arguments import ConvArguments
 from gatedconv.ops._conv_cut import cut_backward
 from gatedconv.ops._memory_format import conv_memory_format
 
-__all__ = ["call", "ready"]
+__all__ = ["call", "pack", "ready"]
 
 _NAME = "gatedconv::masked_conv2d"
 _library: torch.library.Library | None = None
@@ -43,14 +43,23 @@ def call(
     residual: Tensor | None,
     arguments: ConvArguments,
     relu: bool,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Call the operator; `ready` has said that it is there."""
     a = arguments
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _call(input, weight, bias, out_open, in_open, residual, a, relu)
+        return _call(input, weight, bias, out_open, in_open, residual, a, relu, packed)
     # The registered autograd kernel is Python, and would cost more than the rest of the call.
     with torch._C._AutoDispatchBelowAutograd():
-        return _call(input, weight, bias, out_open, in_open, residual, a, relu)
+        return _call(input, weight, bias, out_open, in_open, residual, a, relu, packed)
+
+
+def pack(weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int) -> Tensor:
+    """Pack weights for `call`; `ready` has said that the operator is there."""
+    packed: Tensor = torch.ops.gatedconv.masked_conv2d_pack.default(
+        weight.detach(), out_open, in_open, groups
+    )
+    return packed
 
 
 def _call(
@@ -62,6 +71,7 @@ def _call(
     residual: Tensor | None,
     a: ConvArguments,
     relu: bool,
+    packed: Tensor | None,
 ) -> Tensor:
     return torch.ops.gatedconv.masked_conv2d.default(
         input,
@@ -75,6 +85,7 @@ def _call(
         a.dilation,
         a.groups,
         relu,
+        packed,
     )
 
 
@@ -106,6 +117,7 @@ def _fake(
     dilation: list[int],
     groups: int,
     relu: bool,
+    packed: Tensor | None = None,
 ) -> Tensor:
     high = input.shape[2] + padding[0] + padding[1] - dilation[0] * (weight.shape[2] - 1) - 1
     wide = input.shape[3] + padding[2] + padding[3] - dilation[1] * (weight.shape[3] - 1) - 1
@@ -115,7 +127,7 @@ def _fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, out_open, in_open, _, stride, padding, dilation, groups, relu = inputs
+    input, weight, _, out_open, in_open, _, stride, padding, dilation, groups, relu, _ = inputs
     ctx.save_for_backward(input, weight, out_open, in_open, output if relu else None)
     ctx.arguments = _arguments(stride, padding, dilation, groups, output)
 
@@ -133,7 +145,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, input, weight, out_open, in_open, output, a.stride, a.padding, a.dilation, a.groups, needs
         )
         gradients = tuple(part if need else None for part, need in zip(made, needs, strict=True))
-    return *gradients[:3], None, None, gradients[3], None, None, None, None, None
+    return *gradients[:3], None, None, gradients[3], None, None, None, None, None, None
 
 
 def _arguments(

@@ -1,0 +1,73 @@
+"""Weights of a masked convolution that stay packed between calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.ops import _masked_conv2d_native
+
+__all__ = ["PackedConv"]
+
+
+class PackedConv:
+    """Keeps what `masked_conv2d` packs, for one convolution whose masks rarely change.
+
+    A hint and no more: the operator compares what was packed with the weights and masks of every call, bit by
+    bit, and packs anew for that call where they differ, so a result never depends on what is kept here. What
+    is kept is renewed when a tensor is another one or was changed in place; a change that PyTorch does not
+    count (through ``.data``, or of an inference tensor) costs the packing at every call until then.
+
+    It belongs to a process and to the memory of its tensors: copies and pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self._everything: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept = self._everything = None
+
+    def everything(self, channels: int, device: torch.device) -> Tensor:
+        """Return a mask (channels,) with everything open, the same tensor at every call."""
+        mask = self._everything
+        if mask is None or mask.shape[0] != channels or mask.device != device:
+            self._everything = mask = torch.ones(channels, dtype=torch.bool, device=device)
+        return mask
+
+    def tensor(self, weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int) -> Tensor | None:
+        """Return the packed weights, packing them first where they are not those of the last call.
+
+        Args:
+            weight: (C_out, C_in / groups, KH, KW).
+            out_open: bool (C_out,), or (N, C_out), for which nothing is kept.
+            in_open: bool (C_in,), or None.
+            groups: Number of groups.
+
+        Returns:
+            A float32 vector as `gatedconv::masked_conv2d_pack` makes it, or None where nothing can be kept.
+        """
+        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != torch.float32 or out_open.dim() != 1:
+            return None
+        if weight.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+            return None
+        key = (*_state(weight), *_state(out_open), *((0, 0) if in_open is None else _state(in_open)), groups)
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            packed = _masked_conv2d_native.pack(weight, out_open, in_open, groups)
+            # One assignment, so that threads see either state as a whole.
+            self._kept = kept = (key, packed)
+        return kept[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedConv:
+        return PackedConv()
+
+    def __reduce__(self) -> tuple[type[PackedConv], tuple[()]]:
+        return PackedConv, ()
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
