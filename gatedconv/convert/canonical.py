@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from gatedconv.convert.trace import attribute, is_random_drop
 from gatedconv.gates import FrozenGate
-from gatedconv.nn import Conv2d, StochasticDepth
+from gatedconv.nn import Conv2d, FrozenConv2d, StochasticDepth
 
 _PYTHON_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",
                      "concat": "cat", "concatenate": "cat", "multiply": "mul", "subtract": "sub"}  # fmt: skip
@@ -207,6 +207,8 @@ def _plain_module(graph_module: fx.GraphModule, node: fx.Node) -> None:
     elif isinstance(module, nn.Identity) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph_module.graph.erase_node(node)
+    elif isinstance(module, FrozenConv2d):  # the product with its gate's decision follows
+        set_module(graph_module, str(node.target), plain_conv(module))
     elif isinstance(module, Conv2d) and isinstance(module.gate, FrozenGate):
         _expand_frozen_conv(graph_module, node, module)
 

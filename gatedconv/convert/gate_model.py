@@ -131,10 +131,14 @@ def _insert_gates(
             _gate_branch(graph_module, branch, path, opened, estimator)
             conversion.gated[path] = f"the residual branch of {branch.name or 'the model'}"
     axes = {site: flow[site.node].axis for site in sites}
+    factors: dict[Site, fx.Node] = {}
     for site in sites:
+        if site.follows is not None:
+            _multiply(graph_module, site.node, list(site.node.users), factors[site.follows])
+            continue
         suffix = ".channel_gate" if position == "before" and site.readers and _is_block(graph_module, site.name) else "_gate"
         path = free_path(graph_module, f"{site.name}{suffix}")
-        _gate_channels(graph_module, site, axes[site], path, opened, estimator)
+        factors[site] = _gate_channels(graph_module, site, axes[site], path, opened, estimator)
         conversion.gated[path] = f"the {'input' if site.readers else 'output'} channels of {site.name}"
 
 
@@ -189,8 +193,8 @@ def _as_read(graph_module: fx.GraphModule, node: fx.Node, readers: set[fx.Node])
 
 def _gate_channels(
     graph_module: fx.GraphModule, site: Site, axis: int, path: str, opened: Any, estimator: str
-) -> None:
-    """Readers of ``site.node`` get its value times the gate's decision."""
+) -> fx.Node:
+    """Readers of ``site.node`` get its value times the gate's decision, which is returned."""
     graph = graph_module.graph
     node = site.node if site.readers is None else _as_read(graph_module, site.node, site.readers)
     readers = [n for n in node.users if site.readers is None or n in site.readers]
@@ -202,8 +206,15 @@ def _gate_channels(
     index = (slice(None), *([slice(None), None, None] if axis == 1 else [None, None, slice(None)]))
     with graph.inserting_after(decision):
         factor = graph.call_function(operator.getitem, (decision, index))
-    with graph.inserting_after(factor):
-        product = graph.call_function(torch.mul, (node, factor))
+    _multiply(graph_module, node, readers, factor)
+    return factor
+
+
+def _multiply(graph_module: fx.GraphModule, node: fx.Node, readers: list[fx.Node], factor: fx.Node) -> None:
+    """``readers`` get ``node * factor`` for ``node``, behind the later of the two."""
+    order = {n: index for index, n in enumerate(graph_module.graph.nodes)}
+    with graph_module.graph.inserting_after(max(node, factor, key=order.__getitem__)):
+        product = graph_module.graph.call_function(torch.mul, (node, factor))
     product.meta.update(node.meta)
     for reader in readers:
         reader.replace_input_with(node, product)

@@ -22,11 +22,13 @@ class Site:
         name: path of the layer whose output is gated.
         node: the gate reads and multiplies this node's value.
         readers: the nodes that get the product; None for all.
+        follows: the site whose gate is used again, behind a depthwise convolution of what that one gates.
     """
 
     name: str
     node: fx.Node
     readers: set[fx.Node] | None = None
+    follows: Site | None = None
 
 
 class SiteFinder:
@@ -50,7 +52,7 @@ class SiteFinder:
         if position == "before":
             return self._before()
         sites: list[Site] = []
-        gated: set[fx.Node] = set()
+        gated: dict[fx.Node, Site] = {}
         for node in self._nodes():
             if self.flow.kind(node) not in ("conv", "linear"):
                 module = submodule(node)
@@ -60,8 +62,14 @@ class SiteFinder:
                     self.skipped[str(node.target)] = "its input is no image with channels in dimension 1"
                 continue
             name = scope_of(node) or node.name
-            reason = self._reason(node, name, gated)
+            reason = self._reason(node, name)
             target = self._target(node, position) if not reason else None
+            leader = self._leader(node, gated)
+            if target is not None and leader is not None and target not in gated:
+                gated[target] = leader
+                sites.append(Site(name, target, follows=leader))
+                self.skipped[name] = f"depthwise: the gate of {leader.name} closes its channels too"
+                continue
             if target is None:
                 self.skipped[name] = reason or "no activation follows inside its branch"
                 continue
@@ -71,8 +79,8 @@ class SiteFinder:
             if target in gated:
                 self.skipped[name] = "another layer's gate is in the same place"
                 continue
-            gated.add(target)
-            sites.append(Site(scope_of(target) or name, target))
+            gated[target] = Site(scope_of(target) or name, target)
+            sites.append(gated[target])
         return sites
 
     def _before(self) -> list[Site]:
@@ -92,7 +100,7 @@ class SiteFinder:
             if self.flow.kind(node) not in ("conv", "linear") or node in inside:
                 continue
             name, source = scope_of(node) or node.name, node.all_input_nodes[0]
-            reason = self._reason(node, name, set(), output=False)
+            reason = self._reason(node, name, output=False)
             if not reason and source.op == "placeholder":
                 reason = "it reads the model's input"
             if reason:
@@ -104,7 +112,7 @@ class SiteFinder:
     def _nodes(self) -> list[fx.Node]:
         return list(self.flow.graph_module.graph.nodes)
 
-    def _reason(self, node: fx.Node, name: str, gated: set[fx.Node], *, output: bool = True) -> str:
+    def _reason(self, node: fx.Node, name: str, *, output: bool = True) -> str:
         """Why this convolution is left alone; empty if it is not."""
         module = submodule(node)
         owner = module if module is not None else self.flow.graph_module.get_submodule(name)
@@ -128,10 +136,14 @@ class SiteFinder:
             return "a single output channel"
         if output and node in self.final:
             return "its channels are the model's outputs"
-        if output and isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1:
-            if self._origin(node.all_input_nodes[0]) & gated:
-                return "depthwise: the gate of its input closes its channels"
         return ""
+
+    def _leader(self, node: fx.Node, gated: dict[fx.Node, Site]) -> Site | None:
+        """Of a depthwise convolution, the site that gates its input."""
+        module = submodule(node)
+        if not (isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1):
+            return None
+        return next((gated[n] for n in self._origin(node.all_input_nodes[0]) if n in gated), None)
 
     def _origin(self, node: fx.Node) -> set[fx.Node]:
         """The nodes from which a value comes channel by channel."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,7 +37,9 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int =
     if not isinstance(frozen, nn.Module):
         raise TypeError(f"compact: the model must be a torch.nn.Module, got {type(frozen).__name__}")
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
-        kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        kind = (
+            tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        )
         raise TypeError(f"compact: example_input must be a tensor (N, C, H, W), got {kind}")
     learning = [name for name, gate in find_gates(frozen).items() if not isinstance(gate, FrozenGate)]
     if learning:
@@ -48,8 +51,9 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int =
         if hasattr(result, attribute):
             delattr(result, attribute)
     consensus = getattr(frozen, "consensus", None)
-    if consensus is not None:
-        result.consensus = consensus
+    if consensus is not None:  # a state dict may have moved the masks since the vote
+        masks = {name: gate.mask for name, gate in find_gates(frozen).items() if isinstance(gate, FrozenGate)}
+        vars(result)["consensus"] = replace(consensus, masks=masks or consensus.masks)
     return result.train(frozen.training)
 
 
@@ -68,9 +72,13 @@ def _cut_rest(model: nn.Module, example_input: Tensor, channel_multiple: int) ->
     example = example_input.detach().cpu()
     model = model.cpu().eval()
     try:
-        graph_module = fx.GraphModule(model, model.graph) if isinstance(model, GraphNet) else trace(model, example)[0]
+        graph_module = (
+            fx.GraphModule(model, model.graph) if isinstance(model, GraphNet) else trace(model, example)[0]
+        )
     except TraceFailure as failure:
-        warnings.warn(f"compact: the model keeps its frozen layers, it cannot be traced: {failure}", stacklevel=3)
+        warnings.warn(
+            f"compact: the model keeps its frozen layers, it cannot be traced: {failure}", stacklevel=3
+        )
         return model.to(device)
     canonicalize(graph_module, model)
     return cut_graph(graph_module, example, channel_multiple, type(model).__name__).to(device)
@@ -84,12 +92,22 @@ def compact_block(block: BasicBlock) -> CompactBlock:
     if closed or (mask is not None and block.position == "after" and not mask.any()):
         return CompactBlock(block.downsample, None, None)
     if mask is None or bool(mask.all()):
-        return CompactBlock(block.downsample, _sequence(conv1=block.conv1, bn1=block.bn1, relu=nn.ReLU(inplace=True),
-                                                        conv2=block.conv2, bn2=block.bn2), None)
+        return CompactBlock(
+            block.downsample,
+            _sequence(
+                conv1=block.conv1, bn1=block.bn1, relu=nn.ReLU(inplace=True), conv2=block.conv2, bn2=block.bn2
+            ),
+            None,
+        )
     index = mask.nonzero().flatten()
     if block.position == "after":
-        branch = _sequence(conv1=block.conv1, bn1=block.bn1, relu=nn.ReLU(inplace=True),
-                           conv2=_cut_conv(block.conv2, out=index), bn2=_cut_norm(block.bn2, index))
+        branch = _sequence(
+            conv1=block.conv1,
+            bn1=block.bn1,
+            relu=nn.ReLU(inplace=True),
+            conv2=_cut_conv(block.conv2, out=index),
+            bn2=_cut_norm(block.bn2, index),
+        )
         return CompactBlock(block.downsample, branch, index)
     cut = _cut_middle if block.position == "middle" else _cut_before
     return cut(block, index)
@@ -100,8 +118,13 @@ def _cut_middle(block: BasicBlock, index: Tensor) -> CompactBlock:
         # conv2 sees zeros, so bn2 sees zeros: a constant for each channel is all that the branch adds.
         constant = _norm_of_zero(block.bn2)
         return CompactBlock(_sequence(shortcut=block.downsample, bias=ChannelBias(constant)), None, None)
-    branch = _sequence(conv1=_cut_conv(block.conv1, out=index), bn1=_cut_norm(block.bn1, index),
-                       relu=nn.ReLU(inplace=True), conv2=_cut_conv(block.conv2, into=index), bn2=block.bn2)
+    branch = _sequence(
+        conv1=_cut_conv(block.conv1, out=index),
+        bn1=_cut_norm(block.bn1, index),
+        relu=nn.ReLU(inplace=True),
+        conv2=_cut_conv(block.conv2, into=index),
+        bn2=block.bn2,
+    )
     return CompactBlock(block.downsample, branch, None)
 
 
@@ -110,8 +133,12 @@ def _cut_before(block: BasicBlock, index: Tensor) -> CompactBlock:
         # conv1 sees zeros; what bn1 makes of them is constant, but conv2's padding then shows at the border.
         start = {"constant": ConstantMap(torch.relu(_norm_of_zero(block.bn1)), block.conv1.stride[0])}
     else:
-        start = {"gather": GatherChannels(index), "conv1": _cut_conv(block.conv1, into=index),
-                 "bn1": block.bn1, "relu": nn.ReLU(inplace=True)}
+        start = {
+            "gather": GatherChannels(index),
+            "conv1": _cut_conv(block.conv1, into=index),
+            "bn1": block.bn1,
+            "relu": nn.ReLU(inplace=True),
+        }
     return CompactBlock(block.downsample, _sequence(**start, conv2=block.conv2, bn2=block.bn2), None)
 
 
@@ -127,8 +154,14 @@ def _cut_conv(conv: nn.Conv2d, *, out: Tensor | None = None, into: Tensor | None
     weight = conv.weight if out is None else conv.weight.index_select(0, out)
     weight = weight if into is None else weight.index_select(1, into)
     result = nn.Conv2d(
-        weight.shape[1], weight.shape[0], conv.kernel_size, conv.stride, conv.padding, bias=False,
-        device=weight.device, dtype=weight.dtype,
+        weight.shape[1],
+        weight.shape[0],
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        bias=False,
+        device=weight.device,
+        dtype=weight.dtype,
     )
     result.weight.copy_(weight)
     result.weight.requires_grad_(conv.weight.requires_grad)

@@ -22,7 +22,7 @@ from gatedconv import nn as gated_nn
 from gatedconv.convert.canonical import set_module
 from gatedconv.gates import ChannelGate, FrozenGate, Gate, LayerGate
 from gatedconv.gates.gate import LearnedGate
-from gatedconv.nn import GraphNet
+from gatedconv.nn import FrozenConv2d, GraphNet
 
 _OPERATORS = ("add sub mul truediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ not_ is_ is_not iadd isub "
               "imul matmul").split()  # fmt: skip
@@ -105,6 +105,8 @@ def _describe_module(path: str, module: nn.Module) -> list[Any]:
     frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
     if isinstance(module, Gate):
         return [name, _encode(_gate_arguments(module)), frozen]
+    if type(module) is FrozenConv2d:
+        return [name, _encode(_torch_arguments(module, nn.Conv2d)), frozen]
     if name in _OWN and type(module) is getattr(gated_nn, name):
         return [name, _encode({a: getattr(module, a) for a in _OWN[name][1]}), frozen]
     if getattr(nn, name, None) is not type(module):
@@ -113,10 +115,10 @@ def _describe_module(path: str, module: nn.Module) -> list[Any]:
     return [f"torch.nn.{name}", _encode(_torch_arguments(module)), frozen]
 
 
-def _torch_arguments(module: nn.Module) -> dict[str, Any]:
+def _torch_arguments(module: nn.Module, cls: type[nn.Module] | None = None) -> dict[str, Any]:
     """Constructor arguments, which torch.nn keeps under their names."""
     arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
+    for name, parameter in inspect.signature((cls or type(module)).__init__).parameters.items():
         if name in ("self", "device", "dtype", "_weight", "_bias", "_freeze"):
             continue
         if name == "bias" and not isinstance(getattr(module, "bias", None), bool):
@@ -149,6 +151,8 @@ def _build_module(path: str, kind: str, arguments: dict[str, Any], state: Mappin
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise ValueError(f"torch.nn has no layer {kind!r}")
         return cls(**arguments)
+    if kind == "FrozenConv2d":
+        return FrozenConv2d(nn.Conv2d(**arguments), torch.empty_like(state[f"{path}.out_open"]))
     if kind == "FrozenGate":
         return FrozenGate(torch.ones_like(state[f"{path}.mask"]))
     if kind in ("LayerGate", "ChannelGate"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import tempfile
@@ -44,6 +45,8 @@ def export(
     # A batch of one would be taken for a constant; two stand for "any".
     example = example_input.detach()[:1].expand(2, *example_input.shape[1:]).contiguous()
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"export: {path} is a folder; expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti}[format]
     with (
@@ -62,7 +65,7 @@ def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
     learning = [name for name, gate in gates.items() if not isinstance(gate, FrozenGate)]
     if learning:
         raise ValueError(f"export: freeze the model first; gate {learning[0]!r} is still learning")
-    return compact(model, example_input) if gates else model
+    return compact(model, example_input) if gates else copy.deepcopy(model)  # the caller's stays in its mode
 
 
 def _program(model: nn.Module, example: Tensor) -> Any:

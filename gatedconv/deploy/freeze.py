@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv.convert.frozen import settle_frozen
 from gatedconv.gates import FrozenGate, Gate, unwrap
 from gatedconv.gates.registry import find_gates, require_gates
+from gatedconv.nn import GraphNet
 
 AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net is not the one that trained
 
@@ -57,7 +59,7 @@ def freeze(
 
     Raises:
         TypeError, ValueError: masks that miss a gate, name an unknown one or have the wrong dtype or
-            size; a model without gates or already frozen; a loader without samples.
+            size; a model without gates or already frozen; a loader without samples; gates that are NaN.
     """
     gates = require_gates(model, "freeze")
     frozen_already = [name for name, gate in gates.items() if isinstance(gate, FrozenGate)]
@@ -65,15 +67,15 @@ def freeze(
         raise ValueError(f"freeze: the model is frozen already (gate {frozen_already[0]!r})")
     if masks is not None:
         masks = _checked_masks(gates, masks)
-    agree: dict[str, Tensor] | None
     if loader is not None:
-        rates, agree = _vote(model, gates, loader, masks)
+        rates, asked = _vote(model, gates, loader)
     else:
         rates = {name: gate.running_open_rate.detach().clone() for name, gate in gates.items()}
-        agree = None if masks is not None else {n: torch.maximum(r, 1 - r) for n, r in rates.items()}
+        asked = dict.fromkeys(gates, 0 if masks is not None else 1)
+    _require_finite(rates)
     masks = masks or {name: rate >= 0.5 for name, rate in rates.items()}
     frozen = freeze_gates(model, masks)
-    consensus = _consensus(masks, rates, agree)
+    consensus = _consensus(masks, rates, asked)
     vars(frozen)["consensus"] = consensus  # typed here; Module.__setattr__ is not
     _warn(consensus)
     return frozen
@@ -82,9 +84,13 @@ def freeze(
 def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """The copying half of ``freeze``: every gate replaced by the constant ``masks[path]``."""
     frozen = copy.deepcopy(unwrap(model))
-    for name in find_gates(frozen):
-        parent, _, attribute = name.rpartition(".")
-        setattr(frozen.get_submodule(parent), attribute, FrozenGate(masks[name]))
+    constants = {gate: FrozenGate(masks[name]) for name, gate in find_gates(frozen).items()}
+    for name, module in list(frozen.named_modules(remove_duplicate=False)):  # a gate may be held twice
+        if isinstance(module, Gate):
+            parent, _, attribute = name.rpartition(".")
+            setattr(frozen.get_submodule(parent), attribute, constants[module])
+    if isinstance(frozen, GraphNet):
+        settle_frozen(frozen)
     return frozen
 
 
@@ -114,9 +120,9 @@ def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> di
 
 @torch.no_grad()
 def _vote(
-    model: nn.Module, gates: Mapping[str, Gate], loader: Iterable[Any], masks: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Open rate of every gate over the loader, and its share of samples that equal the mask.
+    model: nn.Module, gates: Mapping[str, Gate], loader: Iterable[Any]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Open rate of every gate over the loader, and the number of samples that asked it.
 
     A channel gate inside a block that a sample skips is not asked by that sample; one that no sample
     asked keeps the open rate of its training.
@@ -129,8 +135,10 @@ def _vote(
     device = next(iter(votes.values())).device
 
     def count(name: str) -> Any:
-        def hook(gate: nn.Module, args: Any, output: Tensor) -> None:
-            votes[name] += output.sum(dim=0, dtype=torch.float64)
+        def hook(gate: Gate, args: Any, output: Tensor) -> None:
+            # A NaN logit is not above 0 and would pass for a shut gate.
+            sane = gate.logits is None or bool(gate.logits.isfinite().all())
+            votes[name] += output.sum(dim=0, dtype=torch.float64) if sane else torch.nan
             asked[name] += output.shape[0]
 
         return hook
@@ -157,17 +165,24 @@ def _vote(
         name: vote / asked[name] if asked[name] else gates[name].running_open_rate.double()
         for name, vote in votes.items()
     }
-    chosen = masks or {name: rate >= 0.5 for name, rate in rates.items()}
-    agree = {name: torch.where(chosen[name], rate, 1 - rate) for name, rate in rates.items()}
-    return {name: rate.to(torch.get_default_dtype()) for name, rate in rates.items()}, agree
+    return {name: rate.to(torch.get_default_dtype()) for name, rate in rates.items()}, asked
+
+
+def _require_finite(rates: Mapping[str, Tensor]) -> None:
+    broken = [name for name, rate in rates.items() if not rate.isfinite().all()]
+    if broken:
+        raise ValueError(f"freeze: gate {broken[0]!r} has logits or open rates that are not finite numbers")
 
 
 def _consensus(
-    masks: Mapping[str, Tensor], rates: Mapping[str, Tensor], agree: Mapping[str, Tensor] | None
+    masks: Mapping[str, Tensor], rates: Mapping[str, Tensor], asked: Mapping[str, int]
 ) -> Consensus:
-    per_gate = {name: float(share.mean()) for name, share in (agree or {}).items()}
-    total = float(torch.cat([share.double() for share in agree.values()]).mean()) if agree else None
-    return Consensus(dict(masks), total, per_gate, dict(rates))
+    """Agreement counts the decisions that were made: those of gates that samples asked."""
+    shares = {n: torch.where(masks[n], rates[n], 1 - rates[n]).double() for n in rates if asked[n]}
+    agreeing = sum(float(share.sum()) * asked[name] for name, share in shares.items())
+    decisions = sum(share.numel() * asked[name] for name, share in shares.items())
+    per_gate = {name: float(share.mean()) for name, share in shares.items()}
+    return Consensus(dict(masks), agreeing / decisions if decisions else None, per_gate, dict(rates))
 
 
 def _warn(consensus: Consensus) -> None:

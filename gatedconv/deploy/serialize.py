@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert import Conversion
+from gatedconv.deploy.atomic import write_atomic
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.describe_graph import build_graph, describe_graph
 from gatedconv.deploy.freeze import Consensus, freeze_gates
 from gatedconv.gates import FrozenGate, MacTerm, find_gates, unwrap
 from gatedconv.models import BUILDERS, ResNet
-from gatedconv.nn import GraphNet
+from gatedconv.nn import CompactBlock, GraphNet
 
 FORMAT = "gatedconv"
 VERSION = 1
@@ -36,7 +35,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file, ``.safetensors`` by custom.
 
     Raises:
-        TypeError: for a model that has no description: a module with code of its own.
+        TypeError: for a model that has no description: a module with code of its own, or one of ours that was
+            changed by hand so that it cannot be built again.
         OSError: where the file cannot be written.
     """
     from safetensors.torch import save as to_bytes
@@ -53,7 +53,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     # Copies: tensors that share their memory are written each by itself.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    write_atomically(Path(path), to_bytes(tensors, {FORMAT: json.dumps(description)}))
+    header = json.dumps(description)
+    try:  # a file that cannot be read again is found out now, not when it is needed
+        _rebuild(Path(path), header, tensors)
+    except ValueError as error:
+        raise TypeError(f"save: the model is not what its description builds any more: {error}") from error
+    write_atomic(Path(path), to_bytes(tensors, {FORMAT: header}))
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
@@ -77,22 +82,6 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     if header is None:
         raise ValueError(f"load: {path} is a safetensors file, but gatedconv did not write it")
     return _rebuild(path, header, tensors)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary file beside ``path``, flush it to the disk, rename it: all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
 
 
 def _describe_net(model: GraphNet) -> dict[str, Any]:
@@ -120,8 +109,11 @@ def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
 def _describe(model: ResNet) -> dict[str, Any]:
     consensus: Consensus | None = getattr(model, "consensus", None)
     gates = find_gates(model)
-    frozen = any(isinstance(gate, FrozenGate) for gate in gates.values())
-    stage = "frozen" if frozen else "gated" if gates else "compact" if consensus else "dense"
+    masks = {name: gate.mask for name, gate in gates.items() if isinstance(gate, FrozenGate)}
+    cut = any(isinstance(module, CompactBlock) for module in model.modules())
+    stage = "frozen" if masks else "gated" if gates else "compact" if cut else "dense"
+    if consensus is not None and masks:  # a state dict may have moved them since the vote
+        consensus = dataclasses.replace(consensus, masks=masks)
     description: dict[str, Any] = {"version": VERSION, "model": model.config, "stage": stage}
     if consensus is not None:
         description["consensus"] = _describe_consensus(consensus)
@@ -134,14 +126,15 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor]) -> nn.Module:
         version = description["version"]
         if version > VERSION:
             raise _Newer(f"load: {path} has format version {version}; this gatedconv reads up to {VERSION}")
-        model = _build_net(description, tensors) if "graph" in description else _build_resnet(path, description)
+        model = (
+            _build_net(description, tensors) if "graph" in description else _build_resnet(path, description)
+        )
     except _Newer:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
-    floats = [value.dtype for value in tensors.values() if value.is_floating_point()]
     try:
-        model.to(floats[0] if floats else torch.get_default_dtype()).load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=True)  # each tensor in the dtype that it was saved in
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"load: the tensors in {path} do not fit its description: {first}") from error
@@ -167,16 +160,16 @@ def _build_resnet(path: Path, description: dict[str, Any]) -> nn.Module:
 def _build_net(description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     model = build_graph(description["graph"], tensors)
     if "consensus" in description:
-        model.consensus = _consensus(description["consensus"])
+        vars(model)["consensus"] = _consensus(description["consensus"])
     if "mac_terms" in description:
-        model.mac_terms = [
+        vars(model)["mac_terms"] = [
             MacTerm(macs, params, tuple(gates), tuple(None if c is None else tuple(c) for c in channels))
             for macs, params, gates, channels in description["mac_terms"]
         ]
     if "conversion" in description:
-        model.conversion = Conversion(**description["conversion"])
+        vars(model)["conversion"] = Conversion(**description["conversion"])
     if "input_size" in description:
-        model.input_size = tuple(description["input_size"])
+        vars(model)["input_size"] = tuple(description["input_size"])
     return model
 
 
@@ -190,9 +183,11 @@ def _consensus(stored: dict[str, Any]) -> Consensus:
 
 
 def _reshape(model: nn.Module, description: dict[str, Any], input_size: tuple[int, ...]) -> nn.Module:
-    consensus = _consensus(description["consensus"])
-    frozen = freeze_gates(model, consensus.masks)
-    frozen.consensus = consensus
+    stored = description.get("consensus")
+    consensus = _consensus(stored) if stored else None
+    frozen = freeze_gates(model, consensus.masks if consensus else {})
+    if consensus is not None:
+        vars(frozen)["consensus"] = consensus
     if description["stage"] == "frozen":
         return frozen
     return compact(frozen.eval(), torch.zeros(1, *input_size))

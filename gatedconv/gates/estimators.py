@@ -48,6 +48,16 @@ class Estimator(nn.Module):
         # Open interval: u = 0 or 1 would be an infinite logit, whose gradient is NaN.
         return noise.clamp_(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps)
 
+    def margin(self, logits: Tensor) -> Tensor:
+        """Signed distance (N, num_gates) from the threshold, of which eq. 4 lets gradients through up to 1.
+
+        0 for estimators without such a window: their gradient never vanishes.
+        """
+        if self.running_mean is not None:
+            threshold = logits.mean(dim=0) if self.training else self.running_mean
+            return logits - threshold
+        return logits if self.name == "ste" else torch.zeros_like(logits)
+
     def forward(self, logits: Tensor) -> Tensor:
         """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
         noise = self.draw_noise(logits.shape[0], logits.shape[1], logits)

@@ -40,21 +40,13 @@ class Gate(nn.Module):
 
     @property
     def saturated(self) -> Tensor:
-        """Bool (num_gates,): gates that no sample of the last batch can move.
-
-        The straight-through estimator passes no gradient where abs(logit) > 1 (eq. 4); a gate is
-        saturated when that holds for the whole batch.
-        """
-        if self.logits is None:
-            raise ValueError(f"{type(self).__name__}.saturated: call the gate once before asking")
-        return (self.logits.detach().abs() > 1).all(dim=0)
+        """Bool (num_gates,): learning gates that no sample of the last batch could move; never a constant."""
+        return torch.zeros_like(self.running_open_rate, dtype=torch.bool)
 
     @property
     def dead(self) -> Tensor:
-        """Bool (num_gates,): saturated gates that are shut for the whole last batch."""
-        if self.logits is None:
-            raise ValueError(f"{type(self).__name__}.dead: call the gate once before asking")
-        return (self.logits.detach() < -1).all(dim=0)
+        """Bool (num_gates,): saturated gates that were shut for the whole last batch."""
+        return torch.zeros_like(self.running_open_rate, dtype=torch.bool)
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
@@ -101,6 +93,32 @@ class LearnedGate(Gate):
         nn.init.constant_(self.fc2.bias, 0.5)
         nn.init.normal_(self.fc2.weight, std=0.1 / self.fc2.in_features**0.5)
         nn.init.ones_(self.running_open_rate)
+
+    @property
+    def saturated(self) -> Tensor:
+        """Bool (num_gates,): gates that no sample of the last batch could move.
+
+        Where abs(logit) > 1 the straight-through estimator passes no gradient (eq. 4), "batch_mean" where
+        the logit is that far from its threshold; the other estimators always pass one.
+
+        Raises:
+            ValueError: before any call.
+        """
+        return (self._margin().abs() > 1).all(dim=0)
+
+    @property
+    def dead(self) -> Tensor:
+        """Bool (num_gates,): saturated gates that were shut for the whole last batch.
+
+        Raises:
+            ValueError: before any call.
+        """
+        return (self._margin() < -1).all(dim=0)
+
+    def _margin(self) -> Tensor:
+        if self.logits is None:
+            raise ValueError(f"{type(self).__name__}: call the gate once before asking what it can move")
+        return self.estimator.margin(self.logits.detach())
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless x is (N, C, H, W) of a size that the gate was built for."""

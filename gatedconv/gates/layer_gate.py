@@ -16,7 +16,7 @@ class LayerGate(LearnedGate):
 
     Args:
         in_channels: C of the input.
-        hidden: units of the hidden dense layer.
+        hidden: units of the hidden dense layer; None for a single dense layer.
         estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
         temperature: of the Gumbel-softmax; unused by the others.
 
@@ -27,7 +27,7 @@ class LayerGate(LearnedGate):
         self,
         in_channels: int,
         *,
-        hidden: int = 16,
+        hidden: int | None = 16,
         estimator: str = "ste",
         temperature: float = DEFAULT_TEMPERATURE,
         device: Any = None,

@@ -86,7 +86,25 @@ def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
     rates = open_rates(model, owner)
     if not (model.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return rates
-    from torch.distributed.nn.functional import all_reduce
-
-    joined: Tensor = all_reduce(torch.cat(list(rates.values()))) / dist.get_world_size()
+    joined: Tensor = _RankMean.apply(torch.cat(list(rates.values())))
     return dict(zip(rates, joined.split([rate.numel() for rate in rates.values()]), strict=True))
+
+
+class _RankMean(torch.autograd.Function):
+    """The mean over all ranks; each of them holds a copy of the loss, so each gets the mean gradient."""
+
+    @staticmethod
+    def forward(values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()

@@ -36,6 +36,10 @@ def require_gates(model: nn.Module, owner: str) -> dict[str, Gate]:
         raise ValueError(
             f"{owner}: the model has no gates; build it with gate=... or use gatedconv.gate_model"
         )
+    if "" in found:
+        raise ValueError(
+            f"{owner}: expected a model that contains gates, got a {type(model).__name__} itself"
+        )
     return found
 
 

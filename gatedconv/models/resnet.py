@@ -84,7 +84,7 @@ class ResNet(nn.Module):
         head = {"estimator": options["estimator"], "temperature": options["temperature"]}
         layer_gate = channel_gate = None
         if gate in ("layer", "both"):
-            layer_gate = LayerGate(in_channels, hidden=options["hidden"] or 16, **head)
+            layer_gate = LayerGate(in_channels, hidden=options["hidden"], **head)
         if gate in ("channel", "both"):
             read = in_channels if position == "before" else channels
             shrink = 1 if position == "before" else stride

@@ -8,12 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gatedconv.gates import Gate
+from gatedconv.nn.conv import Conv2d
+
 # What a converted network carries beside its graph and weights; torch.fx forgets such things when it copies.
 _CARRIED = ("mac_terms", "conversion", "consensus", "input_size")
 
 
 class GraphNet(fx.GraphModule):
-    """A ``torch.fx.GraphModule`` that keeps gatedconv's attributes when it is copied."""
+    """A ``torch.fx.GraphModule`` that keeps gatedconv's attributes, and gates that its graph no longer calls."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphNet") -> None:
+        super().__init__(root, graph, class_name)
+        present = {name for name, _ in self.named_modules()}
+        for name, module in root.named_modules():
+            if isinstance(module, Gate) and name not in present:
+                self.add_submodule(name, module)
+
+    def _deepcopy_init(self) -> Any:
+        return GraphNet.__init__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphNet:
         result: GraphNet = super().__deepcopy__(memo)
@@ -51,6 +64,27 @@ class AddBranch(nn.Module):
             return shortcut + factor * part
         index = gate.flatten().nonzero().flatten()
         return shortcut.index_add(0, index, factor.index_select(0, index) * part)
+
+
+class FrozenConv2d(Conv2d):
+    """A convolution that computes the channels of ``out_open`` alone; the others leave as exact zeros.
+
+    It shares the parameters of the convolution that it is made from.
+    """
+
+    out_open: Tensor
+
+    def __init__(self, conv: nn.Conv2d, out_open: Tensor) -> None:
+        super().__init__(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, False, conv.padding_mode, device="meta",
+        )  # fmt: skip
+        self.weight, self.bias = conv.weight, conv.bias
+        self.register_buffer("out_open", out_open)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (N, in_channels, H, W) -> (N, out_channels, H_out, W_out)."""
+        return self.masked_forward(input, self.out_open)
 
 
 class StochasticDepth(nn.Module):

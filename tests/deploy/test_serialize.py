@@ -117,3 +117,38 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         gatedconv.save(stages()["compact"], path)
     assert path.read_bytes() == good and os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_mixed_dtypes_and_moved_masks_survive(tmp_path):
+    models = stages()
+    frozen, gated = models["frozen"], models["gated"]
+    gated.fc.double()
+    gatedconv.save(gated, tmp_path / "gated")
+    kinds = {name: value.dtype for name, value in gatedconv.load(tmp_path / "gated").state_dict().items()}
+    assert kinds == {name: value.dtype for name, value in gated.state_dict().items()}
+    other = gatedconv.freeze(stages()["gated"], masks={n: ~m for n, m in frozen.consensus.masks.items()})
+    frozen.load_state_dict(other.state_dict())
+    for model in (frozen, gatedconv.compact(frozen, X)):
+        gatedconv.save(model, tmp_path / "moved")
+        assert torch.equal(gatedconv.load(tmp_path / "moved")(X), model(X))
+
+
+def test_a_cut_network_that_never_had_gates(tmp_path):
+    small = gatedconv.compact(gatedconv.models.resnet20().eval(), X)
+    gatedconv.save(small, tmp_path / "m")
+    assert torch.equal(gatedconv.load(tmp_path / "m")(X), small(X))
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    changed = stages()["dense"]
+    changed.fc = torch.nn.Linear(64, 5)
+    for model in (changed, gatedconv.models.ResNet(8), torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="save: "):
+            gatedconv.save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    gatedconv.save(stages()["dense"], tmp_path / "m")
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -86,6 +86,34 @@ def test_dead_and_saturated_are_told_apart():
     assert gate.saturated.tolist() == [True, False, True] and gate.dead.tolist() == [True, False, False]
 
 
+def test_only_estimators_with_a_window_saturate():
+    x = torch.randn(8, 3, 2, 2)
+    for estimator, logits, saturated in (
+        ("gumbel", -5.0, False),
+        ("bernoulli", -5.0, False),
+        ("batch_mean", -5.0, False),  # at its own threshold, wherever that is
+        ("ste", -5.0, True),
+    ):
+        gate = ChannelGate(3, hidden=None, estimator=estimator)
+        torch.nn.init.zeros_(gate.fc2.weight)
+        torch.nn.init.constant_(gate.fc2.bias, logits)
+        out = gate(x)
+        assert gate.saturated.tolist() == gate.dead.tolist() == [saturated] * 3
+        (grad,) = torch.autograd.grad(out.sum(), gate.fc2.bias)
+        assert bool((grad == 0).all()) == saturated or estimator == "batch_mean"
+    frozen = gatedconv.freeze(torch.nn.Sequential(ChannelGateUser()), masks={"0.gate": torch.ones(3).bool()})
+    assert not gatedconv.gates(frozen)["0.gate"].saturated.any()
+
+
+class ChannelGateUser(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = ChannelGate(3)
+
+    def forward(self, x):
+        return x * self.gate(x)[:, :, None, None]
+
+
 def test_a_used_gate_copies_and_pickles():
     gate = LayerGate(3)
     gate(torch.randn(4, 3, 2, 2))

@@ -42,7 +42,8 @@ class Emitter:
     def run(self, rules: dict[str, Callable[[Emitter, fx.Node, Tensor], Physical]]) -> fx.GraphModule:
         """Emit every node that is wanted."""
         for node in self.old.graph.nodes:
-            self.scope = scope_of(node)
+            scope = scope_of(node)
+            self.scope = scope.rpartition(".")[0] if node.op == "call_module" else scope
             if node.op == "placeholder":
                 self._placeholder(node)
             elif node.op == "output":
@@ -118,7 +119,7 @@ class Emitter:
     def call(self, module: nn.Module, name: str, *args: Any) -> fx.Node:
         """A call of a new module, named after the place of the node that needs it."""
         scope = self.scope
-        path = free_path(self.root, f"{scope}_{name}" if scope else name)
+        path = free_path(self.root, f"{scope}.{name}" if scope else name)
         return self.call_at(module, path, *args)
 
     def call_at(self, module: nn.Module, path: str, *args: Any) -> fx.Node:

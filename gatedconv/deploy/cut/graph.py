@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.convert.canonical import op_name, settle_inplace, submodule
 from gatedconv.convert.flow import Flow
+from gatedconv.convert.frozen import settle_branches
 from gatedconv.convert.trace import evaluate_shapes
 from gatedconv.deploy.cut.demand import Demand
 from gatedconv.deploy.cut.emit import Emitter
 from gatedconv.deploy.cut.facts import Facts
 from gatedconv.deploy.cut.layers import fold_scale
 from gatedconv.deploy.cut.rules import RULES
-from gatedconv.gates import FrozenGate
-from gatedconv.nn import AddBranch, GraphNet, SelectOpen
+from gatedconv.nn import GraphNet
 
 
 def cut_graph(graph_module: fx.GraphModule, example_input: Tensor, channel_multiple: int, name: str) -> GraphNet:
@@ -26,7 +25,7 @@ def cut_graph(graph_module: fx.GraphModule, example_input: Tensor, channel_multi
         channel_multiple: gates leave a multiple of this many channels, as far as there are any.
         name: of the result's class.
     """
-    lower_branches(graph_module)
+    settle_branches(graph_module)
     evaluate_shapes(graph_module, example_input)
     flow = Flow(graph_module)
     facts = Facts(flow, channel_multiple)
@@ -37,26 +36,6 @@ def cut_graph(graph_module: fx.GraphModule, example_input: Tensor, channel_multi
     settle_inplace(result)
     result.recompile()
     return result
-
-
-def lower_branches(graph_module: fx.GraphModule) -> None:
-    """Leave closed branches out and make plain sums of open ones; frozen channel gates that are open go."""
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        module = submodule(node)
-        if isinstance(module, SelectOpen):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-            graph.erase_node(node)
-        elif isinstance(module, AddBranch):
-            shortcut, part, decision = node.args
-            gate = submodule(decision)  # type: ignore[arg-type]
-            if isinstance(gate, FrozenGate) and not gate.is_open:
-                node.replace_all_uses_with(shortcut)  # type: ignore[arg-type]
-                graph.erase_node(node)
-            else:
-                node.op, node.target, node.args = "call_function", torch.add, (shortcut, part)
-    graph.eliminate_dead_code()
-    graph_module.recompile()
 
 
 def _fold_scales(graph_module: fx.GraphModule) -> None:

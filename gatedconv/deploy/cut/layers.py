@@ -77,6 +77,9 @@ def constant_share(weight: Tensor, values: Tensor) -> Tensor:
 @torch.no_grad()
 def cut_channelwise(module: nn.Module, index: Tensor, size: int) -> nn.Module:
     """A module with a number per channel, with the channels of ``index`` alone."""
+    numbers = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if not any(value.dim() and value.shape[0] == size for value in numbers):
+        return module
     result = copy.copy(module)
     result._parameters, result._buffers = dict(module._parameters), dict(module._buffers)
     for name, value in module._parameters.items():

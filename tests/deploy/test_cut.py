@@ -1,0 +1,156 @@
+"""compact on any graph: equal to the dense model with its outputs masked, and smaller."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import gatedconv
+from gatedconv.nn import AppendOnes, ScatterAdd
+from tests.convert.networks import IMAGES, NETWORKS, masked_forward, network
+from tests.oracle import random_masks
+
+FOLLOW = {
+    "depthwise_dilated": {},
+    "channels_last": {},
+}  # networks whose depthwise layers have gates of their own
+
+
+def gated(name, gate="channel", **options):
+    model = network(name)
+    return model, gatedconv.gate_model(model, gate, example_input=IMAGES, **options)
+
+
+def masks_of(model, kind, seed=2):
+    return random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, kind, seed)
+
+
+def error(found, expected, model):
+    """Relative to the difference between two images' outputs, as in the contract."""
+    dense = model(IMAGES)
+    return float((found - expected).abs().max() / (dense[0] - dense[1]).abs().max())
+
+
+@pytest.mark.parametrize("kind", ["open", "closed", "one", "odd"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_frozen_and_compact_equal_the_masked_dense_model(name, kind):
+    gate = (
+        "both"
+        if "fc.weight" in NETWORKS[name]().state_dict() and hasattr(NETWORKS[name](), "blocks")
+        else "channel"
+    )
+    model, result = gated(name, gate)
+    masks = masks_of(result, kind)
+    with torch.no_grad():
+        expected = masked_forward(model, IMAGES, masks, {})
+        frozen = gatedconv.freeze(result, masks=masks)
+        small = gatedconv.compact(frozen, IMAGES)
+        assert error(frozen(IMAGES), expected, model) <= 1e-5
+        assert error(small(IMAGES), expected, model) <= 1e-5
+        more = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(9))
+        assert error(small(more), masked_forward(model, more, masks, {}), model) <= 1e-5
+        if kind == "odd":
+            assert error(expected, model(IMAGES), model) > 1e-2
+    assert not gatedconv.gates(small)
+
+
+@pytest.mark.parametrize("position", ["middle", "before"])
+@pytest.mark.parametrize("name", ["residual", "depthwise_dilated", "shuffled", "channels_last"])
+def test_the_other_positions(name, position):
+    model, result = gated(name, position=position)
+    for kind in ("closed", "odd"):
+        masks = masks_of(result, kind)
+        frozen = gatedconv.freeze(result, masks=masks)
+        with torch.no_grad():
+            assert error(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES), model) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["residual", "relu", "sigmoid", "channels_last"])
+def test_expected_macs_are_those_of_the_cut_network(name):
+    gate = "both" if name == "residual" else "channel"
+    _, result = gated(name, gate)
+    masks = masks_of(result, "odd")
+    small = gatedconv.compact(gatedconv.freeze(result, masks=masks), IMAGES)
+    expected = gatedconv.expected_macs(result, {n: m.double() for n, m in masks.items()})
+    if name == "sigmoid":  # the channel of ones that carries the constants to a padded convolution
+        assert any(isinstance(m, AppendOnes) for m in small.modules())
+        assert float(expected) <= gatedconv.count_macs(small, IMAGES[:1])
+    else:
+        assert gatedconv.count_macs(small, IMAGES[:1]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_frozen_graph_runs_nothing_that_is_closed():
+    _, result = gated("residual", "both")
+    masks = masks_of(result, "open")
+    masks["blocks.0.layer_gate"][:] = False
+    masks["blocks.2.bn1_gate"][1:] = False
+    frozen = gatedconv.freeze(result, masks=masks)
+    assert "blocks.0.conv1.weight" not in frozen.state_dict()
+    assert list(gatedconv.gates(frozen)) and set(gatedconv.gates(frozen)) == set(masks)
+    conv = frozen.get_submodule("blocks.2.conv1")
+    outputs = []
+    conv.register_forward_hook(lambda m, a, o: outputs.append(o))
+    frozen(IMAGES)
+    assert outputs[0][:, 1:].abs().max() == 0 and outputs[0][:, 0].abs().max() > 0
+
+
+def test_branches_vanish_and_names_stay():
+    _, result = gated("residual", "both")
+    masks = masks_of(result, "odd", seed=4)
+    masks["blocks.1.layer_gate"][:] = False
+    for i in (0, 2):
+        masks[f"blocks.{i}.layer_gate"][:] = True
+    small = gatedconv.compact(gatedconv.freeze(result, masks=masks), IMAGES)
+    kinds = {type(m).__module__.split(".")[0] for m in small.modules() if type(m) is not nn.Module}
+    assert kinds <= {"torch", "gatedconv", "abc"} | {type(small).__module__.split(".")[0]}
+    assert type(small.get_submodule("blocks.0.conv1")) is nn.Conv2d
+    assert isinstance(small.get_submodule("blocks.0.scatter"), ScatterAdd)
+    assert not any(name.startswith("blocks.1.conv") for name in small.state_dict())
+    assert small.get_submodule("blocks.0.conv1").out_channels == int(masks["blocks.0.bn1_gate"].sum())
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_widths_are_rounded_up_on_request(multiple):
+    model, result = gated("residual")
+    masks = masks_of(result, "odd", seed=5)
+    frozen = gatedconv.freeze(result, masks=masks)
+    small = gatedconv.compact(frozen, IMAGES, channel_multiple=multiple)
+    with torch.no_grad():
+        assert error(small(IMAGES), frozen(IMAGES), model) <= 1e-5
+    widths = [m.out_channels for n, m in small.named_modules() if n.endswith(("conv1", "conv2"))]
+    assert widths and all(w % multiple == 0 for w in widths)
+    with pytest.raises(ValueError, match="channel_multiple"):
+        gatedconv.compact(frozen, IMAGES, channel_multiple=0)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Sigmoid])
+def test_a_dropped_in_conv_in_front_of_a_norm_leaves_the_norms_constant(act):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        gatedconv.Conv2d(3, 8, 3, padding=1, gate="channel"), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 6, 3, padding=1),
+        act(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    )  # fmt: skip
+    model(torch.randn(16, 3, 12, 12))
+    nn.init.uniform_(model[1].bias, 0.2, 0.8)
+    model.eval()
+    mask = torch.tensor([True, False, True, False, False, True, False, False])
+    frozen = gatedconv.freeze(model, masks={"0.gate": mask})
+    small = gatedconv.compact(frozen, IMAGES)
+    with torch.no_grad():
+        torch.testing.assert_close(small(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+    assert small.get_submodule("0").out_channels == 3
+    assert small.get_submodule("3").in_channels == 4  # three channels, and one of ones for the constants
+    for kind in ("none", "all"):
+        frozen = gatedconv.freeze(model, masks={"0.gate": torch.full((8,), kind == "all")})
+        with torch.no_grad():
+            cut = gatedconv.compact(frozen, IMAGES)
+            torch.testing.assert_close(cut(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+
+
+def test_a_cut_network_can_be_trained_further():
+    _, result = gated("residual", "both")
+    small = gatedconv.compact(gatedconv.freeze(result.train(), masks=masks_of(result, "odd")), IMAGES)
+    assert small.training
+    small(IMAGES).square().mean().backward()
+    assert all(p.grad is not None for p in small.parameters())

@@ -1,0 +1,62 @@
+"""export: what is written computes what the model computes, at any batch size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gatedconv
+from tests.oracle import random_masks, randomize_statistics
+
+X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def cut_net():
+    torch.manual_seed(0)
+    model = gatedconv.models.resnet20(gate="both", position="after", input_size=(3, 16, 16)).eval()
+    randomize_statistics(model, 0)
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", 1)
+    return gatedconv.freeze(model, masks=masks)
+
+
+def test_onnx_runs_in_onnxruntime_with_standard_operators_alone(tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    frozen, path = cut_net(), tmp_path / "net.onnx"
+    gatedconv.export(frozen, path, X)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    operators = {(node.domain, node.op_type) for node in model.graph.node}
+    assert {domain for domain, _ in operators} == {""} and not {"If", "Loop"} & {op for _, op in operators}
+    assert list(tmp_path.iterdir()) == [path]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        (out,) = session.run(None, {"input": X[:batch].numpy()})
+        expected = frozen(X[:batch]).detach()
+        assert (torch.from_numpy(out) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_torch_export_round_trip(tmp_path):
+    frozen = cut_net()
+    gatedconv.export(frozen, tmp_path / "net.pt2", X, format="torch")
+    loaded = torch.export.load(tmp_path / "net.pt2").module()
+    for batch in (1, 3):
+        torch.testing.assert_close(loaded(X[:batch]), frozen(X[:batch]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_callers_model_stays_in_its_mode(tmp_path):
+    model = gatedconv.models.resnet20().train()
+    gatedconv.export(model, tmp_path / "net.pt2", X, format="torch")
+    assert model.training and model.layer1[0].bn1.training
+
+
+def test_bad_arguments_are_named(tmp_path):
+    model = gatedconv.models.resnet20(gate="layer")
+    with pytest.raises(ValueError, match="format must be one of onnx, torch, aoti, got 'tflite'"):
+        gatedconv.export(model, tmp_path / "m", X, format="tflite")
+    with pytest.raises(ValueError, match="freeze the model first; gate 'layer1.0.layer_gate'"):
+        gatedconv.export(model, tmp_path / "m", X)
+    with pytest.raises(TypeError, match="example_input must be a tensor"):
+        gatedconv.export(gatedconv.models.resnet20(), tmp_path / "m", (1, 3, 16, 16))
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        gatedconv.export(gatedconv.models.resnet20(), tmp_path, X)
+    assert not list(tmp_path.iterdir())

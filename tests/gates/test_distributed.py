@@ -1,0 +1,74 @@
+"""Two processes with half a batch each see the losses and gradients of one with the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import gatedconv
+
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+X = (
+    X
+    + torch.linspace(-4, 4, 8)[
+        torch.randperm(8, generator=torch.Generator().manual_seed(2)), None, None, None
+    ]
+)
+
+
+def gated_model():
+    torch.manual_seed(1)
+    model = gatedconv.models.resnet20(gate="both", position="middle", input_size=(3, 8, 8)).train()
+    for module in model.modules():  # statistics of half a batch are others than those of the whole
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    for gate in gatedconv.gates(model).values():
+        torch.nn.init.normal_(gate.fc2.weight)
+        torch.nn.init.normal_(gate.fc2.bias, std=0.3)
+    return model
+
+
+def step(model, x):
+    """Loss over the images as DDP averages it, plus the gates' losses."""
+    task = model(x).logsumexp(dim=1).mean()
+    gates = 3 * gatedconv.polarization_loss(model) + gatedconv.activation_loss(model, weight="macs")
+    loss = task + gates + gatedconv.mac_target_loss(model, 0.4)
+    loss.backward()
+    return gates.detach()
+
+
+def rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    wrapped = DistributedDataParallel(gated_model())
+    loss = step(wrapped, X[index * 4 : index * 4 + 4])
+    torch.save(
+        {
+            "loss": loss,
+            "grads": {name: p.grad for name, p in wrapped.module.named_parameters()},
+            "own": torch.cat([gate.open_rate.detach() for gate in gatedconv.gates(wrapped).values()]),
+        },
+        f"{folder}/rank{index}.pt",
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_two_ranks_equal_one_with_the_joined_batch(tmp_path: Path):
+    mp.spawn(rank, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
+    model = gated_model()
+    loss = step(copy.deepcopy(model), X)
+    whole = copy.deepcopy(model)
+    step(whole, X)
+    assert not torch.equal(ranks[0]["own"], ranks[1]["own"])  # open_rate stays the rank's own
+    for found in ranks:
+        torch.testing.assert_close(found["loss"], loss)
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(found["grads"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
