@@ -52,12 +52,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except SystemExit as leaving:  # argparse: --help, or an error that it has told already
         return leaving.code if isinstance(leaving.code, int) else USER_ERROR
-    except KeyboardInterrupt:
-        return _tell(arguments, "interrupted; the last finished epoch is on the disk", INTERRUPTED)
+    except KeyboardInterrupt as stop:  # a command may bring words of its own
+        return _tell(arguments, str(stop) or "interrupted", INTERRUPTED)
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
+        return _tell_error(arguments, error, str(error) or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
             raise
-        return _tell(arguments, str(error) or type(error).__name__, USER_ERROR)
+        return _tell_error(arguments, error, "out of memory: " + str(error).partition("\n")[0])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocator gave up; PyTorch's for the CPU has no exception class of its own."""
+    from torch import OutOfMemoryError
+
+    signs = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, (MemoryError, OutOfMemoryError)) or any(sign in str(error) for sign in signs)
+
+
+def _tell_error(arguments: list[str], error: Exception, message: str) -> int:
+    if os.environ.get(TRACEBACK_VARIABLE):
+        raise error
+    return _tell(arguments, f"{message} ({TRACEBACK_VARIABLE}=1 shows where)", USER_ERROR)
 
 
 def _top_level(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|MODEL",
         help="a run folder, a saved model, a .pt2 of torch.export, or the name of a torchvision model",
     )
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 32], metavar="N", help="batch sizes [1 32]"
-    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], metavar="N", help="batch sizes [1 32]")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each [15]")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
     parser.add_argument(
@@ -27,12 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="the runtimes to measure beside ours: eager, compile, onnxruntime, openvino; all or none [all]",
     )
-    parser.add_argument(
-        "--size", type=int, metavar="N", help="height and width of the images, if not the model's"
-    )
-    parser.add_argument(
-        "--all-settings", action="store_true", help="every set-up of a runtime, not its best alone"
-    )
+    parser.add_argument("--size", type=int, metavar="N", help="height and width of the images, if not the model's")
+    parser.add_argument("--all-settings", action="store_true", help="every set-up of a runtime, not its best alone")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,15 +55,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name, values in (
-        ("batch", arguments.batch),
-        ("rounds", [arguments.rounds]),
-        ("threads", [arguments.threads]),
-        ("size", [arguments.size]),
+    from gatedconv.train.config import MAX_THREADS
+
+    for name, values, most in (
+        ("batch", arguments.batch, math.inf),
+        ("rounds", [arguments.rounds], math.inf),
+        ("threads", [arguments.threads], MAX_THREADS),
+        ("size", [arguments.size], math.inf),
     ):
         given = [value for value in values if value is not None]
         if given and min(given) < 1:
             raise ValueError(f"{name}: expected at least 1, got {min(given)}")
+        if given and max(given) > most:
+            raise ValueError(f"{name}: expected at most {most}, got {max(given)}")
 
 
 def _settings(peers: str) -> list[Any]:
@@ -135,7 +134,5 @@ def _torchvision(name: str) -> Any:
     except ImportError as error:
         raise ImportError(f"{name}: no such file, and torchvision, which may know it, is missing") from error
     if name not in models.list_models(module=models):
-        raise ValueError(
-            f"{name}: expected a run folder, a model file or a torchvision model, found none of them"
-        )
+        raise ValueError(f"{name}: expected a run folder, a model file or a torchvision model, found none of them")
     return models.get_model(name, weights=None).eval()

@@ -13,9 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bn-reestimate", action=argparse.BooleanOptionalAction, help="default: as the run was configured"
     )
-    parser.add_argument(
-        "--latency", action=argparse.BooleanOptionalAction, help="default: as the run was configured"
-    )
+    parser.add_argument("--latency", action=argparse.BooleanOptionalAction, help="default: as the run was configured")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,11 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     if config.gate == "none":
         raise ValueError(f"{folder.path}: expected a run with gates, found one with gate 'none'")
     given = {name: getattr(arguments, name) for name in ("bn_reestimate", "latency")}
-    config = dataclasses.replace(
-        config, **{name: value for name, value in given.items() if value is not None}
-    )
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     data = load_images(config)
     with make_listener() as listener:
-        summary = conclude(config, data, folder, load_trained(folder, config, data), listener)
+        summary = conclude(config, data, folder, load_trained(folder, config, data, listener), listener)
     print(comparison_table(summary))
     return 0

@@ -38,9 +38,8 @@ def cut_network(target: Path) -> nn.Module:
     return networks.get("compact") or next(iter(networks.values()))
 
 
-def example_input(
-    network: nn.Module, batch: int = 1, size: tuple[int, int, int] | None = None
-) -> torch.Tensor:
+def example_input(network: nn.Module, batch: int = 1, size: tuple[int, int, int] | None = None) -> torch.Tensor:
     """Random images (batch, C, H, W) of a size or of that which a network was built for; always the same."""
-    size = size or getattr(network, "input_size", (3, 32, 32))
-    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+    if size is None:
+        size = getattr(network, "input_size", (3, 32, 32))
+    return torch.randn((batch, *size), generator=torch.Generator().manual_seed(0))

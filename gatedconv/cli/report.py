@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gatedconv.train.checkpoint import naming_file
 from gatedconv.train.folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("targets", type=Path, nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--plots", action=argparse.BooleanOptionalAction, default=True, help="draw plots [on]"
-    )
+    parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw plots [on]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,6 +42,7 @@ def draw_run(folder: RunFolder) -> list[Path]:
 
     Raises:
         ImportError: matplotlib is not installed.
+        OSError: the disk is full or not writable.
         ValueError: the run has no metrics yet.
     """
     from gatedconv.report import plots
@@ -50,7 +50,8 @@ def draw_run(folder: RunFolder) -> list[Path]:
     history = [metrics.as_dict() for metrics in folder.read_metrics()]
     if not history:
         raise ValueError(f"{folder.path}: expected metrics of at least one epoch, found none")
-    return plots.draw_all(history, folder.plots, title=_title(folder))
+    with naming_file(folder.plots):
+        return plots.draw_all(history, folder.plots, title=_title(folder))
 
 
 def _title(folder: RunFolder) -> str:

@@ -15,16 +15,10 @@ TIME_LIMIT = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.epilog = (
-        "precedence: preset < config file < flag. Exit code 3: max_minutes ended the run; resume it."
-    )
-    parser.add_argument(
-        "--preset", metavar="NAME", help="named settings: demo, paper-c10-r56-layer, best-c10-r56, ..."
-    )
+    parser.epilog = "precedence: preset < config file < flag. Exit code 3: max_minutes ended the run; resume it."
+    parser.add_argument("--preset", metavar="NAME", help="named settings: demo, paper-c10-r56-layer, best-c10-r56, ...")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file")
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="folder to write; default: a new one in runs/"
-    )
+    parser.add_argument("--run", type=Path, metavar="DIR", help="folder to write; default: a new one in runs/")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
     add_config_flags(parser)
 
@@ -46,7 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
         config = merge_settings(arguments.preset, arguments.config, flags)
         folder = RunFolder(arguments.run or _new_folder(config))
     with make_listener() as listener:
-        summary = run_training(config, folder, resume=arguments.resume is not None, listener=listener)
+        try:
+            summary = run_training(config, folder, resume=arguments.resume is not None, listener=listener)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_interrupted(folder)) from None
     if summary is None:
         return TIME_LIMIT
     _draw(folder)
@@ -55,13 +52,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _interrupted(folder: RunFolder) -> str:
+    if not folder.holds_checkpoint():
+        return "interrupted before an epoch was finished"
+    return f"interrupted; the last finished epoch is on the disk: gatedconv train --resume {folder.path} goes on"
+
+
 def _draw(folder: RunFolder) -> None:
-    """Draw the plots where matplotlib is installed; a run without pictures is still a run."""
+    """Draw the plots if matplotlib and the disk allow; a run without pictures is still a run."""
     from gatedconv.cli.report import draw_run
 
     try:
         draw_run(folder)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         print(f"plots not drawn: {error}")
 
 

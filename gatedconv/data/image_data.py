@@ -102,9 +102,7 @@ def make_image_data(
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             found = low if low < 0 else high
-            raise DataError(
-                f"{where}: {name}_labels: expected labels 0 to {num_classes - 1}{source}, found {found}"
-            )
+            raise DataError(f"{where}: {name}_labels: expected labels 0 to {num_classes - 1}{source}, found {found}")
     mean, std = channel_statistics(train[0])
     return ImageData(
         *train,
@@ -120,7 +118,7 @@ def make_image_data(
 
 
 def _class_count(where: str, labels: Tensor, class_names: tuple[str, ...]) -> int:
-    """Number of names, else largest label + 1: at most one class per image, so that a wild label is caught."""
+    """Number of names, else largest label + 1; at most one class per image, to catch a wild label."""
     if class_names:
         if len(class_names) < 2:
             raise DataError(f"{where}: class_names: expected at least 2 classes, found {len(class_names)}")
@@ -128,7 +126,7 @@ def _class_count(where: str, labels: Tensor, class_names: tuple[str, ...]) -> in
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= len(labels):
         raise DataError(
-            f"{where}: train_labels: expected labels 0 to {len(labels) - 1} (as many classes as train images, "
+            f"{where}: train_labels: expected labels 0 to {len(labels) - 1} (as many classes as images, "
             f"where class_names does not name them), found {low if low < 0 else high}"
         )
     if high == 0:

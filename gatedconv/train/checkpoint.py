@@ -7,6 +7,8 @@ import hashlib
 import io
 import os
 import pickle
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ def previous_path(path: Path) -> Path:
     return path.with_suffix(".previous" + path.suffix)
 
 
+@contextlib.contextmanager
+def naming_file(path: Path, rest: str = "") -> Iterator[None]:
+    """Errors of writing name the file and the reason; `rest` ends the message."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror or error}){rest}") from None
+
+
 def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) -> None:
     """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
 
@@ -38,25 +49,25 @@ def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) ->
         OSError: the disk is full or not writable; what stood at `path` is untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise OSError(f"{path}: could not be written ({reason}); what was there before is kept") from None
+    with naming_file(path, "; what was there before is kept"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
     _sync_folder(path.parent)
 
 
 def save_checkpoint(path: Path, state: State) -> None:
-    """Write `state` to `path`; the checkpoint that stood there becomes the previous one.
+    """Write `state` to `path`; the checkpoint that stood there becomes the previous one, if it is whole.
 
     At every moment at least one whole checkpoint lies on the disk: the new file is complete before the
     old one is renamed, and the old one is renamed, never removed.
@@ -72,13 +83,17 @@ def save_checkpoint(path: Path, state: State) -> None:
     torch.save(state, buffer)
     payload = buffer.getvalue()
     content = _MAGIC + hashlib.sha256(payload).digest() + payload
-    write_atomic(path, content, previous=previous_path(path))
+    write_atomic(path, content, previous=previous_path(path) if _is_whole(path) else None)
 
 
-def load_checkpoint(path: Path) -> State:
+def load_checkpoint(path: Path, note: Callable[[str], object] = warnings.warn) -> State:
     """Read the newest whole checkpoint: the one at `path`, else the one before it.
 
     Tensors come to the CPU; no code in the file is run.
+
+    Args:
+        path: of the newest checkpoint.
+        note: told in words when the one before it had to stand in.
 
     Raises:
         CheckpointError: there is none, or all are damaged.
@@ -89,9 +104,14 @@ def load_checkpoint(path: Path) -> State:
     faults = []
     for candidate in present:
         try:
-            return _read(candidate)
+            state = _read(candidate)
         except CheckpointError as error:
             faults.append(str(error))
+        else:
+            if candidate != path:
+                fault = "; ".join(faults) or f"{path}: no such file"
+                note(f"{fault}; the one before it is read instead: {candidate}")
+            return state
     raise CheckpointError("; ".join(faults))
 
 
@@ -100,7 +120,15 @@ def has_checkpoint(path: Path) -> bool:
     return any(candidate.is_file() for candidate in (path, previous_path(path)))
 
 
-def _read(path: Path) -> State:
+def _is_whole(path: Path) -> bool:
+    try:
+        _payload(path)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def _payload(path: Path) -> bytes:
     content = path.read_bytes()
     header = len(_MAGIC) + _DIGEST_SIZE
     payload = content[header:]
@@ -108,6 +136,11 @@ def _read(path: Path) -> State:
         raise CheckpointError(f"{path}: expected a gatedconv checkpoint, found a damaged or different file")
     if hashlib.sha256(payload).digest() != content[len(_MAGIC) : header]:
         raise CheckpointError(f"{path}: damaged checkpoint: its checksum does not match its content")
+    return payload
+
+
+def _read(path: Path) -> State:
+    payload = _payload(path)
     try:
         state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:

@@ -18,6 +18,8 @@ else:
 
 MODELS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 GATES = ("none", "layer", "channel", "both")
+MAX_THREADS = 4096
+_SEED_LIMIT = 2**63 - 1  # the largest that every generator takes
 
 
 def option(
@@ -50,21 +52,19 @@ class TrainConfig:
     name: str = option("", "label of the run; presets set it")
     data: str = option("digits", "digits, cifar10, cifar100, npz:PATH or imagefolder:PATH")
     data_root: str = option("data", "folder for downloaded data")
-    image_size: int = option(32, "side in pixels to which imagefolder images are scaled", low=8)
-    split_seed: int = option(0, "seed of the splits that a source does not bring itself", low=0)
+    image_size: int = option(32, "side in pixels to which imagefolder images are scaled", low=8, high=2048)
+    split_seed: int = option(0, "seed of the splits that a source does not bring itself", low=0, high=_SEED_LIMIT)
     evaluate_on: str = option("test", "split to evaluate on; make choices on val", choices=("test", "val"))
     val_fraction: float = option(0.1, "share of the train split that becomes val", above=0.0, high=0.5)
     model: str = option("resnet20", "network", choices=MODELS)
     shortcut: str = option("B", "shortcut where shapes change: A padding, B projection", choices=("A", "B"))
     gate: str = option("layer", "what is gated; none trains the dense network", choices=GATES)
-    position: str = option(
-        "after", "what a channel gate gates and reads", choices=("before", "middle", "after")
-    )
+    position: str = option("after", "what a channel gate gates and reads", choices=("before", "middle", "after"))
     estimator: str = option(
         "ste", "gradient estimator of the gates", choices=("ste", "gumbel", "bernoulli", "batch_mean")
     )
     temperature: float = option(2 / 3, "temperature of the gumbel estimator", above=0.0)
-    hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0)
+    hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0, high=4096)
     pool: str = option("avg", "how a channel gate reads its input", choices=("avg", "flatten"))
     dense_baseline: bool = option(False, "first train the dense network, same seed and recipe")
 
@@ -107,9 +107,9 @@ class TrainConfig:
     latency: bool = option(True, "measure latency at batch 1 and 32")
 
     # ---- machine
-    seed: int = option(0, "seed of initial weights, order, augmentation and gates", low=0)
+    seed: int = option(0, "seed of initial weights, order, augmentation and gates", low=0, high=_SEED_LIMIT)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    threads: int = option(0, "CPU threads; 0 for PyTorch's default", low=0)
+    threads: int = option(0, "CPU threads; 0 for PyTorch's default", low=0, high=MAX_THREADS)
     amp: str = option("off", "mixed precision", choices=("off", "bf16", "fp16"))
     channels_last: bool = option(True, "channels-last memory format")
     max_minutes: float = option(0.0, "stop after the last epoch that ends within this; 0 never", low=0.0)
@@ -127,10 +127,26 @@ class TrainConfig:
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
-# Fields that may change between a run and its continuation: none of them changes the result.
-FREE_ON_RESUME = frozenset(
-    {"name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard"}
-)
+# Fields that may change between a run and its continuation: none belongs to the recipe. Results go on exactly
+# where `device` and `threads` stay; others add up in another order, and round differently.
+FREE_ON_RESUME = frozenset({"name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard"})
+
+
+def require_same_recipe(stored: Mapping[str, Any], config: TrainConfig, where: str) -> None:
+    """Check that a run goes on with the recipe that it began with, fields of `FREE_ON_RESUME` aside.
+
+    Args:
+        stored: fields of the run's beginning.
+        config: of its continuation.
+        where: names the file that `stored` is from; begins the message.
+
+    Raises:
+        ValueError: naming the first field that differs, the value asked for and the one found.
+    """
+    for name in field_specs():
+        mine, theirs = getattr(config, name), stored.get(name)
+        if name not in FREE_ON_RESUME and theirs != mine:
+            raise ValueError(f"{where}: expected {name} {mine!r}, found {theirs!r}")
 
 
 def field_specs() -> dict[str, dataclasses.Field[Any]]:
@@ -210,13 +226,9 @@ def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
 def _checked_number(spec: dataclasses.Field[Any], kind: type, value: Any) -> Any:
     accepted = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise TypeError(
-            f"{spec.name}: expected {'a whole number' if kind is int else 'a number'}, got {value!r}"
-        )
+        raise TypeError(f"{spec.name}: expected {'a whole number' if kind is int else 'a number'}, got {value!r}")
     low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
-    inside = (
-        (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    )
+    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
     if not inside or not math.isfinite(value):
         bounds = [
             text

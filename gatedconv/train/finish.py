@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.data import EvalBatches, ImageData, TrainBatches
+from gatedconv.data import EvalBatches, ImageData
 from gatedconv.deploy import Consensus, Engine, compact, count_macs, export, freeze, save
 from gatedconv.deploy.latency import measure_latency
 from gatedconv.gates import expected_macs, pruning_rate
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.folder import RunFolder
 from gatedconv.train.listener import Listener
-from gatedconv.train.loop import augmentation, resolve_device
+from gatedconv.train.loop import placement, train_batches
 from gatedconv.train.metrics import evaluate
 
 LATENCY_BATCHES = (1, 32)
@@ -157,13 +157,11 @@ def example_images(data: ImageData, config: TrainConfig, batch: int) -> Tensor:
     return batches.normalize(batches.images[rows])
 
 
-def _frozen(
-    gated: nn.Module, config: TrainConfig, data: ImageData, listener: Listener
-) -> tuple[nn.Module, Consensus]:
+def _frozen(gated: nn.Module, config: TrainConfig, data: ImageData, listener: Listener) -> tuple[nn.Module, Consensus]:
     """Vote over the whole training split; what `freeze` warns of becomes a note."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        frozen = freeze(gated, EvalBatches(data, "train", **_placement(config)))
+        frozen = freeze(gated, EvalBatches(data, "train", **placement(config)))
     for warning in caught:
         listener.note(str(warning.message))
     consensus = frozen.consensus
@@ -173,20 +171,8 @@ def _frozen(
 
 def _reestimate_if_asked(config: TrainConfig, data: ImageData, net: nn.Module) -> None:
     if config.bn_reestimate:
-        batches = TrainBatches(
-            data,
-            config.batch_size,
-            augment=augmentation(data, config),
-            seed=config.seed,
-            **_placement(config),
-        )
-        reestimate_batchnorm(net, batches)
+        reestimate_batchnorm(net, train_batches(config, data))
 
 
 def _test_batches(config: TrainConfig, data: ImageData) -> EvalBatches:
-    return EvalBatches(data, "test", **_placement(config))
-
-
-def _placement(config: TrainConfig) -> dict[str, Any]:
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return {"device": resolve_device(config.device), "memory_format": layout}
+    return EvalBatches(data, "test", **placement(config))

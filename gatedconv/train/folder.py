@@ -7,9 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatedconv.train.checkpoint import has_checkpoint, write_atomic
-from gatedconv.train.config import TrainConfig, make_config, read_toml, to_toml
+from gatedconv.train.checkpoint import has_checkpoint, naming_file, write_atomic
+from gatedconv.train.config import TrainConfig, make_config, read_toml, require_same_recipe, to_toml
 from gatedconv.train.metrics import EpochMetrics
+from gatedconv.train.record import NUMBER, require_form
+
+_LATENCY = {"1?": NUMBER, "32?": NUMBER}
+_FIGURES = {
+    "top1": NUMBER,
+    "macs": NUMBER,
+    "params": NUMBER,
+    "latency_ms?": _LATENCY,
+    "engine_latency_ms?": _LATENCY,
+}
+# What reports read of summary.json.
+_SUMMARY = {"dense?": _FIGURES, "frozen?": _FIGURES, "agreement?": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -56,25 +68,29 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether a run was begun here."""
-        return self.config.is_file() or any(
-            has_checkpoint(self.checkpoint(phase)) for phase in ("dense", "gated")
-        )
+        return self.config.is_file() or self.holds_checkpoint()
+
+    def holds_checkpoint(self) -> bool:
+        """Whether an epoch of any training was finished here."""
+        return any(has_checkpoint(self.checkpoint(phase)) for phase in ("dense", "gated"))
 
     def begin(self, config: TrainConfig, *, resume: bool) -> None:
-        """Claim the folder for a run and write its config.
+        """Claim the folder for a run and write its config: config.toml always tells what is trained.
 
         Raises:
-            ValueError: it holds another run, or there is none to resume.
+            ValueError: it holds another run, or there is none to resume, or that has another recipe.
             OSError: it cannot be written.
         """
         if resume and not self.holds_run():
             raise ValueError(f"{self.path}: expected a run to resume, found none")
         if not resume and self.holds_run():
-            raise ValueError(
-                f"{self.path}: holds a run already; go on with --resume, or choose another folder"
-            )
-        if not resume:
-            write_atomic(self.config, to_toml(config).encode())
+            raise ValueError(f"{self.path}: holds a run already; go on with --resume, or choose another folder")
+        if resume:
+            stored = self.read_config()
+            require_same_recipe(vars(stored), config, f"{self.config}: a run keeps its recipe")
+            if stored == config:
+                return
+        write_atomic(self.config, to_toml(config).encode())
 
     def read_config(self) -> TrainConfig:
         """The settings of the run.
@@ -94,15 +110,16 @@ class RunFolder:
         """
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        lines = _read_text(self.metrics).splitlines()
         found = []
         for number, line in enumerate(lines, start=1):
             try:
-                found.append(EpochMetrics(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
                 if number == len(lines):
                     break  # cut off by a crash: a resumed run writes it again
                 raise ValueError(f"{self.metrics}: line {number} is damaged ({error})") from None
+            found.append(EpochMetrics.from_dict(record, f"{self.metrics}: line {number}"))
         return found
 
     def read_summary(self) -> dict[str, Any]:
@@ -111,12 +128,15 @@ class RunFolder:
         Raises:
             ValueError: the run has none yet, or it is damaged.
         """
+        if not self.summary.is_file():
+            raise ValueError(f"{self.path}: expected a finished run with summary.json, found none")
         try:
-            summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{self.path}: expected a finished run with summary.json, found none") from None
+            summary: dict[str, Any] = json.loads(_read_text(self.summary))
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.summary}: expected JSON, found damaged text ({error})") from None
+        require_form(summary, _SUMMARY, str(self.summary))
+        if "frozen" in summary:
+            require_form(summary, {"agreement": NUMBER}, str(self.summary))
         return summary
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -125,7 +145,7 @@ class RunFolder:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl; the first line of a session replaces the file.
+    """Appends to metrics.jsonl; the first line of a process replaces the file.
 
     A resumed training yields its finished epochs again, from the checkpoint, so the file always tells
     exactly what the checkpoint knows.
@@ -141,9 +161,13 @@ class MetricsWriter:
         Raises:
             OSError: the disk is full or not writable.
         """
-        try:
-            with open(self.path, self._mode, encoding="utf-8") as file:
-                file.write(json.dumps(metrics.as_dict()) + "\n")
-        except OSError as error:
-            raise OSError(f"{self.path}: could not be written ({error.strerror})") from None
+        with naming_file(self.path), open(self.path, self._mode, encoding="utf-8") as file:
+            file.write(json.dumps(metrics.as_dict()) + "\n")
         self._mode = "a"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found a damaged or different file ({error})") from None

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,7 @@ def train(
     checkpoint: Path | None = None,
     resume: bool = False,
     on_step: StepListener | None = None,
+    on_note: Callable[[str], object] = warnings.warn,
     deadline: float | None = None,
 ) -> Iterator[EpochMetrics]:
     """Train a network in place, an epoch for every item taken from the iterator.
@@ -66,29 +69,21 @@ def train(
         checkpoint: file written after each epoch; None writes none.
         resume: go on from `checkpoint`; the epochs already done are yielded again, unchanged, from the file.
         on_step: called now and then within an epoch.
+        on_note: called with what a person should know: that an older checkpoint had to stand in.
         deadline: `time.monotonic()` by which to stop; an epoch that would end after it is not begun.
 
     Yields:
         The metrics of each epoch, after its checkpoint is on the disk.
 
     Raises:
-        ValueError: the batch size does not fit the data, or no such device.
+        ValueError: the batch size or `pad` does not fit the data, or no such device.
         CheckpointError: the checkpoint is missing, damaged or of another run.
         NonFiniteLoss: the loss became NaN or infinite; the last checkpoint is from before.
         OSError: the checkpoint could not be written; the one before is kept.
     """
-    device = resolve_device(config.device)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    batches = TrainBatches(
-        data,
-        config.batch_size,
-        augment=augmentation(data, config),
-        device=device,
-        seed=config.seed,
-        memory_format=memory_format,
-    )
-    test_batches = EvalBatches(data, device=device, memory_format=memory_format)
-    model.to(device).to(memory_format=memory_format)
+    batches = train_batches(config, data)
+    test_batches = EvalBatches(data, **placement(config))
+    place(model, config)
     return _epochs(
         model,
         batches,
@@ -98,8 +93,36 @@ def train(
         checkpoint,
         resume and checkpoint is not None,
         on_step,
+        on_note,
         deadline,
     )
+
+
+def train_batches(config: TrainConfig, data: ImageData) -> TrainBatches:
+    """The batches that a run trains on.
+
+    Raises:
+        ValueError: the batch size or `pad` does not fit the data, or no such device.
+    """
+    return TrainBatches(
+        data,
+        config.batch_size,
+        augment=augmentation(data, config),
+        seed=config.seed,
+        **placement(config),
+    )
+
+
+def placement(config: TrainConfig) -> dict[str, Any]:
+    """Where batches are made and in which layout, as arguments of `TrainBatches` and `EvalBatches`."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return {"device": resolve_device(config.device), "memory_format": layout}
+
+
+def place(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Move a network to where the batches of a run are, in their layout; returns it."""
+    moved: nn.Module = model.to(resolve_device(config.device)).to(memory_format=placement(config)["memory_format"])
+    return moved
 
 
 def _epochs(
@@ -111,6 +134,7 @@ def _epochs(
     checkpoint: Path | None,
     resume: bool,
     on_step: StepListener | None,
+    on_note: Callable[[str], object],
     deadline: float | None,
 ) -> Iterator[EpochMetrics]:
     device = batches.labels.device
@@ -124,7 +148,7 @@ def _epochs(
 
     history: list[EpochMetrics] = []
     if resume and checkpoint is not None:
-        history = restore_state(load_checkpoint(checkpoint), checkpoint, parts, batches, config, phase)
+        history = restore_state(load_checkpoint(checkpoint, on_note), checkpoint, parts, batches, config, phase)
         yield from history
 
     steps = len(batches)
@@ -154,6 +178,7 @@ def _epochs(
                 if on_step is not None:
                     on_step(report)
 
+        of_gates = meter.gate_metrics()  # before the evaluation, whose batches the gates would tell of
         test_loss, test_top1 = evaluate(model, test_batches)
         report = StepReport(phase, epoch + 1, steps, steps, meter.mean_loss, meter.top1)
         _require_finite(report.loss, "loss", report, checkpoint)
@@ -168,7 +193,7 @@ def _epochs(
             test_top1=test_top1,
             seconds=time.monotonic() - started,
             polar_weight=polar_weight(config, done / config.epochs),
-            **meter.gate_metrics(),
+            **of_gates,
         )
         history.append(metrics)
         if checkpoint is not None:
@@ -266,9 +291,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def augmentation(data: ImageData, config: TrainConfig) -> Augment:
-    """What the source suggests, as changed by `augment` and `pad`."""
+    """What the source suggests, as changed by `augment` and `pad`.
+
+    Raises:
+        ValueError: shifts by `pad` could leave nothing of an image.
+    """
     if not config.augment:
         return Augment()
+    side = min(data.image_shape[1:])
+    if config.pad >= side:
+        raise ValueError(f"pad: expected less than {side}, the side of the images, got {config.pad}")
     return Augment(data.augment.pad if config.pad < 0 else config.pad, data.augment.flip)
 
 
@@ -282,9 +314,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: expected one that this machine has ({torch.cuda.device_count()} GPUs), got {name!r}"
-        )
+        raise ValueError(f"device: expected one that this machine has ({torch.cuda.device_count()} GPUs), got {name!r}")
     return device
 
 
@@ -296,11 +326,7 @@ def _would_miss(deadline: float, history: list[EpochMetrics]) -> bool:
 def _require_finite(value: float, what: str, at: StepReport, checkpoint: Path | None) -> None:
     if math.isfinite(value):
         return
-    kept = (
-        f"; the checkpoint of the epoch before is kept at {checkpoint}"
-        if checkpoint and checkpoint.exists()
-        else ""
-    )
+    kept = f"; the checkpoint of the epoch before is kept at {checkpoint}" if checkpoint and checkpoint.exists() else ""
     raise NonFiniteLoss(
         f"{at.phase}: {what} became {value} in epoch {at.epoch}, step {at.step} of {at.steps}; "
         f"expected a finite number (a lower lr or grad_clip may help){kept}"

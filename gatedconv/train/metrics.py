@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gatedconv.gates import expected_macs, find_gates
+from gatedconv.train.record import NUMBER, require_form
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class EpochMetrics:
         polarization: mean over the epoch of the polarization loss (eqs. 6-8), 0 to 1/4.
         macs: expected MACs per image at the epoch's mean open rates, as a share of the dense network's.
         open_rate: mean open rate over all gates, 0 to 1.
-        gates_dead: gates shut beyond the estimator's window for the whole last batch: nothing moves them.
+        gates_dead: gates shut beyond the estimator's window for the whole last training batch: nothing moves
+            them.
         gates_saturated: gates beyond the window on either side; contains the dead ones.
         num_gates: single gates in the network.
         gate_open_rates: mean open rate of each gate module over the epoch, by name.
@@ -56,6 +58,27 @@ class EpochMetrics:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and dicts, as they are written."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Any, where: str, error: type[ValueError] = ValueError) -> EpochMetrics:
+        """The metrics that `as_dict` wrote; `where` and `error` are for `require_form`, which checks them.
+
+        Raises:
+            ValueError: `error`, naming the field that is missing, of another type or unknown.
+        """
+        require_form(record, _form(), where, error)
+        unknown = record.keys() - {spec.name for spec in fields(cls)}
+        if unknown:
+            raise error(f"{where}: unknown key {sorted(unknown)[0]!r}")
+        return cls(**record)
+
+
+def _form() -> dict[str, Any]:
+    kinds = {"str": str, "int": int, "float": NUMBER, "dict[str, float]": dict}
+    return {
+        spec.name + ("?" if (spec.default, spec.default_factory) != (MISSING, MISSING) else ""): kinds[str(spec.type)]
+        for spec in fields(EpochMetrics)
+    }
 
 
 class EpochMeter:
@@ -102,9 +125,7 @@ class EpochMeter:
         if not isinstance(self._open_rates, Tensor):
             return {}
         means = self._open_rates / self.steps
-        rates = dict(
-            zip(self.gates, means.split([gate.num_gates for gate in self.gates.values()]), strict=True)
-        )
+        rates = dict(zip(self.gates, means.split([gate.num_gates for gate in self.gates.values()]), strict=True))
         learning = [gate for gate in self.gates.values() if gate.logits is not None]
         everything = {name: torch.ones_like(rate) for name, rate in rates.items()}
         return {

@@ -16,14 +16,17 @@ from gatedconv.train.config import TrainConfig
 from gatedconv.train.finish import finish
 from gatedconv.train.folder import MetricsWriter, RunFolder
 from gatedconv.train.listener import Listener
-from gatedconv.train.loop import resolve_device, train
+from gatedconv.train.loop import place, resolve_device, train, train_batches
 from gatedconv.train.metrics import EpochMetrics
 from gatedconv.train.provenance import provenance
-from gatedconv.train.tensorboard import TensorBoard
+from gatedconv.train.state import restore_part
+from gatedconv.train.tensorboard import TensorBoard, require_tensorboard
 
 # Gates that are all stuck further than this from the wanted MACs, relatively, deserve a word. A single layer
 # gate of ResNet-20 is a fifth of a target of one half.
 _TARGET_TOLERANCE = 0.2
+# As does a larger share of dead gates than this: without a MAC target, nobody may have asked for so much.
+_DEAD_SHARE = 0.5
 
 
 def run(
@@ -48,11 +51,18 @@ def run(
     deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.tensorboard:
+        require_tensorboard()
     resolve_device(config.device)
     data = load_images(config)
+    train_batches(config, data)  # raises where the recipe does not fit the data
+    networks: dict[str, nn.Module] = {
+        phase: build_model(config, data, gated=phase == "gated") for phase in phases(config)
+    }
+    # A run that is refused has claimed no folder: everything that can refuse it comes before.
     folder.begin(config, resume=resume)
     listener.start(config, data)
-    trained = _train_phases(config, data, folder, resume, listener, deadline)
+    trained = _train_phases(config, data, folder, networks, resume, listener, deadline)
     if trained is None:
         return None
     return conclude(config, data, folder, trained, listener)
@@ -82,20 +92,19 @@ def conclude(
     return summary
 
 
-def load_trained(folder: RunFolder, config: TrainConfig, data: ImageData) -> dict[str, nn.Module]:
+def load_trained(folder: RunFolder, config: TrainConfig, data: ImageData, listener: Listener) -> dict[str, nn.Module]:
     """The networks of a run as its newest checkpoints have them, whether or not it was finished.
 
     Raises:
-        CheckpointError: no checkpoint, or a damaged one.
+        CheckpointError: no checkpoint, a damaged one, or one of another model.
     """
     trained: dict[str, nn.Module] = {}
     for phase in phases(config):
         path = folder.checkpoint(phase)
         if has_checkpoint(path) or phase == "gated":
             network = build_model(config, data, gated=phase == "gated")
-            network.load_state_dict(load_checkpoint(path)["model"])
-            layout = torch.channels_last if config.channels_last else torch.contiguous_format
-            trained[phase] = network.to(resolve_device(config.device)).to(memory_format=layout)
+            restore_part(load_checkpoint(path, listener.note), path, "model", network)
+            trained[phase] = place(network, config)
     return trained
 
 
@@ -103,6 +112,7 @@ def _train_phases(
     config: TrainConfig,
     data: ImageData,
     folder: RunFolder,
+    networks: dict[str, nn.Module],
     resume: bool,
     listener: Listener,
     deadline: float | None,
@@ -110,11 +120,10 @@ def _train_phases(
     writer = MetricsWriter(folder.metrics)
     trained: dict[str, nn.Module] = {}
     with TensorBoard(folder.path / "tensorboard") if config.tensorboard else nullcontext() as board:
-        for phase in phases(config):
+        for phase, network in networks.items():
             listener.phase(phase)
-            network = build_model(config, data, gated=phase == "gated")
             checkpoint = folder.checkpoint(phase)
-            metrics = None
+            last = None
             for metrics in train(
                 network,
                 data,
@@ -123,23 +132,38 @@ def _train_phases(
                 checkpoint=checkpoint,
                 resume=resume and has_checkpoint(checkpoint),
                 on_step=listener.step,
+                on_note=listener.note,
                 deadline=deadline,
             ):
                 writer.write(metrics)
                 if board is not None:
                     board.write(metrics)
                 listener.epoch(metrics)
-            done = metrics.epoch if metrics else 0
+                if _dead_share(metrics) > _DEAD_SHARE >= _dead_share(last):
+                    listener.note(_dead_note(metrics))
+                last = metrics
+            done = last.epoch if last else 0
             if done < config.epochs:
                 listener.note(
                     f"stopped after {done} of {config.epochs} epochs ({phase}): max_minutes is "
                     f"{config.max_minutes:g}; go on with: gatedconv train --resume {folder.path}"
                 )
                 return None
-            if metrics is not None:
-                _note_stuck_gates(config, metrics, listener)
+            if last is not None:
+                _note_stuck_gates(config, last, listener)
             trained[phase] = network
     return trained
+
+
+def _dead_share(metrics: EpochMetrics | None) -> float:
+    return metrics.gates_dead / metrics.num_gates if metrics and metrics.num_gates else 0.0
+
+
+def _dead_note(metrics: EpochMetrics) -> str:
+    return (
+        f"epoch {metrics.epoch}: {metrics.gates_dead} of {metrics.num_gates} gates are dead: shut beyond the "
+        f"estimator's window for a whole batch, so that nothing opens them again (MACs {metrics.macs:.1%})"
+    )
 
 
 def _note_stuck_gates(config: TrainConfig, last: EpochMetrics, listener: Listener) -> None:

@@ -10,8 +10,19 @@ import torch
 
 from gatedconv.data import TrainBatches
 from gatedconv.train.checkpoint import CheckpointError, State
-from gatedconv.train.config import FREE_ON_RESUME, TrainConfig, field_specs
+from gatedconv.train.config import TrainConfig, require_same_recipe
 from gatedconv.train.metrics import EpochMetrics
+from gatedconv.train.record import require_form
+
+# What `pack_state` writes beside the parts.
+_STATE = {
+    "phase": str,
+    "epoch": int,
+    "train_images": int,
+    "config": dict,
+    "random": {"data": torch.Tensor, "cpu": torch.Tensor, "cuda?": torch.Tensor},
+    "history": list,
+}
 
 
 def pack_state(
@@ -31,8 +42,8 @@ def pack_state(
         history: metrics of every epoch done.
     """
     random = {"data": batches.generator.get_state(), "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
+    if batches.labels.is_cuda:
+        random["cuda"] = torch.cuda.get_rng_state(batches.labels.device)
     return {
         "phase": phase,
         "epoch": len(history),
@@ -59,44 +70,52 @@ def restore_state(
         path: the file, for errors.
         parts: as in `pack_state`; loaded in place.
         batches: of the train split; their generator is set in place.
-        config: of this run; must equal the checkpoint's, but for fields that change no result.
+        config: of this run; must equal the checkpoint's, but for `FREE_ON_RESUME`.
         phase: which training of the run this is.
 
     Returns:
         The metrics of the epochs done.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another run.
+        CheckpointError: the checkpoint is of another form, or belongs to another run.
     """
+    require_form(state, _STATE, str(path), CheckpointError)
     if state["phase"] != phase:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint of phase {phase!r}, found one of {state['phase']!r}"
-        )
-    _require_same_config(state["config"], path, config)
+        raise CheckpointError(f"{path}: expected a checkpoint of phase {phase!r}, found one of {state['phase']!r}")
+    try:
+        require_same_recipe(state["config"], config, f"{path}: checkpoint of another run")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if state["train_images"] != len(batches.labels):
         raise CheckpointError(
             f"{path}: checkpoint of other data: expected {len(batches.labels)} train images, "
             f"found {state['train_images']}"
         )
+    for name, part in parts.items():
+        restore_part(state, path, name, part)
+    batches.generator.set_state(state["random"]["data"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if batches.labels.is_cuda and "cuda" in state["random"]:
+        torch.cuda.set_rng_state(state["random"]["cuda"], batches.labels.device)
+    return [EpochMetrics.from_dict(line, f"{path}: history", CheckpointError) for line in state["history"]]
+
+
+def restore_part(state: State, path: Path, name: str, part: Any) -> None:
+    """Load one part of a checkpoint in place: model, optimizer or scaler.
+
+    Args:
+        state: from `load_checkpoint`.
+        path: the file, for errors.
+        name: of the part.
+        part: what takes its state.
+
+    Raises:
+        CheckpointError: the checkpoint lacks the part, or it is that of another model.
+    """
+    require_form(state, {name: dict}, str(path), CheckpointError)
     try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError) as error:
+        part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()
         reason = " ".join(line.strip() for line in first[:2])
         raise CheckpointError(f"{path}: checkpoint of another model: {reason}") from None
-    batches.generator.set_state(state["random"]["data"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"])
-    return [EpochMetrics(**line) for line in state["history"]]
-
-
-def _require_same_config(stored: dict[str, Any], path: Path, config: TrainConfig) -> None:
-    for name in field_specs():
-        mine = getattr(config, name)
-        theirs = stored.get(name)
-        if name not in FREE_ON_RESUME and theirs != mine:
-            raise CheckpointError(
-                f"{path}: checkpoint of another run: expected {name} {mine!r}, found {theirs!r}"
-            )

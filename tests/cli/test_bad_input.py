@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from gatedconv.cli import _out_of_memory
 from gatedconv.train import RunFolder
-from gatedconv.train.checkpoint import load_checkpoint
+from gatedconv.train.checkpoint import load_checkpoint, save_checkpoint
 from tests.image_files import write_npz
 
 Call = Callable[..., Any]
@@ -37,6 +39,9 @@ def assert_one_line(result: Any, *parts: str) -> None:
         (["--epochs", "many"], ["argument --epochs", "'many'"]),
         (["--batch-size", "1"], ["batch_size: expected at least 2, got 1"]),
         (["--batch-size", "4000"], ["batch_size: expected at most 1347"]),
+        (["--seed", "99999999999999999999"], ["seed: expected", "at most 9223372036854775807"]),
+        (["--threads", "100000000000"], ["threads: expected at least 0 and at most 4096, got 100000000000"]),
+        (["--hidden", "100000000000"], ["hidden: expected at least 0 and at most 4096, got 100000000000"]),
         (["--lr", "-1"], ["lr: expected above 0.0, got -1.0"]),
         (["--device", "cuda:77"], ["device: expected one that this machine has"]),
         (["--data", "npz:/nowhere/a.npz"], ["/nowhere/a.npz", "expected an .npz file"]),
@@ -53,7 +58,7 @@ def test_train_flags(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert_one_line(gatedconv("train", *flags), *parts)
-    assert not list(tmp_path.glob("runs/*/checkpoint/*")) and not list(tmp_path.glob("runs/*/metrics.jsonl"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -80,9 +85,7 @@ def test_a_config_file_with_a_fault_is_named(gatedconv: Call, tmp_path: Path) ->
 
 
 @pytest.fixture
-def one_epoch(
-    gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> RunFolder:
+def one_epoch(gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run stopped after its first epoch of two."""
     monkeypatch.setattr("gatedconv.train.loop._would_miss", lambda deadline, history: len(history) == 1)
     assert gatedconv("train", *quick, "--run", tmp_path / "run", "--max-minutes", 9).code == 3
@@ -96,16 +99,156 @@ def contents(folder: RunFolder) -> dict[Path, bytes]:
 
 def test_a_checkpoint_of_another_run_or_model(gatedconv: Call, one_epoch: RunFolder) -> None:
     before = contents(one_epoch)
-    path = str(one_epoch.checkpoint("gated"))
-    assert_one_line(
-        gatedconv("train", "--resume", one_epoch.path, "--lr", 0.7), path, "expected lr 0.7, found 0.1"
-    )
+    path = str(one_epoch.config)
+    assert_one_line(gatedconv("train", "--resume", one_epoch.path, "--lr", 0.7), path, "expected lr 0.7, found 0.1")
     assert_one_line(
         gatedconv("train", "--resume", one_epoch.path, "--model", "resnet32"),
         path,
         "model 'resnet32', found 'resnet20'",
     )
     assert contents(one_epoch) == before
+
+    path = str(one_epoch.checkpoint("gated"))
+    settings = one_epoch.config.read_text()
+    one_epoch.config.write_text(settings.replace('"resnet20"', '"resnet32"'))
+    assert_one_line(gatedconv("train", "--resume", one_epoch.path), path, "model 'resnet32', found 'resnet20'")
+    assert_one_line(gatedconv("freeze", one_epoch.path), path, "checkpoint of another model", "layer1.3")
+
+
+@pytest.mark.parametrize("key", ["phase", "model", "random", "history", "optimizer"])
+def test_a_checkpoint_that_lacks_a_key(gatedconv: Call, one_epoch: RunFolder, key: str) -> None:
+    path = one_epoch.checkpoint("gated")
+    state = load_checkpoint(path)
+    del state[key]
+    save_checkpoint(path, state)
+    assert_one_line(gatedconv("train", "--resume", one_epoch.path), str(path), f"missing key '{key}'")
+    if key == "model":
+        assert_one_line(gatedconv("freeze", one_epoch.path), str(path), "missing key 'model'")
+
+
+def test_a_resume_before_the_first_checkpoint_keeps_the_recipe(
+    gatedconv: Call, quick: list[object], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert gatedconv("train", *quick, "--run", folder.path, "--max-minutes", "1e-9").code == 3
+    before = contents(folder)
+    assert_one_line(gatedconv("train", "--resume", folder.path, "--lr", 0.7), "config.toml", "lr 0.7, found 0.1")
+    assert contents(folder) == before
+    assert gatedconv("train", "--resume", folder.path, "--max-minutes", "2e-9", "--name", "mine").code == 3
+    stored = folder.read_config()
+    assert (stored.max_minutes, stored.name, stored.lr) == (2e-9, "mine", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--batch-size", 400], ["batch_size: expected at most 48"]),
+        (["--pad", 100000], ["pad: expected less than 8, the side of the images, got 100000"]),
+        (["--tensorboard"], ["gatedconv[tensorboard]"]),
+        (["--seed", 2**63], ["seed: expected at least 0 and at most 9223372036854775807"]),
+    ],
+)
+def test_a_refused_run_claims_no_folder(
+    gatedconv: Call,
+    quick: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[object],
+    parts: list[str],
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: name != "tensorboard" and find_spec(name, *rest) or None
+    )
+    assert_one_line(gatedconv("train", *quick, *flags, "--run", tmp_path / "run"), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b'{"frozen": {"top1": 1}}', ["frozen: missing key 'macs'"]),
+        (b'{"frozen": {"top1": 1, "macs": 2, "params": 3}}', ["missing key 'agreement'"]),
+        (b'{"dense": {"top1": "1", "macs": 2, "params": 3}}', ["dense: top1: expected int or float, found str"]),
+        (b"[1]", ["expected dict, found list"]),
+        (b"\xff", ["expected UTF-8 text"]),
+    ],
+)
+def test_a_damaged_summary(gatedconv: Call, one_epoch: RunFolder, content: bytes, parts: list[str]) -> None:
+    one_epoch.summary.write_bytes(content)
+    result = gatedconv("report", one_epoch.path, "--no-plots")
+    assert_one_line(result, str(one_epoch.summary), *parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"3\n", ["line 2: expected dict, found int"]),
+        (b'{"phase": "gated"}\n', ["line 2: missing key 'epoch'"]),
+        (b"\xff\n", ["expected UTF-8 text"]),
+    ],
+)
+def test_damaged_metrics(gatedconv: Call, one_epoch: RunFolder, content: bytes, parts: list[str]) -> None:
+    one_epoch.metrics.write_bytes(one_epoch.metrics.read_bytes() + content)
+    assert_one_line(gatedconv("report", one_epoch.path), str(one_epoch.metrics), *parts)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 TiB\nframe #0"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(
+    gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def greedy(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gatedconv.train.pipeline.load_images", greedy)
+    assert_one_line(gatedconv("train", *quick, "--run", tmp_path / "run"), "out of memory: ", "7 TiB")
+
+
+def test_pytorchs_own_allocator_errors_are_known() -> None:
+    for size in ((2**46,), (2**62, 2**10)):
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(size)
+        assert _out_of_memory(caught.value), caught.value
+    assert not _out_of_memory(RuntimeError("shape '[2]' is invalid for input of size 3"))
+
+
+def test_an_internal_error_is_no_user_error(
+    gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatedconv.train.pipeline.load_images", lambda config: [][0])
+    with pytest.raises(IndexError):
+        gatedconv("train", *quick, "--run", tmp_path / "run")
+    monkeypatch.setattr("gatedconv.train.pipeline.load_images", lambda config: len(3))
+    assert_one_line(
+        gatedconv("train", *quick, "--run", tmp_path / "run"), "'int' has no len()", "GATEDCONV_TRACEBACK=1"
+    )
+    monkeypatch.setenv("GATEDCONV_TRACEBACK", "1")
+    with pytest.raises(TypeError):
+        gatedconv("train", *quick, "--run", tmp_path / "run")
+
+
+def test_an_interruption_tells_what_is_kept(
+    gatedconv: Call, quick: list[object], one_epoch: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatedconv.train.pipeline.train", interrupted)
+    early = gatedconv("train", *quick, "--run", one_epoch.path.with_name("early"))
+    assert early.code == 130 and "interrupted before an epoch was finished" in early.err
+    later = gatedconv("train", "--resume", one_epoch.path)
+    assert later.code == 130 and f"gatedconv train --resume {one_epoch.path} goes on" in later.err
+    monkeypatch.setattr("gatedconv.cli.eval.saved_networks", interrupted)
+    other = gatedconv("eval", one_epoch.path)
+    assert (other.code, other.err) == (130, "gatedconv eval: interrupted\n")
 
 
 def test_a_damaged_checkpoint(gatedconv: Call, one_epoch: RunFolder) -> None:
@@ -128,7 +271,7 @@ def test_a_full_disk(gatedconv: Call, one_epoch: RunFolder, monkeypatch: pytest.
 
     before = one_epoch.checkpoint("gated").read_bytes()
     monkeypatch.setattr(os, "fsync", full)
-    result = gatedconv("train", "--resume", one_epoch.path, "--max-minutes", 0)
+    result = gatedconv("train", "--resume", one_epoch.path)
     monkeypatch.undo()
     assert_one_line(result, "gated.pt", "No space left on device", "is kept")
     assert one_epoch.checkpoint("gated").read_bytes() == before
@@ -144,6 +287,18 @@ def test_a_disk_that_fills_under_the_metrics(gatedconv: Call, one_epoch: RunFold
     assert load_checkpoint(one_epoch.checkpoint("gated"))["epoch"] == 1
 
 
+def test_a_disk_that_fills_under_the_plots(
+    gatedconv: Call, one_epoch: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert_one_line(gatedconv("report", one_epoch.path), str(one_epoch.plots), "could not be written (No space left")
+    trained = gatedconv("train", "--resume", one_epoch.path)
+    assert trained.code == 0 and f"plots not drawn: {one_epoch.plots}: could not be written" in trained.out
+
+
 def test_a_loss_that_turns_nan(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:
     result = gatedconv("train", *quick, "--lr", "1e30", "--run", tmp_path / "run")
     assert_one_line(result, "gated", "loss became", "expected a finite number")
@@ -153,9 +308,7 @@ def test_nan_after_a_good_epoch_keeps_its_checkpoint(
     gatedconv: Call, one_epoch: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = one_epoch.checkpoint("gated").read_bytes()
-    monkeypatch.setattr(
-        "gatedconv.train.loop.mac_target_loss", lambda model, target: torch.tensor(float("nan"))
-    )
+    monkeypatch.setattr("gatedconv.train.loop.mac_target_loss", lambda model, target: torch.tensor(float("nan")))
     result = gatedconv("train", "--resume", one_epoch.path, "--max-minutes", 0)
     assert_one_line(result, "loss became nan in epoch 2", str(one_epoch.checkpoint("gated")))
     assert one_epoch.checkpoint("gated").read_bytes() == before
@@ -175,21 +328,16 @@ def test_commands_on_what_does_not_fit(gatedconv: Call, tmp_path: Path, archive:
     model = tmp_path / "net.safetensors"
     package.save(package.models.resnet20(10), model)
     assert_one_line(gatedconv("eval", model), "expected --data SOURCE")
-    assert_one_line(
-        gatedconv("eval", model, "--data", f"npz:{archive}"), "3 channel(s) and 10 classes", "1 and 3"
-    )
-    assert_one_line(
-        gatedconv("export", model, "--format", "tflite"), "format", "onnx, torch, aoti", "'tflite'"
-    )
+    assert_one_line(gatedconv("eval", model, "--data", f"npz:{archive}"), "3 channel(s) and 10 classes", "1 and 3")
+    assert_one_line(gatedconv("export", model, "--format", "tflite"), "format", "onnx, torch, aoti", "'tflite'")
     assert_one_line(gatedconv("bench", model, "--batch", 0), "batch: expected at least 1, got 0")
     assert_one_line(gatedconv("bench", model, "--rounds", 0), "rounds: expected at least 1, got 0")
     assert_one_line(gatedconv("bench", model, "--size", 0), "size: expected at least 1, got 0")
-    assert_one_line(
-        gatedconv("bench", model, "--peers", "eager,tflite"), "peers: expected some of", "'tflite'"
-    )
+    assert_one_line(gatedconv("bench", model, "--peers", "eager,tflite"), "peers: expected some of", "'tflite'")
     assert_one_line(gatedconv("bench", "resnet19"), "resnet19", "expected a run folder, a model file")
     assert_one_line(gatedconv("bench", archive.with_suffix(".pt2")), "expected a .pt2", "found nothing")
     assert_one_line(gatedconv("bench", model, "--threads", 0), "threads: expected at least 1, got 0")
+    assert_one_line(gatedconv("bench", model, "--threads", 10**11), "threads: expected at most 4096")
 
 
 def test_freeze_of_a_run_without_gates(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:

@@ -22,12 +22,8 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
     run = tmp_path / "run"
     trained = gatedconv("train", *quick, "--dense-baseline", "--run", run)
     assert trained.code == 0, trained.err
-    assert (
-        "gated 2/2" in trained.out and "agreement (%)" in trained.out and f"written to {run}" in trained.out
-    )
-    assert {"config.toml", "metrics.jsonl", "checkpoint", "summary.json", "plots"} <= {
-        p.name for p in run.iterdir()
-    }
+    assert "gated 2/2" in trained.out and "agreement (%)" in trained.out and f"written to {run}" in trained.out
+    assert {"config.toml", "metrics.jsonl", "checkpoint", "summary.json", "plots"} <= {p.name for p in run.iterdir()}
     assert {path.name for path in (run / "plots").iterdir()} == {"curves.png", "gate_evolution.png"}
     summary = json.loads((run / "summary.json").read_text())
 
@@ -63,11 +59,7 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
     assert {tuple(line.split()[:3]) for line in exported.out.splitlines()[2:]} >= {("net", "3", "eager")}
 
     reported = gatedconv("report", run, run)
-    assert (
-        reported.code == 0
-        and "agreement" in reported.out
-        and str(run / "plots" / "curves.png") in reported.out
-    )
+    assert reported.code == 0 and "agreement" in reported.out and str(run / "plots" / "curves.png") in reported.out
 
 
 def test_resume_continues_an_unfinished_run(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:
@@ -153,6 +145,5 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_env(gatedconv: Call) -> None:
-    pytest.importorskip("gatedconv.environment")
     assert torch.__version__ in gatedconv("env").out
     assert isinstance(json.loads(gatedconv("env", "--json").out), dict)
