@@ -40,7 +40,11 @@ def find_branches(flow: Flow) -> tuple[list[Branch], dict[str, str]]:
     found: list[Branch] = []
     rejected: dict[str, str] = {}
     for node in flow.graph_module.graph.nodes:
-        if node.op in ("call_function", "call_method") and op_name(node) == "add" and flow.kind(node) == "binary":
+        if (
+            node.op in ("call_function", "call_method")
+            and op_name(node) == "add"
+            and flow.kind(node) == "binary"
+        ):
             branch, reason = _branch_of(node, flow, order)
             if branch is not None:
                 found.append(branch)
@@ -73,7 +77,11 @@ def _branch_of(addition: fx.Node, flow: Flow, order: dict[fx.Node, int]) -> tupl
         outside = {n for node in region for n in node.all_input_nodes} - region
         tensors = [n for n in outside if isinstance(n.meta.get("val"), Tensor) and flow.kind(n) != "constant"]
         if len(tensors) != 1 or any(flow.kind(n) in ("size", "deferred") for n in outside):
-            reasons.append(f"the branch reads {len(outside)} tensors" if len(tensors) != 1 else "it needs sizes from outside")
+            reasons.append(
+                f"the branch reads {len(outside)} tensors"
+                if len(tensors) != 1
+                else "it needs sizes from outside"
+            )
             continue
         entry = tensors[0]
         if entry is not other and entry not in _ancestors(other, order[entry], order):  # type: ignore[arg-type]
@@ -81,7 +89,8 @@ def _branch_of(addition: fx.Node, flow: Flow, order: dict[fx.Node, int]) -> tupl
         elif entry.meta["val"].dim() != 4 or not flow.has_channels(entry):
             reasons.append("the branch's input is no image")
         else:
-            candidates.append((work, Branch(addition, side, entry, region, others if other is not entry else set())))  # type: ignore[arg-type]
+            outside = others if other is not entry else set()
+            candidates.append((work, Branch(addition, side, entry, region, outside)))  # type: ignore[arg-type]
     if not candidates:
         return None, "; ".join(sorted(set(reasons)))
     return max(candidates, key=lambda c: c[0])[1], ""

@@ -126,7 +126,9 @@ def _is_fresh(node: fx.Node) -> bool:
     """Whether the node's value is a new tensor, and no view of one that others may read."""
     module = submodule(node)
     if module is not None:
-        return isinstance(module, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.AvgPool2d, nn.MaxPool2d))
+        return isinstance(
+            module, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.AvgPool2d, nn.MaxPool2d)
+        )
     return node.op == "call_function" and op_name(node) in ("add", "mul", "cat", "sub")
 
 
@@ -198,13 +200,17 @@ def _plain_module(graph_module: fx.GraphModule, node: fx.Node) -> None:
     if is_random_drop(module) and not isinstance(module, StochasticDepth):
         p = float(getattr(module, "drop_prob", None) or getattr(module, "p", 0.0) or 0.0)
         mode = getattr(module, "mode", "row")
-        ours = StochasticDepth(p, mode if mode in ("row", "batch") else "row", bool(getattr(module, "scale_by_keep", True)))
+        ours = StochasticDepth(
+            p, mode if mode in ("row", "batch") else "row", bool(getattr(module, "scale_by_keep", True))
+        )
         if p == 0:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph_module.graph.erase_node(node)
         else:
             set_module(graph_module, str(node.target), ours.train(graph_module.training))
-    elif isinstance(module, nn.Identity) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0):
+    elif isinstance(module, nn.Identity) or (
+        isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
+    ):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph_module.graph.erase_node(node)
     elif isinstance(module, FrozenConv2d):  # the product with its gate's decision follows
@@ -235,9 +241,9 @@ def _expand_frozen_conv(graph_module: fx.GraphModule, node: fx.Node, module: Con
 
 def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
     """A ``torch.nn.Conv2d`` that shares the parameters of a convolution of any subclass."""
+    geometry: tuple[Any, Any, Any, Any] = (module.kernel_size, module.stride, module.padding, module.dilation)
     plain = nn.Conv2d(
-        module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
-        module.dilation, module.groups, bias=False, padding_mode=module.padding_mode, device="meta",
+        module.in_channels, module.out_channels, *geometry, module.groups, bias=False, padding_mode=module.padding_mode, device="meta",
     )  # fmt: skip
     plain.weight, plain.bias = module.weight, module.bias
     return plain.train(module.training)
@@ -293,20 +299,26 @@ def _build(name: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> 
         if name == "linear":
             module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         else:
-            groups, stride, padding, dilation = (arguments[k] for k in ("groups", "stride", "padding", "dilation"))
+            groups, stride, padding, dilation = (
+                arguments[k] for k in ("groups", "stride", "padding", "dilation")
+            )
             if any(isinstance(v, fx.Node) for v in (groups, stride, padding, dilation)):
                 return None
             module = nn.Conv2d(
-                weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), _pair(stride), _pair(padding),
+                weight.shape[1] * groups, weight.shape[0], _pair(weight.shape[2:]), _pair(stride), _pair(padding),
                 _pair(dilation), groups, bias=False, device="meta",
             )  # fmt: skip
     elif name == "batch_norm":
         mean = tensors["running_mean"]
-        module = nn.BatchNorm2d(mean.numel(), arguments["eps"], arguments["momentum"], weight is not None, device="meta")
+        module = nn.BatchNorm2d(
+            mean.numel(), arguments["eps"], arguments["momentum"], weight is not None, device="meta"
+        )
         module.running_mean, module.running_var = mean, tensors["running_var"]
         module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=mean.device)
     elif name == "layer_norm":
-        module = nn.LayerNorm(tuple(arguments["normalized_shape"]), arguments["eps"], weight is not None, device="meta")
+        module = nn.LayerNorm(
+            tuple(arguments["normalized_shape"]), arguments["eps"], weight is not None, device="meta"
+        )
     else:
         if weight is None:
             return None
@@ -333,8 +345,10 @@ def _place(graph_module: fx.GraphModule, owner: str, module: nn.Module) -> str:
         return owner
     mine = {name for name, value in module.named_parameters(recurse=False)}
     theirs = {name for name, _ in existing.named_parameters(recurse=False)}
-    same = owner and theirs <= mine and all(
-        getattr(existing, n) is getattr(module, n) for n in theirs if getattr(module, n) is not None
+    same = (
+        owner
+        and theirs <= mine
+        and all(getattr(existing, n) is getattr(module, n) for n in theirs if getattr(module, n) is not None)
     )
     path = owner if same else free_path(graph_module, f"{owner}.layer" if owner else "layer")
     if same:
@@ -348,7 +362,8 @@ def _dropout_module(graph_module: fx.GraphModule, node: fx.Node) -> None:
     """A functional dropout has its training flag written into the graph; a module asks itself."""
     names = ("input", "p", "training", "inplace")
     arguments = {"p": 0.5, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    source, p = arguments["input"], arguments["p"]
+    source: Any = arguments["input"]
+    p = arguments["p"]
     if not isinstance(p, float) or p == 0.0:
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)

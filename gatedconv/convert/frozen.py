@@ -52,7 +52,10 @@ def _skip_closed(model: GraphNet, product: fx.Node) -> None:
     gate = submodule(factor.args[0]) if isinstance(factor.args[0], fx.Node) else None
     if not isinstance(gate, FrozenGate) or gate.is_full:
         return
-    if isinstance(submodule(value), nn.modules.batchnorm._BatchNorm) and set(value.users) <= {product, factor.args[0]}:
+    if isinstance(submodule(value), nn.modules.batchnorm._BatchNorm) and set(value.users) <= {
+        product,
+        factor.args[0],
+    }:
         value = value.args[0]
     conv = submodule(value) if isinstance(value, fx.Node) else None
     readers = {u for u in value.users if not isinstance(submodule(u), FrozenGate)}  # type: ignore[union-attr]

@@ -100,10 +100,9 @@ def _finish(
     result = GraphNet(graph_module, graph_module.graph, name)
     result.eval()
     evaluate_shapes(result, example_input)
-    result.mac_terms = graph_mac_terms(Flow(result), conversion.gated)
-    result.conversion = conversion
-    result.input_size = tuple(example_input.shape[1:])
-    conversion.reachable_macs = reachable_share(result.mac_terms)
+    terms = graph_mac_terms(Flow(result), conversion.gated)
+    conversion.reachable_macs = reachable_share(terms)
+    vars(result).update(mac_terms=terms, conversion=conversion, input_size=tuple(example_input.shape[1:]))
     for node in result.graph.nodes:
         node.meta.pop("val", None)
     return result.train(training)  # type: ignore[return-value]
@@ -136,14 +135,10 @@ def _insert_gates(
         if site.follows is not None:
             _multiply(graph_module, site.node, list(site.node.users), factors[site.follows])
             continue
-        suffix = ".channel_gate" if position == "before" and site.readers and _is_block(graph_module, site.name) else "_gate"
-        path = free_path(graph_module, f"{site.name}{suffix}")
+        suffix = ".channel_gate" if site.is_block else "_gate"
+        path = free_path(graph_module, f"{site.name}{suffix}".lstrip("."))
         factors[site] = _gate_channels(graph_module, site, axes[site], path, opened, estimator)
         conversion.gated[path] = f"the {'input' if site.readers else 'output'} channels of {site.name}"
-
-
-def _is_block(graph_module: fx.GraphModule, name: str) -> bool:
-    return any(True for _ in graph_module.get_submodule(name).children())
 
 
 def _layer_reason(branch: Branch, graph_module: fx.GraphModule, selection: Selection) -> str:

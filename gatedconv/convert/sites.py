@@ -22,6 +22,7 @@ class Site:
         name: path of the layer whose output is gated.
         node: the gate reads and multiplies this node's value.
         readers: the nodes that get the product; None for all.
+        is_block: the name is that of a block, whose input is gated.
         follows: the site whose gate is used again, behind a depthwise convolution of what that one gates.
     """
 
@@ -29,6 +30,7 @@ class Site:
     node: fx.Node
     readers: set[fx.Node] | None = None
     follows: Site | None = None
+    is_block: bool = False
 
 
 class SiteFinder:
@@ -95,7 +97,8 @@ class SiteFinder:
             if reason:
                 self.skipped[name] = reason
             else:
-                sites.append(Site(name, branch.entry, {n for n in branch.entry.users if n in branch.nodes}))
+                readers = {n for n in branch.entry.users if n in branch.nodes}
+                sites.append(Site(branch.name, branch.entry, readers, is_block=True))
         for node in self._nodes():
             if self.flow.kind(node) not in ("conv", "linear") or node in inside:
                 continue

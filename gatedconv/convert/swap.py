@@ -14,7 +14,13 @@ from gatedconv.nn import Conv2d
 
 
 def swap_modules(
-    model: nn.Module, selection: Selection, gate: str, position: str, estimator: str, example_input: Tensor, why: str
+    model: nn.Module,
+    selection: Selection,
+    gate: str,
+    position: str,
+    estimator: str,
+    example_input: Tensor,
+    why: str,
 ) -> nn.Module:
     """``model`` itself with ``gatedconv.Conv2d`` in place of its convolutions, and ``conversion`` on it.
 

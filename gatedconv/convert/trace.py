@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -73,6 +75,8 @@ def _fake_value(node: fx.Node, root: nn.Module, example_input: Tensor) -> Any:
         return torch.empty(shape, dtype=example_input.dtype, device=example_input.device)
     if node.op == "get_attr":
         return attribute(root, str(node.target))
+    args: Any
+    kwargs: Any
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     if node.op == "output":
         return args[0]
@@ -85,6 +89,8 @@ def _fake_value(node: fx.Node, root: nn.Module, example_input: Tensor) -> Any:
         return args[0].new_empty((args[0].shape[0], module.num_gates))
     if isinstance(module, (SelectOpen, AddBranch)):  # as if every sample were open
         return args[0]
+    if isinstance(module, Conv2d):  # whatever its gate closes, the shape is the same
+        return nn.Conv2d.forward(module, *args)
     return module(*args, **kwargs)
 
 
@@ -109,7 +115,7 @@ def _symbolic(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
 
 def _exported(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     example = example_input.detach()[:1].expand(TRACED_BATCH, *example_input.shape[1:]).contiguous()
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     module = program.module(check_guards=False)
     # A plain graph module: the exported one carries its own calling convention and refuses train().
@@ -123,6 +129,17 @@ def _exported(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     result = fx.GraphModule(module, graph, type(model).__name__)
     evaluate_shapes(result, example_input)
     return result
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A failed export writes its graph to the log; the exception says enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class SizedProxy(fx.Proxy):

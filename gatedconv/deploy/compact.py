@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,12 +24,18 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int =
 
     A closed layer leaves its shortcut; closed channels leave the convolutions on both their sides, and
     what is left of a branch is added into the channels that it belongs to. A branch whose inner channels
-    are all closed leaves the constant that its last norm makes of zeros. A gated ``Conv2d`` outside our
-    residual blocks stays, skipping its closed channels itself.
+    are all closed leaves the constant that its last norm makes of zeros.
+
+    Our ResNets stay ResNets. Any other network becomes a ``torch.fx.GraphModule`` of torch.nn modules and a
+    few tiny ones of ``gatedconv.nn`` (``ScatterAdd``, ``GatherChannels``, ...). Where it is not proven that a
+    channel can go, it is computed, or its constant is put back. A network that cannot be traced keeps its
+    frozen layers, with a warning.
 
     Args:
         frozen: the result of ``freeze``.
         example_input: (N, C, H, W) that the model accepts.
+        channel_multiple: keep so many closed channels that the width behind each gate is a multiple of this
+            (8 suits GPUs); our own residual blocks are cut exactly.
 
     Raises:
         TypeError: for arguments of another kind.
@@ -37,10 +44,10 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int =
     if not isinstance(frozen, nn.Module):
         raise TypeError(f"compact: the model must be a torch.nn.Module, got {type(frozen).__name__}")
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
-        kind = (
-            tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-        )
+        kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise TypeError(f"compact: example_input must be a tensor (N, C, H, W), got {kind}")
+    if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:
+        raise ValueError(f"compact: channel_multiple must be a positive int, got {channel_multiple!r}")
     learning = [name for name, gate in find_gates(frozen).items() if not isinstance(gate, FrozenGate)]
     if learning:
         raise ValueError(f"compact: freeze the model first; gate {learning[0]!r} is still learning")
@@ -72,13 +79,9 @@ def _cut_rest(model: nn.Module, example_input: Tensor, channel_multiple: int) ->
     example = example_input.detach().cpu()
     model = model.cpu().eval()
     try:
-        graph_module = (
-            fx.GraphModule(model, model.graph) if isinstance(model, GraphNet) else trace(model, example)[0]
-        )
+        graph_module = fx.GraphModule(model, model.graph) if isinstance(model, GraphNet) else trace(model, example)[0]
     except TraceFailure as failure:
-        warnings.warn(
-            f"compact: the model keeps its frozen layers, it cannot be traced: {failure}", stacklevel=3
-        )
+        warnings.warn(f"compact: the model keeps its frozen layers, it cannot be traced: {failure}", stacklevel=3)
         return model.to(device)
     canonicalize(graph_module, model)
     return cut_graph(graph_module, example, channel_multiple, type(model).__name__).to(device)
@@ -94,9 +97,7 @@ def compact_block(block: BasicBlock) -> CompactBlock:
     if mask is None or bool(mask.all()):
         return CompactBlock(
             block.downsample,
-            _sequence(
-                conv1=block.conv1, bn1=block.bn1, relu=nn.ReLU(inplace=True), conv2=block.conv2, bn2=block.bn2
-            ),
+            _sequence(conv1=block.conv1, bn1=block.bn1, relu=nn.ReLU(inplace=True), conv2=block.conv2, bn2=block.bn2),
             None,
         )
     index = mask.nonzero().flatten()
@@ -131,7 +132,9 @@ def _cut_middle(block: BasicBlock, index: Tensor) -> CompactBlock:
 def _cut_before(block: BasicBlock, index: Tensor) -> CompactBlock:
     if index.numel() == 0:
         # conv1 sees zeros; what bn1 makes of them is constant, but conv2's padding then shows at the border.
-        start = {"constant": ConstantMap(torch.relu(_norm_of_zero(block.bn1)), block.conv1.stride[0])}
+        start: dict[str, nn.Module] = {
+            "constant": ConstantMap(torch.relu(_norm_of_zero(block.bn1)), block.conv1.stride[0])
+        }
     else:
         start = {
             "gather": GatherChannels(index),
@@ -153,12 +156,11 @@ def _cut_conv(conv: nn.Conv2d, *, out: Tensor | None = None, into: Tensor | None
     """A torch.nn.Conv2d with the given outputs and inputs alone (groups = 1, no bias: a block's own)."""
     weight = conv.weight if out is None else conv.weight.index_select(0, out)
     weight = weight if into is None else weight.index_select(1, into)
+    geometry: tuple[Any, Any, Any] = (conv.kernel_size, conv.stride, conv.padding)
     result = nn.Conv2d(
         weight.shape[1],
         weight.shape[0],
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
+        *geometry,
         bias=False,
         device=weight.device,
         dtype=weight.dtype,
@@ -170,9 +172,7 @@ def _cut_conv(conv: nn.Conv2d, *, out: Tensor | None = None, into: Tensor | None
 
 @torch.no_grad()
 def _cut_norm(norm: nn.BatchNorm2d, index: Tensor) -> nn.BatchNorm2d:
-    result = nn.BatchNorm2d(
-        index.numel(), norm.eps, norm.momentum, device=norm.weight.device, dtype=norm.weight.dtype
-    )
+    result = nn.BatchNorm2d(index.numel(), norm.eps, norm.momentum, device=norm.weight.device, dtype=norm.weight.dtype)
     for name, value in norm.state_dict().items():
         result.state_dict()[name].copy_(value.index_select(0, index) if value.dim() else value)
     return result

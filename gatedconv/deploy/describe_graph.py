@@ -81,12 +81,15 @@ def build_graph(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
             holder.register_parameter(name, nn.Parameter(value, requires_grad))
         else:
             holder.register_buffer(name, value)
-    for path, (kind, arguments, frozen) in sorted(description["modules"].items(), key=lambda item: item[0].count(".")):
+    for path, (kind, arguments, frozen) in sorted(
+        description["modules"].items(), key=lambda item: item[0].count(".")
+    ):
         module = _build_module(_checked_path(path), kind, _decode(arguments, {}), state)
         for name in frozen:
             getattr(module, name).requires_grad_(False)
         set_module(root, path, module)
-    graph, values = fx.Graph(), {}
+    graph = fx.Graph()
+    values: dict[str, fx.Node] = {}
     for name, op, target, args, kwargs in description["nodes"]:
         if not name.isidentifier() or keyword.iskeyword(name):
             raise ValueError(f"{name!r} is no name of a node")
@@ -198,7 +201,12 @@ def _functions() -> dict[str, Any]:
     for name in dir(F):
         value = getattr(F, name)
         if not name.startswith("_") and callable(value) and not inspect.isclass(value):
-            if getattr(value, "__module__", "") in ("torch.nn.functional", "torch._C._nn", "torch._jit_internal", None):
+            if getattr(value, "__module__", "") in (
+                "torch.nn.functional",
+                "torch._C._nn",
+                "torch._jit_internal",
+                None,
+            ):
                 known[f"torch.nn.functional.{name}"] = value
     return known
 

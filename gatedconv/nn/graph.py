@@ -19,6 +19,7 @@ class GraphNet(fx.GraphModule):
     """A ``torch.fx.GraphModule`` that keeps gatedconv's attributes, and gates that its graph no longer calls."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphNet") -> None:
+        graph._tracer_cls = None  # a pickle is traced again, by torch.fx's own tracer
         super().__init__(root, graph, class_name)
         present = {name for name, _ in self.named_modules()}
         for name, module in root.named_modules():
@@ -29,7 +30,7 @@ class GraphNet(fx.GraphModule):
         return GraphNet.__init__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphNet:
-        result: GraphNet = super().__deepcopy__(memo)
+        result: GraphNet = super().__deepcopy__(memo)  # type: ignore[assignment]
         for name in _CARRIED:
             if name in self.__dict__:
                 setattr(result, name, copy.deepcopy(self.__dict__[name], memo))

@@ -70,7 +70,9 @@ class Emitter:
             return self.lay_out(node, torch.arange(self.flow[node].size))
         if node not in self.plain:
             kind = self.flow.kind(node)
-            self.plain[node] = self._constant(node) if kind == "constant" else self.again(node, node.args, node.kwargs)
+            self.plain[node] = (
+                self._constant(node) if kind == "constant" else self.again(node, node.args, node.kwargs)
+            )
         return self.plain[node]
 
     def lay_out(self, node: fx.Node, wanted: Tensor) -> fx.Node:
@@ -159,6 +161,7 @@ class Emitter:
 
     def on_first(self, node: fx.Node, source: fx.Node, value: fx.Node) -> fx.Node:
         """The old node's operation with ``value`` in place of its input ``source``, sizes as they were."""
+
         def replace(n: fx.Node) -> Any:
             return value if n is source else self.whole(n)
 
@@ -230,6 +233,6 @@ def _keep_children(existing: nn.Module | None, module: nn.Module) -> None:
 
 
 def _has_nodes(values: Any) -> bool:
-    found = []
+    found: list[fx.Node] = []
     fx.node.map_arg(values, found.append)
     return bool(found)

@@ -33,7 +33,9 @@ class Dense:
             return False
         if self.padding == "same":
             return any(k > 1 for k in self.weight.shape[2:])
-        return any(p > 0 for p in (self.padding if isinstance(self.padding, (tuple, list)) else [self.padding]))
+        return any(
+            p > 0 for p in (self.padding if isinstance(self.padding, (tuple, list)) else [self.padding])
+        )
 
 
 def read_dense(node: fx.Node, facts: Facts) -> Dense:
@@ -53,17 +55,21 @@ def read_dense(node: fx.Node, facts: Facts) -> Dense:
 @torch.no_grad()
 def build_dense(layer: Dense, weight: Tensor, bias: Tensor | None, groups: int = 1) -> nn.Module:
     """A ``torch.nn`` layer like ``layer`` with the given (cut) weight and bias."""
-    module: nn.Module
+    module: nn.Linear | nn.Conv2d
     if weight.dim() == 2:
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
+        module = nn.Linear(
+            weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
+        )
     else:
+        geometry: tuple[Any, Any, Any, Any] = (tuple(weight.shape[2:]), layer.stride, layer.padding, layer.dilation)
+        padding_mode: Any = layer.padding_mode
         module = nn.Conv2d(
-            weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), layer.stride, layer.padding,
-            layer.dilation, groups, bias is not None, layer.padding_mode, device=weight.device, dtype=weight.dtype,
+            weight.shape[1] * groups, weight.shape[0], *geometry, groups, bias is not None, padding_mode,
+            device=weight.device, dtype=weight.dtype,
         )  # fmt: skip
-    module.weight.copy_(weight)  # type: ignore[operator]
-    if bias is not None:
-        module.bias.copy_(bias)  # type: ignore[operator]
+    module.weight.copy_(weight)
+    if bias is not None and module.bias is not None:
+        module.bias.copy_(bias)
     return module.requires_grad_(layer.trainable)
 
 
@@ -111,9 +117,17 @@ def fold_scale(module: nn.Module, scale: Tensor) -> bool:
 
 
 def pad_with_ones(weight: Tensor, absorbed: Tensor, values: Tensor) -> Tensor:
-    """weight (O, K, h, w) with one more input, of ones, that stands for the constants ``values``."""
+    """Weight (O, K, h, w) with one more input, of ones, that stands for the constants ``values``."""
     summed = torch.einsum("okhw,k->ohw", absorbed.double(), values.double()).to(weight.dtype)
     return torch.cat([weight, summed[:, None]], dim=1)
 
 
-__all__ = ["Dense", "build_dense", "constant_share", "cut_channelwise", "fold_scale", "pad_with_ones", "read_dense"]
+__all__ = [
+    "Dense",
+    "build_dense",
+    "constant_share",
+    "cut_channelwise",
+    "fold_scale",
+    "pad_with_ones",
+    "read_dense",
+]

@@ -59,7 +59,11 @@ def _pick(e: Emitter, source: fx.Node, index: Tensor) -> fx.Node:
     """Channels of the source in any order, all of them computed ones."""
     ordered = index.unique()
     value = e.lay_out(source, ordered)
-    return value if torch.equal(ordered, index) else e._gather(value, torch.searchsorted(ordered, index), e.flow[source].axis)
+    return (
+        value
+        if torch.equal(ordered, index)
+        else e._gather(value, torch.searchsorted(ordered, index), e.flow[source].axis)
+    )
 
 
 def cat(e: Emitter, node: fx.Node, wanted: Tensor) -> Physical:
@@ -80,8 +84,13 @@ def cat(e: Emitter, node: fx.Node, wanted: Tensor) -> Physical:
 def binary(e: Emitter, node: fx.Node, wanted: Tensor) -> Physical:
     """Element-wise arithmetic, without the neutral half of it."""
     name = op_name(node)
-    left, right = node.args[:2]
-    if name == "add" and node.kwargs.get("alpha", 1) == 1 and (added := _scattered_sum(e, node, left, right, wanted)):
+    operands: Any = node.args
+    left, right = operands[:2]
+    if (
+        name == "add"
+        and node.kwargs.get("alpha", 1) == 1
+        and (added := _scattered_sum(e, node, left, right, wanted))
+    ):
         return Physical(added, wanted)
     for one, other in ((left, right), (right, left)):
         neutral = {"mul": 1.0, "add": 0.0}.get(name)
@@ -128,7 +137,7 @@ def _operand(e: Emitter, node: fx.Node, operand: Any, wanted: Tensor) -> Any:
 
 
 def _scattered_sum(e: Emitter, node: fx.Node, left: Any, right: Any, wanted: Tensor) -> fx.Node | None:
-    """stream + part where the part holds only some of the channels; None where a plain sum does."""
+    """Stream + part where the part holds only some of the channels; None where a plain sum does."""
     if not (e.flow.has_channels(left) and e.flow.has_channels(right)):
         return None
     if left.meta["val"].shape != right.meta["val"].shape or not _is_full(e, node, left):
@@ -239,8 +248,10 @@ def _grouped(e: Emitter, node: fx.Node, source: fx.Node, layer: Dense, wanted: T
     write = torch.cat([_fill(open_out, g, outs, live) for g in live])
     per_group_in, per_group_out = len(read) // len(live), len(write) // len(live)
     rows = layer.weight.detach()[write].reshape(len(live), per_group_out, *layer.weight.shape[1:])
-    columns = (read % ins).reshape(len(live), 1, per_group_in, 1, 1).expand(
-        -1, per_group_out, -1, *layer.weight.shape[2:]
+    columns = (
+        (read % ins)
+        .reshape(len(live), 1, per_group_in, 1, 1)
+        .expand(-1, per_group_out, -1, *layer.weight.shape[2:])
     )
     weight = rows.gather(2, columns.to(rows.device)).flatten(0, 1)
     bias = None if layer.bias is None else layer.bias.detach()[write]
