@@ -38,6 +38,7 @@ NOT_CNN = (
     "*hiera*", "*sam_*", "*samvit*", "*clip*", "*siglip*", "*mvit*", "*maxxvit*", "*vitamin*", "*aimv2*", "*naflex*",
     "*sequencer*", "*dino*", "*shvit*", "*swiftformer*", "*fasternet_never*", "test_*", "*tiny_vit*", "*rdnet_never*",
 )  # fmt: skip
+LARGEST = 60_000_000  # parameters of a network drawn at random: a question of time alone
 TOLERANCE = 1e-4  # of the difference between the outputs of two images, fp32
 MASKS: tuple[float | str, ...] = (0.7, 0.3, "one", "closed")
 
@@ -248,7 +249,15 @@ def drawn(count: int, seed: int) -> list[str]:
 
     names = [n for n in timm.list_models() if not any(fnmatch.fnmatch(n, p) for p in NOT_CNN)]
     random.Random(seed).shuffle(names)
-    return [f"timm/{n}" for n in names[:count]]
+    chosen: list[str] = []
+    for name in names:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in timm.create_model(name).parameters())
+        if size <= LARGEST:
+            chosen.append(f"timm/{name}")
+        if len(chosen) == count:
+            break
+    return chosen
 
 
 def table(rows: Iterable[Row]) -> str:

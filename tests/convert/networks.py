@@ -1,0 +1,179 @@
+"""Small networks with one difficulty each, and an oracle for their masks that knows only forward hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """A bottleneck with squeeze-excite, grouped or depthwise inside, and a projection where asked."""
+
+    def __init__(self, channels, out, groups=1, stride=1, act=nn.ReLU, dilation=1):
+        super().__init__()
+        hidden = 2 * channels
+        self.conv1 = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, dilation, dilation, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.squeeze = nn.Conv2d(hidden, 4, 1)
+        self.excite = nn.Conv2d(4, hidden, 1)
+        self.conv3 = nn.Conv2d(hidden, out, 1)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.act = act()
+        self.project = None
+        if stride > 1 or channels != out:
+            self.project = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.open = 1.0  # the oracle's layer gate
+
+    def forward(self, x):
+        h = self.act(self.bn1(self.conv1(x)))
+        h = self.act(self.bn2(self.conv2(h)))
+        h = h * torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(h, 1)))))
+        h = self.bn3(self.conv3(h))
+        shortcut = x if self.project is None else self.project(x)
+        return self.act(shortcut + h * self.open)
+
+
+class Residual(nn.Module):
+    """Three blocks."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(Block(8, 8, **options), Block(8, 12, stride=2, **options), Block(12, 12, **options))
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.fc(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
+
+
+class Plain(nn.Module):
+    """Convolutions in a row, a flattened classifier, and an activation that turns zero into something else."""
+
+    def __init__(self, act=nn.Sigmoid, padding_mode="zeros"):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, padding_mode=padding_mode)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.act = act()
+        self.conv2 = nn.Conv2d(8, 12, 3, padding=1, bias=False, padding_mode=padding_mode)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.conv3 = nn.Conv2d(12, 6, 3, stride=2)
+        self.fc = nn.Linear(6 * 25, 5)
+
+    def forward(self, x):
+        x = self.act(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(self.act(self.bn2(self.conv2(x))), 2) if x.dim() == 3 else self.act(self.bn2(self.conv2(x)))
+        return self.fc(self.act(self.conv3(x)).flatten(1))
+
+
+class Shuffled(nn.Module):
+    """Concatenation, chunks, a channel shuffle and a pixel shuffle."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+        self.right = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish())
+        self.mix = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.head = nn.Conv2d(12, 8, 3)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.cat([self.left(x), self.right(x)], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        a, b = x.chunk(2, 1)
+        b = F.pixel_shuffle(self.mix(b), 2)
+        x = torch.cat([a, F.avg_pool2d(b, 2)], 1)
+        return self.fc(F.relu(self.head(x)).mean((2, 3)))
+
+
+class ChannelsLast(nn.Module):
+    """A ConvNeXt block: depthwise, LayerNorm, dense layers on channels that come last, a layer scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 20)
+        self.down = nn.Linear(20, 8)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8).reshape(8, 1, 1))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        h = self.down(F.gelu(self.up(h))).permute(0, 3, 1, 2) * self.scale
+        return self.fc((x + h).mean((2, 3)))
+
+
+NETWORKS = {
+    "residual": lambda: Residual(),
+    "grouped": lambda: Residual(groups=4),
+    "depthwise_dilated": lambda: Residual(groups=8, dilation=2),
+    "hardswish": lambda: Residual(act=nn.Hardswish),
+    "sigmoid": lambda: Plain(),
+    "reflect": lambda: Plain(padding_mode="reflect"),
+    "relu": lambda: Plain(act=nn.ReLU),
+    "shuffled": lambda: Shuffled(),
+    "channels_last": lambda: ChannelsLast(),
+}  # fmt: skip
+IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def network(name: str) -> nn.Module:
+    """A network of the list, as after training, in eval mode."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            module.weight.data.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+            module.bias.data.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(torch.randn(16, 3, 12, 12, generator=generator))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    return model.eval()
+
+
+@torch.no_grad()
+def masked_forward(model: nn.Module, images: Tensor, masks: Mapping[str, Tensor], follow: Mapping[str, str]) -> Tensor:
+    """The dense model with layer outputs multiplied by masks.
+
+    Args:
+        model: a network of this file.
+        images: its input.
+        masks: gate path -> bool mask; "path_gate" multiplies the output of the module at "path".
+        follow: further modules -> the gate whose mask they get too.
+    """
+    hooks = []
+
+    def multiply(path: str, mask: Tensor) -> None:
+        def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            last = isinstance(module, (nn.Linear, nn.LayerNorm))
+            return output * (mask.to(output) if last else mask.to(output)[:, None, None])
+
+        hooks.append(model.get_submodule(path).register_forward_hook(hook))
+
+    for gate, mask in masks.items():
+        if gate.endswith("layer_gate"):
+            model.get_submodule(gate.removesuffix(".layer_gate")).open = float(mask)
+        else:
+            multiply(gate.removesuffix("_gate"), mask)
+    for path, gate in follow.items():
+        multiply(path, masks[gate])
+    result: Tensor = model(images)
+    for hook in hooks:
+        hook.remove()
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.open = 1.0
+    return result
