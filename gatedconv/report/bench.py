@@ -114,7 +114,7 @@ class Contest:
                 continue
             self.errors[entrant], runs[entrant] = error, run
         if not runs:
-            raise RuntimeError(f"{case}: nothing could be run; {'; '.join(self.failures.values())}")
+            raise ValueError(f"{case}: nothing could be run; {'; '.join(self.failures.values())}")
         with torch.inference_mode():
             self.turns = Turns(runs, **turns)
 

@@ -336,6 +336,11 @@ def test_commands_on_what_does_not_fit(gatedconv: Call, tmp_path: Path, archive:
     assert_one_line(gatedconv("bench", model, "--peers", "eager,tflite"), "peers: expected some of", "'tflite'")
     assert_one_line(gatedconv("bench", "resnet19"), "resnet19", "expected a run folder, a model file")
     assert_one_line(gatedconv("bench", archive.with_suffix(".pt2")), "expected a .pt2", "found nothing")
+    gated = tmp_path / "gated.safetensors"
+    package.save(package.models.resnet20(10, "layer"), gated)
+    assert_one_line(
+        gatedconv("bench", gated, "--rounds", 1, "--batch", 1, "--peers", "none"), "gated: nothing could be run"
+    )
     assert_one_line(gatedconv("bench", model, "--threads", 0), "threads: expected at least 1, got 0")
     assert_one_line(gatedconv("bench", model, "--threads", 10**11), "threads: expected at most 4096")
 

@@ -74,7 +74,7 @@ def test_what_is_wrong_is_told_and_not_timed() -> None:
 
 
 def test_nothing_that_runs_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="net: nothing could be run; ValueError: bad"):
+    with pytest.raises(ValueError, match="net: nothing could be run; ValueError: bad"):
         contest(only=ValueError("bad"))
 
 

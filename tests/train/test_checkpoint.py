@@ -30,7 +30,8 @@ def test_newest_is_read_and_the_one_before_kept(tmp_path: Path) -> None:
     state = load_checkpoint(path)
     assert state["epoch"] == 3 and torch.equal(state["weight"], torch.full((300,), 3.0))
     path.unlink()
-    assert load_checkpoint(path)["epoch"] == 2
+    with pytest.warns(UserWarning, match=r"gated\.pt: no such file; .* instead: .*gated\.previous\.pt"):
+        assert load_checkpoint(path)["epoch"] == 2
     assert sorted(os.listdir(path.parent)) == ["gated.previous.pt"]
 
 
@@ -48,10 +49,21 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path: Path, damage: st
             "text": b"not a checkpoint",
         }[damage]
     )
-    assert load_checkpoint(path)["epoch"] == 1
+    notes: list[str] = []
+    assert load_checkpoint(path, notes.append)["epoch"] == 1
+    assert len(notes) == 1 and "gated.pt: " in notes[0] and "gated.previous.pt" in notes[0]
     previous_path(path).unlink()
     with pytest.raises(CheckpointError, match=r"gated\.pt: .*damaged"):
         load_checkpoint(path)
+
+
+def test_a_damaged_checkpoint_never_replaces_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "gated.pt"
+    saved(path, 1, 2)
+    path.write_bytes(path.read_bytes()[:-5])
+    saved(path, 3)
+    path.unlink()
+    assert load_checkpoint(path, lambda text: None)["epoch"] == 1
 
 
 def test_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
@@ -60,9 +72,7 @@ def test_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     path = tmp_path / "gated.pt"
     saved(path, 1)
 

@@ -32,9 +32,7 @@ from gatedconv.train.loop import learning_rate, polar_weight
         ("device", "tpu", ValueError, "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
-def test_each_fault_names_field_range_and_value(
-    field: str, value: Any, error: type[Exception], message: str
-) -> None:
+def test_each_fault_names_field_range_and_value(field: str, value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TrainConfig(**{field: value})
 

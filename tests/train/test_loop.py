@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from gatedconv.models.resnet import ResNet
 from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint, previous_path
 from gatedconv.train.loop import make_optimizer, resolve_device, total_loss
+from gatedconv.train.state import pack_state
 
 CONFIG = TrainConfig(epochs=4, batch_size=16, lr=0.05, mac_weight=1.0, gate_warmup=0.2, act_weight=0.1)
 
@@ -73,8 +75,10 @@ def test_resume_is_exact(tmp_path: Path, data: ImageData, changes: dict[str, Any
         path.write_bytes(path.read_bytes()[:-7])
     torch.rand(5)  # whatever happened to the global generator in between must not matter
     resumed = network(config, seed=9)
-    joined = list(train(resumed, data, config, checkpoint=path, resume=True))
+    notes: list[str] = []
+    joined = list(train(resumed, data, config, checkpoint=path, resume=True, on_note=notes.append))
 
+    assert [str(previous_path(path)) in note for note in notes] == [True] * damaged
     assert [line.epoch for line in joined] == [1, 2, 3, 4]
     assert comparable(joined) == comparable(whole)
     assert_same_state(straight.state_dict(), resumed.state_dict())
@@ -108,6 +112,40 @@ def test_it_learns_and_the_metrics_tell_so(data: ImageData) -> None:
         assert line.open_rate == pytest.approx(sum(line.gate_open_rates.values()) / 3, abs=1e-4)
 
 
+def test_gates_are_counted_on_training_batches(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation leaves its own logits in the gates; the counters must not see them."""
+
+    def shutting(model: nn.Module, batches: Any) -> tuple[float, float]:
+        for gate in find_gates(model).values():
+            gate.logits = torch.full_like(gate.logits, -50.0)
+        return 1.0, 50.0
+
+    monkeypatch.setattr("gatedconv.train.loop.evaluate", shutting)
+    (line,) = train(network(), data, dataclasses.replace(CONFIG, epochs=1))
+    assert line.num_gates == 3 and line.gates_dead < 3 and line.gates_saturated < 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_the_state_of_the_runs_own_device_is_kept(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *device: asked.append(*device) or torch.zeros(1))
+
+    class Labels:
+        is_cuda = device != "cpu"
+
+        def __init__(self) -> None:
+            self.device = torch.device(device)
+
+        def __len__(self) -> int:
+            return 3
+
+    batches: Any = SimpleNamespace(labels=Labels(), generator=torch.Generator())
+    state = pack_state({}, batches, CONFIG, "gated", [])
+    assert ("cuda" in state["random"]) == (device != "cpu")
+    assert asked == ([] if device == "cpu" else [torch.device(device)])
+
+
 def test_a_mac_target_moves_the_macs(data: ImageData) -> None:
     final = {}
     for target in (0.4, 1.0):
@@ -138,9 +176,7 @@ def test_the_last_good_checkpoint_survives_a_nan(tmp_path: Path, data: ImageData
 
     path = tmp_path / "gated.pt"
     seen = []
-    with pytest.raises(
-        NonFiniteLoss, match=r"loss became nan in epoch 2, step 2 of 3; .* kept at .*gated\.pt"
-    ):
+    with pytest.raises(NonFiniteLoss, match=r"loss became nan in epoch 2, step 2 of 3; .* kept at .*gated\.pt"):
         for line in train(Failing(), data, CONFIG, checkpoint=path):
             seen.append(line)
     assert len(seen) == 1
@@ -167,9 +203,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, data: ImageData)
     path = tmp_path / "gated.pt"
     list(itertools.islice(train(network(), data, CONFIG, checkpoint=path), 1))
     other = dataclasses.replace(CONFIG, lr=0.3)
-    with pytest.raises(
-        CheckpointError, match=r"gated\.pt: checkpoint of another run: expected lr 0.3, found 0.05"
-    ):
+    with pytest.raises(CheckpointError, match=r"gated\.pt: checkpoint of another run: expected lr 0.3, found 0.05"):
         list(train(network(), data, other, checkpoint=path, resume=True))
     with pytest.raises(CheckpointError, match="expected a checkpoint of phase 'dense', found one of 'gated'"):
         list(train(network(), data, CONFIG, phase="dense", checkpoint=path, resume=True))

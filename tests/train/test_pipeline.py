@@ -15,6 +15,7 @@ from gatedconv.data import EvalBatches, ImageData, TrainBatches
 from gatedconv.train import EpochMetrics, Listener, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.finish import reestimate_batchnorm
+from gatedconv.train.tensorboard import TensorBoard
 from tests.image_files import write_npz
 
 
@@ -118,9 +119,7 @@ def test_an_interrupted_run_resumes_to_the_same_summary(tmp_path: Path, archive:
     got = run(config, cut, resume=True, listener=heard)
     assert expected is not None and got is not None
     varying = {"wall_s"}
-    assert {k: v for k, v in got.items() if k not in varying} == {
-        k: v for k, v in expected.items() if k not in varying
-    }
+    assert {k: v for k, v in got.items() if k not in varying} == {k: v for k, v in expected.items() if k not in varying}
     assert len(heard.epochs) == 4 and len(cut.read_metrics()) == 4
     for kind in ("dense", "gated", "compact"):
         left, right = (gatedconv.load(folder.model(kind)).state_dict() for folder in (straight, cut))
@@ -142,28 +141,58 @@ def test_a_dense_run_has_no_frozen_part(tmp_path: Path, archive: Path) -> None:
     assert summary["dense"]["macs"] > 0 and not folder.model("compact").exists()
 
 
-def test_stuck_gates_off_target_are_noted(
-    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gates far beyond the window cannot reach the target; the run must say so."""
+def with_biases(biases: list[float]) -> Any:
+    """build_model whose gates decide by these biases, one a gate, whatever they see."""
 
-    def stuck(config: TrainConfig, data: ImageData, *, gated: bool = True) -> nn.Module:
+    def build(config: TrainConfig, data: ImageData, *, gated: bool = True) -> nn.Module:
         model = build_model(config, data, gated=gated)
-        for gate in gatedconv.gates(model).values():
+        for gate, bias in zip(gatedconv.gates(model).values(), biases, strict=False):
             nn.init.zeros_(gate.fc2.weight)
-            nn.init.constant_(gate.fc2.bias, 50.0)
+            nn.init.constant_(gate.fc2.bias, bias)
         return model
 
-    monkeypatch.setattr("gatedconv.train.pipeline.build_model", stuck)
+    return build
+
+
+@pytest.mark.parametrize(("dead", "told"), [(4, 0), (5, 1)])
+def test_many_dead_gates_are_noted_once(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, dead: int, told: int
+) -> None:
+    monkeypatch.setattr("gatedconv.train.pipeline.build_model", with_biases([-50.0] * dead + [50.0] * (9 - dead)))
+    heard = Recorder()
+    config = small(archive, dense_baseline=False, mac_weight=0.0, latency=False)
+    run(config, RunFolder(tmp_path / "r"), listener=heard)
+    assert [line.gates_dead for line in heard.epochs] == [dead, dead]
+    notes = [note for note in heard.notes if "gates are dead" in note]
+    assert len(notes) == told and all("epoch 1: 5 of 9 gates are dead" in note for note in notes)
+
+
+def test_a_damaged_checkpoint_is_noted(tmp_path: Path, archive: Path) -> None:
+    folder, heard = RunFolder(tmp_path / "r"), Recorder()
+    config = small(archive, dense_baseline=False, latency=False)
+    run(config, folder)
+    path = folder.checkpoint("gated")
+    path.write_bytes(path.read_bytes()[:-5])
+    assert run(config, folder, resume=True, listener=heard) is not None
+    assert any("damaged checkpoint" in note and "gated.previous.pt" in note for note in heard.notes)
+
+
+def test_tensorboard_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file in the place of the folder")
+    with pytest.raises(OSError, match="tensorboard: could not be written"):
+        TensorBoard(tmp_path / "tensorboard")
+
+
+def test_stuck_gates_off_target_are_noted(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates far beyond the window cannot reach the target; the run must say so."""
+    monkeypatch.setattr("gatedconv.train.pipeline.build_model", with_biases([50.0] * 9))
     heard = Recorder()
     summary = run(
         small(archive, dense_baseline=False, epochs=1, latency=False),
         RunFolder(tmp_path / "r"),
         listener=heard,
     )
-    assert any(
-        "all 9 gates are saturated at 100.0% of the dense MACs, mac_target is 50.0%" in n for n in heard.notes
-    )
+    assert any("all 9 gates are saturated at 100.0% of the dense MACs, mac_target is 50.0%" in n for n in heard.notes)
     assert summary["frozen"]["macs"] == pytest.approx(summary["macs_dense"], rel=1e-3)
 
 
