@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 from gatedconv.cli.networks import example_input, saved_networks
+
+_MOST = 1_000_000  # of anything: beyond, PyTorch's own errors take over
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,10 +59,10 @@ def _check(arguments: argparse.Namespace) -> None:
     from gatedconv.train.config import MAX_THREADS
 
     for name, values, most in (
-        ("batch", arguments.batch, math.inf),
-        ("rounds", [arguments.rounds], math.inf),
+        ("batch", arguments.batch, _MOST),
+        ("rounds", [arguments.rounds], _MOST),
         ("threads", [arguments.threads], MAX_THREADS),
-        ("size", [arguments.size], math.inf),
+        ("size", [arguments.size], _MOST),
     ):
         given = [value for value in values if value is not None]
         if given and min(given) < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ class TrainConfig:
             raise ValueError(f"milestones: expected rising fractions of the run, got {list(self.milestones)}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: expected momentum above 0, got momentum 0.0")
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
@@ -229,7 +229,7 @@ def _checked_number(spec: dataclasses.Field[Any], kind: type, value: Any) -> Any
         raise TypeError(f"{spec.name}: expected {'a whole number' if kind is int else 'a number'}, got {value!r}")
     low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
     inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    if not inside or not math.isfinite(value):
+    if not inside or not abs(value) <= sys.float_info.max:  # nor infinite, nor NaN
         bounds = [
             text
             for bound, text in (

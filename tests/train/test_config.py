@@ -29,6 +29,10 @@ from gatedconv.train.loop import learning_rate, polar_weight
         ("milestones", (0.7, 0.3), ValueError, "milestones: expected rising fractions"),
         ("milestones", (0.5, 1.5), ValueError, "milestones: expected above 0.0 and at most 1.0, got 1.5"),
         ("milestones", 0.5, TypeError, "milestones: expected a list of numbers, got 0.5"),
+        ("lr", 10**400, ValueError, "lr: expected above 0.0, got 1000"),
+        ("epochs", 10**400, ValueError, "epochs: expected at least 1, got 1000"),
+        ("device", "cuda:99999999999", ValueError, "device: expected auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:²", ValueError, "device: expected auto, cpu, cuda or cuda:N"),
         ("device", "tpu", ValueError, "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
