@@ -35,8 +35,7 @@ def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields that were set on the command line."""
     given = {key: value for key, value in vars(arguments).items() if key.startswith(_PREFIX)}
     return {
-        key.removeprefix(_PREFIX): tuple(value) if isinstance(value, list) else value
-        for key, value in given.items()
+        key.removeprefix(_PREFIX): tuple(value) if isinstance(value, list) else value for key, value in given.items()
     }
 
 

@@ -35,9 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         config = TrainConfig()
     given = {name: getattr(arguments, name) for name in ("data", "data_root", "image_size", "device")}
-    config = dataclasses.replace(
-        config, **{name: value for name, value in given.items() if value is not None}
-    )
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     data = load_images(config)
     rows = {}
     for name, network in networks.items():

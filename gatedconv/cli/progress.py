@@ -85,9 +85,7 @@ class BarListener(Listener):
         """Begin a bar."""
         self._last = None
         total = None if phase == "finish" else float(self._epochs)
-        self._task = self._progress.add_task(
-            phase, total=total, figures=_FINISH if total is None else "", place=""
-        )
+        self._task = self._progress.add_task(phase, total=total, figures=_FINISH if total is None else "", place="")
 
     def step(self, report: StepReport) -> None:
         """Move the bar within an epoch."""
@@ -106,9 +104,7 @@ class BarListener(Listener):
         self._progress.console.print(f"note: {text}", highlight=False, markup=False)
 
     def _update(self, completed: float, epoch: int, figures: str) -> None:
-        self._progress.update(
-            self._task, completed=completed, place=f"{epoch}/{self._epochs}", figures=figures
-        )
+        self._progress.update(self._task, completed=completed, place=f"{epoch}/{self._epochs}", figures=figures)
 
 
 def headline(config: TrainConfig, data: ImageData) -> str:

@@ -16,9 +16,7 @@ class Normalize:
 
     def __init__(self, data: ImageData, device: torch.device, memory_format: torch.memory_format) -> None:
         self.scale = (1 / (255 * torch.tensor(data.std, device=device))).view(1, -1, 1, 1)
-        self.shift = (-torch.tensor(data.mean, device=device) / torch.tensor(data.std, device=device)).view(
-            1, -1, 1, 1
-        )
+        self.shift = (-torch.tensor(data.mean, device=device) / torch.tensor(data.std, device=device)).view(1, -1, 1, 1)
         self.memory_format = memory_format
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -57,8 +55,7 @@ class TrainBatches:
     ) -> None:
         if batch_size > len(data.train_images):
             raise ValueError(
-                f"batch_size: expected at most {len(data.train_images)}, the size of the train split, "
-                f"got {batch_size}"
+                f"batch_size: expected at most {len(data.train_images)}, the size of the train split, got {batch_size}"
             )
         device = torch.device(device)
         self.augment = data.augment if augment is None else augment
@@ -121,9 +118,7 @@ class EvalBatches:
         if split not in ("train", "test"):
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
         images, labels = (
-            (data.train_images, data.train_labels)
-            if split == "train"
-            else (data.test_images, data.test_labels)
+            (data.train_images, data.train_labels) if split == "train" else (data.test_images, data.test_labels)
         )
         device = torch.device(device)
         self.images, self.labels = images.to(device), labels.to(device)
@@ -136,7 +131,5 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images float (B, C, H, W), labels int64 (B,))."""
-        for images, labels in zip(
-            self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
-        ):
+        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
             yield self.normalize(images), labels

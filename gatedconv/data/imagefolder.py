@@ -39,9 +39,7 @@ def load_imagefolder(path: str | Path, image_size: int) -> ImageData:
         val = _read_split(path / "val", names, image_size)
     train = _read_split(path / "train", names, image_size)
     test = _read_split(path / test_name, names, image_size)
-    return make_image_data(
-        str(path), train, test, Augment(pad=max(1, image_size // 8), flip=True), names, val
-    )
+    return make_image_data(str(path), train, test, Augment(pad=max(1, image_size // 8), flip=True), names, val)
 
 
 def _classes(folder: Path) -> list[str]:
@@ -54,9 +52,7 @@ def _classes(folder: Path) -> list[str]:
 def _read_split(folder: Path, names: tuple[str, ...], size: int) -> tuple[Tensor, Tensor]:
     unknown = [name for name in _classes(folder) if name not in names]
     if unknown:
-        raise DataError(
-            f"{folder / unknown[0]}: expected only classes that train/ has, found class {unknown[0]!r}"
-        )
+        raise DataError(f"{folder / unknown[0]}: expected only classes that train/ has, found class {unknown[0]!r}")
     files = [
         (file, label)
         for label, name in enumerate(names)
@@ -79,7 +75,5 @@ def _read_image(file: Path, size: int) -> Tensor:
         with Image.open(file) as image:
             pixels = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{file}: expected a readable image, found a damaged or different file ({error})"
-        ) from None
+        raise DataError(f"{file}: expected a readable image, found a damaged or different file ({error})") from None
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())

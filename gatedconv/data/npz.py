@@ -31,19 +31,13 @@ def load_npz(path: str | Path) -> ImageData:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(
-            f"{path}: expected an .npz file, found {'a folder' if path.is_dir() else 'nothing there'}"
-        )
+        raise DataError(f"{path}: expected an .npz file, found {'a folder' if path.is_dir() else 'nothing there'}")
     try:
         archive = np.load(path, allow_pickle=False)
     except _DAMAGED as error:
-        raise DataError(
-            f"{path}: expected an .npz archive, found a damaged or different file ({error})"
-        ) from None
+        raise DataError(f"{path}: expected an .npz archive, found a damaged or different file ({error})") from None
     if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(
-            f"{path}: expected an .npz archive with {', '.join(_REQUIRED)}, found a single .npy array"
-        )
+        raise DataError(f"{path}: expected an .npz archive with {', '.join(_REQUIRED)}, found a single .npy array")
     with archive:
         wanted = (*_REQUIRED, *_VALIDATION) if set(_VALIDATION) & set(archive) else _REQUIRED
         missing = [key for key in wanted if key not in archive]
@@ -55,9 +49,7 @@ def load_npz(path: str | Path) -> ImageData:
         val = _split(path, archive, "val") if wanted != _REQUIRED else None
         names = _class_names(path, archive) if "class_names" in archive else ()
     channels, height = train[0].shape[1:3]
-    return make_image_data(
-        str(path), train, test, Augment(pad=max(1, height // 8), flip=channels == 3), names, val
-    )
+    return make_image_data(str(path), train, test, Augment(pad=max(1, height // 8), flip=channels == 3), names, val)
 
 
 def _split(path: Path, archive: Any, split: str) -> tuple[Tensor, Tensor]:
@@ -65,15 +57,12 @@ def _split(path: Path, archive: Any, split: str) -> tuple[Tensor, Tensor]:
     if images.dtype != np.uint8:
         raise DataError(f"{path}: {split}_images: expected dtype uint8 (0..255), found {images.dtype}")
     if images.ndim not in (3, 4):
-        raise DataError(
-            f"{path}: {split}_images: expected shape (N, H, W) or (N, H, W, C), found {images.shape}"
-        )
+        raise DataError(f"{path}: {split}_images: expected shape (N, H, W) or (N, H, W, C), found {images.shape}")
     if images.ndim == 3:
         images = images[..., None]
     if images.shape[-1] > 4 or 0 in images.shape[1:]:
         raise DataError(
-            f"{path}: {split}_images: expected channels last, (N, H, W, C) with 1 to 4 channels, "
-            f"found {images.shape}"
+            f"{path}: {split}_images: expected channels last, (N, H, W, C) with 1 to 4 channels, found {images.shape}"
         )
     labels = _member(path, archive, f"{split}_labels")
     if not np.issubdtype(labels.dtype, np.integer):

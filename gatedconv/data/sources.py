@@ -68,7 +68,6 @@ def _load_cifar(name: str, root: Path) -> ImageData:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{root}: {name}: could not be downloaded or read ({reason})") from None
     train, test = (
-        (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
-        for split in splits
+        (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)) for split in splits
     )
     return make_image_data(name, train, test, Augment(pad=4, flip=True), tuple(splits[0].classes))

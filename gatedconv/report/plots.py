@@ -87,9 +87,7 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
                 f"λ = {weight:g}", (epoch - 0.5, 1), xycoords=("data", "axes fraction"), xytext=(3, 2),
                 textcoords="offset points", color=STAGE, fontsize=8, annotation_clip=False,
             )  # fmt: skip
-        labels = [
-            name.removesuffix("_gate").replace(".layer", "").replace(".channel", " ch") for name in names
-        ]
+        labels = [name.removesuffix("_gate").replace(".layer", "").replace(".channel", " ch") for name in names]
         every = max(1, -(-len(names) // 30))
         axes.set_yticks(range(0, len(names), every), labels[::every])
         axes.tick_params(which="both", length=0)
@@ -110,9 +108,7 @@ def draw_curves(history: History, path: Path, *, title: str = "") -> Path:
     gated = trainings["gated"]
     with plt.rc_context(_STYLE):
         panels = 2 if gated else 1
-        figure, grid = plt.subplots(
-            1, panels, figsize=(4.4 * panels, 3.2), layout="constrained", squeeze=False
-        )
+        figure, grid = plt.subplots(1, panels, figsize=(4.4 * panels, 3.2), layout="constrained", squeeze=False)
         _accuracy_panel(grid[0][0], trainings, title)
         if gated:
             _gates_panel(grid[0][1], gated)

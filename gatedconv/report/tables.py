@@ -77,10 +77,7 @@ def latency_table(rows: Iterable[tuple[str, int, Any]]) -> str:
     """One row per (name, batch, latency), latency with `median`, `least` and `iqr` in ms."""
     return text_table(
         ["network", "batch", "median (ms)", "least (ms)", "spread (ms)"],
-        [
-            [name, str(batch), *(f"{value:.3f}" for value in (at.median, at.least, at.iqr))]
-            for name, batch, at in rows
-        ],
+        [[name, str(batch), *(f"{value:.3f}" for value in (at.median, at.least, at.iqr))] for name, batch, at in rows],
     )
 
 

@@ -19,9 +19,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "versions": versions(),
         "commit": commit(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
     }
 

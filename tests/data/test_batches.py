@@ -54,9 +54,7 @@ def test_every_augmented_image_is_a_crop_of_the_padded_one_and_half_are_mirrored
                 for top in range(5)
                 for left in range(5)
                 for flip in (False, True)
-                if np.array_equal(
-                    padded[:, top : top + 8, left : left + 8][:, :, :: -1 if flip else 1], image
-                )
+                if np.array_equal(padded[:, top : top + 8, left : left + 8][:, :, :: -1 if flip else 1], image)
             ]
             assert found
             places.add(found[0][:2])

@@ -77,19 +77,13 @@ def _npz_faults() -> list[Any]:
         pytest.param(
             {"train_images": np.zeros((48, 3, 8, 8), np.uint8)}, "expected channels last", id="channels first"
         ),
-        pytest.param(
-            {"test_labels": out_of_range[:24]}, "test_labels: expected labels 0 to 2, found 7", id="label"
-        ),
+        pytest.param({"test_labels": out_of_range[:24]}, "test_labels: expected labels 0 to 2, found 7", id="label"),
         pytest.param({"train_labels": negative}, "train_labels: expected labels .* found -1", id="negative"),
         pytest.param({"train_labels": labels[:-1]}, "train_labels: expected 48 labels", id="count"),
         pytest.param({"train_labels": labels / 2}, "train_labels: expected whole numbers", id="float labels"),
         pytest.param({"train_labels": np.zeros((48, 2), int)}, r"expected shape \(N,\)", id="label shape"),
-        pytest.param(
-            {"train_labels": np.zeros(48, int)}, "expected at least 2 classes, found 1", id="one class"
-        ),
-        pytest.param(
-            {"train_labels": np.full(48, -1)}, "train_labels: .* 0 to 47 .* found -1", id="all negative"
-        ),
+        pytest.param({"train_labels": np.zeros(48, int)}, "expected at least 2 classes, found 1", id="one class"),
+        pytest.param({"train_labels": np.full(48, -1)}, "train_labels: .* 0 to 47 .* found -1", id="all negative"),
         pytest.param(
             {"train_labels": np.where(np.arange(48) == 0, 2**40, labels)},
             r"train_labels: expected labels 0 to 47 .*class_names.*, found 1099511627776",
@@ -100,30 +94,22 @@ def _npz_faults() -> list[Any]:
             r"train_labels: expected labels below 2\*\*63, found 18446744073709551615",
             id="unsigned",
         ),
-        pytest.param(
-            {"class_names": np.array("a")}, r"class_names: expected shape \(classes,\)", id="names 0-d"
-        ),
+        pytest.param({"class_names": np.array("a")}, r"class_names: expected shape \(classes,\)", id="names 0-d"),
         pytest.param({"class_names": np.array(["a"])}, "class_names: expected at least 2", id="one name"),
         pytest.param(
             {"class_names": np.array(["a", "b"])},
             "train_labels: expected labels 0 to 1, as class_names has 2 names, found 2",
             id="two names",
         ),
-        pytest.param(
-            {"val_images": images[:6]}, "missing key val_labels; .*val_images", id="val images alone"
-        ),
+        pytest.param({"val_images": images[:6]}, "missing key val_labels; .*val_images", id="val images alone"),
         pytest.param({"val_labels": labels[:6]}, "missing key val_images", id="val labels alone"),
-        pytest.param(
-            {"test_images": images[:0], "test_labels": labels[:0]}, "at least one image", id="empty"
-        ),
+        pytest.param({"test_images": images[:0], "test_labels": labels[:0]}, "at least one image", id="empty"),
         pytest.param({"train_images": images.astype(object)}, "train_images: .*damaged", id="pickled"),
     ]
 
 
 @pytest.mark.parametrize(("changes", "message"), _npz_faults())
-def test_npz_faults_name_file_key_expected_and_found(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_npz_faults_name_file_key_expected_and_found(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_npz(tmp_path / "fault.npz", **changes)
     with pytest.raises(DataError, match=message) as caught:
         load_data(f"npz:{path}")
@@ -184,9 +170,7 @@ def test_imagefolder_faults(tmp_path: Path) -> None:
         load_data(f"imagefolder:{tmp_path}")
 
 
-def test_imagefolder_without_pillow_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imagefolder_without_pillow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write_folder(tmp_path, "train")
     _write_folder(tmp_path, "test")
     monkeypatch.setitem(sys.modules, "PIL", None)

@@ -26,24 +26,18 @@ def test_comparison_prints_gains_and_losses_alike() -> None:
 
 def test_comparison_shows_the_engine_where_it_ran() -> None:
     frozen = {**FROZEN, "engine_latency_ms": {"1": 0.5}}
-    lines = comparison_table(
-        {"dense": {**DENSE, "engine_latency_ms": {"1": 1.0}}, "frozen": frozen, "agreement": 1.0}
-    )
+    lines = comparison_table({"dense": {**DENSE, "engine_latency_ms": {"1": 1.0}}, "frozen": frozen, "agreement": 1.0})
     assert cells(lines.splitlines()[7]) == ["latency, batch 1, engine (ms)", "1.00", "0.50", "-50.0 %"]
 
 
 def test_comparison_without_baseline_or_without_gates() -> None:
-    alone = comparison_table(
-        {"frozen": {k: v for k, v in FROZEN.items() if k != "latency_ms"}, "agreement": 1.0}
-    )
+    alone = comparison_table({"frozen": {k: v for k, v in FROZEN.items() if k != "latency_ms"}, "agreement": 1.0})
     assert "latency" not in alone and cells(alone.splitlines()[2]) == ["top-1 (%)", "-", "99.25"]
     assert "agreement" not in comparison_table({"dense": DENSE})
 
 
 def test_runs_table_has_a_row_per_network() -> None:
-    text = runs_table(
-        {"runs/a": {"dense": DENSE, "frozen": FROZEN, "agreement": 0.5}, "runs/b": {"dense": DENSE}}
-    )
+    text = runs_table({"runs/a": {"dense": DENSE, "frozen": FROZEN, "agreement": 0.5}, "runs/b": {"dense": DENSE}})
     rows = [cells(line) for line in text.splitlines()[2:]]
     assert rows == [
         ["runs/a", "dense", "99.50", "2.50", "272.0", "-"],
