@@ -40,11 +40,7 @@ def find_branches(flow: Flow) -> tuple[list[Branch], dict[str, str]]:
     found: list[Branch] = []
     rejected: dict[str, str] = {}
     for node in flow.graph_module.graph.nodes:
-        if (
-            node.op in ("call_function", "call_method")
-            and op_name(node) == "add"
-            and flow.kind(node) == "binary"
-        ):
+        if node.op in ("call_function", "call_method") and op_name(node) == "add" and flow.kind(node) == "binary":
             branch, reason = _branch_of(node, flow, order)
             if branch is not None:
                 found.append(branch)
@@ -78,9 +74,7 @@ def _branch_of(addition: fx.Node, flow: Flow, order: dict[fx.Node, int]) -> tupl
         tensors = [n for n in outside if isinstance(n.meta.get("val"), Tensor) and flow.kind(n) != "constant"]
         if len(tensors) != 1 or any(flow.kind(n) in ("size", "deferred") for n in outside):
             reasons.append(
-                f"the branch reads {len(outside)} tensors"
-                if len(tensors) != 1
-                else "it needs sizes from outside"
+                f"the branch reads {len(outside)} tensors" if len(tensors) != 1 else "it needs sizes from outside"
             )
             continue
         entry = tensors[0]

@@ -126,9 +126,7 @@ def _is_fresh(node: fx.Node) -> bool:
     """Whether the node's value is a new tensor, and no view of one that others may read."""
     module = submodule(node)
     if module is not None:
-        return isinstance(
-            module, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.AvgPool2d, nn.MaxPool2d)
-        )
+        return isinstance(module, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.AvgPool2d, nn.MaxPool2d))
     return node.op == "call_function" and op_name(node) in ("add", "mul", "cat", "sub")
 
 
@@ -208,9 +206,7 @@ def _plain_module(graph_module: fx.GraphModule, node: fx.Node) -> None:
             graph_module.graph.erase_node(node)
         else:
             set_module(graph_module, str(node.target), ours.train(graph_module.training))
-    elif isinstance(module, nn.Identity) or (
-        isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
-    ):
+    elif isinstance(module, nn.Identity) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph_module.graph.erase_node(node)
     elif isinstance(module, FrozenConv2d):  # the product with its gate's decision follows
@@ -243,8 +239,14 @@ def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
     """A ``torch.nn.Conv2d`` that shares the parameters of a convolution of any subclass."""
     geometry: tuple[Any, Any, Any, Any] = (module.kernel_size, module.stride, module.padding, module.dilation)
     plain = nn.Conv2d(
-        module.in_channels, module.out_channels, *geometry, module.groups, bias=False, padding_mode=module.padding_mode, device="meta",
-    )  # fmt: skip
+        module.in_channels,
+        module.out_channels,
+        *geometry,
+        module.groups,
+        bias=False,
+        padding_mode=module.padding_mode,
+        device="meta",
+    )
     plain.weight, plain.bias = module.weight, module.bias
     return plain.train(module.training)
 
@@ -299,9 +301,7 @@ def _build(name: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> 
         if name == "linear":
             module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         else:
-            groups, stride, padding, dilation = (
-                arguments[k] for k in ("groups", "stride", "padding", "dilation")
-            )
+            groups, stride, padding, dilation = (arguments[k] for k in ("groups", "stride", "padding", "dilation"))
             if any(isinstance(v, fx.Node) for v in (groups, stride, padding, dilation)):
                 return None
             module = nn.Conv2d(
@@ -316,9 +316,7 @@ def _build(name: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> 
         module.running_mean, module.running_var = mean, tensors["running_var"]
         module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=mean.device)
     elif name == "layer_norm":
-        module = nn.LayerNorm(
-            tuple(arguments["normalized_shape"]), arguments["eps"], weight is not None, device="meta"
-        )
+        module = nn.LayerNorm(tuple(arguments["normalized_shape"]), arguments["eps"], weight is not None, device="meta")
     else:
         if weight is None:
             return None

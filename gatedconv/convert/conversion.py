@@ -30,9 +30,7 @@ class Conversion:
     note: str = ""
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs (traced by {self.traced_by})"
-        ]
+        lines = [f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs (traced by {self.traced_by})"]
         lines += [self.note] if self.note else []
         lines += [f"  {gate}: {what}" for gate, what in self.gated.items()]
         lines += [f"  not gated, {name}: {reason}" for name, reason in self.skipped.items()]
@@ -45,9 +43,7 @@ class Selection:
     def __init__(self, include: Choice, exclude: Choice) -> None:
         self.include = _checked(include, "include")
         self.exclude = _checked(exclude, "exclude")
-        self.unused = {
-            p for choice in (self.include, self.exclude) if isinstance(choice, list) for p in choice
-        }
+        self.unused = {p for choice in (self.include, self.exclude) if isinstance(choice, list) for p in choice}
 
     def reason(self, name: str, module: nn.Module) -> str:
         """Why the layer or block is not to be gated; empty if it is."""
@@ -57,9 +53,7 @@ class Selection:
             return "in exclude"
         return ""
 
-    def _matches(
-        self, choice: list[str] | Callable[[str, nn.Module], bool], name: str, module: nn.Module
-    ) -> bool:
+    def _matches(self, choice: list[str] | Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
         if callable(choice):
             return bool(choice(name, module))
         hits = {p for p in choice if fnmatch.fnmatchcase(name, p) or name.startswith(f"{p}.")}

@@ -97,9 +97,7 @@ class _Labels:
         mine = self.needed.get(node)
         if flow.has_channels(node) and mine is None:
             mine = self.needed[node] = torch.full((flow[node].size,), UNUSED)
-        if kind in ("channelwise", "select", "binary", "cat", "move") or (
-            kind == "conv" and _is_depthwise(node)
-        ):
+        if kind in ("channelwise", "select", "binary", "cat", "move") or (kind == "conv" and _is_depthwise(node)):
             assert mine is not None
             need = self._effective(node)
             if kind == "cat":
@@ -110,9 +108,7 @@ class _Labels:
                 self._add(flow[node].source, need, flow[node].index)  # type: ignore[arg-type]
             elif kind == "conv":
                 source = self._source(node)
-                self._add(
-                    source, need, torch.arange(flow[node].size) // (flow[node].size // flow[source].size)
-                )
+                self._add(source, need, torch.arange(flow[node].size) // (flow[node].size // flow[source].size))
             else:
                 for source in node.all_input_nodes if kind == "binary" else [self._source(node)]:
                     if flow.has_channels(source):
@@ -160,12 +156,7 @@ class _Labels:
             while queue:
                 for source in queue.pop().all_input_nodes:  # type: ignore[union-attr]
                     selects = isinstance(submodule(source), SelectOpen) and source.args[1] is gate
-                    if (
-                        source not in inside
-                        and not selects
-                        and source is not gate
-                        and set(source.users) <= inside
-                    ):
+                    if source not in inside and not selects and source is not gate and set(source.users) <= inside:
                         inside.add(source)
                         queue.append(source)
             for member in inside:
@@ -282,9 +273,7 @@ def _per_element(node: fx.Node) -> int:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             return 2 if affine else 1
         return 5 if affine else 4
-    pool = isinstance(module, nn.AdaptiveAvgPool2d) or (
-        module is None and op_name(node) == "adaptive_avg_pool2d"
-    )
+    pool = isinstance(module, nn.AdaptiveAvgPool2d) or (module is None and op_name(node) == "adaptive_avg_pool2d")
     return 1 if pool else 0
 
 
@@ -302,11 +291,6 @@ def _other_macs(node: fx.Node) -> float:
         return module.weight.numel() * value.numel() / value.shape[0] / module.out_features
     if isinstance(module, MIXING_NORMS):
         return (5 if getattr(module, "weight", None) is not None else 4) * value.numel() / value.shape[0]
-    if (
-        module is None
-        and node.op != "get_attr"
-        and op_name(node) in ("matmul", "bmm", "mm")
-        and len(sources) == 2
-    ):
+    if module is None and node.op != "get_attr" and op_name(node) in ("matmul", "bmm", "mm") and len(sources) == 2:
         return value.numel() / value.shape[0] * sources[0].shape[-1]
     return 0.0

@@ -57,8 +57,9 @@ MOVES = frozenset(
     "index_select channel_shuffle alias".split()
 )
 # Moves whose arguments hold no number of channels: they can be run again on fewer.
-RERUNNABLE = frozenset("permute transpose swapaxes swapdims movedim moveaxis t unsqueeze getitem flatten slice roll flip "
-                       "narrow".split())  # fmt: skip
+RERUNNABLE = frozenset(
+    "permute transpose swapaxes swapdims movedim moveaxis t unsqueeze getitem flatten slice roll flip narrow".split()
+)
 
 
 @dataclass(eq=False)
@@ -175,12 +176,7 @@ class Flow:
         if name in ("cat",):
             return self._cat(node)
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        if (
-            name in BINARY
-            and len(tensors) == 2
-            and len(node.args) >= 2
-            and not set(node.kwargs) - {"rounding_mode"}
-        ):
+        if name in BINARY and len(tensors) == 2 and len(node.args) >= 2 and not set(node.kwargs) - {"rounding_mode"}:
             return self._binary(node)
         source = node.args[0] if node.args else None
         if isinstance(source, fx.Node) and (
@@ -190,11 +186,7 @@ class Flow:
         if name == "conv2d" and self.has_channels(source):
             image = self[source].axis == 1 and source.meta["val"].dim() == 4  # type: ignore[index,union-attr]
             others = [n for n in node.all_input_nodes if n is not source]
-            return (
-                self._plain("conv", node, 1)
-                if image and all(self.kind(n) == "constant" for n in others)
-                else None
-            )
+            return self._plain("conv", node, 1) if image and all(self.kind(n) == "constant" for n in others) else None
         if name == "rsub" or (name in UNARY and len(node.args) > 1 and not isinstance(source, fx.Node)):
             source = tensors[0] if len(tensors) == 1 else None  # 2 * x
         if len(tensors) != 1 or tensors[0] is not source or not self.has_channels(source):
@@ -204,11 +196,7 @@ class Flow:
             return self._plain("channelwise", node, channels.axis)
         if name == "softmax":
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-            return (
-                self._plain("channelwise", node, channels.axis)
-                if _excludes(dim, dims, channels.axis)
-                else None
-            )
+            return self._plain("channelwise", node, channels.axis) if _excludes(dim, dims, channels.axis) else None
         if name == "pixel_shuffle" and channels.axis == 1 and dims == 4:
             return self._plain("regroup", node, 1)
         if name in SPATIAL_FUNCTIONS or name.startswith("boolean_dispatch"):
@@ -233,11 +221,7 @@ class Flow:
     def _cat(self, node: fx.Node) -> Channels | None:
         parts = node.args[0] if node.args else node.kwargs.get("tensors")
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-        if (
-            not isinstance(parts, (list, tuple))
-            or not isinstance(dim, int)
-            or not all(map(self.has_channels, parts))
-        ):
+        if not isinstance(parts, (list, tuple)) or not isinstance(dim, int) or not all(map(self.has_channels, parts)):
             return None
         axis = self[parts[0]].axis  # type: ignore[index]
         if dim % node.meta["val"].dim() != axis or any(self[p].axis != axis for p in parts):  # type: ignore[index]
@@ -309,9 +293,7 @@ class Flow:
             style = "gather"
         elif direct and identity and (op_name(node) if node.op != "call_module" else "flatten") in RERUNNABLE:
             style = "rerun"
-        elif (
-            torch.equal(moved.flatten(), whole.flatten()) and _repeats(index, size) and found >= min(axis, 1)
-        ):
+        elif torch.equal(moved.flatten(), whole.flatten()) and _repeats(index, size) and found >= min(axis, 1):
             style = "reshape"
         else:
             return None
@@ -324,9 +306,7 @@ def constant_value(graph_module: fx.GraphModule, node: fx.Node, cache: dict[fx.N
         if node.op == "get_attr":
             cache[node] = attribute(graph_module, str(node.target))
         else:
-            args, kwargs = fx.node.map_arg(
-                (node.args, node.kwargs), lambda n: constant_value(graph_module, n, cache)
-            )
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: constant_value(graph_module, n, cache))
             if node.op == "call_function":
                 cache[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             elif node.op == "call_method":
@@ -364,6 +344,4 @@ def _only_along(channel: Tensor, axis: int) -> bool:
 
 def _repeats(index: Tensor, size: int) -> bool:
     """Whether each of the channels appears equally often, in order: 0, 0, 1, 1, 2, 2."""
-    return len(index) % size == 0 and torch.equal(
-        index, torch.arange(size).repeat_interleave(len(index) // size)
-    )
+    return len(index) % size == 0 and torch.equal(index, torch.arange(size).repeat_interleave(len(index) // size))

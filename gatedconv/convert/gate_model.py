@@ -23,6 +23,7 @@ from gatedconv.nn import AddBranch, GraphNet, SelectOpen
 
 GATES = ("layer", "channel", "both")
 POSITIONS = ("after", "middle", "before")
+EXPORTED = "torch.fx could not follow the model: image size and random layers are as torch.export saw them"
 
 
 def gate_model(
@@ -66,8 +67,7 @@ def gate_model(
         return swap_modules(source, selection, gate, position, estimator, example_input, str(failure))
     canonicalize(graph_module, source)
     evaluate_shapes(graph_module, example_input)
-    conversion = Conversion(traced_by, note="" if traced_by == "fx" else
-                            "torch.fx could not follow the model: image size and random layers are as torch.export saw them")  # fmt: skip
+    conversion = Conversion(traced_by, note="" if traced_by == "fx" else EXPORTED)
     device = example_input.device
     _insert_gates(graph_module, gate, position, lambda g: open_gate(g).to(device), estimator, selection, conversion)
     if not conversion.gated:
@@ -154,7 +154,7 @@ def _layer_reason(branch: Branch, graph_module: fx.GraphModule, selection: Selec
 
 
 def _gate_branch(graph_module: fx.GraphModule, branch: Branch, path: str, opened: Any, estimator: str) -> None:
-    """addition = shortcut + part  becomes  AddBranch(shortcut, part of the open samples, gate(entry))."""
+    """Addition = shortcut + part  becomes  AddBranch(shortcut, part of the open samples, gate(entry))."""
     graph = graph_module.graph
     entry = _as_read(graph_module, branch.entry, branch.nodes)
     set_module(graph_module, path, opened(LayerGate(entry.meta["val"].shape[1], estimator=estimator)))
@@ -221,6 +221,10 @@ def _check(model: Any, gate: str, position: str, estimator: str, example_input: 
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise TypeError(f"gate_model: example_input must be a tensor (N, C, H, W), got {kind}")
-    for name, value, allowed in (("gate", gate, GATES), ("position", position, POSITIONS), ("estimator", estimator, ESTIMATORS)):
+    for name, value, allowed in (
+        ("gate", gate, GATES),
+        ("position", position, POSITIONS),
+        ("estimator", estimator, ESTIMATORS),
+    ):
         if value not in allowed:
             raise ValueError(f"gate_model: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

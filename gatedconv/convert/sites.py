@@ -179,7 +179,9 @@ class SiteFinder:
         """Nodes whose channels reach the model's output one by one."""
         final: set[fx.Node] = set()
         for node in reversed(self._nodes()):
-            if any(u.op == "output" or (u in final and self.flow.kind(u) in ("channelwise", "move")) for u in node.users):
+            if any(
+                u.op == "output" or (u in final and self.flow.kind(u) in ("channelwise", "move")) for u in node.users
+            ):
                 final.add(node)
         return final
 
@@ -188,7 +190,19 @@ def is_activation(node: fx.Node) -> bool:
     """Whether the node is an activation function, as a module or a call."""
     if node.op == "call_module":
         return isinstance(submodule(node), ACTIVATIONS + (nn.PReLU,))
-    names = ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu", "mish")
+    names = (
+        "relu",
+        "relu6",
+        "silu",
+        "gelu",
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "leaky_relu",
+        "elu",
+        "mish",
+    )
     return node.op in ("call_function", "call_method") and op_name(node) in names
 
 

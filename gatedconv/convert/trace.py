@@ -13,14 +13,36 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gatedconv.gates import Gate
-from gatedconv.nn import AppendOnes, ChannelBias, Constant, ConstantMap, Conv2d, GatherChannels, ScatterAdd
-from gatedconv.nn import AddBranch, FrozenConv2d, ScatterChannels, SelectOpen, StochasticDepth
+from gatedconv.nn import (
+    AddBranch,
+    AppendOnes,
+    ChannelBias,
+    Constant,
+    ConstantMap,
+    Conv2d,
+    FrozenConv2d,
+    GatherChannels,
+    ScatterAdd,
+    ScatterChannels,
+    SelectOpen,
+    StochasticDepth,
+)
 
 TRACED_BATCH = 2  # a batch of one would be taken for a dimension that broadcasts
 
 OWN_LEAVES: tuple[type[nn.Module], ...] = (
-    AddBranch, AppendOnes, ChannelBias, Constant, ConstantMap, FrozenConv2d, Gate, GatherChannels, ScatterAdd,
-    ScatterChannels, SelectOpen, StochasticDepth,
+    AddBranch,
+    AppendOnes,
+    ChannelBias,
+    Constant,
+    ConstantMap,
+    FrozenConv2d,
+    Gate,
+    GatherChannels,
+    ScatterAdd,
+    ScatterChannels,
+    SelectOpen,
+    StochasticDepth,
 )
 
 

@@ -81,9 +81,7 @@ def build_graph(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
             holder.register_parameter(name, nn.Parameter(value, requires_grad))
         else:
             holder.register_buffer(name, value)
-    for path, (kind, arguments, frozen) in sorted(
-        description["modules"].items(), key=lambda item: item[0].count(".")
-    ):
+    for path, (kind, arguments, frozen) in sorted(description["modules"].items(), key=lambda item: item[0].count(".")):
         module = _build_module(_checked_path(path), kind, _decode(arguments, {}), state)
         for name in frozen:
             getattr(module, name).requires_grad_(False)

@@ -126,9 +126,7 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor]) -> nn.Module:
         version = description["version"]
         if version > VERSION:
             raise _Newer(f"load: {path} has format version {version}; this gatedconv reads up to {VERSION}")
-        model = (
-            _build_net(description, tensors) if "graph" in description else _build_resnet(path, description)
-        )
+        model = _build_net(description, tensors) if "graph" in description else _build_resnet(path, description)
     except _Newer:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:

@@ -84,7 +84,7 @@ class FrozenConv2d(Conv2d):
         self.register_buffer("out_open", out_open)
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (N, in_channels, H, W) -> (N, out_channels, H_out, W_out)."""
+        """Input (N, in_channels, H, W) -> (N, out_channels, H_out, W_out)."""
         return self.masked_forward(input, self.out_open)
 
 
@@ -101,7 +101,7 @@ class StochasticDepth(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, ...) -> the same shape."""
+        """X (N, ...) -> the same shape."""
         if not self.training or self.p == 0:
             return x
         count = x.shape[0] if self.mode == "row" else 1

@@ -35,11 +35,7 @@ def error(found, expected, model):
 @pytest.mark.parametrize("kind", ["open", "closed", "one", "odd"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_frozen_and_compact_equal_the_masked_dense_model(name, kind):
-    gate = (
-        "both"
-        if "fc.weight" in NETWORKS[name]().state_dict() and hasattr(NETWORKS[name](), "blocks")
-        else "channel"
-    )
+    gate = "both" if "fc.weight" in NETWORKS[name]().state_dict() and hasattr(NETWORKS[name](), "blocks") else "channel"
     model, result = gated(name, gate)
     masks = masks_of(result, kind)
     with torch.no_grad():

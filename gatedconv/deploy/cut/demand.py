@@ -18,9 +18,7 @@ class Demand:
         self.flow = flow
         self.facts = facts
         self.need = {
-            node: torch.zeros(flow[node].size, dtype=torch.bool)
-            for node in facts.facts
-            if flow.has_channels(node)
+            node: torch.zeros(flow[node].size, dtype=torch.bool) for node in facts.facts if flow.has_channels(node)
         }
         self.live: set[fx.Node] = set()  # nodes without channels that are read
         for node in reversed(list(flow.graph_module.graph.nodes)):
@@ -60,12 +58,8 @@ class Demand:
                 self.need[part] |= piece
         elif kind in ("conv", "regroup"):
             source = self.facts.source(node)
-            groups = (
-                flow[source].size // self.facts.weight(node).shape[1] if kind == "conv" else flow[node].size
-            )
-            self.need[source] |= (
-                need.reshape(groups, -1).any(dim=1).repeat_interleave(flow[source].size // groups)
-            )
+            groups = flow[source].size // self.facts.weight(node).shape[1] if kind == "conv" else flow[node].size
+            self.need[source] |= need.reshape(groups, -1).any(dim=1).repeat_interleave(flow[source].size // groups)
         else:
             for source in node.all_input_nodes:
                 self._all(source)

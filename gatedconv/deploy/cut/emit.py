@@ -70,9 +70,7 @@ class Emitter:
             return self.lay_out(node, torch.arange(self.flow[node].size))
         if node not in self.plain:
             kind = self.flow.kind(node)
-            self.plain[node] = (
-                self._constant(node) if kind == "constant" else self.again(node, node.args, node.kwargs)
-            )
+            self.plain[node] = self._constant(node) if kind == "constant" else self.again(node, node.args, node.kwargs)
         return self.plain[node]
 
     def lay_out(self, node: fx.Node, wanted: Tensor) -> fx.Node:

@@ -111,9 +111,7 @@ class Facts:
             source = self.source(node)
             weight = self.weight(node)
             groups = flow[source].size // weight.shape[1]
-            return (
-                self.known(source).reshape(groups, -1).all(dim=1).repeat_interleave(channels.size // groups)
-            )
+            return self.known(source).reshape(groups, -1).all(dim=1).repeat_interleave(channels.size // groups)
         if channels.kind == "regroup":
             source = self.source(node)
             return self.known(source).reshape(channels.size, -1).all(dim=1)

@@ -16,9 +16,7 @@ from gatedconv.deploy.cut.rules import RULES
 from gatedconv.nn import GraphNet
 
 
-def cut_graph(
-    graph_module: fx.GraphModule, example_input: Tensor, channel_multiple: int, name: str
-) -> GraphNet:
+def cut_graph(graph_module: fx.GraphModule, example_input: Tensor, channel_multiple: int, name: str) -> GraphNet:
     """The smaller graph of a canonical one with frozen gates, which is changed on the way (eval mode, CPU).
 
     Args:

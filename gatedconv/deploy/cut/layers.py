@@ -33,9 +33,7 @@ class Dense:
             return False
         if self.padding == "same":
             return any(k > 1 for k in self.weight.shape[2:])
-        return any(
-            p > 0 for p in (self.padding if isinstance(self.padding, (tuple, list)) else [self.padding])
-        )
+        return any(p > 0 for p in (self.padding if isinstance(self.padding, (tuple, list)) else [self.padding]))
 
 
 def read_dense(node: fx.Node, facts: Facts) -> Dense:
@@ -57,9 +55,7 @@ def build_dense(layer: Dense, weight: Tensor, bias: Tensor | None, groups: int =
     """A ``torch.nn`` layer like ``layer`` with the given (cut) weight and bias."""
     module: nn.Linear | nn.Conv2d
     if weight.dim() == 2:
-        module = nn.Linear(
-            weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
-        )
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
     else:
         geometry: tuple[Any, Any, Any, Any] = (tuple(weight.shape[2:]), layer.stride, layer.padding, layer.dilation)
         padding_mode: Any = layer.padding_mode

@@ -86,11 +86,7 @@ def binary(e: Emitter, node: fx.Node, wanted: Tensor) -> Physical:
     name = op_name(node)
     operands: Any = node.args
     left, right = operands[:2]
-    if (
-        name == "add"
-        and node.kwargs.get("alpha", 1) == 1
-        and (added := _scattered_sum(e, node, left, right, wanted))
-    ):
+    if name == "add" and node.kwargs.get("alpha", 1) == 1 and (added := _scattered_sum(e, node, left, right, wanted)):
         return Physical(added, wanted)
     for one, other in ((left, right), (right, left)):
         neutral = {"mul": 1.0, "add": 0.0}.get(name)
@@ -249,9 +245,7 @@ def _grouped(e: Emitter, node: fx.Node, source: fx.Node, layer: Dense, wanted: T
     per_group_in, per_group_out = len(read) // len(live), len(write) // len(live)
     rows = layer.weight.detach()[write].reshape(len(live), per_group_out, *layer.weight.shape[1:])
     columns = (
-        (read % ins)
-        .reshape(len(live), 1, per_group_in, 1, 1)
-        .expand(-1, per_group_out, -1, *layer.weight.shape[2:])
+        (read % ins).reshape(len(live), 1, per_group_in, 1, 1).expand(-1, per_group_out, -1, *layer.weight.shape[2:])
     )
     weight = rows.gather(2, columns.to(rows.device)).flatten(0, 1)
     bias = None if layer.bias is None else layer.bias.detach()[write]

@@ -1,0 +1,144 @@
+"""Files of graph networks: they come back without their code, and bad ones are refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import gatedconv
+from tests.convert.networks import IMAGES, NETWORKS, network
+from tests.oracle import random_masks
+
+
+def stages(name, gate="channel"):
+    gated = gatedconv.gate_model(network(name), gate, example_input=IMAGES)
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(gated).items()}, "odd", 3)
+    frozen = gatedconv.freeze(gated, masks=masks)
+    return {"gated": gated, "frozen": frozen, "compact": gatedconv.compact(frozen, IMAGES)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_stage_comes_back(name, tmp_path):
+    for stage, model in stages(name, "both" if name == "residual" else "channel").items():
+        gatedconv.save(model, tmp_path / stage)
+        loaded = gatedconv.load(tmp_path / stage)
+        for (name_a, a), (name_b, b) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
+            assert name_a == name_b and torch.equal(a, b)
+        assert loaded.code == model.code
+        with torch.no_grad():  # where its memory happens to lie decides the last bit of a sum
+            torch.testing.assert_close(loaded(IMAGES), model(IMAGES), rtol=1e-6, atol=1e-6)
+        assert list(gatedconv.gates(loaded)) == list(gatedconv.gates(model))
+        if stage == "gated":
+            assert loaded.mac_terms == model.mac_terms and str(loaded.conversion) == str(model.conversion)
+        else:
+            assert loaded.consensus.masks.keys() == model.consensus.masks.keys()
+
+
+def test_a_loaded_gated_network_trains_freezes_and_is_cut(tmp_path):
+    model = stages("residual", "both")["gated"]
+    gatedconv.save(model, tmp_path / "m")
+    loaded = gatedconv.load(tmp_path / "m").train()
+    (loaded(IMAGES).square().mean() + gatedconv.mac_target_loss(loaded)).backward()
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(loaded).items()}, "odd", 1)
+    frozen = gatedconv.freeze(loaded.eval(), masks=masks)
+    small = gatedconv.compact(frozen, IMAGES)
+    with torch.no_grad():
+        torch.testing.assert_close(small(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+
+
+def test_a_cut_network_loads_where_its_code_is_not(tmp_path):
+    small = stages("shuffled")["compact"]
+    gatedconv.save(small, tmp_path / "m")
+    torch.save({"x": IMAGES, "y": small(IMAGES).detach()}, tmp_path / "data")
+    program = (
+        "import sys, torch, gatedconv\n"
+        "m, d = gatedconv.load(sys.argv[1]), torch.load(sys.argv[2], weights_only=True)\n"
+        "assert torch.allclose(m(d['x']), d['y'], atol=1e-6)\n"
+        "assert not any(n.startswith(('tests', 'torchvision', 'timm')) for n in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "m", tmp_path / "data"], check=True, cwd=tmp_path)
+
+
+def edit(path, change):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    description = json.loads(header["__metadata__"]["gatedconv"])
+    change(description)
+    header["__metadata__"]["gatedconv"] = json.dumps(description)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def set_node(index, field, value):
+    def change(description):
+        description["graph"]["nodes"][index][field] = value
+
+    return change
+
+
+def new_node(op, target, *args):
+    return lambda d: d["graph"]["nodes"].insert(1, ["f", op, target, {"tuple": list(args)}, {"dict": {}}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=99), "format version 99"),
+        (set_node(1, 0, "a = __import__('os').system('true')"), "no name of a node"),
+        (set_node(1, 2, "stem).__class__; import os"), "no path of a layer"),
+        (new_node("call_function", "os.system", "true"), "unknown function"),
+        (new_node("call_function", "torch.load", "x"), "unknown function"),
+        (new_node("call_function", "getattr", {"node": "input_1"}, "__class__"), "reads no attribute"),
+        (new_node("call_method", "__reduce__"), "no method"),
+        (lambda d: d["graph"]["modules"]["stem"].__setitem__(0, "torch.nn.Module.apply"), "no layer"),
+        (lambda d: d["graph"]["modules"]["stem"].__setitem__(0, "subprocess.Popen"), "unknown layer"),
+        (lambda d: d["graph"].pop("nodes"), "damaged"),
+        (lambda d: d.update(graph=[1, 2]), "damaged"),
+    ],
+)  # fmt: skip
+def test_a_description_that_we_did_not_write_is_refused(change, message, tmp_path):
+    gatedconv.save(stages("residual")["compact"], tmp_path / "m")
+    edit(tmp_path / "m", change)
+    with pytest.raises(ValueError, match=message):
+        gatedconv.load(tmp_path / "m")
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    gatedconv.save(stages("relu")["compact"], tmp_path / "m")
+    data = (tmp_path / "m").read_bytes()
+    for length in (0, 7, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "m").write_bytes(data[:length])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            gatedconv.load(tmp_path / "m")
+
+
+def test_a_module_with_code_of_its_own_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="has code of its own"):
+        gatedconv.save(network("residual"), tmp_path / "m")
+    model = stages("relu")["compact"]
+
+    class Mine(nn.ReLU):
+        pass
+
+    model.set_submodule("act", Mine())
+    with pytest.raises(TypeError, match="act is a .*Mine, which a file cannot describe"):
+        gatedconv.save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_hub_mixin_saves_and_loads_a_folder(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    from gatedconv.deploy.hub import HubModel
+
+    small = stages("residual", "both")["compact"].eval()
+    HubModel(small).save_pretrained(tmp_path)
+    loaded = HubModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IMAGES), small(IMAGES)) and not loaded.training
+    assert sorted(p.suffix for p in tmp_path.iterdir() if "model" in p.name) == [".safetensors"]
