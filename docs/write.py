@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedconv.report.tables import comparison_table
+from gatedconv.train.config import read_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -50,7 +51,7 @@ def cifar10() -> str:
         found = json.loads(path.read_text())
         kind = "dense" if "dense" in found else "frozen"
         net = found[kind]
-        gates = "none (dense)" if kind == "dense" else f"{found['gate']}, {found['position']}"
+        gates = "none (dense)" if kind == "dense" else f"{found['gate']}, {read_toml(path.with_name('config.toml'))['position']}"
         agreement = "" if kind == "dense" else f"{found['agreement']:.2%}"
         epochs = str(max(found["epochs"].values()))
         rows.append(
