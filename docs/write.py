@@ -51,7 +51,9 @@ def cifar10() -> str:
         found = json.loads(path.read_text())
         kind = "dense" if "dense" in found else "frozen"
         net = found[kind]
-        gates = "none (dense)" if kind == "dense" else f"{found['gate']}, {read_toml(path.with_name('config.toml'))['position']}"
+        config = read_toml(path.with_name("config.toml"))
+        gates = "none (dense)" if kind == "dense" else f"{config['gate']}, {config['position']}"
+        commit, _, changes = found["commit"].partition("+")
         agreement = "" if kind == "dense" else f"{found['agreement']:.2%}"
         epochs = str(max(found["epochs"].values()))
         rows.append(
@@ -63,7 +65,7 @@ def cifar10() -> str:
                 f"{net['macs'] / 1e6:.2f}",
                 f"{net['params'] / 1e3:.1f}",
                 agreement,
-                f"`{found['commit'][:10]}`",
+                f"`{commit[:10]}`" + (" with changes" if changes else ""),
             ]
         )
     header = ["gates", "seed", "epochs", "top-1 (%)", "MACs (M)", "parameters (k)", "agreement", "commit"]
@@ -104,16 +106,12 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 def main() -> int:
     """Write, or check, every file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 where a file is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
     check = parser.parse_args().check
     stale = [path for path in BLOCKS if written(path) != path.read_text()]
     for path in stale:
         if check:
-            print(
-                f"{path.relative_to(ROOT)} does not match results/: run python docs/write.py", file=sys.stderr
-            )
+            print(f"{path.relative_to(ROOT)} does not match results/: run python docs/write.py", file=sys.stderr)
         else:
             path.write_text(written(path))
     return 1 if check and stale else 0
