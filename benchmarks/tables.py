@@ -189,7 +189,7 @@ def main() -> int:
         "--check", action="store_true", help="write nothing; 1 if the document is out of date"
     )
     arguments = parser.parse_args()
-    found = [read(path) for path in sorted(RESULTS.glob("*.json"))]
+    found = [read(path) for path in sorted(RESULTS.glob("*-*.json"))]
     section = cpu_section([result for result in found if result["cuda"] is None])
     before = DOCUMENT.read_text()
     after = render(before, section or "No results yet.")

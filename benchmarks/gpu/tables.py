@@ -118,7 +118,7 @@ def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the section; with --check write nothing and return 1 if the document is out of date."""
-    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*-*.json"))
     section = gate_section(json.loads(path.read_text()) for path in paths)
     document = DOCUMENT.read_text()
     before, begin, rest = document.partition(BEGIN)
