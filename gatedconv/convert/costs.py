@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from gatedconv.convert.canonical import op_name, submodule
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow
+from gatedconv.convert.trace import TRACED_BATCH
 from gatedconv.gates import Gate, MacTerm
 from gatedconv.nn import AddBranch, SelectOpen
 
@@ -288,9 +289,9 @@ def _other_macs(node: fx.Node) -> float:
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.weight.numel() * math.prod(value.shape[2:])
     if isinstance(module, nn.Linear):
-        return module.weight.numel() * value.numel() / value.shape[0] / module.out_features
+        return module.weight.numel() * value.numel() / TRACED_BATCH / module.out_features
     if isinstance(module, MIXING_NORMS):
-        return (5 if getattr(module, "weight", None) is not None else 4) * value.numel() / value.shape[0]
+        return (5 if getattr(module, "weight", None) is not None else 4) * value.numel() / TRACED_BATCH
     if module is None and node.op != "get_attr" and op_name(node) in ("matmul", "bmm", "mm") and len(sources) == 2:
-        return value.numel() / value.shape[0] * sources[0].shape[-1]
+        return value.numel() / TRACED_BATCH * sources[0].shape[-1]
     return 0.0

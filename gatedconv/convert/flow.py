@@ -49,6 +49,7 @@ SPATIAL_FUNCTIONS = frozenset(
     "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample_nearest2d upsample_bilinear2d "
     "upsample_bicubic2d lp_pool2d boolean_dispatch".split()
 )
+MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, GatherChannels)
 REDUCTIONS = frozenset("mean sum amax amin std var norm logsumexp".split())
 BINARY = frozenset("add sub mul div maximum minimum".split())
 MOVES = frozenset(
@@ -118,8 +119,17 @@ class Flow:
                 return Channels("constant")
         if not _holds_tensor(value):
             return Channels("size")
+        if not self._moves(node):
+            for source in inputs:  # channels that went astray: from here on, new ones
+                if self.kind(source) == "deferred" and isinstance(source.meta["val"], Tensor):
+                    self.channels[source] = self._opaque(source)
         found = self._module(node) if node.op == "call_module" else self._function(node)
         return found or self._opaque(node)
+
+    def _moves(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(submodule(node), MOVING_MODULES)
+        return op_name(node) in MOVES or op_name(node) in ("contiguous", "clone")
 
     def _plain(self, kind: str, node: fx.Node, axis: int | None = None) -> Channels:
         value = node.meta["val"]
@@ -142,7 +152,7 @@ class Flow:
             return None
         if isinstance(module, AddBranch):
             return self._branch(node)
-        if isinstance(module, (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, GatherChannels)):
+        if isinstance(module, MOVING_MODULES):
             return self._move(node)
         if not self.has_channels(source):
             return None

@@ -70,6 +70,7 @@ def trace(model: nn.Module, example_input: Tensor) -> tuple[fx.GraphModule, str]
     try:
         try:
             graph_module = _symbolic(model, example_input)
+            _check_batch(graph_module, example_input)
             return graph_module, "fx"
         except Exception as error:  # whatever the model's code raises on a proxy
             reason = _first_line(error)
@@ -82,18 +83,26 @@ def trace(model: nn.Module, example_input: Tensor) -> tuple[fx.GraphModule, str]
             module.training = flag
 
 
-def evaluate_shapes(graph_module: fx.GraphModule, example_input: Tensor) -> None:
-    """Write ``meta["val"]`` of every node: a fake tensor, as two images like the example give."""
+def _check_batch(graph_module: fx.GraphModule, example_input: Tensor) -> None:
+    """Raise, or not, as the graph does for a batch of another size than the traced one."""
+    found = {node: node.meta.get("val") for node in graph_module.graph.nodes}
+    evaluate_shapes(graph_module, example_input, TRACED_BATCH + 1)
+    for node, value in found.items():
+        node.meta["val"] = value
+
+
+def evaluate_shapes(graph_module: fx.GraphModule, example_input: Tensor, batch: int = TRACED_BATCH) -> None:
+    """Write ``meta["val"]`` of every node: a fake tensor, as so many images like the example give."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         values: dict[fx.Node, Any] = {}
         for node in graph_module.graph.nodes:
-            values[node] = _fake_value(node, graph_module, example_input)
+            values[node] = _fake_value(node, graph_module, example_input, batch)
             node.meta["val"] = values[node]
 
 
-def _fake_value(node: fx.Node, root: nn.Module, example_input: Tensor) -> Any:
+def _fake_value(node: fx.Node, root: nn.Module, example_input: Tensor, batch: int = TRACED_BATCH) -> Any:
     if node.op == "placeholder":
-        shape = (TRACED_BATCH, *example_input.shape[1:])
+        shape = (batch, *example_input.shape[1:])
         return torch.empty(shape, dtype=example_input.dtype, device=example_input.device)
     if node.op == "get_attr":
         return attribute(root, str(node.target))

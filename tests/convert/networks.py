@@ -111,6 +111,30 @@ class ChannelsLast(nn.Module):
         return self.fc((x + h).mean((2, 3)))
 
 
+class Attention(nn.Module):
+    """Self-attention over pixels, its heads in the batch's dimension, with sizes asked of merged tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.qkv = nn.Conv2d(8, 24, 1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 6, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(x).chunk(3, 1)
+        q = q.reshape(b * 2, c // 2, -1).transpose(1, 2)
+        k = k.reshape(b * 2, c // 2, -1)
+        v = v.reshape(b * 2, c // 2, -1).transpose(1, 2)
+        rows, pixels, _ = q.shape
+        scores = (q @ k).reshape(rows, pixels, pixels).softmax(-1)
+        x = self.norm((scores @ v).transpose(1, 2).reshape(b, c, h, w)) + x
+        return self.fc(F.relu(self.head(x)).mean((2, 3)))
+
+
 NETWORKS = {
     "residual": lambda: Residual(),
     "grouped": lambda: Residual(groups=4),
@@ -121,6 +145,7 @@ NETWORKS = {
     "relu": lambda: Plain(act=nn.ReLU),
     "shuffled": lambda: Shuffled(),
     "channels_last": lambda: ChannelsLast(),
+    "attention": lambda: Attention(),
 }  # fmt: skip
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 

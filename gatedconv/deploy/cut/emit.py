@@ -203,6 +203,8 @@ class Emitter:
         held = self.physical.get(source)
         if held is not None:
             return self.graph.call_method("size", (held.node, dim))
+        if not self.flow.has_channels(source) and self.flow.kind(source) != "constant":
+            return self.graph.call_method("size", (self.whole(source), dim))
         if dim == 0 and value.shape[0] == self._batch():
             return self.graph.call_method("size", (self.image, 0))
         return int(value.shape[dim])
