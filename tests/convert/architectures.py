@@ -1,15 +1,19 @@
 """Gate, freeze, cut and export real architectures; the numbers of docs/models.md come from here.
 
-python -m tests.convert.architectures                 the named list, written to docs/models.md
-python -m tests.convert.architectures --random 30     so many timm networks drawn at random
+python -m tests.convert.architectures                 the named list
+python -m tests.convert.architectures --random 100    so many timm networks drawn at random
 python -m tests.convert.architectures NAME...         these alone
+python -m tests.convert.architectures --write         docs/models.md from what was kept
+
+Rows are kept under results/architectures, one line each; a network that has one there is not examined again
+unless its name is given.
 """
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import random
+import dataclasses
+import json
 import tempfile
 import time
 import traceback
@@ -22,24 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import gatedconv
+from tests.convert.zoo import NAMED, build, drawn, randomize
 
-TORCHVISION = (
-    "resnet18", "resnet34", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "vgg16_bn", "densenet121",
-    "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "googlenet",
-    "shufflenet_v2_x1_0", "mnasnet1_0",
-)  # fmt: skip
-TIMM = (
-    "resnet26d", "seresnet50", "efficientnet_lite0", "ghostnet_100", "repvgg_a0", "cspresnet50", "resnetv2_50",
-)  # fmt: skip
-# Not convolutional, or hybrids whose work is mostly attention.
-NOT_CNN = (
-    "*vit*", "*deit*", "*swin*", "*former*", "*mixer*", "*mlp*", "*beit*", "*eva*", "*cait*", "*xcit*", "*pvt*",
-    "*coat*",
-    "*crossvit*", "*twins*", "*pit_*", "*tnt*", "*levit*", "*nest_*", "*volo*", "*convit*", "*jx_*", "*gc_*", "*davit*",
-    "*hiera*", "*sam_*", "*samvit*", "*clip*", "*siglip*", "*mvit*", "*maxxvit*", "*vitamin*", "*aimv2*", "*naflex*",
-    "*sequencer*", "*dino*", "*shvit*", "*swiftformer*", "test_*", "*tiny_vit*",
-)  # fmt: skip
-LARGEST = 60_000_000  # parameters of a network drawn at random: a question of time alone
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "results" / "architectures"
 TOLERANCE = 1e-4  # of the difference between the outputs of two images, fp32
 MASKS: tuple[float | str, ...] = (0.7, 0.3, "one", "closed")
 
@@ -74,59 +64,6 @@ class Row:
     def ok(self) -> bool:
         """Gated, cut and exact for every mask."""
         return not self.failures and self.gates > 0 and self.error <= TOLERANCE
-
-
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """The network with random weights, in eval mode, and two images of the smallest size that it takes."""
-    torch.manual_seed(0)
-    library, _, short = name.rpartition("/")
-    if library == "torchvision":
-        import torchvision
-
-        options = {"init_weights": False} if short in ("googlenet", "inception_v3") else {}
-        model = torchvision.models.get_model(short, weights=None, **options).eval()
-        sizes: Iterable[int] = (64, 224)
-    else:
-        import timm
-
-        model = timm.create_model(short, pretrained=False).eval()
-        sizes = (64, 128, model.default_cfg["input_size"][-1])
-    for size in sizes:
-        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(5))
-        try:
-            with torch.no_grad():
-                model(images)
-            return model, images
-        except (RuntimeError, AssertionError, ValueError):
-            continue
-    raise RuntimeError(f"{name} takes no image of the sizes {tuple(sizes)}")
-
-
-def randomize(model: nn.Module, images: Tensor) -> None:
-    """Norm weights and layer scales at random, then the norms' statistics from data.
-
-    A network fresh from its constructor hardly reacts to its branches, and an error would hide.
-    """
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter):
-            module.weight.data.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
-            if isinstance(getattr(module, "bias", None), nn.Parameter):
-                module.bias.data.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
-    for name, parameter in model.named_parameters():
-        if "gamma" in name or "layer_scale" in name or "skipinit" in name:
-            parameter.data.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = 1.0
-        norm.train()
-    with torch.no_grad():
-        model(torch.randn(8, *images.shape[1:], generator=generator))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
 
 
 def random_masks(gates: dict[str, nn.Module], kind: float | str, seed: int) -> dict[str, Tensor]:
@@ -247,23 +184,6 @@ def _short(stage: str, error: Exception) -> str:
     return f"{stage}: {text[:160]} ({Path(where.filename).name}:{where.lineno})"
 
 
-def drawn(count: int, seed: int) -> list[str]:
-    """Timm's convolutional networks of moderate size, drawn at random."""
-    import timm
-
-    names = [n for n in timm.list_models() if not any(fnmatch.fnmatch(n, p) for p in NOT_CNN)]
-    random.Random(seed).shuffle(names)
-    chosen: list[str] = []
-    for name in names:
-        with torch.device("meta"):
-            size = sum(p.numel() for p in timm.create_model(name).parameters())
-        if size <= LARGEST:
-            chosen.append(f"timm/{name}")
-        if len(chosen) == count:
-            break
-    return chosen
-
-
 HEAD = (
     "network", "pixels", "gates", "reach", "removed at 70 %", "at 30 %", "one open", "none open", "MACs as expected",
     "largest error", "ONNX", "Engine", "trains", "remarks",
@@ -293,15 +213,35 @@ def line(row: Row) -> str:
     return " ".join(cells)
 
 
-def rewrite(path: Path, rows: list[Row], mark: str) -> None:
-    """Put the table between the marks of a document."""
+def kept(path: Path) -> dict[str, Row]:
+    """The rows of a file, the last one of each network."""
+    if not path.exists():
+        return {}
+    stored = (json.loads(text) for text in path.read_text().splitlines())
+    return {row["name"]: Row(**{**row, "seconds": tuple(row["seconds"])}) for row in stored}
+
+
+def keep(path: Path, row: Row) -> None:
+    """Add a row to a file; the last one of a network counts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {**kept(path), row.name: row}
+    path.write_text("".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows.values()))
+
+
+def document(text: str, rows: list[Row], mark: str) -> str:
+    """The text with the table between its marks written again."""
     begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    text = path.read_text()
     before, rest = text.split(begin)
     after = rest.split(end)[1]
     good = sum(row.ok for row in rows)
-    summary = f"{good} of {len(rows)} gated, cut and exact."
-    path.write_text(f"{before}{begin}\n{table(rows)}\n\n{summary}\n{end}{after}")
+    return f"{before}{begin}\n{table(rows)}\n\n{good} of {len(rows)} gated, cut and exact.\n{end}{after}"
+
+
+def written(text: str) -> str:
+    """docs/models.md with the tables of the rows that are kept."""
+    for file, mark in (("named", "named networks"), ("random", "drawn at random")):
+        text = document(text, list(kept(KEPT / f"{file}.jsonl").values()), mark)
+    return text
 
 
 def main() -> None:
@@ -313,23 +253,23 @@ def main() -> None:
     parser.add_argument("--gate", default="both")
     parser.add_argument("--position", default="after")
     parser.add_argument("--no-onnx", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", type=Path, help="a file for the rows; results/architectures/... where none is given")
+    parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    names = arguments.names or (
-        drawn(arguments.random, arguments.seed) if arguments.random
-        else [*(f"torchvision/{n}" for n in TORCHVISION), *(f"timm/{n}" for n in TIMM)]
-    )  # fmt: skip
-    rows = []
-    for name in names:
+    if arguments.write:
+        models = ROOT / "docs" / "models.md"
+        models.write_text(written(models.read_text()))
+        return
+    file = arguments.keep or (None if arguments.names else KEPT / f"{'random' if arguments.random else 'named'}.jsonl")
+    known = kept(file) if file else {}
+    names = drawn(arguments.random, arguments.seed) if arguments.random else NAMED
+    for name in arguments.names or [n for n in names if n not in known]:
         row = examine(name, gate=arguments.gate, position=arguments.position, onnx=not arguments.no_onnx, train=True)
-        rows.append(row)
         print(line(row), flush=True)
-    good = sum(row.ok for row in rows)
-    print(f"{good} of {len(rows)} gated, cut and exact")
-    if arguments.out:
-        rewrite(arguments.out, rows, "drawn at random" if arguments.random else "named networks")
+        if file:
+            keep(file, row)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ import os
 
 import pytest
 
-from tests.convert.architectures import TIMM, TORCHVISION, examine
+from tests.convert.architectures import examine
+from tests.convert.zoo import NAMED
 
 QUICK = ("torchvision/resnet18", "torchvision/shufflenet_v2_x1_0", "timm/lcnet_050")
-ALL = (*(f"torchvision/{n}" for n in TORCHVISION), *(f"timm/{n}" for n in TIMM))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL if os.environ.get("GATEDCONV_ARCHITECTURES") == "all" else QUICK)
+@pytest.mark.parametrize("name", NAMED if os.environ.get("GATEDCONV_ARCHITECTURES") == "all" else QUICK)
 def test_an_architecture_is_gated_trained_cut_and_exact(name):
     pytest.importorskip(name.split("/")[0])
     row = examine(name, onnx=name == QUICK[0], train=True)
