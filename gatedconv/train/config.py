@@ -112,6 +112,17 @@ class TrainConfig:
     threads: int = option(0, "CPU threads; 0 for PyTorch's default", low=0, high=MAX_THREADS)
     amp: str = option("off", "mixed precision", choices=("off", "bf16", "fp16"))
     channels_last: bool = option(True, "channels-last memory format")
+    compile: bool = option(False, "torch.compile the network for training")
+    cuda_graph: bool = option(False, "replay each training step as one CUDA graph (needs a GPU)")
+    accumulate: int = option(1, "parts that a batch is computed in, one after the other", low=1, high=4096)
+    recompute: bool = option(False, "gradient checkpointing: recompute each block in backward, to save memory")
+    skip_blocks: bool = option(True, "do not compute blocks that a layer gate shuts for the whole batch")
+    sync_norm: str = option(
+        "off", "BatchNorm statistics over all processes: of the gates, of all", choices=("off", "gates", "all")
+    )
+    stream: bool = option(False, "imagefolder: decode images while training, not all at the start")
+    workers: int = option(2, "processes that decode streamed images; 0 decodes between steps", low=0, high=256)
+    checkpoint_minutes: float = option(0.0, "also write a checkpoint this often within an epoch; 0 never", low=0.0)
     max_minutes: float = option(0.0, "stop after the last epoch that ends within this; 0 never", low=0.0)
     tensorboard: bool = option(False, "also write TensorBoard event files")
 
@@ -123,13 +134,28 @@ class TrainConfig:
             raise ValueError(f"milestones: expected rising fractions of the run, got {list(self.milestones)}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: expected momentum above 0, got momentum 0.0")
+        if self.compile and (self.recompute or self.cuda_graph):
+            other = "recompute" if self.recompute else "cuda_graph"
+            raise ValueError(f"compile: expected {other} off, torch.compile decides on that itself; got both")
+        if self.cuda_graph and (self.recompute or self.accumulate > 1):
+            raise ValueError("cuda_graph: expected recompute off and accumulate 1, got other settings")
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"batch_size: expected at least 2 images for each of the {self.accumulate} parts of `accumulate`, "
+                f"got {self.batch_size}"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
 # Fields that may change between a run and its continuation: none belongs to the recipe. Results go on exactly
 # where `device` and `threads` stay; others add up in another order, and round differently.
-FREE_ON_RESUME = frozenset({"name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard"})
+FREE_ON_RESUME = frozenset(
+    {
+        "name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard",
+        "compile", "cuda_graph", "recompute", "skip_blocks", "workers", "checkpoint_minutes",
+    }
+)  # fmt: skip
 
 
 def require_same_recipe(stored: Mapping[str, Any], config: TrainConfig, where: str) -> None:
@@ -143,8 +169,9 @@ def require_same_recipe(stored: Mapping[str, Any], config: TrainConfig, where: s
     Raises:
         ValueError: naming the first field that differs, the value asked for and the one found.
     """
-    for name in field_specs():
-        mine, theirs = getattr(config, name), stored.get(name)
+    for name, spec in field_specs().items():
+        # What a run says nothing of is younger than the run, and was then as its default is now.
+        mine, theirs = getattr(config, name), stored.get(name, spec.default)
         if name not in FREE_ON_RESUME and theirs != mine:
             raise ValueError(f"{where}: expected {name} {mine!r}, found {theirs!r}")
 
