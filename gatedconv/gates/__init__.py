@@ -1,11 +1,13 @@
 """Gates: estimators, gate modules, the losses that polarise them, schedules, and what they cost."""
 
 from gatedconv.gates.channel_gate import ChannelGate
+from gatedconv.gates.controller import MacController
 from gatedconv.gates.costs import MacTerm, expected_macs, pruning_rate
 from gatedconv.gates.estimators import ESTIMATORS
 from gatedconv.gates.gate import FrozenGate, Gate
 from gatedconv.gates.layer_gate import LayerGate
 from gatedconv.gates.losses import activation_loss, mac_target_loss, polarization_loss
+from gatedconv.gates.ranking import fisher_scores, gate_macs, masks_for_target
 from gatedconv.gates.registry import find_gates, open_rates, unwrap
 
 __all__ = [
@@ -14,11 +16,15 @@ __all__ = [
     "FrozenGate",
     "Gate",
     "LayerGate",
+    "MacController",
     "MacTerm",
     "activation_loss",
     "expected_macs",
     "find_gates",
+    "fisher_scores",
+    "gate_macs",
     "mac_target_loss",
+    "masks_for_target",
     "open_rates",
     "polarization_loss",
     "pruning_rate",

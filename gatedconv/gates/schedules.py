@@ -63,6 +63,20 @@ def linear_warmup(progress: float, value: float, duration: float) -> float:
     return value if progress >= duration else value * progress / duration
 
 
+def falling(progress: float, final: float, start: float, end: float) -> float:
+    """Fall in a straight line from 1 at `start` to `final` at `end`; 1 before, `final` after.
+
+    Raises:
+        ValueError: if `progress` lies outside [0, 1], or `start` comes after `end`.
+    """
+    _check_progress(progress)
+    if start > end:
+        raise ValueError(f"falling: start must not come after end, got {start} and {end}")
+    if progress >= end:
+        return final
+    return 1.0 if progress <= start else 1 - (1 - final) * (progress - start) / (end - start)
+
+
 def _check_progress(progress: float) -> None:
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress must lie in [0, 1], got {progress}")

@@ -102,6 +102,32 @@ class TrainConfig:
         0.0, "share of the run over which the weights above rise (polar_schedule: warmup)", low=0.0, high=1.0
     )
 
+    mac_gain: float = option(
+        0.0, "gain of the controller that steers the MACs to mac_target in place of mac_weight; 0 for none", low=0.0
+    )
+    mac_ramp: tuple[float, ...] = option(
+        (0.15, 0.45),
+        "shares of the run between which the controller's target falls from all MACs to mac_target",
+        low=0.0,
+        high=1.0,
+    )
+
+    # ---- the consensus
+    consensus_at: float = option(
+        1.0,
+        "share of the run after which the gates' consensus is frozen and the rest cut; what is left trains on",
+        above=0.0,
+        high=1.0,
+    )
+    consensus_by: str = option(
+        "vote",
+        "what decides: the samples' vote, or gates ranked (by mean logit, by Fisher information) to mac_target",
+        choices=("vote", "logit", "fisher"),
+    )
+    subnetwork: str = option(
+        "", "train this part of the gated network alone from the start: even, or the consensus.json of a run"
+    )
+
     # ---- after training
     bn_reestimate: bool = option(True, "work out BatchNorm statistics again on the frozen network")
     latency: bool = option(True, "measure latency at batch 1 and 32")
@@ -132,6 +158,19 @@ class TrainConfig:
             object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones: expected rising fractions of the run, got {list(self.milestones)}")
+        if len(self.mac_ramp) != 2 or self.mac_ramp[0] > self.mac_ramp[1]:
+            raise ValueError(f"mac_ramp: expected two rising shares of the run, got {list(self.mac_ramp)}")
+        if self.mac_gain and self.mac_weight:
+            raise ValueError("mac_gain: expected mac_weight 0, the controller sets the weight itself; got both")
+        for field in ("mac_gain", "subnetwork") + (("consensus_at",) if self.consensus_at < 1 else ()):
+            if self.gate == "none" and getattr(self, field):
+                raise ValueError(f"{field}: expected a gate, got gate 'none'")
+        if self.consensus_at < 1 and self.epochs < 2:
+            raise ValueError(f"consensus_at: expected at least 2 epochs, one on either side, got {self.epochs}")
+        if self.subnetwork and self.consensus_at < 1:
+            raise ValueError("subnetwork: expected consensus_at 1, a sub-network has no gates left; got both")
+        if self.subnetwork and self.dense_baseline:
+            raise ValueError("subnetwork: expected dense_baseline off, the sub-network is the only network; got both")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: expected momentum above 0, got momentum 0.0")
         if self.compile and (self.recompute or self.cuda_graph):
@@ -146,6 +185,17 @@ class TrainConfig:
             )
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+
+def epoch_range(config: TrainConfig, phase: str) -> tuple[int, int]:
+    """First epoch of a training, from 0, and the epoch before which it ends.
+
+    "dense" runs them all; "gated" too, or up to the consensus, after which "cut" goes on.
+    """
+    if config.consensus_at == 1.0 or phase == "dense":
+        return 0, config.epochs
+    consensus = min(max(1, round(config.consensus_at * config.epochs)), config.epochs - 1)
+    return (0, consensus) if phase == "gated" else (consensus, config.epochs)
 
 
 # Fields that may change between a run and its continuation: none belongs to the recipe. Results go on exactly

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gatedconv.data import Augment, EvalBatches, ImageData, TrainBatches
-from gatedconv.gates import activation_loss, find_gates, mac_target_loss, polarization_loss, schedules
+from gatedconv.gates import MacController, activation_loss, find_gates, mac_target_loss, polarization_loss, schedules
 from gatedconv.train.checkpoint import load_checkpoint, save_checkpoint
-from gatedconv.train.config import TrainConfig
+from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.metrics import EpochMeter, EpochMetrics, evaluate
 from gatedconv.train.state import pack_state, restore_state
 
@@ -81,7 +81,7 @@ def train(
         NonFiniteLoss: the loss became NaN or infinite; the last checkpoint is from before.
         OSError: the checkpoint could not be written; the one before is kept.
     """
-    batches = train_batches(config, data)
+    batches = train_batches(config, data, phase)
     test_batches = EvalBatches(data, **placement(config))
     place(model, config)
     return _epochs(
@@ -98,8 +98,8 @@ def train(
     )
 
 
-def train_batches(config: TrainConfig, data: ImageData) -> TrainBatches:
-    """The batches that a run trains on.
+def train_batches(config: TrainConfig, data: ImageData, phase: str = "gated") -> TrainBatches:
+    """The batches that a run trains on; a training that does not begin with the run draws others than its first.
 
     Raises:
         ValueError: the batch size or `pad` does not fit the data, or no such device.
@@ -108,7 +108,7 @@ def train_batches(config: TrainConfig, data: ImageData) -> TrainBatches:
         data,
         config.batch_size,
         augment=augmentation(data, config),
-        seed=config.seed,
+        seed=(config.seed + (epoch_range(config, phase)[0] << 32)) % 2**63,
         **placement(config),
     )
 
@@ -144,6 +144,9 @@ def _epochs(
         device.type, torch.bfloat16 if config.amp == "bf16" else torch.float16, enabled=config.amp != "off"
     )
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    controller = make_controller(model, config)
+    if controller is not None:
+        parts["controller"] = controller.to(device)
     torch.manual_seed(config.seed)  # the gates' own noise; order and augmentation have their generator
 
     history: list[EpochMetrics] = []
@@ -152,7 +155,8 @@ def _epochs(
         yield from history
 
     steps = len(batches)
-    for epoch in range(len(history), config.epochs):
+    first, end = epoch_range(config, phase)
+    for epoch in range(first + len(history), end):
         if deadline is not None and _would_miss(deadline, history):
             return
         started = time.monotonic()
@@ -163,7 +167,7 @@ def _epochs(
             set_learning_rate(optimizer, learning_rate(config, done))
             with autocast:
                 logits = model(images)
-            loss, polarization = total_loss(model, logits, labels, config, done / config.epochs)
+            loss, polarization = total_loss(model, logits, labels, config, done / config.epochs, controller)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             if config.grad_clip:
@@ -202,7 +206,12 @@ def _epochs(
 
 
 def total_loss(
-    model: nn.Module, logits: Tensor, labels: Tensor, config: TrainConfig, progress: float
+    model: nn.Module,
+    logits: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+    progress: float,
+    controller: MacController | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy plus what `config` asks of the gates (eqs. 5, 9 and the MAC target).
 
@@ -212,6 +221,7 @@ def total_loss(
         labels: int64 (B,).
         config: weights and schedules.
         progress: share of the run that is done, in [0, 1].
+        controller: of `make_controller`, for a run that has one.
 
     Returns:
         The whole loss, and the polarization part before its weight; None for a network without gates.
@@ -228,7 +238,14 @@ def total_loss(
         loss = loss + ramp * config.act_weight * activation_loss(model, weight=config.act_weighting)
     if config.mac_weight:
         loss = loss + ramp * config.mac_weight * mac_target_loss(model, target=config.mac_target)
+    if controller is not None and progress >= config.mac_ramp[0]:
+        loss = loss + controller(model, schedules.falling(progress, config.mac_target, *config.mac_ramp))
     return loss, polarization
+
+
+def make_controller(model: nn.Module, config: TrainConfig) -> MacController | None:
+    """The controller of the MACs, if `config` asks for one and the network has gates to move."""
+    return MacController(config.mac_gain) if config.mac_gain and find_gates(model) else None
 
 
 def polar_weight(config: TrainConfig, progress: float) -> float:
