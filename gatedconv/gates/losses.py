@@ -6,13 +6,18 @@ ranks, the gradient included, before anything nonlinear happens to them.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gatedconv.gates.closed_form import cached, gate_average, polarization
 from gatedconv.gates.costs import expected_macs, mac_terms
-from gatedconv.gates.registry import open_rates, unwrap
+from gatedconv.gates.ranks import global_mean, world_size
+from gatedconv.gates.registry import find_gates, open_rates, unwrap
 
 
 def polarization_loss(model: nn.Module) -> Tensor:
@@ -56,9 +61,7 @@ def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
 def _gate_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
     """Weights of the joined rates that give every gate the same say."""
     sizes = tuple(rate.numel() for rate in rates.values())
-    return cached(
-        unwrap(model), ("gates", sizes, like.device, like.dtype), lambda: gate_average(sizes, like.detach())
-    )
+    return cached(unwrap(model), ("gates", sizes, like.device, like.dtype), lambda: gate_average(sizes, like.detach()))
 
 
 def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -68,9 +71,7 @@ def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Te
         for gate in term.gates:
             controlled[gate] += term.macs
     total = sum(controlled.values())
-    shares = tuple(
-        (macs / total / rates[gate].numel(), rates[gate].numel()) for gate, macs in controlled.items()
-    )
+    shares = tuple((macs / total / rates[gate].numel(), rates[gate].numel()) for gate, macs in controlled.items())
     return cached(
         unwrap(model),
         ("macs", shares, like.device, like.dtype),
@@ -79,32 +80,69 @@ def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Te
 
 
 def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
-    """Open rates of the last batch averaged over all ranks (equal batches per rank), differentiable.
+    """Open rates of the last batch averaged over the samples of all ranks, differentiable.
 
-    One collective for all gates, and only in training: an evaluation may run on a single rank.
+    One collective a step for all gates and all losses, and only in training: an evaluation may run on a
+    single rank. Under `accumulating` they are those of a whole step instead of its last part.
     """
     rates = open_rates(model, owner)
-    if not (model.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    window = _windows.get(unwrap(model))
+    if not model.training or (world_size() == 1 and window is None):
         return rates
-    joined: Tensor = _RankMean.apply(torch.cat(list(rates.values())))
+    if torch.compiler.is_compiling():
+        return _joined(model, rates, window)
+    last = _last.get(unwrap(model))
+    # The same tensors: the same batch, whichever loss asks.
+    if last is None or any(old is not new for old, new in zip(last[0], rates.values(), strict=True)):
+        last = _last[unwrap(model)] = (tuple(rates.values()), _joined(model, rates, window))
+    return last[1]
+
+
+def _joined(model: nn.Module, rates: dict[str, Tensor], window: _Window | None) -> dict[str, Tensor]:
+    joined = torch.cat(list(rates.values()))
+    if world_size() > 1:
+        joined = global_mean(joined, _batch_size(model))
+    if window is not None:
+        joined = window.mix(joined)
     return dict(zip(rates, joined.split([rate.numel() for rate in rates.values()]), strict=True))
 
 
-class _RankMean(torch.autograd.Function):
-    """The mean over all ranks; each of them holds a copy of the loss, so each gets the mean gradient."""
+def _batch_size(model: nn.Module) -> int:
+    """Samples of the last batch on this rank: a layer gate is asked by all of them in training."""
+    logits = (gate.logits for gate in find_gates(model).values())
+    return next((found.shape[0] for found in logits if found is not None), 1)
 
-    @staticmethod
-    def forward(values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
 
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
+class _Window:
+    """The open rates of the last ``parts`` batches, of which only the current one has a gradient."""
 
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
+    def __init__(self, parts: int) -> None:
+        self._before: deque[Tensor] = deque(maxlen=parts - 1)
+        self._parts = parts
+
+    def mix(self, joined: Tensor) -> Tensor:
+        now = joined.detach()
+        mean = torch.stack([*self._before, now]).mean(dim=0)
+        self._before.append(now)
+        return mean + (joined - now) / self._parts
+
+
+_windows: WeakKeyDictionary[nn.Module, _Window] = WeakKeyDictionary()
+_last: WeakKeyDictionary[nn.Module, tuple[tuple[Tensor, ...], dict[str, Tensor]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def accumulating(model: nn.Module, parts: int) -> Iterator[None]:
+    """While it lasts, the losses see open rates averaged over the last ``parts`` batches of training.
+
+    For gradient accumulation: a step made of several batches. The value of a loss is that at the average;
+    its gradient goes through the current batch alone, with the weight 1 / parts that it has there, so that
+    the gradients of a step's parts add up to that of the whole.
+    """
+    if parts > 1:
+        _windows[unwrap(model)] = _Window(parts)
+    try:
+        yield
+    finally:
+        _windows.pop(unwrap(model), None)
+        _last.pop(unwrap(model), None)

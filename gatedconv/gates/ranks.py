@@ -1,0 +1,101 @@
+"""What the processes of one training have to agree on: open rates of the global batch, votes, masks.
+
+Every function here is a collective: each process calls it, or all wait. With a single process none of them
+communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def global_mean(values: Tensor, count: int) -> Tensor:
+    """Mean of ``values`` over all ranks, each weighed by its ``count`` of samples; one collective, differentiable.
+
+    Its gradient is made for DistributedDataParallel, which averages over ranks: the mean of the ranks'
+    gradients times the share count * ranks / (sum of counts).
+
+    Args:
+        values: (K,), means over this rank's samples.
+        count: the number of those samples; ranks may differ.
+
+    Returns:
+        (K,), the same on every rank.
+    """
+    mean: Tensor = _GlobalMean.apply(values, count)
+    return mean
+
+
+class _GlobalMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, values: Tensor, count: int) -> Tensor:
+        # The count travels with the values: a second collective would cost as much again.
+        total = torch.cat([values * count, values.new_full((1,), count)])
+        dist.all_reduce(total)
+        ctx.share = count * dist.get_world_size() / total[-1]  # type: ignore[attr-defined]
+        return total[:-1] / total[-1]
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        share: Tensor = ctx.share  # type: ignore[attr-defined]
+        return total * (share / dist.get_world_size()), None
+
+
+def joined_votes(votes: Mapping[str, Tensor], asked: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Votes (num_gates,) and numbers of samples asked, added up over all ranks."""
+    if world_size() == 1 or not votes:
+        return dict(votes), dict(asked)
+    device = next(iter(votes.values())).device
+    counts = torch.tensor([float(asked[name]) for name in votes], dtype=torch.float64, device=device)
+    joined = torch.cat([*(vote.double() for vote in votes.values()), counts])
+    dist.all_reduce(joined)
+    *summed, counts = joined.split([*(vote.numel() for vote in votes.values()), len(votes)])
+    total = {name: int(count) for name, count in zip(votes, counts.tolist(), strict=True)}
+    return dict(zip(votes, summed, strict=True)), total
+
+
+def joined_rates(rates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean over all ranks of running open rates (num_gates,)."""
+    if world_size() == 1 or not rates:
+        return dict(rates)
+    joined = torch.cat(list(rates.values()))
+    dist.all_reduce(joined)
+    sizes = [rate.numel() for rate in rates.values()]
+    return dict(zip(rates, (joined / world_size()).split(sizes), strict=True))
+
+
+def require_same_masks(masks: Mapping[str, Tensor], owner: str) -> None:
+    """Check that every rank holds the same masks.
+
+    Args:
+        masks: gate path -> bool (num_gates,), in the same order on every rank.
+        owner: begins the message.
+
+    Raises:
+        ValueError: on every rank, naming the gates that differ.
+    """
+    if world_size() == 1 or not masks:
+        return
+    joined = torch.cat([mask.to(torch.int32) for mask in masks.values()])
+    total = joined.clone()
+    dist.all_reduce(total)
+    mixed = (total != 0) & (total != world_size())
+    parts = mixed.split([mask.numel() for mask in masks.values()])
+    differing = [name for name, part in zip(masks, parts, strict=True) if part.any()]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"{owner}: expected the same masks on all {world_size()} ranks, found different ones for gate "
+            f"{', '.join(repr(name) for name in differing[:3])}{more}"
+        )
