@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert.frozen import settle_frozen
 from gatedconv.gates import FrozenGate, Gate, unwrap
+from gatedconv.gates.ranks import joined_rates, joined_votes, require_same_masks
 from gatedconv.gates.registry import find_gates, require_gates
 from gatedconv.nn import GraphNet
 
@@ -51,6 +52,9 @@ def freeze(
 
     With neither, the running open rates of training decide (open at 0.5 and above).
 
+    With several processes every one of them has to call this: votes of each rank's own loader are added up,
+    running open rates averaged, and all end with the same masks.
+
     Returns:
         the frozen copy, with a ``Consensus`` as its attribute ``consensus``.
 
@@ -59,7 +63,8 @@ def freeze(
 
     Raises:
         TypeError, ValueError: masks that miss a gate, name an unknown one or have the wrong dtype or
-            size; a model without gates or already frozen; a loader without samples; gates that are NaN.
+            size; a model without gates or already frozen; a loader without samples; gates that are NaN; masks
+            that differ between the ranks.
     """
     gates = require_gates(model, "freeze")
     frozen_already = [name for name, gate in gates.items() if isinstance(gate, FrozenGate)]
@@ -70,10 +75,11 @@ def freeze(
     if loader is not None:
         rates, asked = _vote(model, gates, loader)
     else:
-        rates = {name: gate.running_open_rate.detach().clone() for name, gate in gates.items()}
+        rates = joined_rates({name: gate.running_open_rate.detach().clone() for name, gate in gates.items()})
         asked = dict.fromkeys(gates, 0 if masks is not None else 1)
     _require_finite(rates)
     masks = masks or {name: rate >= 0.5 for name, rate in rates.items()}
+    require_same_masks(masks, "freeze")
     frozen = freeze_gates(model, masks)
     consensus = _consensus(masks, rates, asked)
     vars(frozen)["consensus"] = consensus  # typed here; Module.__setattr__ is not
@@ -159,7 +165,8 @@ def _vote(
             hook.remove()
         for module, training in was_training.items():
             module.training = training
-    if seen == 0:
+    votes, asked = joined_votes(votes, asked)
+    if seen == 0 and not any(asked.values()):
         raise ValueError("freeze: the loader yielded no samples")
     rates = {
         name: vote / asked[name] if asked[name] else gates[name].running_open_rate.double()
