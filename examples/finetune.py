@@ -1,79 +1,138 @@
-"""Fine-tune a pretrained torchvision network on a folder of images and cut it, in one training run.
+"""Fine-tune a pretrained network on a folder of images and cut it, in one training run.
 
-python examples/finetune.py imagefolder:machines --gate none --save machines.pt          (the "pretrained" one)
-python examples/finetune.py imagefolder:animals --weights machines.pt --mac-target 0.5 --out animals.safetensors
+python examples/finetune.py imagefolder:animals --model timm/tf_efficientnet_lite0 --weights download --out cut.safetensors
+
+`--weights` is "download" for the library's own pretrained weights, or a file: a state dict of the same network,
+under its own names or, tensor by tensor, in the same order.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.data import EvalBatches, load_data
-from gatedconv.train.config import TrainConfig
+from gatedconv.data import EvalBatches, ImageData, load_data
+from gatedconv.train import EpochMetrics, TrainConfig, evaluate, train
 from gatedconv.train.finish import reestimate_batchnorm
-from gatedconv.train.loop import train, train_batches
-from gatedconv.train.metrics import evaluate
+from gatedconv.train.loop import train_batches
+from gatedconv.train.provenance import provenance
 
 
-def pretrained(name: str, weights: Path | None, classes: int) -> nn.Module:
-    """The network with a new classifier; every other weight from the file, where one is given."""
-    model = torchvision.models.get_model(name, weights=None, num_classes=classes)
-    if weights is not None:
-        own = model.state_dict()
-        stored = torch.load(weights, weights_only=True)
-        fitting = {key: value for key, value in stored.items() if key in own and value.shape == own[key].shape}
-        model.load_state_dict({key: value for key, value in fitting.items() if not key.startswith("fc.")}, strict=False)
+def pretrained(name: str, weights: str | None, classes: int) -> nn.Module:
+    """A network of torchvision or timm with a new classifier, and every other weight from `weights`."""
+    library, _, short = name.rpartition("/")
+    download = weights == "download"
+    if library == "timm":
+        import timm
+
+        model: nn.Module = timm.create_model(short, pretrained=download, num_classes=classes)
+    else:
+        import torchvision
+
+        model = torchvision.models.get_model(short, num_classes=classes)
+        if download:
+            original = torchvision.models.get_model(short, weights="DEFAULT")
+            model.load_state_dict(fitting(original.state_dict(), model.state_dict()), strict=False)
+    if weights is not None and not download:
+        stored = torch.load(weights, weights_only=True, map_location="cpu")
+        model.load_state_dict(fitting(stored, model.state_dict()), strict=False)
     return model
 
 
-def main() -> None:
-    """See the module's docstring."""
+def fitting(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors that have a place in the network: all of them but the classifier of other classes."""
+    if not stored.keys() & own.keys() and len(stored) == len(own):  # the same network in other words
+        stored = dict(zip(own, stored.values(), strict=True))
+    found = {name: value for name, value in stored.items() if name in own and value.shape == own[name].shape}
+    if len(found) < len(own) - 2:
+        missing = sorted(own.keys() - found.keys())
+        raise SystemExit(f"the weights are of another network: {len(missing)} tensors have no match, as {missing[:3]}")
+    return found
+
+
+def gated_copy(model: nn.Module, arguments: argparse.Namespace, example: Tensor) -> nn.Module:
+    """The network with gates; its weights and what it computes stay."""
+    gated = gatedconv.gate_model(model, arguments.gate, example_input=example)
+    print(f"{len(gatedconv.gates(gated))} gates reach {gated.conversion.reachable_macs:.0%} of the MACs")
+    return gated
+
+
+def cut_copy(model: nn.Module, data: ImageData, config: TrainConfig, example: Tensor) -> tuple[nn.Module, float]:
+    """What the gates agree on, without the rest, and the agreement."""
+    frozen = gatedconv.freeze(model, EvalBatches(data, "train"))
+    reestimate_batchnorm(frozen, train_batches(config, data))
+    return gatedconv.compact(frozen.eval(), example), frozen.consensus.agreement
+
+
+def figures(model: nn.Module, data: ImageData, example: Tensor) -> dict[str, Any]:
+    """Top-1 on the test images, MACs of one image, parameters."""
+    _, top1 = evaluate(model, EvalBatches(data, "test"))
+    macs = gatedconv.count_macs(model, example[:1])
+    return {"top1": top1, "macs": macs, "params": sum(p.numel() for p in model.parameters())}
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="imagefolder:PATH, npz:PATH or another source of gatedconv train")
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--model", default="resnet18", help="a torchvision network, or timm/NAME")
+    parser.add_argument("--weights", help='"download" or a file; none trains from scratch')
     parser.add_argument("--gate", default="both", choices=("none", "layer", "channel", "both"))
     parser.add_argument("--mac-target", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--save", type=Path, help="write the dense weights, to start from later")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="write the trained weights, to start from later")
     parser.add_argument("--out", type=Path, help="write the cut network, a file for gatedconv.load")
-    arguments = parser.parse_args()
+    parser.add_argument("--result", type=Path, help="write what came out as JSON")
+    return parser.parse_args()
 
+
+def main() -> None:
+    """See the module's docstring."""
+    arguments = parsed()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
     data = load_data(arguments.data, image_size=arguments.image_size)
     example = torch.zeros(2, *data.image_shape)
-    torch.manual_seed(0)
     model = pretrained(arguments.model, arguments.weights, data.num_classes)
-    dense_macs = gatedconv.count_macs(model, example[:1])
+    result: dict[str, Any] = {"dense_macs": gatedconv.count_macs(model, example[:1])}
     if arguments.gate != "none":
-        model = gatedconv.gate_model(model, arguments.gate, example_input=example)
-        print(f"{len(gatedconv.gates(model))} gates reach {model.conversion.reachable_macs:.0%} of the MACs")
+        model = gated_copy(model, arguments, example)
     config = TrainConfig(
         epochs=arguments.epochs, lr=arguments.lr, batch_size=64, gate=arguments.gate, mac_weight=4.0,
-        mac_target=arguments.mac_target, gate_lr_factor=5.0, device="cpu", channels_last=False,
+        mac_target=arguments.mac_target, gate_lr_factor=5.0, device="cpu", channels_last=False, seed=arguments.seed,
     )  # fmt: skip
+    history: list[EpochMetrics] = []
     for epoch in train(model, data, config):
-        print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, top-1 {epoch.test_top1:.1f} %")
+        print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, top-1 {epoch.test_top1:.1f} %", flush=True)
+        history.append(epoch)
     if arguments.save:
         torch.save(model.state_dict(), arguments.save)
-    if arguments.gate == "none":
-        return
-    frozen = gatedconv.freeze(model, EvalBatches(data, "train"))
-    reestimate_batchnorm(frozen, train_batches(config, data))
-    small = gatedconv.compact(frozen.eval(), example)
-    _, top1 = evaluate(small, EvalBatches(data, "test"))
-    macs = gatedconv.count_macs(small, example[:1])
-    print(f"cut: top-1 {top1:.1f} %, {macs / 1e6:.1f} of {dense_macs / 1e6:.1f} M MACs ({macs / dense_macs:.0%}), "
-          f"agreement {frozen.consensus.agreement:.1%}")  # fmt: skip
+    if arguments.gate != "none":
+        model, result["agreement"] = cut_copy(model, data, config, example)
+    result |= figures(model.eval(), data, example)
+    print(f"top-1 {result['top1']:.1f} %, {result['macs'] / 1e6:.1f} of {result['dense_macs'] / 1e6:.1f} M MACs")
     if arguments.out:
-        gatedconv.save(small, arguments.out)
+        gatedconv.save(model, arguments.out)
+    if arguments.result:
+        result["top1_by_epoch"] = [epoch.test_top1 for epoch in history]
+        result["images"] = {"train": len(data.train_images), "test": len(data.test_images)}
+        kept = {name: value for name, value in vars(arguments).items() if isinstance(value, (str, int, float))}
+        kept |= {name: Path(kept[name]).name for name in ("data", "weights") if kept.get(name)}
+        result |= {"arguments": kept, **provenance(torch.device("cpu"))}
+        arguments.result.parent.mkdir(parents=True, exist_ok=True)
+        arguments.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
