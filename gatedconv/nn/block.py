@@ -12,6 +12,7 @@ from gatedconv.gates import ChannelGate, FrozenGate, LayerGate
 from gatedconv.gates.gate import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
 from gatedconv.nn.shortcut import make_shortcut
+from gatedconv.nn.skipping import BlockSkip, left_out
 
 GATES = (None, "layer", "channel", "both")
 POSITIONS = ("before", "middle", "after")
@@ -30,6 +31,7 @@ class BasicBlock(nn.Module):
 
     Attributes:
         pooled: (N, channels), the mean over H and W of the last output where it came for free; else None.
+        skip: decides in training whether the branch is left out; None, the default, for never.
 
     Shape: (N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -59,10 +61,14 @@ class BasicBlock(nn.Module):
         self.layer_gate = layer_gate
         self.channel_gate = channel_gate
         self.pooled: Tensor | None = None
+        self.skip: BlockSkip | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
-        return {**self.__dict__, "pooled": None}
+        return {**self.__dict__, "pooled": None, "skip": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"skip": None, **state})
 
     def forward(self, x: Tensor, pooled: Tensor | None = None) -> Tensor:
         """Run the block: x (N, in_channels, H, W) -> (N, channels, H', W').
@@ -81,6 +87,8 @@ class BasicBlock(nn.Module):
         if isinstance(gate, FrozenGate):
             return torch.relu(shortcut)  # not in place: an identity shortcut is the caller's tensor
         decision = gate(x)[:, :, None, None]
+        if self.training and self.skip is not None and self.skip.applies(gate):
+            return left_out(shortcut, self)
         if self.training or torch.compiler.is_compiling():  # a graph needs shapes that do not depend on data
             return self.relu(shortcut + decision * self.branch(x))
         index = decision.flatten().nonzero().flatten()
@@ -134,6 +142,8 @@ class BasicBlock(nn.Module):
     ) -> Tensor:
         """Run the block in training with bn2, gates, sum and ReLU as one operator."""
         layer = None if self.layer_gate is None else self.layer_gate(x, pooled)
+        if self.layer_gate is not None and self.skip is not None and self.skip.applies(self.layer_gate):
+            return left_out(shortcut, self)
         branch = self._convolved(x, pooled)
         gate, inner = self.channel_gate, None
         if isinstance(gate, LearnedGate) and self.position == "after":
