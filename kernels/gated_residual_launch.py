@@ -7,15 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .gated_residual import (
-    finish_reduce,
-    finish_statistics,
-    residual_backward,
-    residual_forward,
-    residual_reduce,
-    statistics,
-)
-from .launch import ceil_div, map_tiles, on_device, positions, power_of_two
+from .gated_residual import finish_statistics, residual_forward, statistics
+from .gated_residual_backward import finish_reduce, residual_backward, residual_reduce
+from .launch import ceil_div, gradient_like, map_tiles, on_device, positions, power_of_two
 
 GROUPS = 128  # programs that share the batch of a reduction: about one per multiprocessor of a large GPU
 CHANNEL_TILE = 32  # of the kernels that finish a reduction
@@ -23,7 +17,7 @@ ROW_TILE = 32
 
 
 class Statistics(NamedTuple):
-    """Of x: stat (2, C), mean and 1 / sqrt(var + eps); pooled (N, C); normed (N, C), pooled BN(x)."""
+    """Of x: stat (3, C), mean, 1 / sqrt(var + eps), unbiased variance; pooled (N, C); normed (N, C), pooled BN(x)."""
 
     stat: Tensor
     pooled: Tensor
@@ -56,7 +50,7 @@ def normalise(
     grid = _grid(x)
     part = torch.empty(grid.groups, 2, channels, **new)
     out = Statistics(
-        torch.empty(2, channels, **new),
+        torch.empty(3, channels, **new),
         torch.empty(batch, channels, **new),
         torch.empty(batch, channels, **new) if normed else None,
     )
@@ -104,7 +98,7 @@ def forward(
     batch, channels = x.shape[:2]
     x, x_strides = positions(x)
     shortcut, shortcut_strides = positions(shortcut)
-    out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, shortcut.dtype))
+    out = gradient_like(x, torch.promote_types(x.dtype, shortcut.dtype))
     pooled = torch.empty(batch, channels, device=x.device, dtype=torch.float32) if pool else None
     grid = _grid(x)
     with on_device(x):
@@ -195,11 +189,10 @@ class Backward:
         ``shortcut`` gives the shape, layout and dtype of its gradient.
         """
         batch, channels, pixels = self.sizes
-        dx = torch.empty_like(self.x)
+        dx = gradient_like(self.x, self.x.dtype)
         d_shortcut, strides = None, (0, 0, 0)
         if need_shortcut:
-            d_shortcut = torch.empty_like(shortcut, device=self.x.device)
-            strides = positions(d_shortcut)[1]
+            d_shortcut, strides = positions(torch.empty_like(shortcut, device=self.x.device))  # its own: may be a copy
         d_weight, d_bias = torch.empty_like(self.weight), torch.empty_like(self.weight)
         d_layer = None if self.layer is None else torch.empty_like(self.layer)
         with on_device(dx):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import map_tiles, on_device, positions
+from .launch import gradient_like, map_tiles, on_device, positions
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def gated_scale_backward(
 def forward(x: Tensor, gate: Tensor) -> Tensor:
     """Return gate (N, C) * x (N, C, H, W) in the layout of x and the dtype of the product."""
     x, strides = positions(x)
-    out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, gate.dtype))
+    out = gradient_like(x, torch.promote_types(x.dtype, gate.dtype))
     tiles, blocks = map_tiles(x)
     with on_device(x):
         gated_scale_forward[(x.shape[0], tiles)](
@@ -106,7 +106,7 @@ def backward(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     x, strides = positions(x)
     d_out, d_out_strides = positions(d_out)
     gate = gate.contiguous()
-    dx, d_gate = torch.empty_like(x), torch.empty_like(gate)
+    dx, d_gate = gradient_like(x, x.dtype), torch.empty_like(gate)
     tiles, blocks = map_tiles(x)
     with on_device(x):
         gated_scale_backward[(x.shape[0], tiles)](

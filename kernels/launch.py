@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 TILE = 2048  # elements of a map in flight per program: 16 a thread; with 32 the addresses take 240 registers
+REACH = 1 << 31  # offsets within a sample are 32-bit
 
 
 def power_of_two(number: int, least: int = 1, most: int = 1 << 30) -> int:
@@ -24,18 +25,25 @@ def ceil_div(a: int, b: int) -> int:
 def positions(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """Give x (N, C, H, W) with its H*W positions at one stride, and the strides (sample, channel, position).
 
-    NCHW and channels_last are as they are; where rows are not evenly spaced (a crop, a subsampled map) x is
-    copied.
+    NCHW and channels_last are as they are; where rows are not evenly spaced (a crop, a subsampled map), or a sample
+    reaches further than 32 bits, x is copied.
     """
-    height, width = x.shape[2], x.shape[3]
+    channels, height, width = x.shape[1:]
     stride = x.stride()
-    if height == 1:
-        return x, (stride[0], stride[1], stride[3])
-    if width == 1:
-        return x, (stride[0], stride[1], stride[2])
-    if stride[2] != width * stride[3]:
+    step = stride[2] if width == 1 and height > 1 else stride[3]
+    uneven = height > 1 and width > 1 and stride[2] != width * stride[3]
+    far = (channels - 1) * stride[1] + (height * width - 1) * step >= REACH
+    if (uneven or far) and not x.is_contiguous():
         return positions(x.contiguous())
-    return x, (stride[0], stride[1], stride[3])
+    return x, (stride[0], stride[1], step)
+
+
+def gradient_like(features: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """An empty gradient: in the order of strides of features whose positions are evenly spaced, else contiguous."""
+    if features.dim() == 4:
+        features = positions(features)[0]
+        return positions(torch.empty_like(features, dtype=dtype))[0]
+    return torch.empty_like(features, dtype=dtype)
 
 
 def map_tiles(x: Tensor) -> tuple[int, dict[str, int]]:

@@ -42,11 +42,7 @@ class Estimator(nn.Module):
         """Uniform noise (batch, num_gates) of this call, in the dtype of ``like``; None if none is needed."""
         if not self.training or self.name not in ("gumbel", "bernoulli"):
             return None
-        noise = torch.rand(batch, num_gates, dtype=like.dtype, device=like.device)
-        if self.name == "bernoulli":
-            return noise
-        # Open interval: u = 0 or 1 would be an infinite logit, whose gradient is NaN.
-        return noise.clamp_(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps)
+        return torch.rand(batch, num_gates, dtype=like.dtype, device=like.device)
 
     def margin(self, logits: Tensor) -> Tensor:
         """Signed distance (N, num_gates) from the threshold, of which eq. 4 lets gradients through up to 1.

@@ -79,22 +79,54 @@ class GateOutput(NamedTuple):
     logits: Tensor
 
 
-def check_gate(x: Tensor, parameters: GateParameters, options: GateOptions, noise: Tensor | None) -> None:
+def check_gate(
+    x: Tensor,
+    parameters: GateParameters,
+    statistics: GateStatistics,
+    options: GateOptions,
+    noise: Tensor | None,
+) -> None:
     """Raise TypeError or ValueError, saying what was expected and what came."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(
-            f"gate: x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}"
-        )
+        raise TypeError(f"gate: x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() not in (2, 4):
         raise ValueError(f"gate: x must be (N, C, H, W) or features (N, K), got shape {tuple(x.shape)}")
     if options.estimator not in ESTIMATORS:
         raise ValueError(f"gate: estimator must be one of {', '.join(ESTIMATORS)}, got {options.estimator!r}")
-    first = parameters.weight2 if parameters.weight1 is None else parameters.weight1
+    weight1, weight2 = parameters.weight1, parameters.weight2
+    first = weight2 if weight1 is None else weight1
     features = x.shape[1] * x.shape[2] * x.shape[3] if x.dim() == 4 and options.flatten else x.shape[1]
     if first.dim() != 2 or first.shape[1] != features:
-        raise ValueError(
-            f"gate: x gives {features} features, the first layer has weight {tuple(first.shape)}"
-        )
-    expected = (x.shape[0], parameters.weight2.shape[0])
-    if noise is not None and noise.shape != expected:
-        raise ValueError(f"gate: noise must have shape {expected}, got {tuple(noise.shape)}")
+        raise ValueError(f"gate: x gives {features} features, the first layer has weight {tuple(first.shape)}")
+    if weight2.dim() != 2 or (weight1 is not None and weight2.shape[1] != weight1.shape[0]):
+        raise ValueError(f"gate: weight2 must have shape (O, {first.shape[0]}), got {tuple(weight2.shape)}")
+    _check_tensors(x, parameters, statistics, noise)
+
+
+def _check_tensors(x: Tensor, parameters: GateParameters, statistics: GateStatistics, noise: Tensor | None) -> None:
+    """Shape, kind and device of everything but the weights' shapes."""
+    gates, device, kind = (parameters.weight2.shape[0],), x.device, parameters.weight2.dtype
+    units = None if parameters.weight1 is None else (parameters.weight1.shape[0],)
+    named: list[tuple[str, Tensor | None, tuple[int, ...] | None]] = [
+        ("weight2", parameters.weight2, None), ("bias2", parameters.bias2, gates),
+        ("open_rate", statistics.open_rate, gates), ("threshold", statistics.threshold, gates),
+        ("noise", noise, (x.shape[0], *gates)),
+    ]  # fmt: skip
+    if units is not None:
+        named += [
+            ("weight1", parameters.weight1, None), ("bias1", parameters.bias1, units),
+            ("norm_weight", parameters.norm_weight, units), ("norm_bias", parameters.norm_bias, units),
+            ("mean", statistics.mean, units), ("var", statistics.var, units),
+        ]  # fmt: skip
+    for name, tensor, shape in named:
+        if tensor is None:
+            continue
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"gate: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"gate: {name} must be on {device}, as x is, got {tensor.device}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"gate: {name} must be floating point, got {tensor.dtype}")
+    for name, tensor in zip(GateParameters._fields, parameters, strict=True):
+        if tensor is not None and tensor.dtype != kind:
+            raise TypeError(f"gate: {name} must be {kind}, as weight2 is, got {tensor.dtype}")

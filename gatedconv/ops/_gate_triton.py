@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gatedconv.kernels import gate_launch
+from gatedconv.kernels import gate_backward_launch, gate_launch
 from gatedconv.ops import _gate_library
 from gatedconv.ops._gate_arguments import GateOptions, GateOutput, GateParameters, GateStatistics
 
-__all__ = ["fused_gate", "launch_options", "require_batch"]
+__all__ = ["backward_options", "forward_options", "fused_gate", "require_batch"]
 
 
 def fused_gate(
@@ -38,8 +38,23 @@ def require_batch(x: Tensor, parameters: GateParameters, options: GateOptions) -
         )
 
 
-def launch_options(options: GateOptions) -> dict[str, Any]:
-    """The options that both directions of the kernels take."""
+def forward_options(options: GateOptions, x: Tensor) -> dict[str, Any]:
+    """The options of the forward launcher; running buffers move in it."""
+    return {
+        "estimator": options.estimator,
+        "train": options.training,
+        "batch_stats": options.batch_stats,
+        "update": options.training,
+        "flatten": options.flatten,
+        "eps": options.eps,
+        "norm_momentum": options.norm_momentum or 0.0,
+        "momentum": options.momentum,
+        "dtype": options.dtype or x.dtype,
+    }
+
+
+def backward_options(options: GateOptions) -> dict[str, Any]:
+    """The options of the backward launcher."""
     return {
         "estimator": options.estimator,
         "temperature": options.temperature,
@@ -52,19 +67,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         parameters, (noise, statistics, options) = GateParameters(*arguments[:6]), arguments[6:]
-        out = gate_launch.forward(
-            x,
-            *parameters,
-            noise,
-            gate_launch.Running(*statistics),
-            **launch_options(options),
-            update=options.training,
-            flatten=options.flatten,
-            eps=options.eps,
-            norm_momentum=options.norm_momentum or 0.0,
-            momentum=options.momentum,
-            dtype=options.dtype or x.dtype,
-        )
+        running = gate_launch.Running(*statistics)
+        out = gate_launch.forward(x, *parameters, noise, running, **forward_options(options, x))
         ctx.set_materialize_grads(False)
         pooled = x.dim() == 4 and not options.flatten
         ctx.save_for_backward(
@@ -88,8 +92,7 @@ class _Gate(torch.autograd.Function):
             return (None,) * 10
         x, weight1, norm_weight, norm_bias, weight2, noise, *rest = ctx.saved_tensors
         saved = gate_launch.GateForward(None, None, *rest)
-        pixels = ctx.shape[2] * ctx.shape[3] if x is None else 1
-        grads = gate_launch.backward(
+        grads = gate_backward_launch.backward(
             d_gate,
             d_rate,
             d_logits,
@@ -100,9 +103,9 @@ class _Gate(torch.autograd.Function):
             norm_bias,
             weight2,
             noise,
-            **launch_options(ctx.options),
+            **backward_options(ctx.options),
             need_dx=ctx.needs_input_grad[0],
-            pixels=pixels,
+            pixels=ctx.shape[2] * ctx.shape[3] if x is None else 1,
             dtype=ctx.dtype,
         )
         dx: Tensor | None = grads[0] if ctx.needs_input_grad[0] else None

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gatedconv.kernels import gate_launch, gated_residual_launch
+from gatedconv.kernels import gate_backward_launch, gate_launch, gated_residual_launch
+from gatedconv.ops import _gated_residual_library
 from gatedconv.ops._gate_arguments import GateOutput, GateParameters
-from gatedconv.ops._gate_triton import launch_options, require_batch
+from gatedconv.ops._gate_triton import backward_options, forward_options, require_batch
 from gatedconv.ops.gated_residual import InnerGate, NormArguments, ResidualOutput
 
 __all__ = ["fused_residual"]
@@ -24,6 +25,8 @@ def fused_residual(
     if channel is not None:
         parameters = channel.parameters
         require_batch(x, channel.parameters, channel.options)
+    if torch.compiler.is_compiling():
+        return _gated_residual_library.compiled_residual(x, shortcut, norm, layer, channel)
     out, pooled, *decision = _GatedResidual.apply(
         x, shortcut, layer, norm.weight, norm.bias, *parameters, norm, channel
     )
@@ -51,19 +54,15 @@ class _GatedResidual(torch.autograd.Function):
             momentum=norm.momentum,
             normed=channel is not None,
         )
-        decision = None
-        if channel is not None:
-            decision = _decide(statistics.normed, channel, x.dtype)
+        decision = None if channel is None else _decide(statistics.normed, channel, x)
         layer = None if layer is None else layer.contiguous()
         gates = None if decision is None else decision.gate
         out, pooled_out = gated_residual_launch.forward(
             x, shortcut, statistics.stat, weight, bias, layer, gates, pool=True
         )
         ctx.set_materialize_grads(False)
-        ctx.channel, ctx.shortcut = (
-            channel,
-            torch.empty_like(shortcut, device="meta"),
-        )  # a layout without memory
+        ctx.channel = channel
+        ctx.shortcut = torch.empty_like(shortcut, device="meta")  # a layout without memory
         ctx.save_for_backward(
             x,
             out,
@@ -100,7 +99,7 @@ class _GatedResidual(torch.autograd.Function):
         d_normed, d_gate_parameters = None, (None,) * 6
         if channel is not None and saved is not None:
             parameters, noise = GateParameters(*rest[7:13]), rest[13]
-            d_normed, *grads = gate_launch.backward(
+            d_normed, *grads = gate_backward_launch.backward(
                 step.d_channel,
                 d_rate,
                 d_logits,
@@ -111,7 +110,7 @@ class _GatedResidual(torch.autograd.Function):
                 parameters.norm_bias,
                 parameters.weight2,
                 noise,
-                **launch_options(channel.options),
+                **backward_options(channel.options),
                 need_dx=True,
             )
             hidden = grads[:4] if parameters.weight1 is not None else (None,) * 4
@@ -122,18 +121,7 @@ class _GatedResidual(torch.autograd.Function):
         return dx, d_shortcut, d_layer, d_weight, d_bias, *d_gate_parameters, None, None
 
 
-def _decide(pooled: Tensor, channel: InnerGate, dtype: torch.dtype) -> gate_launch.GateForward:
+def _decide(pooled: Tensor, channel: InnerGate, x: Tensor) -> gate_launch.GateForward:
     parameters, statistics, options, noise = channel
-    return gate_launch.forward(
-        pooled,
-        *parameters,
-        noise,
-        gate_launch.Running(*statistics),
-        **launch_options(options),
-        update=options.training,
-        flatten=False,
-        eps=options.eps,
-        norm_momentum=options.norm_momentum or 0.0,
-        momentum=options.momentum,
-        dtype=options.dtype or dtype,
-    )
+    running = gate_launch.Running(*statistics)
+    return gate_launch.forward(pooled, *parameters, noise, running, **forward_options(options, x))

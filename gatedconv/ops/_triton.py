@@ -9,20 +9,17 @@ import functools
 import importlib.util
 import os
 
-import torch
 from torch import Tensor
 
-__all__ = ["kernels_run_on", "runs_on"]
-
-
-def runs_on(x: Tensor) -> bool:
-    """Whether kernels are wanted, and possible, on the device of x."""
-    return x.device.type in _devices()
+__all__ = ["kernels_run_on"]
 
 
 def kernels_run_on(x: Tensor) -> bool:
-    """Whether operators on tensors like x launch Triton kernels right now: not while a graph is compiled."""
-    return not torch.compiler.is_compiling() and runs_on(x)
+    """Whether operators on tensors like x launch Triton kernels: wanted, and possible on the device of x.
+
+    In eager code behind an autograd function, in a compiled graph as functional operators.
+    """
+    return x.device.type in _devices()
 
 
 def _devices() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gatedconv.ops.ste import ste
 
-__all__ = ["ESTIMATORS", "estimate"]
+__all__ = ["ESTIMATORS", "estimate", "logistic_noise"]
 
 ESTIMATORS = ("ste", "gumbel", "bernoulli", "batch_mean")
 
@@ -30,12 +30,11 @@ def estimate(
             "bernoulli", a sample of Bernoulli(sigmoid(z)) with the gradient of its probability (Bengio et al.
             2013); "batch_mean", the paper's section 4.4: open above the batch mean of the logits, backward as
             in eq. 4.
-        noise: uniform on the open interval (0, 1), shape and dtype of ``logits``; None makes "gumbel" and
-            "bernoulli" deterministic: open where z > 0. The others use none.
+        noise: uniform on [0, 1), shape and dtype of ``logits``; None makes "gumbel" and "bernoulli"
+            deterministic: open where z > 0. The others use none.
         temperature: of the Gumbel-softmax.
         threshold: (num_gates,), of "batch_mean" alone: the running batch mean, which stands in for the
-        batch's own
-            where not ``training`` and moves by ``momentum``, in place, where training.
+            batch's own where not ``training`` and moves by ``momentum``, in place, where training.
         training: of "batch_mean" alone.
         momentum: of ``threshold``.
     """
@@ -47,10 +46,19 @@ def estimate(
         probability = torch.sigmoid(logits)
         return _hard_forward(logits > 0 if noise is None else noise < probability, probability)
     if estimator == "gumbel":
-        # The difference of two Gumbel variables is logistic.
-        noisy = logits if noise is None else logits + torch.log(noise) - torch.log1p(-noise)
+        noisy = logits if noise is None else logits + logistic_noise(noise)
         return _hard_forward(noisy > 0, torch.sigmoid(noisy / temperature))
     raise ValueError(f"estimate: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+
+
+def logistic_noise(uniform: Tensor) -> Tensor:
+    """The difference of two Gumbel variables is logistic: log(u / (1 - u)).
+
+    u = 0 or 1 would be an infinite logit, whose gradient is NaN, so u is kept off both ends.
+    """
+    limits = torch.finfo(uniform.dtype)
+    uniform = uniform.clamp(limits.tiny, 1 - limits.eps)
+    return torch.log(uniform) - torch.log1p(-uniform)
 
 
 def _batch_mean(logits: Tensor, running: Tensor | None, training: bool, momentum: float) -> Tensor:

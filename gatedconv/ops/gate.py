@@ -34,7 +34,7 @@ def gate(
     """Decide, per sample, which gates are open.
 
     features -> dense -> BatchNorm -> ReLU -> dense -> estimator; in 1FC the second dense layer stands alone.
-    Runs as two kernels forward and two backward where Triton runs (CUDA, fp32 parameters), in PyTorch
+    Runs as at most two kernels forward and two backward where Triton runs (CUDA, fp32 parameters), in PyTorch
     elsewhere.
 
     Args:
@@ -42,18 +42,19 @@ def gate(
         parameters: the layers, in fp32 or fp64, which is what logits are computed in, autocast or not.
         statistics: buffers, moved in place as `torch.nn.functional.batch_norm` moves them.
         options: how to decide.
-        noise: (N, O), uniform on (0, 1), in the dtype of the parameters, for "gumbel" and "bernoulli"; None
+        noise: (N, O), uniform on [0, 1), in the dtype of the parameters, for "gumbel" and "bernoulli"; None
             makes them deterministic.
 
     Returns:
         gate (N, O), exactly 0 or 1, in ``options.dtype``; open_rate (O,); logits (N, O).
 
     Raises:
-        TypeError: x is not floating point.
-        ValueError: shapes do not fit, the estimator is unknown, or batch statistics are asked of one sample.
+        TypeError: a tensor is not floating point, or parameters differ in dtype.
+        ValueError: shapes or devices do not fit, the estimator is unknown, or batch statistics are asked of one
+            sample.
     """
-    check_gate(x, parameters, options, noise)
-    if not kernels_can(x, parameters, statistics, options):
+    check_gate(x, parameters, statistics, options, noise)
+    if not kernels_can(x, parameters, statistics, options, noise):
         return _reference(x, parameters, statistics, options, noise)
     from gatedconv.ops._gate_triton import fused_gate
 
@@ -68,7 +69,7 @@ def gate_reference(
     noise: Tensor | None = None,
 ) -> GateOutput:
     """Compute `gate` from PyTorch's own differentiable functions."""
-    check_gate(x, parameters, options, noise)
+    check_gate(x, parameters, statistics, options, noise)
     return _reference(x, parameters, statistics, options, noise)
 
 
@@ -128,12 +129,16 @@ def _normalise(
 
 
 def kernels_can(
-    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions
+    x: Tensor,
+    parameters: GateParameters,
+    statistics: GateStatistics,
+    options: GateOptions,
+    noise: Tensor | None = None,
 ) -> bool:
-    """Whether the kernels cover this call: every buffer kept, in fp32, and no cumulative average."""
-    if not _triton.runs_on(x) or x.dtype not in _HALVES or (options.dtype or x.dtype) not in _HALVES:
+    """Whether the kernels cover this call: every buffer kept, all in fp32, and no cumulative average."""
+    if not _triton.kernels_run_on(x) or x.dtype not in _HALVES or (options.dtype or x.dtype) not in _HALVES:
         return False
-    if x.numel() == 0 or statistics.open_rate is None:
+    if x.numel() == 0 or statistics.open_rate is None or (noise is not None and noise.dtype != torch.float32):
         return False
     kept: list[Tensor | None] = [parameters.weight2, parameters.bias2, statistics.open_rate]
     if options.estimator == "batch_mean":
@@ -143,6 +148,7 @@ def kernels_can(
             parameters.weight1.shape[0] > _MAX_HIDDEN
             or options.norm_momentum is None
             or statistics.batches is None
+            or statistics.batches.dtype != torch.int64
         ):
             return False
         if options.batch_stats and not options.training:

@@ -18,7 +18,8 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def gated_scale(x: Tensor, gate: Tensor) -> Tensor:
     """Multiply the channels of x (N, C, H, W) by gate (N, C).
 
-    Where Triton runs, both gradients come from one pass and no product is stored on the way.
+    Where Triton runs, both gradients come from one pass and no product is stored on the way; in a compiled graph as
+    the operator ``gatedconv::gated_scale``.
 
     Raises:
         ValueError: shapes do not fit.
@@ -26,6 +27,8 @@ def gated_scale(x: Tensor, gate: Tensor) -> Tensor:
     _check(x, gate)
     if not _triton.kernels_run_on(x) or {x.dtype, gate.dtype} - set(_KERNEL_DTYPES) or x.numel() == 0:
         return x * gate[:, :, None, None]
+    if torch.compiler.is_compiling():
+        return torch.ops.gatedconv.gated_scale.default(x, gate)
     return _GatedScale.apply(x, gate)
 
 
@@ -44,14 +47,64 @@ def _check(x: Tensor, gate: Tensor) -> None:
 class _GatedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
-        from gatedconv.kernels import gated_scale as kernels
-
         ctx.save_for_backward(x, gate)
-        return kernels.forward(x, gate)
+        return _forward_kernel(x, gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        from gatedconv.kernels import gated_scale as kernels
+        return _backward_kernel(d_out, *ctx.saved_tensors)
 
-        return kernels.backward(d_out, *ctx.saved_tensors)
+
+torch.library.define("gatedconv::gated_scale", "(Tensor x, Tensor gate) -> Tensor")
+torch.library.define("gatedconv::gated_scale_backward", "(Tensor d_out, Tensor x, Tensor gate) -> (Tensor, Tensor)")
+
+
+def _forward_kernel(x: Tensor, gate: Tensor) -> Tensor:
+    from gatedconv.kernels import gated_scale as kernels
+
+    return kernels.forward(x, gate)
+
+
+def _backward_kernel(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    from gatedconv.kernels import gated_scale as kernels
+
+    return kernels.backward(d_out, x, gate)
+
+
+def _forward_cpu(x: Tensor, gate: Tensor) -> Tensor:
+    return _forward_fake(x, gate).copy_(x * gate[:, :, None, None])
+
+
+def _backward_cpu(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    dx, d_gate = _backward_fake(d_out, x, gate)
+    return dx.copy_(d_out * gate[:, :, None, None]), d_gate.copy_((d_out * x).sum((2, 3)))
+
+
+@torch.library.register_fake("gatedconv::gated_scale")
+def _forward_fake(x: Tensor, gate: Tensor) -> Tensor:
+    from gatedconv.kernels.launch import gradient_like
+
+    return gradient_like(x, torch.promote_types(x.dtype, gate.dtype))
+
+
+@torch.library.register_fake("gatedconv::gated_scale_backward")
+def _backward_fake(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    from gatedconv.kernels.launch import gradient_like
+
+    return gradient_like(x, x.dtype), torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.gatedconv.gated_scale_backward.default(d_out, *ctx.saved_tensors)
+
+
+torch.library.impl("gatedconv::gated_scale", "CUDA", _forward_kernel)
+torch.library.impl("gatedconv::gated_scale_backward", "CUDA", _backward_kernel)
+torch.library.impl("gatedconv::gated_scale", "CPU", _forward_cpu)
+torch.library.impl("gatedconv::gated_scale_backward", "CPU", _backward_cpu)
+torch.library.register_autograd("gatedconv::gated_scale", _backward, setup_context=_setup)

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import gatedconv
 from gatedconv import ops
-from gatedconv.ops import _gate_library
+from gatedconv.ops import _gate_closed_form, _gate_library
 
 
 def make(features=3, hidden=4, gates=5, dtype=torch.float32):
@@ -29,7 +29,7 @@ def operator_arguments(x, parameters, statistics, options, noise=None):
     return (
         x, *parameters, noise, statistics.mean, statistics.var, statistics.threshold, options.flatten,
         options.eps, options.estimator, options.temperature, options.training, options.batch_stats,
-        _gate_library._DTYPES.index(options.dtype or x.dtype),
+        _gate_closed_form.DTYPES.index(options.dtype or x.dtype),
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_opcheck_of_a_permuted_input_and_of_backward():
     assert gate.dtype == torch.float16
     saved = (pooled, logits, hidden, stat, threshold)
     weights = (parameters.weight1, parameters.norm_weight, parameters.norm_bias, parameters.weight2)
-    options = ("batch_mean", 1.0, True, True, _gate_library._DTYPES.index(torch.float32))
+    options = ("batch_mean", 1.0, True, True, _gate_closed_form.DTYPES.index(torch.float32))
     opcheck(
         torch.ops.gatedconv.gate_backward.default,
         (gate, None, logits, *saved, *weights, None, 8, True, *options),

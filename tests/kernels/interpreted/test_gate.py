@@ -107,7 +107,6 @@ def test_one_launch_and_two_agree_bit_for_bit(device):
     parameters, statistics = make(device, 5, 16, 3)
     common = {
         "estimator": "ste",
-        "temperature": 1.0,
         "train": True,
         "batch_stats": True,
         "update": False,
