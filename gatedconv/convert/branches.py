@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.convert.canonical import op_name, scope_of, submodule
@@ -54,6 +56,26 @@ def is_weighted(node: fx.Node, flow: Flow) -> bool:
     module = submodule(node)
     layers = (nn.modules.conv._ConvNd, nn.Linear)
     return flow.kind(node) in ("conv", "linear") or isinstance(module, layers)
+
+
+@torch.no_grad()
+def runs_empty(branch: Branch, graph_module: fx.GraphModule) -> bool:
+    """Whether the branch computes something for a batch without samples: ``view(n, -1)`` does not, for one."""
+    entry = branch.entry.meta["val"]
+    values: dict[fx.Node, Any] = {branch.entry: torch.empty((0, *entry.shape[1:]), dtype=entry.dtype)}
+    run = fx.Interpreter(graph_module)
+    run.env = values
+    modules = {str(n.target): graph_module.get_submodule(str(n.target)) for n in branch.nodes if n.op == "call_module"}
+    if any(p.device.type != "cpu" for module in modules.values() for p in module.parameters()):
+        return False
+    try:
+        for node in graph_module.graph.nodes:
+            constant = node.op == "get_attr"
+            if constant or node in branch.nodes:
+                values[node] = run.run_node(node)
+    except Exception:  # whatever a layer says of an empty batch
+        return False
+    return True
 
 
 def _branch_of(addition: fx.Node, flow: Flow, order: dict[fx.Node, int]) -> tuple[Branch | None, str]:

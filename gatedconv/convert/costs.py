@@ -20,6 +20,7 @@ from gatedconv.gates import Gate, MacTerm
 from gatedconv.nn import AddBranch, SelectOpen
 
 ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that nobody reads
+_PASSING = ("channelwise", "select", "binary", "branch", "cat", "move")
 _SHIFT = 1 << 20  # a label is gate number * _SHIFT + channel number
 
 
@@ -98,7 +99,7 @@ class _Labels:
         mine = self.needed.get(node)
         if flow.has_channels(node) and mine is None:
             mine = self.needed[node] = torch.full((flow[node].size,), UNUSED)
-        if kind in ("channelwise", "select", "binary", "cat", "move") or (kind == "conv" and _is_depthwise(node)):
+        if kind in _PASSING or (kind == "conv" and _is_depthwise(node)):
             assert mine is not None
             need = self._effective(node)
             if kind == "cat":
@@ -111,7 +112,7 @@ class _Labels:
                 source = self._source(node)
                 self._add(source, need, torch.arange(flow[node].size) // (flow[node].size // flow[source].size))
             else:
-                for source in node.all_input_nodes if kind == "binary" else [self._source(node)]:
+                for source in _readers_of_channels(node, kind) or [self._source(node)]:
                     if flow.has_channels(source):
                         wide = flow[source].size == len(need)
                         self._add(source, need if wide else torch.full((flow[source].size,), ALWAYS))
@@ -242,6 +243,13 @@ class _Labels:
         if module is not None:
             return module.weight  # type: ignore[return-value]
         return node.args[1].meta["val"] if len(node.args) > 1 else node.kwargs["weight"].meta["val"]  # type: ignore
+
+
+def _readers_of_channels(node: fx.Node, kind: str) -> list[fx.Node]:
+    """Inputs of a node of two operands that it reads channel by channel; of other nodes none."""
+    if kind == "branch":
+        return [n for n in node.args[:2] if isinstance(n, fx.Node)]
+    return node.all_input_nodes if kind == "binary" else []
 
 
 def _term(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.convert.canonical import op_name, submodule
+from gatedconv.convert.computed import has_own_hooks, is_conv, is_linear
 from gatedconv.convert.trace import attribute
 from gatedconv.gates import Gate
 from gatedconv.nn import AddBranch, GatherChannels, SelectOpen, StochasticDepth
@@ -148,7 +149,7 @@ class Flow:
         module, source = submodule(node), node.args[0] if node.args else None
         if isinstance(module, Gate):
             return self._plain("gate", node, 1)
-        if not isinstance(source, fx.Node) or node.kwargs:
+        if not isinstance(source, fx.Node) or node.kwargs or module is None or has_own_hooks(module):
             return None
         if isinstance(module, AddBranch):
             return self._branch(node)
@@ -160,9 +161,9 @@ class Flow:
         image = axis == 1 and dims == 4
         if isinstance(module, SelectOpen):
             return self._same_axis("select", node)
-        if type(module) is nn.Conv2d:
+        if is_conv(module):
             return self._plain("conv", node, 1) if image else None
-        if type(module) is nn.Linear:
+        if is_linear(module):
             return self._plain("linear", node, dims - 1) if axis == dims - 1 else None
         if isinstance(module, nn.PixelShuffle) and image:
             return self._plain("regroup", node, 1)

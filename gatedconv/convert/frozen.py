@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from gatedconv.convert.canonical import op_name, set_module, submodule
+from gatedconv.convert.computed import has_own_hooks
 from gatedconv.gates import FrozenGate, find_gates
 from gatedconv.nn import AddBranch, FrozenConv2d, GraphNet, SelectOpen
 
@@ -60,5 +61,6 @@ def _skip_closed(model: GraphNet, product: fx.Node) -> None:
     conv = submodule(value) if isinstance(value, fx.Node) else None
     readers = {u for u in value.users if not isinstance(submodule(u), FrozenGate)}  # type: ignore[union-attr]
     calls = sum(n.op == "call_module" and n.target == value.target for n in model.graph.nodes)  # type: ignore[union-attr]
-    if type(conv) is nn.Conv2d and len(readers) == 1 and calls == 1 and conv.out_channels == gate.num_gates:
+    plain = type(conv) is nn.Conv2d and "weight" in conv._parameters and not has_own_hooks(conv)
+    if plain and len(readers) == 1 and calls == 1 and conv.out_channels == gate.num_gates:
         set_module(model, str(value.target), FrozenConv2d(conv, gate.mask.clone()).train(conv.training))  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gatedconv.convert.branches import Branch, find_branches
+from gatedconv.convert.branches import Branch, find_branches, runs_empty
 from gatedconv.convert.canonical import canonicalize, free_path, set_module, settle_inplace
 from gatedconv.convert.conversion import Choice, Conversion, Selection
 from gatedconv.convert.costs import graph_mac_terms, reachable_share
@@ -60,7 +60,7 @@ def gate_model(
     """
     _check(model, gate, position, estimator, example_input)
     selection = Selection(include, exclude)
-    source = copy.deepcopy(unwrap(model))
+    source = _copied(unwrap(model))
     try:
         graph_module, traced_by = trace(source, example_input)
     except TraceFailure as failure:
@@ -76,6 +76,13 @@ def gate_model(
     if selection.unused:
         raise ValueError(f"gate_model: include or exclude names match nothing: {sorted(selection.unused)}")
     return _finish(graph_module, type(unwrap(model)).__name__, conversion, example_input, model.training)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"gate_model: {type(model).__name__} cannot be copied (copy.deepcopy): {error}") from error
 
 
 def open_gate(gate: LearnedGate) -> Gate:
@@ -159,7 +166,7 @@ def _gate_branch(graph_module: fx.GraphModule, branch: Branch, path: str, opened
     entry = _as_read(graph_module, branch.entry, branch.nodes)
     set_module(graph_module, path, opened(LayerGate(entry.meta["val"].shape[1], estimator=estimator)))
     select_path, add_path = (free_path(graph_module, path.removesuffix("layer_gate") + n) for n in ("select", "add"))
-    set_module(graph_module, select_path, SelectOpen())
+    set_module(graph_module, select_path, SelectOpen(0 if runs_empty(branch, graph_module) else 1))
     set_module(graph_module, add_path, AddBranch())
     readers = [n for n in entry.users if n in branch.nodes]
     with graph.inserting_after(entry):

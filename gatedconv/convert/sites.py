@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from gatedconv.convert.branches import Branch
 from gatedconv.convert.canonical import op_name, scope_of, submodule
+from gatedconv.convert.computed import has_own_hooks, is_conv
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATIONS, MIXING_NORMS, NORMS, Flow
 
@@ -61,7 +62,7 @@ class SiteFinder:
                 if isinstance(module, nn.modules.conv._ConvTransposeNd):
                     self.skipped[str(node.target)] = "a transposed convolution"
                 elif isinstance(module, nn.modules.conv._ConvNd):
-                    self.skipped[str(node.target)] = "its input is no image with channels in dimension 1"
+                    self.skipped[str(node.target)] = _why_no_conv(module)
                 continue
             name = scope_of(node) or node.name
             reason = self._reason(node, name)
@@ -204,6 +205,14 @@ def is_activation(node: fx.Node) -> bool:
         "mish",
     )
     return node.op in ("call_function", "call_method") and op_name(node) in names
+
+
+def _why_no_conv(module: nn.modules.conv._ConvNd) -> str:
+    if has_own_hooks(module):
+        return "it has hooks, which may change what it returns"
+    if isinstance(module, nn.Conv2d) and not is_conv(module):
+        return f"a {type(module).__name__}, whose code is its own"
+    return "its input is no image with channels in dimension 1"
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

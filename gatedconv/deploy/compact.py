@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.convert.canonical import canonicalize
+from gatedconv.convert.computed import settle_weights
 from gatedconv.convert.trace import TraceFailure, trace
 from gatedconv.deploy.cut import cut_graph
 from gatedconv.gates import FrozenGate, find_gates, unwrap
@@ -52,6 +53,7 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int =
     if learning:
         raise ValueError(f"compact: freeze the model first; gate {learning[0]!r} is still learning")
     model = copy.deepcopy(unwrap(frozen))
+    settle_weights(model)
     _cut_our_blocks(model)
     result = _cut_rest(model, example_input, channel_multiple) if find_gates(model) else model
     for attribute in ("mac_terms", "conversion"):

@@ -32,8 +32,8 @@ _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "AddBranch": ((), ()), "AppendOnes": ((), ()), "ChannelBias": (("bias",), ()), "Constant": (("value",), ()),
     "ConstantMap": (("value",), ("stride",)), "GatherChannels": (("index",), ("axis",)),
-    "ScatterAdd": (("index",), ("axis",)), "ScatterChannels": (("index", "fill"), ("axis",)), "SelectOpen": ((), ()),
-    "StochasticDepth": ((), ("p", "mode", "scale")),
+    "ScatterAdd": (("index",), ("axis",)), "ScatterChannels": (("index", "fill"), ("axis",)),
+    "SelectOpen": ((), ("at_least",)), "StochasticDepth": ((), ("p", "mode", "scale")),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gatedconv.gates import Gate
+from gatedconv.gates import Gate, forget
 from gatedconv.nn.conv import Conv2d
 
 # What a converted network carries beside its graph and weights; torch.fx forgets such things when it copies.
@@ -25,6 +25,7 @@ class GraphNet(fx.GraphModule):
         for name, module in root.named_modules():
             if isinstance(module, Gate) and name not in present:
                 self.add_submodule(name, module)
+        self.register_forward_pre_hook(_forget_last_call)
 
     def _deepcopy_init(self) -> Any:
         return GraphNet.__init__
@@ -38,24 +39,41 @@ class GraphNet(fx.GraphModule):
         return result
 
 
+def _forget_last_call(model: nn.Module, _: Any) -> None:
+    if model.training:
+        forget(model)
+
+
 class SelectOpen(nn.Module):
     """(x (N, ...), gate (N, 1)) -> the samples whose gate is open; in training all of them.
 
     Training computes every sample, so that BatchNorm sees the whole batch, and so does a compiled graph,
     whose shapes must not depend on data.
+
+    Args:
+        at_least: 1 for a branch whose layers refuse an empty batch: where no sample is open, it gets the first.
     """
+
+    def __init__(self, at_least: int = 0) -> None:
+        super().__init__()
+        self.at_least = at_least
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Select the samples."""
         if self.training or torch.compiler.is_compiling():
             return x
-        return x.index_select(0, gate.flatten().nonzero().flatten())
+        index = gate.flatten().nonzero().flatten()
+        return x.index_select(0, index) if index.numel() >= self.at_least else x[: self.at_least]
+
+    def extra_repr(self) -> str:
+        """Numbers shown by repr()."""
+        return f"at_least={self.at_least}" if self.at_least else ""
 
 
 class AddBranch(nn.Module):
     """(shortcut (N, ...), part, gate (N, 1)) -> shortcut + gate * part.
 
-    ``part`` has N samples, or the open ones alone, as ``SelectOpen`` left them.
+    ``part`` has N samples, or the open ones alone, as ``SelectOpen`` left them; it is not read where none is open.
     """
 
     def forward(self, shortcut: Tensor, part: Tensor, gate: Tensor) -> Tensor:

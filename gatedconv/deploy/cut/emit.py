@@ -99,9 +99,8 @@ class Emitter:
         return self.call(ScatterChannels(present.nonzero().flatten(), fill, axis), "scatter", part)
 
     def _gather(self, node: fx.Node, positions: Tensor, axis: int) -> fx.Node:
-        start, stop = int(positions[0]), int(positions[-1]) + 1
-        if torch.equal(positions, torch.arange(start, stop)):
-            return self.graph.call_method("narrow", (node, axis, start, stop - start))
+        if bool((positions.diff() == 1).all()):
+            return self.graph.call_method("narrow", (node, axis, int(positions[0]), len(positions)))
         return self.call(GatherChannels(positions, axis), "gather", node)
 
     def layout(self, node: fx.Node) -> Tensor:
