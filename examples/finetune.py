@@ -1,6 +1,6 @@
 """Fine-tune a pretrained network on a folder of images and cut it, in one training run.
 
-python examples/finetune.py imagefolder:animals --model timm/tf_efficientnet_lite0 --weights download --out cut.safetensors
+python examples/finetune.py imagefolder:animals --model timm/tf_efficientnet_lite0 --weights download --out cut
 
 `--weights` is "download" for the library's own pretrained weights, or a file: a state dict of the same network,
 under its own names or, tensor by tensor, in the same order.
@@ -21,7 +21,7 @@ import gatedconv
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.train import EpochMetrics, TrainConfig, evaluate, train
 from gatedconv.train.finish import reestimate_batchnorm
-from gatedconv.train.loop import train_batches
+from gatedconv.train.recipe import train_batches
 from gatedconv.train.provenance import provenance
 
 
@@ -87,7 +87,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--gate", default="both", choices=("none", "layer", "channel", "both"))
     parser.add_argument("--mac-target", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
@@ -110,8 +110,9 @@ def main() -> None:
     if arguments.gate != "none":
         model = gated_copy(model, arguments, example)
     config = TrainConfig(
-        epochs=arguments.epochs, lr=arguments.lr, batch_size=64, gate=arguments.gate, mac_weight=4.0,
-        mac_target=arguments.mac_target, gate_lr_factor=5.0, device="cpu", channels_last=False, seed=arguments.seed,
+        epochs=arguments.epochs, lr=arguments.lr, batch_size=64, weight_decay=1e-4, gate=arguments.gate,
+        mac_target=arguments.mac_target, mac_weight=4.0, polar_schedule="warmup", gate_warmup=0.5,  # features first
+        gate_lr_factor=5.0, device="cpu", channels_last=False, seed=arguments.seed,
     )  # fmt: skip
     history: list[EpochMetrics] = []
     for epoch in train(model, data, config):
