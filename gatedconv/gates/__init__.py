@@ -7,8 +7,8 @@ from gatedconv.gates.estimators import ESTIMATORS
 from gatedconv.gates.gate import FrozenGate, Gate
 from gatedconv.gates.layer_gate import LayerGate
 from gatedconv.gates.losses import activation_loss, mac_target_loss, polarization_loss
-from gatedconv.gates.ranking import fisher_scores, gate_macs, masks_for_target
-from gatedconv.gates.registry import find_gates, open_rates, unwrap
+from gatedconv.gates.ranking import fisher_information, gate_macs, masks_for_target
+from gatedconv.gates.registry import find_gates, forget, open_rates, unwrap
 
 __all__ = [
     "ESTIMATORS",
@@ -21,7 +21,8 @@ __all__ = [
     "activation_loss",
     "expected_macs",
     "find_gates",
-    "fisher_scores",
+    "forget",
+    "fisher_information",
     "gate_macs",
     "mac_target_loss",
     "masks_for_target",

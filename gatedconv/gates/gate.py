@@ -48,6 +48,10 @@ class Gate(nn.Module):
         """Bool (num_gates,): saturated gates that were shut for the whole last batch."""
         return torch.zeros_like(self.running_open_rate, dtype=torch.bool)
 
+    def forget(self) -> None:
+        """Drop what belongs to the last call."""
+        self.logits = self.open_rate = None
+
     def __getstate__(self) -> dict[str, Any]:
         """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
         return {**self.__dict__, "logits": None, "open_rate": None}
@@ -137,6 +141,7 @@ class LearnedGate(Gate):
             (N, num_gates) in x.dtype, every value exactly 0 or 1.
         """
         self.check_input(x)
+        self.forget()
         features = x if pooled is None or self.pool != "avg" else pooled
         return self.note(ops.gate(features, *self.arguments(x.shape[0], x.dtype)))
 
@@ -187,6 +192,9 @@ class FrozenGate(Gate):
         self.register_buffer("mask", mask.detach().clone())
         self.running_open_rate.copy_(mask)
         self._note()
+
+    def forget(self) -> None:
+        """Keep everything: a constant belongs to no call."""
 
     def _note(self) -> None:
         self.is_open = bool(self.mask.any())

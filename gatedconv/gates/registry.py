@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from gatedconv.gates.closed_form import cached
 from gatedconv.gates.gate import Gate
 
 
@@ -41,6 +43,20 @@ def require_gates(model: nn.Module, owner: str) -> dict[str, Gate]:
             f"{owner}: expected a model that contains gates, got a {type(model).__name__} itself"
         )
     return found
+
+
+def forget(model: nn.Module) -> None:
+    """Let all gates of a model drop what they hold of the last call: it keeps that call's autograd graph alive.
+
+    A network has to do so before its first layer runs. Where a CUDA graph is captured after eager steps, PyTorch would
+    otherwise go on with the gradient accumulators of those steps, which are bound to another stream. Our ResNets and
+    what `gate_model` returns do it by themselves in training.
+    """
+    if torch.compiler.is_compiling():  # a compiled graph has no such accumulators
+        return
+    # Looked for once: walking all modules takes milliseconds.
+    for gate in cached(model, "gates", lambda: [module for module in model.modules() if isinstance(module, Gate)]):
+        gate.forget()
 
 
 def open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:

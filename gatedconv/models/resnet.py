@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv import ops
-from gatedconv.gates import ESTIMATORS, ChannelGate, LayerGate, MacTerm
+from gatedconv.gates import ESTIMATORS, ChannelGate, LayerGate, MacTerm, forget
 from gatedconv.models.costs import resnet_mac_terms
 from gatedconv.nn.block import GATES, POSITIONS, BasicBlock
 
@@ -104,23 +103,12 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify: x (N, C, H, W) -> logits (N, num_classes)."""
+        if self.training:
+            forget(self)
         x = self.relu(self.bn1(self.conv1(x)))
-        if self.training and ops.kernels_run_on(x):
-            x = self._pass_on(x)
-        else:
-            x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
-
-    def _pass_on(self, x: Tensor) -> Tensor:
-        """The three stages, each block handing the next what its kernels pooled on the way."""
-        pooled = None
-        for stage in (self.layer1, self.layer2, self.layer3):
-            for block in stage:
-                gated = isinstance(block, BasicBlock)
-                x = block(x, pooled) if gated else block(x)
-                pooled = block.pooled if gated else None
-        return x
 
 
 def _check(

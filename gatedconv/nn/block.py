@@ -16,6 +16,7 @@ from gatedconv.nn.skipping import BlockSkip, left_out
 
 GATES = (None, "layer", "channel", "both")
 POSITIONS = ("before", "middle", "after")
+_POOLED = "_gatedconv_pooled"  # attribute of a block's output: its mean, and the version that this is the mean of
 
 
 class BasicBlock(nn.Module):
@@ -29,8 +30,10 @@ class BasicBlock(nn.Module):
     whole batch. In eval the branch runs on the samples whose layer gate is open and on no other. With
     frozen gates nothing closed is computed in either mode.
 
+    Where kernels end a block, its output carries its mean over H and W along (`handed_over`), so that the gate of the
+    next block need not read the map again.
+
     Attributes:
-        pooled: (N, channels), the mean over H and W of the last output where it came for free; else None.
         skip: decides in training whether the branch is left out; None, the default, for never.
 
     Shape: (N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride)).
@@ -60,27 +63,22 @@ class BasicBlock(nn.Module):
         self.downsample = make_shortcut(in_channels, channels, stride, shortcut)
         self.layer_gate = layer_gate
         self.channel_gate = channel_gate
-        self.pooled: Tensor | None = None
         self.skip: BlockSkip | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
-        return {**self.__dict__, "pooled": None, "skip": None}
+        """Drop what belongs to one training run."""
+        return {**self.__dict__, "skip": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"skip": None, **state})
 
-    def forward(self, x: Tensor, pooled: Tensor | None = None) -> Tensor:
-        """Run the block: x (N, in_channels, H, W) -> (N, channels, H', W').
-
-        ``pooled`` (N, in_channels) is the mean of x over H and W where its producer has it already.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block: x (N, in_channels, H, W) -> (N, channels, H', W')."""
         shortcut = x if self.downsample is None else self.downsample(x)
         if self.training:
-            self.pooled = None
             norm = self._end_norm() if ops.kernels_run_on(x) and self._learns_at_its_end() else None
             if norm is not None:
-                return self._fused_end(x, shortcut, pooled, norm)
+                return self._fused_end(x, shortcut, norm)
         gate = self.layer_gate
         if gate is None or (isinstance(gate, FrozenGate) and gate.is_open):
             return self.relu(shortcut + self.branch(x))
@@ -137,10 +135,9 @@ class BasicBlock(nn.Module):
             return None
         return ops.NormArguments(norm.weight, norm.bias, mean, var, batches, norm.eps, norm.momentum)
 
-    def _fused_end(
-        self, x: Tensor, shortcut: Tensor, pooled: Tensor | None, norm: ops.NormArguments
-    ) -> Tensor:
+    def _fused_end(self, x: Tensor, shortcut: Tensor, norm: ops.NormArguments) -> Tensor:
         """Run the block in training with bn2, gates, sum and ReLU as one operator."""
+        pooled = handed_over(x)
         layer = None if self.layer_gate is None else self.layer_gate(x, pooled)
         if self.layer_gate is not None and self.skip is not None and self.skip.applies(self.layer_gate):
             return left_out(shortcut, self)
@@ -151,8 +148,7 @@ class BasicBlock(nn.Module):
         result = ops.gated_residual(branch, shortcut, norm, layer, inner)
         if result.channel is not None and isinstance(gate, LearnedGate):
             gate.note(result.channel)
-        self.pooled = result.pooled
-        return result.out
+        return _hand_over(result.out, result.pooled)
 
     def _frozen_branch(self, x: Tensor, mask: Tensor) -> Tensor:
         """The branch with a constant mask: convolutions skip closed channels on both their sides."""
@@ -161,3 +157,21 @@ class BasicBlock(nn.Module):
         h = self.relu(self.bn1(h))
         y = self.bn2(self.conv2.masked_forward(h, after, middle))
         return y if after is None else y * after.to(y.dtype)[:, None, None]
+
+
+def handed_over(x: Tensor) -> Tensor | None:
+    """The mean (N, C) over H and W that the kernels of a block left with its output x (N, C, H, W), or None.
+
+    It is bound to that very tensor: another one, made by a hook or an operation in between, has none, and one that
+    was changed in place since has none any more.
+    """
+    if torch.compiler.is_compiling() or not hasattr(x, _POOLED):
+        return None
+    pooled, version = getattr(x, _POOLED)
+    return pooled if x._version == version else None
+
+
+def _hand_over(out: Tensor, pooled: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and not out.is_inference():  # which has no version
+        setattr(out, _POOLED, (pooled, out._version))
+    return out
