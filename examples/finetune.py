@@ -21,8 +21,8 @@ import gatedconv
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.train import EpochMetrics, TrainConfig, evaluate, train
 from gatedconv.train.finish import reestimate_batchnorm
-from gatedconv.train.recipe import train_batches
 from gatedconv.train.provenance import provenance
+from gatedconv.train.recipe import train_batches
 
 
 def pretrained(name: str, weights: str | None, classes: int) -> nn.Module:
