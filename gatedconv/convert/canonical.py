@@ -8,6 +8,7 @@ layers become ours. ``op_name`` then names every node independently of how it wa
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from typing import Any
 
@@ -65,6 +66,7 @@ def canonicalize(graph_module: fx.GraphModule, source: nn.Module) -> None:
             graph.erase_node(node)
     _make_functional(graph_module)
     for node in list(graph.nodes):
+        _make_positional(graph_module, node)
         if node.op == "call_module":
             _plain_module(graph_module, node)
         elif node.op == "call_function" and op_name(node) in _FUNCTIONAL:
@@ -74,6 +76,23 @@ def canonicalize(graph_module: fx.GraphModule, source: nn.Module) -> None:
     graph.eliminate_dead_code()
     graph.lint()
     graph_module.recompile()
+
+
+def _make_positional(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """``layer(input=x)`` becomes ``layer(x)``, as does ``relu(input=x)``."""
+    if node.op == "call_function" and not node.args and isinstance(node.kwargs.get("input"), fx.Node):
+        node.args = (node.kwargs["input"],)
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
+    if node.op != "call_module" or not node.kwargs:
+        return
+    given = dict(node.kwargs)
+    positional = list(node.args)
+    names = list(inspect.signature(graph_module.get_submodule(str(node.target)).forward).parameters)
+    for name in names[len(positional) :]:
+        if name not in given:
+            break
+        positional.append(given.pop(name))
+    node.args, node.kwargs = tuple(positional), given
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -286,6 +286,19 @@ def _per_element(node: fx.Node) -> int:
     return 1 if pool else 0
 
 
+def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> float:
+    """MACs per image of a product of two tensors, one multiplication for each combination of indices."""
+    operands = equation.replace(" ", "").split("->")[0].split(",")
+    if len(operands) != 2 or [len(o) for o in operands] != [len(s) for s in shapes]:
+        return 0.0
+    sizes = {
+        letter: size
+        for operand, shape in zip(operands, shapes, strict=True)
+        for letter, size in zip(operand, shape, strict=True)
+    }
+    return math.prod(sizes.values()) / TRACED_BATCH
+
+
 def _other_macs(node: fx.Node) -> float:
     """MACs per image of work that is not tracked by channels."""
     module, value = submodule(node), node.meta.get("val")
@@ -300,6 +313,8 @@ def _other_macs(node: fx.Node) -> float:
         return module.weight.numel() * value.numel() / TRACED_BATCH / module.out_features
     if isinstance(module, MIXING_NORMS):
         return (5 if getattr(module, "weight", None) is not None else 4) * value.numel() / TRACED_BATCH
+    if node.op == "call_function" and op_name(node) == "einsum" and isinstance(node.args[0], str):
+        return _einsum_macs(node.args[0], [tuple(source.shape) for source in sources])
     if module is None and node.op != "get_attr" and op_name(node) in ("matmul", "bmm", "mm") and len(sources) == 2:
         return value.numel() / TRACED_BATCH * sources[0].shape[-1]
     return 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -55,10 +56,17 @@ def _fvcore_total(model: nn.Module, example_input: Tensor) -> int:
 
     analysis = FlopCountAnalysis(model, (example_input,))
     analysis.set_op_handle("gatedconv::masked_conv2d", masked_conv)
+    analysis.set_op_handle("aten::_convolution_mode", _named_padding_macs)  # padding="same", which fvcore passes by
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     with _quiet(), torch.no_grad():  # with gradients the trace holds an autograd function, and no operator
         return int(analysis.total())
+
+
+def _named_padding_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Output elements x weights of one output channel."""
+    weight, out = inputs[1].type().sizes(), outputs[0].type().sizes()
+    return Counter({"conv": math.prod(out) * math.prod(weight[1:])})
 
 
 def _executed_masked_convs(model: nn.Module, example_input: Tensor) -> deque[int]:

@@ -153,7 +153,9 @@ class Emitter:
             return self._size(node)  # type: ignore[no-any-return]
         new_args, new_kwargs = fx.node.map_arg((args, kwargs), self.whole)
         if node.op == "call_module":
-            return self.call_at(submodule(node), str(node.target), *new_args)  # type: ignore[arg-type]
+            new = self.call_at(submodule(node), str(node.target), *new_args)  # type: ignore[arg-type]
+            new.kwargs = new_kwargs
+            return new
         return self.graph.create_node(node.op, node.target, new_args, new_kwargs)
 
     def on_first(self, node: fx.Node, source: fx.Node, value: fx.Node) -> fx.Node:
