@@ -67,7 +67,7 @@ def gated_copy(model: nn.Module, arguments: argparse.Namespace, example: Tensor)
 def cut_copy(model: nn.Module, data: ImageData, config: TrainConfig, example: Tensor) -> tuple[nn.Module, float]:
     """What the gates agree on, without the rest, and the agreement."""
     frozen = gatedconv.freeze(model, EvalBatches(data, "train"))
-    reestimate_batchnorm(frozen, train_batches(config, data))
+    reestimate_batchnorm(frozen, train_batches(config, data))  # the running statistics remember what is cut
     return gatedconv.compact(frozen.eval(), example), frozen.consensus.agreement
 
 
@@ -88,7 +88,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--mac-target", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--save", type=Path, help="write the trained weights, to start from later")
@@ -122,6 +122,8 @@ def main() -> None:
         torch.save(model.state_dict(), arguments.save)
     if arguments.gate != "none":
         model, result["agreement"] = cut_copy(model, data, config, example)
+    else:
+        reestimate_batchnorm(model, train_batches(config, data))
     result |= figures(model.eval(), data, example)
     print(f"top-1 {result['top1']:.1f} %, {result['macs'] / 1e6:.1f} of {result['dense_macs'] / 1e6:.1f} M MACs")
     if arguments.out:

@@ -19,10 +19,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--classes", nargs="+", required=True)
     parser.add_argument("--per-class", type=int, default=500, help="training images of each class")
+    parser.add_argument("--test-per-class", type=int, default=1000, help="test images of each class")
     arguments = parser.parse_args()
     arrays = np.load(arguments.npz)
     names = [str(name) for name in arrays["class_names"]]
-    for split, limit in (("train", arguments.per_class), ("test", 1000)):
+    for split, limit in (("train", arguments.per_class), ("test", arguments.test_per_class)):
         # Each access reads the whole array from the file.
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].ravel()
         for name in arguments.classes:
