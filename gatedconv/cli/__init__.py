@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0: done. 2: the user asked for something that cannot be, told in one line on stderr. 3: a run reached
-    its time limit and can be resumed. 130: interrupted.
+    its time limit, or got SIGTERM, and can be resumed. 130: interrupted.
 
     Args:
         arguments: without the program's name; default: those of this process.

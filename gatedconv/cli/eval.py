@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.train.config import TrainConfig
     from gatedconv.train.finish import figures
     from gatedconv.train.folder import RunFolder
-    from gatedconv.train.loop import resolve_device
+    from gatedconv.train.recipe import resolve_device
 
     networks = saved_networks(arguments.target)
     if arguments.target.is_dir():

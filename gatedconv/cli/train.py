@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 from gatedconv.cli.config_flags import add_config_flags, given_flags, merge_settings
 from gatedconv.train.config import TrainConfig, make_config
 from gatedconv.train.folder import RunFolder
 
-TIME_LIMIT = 3
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.epilog = "precedence: preset < config file < flag. Exit code 3: max_minutes ended the run; resume it."
+    parser.epilog = (
+        "precedence: preset < config file < flag. Exit code 3: max_minutes or SIGTERM ended the run; resume it. "
+        "Several GPUs or machines: torchrun ... -m gatedconv train --run DIR ..."
+    )
     parser.add_argument("--preset", metavar="NAME", help="named settings: demo, paper-c10-r56-layer, best-c10-r56, ...")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file")
     parser.add_argument("--run", type=Path, metavar="DIR", help="folder to write; default: a new one in runs/")
@@ -27,8 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, print the outcome, draw the plots."""
     from gatedconv.cli.progress import make_listener
     from gatedconv.report import comparison_table
+    from gatedconv.train.distributed import launched
+    from gatedconv.train.listener import Listener
     from gatedconv.train.pipeline import run as run_training
+    from gatedconv.train.stopping import EXIT_CODE, stop_on_sigterm
 
+    rank, world = launched()
     flags = given_flags(arguments)
     if arguments.resume is not None:
         if arguments.preset or arguments.config or arguments.run:
@@ -38,14 +44,18 @@ def run(arguments: argparse.Namespace) -> int:
         config = make_config({**vars(stored), **flags})
     else:
         config = merge_settings(arguments.preset, arguments.config, flags)
+        if world > 1 and arguments.run is None:
+            raise ValueError("run: expected --run DIR with several processes: a restarted job has to find its folder")
         folder = RunFolder(arguments.run or _new_folder(config))
-    with make_listener() as listener:
+    with make_listener() if rank == 0 else nullcontext(Listener()) as listener, stop_on_sigterm() as stop:
         try:
-            summary = run_training(config, folder, resume=arguments.resume is not None, listener=listener)
+            summary = run_training(config, folder, resume=arguments.resume is not None, listener=listener, stop=stop)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(folder)) from None
     if summary is None:
-        return TIME_LIMIT
+        return EXIT_CODE
+    if rank > 0:
+        return 0
     _draw(folder)
     print(comparison_table(summary))
     print(f"written to {folder.path}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gatedconv.data.image_data import Augment, ImageData
+from gatedconv.data.image_files import FileImages
 
 
 class Normalize:
@@ -31,16 +33,20 @@ class TrainBatches:
     The last, incomplete batch of a pass is left out; another shuffle brings its images back. Every random
     choice comes from `generator`, whose state is all that a checkpoint needs to go on exactly.
 
+    With several processes each gets its share of every batch: all of them draw alike, for the whole batch.
+
     Args:
         data: the images.
-        batch_size: images per batch, at most the size of the train split.
+        batch_size: images per batch, of all processes together; at most the size of the train split.
         augment: pad and flip; None for the one that `data` brings.
         device: where images live and batches are made.
         seed: seed of the generator.
         memory_format: of the batches.
+        rank: number of this process.
+        world: number of processes.
 
     Raises:
-        ValueError: if the train split is smaller than one batch.
+        ValueError: if the train split is smaller than one batch, or a process would get less than 2 images.
     """
 
     def __init__(
@@ -52,7 +58,13 @@ class TrainBatches:
         device: torch.device | str = "cpu",
         seed: int = 0,
         memory_format: torch.memory_format = torch.contiguous_format,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        if batch_size < 2 * world:
+            raise ValueError(
+                f"batch_size: expected at least {2 * world}, 2 images for each of {world} processes, got {batch_size}"
+            )
         if batch_size > len(data.train_images):
             raise ValueError(
                 f"batch_size: expected at most {len(data.train_images)}, the size of the train split, got {batch_size}"
@@ -63,28 +75,59 @@ class TrainBatches:
         self.labels = data.train_labels.to(device)
         self.normalize = Normalize(data, device, memory_format)
         self.generator = torch.Generator(device).manual_seed(seed)
-        pad = self.augment.pad
-        padded = functional.pad(data.train_images.to(device), (pad, pad, pad, pad))
-        # A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every crop of every image: picking crops is one gather.
-        height, width = data.image_shape[1:]
-        self._crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+        self.share = share(batch_size, rank, world)
+        self.position = 0
+        self._begun = self.generator.get_state()
+        self._skip_to = 0
+        self.images = data.train_images
+        if not isinstance(self.images, FileImages):
+            self._crops = self._all_crops(self.images)
 
     def __len__(self) -> int:
         """Batches in one pass."""
         return len(self.labels) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images float (B, C, H, W), labels int64 (B,))."""
+        """Yield (images float (B, C, H, W), labels int64 (B,)); `position` batches of the pass have been yielded."""
+        first, self._skip_to = self._skip_to, 0
+        if first:
+            now = self.generator.get_state()
+            self.generator.set_state(self._begun)
+        self._begun = self.generator.get_state()
         order = self._random(len(self.labels), shuffle=True)
-        for chosen in order[: len(self) * self.batch_size].split(self.batch_size):
-            yield self.normalize(self._augmented(chosen)), self.labels[chosen]
+        if first:
+            self.generator.set_state(now)
+        batches = order[: len(self) * self.batch_size].split(self.batch_size)[first:]
+        taken = [chosen[self.share] for chosen in batches]
+        pixels = self.images.batches(taken) if isinstance(self.images, FileImages) else None
+        for number, chosen in enumerate(taken, start=first + 1):
+            crops = self._crops[chosen] if pixels is None else self._all_crops(next(pixels))
+            images = self.normalize(self._augmented(crops))
+            self.position = number % len(self)
+            yield images, self.labels[chosen]
 
-    def _augmented(self, chosen: Tensor) -> Tensor:
+    def state(self) -> dict[str, Tensor | int]:
+        """Where the batches stand, in the middle of a pass or between two."""
+        return {"data": self.generator.get_state(), "begun": self._begun, "position": self.position}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from there: the next pass is the rest of the one that was interrupted, if one was."""
+        self._begun = state.get("begun", state["data"])
+        self.position = self._skip_to = int(state.get("position", 0))
+        self.generator.set_state(state["data"])
+
+    def _all_crops(self, images: Tensor) -> Tensor:
+        """A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every crop of every image: picking crops is one gather."""
+        pad = self.augment.pad
+        padded = functional.pad(images.to(self.labels.device, non_blocking=True), (pad, pad, pad, pad))
+        return padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+
+    def _augmented(self, crops: Tensor) -> Tensor:
         places = 2 * self.augment.pad + 1
-        top, left = (self._random(len(chosen), below=places) for _ in range(2))
-        images = self._crops[chosen, :, top, left]
+        top, left = (self._random(self.batch_size, below=places)[self.share] for _ in range(2))
+        images = crops[torch.arange(len(crops), device=crops.device), :, top, left]
         if self.augment.flip:
-            flipped = self._random(len(chosen), below=2).bool().view(-1, 1, 1, 1)
+            flipped = self._random(self.batch_size, below=2)[self.share].bool().view(-1, 1, 1, 1)
             images = torch.where(flipped, images.flip(3), images)
         return images
 
@@ -102,8 +145,10 @@ class EvalBatches:
         data: the images.
         split: "train" or "test".
         batch_size: images per batch; the last one may be smaller.
-        device: where batches are made; the uint8 images are moved there once.
+        device: where batches are made; uint8 images in memory are moved there once.
         memory_format: of the batches.
+        rank: number of this process, which gets its share of the images, maybe none.
+        world: number of processes.
     """
 
     def __init__(
@@ -114,16 +159,23 @@ class EvalBatches:
         batch_size: int = 500,
         device: torch.device | str = "cpu",
         memory_format: torch.memory_format = torch.contiguous_format,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
         images, labels = (
             (data.train_images, data.train_labels) if split == "train" else (data.test_images, data.test_labels)
         )
-        device = torch.device(device)
-        self.images, self.labels = images.to(device), labels.to(device)
+        self.device = torch.device(device)
+        mine = share(len(labels), rank, world)
+        self.labels = labels[mine].to(self.device)
+        if isinstance(images, FileImages):
+            self.images: Tensor | FileImages = images[torch.arange(len(labels))[mine]]
+        else:
+            self.images = images[mine].to(self.device)
         self.batch_size = batch_size
-        self.normalize = Normalize(data, device, memory_format)
+        self.normalize = Normalize(data, self.device, memory_format)
 
     def __len__(self) -> int:
         """Batches in one pass."""
@@ -131,5 +183,24 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images float (B, C, H, W), labels int64 (B,))."""
-        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+        for images, labels in zip(self._pixels(), self.labels.split(self.batch_size), strict=False):
             yield self.normalize(images), labels
+
+    def first(self, count: int) -> Tensor:
+        """The first images, normalised, (count, C, H, W); repeated if there are too few."""
+        rows = torch.arange(count) % len(self.images)
+        if isinstance(self.images, FileImages):
+            return self.normalize(self.images.decode(rows).to(self.device))
+        return self.normalize(self.images[rows.to(self.device)])
+
+    def _pixels(self) -> Iterator[Tensor]:
+        if not isinstance(self.images, FileImages):
+            yield from self.images.split(self.batch_size)
+            return
+        for images in self.images.batches(list(torch.arange(len(self.images)).split(self.batch_size))):
+            yield images.to(self.device, non_blocking=True)
+
+
+def share(count: int, rank: int, world: int) -> slice:
+    """The part of ``count`` items that falls to a rank; the parts are in order and differ by one at most."""
+    return slice(count * rank // world, count * (rank + 1) // world)

@@ -7,9 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gatedconv.data.errors import DataError
+from gatedconv.data.image_files import FileImages
 
-class DataError(ValueError):
-    """A data source that is missing, damaged or not of the expected form; the message is for the user."""
+Images = Tensor | FileImages
+"""uint8 (N, C, H, W), in memory or in files."""
+
+# Statistics of images in files are those of a sample: decoding all of them takes as long as an epoch.
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images in memory, split in train and test.
+    """Labelled images, in memory or in files, split in train and test.
 
     Attributes:
         train_images: uint8 (N, C, H, W), 0..255.
@@ -43,16 +48,16 @@ class ImageData:
         val_labels: int64 (V,) or None.
     """
 
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     num_classes: int
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Augment
-    val_images: Tensor | None = None
+    val_images: Images | None = None
     val_labels: Tensor | None = None
 
     @property
@@ -64,11 +69,11 @@ class ImageData:
 
 def make_image_data(
     where: str,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    train: tuple[Images, Tensor],
+    test: tuple[Images, Tensor],
     augment: Augment,
     class_names: tuple[str, ...] = (),
-    val: tuple[Tensor, Tensor] | None = None,
+    val: tuple[Images, Tensor] | None = None,
 ) -> ImageData:
     """Check the splits against each other, work out classes, mean and std, and build an `ImageData`.
 
@@ -134,12 +139,14 @@ def _class_count(where: str, labels: Tensor, class_names: tuple[str, ...]) -> in
     return high + 1
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of 255.
 
     Exact: counted from the 256-bin histogram of each channel. A constant channel gets std 1, so that
-    normalising it is harmless.
+    normalising it is harmless. Images in files are judged by 4096 of them, evenly spaced.
     """
+    if isinstance(images, FileImages):
+        images = images.decode(torch.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).round().long())
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in images.unbind(1):
@@ -207,6 +214,6 @@ def validation_view(data: ImageData, fraction: float, seed: int) -> ImageData:
     )
 
 
-def _size(images: Tensor) -> str:
+def _size(images: Images) -> str:
     channels, height, width = images.shape[1:]
     return f"{height}x{width} pixels with {channels} channel(s)"

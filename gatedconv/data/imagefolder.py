@@ -5,21 +5,24 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gatedconv.data.image_data import Augment, DataError, ImageData, make_image_data
+from gatedconv.data.errors import DataError
+from gatedconv.data.image_data import Augment, ImageData, Images, make_image_data
+from gatedconv.data.image_files import FileImages
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def load_imagefolder(path: str | Path, image_size: int) -> ImageData:
-    """Read a folder of images into memory, as RGB, shorter side scaled to `image_size`, centre cropped.
+def load_imagefolder(path: str | Path, image_size: int, workers: int | None = None) -> ImageData:
+    """Read a folder of images, as RGB, shorter side scaled to `image_size`, centre cropped.
 
     Args:
         path: holds train/ and test/ (or val/), each with one folder per class.
         image_size: height and width of the result in pixels.
+        workers: None decodes everything into memory now; else images stay in their files, and so many
+            processes decode them batch by batch.
 
     Raises:
         DataError: naming the file or folder, what was expected and what was found.
@@ -36,9 +39,9 @@ def load_imagefolder(path: str | Path, image_size: int) -> ImageData:
     names = tuple(_classes(path / "train"))
     val = None
     if test_name == "test" and (path / "val").is_dir():
-        val = _read_split(path / "val", names, image_size)
-    train = _read_split(path / "train", names, image_size)
-    test = _read_split(path / test_name, names, image_size)
+        val = _read_split(path / "val", names, image_size, workers)
+    train = _read_split(path / "train", names, image_size, workers)
+    test = _read_split(path / test_name, names, image_size, workers)
     return make_image_data(str(path), train, test, Augment(pad=max(1, image_size // 8), flip=True), names, val)
 
 
@@ -49,7 +52,7 @@ def _classes(folder: Path) -> list[str]:
     return names
 
 
-def _read_split(folder: Path, names: tuple[str, ...], size: int) -> tuple[Tensor, Tensor]:
+def _read_split(folder: Path, names: tuple[str, ...], size: int, workers: int | None) -> tuple[Images, Tensor]:
     unknown = [name for name in _classes(folder) if name not in names]
     if unknown:
         raise DataError(f"{folder / unknown[0]}: expected only classes that train/ has, found class {unknown[0]!r}")
@@ -62,18 +65,6 @@ def _read_split(folder: Path, names: tuple[str, ...], size: int) -> tuple[Tensor
     ]
     if not files:
         raise DataError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none")
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for row, (file, _) in enumerate(files):
-        images[row] = _read_image(file, size)
-    return images, torch.tensor([label for _, label in files])
-
-
-def _read_image(file: Path, size: int) -> Tensor:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: expected a readable image, found a damaged or different file ({error})") from None
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    images = FileImages([file for file, _ in files], size, workers or 0)
+    labels = torch.tensor([label for _, label in files])
+    return images.decode() if workers is None else images, labels

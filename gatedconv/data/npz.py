@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gatedconv.data.image_data import Augment, DataError, ImageData, make_image_data
+from gatedconv.data.errors import DataError
+from gatedconv.data.image_data import Augment, ImageData, make_image_data
 
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
 _VALIDATION = ("val_images", "val_labels")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gatedconv.data.image_data import Augment, DataError, ImageData, make_image_data, stratified_split
+from gatedconv.data.errors import DataError
+from gatedconv.data.image_data import Augment, ImageData, make_image_data, stratified_split
 from gatedconv.data.imagefolder import load_imagefolder
 from gatedconv.data.npz import load_npz
 
@@ -15,8 +16,10 @@ SOURCES = "digits, cifar10, cifar100, npz:PATH or imagefolder:PATH"
 _DIGITS_TEST_SHARE = 0.25
 
 
-def load_data(source: str, *, root: str | Path = "data", seed: int = 0, image_size: int = 32) -> ImageData:
-    """Load a data source into memory as uint8 images.
+def load_data(
+    source: str, *, root: str | Path = "data", seed: int = 0, image_size: int = 32, workers: int | None = None
+) -> ImageData:
+    """Load a data source as uint8 images, into memory unless `workers` asks for files to stay files.
 
     Args:
         source: `digits` (scikit-learn's bundled scans, 8x8 grey), `cifar10`, `cifar100` (torchvision,
@@ -24,6 +27,7 @@ def load_data(source: str, *, root: str | Path = "data", seed: int = 0, image_si
         root: folder for downloads.
         seed: seed of the train/test split, for sources that have none of their own (`digits`).
         image_size: side in pixels to which `imagefolder` images are scaled; the other sources keep theirs.
+        workers: of `imagefolder`: processes that decode images batch by batch; None decodes them all now.
 
     Raises:
         DataError: the source is unknown, missing, damaged or not of the expected form.
@@ -33,7 +37,7 @@ def load_data(source: str, *, root: str | Path = "data", seed: int = 0, image_si
     if kind in ("npz", "imagefolder"):
         if not path:
             raise DataError(f"data: expected {kind}:PATH, got {source!r}")
-        return load_npz(path) if kind == "npz" else load_imagefolder(path, image_size)
+        return load_npz(path) if kind == "npz" else load_imagefolder(path, image_size, workers)
     if source == "digits":
         return _load_digits(seed)
     if source in ("cifar10", "cifar100"):

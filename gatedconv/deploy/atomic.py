@@ -36,6 +36,28 @@ def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) ->
     _sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left in a folder and those inside it.
+
+    Of processes of this machine that still run, the unfinished files stay.
+    """
+    for file in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        writer = file.name.split(".")[-2]
+        if writer.isdecimal() and not _runs(int(writer)):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return process != os.getpid()
+
+
 def _sync_folder(folder: Path) -> None:
     """Make renames in a folder durable, where the system lets a folder be opened."""
     try:

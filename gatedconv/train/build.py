@@ -16,7 +16,13 @@ def load_images(config: TrainConfig) -> ImageData:
     Raises:
         DataError: the source is unknown, missing, damaged or not of the expected form.
     """
-    data = load_data(config.data, root=config.data_root, seed=config.split_seed, image_size=config.image_size)
+    data = load_data(
+        config.data,
+        root=config.data_root,
+        seed=config.split_seed,
+        image_size=config.image_size,
+        workers=config.workers if config.stream else None,
+    )
     if config.evaluate_on == "val":
         return validation_view(data, config.val_fraction, config.split_seed)
     return data

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from gatedconv.deploy.atomic import write_atomic
 
 State = dict[str, Any]
 _MAGIC = b"gatedconv checkpoint 1\n"
@@ -35,35 +36,6 @@ def naming_file(path: Path, rest: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{path}: could not be written ({error.strerror or error}){rest}") from None
-
-
-def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
-
-    Args:
-        path: the file.
-        content: all of it.
-        previous: where what stood at `path` is moved just before; None to replace it.
-
-    Raises:
-        OSError: the disk is full or not writable; what stood at `path` is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming_file(path, "; what was there before is kept"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if previous is not None and path.exists():
-                os.replace(path, previous)
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-    _sync_folder(path.parent)
 
 
 def save_checkpoint(path: Path, state: State) -> None:
@@ -146,14 +118,3 @@ def _read(path: Path) -> State:
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{path}: unreadable checkpoint ({error})") from None
     return state
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system lets a folder be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    with contextlib.suppress(OSError):  # some file systems refuse; the rename itself has happened
-        os.fsync(handle)
-    os.close(handle)

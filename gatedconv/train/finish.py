@@ -14,10 +14,11 @@ from gatedconv.deploy import Consensus, Engine, compact, count_macs, export, fre
 from gatedconv.deploy.latency import measure_latency
 from gatedconv.gates import expected_macs, pruning_rate
 from gatedconv.train.config import TrainConfig
+from gatedconv.train.distributed import ALONE, Ranks, current
 from gatedconv.train.folder import RunFolder
 from gatedconv.train.listener import Listener
-from gatedconv.train.loop import placement, train_batches
 from gatedconv.train.metrics import evaluate
+from gatedconv.train.recipe import placement, train_batches
 
 LATENCY_BATCHES = (1, 32)
 _EXPORTS = {"onnx": "compact.onnx", "torch": "compact.pt2"}
@@ -41,12 +42,16 @@ def finish(
     """
     nets: dict[str, nn.Module] = {}
     outcome: dict[str, Any] = {}
+    ranks = current()
+    if "gated" in trained:  # with several processes all of them vote; the rest is the first one's alone
+        frozen, consensus = _frozen(trained["gated"], config, data, listener, ranks)
+    if not ranks.main:
+        return {}
     if "dense" in trained:
         nets["dense"] = trained["dense"]
         _reestimate_if_asked(config, data, nets["dense"])
     if "gated" in trained:
         gated = trained["gated"]
-        frozen, consensus = _frozen(gated, config, data, listener)
         _reestimate_if_asked(config, data, frozen)
         nets["frozen"] = compact(frozen.eval(), example_images(data, config, 1))
         outcome |= consensus_figures(gated, consensus, evaluate(gated, _test_batches(config, data))[1])
@@ -152,16 +157,16 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tenso
 
 def example_images(data: ImageData, config: TrainConfig, batch: int) -> Tensor:
     """The first `batch` test images, normalised, on the run's device; repeated if there are too few."""
-    batches = _test_batches(config, data)
-    rows = torch.arange(batch, device=batches.images.device) % len(batches.images)
-    return batches.normalize(batches.images[rows])
+    return _test_batches(config, data).first(batch)
 
 
-def _frozen(gated: nn.Module, config: TrainConfig, data: ImageData, listener: Listener) -> tuple[nn.Module, Consensus]:
-    """Vote over the whole training split; what `freeze` warns of becomes a note."""
+def _frozen(
+    gated: nn.Module, config: TrainConfig, data: ImageData, listener: Listener, ranks: Ranks = ALONE
+) -> tuple[nn.Module, Consensus]:
+    """Vote over the whole training split, each process over its share; what `freeze` warns of becomes a note."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        frozen = freeze(gated, EvalBatches(data, "train", **placement(config)))
+        frozen = freeze(gated, EvalBatches(data, "train", **placement(config), rank=ranks.rank, world=ranks.world))
     for warning in caught:
         listener.note(str(warning.message))
     consensus = frozen.consensus

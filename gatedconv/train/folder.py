@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatedconv.train.checkpoint import has_checkpoint, naming_file, write_atomic
+from gatedconv.deploy.atomic import remove_leftovers, write_atomic
+from gatedconv.train.checkpoint import has_checkpoint, naming_file
 from gatedconv.train.config import TrainConfig, make_config, read_toml, require_same_recipe, to_toml
 from gatedconv.train.metrics import EpochMetrics
 from gatedconv.train.record import NUMBER, require_form
@@ -86,6 +87,7 @@ class RunFolder:
         if not resume and self.holds_run():
             raise ValueError(f"{self.path}: holds a run already; go on with --resume, or choose another folder")
         if resume:
+            remove_leftovers(self.path)
             stored = self.read_config()
             require_same_recipe(vars(stored), config, f"{self.config}: a run keeps its recipe")
             if stored == config:

@@ -1,6 +1,6 @@
-"""The training loop: batches made on the device, SGD, the losses on the gates, a checkpoint per epoch.
+"""The training loop: epochs of steps, an evaluation and a checkpoint after each, and where they stand in between.
 
-Read `_epochs` from top to bottom; everything else is what one of its lines calls.
+Read `_Training.epochs` from top to bottom; everything else is what one of its lines calls.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from gatedconv.data import Augment, EvalBatches, ImageData, TrainBatches
-from gatedconv.gates import MacController, activation_loss, find_gates, mac_target_loss, polarization_loss, schedules
-from gatedconv.train.checkpoint import load_checkpoint, save_checkpoint
+from gatedconv.data import EvalBatches, ImageData, TrainBatches
+from gatedconv.deploy.energy import EnergyMeter
+from gatedconv.train.checkpoint import State, load_checkpoint, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
+from gatedconv.train.distributed import Ranks, current
 from gatedconv.train.metrics import EpochMeter, EpochMetrics, evaluate
+from gatedconv.train.recipe import learning_rate, place, placement, polar_weight, train_batches
+from gatedconv.train.skipping import PASSES_PER_STEP
 from gatedconv.train.state import pack_state, restore_state
+from gatedconv.train.step import Stepper
 
-# On a GPU, reading the loss makes the host wait; once in this many steps costs nothing measurable.
+# Reading the loss makes the host wait for a GPU, and asking the other processes costs a message; once in this
+# many steps costs nothing measurable.
 _SYNC_EVERY = 20
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite; the message is for the user."""
+    """Too many steps had a loss or gradient that is not finite; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,25 @@ def train(
     on_step: StepListener | None = None,
     on_note: Callable[[str], object] = warnings.warn,
     deadline: float | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[EpochMetrics]:
     """Train a network in place, an epoch for every item taken from the iterator.
+
+    Where torch.distributed is initialised, every process calls this and all train one network: each on its
+    share of every batch, with the losses on the gates over the whole of it. The first process alone writes.
 
     Args:
         model: any classifier; if it has gates, the losses of `config` act on them.
         data: images and labels.
         config: the recipe.
         phase: the name of this training in metrics and errors.
-        checkpoint: file written after each epoch; None writes none.
+        checkpoint: file written after each epoch, and within one as `checkpoint_minutes` asks; None writes none.
         resume: go on from `checkpoint`; the epochs already done are yielded again, unchanged, from the file.
         on_step: called now and then within an epoch.
-        on_note: called with what a person should know: that an older checkpoint had to stand in.
+        on_note: called with what a person should know: that an older checkpoint had to stand in, or that steps
+            were skipped.
         deadline: `time.monotonic()` by which to stop; an epoch that would end after it is not begun.
+        stop: asked after each step; True ends the iterator after a checkpoint.
 
     Yields:
         The metrics of each epoch, after its checkpoint is on the disk.
@@ -78,273 +88,208 @@ def train(
     Raises:
         ValueError: the batch size or `pad` does not fit the data, or no such device.
         CheckpointError: the checkpoint is missing, damaged or of another run.
-        NonFiniteLoss: the loss became NaN or infinite; the last checkpoint is from before.
+        NonFiniteLoss: more than a few steps were not finite; the last checkpoint is from before.
         OSError: the checkpoint could not be written; the one before is kept.
     """
-    batches = train_batches(config, data, phase)
-    test_batches = EvalBatches(data, **placement(config))
+    ranks = current()
+    batches = train_batches(config, data, phase, ranks)
+    test_batches = EvalBatches(data, **placement(config), rank=ranks.rank, world=ranks.world)
     place(model, config)
-    return _epochs(
-        model,
-        batches,
-        test_batches,
-        config,
-        phase,
-        checkpoint,
-        resume and checkpoint is not None,
-        on_step,
-        on_note,
-        deadline,
-    )
+    listeners = _Listeners(on_step or (lambda report: None), on_note, stop or (lambda: False))
+    training = _Training(model, batches, test_batches, config, phase, checkpoint, ranks, listeners, deadline)
+    return training.epochs(resume and checkpoint is not None)
 
 
-def train_batches(config: TrainConfig, data: ImageData, phase: str = "gated") -> TrainBatches:
-    """The batches that a run trains on; a training that does not begin with the run draws others than its first.
-
-    Raises:
-        ValueError: the batch size or `pad` does not fit the data, or no such device.
-    """
-    return TrainBatches(
-        data,
-        config.batch_size,
-        augment=augmentation(data, config),
-        seed=(config.seed + (epoch_range(config, phase)[0] << 32)) % 2**63,
-        **placement(config),
-    )
+@dataclass(frozen=True)
+class _Listeners:
+    step: StepListener
+    note: Callable[[str], object]
+    stop: Callable[[], bool]
 
 
-def placement(config: TrainConfig) -> dict[str, Any]:
-    """Where batches are made and in which layout, as arguments of `TrainBatches` and `EvalBatches`."""
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return {"device": resolve_device(config.device), "memory_format": layout}
+class _Training:
+    """One training, and where it stands within an epoch."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: TrainBatches,
+        test_batches: EvalBatches,
+        config: TrainConfig,
+        phase: str,
+        checkpoint: Path | None,
+        ranks: Ranks,
+        listeners: _Listeners,
+        deadline: float | None,
+    ) -> None:
+        self.model, self.batches, self.test_batches = model, batches, test_batches
+        self.config, self.phase, self.checkpoint = config, phase, checkpoint
+        self.ranks, self.listeners, self.deadline = ranks, listeners, deadline
+        self.device = batches.labels.device
+        self.history: list[EpochMetrics] = []
+        self.meter = EpochMeter(model, self.device)
+        self.energy = EnergyMeter(self.device, host=ranks.local == 0)
+        # Of this epoch, before a restart.
+        self._earlier: dict[str, Any] = {"seconds": 0.0, "energy_j": 0.0, "saved": 0.0}
+        self._started = self._written = time.monotonic()
 
-def place(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Move a network to where the batches of a run are, in their layout; returns it."""
-    moved: nn.Module = model.to(resolve_device(config.device)).to(memory_format=placement(config)["memory_format"])
-    return moved
+    def epochs(self, resume: bool) -> Iterator[EpochMetrics]:
+        torch.manual_seed((self.config.seed + 7919 * self.ranks.rank) % 2**63)  # the gates' own noise
+        self.stepper = Stepper(self.model, self.config, self.device, self.ranks)
+        if resume:
+            self._restore()
+            yield from self.history
+        first, end = epoch_range(self.config, self.phase)
+        for epoch in range(first + len(self.history), end):
+            if self.ranks.agree(self._would_miss_deadline()):
+                return
+            if not self._steps(epoch):
+                return
+            metrics = self._evaluated(epoch)
+            self.history.append(metrics)
+            self.batches.position = 0
+            self._save()
+            yield metrics
 
+    def _steps(self, epoch: int) -> bool:
+        """Make the steps of an epoch, or those that are left of it; False if the run is to stop before its end."""
+        self._started = self._written = time.monotonic()
+        self.energy.start()
+        self.model.train()
+        steps = len(self.batches)
+        with self.stepper.active():
+            for images, labels in self.batches:
+                step = self.batches.position or steps
+                result = self.stepper(images, labels, epoch + (step - 1) / steps)
+                weight = len(labels) * self.ranks.world / self.config.batch_size
+                self.meter.add(result.logits, labels, result.loss, result.polarization, result.bad, weight)
+                now_and_then = step % _SYNC_EVERY == 0 or step == steps
+                if now_and_then:
+                    self.energy.poll()
+                if self.device.type == "cpu" or now_and_then:
+                    report = StepReport(self.phase, epoch + 1, step, steps, self.meter.mean_loss, self.meter.top1)
+                    self._require_finite(self.stepper.guard.settle(), report)
+                    self.listeners.step(report)
+                if step < steps and (self.ranks.world == 1 or now_and_then) and not self._go_on():
+                    return False
+        return True
 
-def _epochs(
-    model: nn.Module,
-    batches: TrainBatches,
-    test_batches: EvalBatches,
-    config: TrainConfig,
-    phase: str,
-    checkpoint: Path | None,
-    resume: bool,
-    on_step: StepListener | None,
-    on_note: Callable[[str], object],
-    deadline: float | None,
-) -> Iterator[EpochMetrics]:
-    device = batches.labels.device
-    optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    autocast = torch.autocast(
-        device.type, torch.bfloat16 if config.amp == "bf16" else torch.float16, enabled=config.amp != "off"
-    )
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    controller = make_controller(model, config)
-    if controller is not None:
-        parts["controller"] = controller.to(device)
-    torch.manual_seed(config.seed)  # the gates' own noise; order and augmentation have their generator
+    def _go_on(self) -> bool:
+        """Write a checkpoint within the epoch if one is due; False if the run has been asked to stop."""
+        every = 60 * self.config.checkpoint_minutes
+        due = self.ranks.main and bool(every) and time.monotonic() - self._written >= every
+        asked = [self.listeners.stop(), due]
+        if self.ranks.world > 1:
+            asked = (self.ranks.sum(torch.tensor(asked, dtype=torch.int32, device=self.device)) > 0).tolist()
+        if any(asked):
+            self._save()
+            self._written = time.monotonic()
+        return not asked[0]
 
-    history: list[EpochMetrics] = []
-    if resume and checkpoint is not None:
-        history = restore_state(load_checkpoint(checkpoint, on_note), checkpoint, parts, batches, config, phase)
-        yield from history
-
-    steps = len(batches)
-    first, end = epoch_range(config, phase)
-    for epoch in range(first + len(history), end):
-        if deadline is not None and _would_miss(deadline, history):
-            return
-        started = time.monotonic()
-        model.train()
-        meter = EpochMeter(model)
-        for step, (images, labels) in enumerate(batches):
-            done = epoch + step / steps
-            set_learning_rate(optimizer, learning_rate(config, done))
-            with autocast:
-                logits = model(images)
-            loss, polarization = total_loss(model, logits, labels, config, done / config.epochs, controller)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            if config.grad_clip:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            meter.add(logits, labels, loss, polarization)
-            if device.type == "cpu" or (step + 1) % _SYNC_EVERY == 0:
-                report = StepReport(phase, epoch + 1, step + 1, steps, meter.mean_loss, meter.top1)
-                _require_finite(report.loss, "loss", report, checkpoint)
-                if on_step is not None:
-                    on_step(report)
-
-        of_gates = meter.gate_metrics()  # before the evaluation, whose batches the gates would tell of
-        test_loss, test_top1 = evaluate(model, test_batches)
-        report = StepReport(phase, epoch + 1, steps, steps, meter.mean_loss, meter.top1)
-        _require_finite(report.loss, "loss", report, checkpoint)
-        _require_finite(test_loss, "test loss", report, checkpoint)
+    def _evaluated(self, epoch: int) -> EpochMetrics:
+        """The metrics of an epoch whose steps are done; begins to count the next one."""
+        config, steps = self.config, len(self.batches)
+        self.ranks.average_buffers(self.model)
+        self.meter.load_state_dict(self.meter.joined(self.ranks))
+        of_gates = self.meter.gate_metrics(self.ranks)  # before the evaluation, whose batches the gates would tell of
+        test_loss, test_top1 = evaluate(self.model, self.test_batches, self.ranks)
+        report = StepReport(self.phase, epoch + 1, steps, steps, self.meter.mean_loss, self.meter.top1)
+        self._require_finite(None if math.isfinite(report.loss) else "every step", report)
+        self._require_finite(None if math.isfinite(test_loss) else "the evaluation", report)
+        within = self._within()
+        done = epoch + (steps - 1) / steps
         metrics = EpochMetrics(
-            phase=phase,
+            phase=self.phase,
             epoch=epoch + 1,
             lr=learning_rate(config, done),
             train_loss=report.loss,
             train_top1=report.top1,
             test_loss=test_loss,
             test_top1=test_top1,
-            seconds=time.monotonic() - started,
+            seconds=within["seconds"],
             polar_weight=polar_weight(config, done / config.epochs),
+            steps_skipped=int(self.stepper.guard.skipped),
+            energy_j=self._all_energy(within["energy_j"]),
+            **self._macs(self._sum(within["saved"])),
             **of_gates,
         )
-        history.append(metrics)
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, pack_state(parts, batches, config, phase, history))
-        yield metrics
+        if metrics.steps_skipped:
+            self.listeners.note(
+                f"{self.phase}: epoch {epoch + 1}: {metrics.steps_skipped} of {steps} steps had a loss or gradient "
+                "that is not finite and were skipped"
+            )
+        self._new_epoch()
+        return metrics
 
+    def _new_epoch(self) -> None:
+        self.meter = EpochMeter(self.model, self.device)
+        self.stepper.guard.new_epoch()
+        self.stepper.skipping.saved = 0.0
+        self._earlier = {"seconds": 0.0, "energy_j": 0.0, "saved": 0.0}
 
-def total_loss(
-    model: nn.Module,
-    logits: Tensor,
-    labels: Tensor,
-    config: TrainConfig,
-    progress: float,
-    controller: MacController | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy plus what `config` asks of the gates (eqs. 5, 9 and the MAC target).
+    def _macs(self, saved: float) -> dict[str, Any]:
+        """MACs that the epoch's steps executed, and the share that was left out; 0 where they are unknown."""
+        if not getattr(self.model, "mac_terms", None):
+            return {}
+        per_image = sum(term.macs for term in self.model.mac_terms)  # type: ignore[union-attr, misc]
+        whole = PASSES_PER_STEP * per_image * len(self.batches) * self.config.batch_size
+        return {"train_macs": whole - saved, "macs_saved": saved / whole}
 
-    Args:
-        model: the network that has just made `logits`; its gates hold this batch's open rates.
-        logits: (B, classes).
-        labels: int64 (B,).
-        config: weights and schedules.
-        progress: share of the run that is done, in [0, 1].
-        controller: of `make_controller`, for a run that has one.
+    def _sum(self, value: float) -> float:
+        return float(self.ranks.sum(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
-    Returns:
-        The whole loss, and the polarization part before its weight; None for a network without gates.
-    """
-    loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-    if not find_gates(model):
-        return loss, None
-    polarization = polarization_loss(model)
-    weight = polar_weight(config, progress)
-    if weight:
-        loss = loss + weight * polarization
-    ramp = schedules.linear_warmup(progress, 1.0, config.gate_warmup)
-    if config.act_weight:
-        loss = loss + ramp * config.act_weight * activation_loss(model, weight=config.act_weighting)
-    if config.mac_weight:
-        loss = loss + ramp * config.mac_weight * mac_target_loss(model, target=config.mac_target)
-    if controller is not None and progress >= config.mac_ramp[0]:
-        loss = loss + controller(model, schedules.falling(progress, config.mac_target, *config.mac_ramp))
-    return loss, polarization
+    def _all_energy(self, mine: float | None) -> float | None:
+        """The energy of all processes, None if one of them cannot tell."""
+        found = self.ranks.gather(mine)
+        return None if any(joules is None for joules in found) else sum(found)
 
+    def _within(self) -> dict[str, Any]:
+        """Time, energy and saved MACs of the epoch so far, what passed before a restart included."""
+        joules, before = self.energy.joules(), self._earlier["energy_j"]
+        return {
+            "seconds": self._earlier["seconds"] + time.monotonic() - self._started,
+            "energy_j": None if joules is None or before is None else before + joules,
+            "saved": self._earlier["saved"] + self.stepper.skipping.saved,
+        }
 
-def make_controller(model: nn.Module, config: TrainConfig) -> MacController | None:
-    """The controller of the MACs, if `config` asks for one and the network has gates to move."""
-    return MacController(config.mac_gain) if config.mac_gain and find_gates(model) else None
+    def _save(self) -> None:
+        """Write a checkpoint, of the end of an epoch or of the middle of one; a collective."""
+        if self.checkpoint is None:
+            return
+        self.ranks.average_buffers(self.model)
+        state = pack_state(self.stepper.parts, self.batches, self.config, self.phase, self.history, self.ranks)
+        if self.batches.position:
+            within = self._within()
+            within["energy_j"] = self._all_energy(within["energy_j"])
+            within["saved"] = self._sum(within["saved"])
+            skipped = int(self.stepper.guard.skipped)
+            state["within"] = {**within, "skipped": skipped, "meter": self.meter.joined(self.ranks)}
+        if self.ranks.main:
+            save_checkpoint(self.checkpoint, state)
 
+    def _restore(self) -> None:
+        assert self.checkpoint is not None
+        path = self.checkpoint
+        state: State = self.ranks.agree(load_checkpoint(path, self.listeners.note) if self.ranks.main else {})
+        self.history = restore_state(state, path, self.stepper.parts, self.batches, self.config, self.phase, self.ranks)
+        within = state.get("within")
+        if within:
+            self._earlier["seconds"] = within["seconds"]
+            if self.ranks.main:  # which holds what all of them had seen
+                self._earlier |= {"energy_j": within["energy_j"], "saved": within["saved"]}
+                self.meter.load_state_dict(within["meter"])
+            self.stepper.guard.skipped.fill_(within["skipped"])
 
-def polar_weight(config: TrainConfig, progress: float) -> float:
-    """λ of the polarization loss at a progress in [0, 1]."""
-    if config.polar_schedule == "rising":
-        return schedules.rising(progress, config.polar_weight)
-    if config.polar_schedule == "warmup":
-        return schedules.linear_warmup(progress, config.polar_weight, config.gate_warmup)
-    return schedules.constant(progress, config.polar_weight)
+    def _would_miss_deadline(self) -> bool:
+        expected = self.history[-1].seconds if self.history else 0.0
+        return self.deadline is not None and time.monotonic() + expected > self.deadline
 
-
-def learning_rate(config: TrainConfig, epoch: float) -> float:
-    """The learning rate after `epoch` epochs (a step within an epoch is a fraction of one)."""
-    if epoch < config.warmup_epochs:
-        # Never exactly 0: the first step would do nothing.
-        return config.lr * max(epoch, 0.01) / config.warmup_epochs
-    if config.schedule == "staged":
-        passed = sum(epoch / config.epochs >= milestone for milestone in config.milestones)
-        return config.lr * config.lr_decay**passed
-    rest = max(config.epochs - config.warmup_epochs, 1e-9)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - config.warmup_epochs) / rest)))
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD in three groups: weights, BatchNorm and biases, and gates, which have a learning rate of their own.
-
-    Gates do not decay by default: decay pulls every logit to 0, where a gate flips.
-    """
-    of_gates = {id(p) for gate in find_gates(model).values() for p in gate.parameters()}
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "gates": []}
-    for parameter in model.parameters():
-        kind = "gates" if id(parameter) in of_gates else "weights" if parameter.dim() > 1 else "norms"
-        groups[kind].append(parameter)
-    decay = {
-        "weights": config.weight_decay,
-        "norms": config.weight_decay if config.norm_weight_decay else 0.0,
-        "gates": config.gate_weight_decay,
-    }
-    return torch.optim.SGD(
-        [
-            {
-                "params": found,
-                "weight_decay": decay[kind],
-                "lr_factor": config.gate_lr_factor if kind == "gates" else 1.0,
-            }
-            for kind, found in groups.items()
-            if found
-        ],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        fused=True,
-    )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of the learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
-
-
-def augmentation(data: ImageData, config: TrainConfig) -> Augment:
-    """What the source suggests, as changed by `augment` and `pad`.
-
-    Raises:
-        ValueError: shifts by `pad` could leave nothing of an image.
-    """
-    if not config.augment:
-        return Augment()
-    side = min(data.image_shape[1:])
-    if config.pad >= side:
-        raise ValueError(f"pad: expected less than {side}, the side of the images, got {config.pad}")
-    return Augment(data.augment.pad if config.pad < 0 else config.pad, data.augment.flip)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes a GPU if there is one.
-
-    Raises:
-        ValueError: the device does not exist on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one that this machine has ({torch.cuda.device_count()} GPUs), got {name!r}")
-    return device
-
-
-def _would_miss(deadline: float, history: list[EpochMetrics]) -> bool:
-    expected = history[-1].seconds if history else 0.0
-    return time.monotonic() + expected > deadline
-
-
-def _require_finite(value: float, what: str, at: StepReport, checkpoint: Path | None) -> None:
-    if math.isfinite(value):
-        return
-    kept = f"; the checkpoint of the epoch before is kept at {checkpoint}" if checkpoint and checkpoint.exists() else ""
-    raise NonFiniteLoss(
-        f"{at.phase}: {what} became {value} in epoch {at.epoch}, step {at.step} of {at.steps}; "
-        f"expected a finite number (a lower lr or grad_clip may help){kept}"
-    )
+    def _require_finite(self, too_many: str | None, at: StepReport) -> None:
+        if too_many is None:
+            return
+        path = self.checkpoint
+        kept = f"; the last good checkpoint is kept at {path}" if path is not None and path.exists() else ""
+        raise NonFiniteLoss(
+            f"{at.phase}: loss or gradient not finite in {too_many}, last in epoch {at.epoch}, step {at.step} of "
+            f"{at.steps} (a lower lr or grad_clip may help){kept}"
+        )

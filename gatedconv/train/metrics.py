@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gatedconv.gates import expected_macs, find_gates
+from gatedconv.train.distributed import ALONE, Ranks
 from gatedconv.train.record import NUMBER, require_form
 
 
@@ -35,6 +37,10 @@ class EpochMetrics:
             them.
         gates_saturated: gates beyond the window on either side; contains the dead ones.
         num_gates: single gates in the network.
+        steps_skipped: steps whose loss or gradient was not finite, which left the weights alone.
+        train_macs: multiply-accumulates that the epoch's training steps executed, forward and (twice that) backward.
+        macs_saved: share of those of the whole network that were left out because gates agreed, 0 to 1.
+        energy_j: joules that the epoch took on all devices that tell; None where none does.
         gate_open_rates: mean open rate of each gate module over the epoch, by name.
     """
 
@@ -53,6 +59,10 @@ class EpochMetrics:
     gates_dead: int = 0
     gates_saturated: int = 0
     num_gates: int = 0
+    steps_skipped: int = 0
+    train_macs: float = 0.0
+    macs_saved: float = 0.0
+    energy_j: float | None = None
     gate_open_rates: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,7 +84,7 @@ class EpochMetrics:
 
 
 def _form() -> dict[str, Any]:
-    kinds = {"str": str, "int": int, "float": NUMBER, "dict[str, float]": dict}
+    kinds = {"str": str, "int": int, "float": NUMBER, "float | None": (*NUMBER, type(None)), "dict[str, float]": dict}
     return {
         spec.name + ("?" if (spec.default, spec.default_factory) != (MISSING, MISSING) else ""): kinds[str(spec.type)]
         for spec in fields(EpochMetrics)
@@ -86,66 +96,97 @@ class EpochMeter:
 
     Args:
         model: the network; its gates are read after each step.
+        device: of the network.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
         self.model = model
         self.gates = find_gates(model)
-        self.images = 0
-        self.steps = 0
-        self._loss: Tensor | float = 0.0
-        self._correct: Tensor | float = 0.0
-        self._polarization: Tensor | float = 0.0
-        self._open_rates: Tensor | float = 0.0
+        self._sizes = [gate.num_gates for gate in self.gates.values()]
+        # Steps, images, loss, right answers, polarization, then the open rate of every gate.
+        self._sums = torch.zeros(5 + sum(self._sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, polarization: Tensor | None) -> None:
-        """Take in one step: logits (B, classes), labels (B,), the whole loss and its polarization part."""
-        self.steps += 1
-        self.images += len(labels)
-        self._loss = self._loss + loss.detach()
-        self._correct = self._correct + (logits.argmax(1) == labels).sum()
-        if polarization is not None:
-            self._polarization = self._polarization + polarization.detach()
-            rates = [gate.open_rate for gate in self.gates.values() if gate.open_rate is not None]
-            self._open_rates = self._open_rates + torch.cat(rates).detach()
+    def add(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        loss: Tensor,
+        polarization: Tensor | None,
+        bad: Tensor | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        """Take in one step: logits (B, classes), labels (B,), the whole loss and its polarization part.
+
+        ``bad``, bool (), leaves the step out; ``weight`` is that of this rank's images among its fellows', 1 on
+        average.
+        """
+        right = (logits.argmax(1) == labels).sum()
+        rates = [gate.open_rate.detach() for gate in self.gates.values() if gate.open_rate is not None]
+        shown = torch.cat(
+            [
+                right.new_tensor([1, len(labels)]).double(),
+                torch.stack([weight * loss.detach().double(), right.double(), self._or_zero(polarization)]),
+                *(weight * rate.double() for rate in rates),
+            ]
+        )
+        self._sums += shown if bad is None else torch.where(bad, 0.0, shown)
+
+    def _or_zero(self, value: Tensor | None) -> Tensor:
+        return self._sums.new_zeros(()) if value is None else value.detach().double()
+
+    def joined(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The sums so far, over all ranks; a collective."""
+        return {"sums": ranks.sum(self._sums)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from sums; KeyError or RuntimeError where they are another network's."""
+        self._sums.copy_(state["sums"])
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss so far; reading it waits for the device."""
-        return float(self._loss) / max(1, self.steps)
+        """Mean loss so far, NaN before any good step; reading it waits for the device."""
+        steps, _, loss = self._sums[:3].tolist()
+        return loss / steps if steps else math.nan
 
     @property
     def top1(self) -> float:
         """Percent right so far; reading it waits for the device."""
-        return 100 * float(self._correct) / max(1, self.images)
+        _, images, _, right = self._sums[:4].tolist()
+        return 100 * right / max(1.0, images)
 
-    def gate_metrics(self) -> dict[str, Any]:
-        """The fields of `EpochMetrics` that speak of gates; empty for a network without."""
-        if not isinstance(self._open_rates, Tensor):
+    def gate_metrics(self, ranks: Ranks) -> dict[str, Any]:
+        """The fields of `EpochMetrics` that speak of gates; empty for a network without. A collective."""
+        if not self.gates:
             return {}
-        means = self._open_rates / self.steps
-        rates = dict(zip(self.gates, means.split([gate.num_gates for gate in self.gates.values()]), strict=True))
+        steps = self._sums[0]
+        means = (self._sums[5:] / steps).float()
+        rates = dict(zip(self.gates, means.split(self._sizes), strict=True))
         learning = [gate for gate in self.gates.values() if gate.logits is not None]
         everything = {name: torch.ones_like(rate) for name, rate in rates.items()}
+        stuck = {"gates_dead": 0, "gates_saturated": 0}
+        if learning:
+            flags = torch.stack([torch.cat([g.dead for g in learning]), torch.cat([g.saturated for g in learning])])
+            counts = (ranks.sum(flags.int()) == ranks.world).sum(dim=1).tolist()
+            stuck = dict(zip(stuck, counts, strict=True))
         return {
-            "polarization": float(self._polarization) / self.steps,
+            "polarization": float(self._sums[4] / steps),
             "macs": float(expected_macs(self.model, rates) / expected_macs(self.model, everything)),
             "open_rate": float(means.mean()),
-            "gates_dead": sum(int(gate.dead.sum()) for gate in learning),
-            "gates_saturated": sum(int(gate.saturated.sum()) for gate in learning),
+            **stuck,
             "num_gates": means.numel(),
             "gate_open_rates": {name: round(float(rate.mean()), 5) for name, rate in rates.items()},
         }
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = ALONE) -> tuple[float, float]:
     """Evaluate a classifier in eval mode; its mode is put back after.
 
     Args:
         model: images float (B, C, H, W) -> logits (B, classes).
         batches: (images, labels int64 (B,)).
+        ranks: processes that evaluate a share of the images each; a collective.
 
     Returns:
         Mean cross-entropy and top-1 in percent.
@@ -155,15 +196,15 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     """
     was_training = model.training
     model.eval()
-    loss: Tensor | float = 0.0
-    correct: Tensor | float = 0.0
-    count = 0
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
     for images, labels in batches:
         logits = model(images).float()
-        loss = loss + functional.cross_entropy(logits, labels, reduction="sum")
-        correct = correct + (logits.argmax(1) == labels).sum()
-        count += len(labels)
+        loss = functional.cross_entropy(logits, labels, reduction="sum").double()
+        right = (logits.argmax(1) == labels).sum()
+        sums += torch.stack([loss, right.double(), sums.new_tensor(len(labels))])
     model.train(was_training)
+    loss_sum, correct, count = ranks.sum(sums).tolist()
     if count == 0:
         raise ValueError("evaluate: expected at least one image, got none")
-    return float(loss) / count, 100 * float(correct) / count
+    return loss_sum / count, 100 * correct / count

@@ -13,13 +13,16 @@ from gatedconv.data import ImageData
 from gatedconv.train.build import build_model, load_images, phases
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 from gatedconv.train.config import TrainConfig
+from gatedconv.train.distributed import Ranks, current, joined, restarted
 from gatedconv.train.finish import finish
 from gatedconv.train.folder import MetricsWriter, RunFolder
 from gatedconv.train.listener import Listener
-from gatedconv.train.loop import place, resolve_device, train, train_batches
+from gatedconv.train.loop import train
 from gatedconv.train.metrics import EpochMetrics
 from gatedconv.train.provenance import provenance
+from gatedconv.train.recipe import place, resolve_device, train_batches
 from gatedconv.train.state import restore_part
+from gatedconv.train.stopping import StopRequest
 from gatedconv.train.tensorboard import TensorBoard, require_tensorboard
 
 # Gates that are all stuck further than this from the wanted MACs, relatively, deserve a word. A single layer
@@ -30,24 +33,42 @@ _DEAD_SHARE = 0.5
 
 
 def run(
-    config: TrainConfig, folder: RunFolder, *, resume: bool = False, listener: Listener | None = None
+    config: TrainConfig,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any] | None:
     """Train what `config` asks for and write everything to `folder`.
+
+    Started by torchrun, each process calls this: they train one network together, and the first of them writes
+    and reports. A job that torchrun starts again after losing a process goes on by itself.
 
     Args:
         config: the run.
         folder: a folder that holds no run yet, or, with `resume`, this one.
         resume: go on where the folder's checkpoints stand.
         listener: hears of progress.
+        stop: once made, ends the run after the step that is being made, with a checkpoint.
 
     Returns:
-        The content of summary.json; None if `max_minutes` ended the run early.
+        The content of summary.json, empty in other processes than the first; None if `max_minutes` or `stop`
+        ended the run early.
 
     Raises:
         DataError, CheckpointError, ValueError, NonFiniteLoss, OSError: see `train` and `RunFolder.begin`;
             whatever was on the disk before stays there.
     """
-    listener = listener or Listener()
+    stop = stop or StopRequest()
+    with joined(config.device) as ranks:
+        again = resume or (restarted() and ranks.agree(folder.holds_run()))
+        return _run(config, folder, again, (listener if ranks.main else None) or Listener(), stop, ranks)
+
+
+def _run(
+    config: TrainConfig, folder: RunFolder, resume: bool, listener: Listener, stop: StopRequest, ranks: Ranks
+) -> dict[str, Any] | None:
     deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -55,16 +76,20 @@ def run(
         require_tensorboard()
     resolve_device(config.device)
     data = load_images(config)
-    train_batches(config, data)  # raises where the recipe does not fit the data
+    train_batches(config, data, ranks=ranks)  # raises where the recipe does not fit the data
     networks: dict[str, nn.Module] = {
         phase: build_model(config, data, gated=phase == "gated") for phase in phases(config)
     }
     # A run that is refused has claimed no folder: everything that can refuse it comes before.
-    folder.begin(config, resume=resume)
+    if ranks.main:
+        folder.begin(config, resume=resume)
     listener.start(config, data)
-    trained = _train_phases(config, data, folder, networks, resume, listener, deadline)
+    trained = _train_phases(config, data, folder, networks, resume, listener, deadline, stop)
     if trained is None:
         return None
+    if not ranks.main:
+        finish(config, data, folder, trained, listener)
+        return {}
     return conclude(config, data, folder, trained, listener)
 
 
@@ -85,6 +110,8 @@ def conclude(
         "seed": config.seed,
         "epochs": {phase: sum(line.phase == phase for line in history) for phase in trained},
         **outcome,
+        "energy_j": training_energy(history),
+        "train_macs": sum(line.train_macs for line in history),
         "wall_s": round(sum(line.seconds for line in history) + time.monotonic() - started, 2),
         **provenance(resolve_device(config.device)),
     }
@@ -116,10 +143,13 @@ def _train_phases(
     resume: bool,
     listener: Listener,
     deadline: float | None,
+    stop: StopRequest,
 ) -> dict[str, nn.Module] | None:
+    ranks = current()
     writer = MetricsWriter(folder.metrics)
     trained: dict[str, nn.Module] = {}
-    with TensorBoard(folder.path / "tensorboard") if config.tensorboard else nullcontext() as board:
+    board_wanted = config.tensorboard and ranks.main
+    with TensorBoard(folder.path / "tensorboard") if board_wanted else nullcontext() as board, stop.patiently():
         for phase, network in networks.items():
             listener.phase(phase)
             checkpoint = folder.checkpoint(phase)
@@ -130,12 +160,14 @@ def _train_phases(
                 config,
                 phase=phase,
                 checkpoint=checkpoint,
-                resume=resume and has_checkpoint(checkpoint),
+                resume=resume and ranks.agree(has_checkpoint(checkpoint)),
                 on_step=listener.step,
                 on_note=listener.note,
                 deadline=deadline,
+                stop=lambda: stop.made,
             ):
-                writer.write(metrics)
+                if ranks.main:
+                    writer.write(metrics)
                 if board is not None:
                     board.write(metrics)
                 listener.epoch(metrics)
@@ -144,15 +176,22 @@ def _train_phases(
                 last = metrics
             done = last.epoch if last else 0
             if done < config.epochs:
+                why = "asked to stop" if stop.made else f"max_minutes is {config.max_minutes:g}"
                 listener.note(
-                    f"stopped after {done} of {config.epochs} epochs ({phase}): max_minutes is "
-                    f"{config.max_minutes:g}; go on with: gatedconv train --resume {folder.path}"
+                    f"stopped after {done} of {config.epochs} epochs ({phase}): {why}; go on with: "
+                    f"gatedconv train --resume {folder.path}"
                 )
                 return None
             if last is not None:
                 _note_stuck_gates(config, last, listener)
             trained[phase] = network
     return trained
+
+
+def training_energy(history: list[EpochMetrics]) -> float | None:
+    """Joules of all epochs together; None where one of them could not be measured."""
+    joules = [line.energy_j for line in history]
+    return None if not joules or None in joules else round(sum(filter(None, joules)), 3)
 
 
 def _dead_share(metrics: EpochMetrics | None) -> float:

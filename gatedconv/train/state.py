@@ -11,8 +11,9 @@ import torch
 from gatedconv.data import TrainBatches
 from gatedconv.train.checkpoint import CheckpointError, State
 from gatedconv.train.config import TrainConfig, require_same_recipe
+from gatedconv.train.distributed import ALONE, Ranks
 from gatedconv.train.metrics import EpochMetrics
-from gatedconv.train.record import require_form
+from gatedconv.train.record import NUMBER, require_form
 
 # What `pack_state` writes beside the parts.
 _STATE = {
@@ -20,8 +21,17 @@ _STATE = {
     "epoch": int,
     "train_images": int,
     "config": dict,
-    "random": {"data": torch.Tensor, "cpu": torch.Tensor, "cuda?": torch.Tensor},
+    "random": {
+        "data": torch.Tensor,
+        "cpu": torch.Tensor,
+        "cuda?": torch.Tensor,
+        "begun?": torch.Tensor,
+        "position?": int,
+        "ranks?": list,
+    },
     "history": list,
+    # In the middle of an epoch: what it has shown so far.
+    "within?": {"seconds": NUMBER, "energy_j": (*NUMBER, type(None)), "saved": NUMBER, "skipped": int, "meter": dict},
 }
 
 
@@ -31,8 +41,9 @@ def pack_state(
     config: TrainConfig,
     phase: str,
     history: list[EpochMetrics],
+    ranks: Ranks = ALONE,
 ) -> State:
-    """Collect the state of a run.
+    """Collect the state of a run; a collective where there are several processes.
 
     Args:
         parts: what has a `state_dict`, by name: model, optimizer, scaler.
@@ -40,10 +51,13 @@ def pack_state(
         config: of the run.
         phase: which training of the run this is.
         history: metrics of every epoch done.
+        ranks: the processes of the run; each has random numbers of its own.
     """
-    random = {"data": batches.generator.get_state(), "cpu": torch.get_rng_state()}
+    random: dict[str, Any] = {**batches.state(), "cpu": torch.get_rng_state()}
     if batches.labels.is_cuda:
         random["cuda"] = torch.cuda.get_rng_state(batches.labels.device)
+    if ranks.world > 1:
+        random["ranks"] = ranks.gather({name: random[name] for name in ("cpu", "cuda") if name in random})
     return {
         "phase": phase,
         "epoch": len(history),
@@ -62,6 +76,7 @@ def restore_state(
     batches: TrainBatches,
     config: TrainConfig,
     phase: str,
+    ranks: Ranks = ALONE,
 ) -> list[EpochMetrics]:
     """Put a run back to where `pack_state` saw it.
 
@@ -72,6 +87,7 @@ def restore_state(
         batches: of the train split; their generator is set in place.
         config: of this run; must equal the checkpoint's, but for `FREE_ON_RESUME`.
         phase: which training of the run this is.
+        ranks: the processes of the run; random numbers go on where there are as many as there were.
 
     Returns:
         The metrics of the epochs done.
@@ -93,11 +109,19 @@ def restore_state(
         )
     for name, part in parts.items():
         restore_part(state, path, name, part)
-    batches.generator.set_state(state["random"]["data"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if batches.labels.is_cuda and "cuda" in state["random"]:
-        torch.cuda.set_rng_state(state["random"]["cuda"], batches.labels.device)
+    batches.set_state(state["random"])
+    _restore_random(state["random"], batches, ranks)
     return [EpochMetrics.from_dict(line, f"{path}: history", CheckpointError) for line in state["history"]]
+
+
+def _restore_random(random: dict[str, Any], batches: TrainBatches, ranks: Ranks) -> None:
+    every = random.get("ranks", [random])
+    if len(every) != ranks.world:
+        return  # more or fewer processes than before: each keeps the numbers of its own seed
+    mine = every[ranks.rank]
+    torch.set_rng_state(mine["cpu"])
+    if batches.labels.is_cuda and "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"], batches.labels.device)
 
 
 def restore_part(state: State, path: Path, name: str, part: Any) -> None:

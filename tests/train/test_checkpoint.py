@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from gatedconv.deploy.atomic import write_atomic
 from gatedconv.train.checkpoint import (
     CheckpointError,
     has_checkpoint,
     load_checkpoint,
     previous_path,
     save_checkpoint,
-    write_atomic,
 )
 
 

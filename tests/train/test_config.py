@@ -8,7 +8,7 @@ import pytest
 
 from gatedconv.train import PRESETS, TrainConfig, preset_settings
 from gatedconv.train.config import field_specs, make_config, read_toml, to_toml
-from gatedconv.train.loop import learning_rate, polar_weight
+from gatedconv.train.recipe import learning_rate, polar_weight
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatedconv.data import ImageData, validation_view
+from gatedconv.data import ImageData, TrainBatches, validation_view
 from gatedconv.gates import find_gates
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint, previous_path
-from gatedconv.train.loop import make_optimizer, resolve_device, total_loss
+from gatedconv.train.recipe import make_optimizer, resolve_device, total_loss
 from gatedconv.train.state import pack_state
+from gatedconv.train.step import Stepper
 
 CONFIG = TrainConfig(epochs=4, batch_size=16, lr=0.05, mac_weight=1.0, gate_warmup=0.2, act_weight=0.1)
 
@@ -115,7 +116,7 @@ def test_it_learns_and_the_metrics_tell_so(data: ImageData) -> None:
 def test_gates_are_counted_on_training_batches(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation leaves its own logits in the gates; the counters must not see them."""
 
-    def shutting(model: nn.Module, batches: Any) -> tuple[float, float]:
+    def shutting(model: nn.Module, batches: Any, ranks: Any) -> tuple[float, float]:
         for gate in find_gates(model).values():
             gate.logits = torch.full_like(gate.logits, -50.0)
         return 1.0, 50.0
@@ -140,7 +141,7 @@ def test_the_state_of_the_runs_own_device_is_kept(device: str, monkeypatch: pyte
         def __len__(self) -> int:
             return 3
 
-    batches: Any = SimpleNamespace(labels=Labels(), generator=torch.Generator())
+    batches: Any = SimpleNamespace(labels=Labels(), state=dict)
     state = pack_state({}, batches, CONFIG, "gated", [])
     assert ("cuda" in state["random"]) == (device != "cpu")
     assert asked == ([] if device == "cpu" else [torch.device(device)])
@@ -162,27 +163,53 @@ def test_a_mac_target_moves_the_macs(data: ImageData) -> None:
     assert final[0.4] < 0.65 and final[1.0] > 0.9
 
 
-def test_the_last_good_checkpoint_survives_a_nan(tmp_path: Path, data: ImageData) -> None:
-    class Failing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = network(dataclasses.replace(CONFIG, gate="none"))
-            self.calls = 0
+class Failing(nn.Module):
+    """A dense network whose logits become NaN in some of its training steps, counted from 1."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += self.training
-            logits: Tensor = self.inner(x)
-            return logits * math.nan if self.calls == 5 else logits
+    def __init__(self, steps: range | tuple[int, ...]) -> None:
+        super().__init__()
+        self.inner = network(dataclasses.replace(CONFIG, gate="none"))
+        self.steps, self.calls = steps, 0
 
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        # The batch itself is broken: running statistics would be, too.
+        logits: Tensor = self.inner(x * math.nan if self.training and self.calls in self.steps else x)
+        return logits
+
+
+def test_the_last_good_checkpoint_survives_steps_of_nan(tmp_path: Path, data: ImageData) -> None:
     path = tmp_path / "gated.pt"
     seen = []
-    with pytest.raises(NonFiniteLoss, match=r"loss became nan in epoch 2, step 2 of 3; .* kept at .*gated\.pt"):
-        for line in train(Failing(), data, CONFIG, checkpoint=path):
+    message = r"not finite in 4 steps in a row, last in epoch 3, step 2 of 3 .* kept at .*gated\.pt"
+    with pytest.raises(NonFiniteLoss, match=message):
+        for line in train(Failing(range(5, 99)), data, CONFIG, checkpoint=path, on_note=lambda text: None):
             seen.append(line)
-    assert len(seen) == 1
+    assert [line.steps_skipped for line in seen] == [0, 2]
     state = load_checkpoint(path)
-    assert state["epoch"] == 1
+    assert state["epoch"] == 2
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_step_of_nan_changes_nothing_but_the_batches_seen(data: ImageData, first: int) -> None:
+    """Weights, momentum and running statistics after a bad step are those before it."""
+    notes: list[str] = []
+    model = Failing((first,))
+    (line,) = list(train(model, data, dataclasses.replace(CONFIG, epochs=1, batch_size=6), on_note=notes.append))
+    assert line.steps_skipped == 1 and notes == [
+        "gated: epoch 1: 1 of 8 steps had a loss or gradient that is not finite and were skipped"
+    ]
+    expected = Failing(())
+    config = dataclasses.replace(CONFIG, gate="none", epochs=1, batch_size=6)
+    batches = TrainBatches(data, 6, seed=config.seed, memory_format=torch.channels_last)
+    expected.to(memory_format=torch.channels_last).train()
+    stepper = Stepper(expected, config, torch.device("cpu"))
+    for number, (images, labels) in enumerate(batches, start=1):
+        if number != first:
+            stepper(images, labels, (number - 1) / 8)
+    assert_same_state(model.state_dict(), expected.state_dict())
+    assert line.train_loss > 0 and math.isfinite(line.train_loss)
 
 
 def test_weights_that_break_in_the_last_step_are_noticed(data: ImageData) -> None:
@@ -195,7 +222,7 @@ def test_weights_that_break_in_the_last_step_are_noticed(data: ImageData) -> Non
             logits: Tensor = self.inner(x)
             return logits if self.training else logits * math.inf
 
-    with pytest.raises(NonFiniteLoss, match="test loss became"):
+    with pytest.raises(NonFiniteLoss, match="not finite in the evaluation"):
         list(train(FailingInEval(), data, CONFIG))
 
 

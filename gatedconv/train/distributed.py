@@ -1,0 +1,127 @@
+"""Several processes training one network: torchrun starts them, PyTorch's own engine joins them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is: ``rank`` of ``world``, ``local`` its number on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, a new tensor; a collective where there are several."""
+        if self.world == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def agree(self, value: Any) -> Any:
+        """The value that the main process has; any object, a collective."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, on each of them; a collective."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Give every process the mean of all running statistics, so that all hold the same network."""
+        floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        if self.world == 1 or not floats:
+            return
+        joined = self.sum(torch.cat([buffer.flatten().float() for buffer in floats])) / self.world
+        for buffer, mean in zip(floats, joined.split([buffer.numel() for buffer in floats]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """Join the processes that torchrun started; alone where it started none or one.
+
+    NCCL between GPUs, gloo between CPUs. Each process takes the GPU of its local rank.
+
+    Args:
+        device: of the settings: "auto", "cpu" or "cuda"; a numbered one cannot be shared.
+
+    Raises:
+        ValueError: a numbered device, or fewer GPUs than processes on this machine.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        yield current()
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = device != "cpu" and (device != "auto" or torch.cuda.is_available())
+    if on_gpu:
+        _take_gpu(device, local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+    finally:
+        dist.destroy_process_group()
+
+
+def current() -> Ranks:
+    """The processes that have joined already."""
+    if not dist.is_available() or not dist.is_initialized():
+        return ALONE
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def launched() -> tuple[int, int]:
+    """Number of this process and of all, as torchrun started them; 0 and 1 without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this job again after a process of it was lost."""
+    return int(os.environ.get(_RESTARTS, "0")) > 0
+
+
+def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The network as its processes train it: DistributedDataParallel, each with running statistics of its own."""
+    if ranks.world == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _take_gpu(device: str, local: int) -> None:
+    if ":" in device:
+        raise ValueError(f"device: expected auto, cpu or cuda with several processes, got {device!r}")
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected a GPU for each process on this machine, found {torch.cuda.device_count()} for "
+            f"local rank {local}"
+        )
+    torch.cuda.set_device(local)

@@ -1,0 +1,196 @@
+"""What a step minimises, how, and where: losses and their weights over the run, optimiser, device, batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gatedconv.data import Augment, ImageData, TrainBatches
+from gatedconv.gates import MacController, activation_loss, find_gates, mac_target_loss, polarization_loss, schedules
+from gatedconv.train.config import TrainConfig, epoch_range
+from gatedconv.train.distributed import ALONE, Ranks
+
+
+def total_loss(
+    model: nn.Module,
+    logits: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+    progress: float,
+    controller: MacController | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy plus what `config` asks of the gates (eqs. 5, 9 and the MAC target).
+
+    Args:
+        model: the network that has just made `logits`; its gates hold this batch's open rates.
+        logits: (B, classes).
+        labels: int64 (B,).
+        config: weights and schedules.
+        progress: share of the run that is done, in [0, 1].
+        controller: of `make_controller`, for a run that has one.
+
+    Returns:
+        The whole loss, and the polarization part before its weight; None for a network without gates.
+    """
+    loss = task_loss(logits, labels, config)
+    if not find_gates(model):
+        return loss, None
+    of_gates, polarization = gate_loss(model, config, progress, controller)
+    return loss + of_gates, polarization
+
+
+def task_loss(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
+    """Cross-entropy of logits (B, classes) against int64 (B,), in fp32."""
+    return functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+
+
+def gate_loss(
+    model: nn.Module, config: TrainConfig, progress: float, controller: MacController | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `config` asks of the gates at a progress in [0, 1]; and the polarization part before its weight."""
+    polarization = polarization_loss(model)
+    weight = polar_weight(config, progress)
+    loss = weight * polarization if weight else torch.zeros_like(polarization)
+    ramp = schedules.linear_warmup(progress, 1.0, config.gate_warmup)
+    if config.act_weight:
+        loss = loss + ramp * config.act_weight * activation_loss(model, weight=config.act_weighting)
+    if config.mac_weight:
+        loss = loss + ramp * config.mac_weight * mac_target_loss(model, target=config.mac_target)
+    if controller is not None and progress >= config.mac_ramp[0]:
+        loss = loss + controller(model, schedules.falling(progress, config.mac_target, *config.mac_ramp))
+    return loss, polarization
+
+
+def make_controller(model: nn.Module, config: TrainConfig) -> MacController | None:
+    """The controller of the MACs, if `config` asks for one and the network has gates to move.
+
+    It is asked once for each part of an accumulated batch.
+    """
+    return MacController(config.mac_gain / config.accumulate) if config.mac_gain and find_gates(model) else None
+
+
+def polar_weight(config: TrainConfig, progress: float) -> float:
+    """λ of the polarization loss at a progress in [0, 1]."""
+    if config.polar_schedule == "rising":
+        return schedules.rising(progress, config.polar_weight)
+    if config.polar_schedule == "warmup":
+        return schedules.linear_warmup(progress, config.polar_weight, config.gate_warmup)
+    return schedules.constant(progress, config.polar_weight)
+
+
+def learning_rate(config: TrainConfig, epoch: float) -> float:
+    """The learning rate after `epoch` epochs (a step within an epoch is a fraction of one)."""
+    if epoch < config.warmup_epochs:
+        # Never exactly 0: the first step would do nothing.
+        return config.lr * max(epoch, 0.01) / config.warmup_epochs
+    if config.schedule == "staged":
+        passed = sum(epoch / config.epochs >= milestone for milestone in config.milestones)
+        return config.lr * config.lr_decay**passed
+    rest = max(config.epochs - config.warmup_epochs, 1e-9)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - config.warmup_epochs) / rest)))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    """SGD in three groups: weights, BatchNorm and biases, and gates, which have a learning rate of their own.
+
+    Gates do not decay by default: decay pulls every logit to 0, where a gate flips.
+    """
+    of_gates = {id(p) for gate in find_gates(model).values() for p in gate.parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "gates": []}
+    for parameter in model.parameters():
+        kind = "gates" if id(parameter) in of_gates else "weights" if parameter.dim() > 1 else "norms"
+        groups[kind].append(parameter)
+    decay = {
+        "weights": config.weight_decay,
+        "norms": config.weight_decay if config.norm_weight_decay else 0.0,
+        "gates": config.gate_weight_decay,
+    }
+    optimizer = torch.optim.SGD(
+        [
+            {
+                "params": found,
+                "weight_decay": decay[kind],
+                "lr_factor": config.gate_lr_factor if kind == "gates" else 1.0,
+            }
+            for kind, found in groups.items()
+            if found
+        ],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=True,
+    )
+    if config.momentum:
+        # PyTorch makes them in the first step, and leaves them undefined where that step is skipped. From zeros
+        # the first step does the same.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def augmentation(data: ImageData, config: TrainConfig) -> Augment:
+    """What the source suggests, as changed by `augment` and `pad`.
+
+    Raises:
+        ValueError: shifts by `pad` could leave nothing of an image.
+    """
+    if not config.augment:
+        return Augment()
+    side = min(data.image_shape[1:])
+    if config.pad >= side:
+        raise ValueError(f"pad: expected less than {side}, the side of the images, got {config.pad}")
+    return Augment(data.augment.pad if config.pad < 0 else config.pad, data.augment.flip)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes a GPU if there is one.
+
+    Raises:
+        ValueError: the device does not exist on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one that this machine has ({torch.cuda.device_count()} GPUs), got {name!r}")
+    return device
+
+
+def train_batches(config: TrainConfig, data: ImageData, phase: str = "gated", ranks: Ranks = ALONE) -> TrainBatches:
+    """The batches that a run trains on; a training that does not begin with the run draws others than its first.
+
+    Raises:
+        ValueError: the batch size or `pad` does not fit the data or the number of processes, or no such device.
+    """
+    return TrainBatches(
+        data,
+        config.batch_size,
+        augment=augmentation(data, config),
+        rank=ranks.rank,
+        world=ranks.world,
+        seed=(config.seed + (epoch_range(config, phase)[0] << 32)) % 2**63,
+        **placement(config),
+    )
+
+
+def placement(config: TrainConfig) -> dict[str, Any]:
+    """Where batches are made and in which layout, as arguments of `TrainBatches` and `EvalBatches`."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return {"device": resolve_device(config.device), "memory_format": layout}
+
+
+def place(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Move a network to where the batches of a run are, in their layout; returns it."""
+    moved: nn.Module = model.to(resolve_device(config.device)).to(memory_format=placement(config)["memory_format"])
+    return moved

@@ -1,0 +1,118 @@
+"""Training that gets cheaper as gates agree: shut blocks are left out, and what that saves is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from gatedconv.gates import MacTerm
+from gatedconv.gates.gate import LearnedGate
+from gatedconv.nn import BasicBlock
+from gatedconv.nn.skipping import BlockSkip
+from gatedconv.train.distributed import ALONE, Ranks
+
+# A training step costs a forward pass and, backward, about two more.
+PASSES_PER_STEP = 3
+
+
+class BlockSkipping:
+    """Chooses the blocks that a step leaves out; `gatedconv.nn.skipping` says why that is exact.
+
+    On the CPU each block decides when its gate has seen the batch. On a GPU that would make the host wait in
+    every block: there the step before decides, and `verified` checks once the backward pass is in the queue,
+    from a copy made after the forward pass, so that the device is never idle. If a gate opened after all, the
+    step is to be done again with nothing left out.
+
+    Only blocks whose layer gate is all their gates take part: a channel gate inside a block that is left out
+    would miss the gradient of its own losses.
+
+    Args:
+        model: a network; without such blocks nothing is ever left out.
+        device: that it trains on.
+        predict: let the step before decide; None for what suits the device.
+        ranks: the processes that train together; where the step before decides, they leave out the same.
+
+    Attributes:
+        saved: multiply-accumulates left out so far, forward and backward.
+        repeated: steps that had to be done again.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, predict: bool | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        self._blocks = _skippable(model)
+        self.predict = bool(self._blocks) and (device.type == "cuda" if predict is None else predict)
+        costs = dict.fromkeys(self._blocks, 0.0)
+        terms: Sequence[MacTerm] = getattr(model, "mac_terms", ())
+        for term in terms:
+            for name in costs.keys() & {gate.rpartition(".")[0] for gate in term.gates}:
+                costs[name] += term.macs
+        self._costs = list(costs.values())
+        self._skips = [BlockSkip(now=not self.predict) for _ in self._blocks]
+        self._ranks = ranks
+        self.saved, self.repeated = 0.0, 0
+        self._shut = self._flags = torch.zeros(len(costs), dtype=torch.bool)
+        if device.type == "cuda":
+            self._flags = self._flags.pin_memory()
+            self._copied = torch.cuda.Event()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While it lasts, the blocks of the network leave themselves out."""
+        for block, skip in zip(self._blocks.values(), self._skips, strict=True):
+            block.skip = skip
+        try:
+            yield
+        finally:
+            for block in self._blocks.values():
+                block.skip = None
+
+    @torch.no_grad()
+    def note_forward(self, images: int, *, first: bool = True) -> None:
+        """Take down which gates are shut for the images that have just gone through; `first` begins a step."""
+        if not self.predict:
+            self._count(images, [skip.shut for skip in self._skips])
+            return
+        shut = torch.stack([gate.dead.all() for gate in self._gates()])
+        self._shut = shut if first else self._shut & shut
+        # Every rank has to leave out, or repeat, the same.
+        agreed = self._ranks.sum(self._shut.int()) == self._ranks.world if self._ranks.world > 1 else self._shut
+        self._flags.copy_(agreed, non_blocking=True)
+        if agreed.is_cuda:
+            self._copied.record()
+
+    def verified(self, images: int) -> bool:
+        """Whether every block that a step over so many images left out was shut; decides for the next step.
+
+        After False, nothing is left out of the next forward pass.
+        """
+        if not self.predict:
+            return True
+        if self._flags.is_pinned():
+            self._copied.synchronize()
+        flags = self._flags.tolist()
+        wrong = any(skip.shut and not shut for skip, shut in zip(self._skips, flags, strict=True))
+        self.repeated += wrong
+        if not wrong:
+            self._count(images, [skip.shut for skip in self._skips])
+        for skip, shut in zip(self._skips, flags, strict=True):
+            skip.shut = shut and not wrong
+        return not wrong
+
+    def _count(self, images: int, left_out: list[bool]) -> None:
+        cost = sum(cost for cost, shut in zip(self._costs, left_out, strict=True) if shut)
+        self.saved += PASSES_PER_STEP * images * cost
+
+    def _gates(self) -> list[LearnedGate]:
+        return [block.layer_gate for block in self._blocks.values() if isinstance(block.layer_gate, LearnedGate)]
+
+
+def _skippable(model: nn.Module) -> dict[str, BasicBlock]:
+    return {
+        name: block
+        for name, block in model.named_modules()
+        if isinstance(block, BasicBlock) and isinstance(block.layer_gate, LearnedGate) and block.channel_gate is None
+    }

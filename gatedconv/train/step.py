@@ -1,0 +1,154 @@
+"""One step of training: forward, losses, backward, optimiser, in as many parts as `accumulate` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from gatedconv.gates import find_gates
+from gatedconv.gates.losses import accumulating
+from gatedconv.train.config import TrainConfig
+from gatedconv.train.distributed import ALONE, Ranks, parallel
+from gatedconv.train.guard import Buffers, StepGuard
+from gatedconv.train.recipe import (
+    gate_loss,
+    learning_rate,
+    make_controller,
+    make_optimizer,
+    set_learning_rate,
+    task_loss,
+)
+from gatedconv.train.recompute import recomputing
+from gatedconv.train.skipping import BlockSkipping
+
+
+class StepResult(NamedTuple):
+    """What a step showed: logits (B, classes), the loss and its polarization part (), whether it was bad ()."""
+
+    logits: Tensor
+    loss: Tensor
+    polarization: Tensor | None
+    bad: Tensor
+
+
+class Stepper:
+    """Makes steps on a network, in place.
+
+    Args:
+        model: the network, where it is to train.
+        config: the recipe.
+        device: of the network.
+        ranks: the processes that train it together.
+        predict_skips: for tests: let the step before decide what is left out, as on a GPU.
+
+    Attributes:
+        parts: what has a state, by name: model, optimizer, scaler and, where there is one, controller.
+        guard: counts the bad steps.
+        skipping: counts what was left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        *,
+        predict_skips: bool | None = None,
+    ) -> None:
+        self.model, self.config, self.device, self.ranks = model, config, device, ranks
+        self.optimizer = make_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        half = torch.bfloat16 if config.amp == "bf16" else torch.float16
+        self.autocast = torch.autocast(device.type, half, enabled=config.amp != "off")
+        self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.controller = make_controller(model, config)
+        if self.controller is not None:
+            self.parts["controller"] = self.controller.to(device)
+        compiled: nn.Module = torch.compile(model, fullgraph=True) if config.compile else model  # type: ignore[assignment]
+        self.network = parallel(compiled, ranks)
+        moving = nn.ModuleList([model, *([self.controller] if self.controller is not None else [])])
+        self.guard = StepGuard(moving, device)
+        skips = config.skip_blocks and not (config.compile or config.cuda_graph)
+        self.skipping = BlockSkipping(model if skips else nn.Module(), device, predict=predict_skips, ranks=ranks)
+        self._before = Buffers(moving) if self.skipping.predict else None
+        self._gated = bool(find_gates(model))
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While it lasts, the network behaves as the steps of `config` need it."""
+        with ExitStack() as stack:
+            stack.enter_context(accumulating(self.model, self.config.accumulate))
+            stack.enter_context(self.skipping.active())
+            if self.config.recompute:
+                stack.enter_context(recomputing(self.model))
+            yield
+
+    def __call__(self, images: Tensor, labels: Tensor, epoch: float) -> StepResult:
+        """Make a step at `epoch` (a step within an epoch is a fraction of one) on (B, C, H, W) and int64 (B,)."""
+        set_learning_rate(self.optimizer, learning_rate(self.config, epoch))
+        if self.device.type == "cpu":
+            self.guard.buffers.keep()
+        if self._before is not None:
+            self._before.keep()
+        result = self._forward_backward(images, labels, epoch / self.config.epochs)
+        if not self.skipping.verified(len(images)) and self._before is not None:
+            self._before.put_back()
+            result = self._forward_backward(images, labels, epoch / self.config.epochs)
+            self.skipping.verified(len(images))
+        return self._update(result)
+
+    def _forward_backward(self, images: Tensor, labels: Tensor, progress: float) -> StepResult:
+        count = self.config.accumulate
+        # DistributedDataParallel gives each rank the same say; ranks may hold one image more or less.
+        weight = len(images) * self.ranks.world / self.config.batch_size
+        shown, loss, polarization = [], torch.zeros((), device=self.device), None
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, (x, y) in enumerate(zip(images.tensor_split(count), labels.tensor_split(count), strict=True)):
+            wait = self.ranks.world > 1 and index < count - 1
+            with self.network.no_sync() if wait else nullcontext():  # type: ignore[operator]
+                with self.autocast:
+                    logits = self.network(x)
+                self.skipping.note_forward(len(x), first=index == 0)
+                task, share = task_loss(logits, y, self.config), len(x) / len(images)
+                whole = task if share * weight == 1 else task * (share * weight)
+                loss += task.detach() * share
+                if self._gated:
+                    of_gates, polar = gate_loss(self.model, self.config, progress, self.controller)
+                    whole = whole + of_gates
+                    loss += of_gates.detach() / count
+                    polarization = polar.detach() / count + (0 if polarization is None else polarization)
+                self.scaler.scale(whole).backward()
+            shown.append(logits.detach())
+        return StepResult(shown[0] if count == 1 else torch.cat(shown), loss, polarization, loss)
+
+    def _update(self, result: StepResult) -> StepResult:
+        """Change the weights, unless the loss or the gradient is not finite."""
+        scaled = self.scaler.is_enabled()
+        if scaled:
+            self.scaler.unscale_(self.optimizer)
+        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self.config.grad_clip:
+            clip_grads_with_norm_(self._parameters, self.config.grad_clip, norm)
+        finite = result.loss.isfinite()
+        if self.ranks.world > 1 and not scaled:
+            finite = norm.isfinite()  # the same on every rank, which the loss is not
+        elif not scaled:
+            finite = finite & norm.isfinite()  # with fp16 the scaler tries out what still is
+        bad = ~finite
+        if scaled:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the fused kernel
+            self.optimizer.step()
+        if self.device.type == "cpu" and bool(bad):
+            self.guard.buffers.put_back()
+        self.guard.count(bad)
+        return result._replace(bad=bad)
