@@ -105,9 +105,10 @@ def _dense(
     columns = ceil_div(features, block_k)
     groups = min(ceil_div(batch, block_n), ceil_div(PROGRAMS, columns))
     per_group = ceil_div(ceil_div(batch, groups), block_n) * block_n
+    row_tiles = 1 if sums is None else sums.shape[1]
     gate_backward_dense[(columns, 1 + ceil_div(batch, per_group) if need_dx else 1)](
         dx, *(features_of(dx)[1] if need_dx else strides), d_weight, *norm, dh, sums, saved.hidden, saved.stat,
-        norm_weight, norm_bias, x, *strides, weight, batch, features, pixels, units, 1 if sums is None else sums.shape[1], per_group, scale,
+        norm_weight, norm_bias, x, *strides, weight, batch, features, pixels, units, row_tiles, per_group, scale,
         HIDDEN=sums is not None, BATCH_STATS=flags.get("BATCH_STATS", False), CENTRE=flags.get("CENTRE", False),
         BLOCK_N=block_n, BLOCK_M=power_of_two(units, 16, 32), BLOCK_K=block_k, BLOCK_T=16, num_stages=2,
     )  # fmt: skip

@@ -103,10 +103,10 @@ def forward(
     last = _last_program(batch, gates, hidden, noise is not None) if one_launch else None
     wide = pooling and units > POOL_UNITS
     with on_device(x):
-        counter = ticket(x) if last is not None and not wide else None
+        counter = None if last is None else ticket(x)
         options |= tail_tiles(hidden) if counter is None or last is None else last
         if wide:
-            _pool_wide(x, first, out.pooled, part)
+            _pool_wide(x, first, out.pooled, counter, slices, tail, options)
         elif pooling:
             _pool(x, first, out.pooled, counter, slices, per_slice, tail, options)
         else:
@@ -142,7 +142,7 @@ def _last_program(batch: int, gates: int, hidden: int, noisy: bool) -> dict[str,
 def _shares(x: Tensor, units: int, features: int, pooling: bool) -> tuple[int, int]:
     """Programs that share the features of a sample, and features that each takes."""
     if pooling:
-        block_c = power_of_two(features, most=64)
+        block_c = power_of_two(features, 16 if units > POOL_UNITS else 1, 64)
         split = units > POOL_UNITS or x.shape[1] * x.shape[2] * x.shape[3] > SPLIT_ABOVE
         per_slice = block_c if split else ceil_div(features, block_c) * block_c
         return ceil_div(features, per_slice), per_slice
@@ -167,14 +167,16 @@ def _pool(
     )  # fmt: skip
 
 
-def _pool_wide(x: Tensor, weight: Tensor, pooled: Tensor, part: Tensor) -> None:
+def _pool_wide(
+    x: Tensor, weight: Tensor, pooled: Tensor, counter: Tensor | None, slices: int, tail: Any, options: dict[str, Any]
+) -> None:
     x, strides = positions(x)
     units, channels = weight.shape
     pixels = x.shape[2] * x.shape[3]
     block_c = power_of_two(channels, 16, 64)
-    gate_pool_wide[(ceil_div(x.shape[0], DENSE_ROWS), part.shape[0])](
-        pooled, part, x, *strides, weight, x.shape[0], channels, pixels, units, BLOCK_R=DENSE_ROWS, BLOCK_M=32,
-        BLOCK_C=block_c, BLOCK_S=power_of_two(pixels, most=TILE // block_c), num_stages=1,
+    gate_pool_wide[(ceil_div(x.shape[0], DENSE_ROWS), slices)](
+        pooled, x, *strides, weight, counter, channels, pixels, units, *tail, **options, TICKET=counter is not None,
+        BLOCK_R=DENSE_ROWS, BLOCK_M=32, BLOCK_C=block_c, BLOCK_S=power_of_two(pixels, most=TILE // block_c),
     )  # fmt: skip
 
 

@@ -59,10 +59,15 @@ def gate_pool_dense(
 
 @triton.jit
 def gate_pool_wide(
-    pooled_ptr, part_ptr, x_ptr, x_stride_n, x_stride_c, x_stride_s, weight_ptr, N, C, HW, M,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    pooled_ptr, x_ptr, x_stride_n, x_stride_c, x_stride_s, weight_ptr, ticket_ptr, C, HW, M,
+    gate_ptr, rate_ptr, logits_ptr, hidden_ptr, stat_ptr, threshold_ptr, part_ptr, bias1_ptr, gamma_ptr, beta_ptr,
+    weight2_ptr, bias2_ptr, noise_ptr, run_mean_ptr, run_var_ptr, run_count_ptr, run_rate_ptr, run_threshold_ptr,
+    N, S, H, O, eps, norm_momentum, momentum, HIDDEN: tl.constexpr, BATCH_STATS: tl.constexpr, UPDATE: tl.constexpr,
+    TRAIN: tl.constexpr, ESTIMATOR: tl.constexpr, NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr, TICKET: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Write pooled (N, C) and part for many units: a weight is read once for BLOCK_R samples. Grid (N, C tiles)."""
+    """As gate_pool_dense for many units: a weight is read once for BLOCK_R samples. Grid (N tiles, S = C tiles)."""
     r = tl.arange(0, BLOCK_R)
     rows = tl.program_id(0) * BLOCK_R + r
     split = tl.program_id(1)
@@ -81,6 +86,13 @@ def gate_pool_wide(
         product = tl.dot(pooled, weight, input_precision="ieee")
         at = part_ptr + (split * N + rows)[:, None] * M + m[None, :]
         tl.store(at, product, mask=(rows < N)[:, None] & (m < M)[None, :])
+    if TICKET:
+        finish(
+            ticket_ptr, tl.num_programs(0) * tl.num_programs(1), gate_ptr, rate_ptr, logits_ptr, hidden_ptr, stat_ptr,
+            threshold_ptr, part_ptr, bias1_ptr, gamma_ptr, beta_ptr, weight2_ptr, bias2_ptr, noise_ptr, run_mean_ptr,
+            run_var_ptr, run_count_ptr, run_rate_ptr, run_threshold_ptr, N, S, H, O, eps, norm_momentum, momentum,
+            HIDDEN, BATCH_STATS, UPDATE, TRAIN, ESTIMATOR, NOISY, BLOCK_N, BLOCK_H, BLOCK_O,
+        )  # fmt: skip
 
 
 @triton.jit

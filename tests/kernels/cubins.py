@@ -1,106 +1,167 @@
-"""Compiles every kernel for every GPU generation, without a GPU, and prints what each needs as JSON lines.
+"""Compiles what training launches for every GPU generation, without a GPU, and prints what each kernel needs.
 
-Run as ``python -m tests.kernels.cubins 75 90 ...`` in a process of its own: a process has either interpreted
-kernels or compiled ones.
+``python -m tests.kernels.cubins some|all 75 90 ...`` prints JSON lines. The launches are recorded from the library's
+own calls, so their types, constants and alignments are those that a GPU would be asked for. The process is one of
+its own, because one process has either interpreted kernels or compiled ones.
 """
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 import triton
-from gatedconv.kernels import gate, gate_backward, gated_residual, gated_scale
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-HEAD = {
-    "HIDDEN": True, "BATCH_STATS": True, "UPDATE": True, "TRAIN": True, "ESTIMATOR": "ste", "NOISY": False,
-    "BLOCK_N": 64, "BLOCK_H": 16, "BLOCK_O": 16,
+import gatedconv
+from gatedconv import ops
+from tests.kernels.recording import Launch, gate_step, recorded
+
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"
 }  # fmt: skip
-GRAD = {"HAS_GATE": True, "HAS_RATE": True, "HAS_LOGITS": False, "ESTIMATOR": "ste", "NOISY": False}
-TAIL = GRAD | {"BATCH_STATS": True, "BLOCK_N": 64, "BLOCK_H": 16, "BLOCK_O": 16}
-FLAT = {"HIDDEN": False, "BATCH_STATS": False}
-WIDE = {"BLOCK_N": 16, "BLOCK_H": 128}
-NOISE = {"ESTIMATOR": "gumbel", "NOISY": True}
-LOGITS = GRAD | {"CENTRE": True, "BLOCK_N": 64, "BLOCK_O": 16, "ESTIMATOR": "batch_mean"}
-FACTORS = {"HAS_LAYER": True, "HAS_CHANNEL": True}
-INCOMING = FACTORS | {"HAS_GRAD": True, "HAS_POOLED": True}
-FINISH = {"BLOCK_G": 128, "BLOCK_C": 32, "BLOCK_N": 32}
-NCHW, NHWC = {"BLOCK_C": 16, "BLOCK_S": 128}, {"BLOCK_C": 64, "BLOCK_S": 32}
-# The tile sizes that the launchers choose: (kernel, constants, number of stages).
-CASES = [
-    (gate.gate_pool_dense, HEAD | NHWC | {"TICKET": False, "BLOCK_M": 16}, 1),
-    (gate.gate_pool_dense, HEAD | NCHW | {"TICKET": True, "BLOCK_M": 16}, 1),
-    (gate.gate_pool_dense, HEAD | NHWC | FLAT | {"TICKET": True, "BLOCK_M": 64}, 1),
-    (gate.gate_dense, {"BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_K": 64}, 2),
-    (gate.gate_dense, {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_K": 64}, 2),
-    (gate.gate_tail, HEAD, 1),
-    (gate.gate_tail, HEAD | WIDE, 1),
-    (gate.gate_tail, HEAD | NOISE, 1),
-    (gate.gate_tail, HEAD | {"ESTIMATOR": "batch_mean"}, 1),
-    (gate_backward.gate_backward_logits, LOGITS, 3),
-    (gate_backward.gate_backward_tail, TAIL, 1),
-    (gate_backward.gate_backward_tail, TAIL | WIDE, 1),
-    (gate_backward.gate_backward_tail, TAIL | NOISE, 1),
-    (gate_backward.gate_backward_dense, {"NEED_DX": True, "BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_K": 16}, 2),
-    (gate_backward.gate_backward_dense, {"NEED_DX": True, "BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_K": 32}, 2),
-    (gated_residual.statistics, NCHW, 3),
-    (gated_residual.statistics, NHWC, 3),
-    (gated_residual.finish_statistics, FINISH | {"NORMED": True, "UPDATE": True}, 3),
-    (gated_residual.residual_forward, FACTORS | NCHW | {"POOL": True}, 3),
-    (gated_residual.residual_forward, FACTORS | NHWC | {"POOL": True}, 3),
-    (gated_residual.residual_reduce, INCOMING | NCHW, 3),
-    (gated_residual.residual_reduce, INCOMING | NHWC, 3),
-    (gated_residual.finish_reduce, FINISH | {"HAS_LAYER": True, "HAS_NORMED": True, "BLOCK_T": 4}, 3),
-    (gated_residual.residual_backward, INCOMING | NCHW | {"HAS_NORMED": True, "NEED_SHORTCUT": True}, 3),
-    (gated_residual.residual_backward, INCOMING | NHWC | {"HAS_NORMED": True, "NEED_SHORTCUT": True}, 3),
-    (gated_scale.gated_scale_forward, NCHW, 3),
-    (gated_scale.gated_scale_backward, NHWC, 3),
-]
-HALF = {"x_ptr", "dx_ptr", "gate_ptr", "d_gate_ptr", "out_ptr", "d_out_ptr", "shortcut_ptr", "d_shortcut_ptr"}
-SCALARS = {"eps", "temperature", "norm_momentum", "momentum", "scale"}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+HALF = torch.float16
 
 
-def compile_case(
-    kernel: triton.JITFunction, constants: dict[str, object], stages: int, capability: int
-) -> dict[str, object]:
-    """Compile for one generation and return the kernel's name and resources.
+def gate(
+    kind: str = "channel", channels: int = 64, size: int = 8, hidden: int | None = 16, estimator: str = "ste",
+    dtype: torch.dtype = HALF, layout: torch.memory_format = LAYOUTS[0], mode: str = "train", batch: int = 256,
+) -> list[Launch]:  # fmt: skip
+    """A gate forward and, in training, backward."""
+    options: dict[str, Any] = {"hidden": hidden, "estimator": estimator}
+    if kind == "flatten":
+        options |= {"pool": "flatten", "feature_size": size * size}
+    made = (gatedconv.LayerGate if kind == "layer" else gatedconv.ChannelGate)(channels, **options)
+    made.train(mode != "eval")
+    if mode == "frozen norm" and made.norm is not None:
+        made.norm.eval()
+    x = torch.zeros(batch, channels, size, size, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    step = gate_step(made, x)
+    with recorded() as recording:
+        if mode == "eval":
+            made(x.detach())
+        else:
+            step()
+    return recording.launches
 
-    As at a launch, a stride of 1 is a constant (of positions in NCHW, of channels in channels_last) and
-    pointers and the other strides are known to be multiples of 16.
-    """
-    names = list(inspect.signature(kernel.fn).parameters)
-    unit = "_stride_c" if constants.get("BLOCK_C") == NHWC["BLOCK_C"] else "_stride_s"
-    constants = constants | {name: 1 for name in names if name.endswith(unit)}
-    signature = {name: _type(name, constants) for name in names}
-    even = [name.endswith("_ptr") or ("_stride_" in name and name not in constants) for name in names]
-    attributes = {(i,): [["tt.divisibility", 16]] for i, is_even in enumerate(even) if is_even}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=dict(constants), attrs=attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_stages": stages},
-    )
+
+def block(
+    gates: str = "both", channels: int = 16, size: int = 32, dtype: torch.dtype = HALF,
+    layout: torch.memory_format = LAYOUTS[0], shortcut: torch.dtype | None = None, hidden: int | None = 16,
+) -> list[Launch]:  # fmt: skip
+    """A block's end forward and backward, with the pooled sums that it hands on."""
+    new = lambda kind: torch.zeros(256, channels, size, size, dtype=kind).contiguous(memory_format=layout)  # noqa: E731
+    x, short = new(dtype).requires_grad_(), new(shortcut or dtype).requires_grad_()
+    layer = torch.ones(256, 1, dtype=dtype).requires_grad_() if gates != "channel" else None
+    inner = None
+    if gates != "layer":
+        inner = ops.InnerGate(*gatedconv.ChannelGate(channels, hidden=hidden).arguments(256, dtype))
+    one = torch.ones(channels)
+    norm = ops.NormArguments(one.clone().requires_grad_(), one.clone(), one.clone(), one.clone(), torch.tensor(0))
+    with recorded() as recording:
+        out = ops.gated_residual(x, short, norm, layer, inner)
+        (out.out.float().sum() + out.pooled.sum()).backward()
+    return recording.launches
+
+
+def scale(dtype: torch.dtype = HALF, layout: torch.memory_format = LAYOUTS[0]) -> list[Launch]:
+    """A gate on the channels of a map, forward and backward."""
+    x = torch.zeros(256, 32, 16, 16, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    with recorded() as recording:
+        ops.gated_scale(x, torch.ones(256, 32, dtype=dtype).requires_grad_()).sum().backward()
+    return recording.launches
+
+
+def some() -> Iterator[list[Launch]]:
+    """What a ResNet trained in mixed precision launches, each kernel at least once."""
+    yield gate("layer", 16, 32)
+    yield gate("layer", 64, 8, estimator="gumbel", layout=LAYOUTS[1])
+    yield gate(estimator="batch_mean")
+    yield gate(hidden=None)
+    yield gate("flatten", 16, 32)
+    yield gate(channels=1024, size=4, hidden=None)
+    yield gate(channels=1024, size=4)
+    yield block()
+    yield block(channels=64, size=8, layout=LAYOUTS[1])
+    yield scale(layout=LAYOUTS[1])
+
+
+def everything() -> Iterator[list[Launch]]:
+    """Every estimator, depth, pool, mode, dtype, layout and stage, though not each with each."""
+    yield from some()
+    kinds = (("layer", 16, 32), ("channel", 64, 8), ("flatten", 16, 32))
+    for (kind, channels, size), hidden, estimator in itertools.product(kinds, (16, None), ops.ESTIMATORS):
+        for mode in ("train", "eval"):
+            yield gate(kind, channels, size, hidden, estimator, mode=mode)
+    for (kind, channels, size), dtype, layout in itertools.product(kinds, DTYPES, LAYOUTS):
+        yield gate(kind, channels, size, dtype=dtype, layout=layout)
+    for kind, channels, size in kinds:
+        yield gate(kind, channels, size, mode="frozen norm")
+    for hidden in (1, 33, 64, 128):
+        yield gate(hidden=hidden, channels=33)
+    for gates, dtype, layout in itertools.product(("layer", "channel", "both"), DTYPES, LAYOUTS):
+        yield block(gates, dtype=dtype, layout=layout)
+        yield scale(dtype, layout)
+    for channels, size in ((32, 16), (64, 8), (256, 56), (2048, 7)):
+        yield block(channels=channels, size=size)
+    yield block(dtype=HALF, shortcut=torch.float32)
+    yield block(hidden=None)
+    yield gate("layer", 1, 1, hidden=1, batch=2)  # sizes of 1 are constants
+    yield block(channels=1, size=1)
+
+
+def variants(sets: Iterator[list[Launch]]) -> dict[str, tuple[Launch, Any]]:
+    """Launches that differ in what is compiled, by a name for it, with their sources."""
+    found = {}
+    for launch in itertools.chain.from_iterable(sets):
+        source = _source(launch)
+        key = json.dumps([launch.name, source.signature, str(source.constants), str(source.attrs), launch.options])
+        found.setdefault(key, (launch, source))
+    return found
+
+
+def _source(launch: Launch) -> ASTSource:
+    """As a launch specialises: numbers that are 1 and None are constants, multiples of 16 are known as such."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        constant = parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1)
+        if constant:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name], even = TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], even = "fp32", False
+        else:
+            signature[parameter.name], even = "i32" if abs(value) < 1 << 31 else "i64", value % 16 == 0
+        if even:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def compiled(launch: Launch, source: Any, capability: int) -> dict[str, object]:
+    """Compile for one generation and return the kernel's name and resources."""
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    constants = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
     return {
-        "kernel": kernel.fn.__name__,
+        "kernel": launch.name,
         "capability": capability,
-        "shared": compiled.metadata.shared,
-        **_resources(compiled.asm["cubin"]),
+        "constants": str(constants),
+        "shared": result.metadata.shared,
+        **_resources(result.asm["cubin"]),
     }
-
-
-def _type(name: str, constants: dict[str, object]) -> str:
-    if name in constants:
-        return "constexpr"
-    if name.endswith("_ptr"):
-        integer = {"run_count_ptr": "*i64", "ticket_ptr": "*i32"}
-        return integer.get(name, "*fp16" if name in HALF else "*fp32")
-    return "fp32" if name in SCALARS else "i32"
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -114,19 +175,14 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
 
 
-def ones(kernel: triton.JITFunction, constants: dict[str, object]) -> dict[str, object]:
-    """Constants of a launch whose sizes are all 1, which Triton turns into plain numbers."""
-    sizes = {"N", "C", "HW", "K", "M", "H", "O", "S", "G", "T", "N_PER_GROUP", "C_PER_SLICE", "K_PER_SLICE"}
-    if constants.get("BATCH_STATS"):
-        sizes -= {"N"}  # one sample has no statistics
-    return constants | {name: 1 for name in inspect.signature(kernel.fn).parameters if name in sizes}
+def main(which: str, capabilities: list[str]) -> None:
+    """Print a JSON line for each variant and generation."""
+    sources = variants(some() if which == "some" else everything())
+    for capability in capabilities:
+        for launch, source in sources.values():
+            print(json.dumps(compiled(launch, source, int(capability))), flush=True)
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        for case_kernel, case_constants, case_stages in CASES:
-            if argument == "ones":
-                row = compile_case(case_kernel, ones(case_kernel, case_constants), case_stages, 80)
-            else:
-                row = compile_case(case_kernel, case_constants, case_stages, int(argument))
-            print(json.dumps(row), flush=True)
+    torch.set_num_threads(1)
+    main(sys.argv[1], sys.argv[2:])
