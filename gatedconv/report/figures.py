@@ -1,0 +1,143 @@
+"""The paper's figures 2, 3 and 6, and the curves of the CPU bench, from the ledger and the epochs beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gatedconv.report import plots
+from gatedconv.report.experiments import Experiment, all_experiments
+from gatedconv.report.results import Rows, mean_spread, runs_of
+
+# Table 1 of the paper: accuracy drop (points) at a reduction of the FLOPs (%), ResNet-56 on CIFAR-10.
+LITERATURE = {
+    "paper, ours": (41.81, 1.01),
+    "AMC": (50.00, 0.90),
+    "Importance": (39.90, 1.70),
+    "SFP": (52.60, 1.33),
+    "CP": (50.00, 1.00),
+    "PFEC": (27.60, 1.73),
+    "VCP": (20.30, 0.78),
+}
+_SERIES = {"naive_dropout": "naive dropout", "naive_layer": "naive layers", "dense": "dense"}
+_COLORS = {"gated": plots.GATED, "dense": plots.DENSE, "equal_macs": plots.POLAR, "fixed_at_init": plots.STAGE}
+
+
+def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
+    """Draw every figure that the ledger has runs for.
+
+    Args:
+        rows: of the ledger.
+        epochs: folder of the epochs' metrics, NAME-seedN.jsonl.
+        folder: where the PNG files go; made if needed.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a file of metrics is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = all_experiments()
+    drawn = []
+    sweep = [each for each in known.values() if "figure2" in each.shown and not each.name.endswith("-swapped")]
+    if any(runs_of(each, rows) for each in sweep):
+        drawn.append(_draw_rates(sweep, rows, folder / "figure2.png"))
+        drawn.append(_draw_drops(sweep, rows, folder / "figure3.png"))
+    for each in known.values():
+        path = epochs / f"{each.name}-seed{each.seeds[0]}.jsonl"
+        if "figure6" in each.shown and path.is_file():
+            target = folder / f"figure6-{each.name}.png"
+            drawn.append(plots.draw_gate_evolution(read_epochs(path), target, title=each.label))
+    bench = [each for each in known.values() if "cpu" in each.shown and runs_of(each, rows)]
+    if bench:
+        drawn.append(_draw_bench(bench, rows, epochs, folder / "cpu-bench.png"))
+    return drawn
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, an epoch a line.
+
+    Raises:
+        ValueError: a line is damaged; names file and line.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is damaged ({error})") from None
+        if not isinstance(record, dict) or not {"epoch", "phase", "test_top1"} <= record.keys():
+            raise ValueError(f"{path}: line {number}: expected the metrics of an epoch")
+        found.append({"gate_open_rates": {}} | record)
+    return found
+
+
+def _draw_rates(sweep: Sequence[Experiment], rows: Rows, path: Path) -> Path:
+    """Figure 2: pruning rate, and reduction of the MACs, against top-1."""
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for each in sweep:
+        for row in runs_of(each, rows):
+            kind = _SERIES.get(row.kind, "ours")
+            saved = 100 * (1 - row.macs / row.macs_dense)
+            series.setdefault(kind, []).append((100 * (row.pruning_rate or 0.0), saved, row.top1_last))
+    colors = {"ours": plots.GATED, "dense": plots.DENSE, "naive dropout": plots.POLAR, "naive layers": plots.STAGE}
+    plt = plots._pyplot()
+    with plt.rc_context(plots._STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.2), layout="constrained", sharey=True)
+        for kind, points in series.items():
+            left.scatter([p[0] for p in points], [p[2] for p in points], color=colors[kind], label=kind, s=14)
+            if kind != "naive dropout":  # zeros are multiplied like other numbers
+                right.scatter([p[1] for p in points], [p[2] for p in points], color=colors[kind], s=14)
+        left.set_xlabel("pruning rate, eq. 11 (%)")
+        right.set_xlabel("MACs saved (%)")
+        left.set_ylabel("top-1 (%)")
+        left.set_title("Against the naive baselines")
+        left.legend(loc="lower left")
+        return plots._save(figure, path, plt)
+
+
+def _draw_drops(sweep: Sequence[Experiment], rows: Rows, path: Path) -> Path:
+    """Figure 3: reduction of the MACs against the drop of top-1, beside what others print."""
+    dense = [row.top1_last for each in sweep if each.kind == "dense" for row in runs_of(each, rows)]
+    plt = plots._pyplot()
+    with plt.rc_context(plots._STYLE):
+        figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
+        for name, (saved, drop) in LITERATURE.items():
+            axes.scatter([saved], [drop], color=plots.MUTED, s=14)
+            axes.annotate(name, (saved, drop), xytext=(4, 2), textcoords="offset points", fontsize=7)
+        for each in sweep:
+            runs = runs_of(each, rows) if each.kind == "gated" else []
+            if runs and dense:
+                saved = mean_spread([100 * (1 - row.macs / row.macs_dense) for row in runs])[0]
+                top1, spread = mean_spread([row.top1_last for row in runs])
+                drop = mean_spread(dense)[0] - top1
+                axes.errorbar([saved], [drop], yerr=spread, color=plots.GATED, marker="o", markersize=4)
+        axes.set_xlabel("MACs saved (%)")
+        axes.set_ylabel("drop of top-1 (points)")
+        axes.set_title("Against the literature")
+        return plots._save(figure, path, plt)
+
+
+def _draw_bench(bench: Sequence[Experiment], rows: Rows, epochs: Path, path: Path) -> Path:
+    """Mean test accuracy per epoch of the rows of the CPU bench, and the MACs that training runs."""
+    curves = {each: [read_epochs(epochs / f"{row.experiment}-seed{row.seed}.jsonl") for row in runs_of(each, rows)]
+              for each in bench}  # fmt: skip
+    plt = plots._pyplot()
+    with plt.rc_context(plots._STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        for each, runs in curves.items():
+            length = min(len(lines) for lines in runs)
+            mean = [mean_spread([lines[epoch]["test_top1"] for lines in runs])[0] for epoch in range(length)]
+            last = mean_spread([row.top1_last for row in runs_of(each, rows)])[0]
+            axes.plot(range(1, length + 1), mean, color=_COLORS[each.kind], label=f"{each.label}: {last:.2f} %")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("top-1 (%)")
+        axes.set_ylim(bottom=55)
+        axes.set_title("ResNet-20, 16x16, mean over seeds")
+        axes.grid(axis="y")
+        axes.legend(loc="lower right")
+        return plots._save(figure, path, plt)
