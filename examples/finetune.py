@@ -87,7 +87,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--gate", default="both", choices=("none", "layer", "channel", "both"))
     parser.add_argument("--mac-target", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
@@ -110,9 +110,9 @@ def main() -> None:
     if arguments.gate != "none":
         model = gated_copy(model, arguments, example)
     config = TrainConfig(
-        epochs=arguments.epochs, lr=arguments.lr, batch_size=64, weight_decay=1e-4, gate=arguments.gate,
+        epochs=arguments.epochs, lr=arguments.lr, batch_size=32, weight_decay=1e-4, gate=arguments.gate,
         mac_target=arguments.mac_target, mac_weight=4.0, polar_schedule="warmup", gate_warmup=0.5,  # features first
-        gate_lr_factor=5.0, device="cpu", channels_last=False, seed=arguments.seed,
+        gate_lr_factor=0.1 / arguments.lr, device="cpu", channels_last=False, seed=arguments.seed,
     )  # fmt: skip
     history: list[EpochMetrics] = []
     for epoch in train(model, data, config):

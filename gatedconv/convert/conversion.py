@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -43,15 +44,30 @@ class Selection:
     def __init__(self, include: Choice, exclude: Choice) -> None:
         self.include = _checked(include, "include")
         self.exclude = _checked(exclude, "exclude")
+        self.names: list[str] = []
         self.unused = {p for choice in (self.include, self.exclude) if isinstance(choice, list) for p in choice}
 
     def reason(self, name: str, module: nn.Module) -> str:
         """Why the layer or block is not to be gated; empty if it is."""
-        if self.include is not None and not self._matches(self.include, name, module):
-            return "not in include"
-        if self.exclude is not None and self._matches(self.exclude, name, module):
-            return "in exclude"
-        return ""
+        self.names.append(name)
+        included = self.include is None or self._matches(self.include, name, module)
+        excluded = self.exclude is not None and self._matches(self.exclude, name, module)
+        return "in exclude" if excluded else "" if included else "not in include"
+
+    def require_used(self) -> None:
+        """Raise for names and patterns that no layer and no block has.
+
+        Raises:
+            ValueError: naming them and, where there are some, names that look alike.
+        """
+        if not self.unused:
+            return
+        alike = sorted({n for p in self.unused for n in difflib.get_close_matches(p, self.names, 3)})
+        hint = f"; did you mean {', '.join(map(repr, alike))}?" if alike else ""
+        raise ValueError(
+            f"gate_model: include or exclude names match nothing: {sorted(self.unused)}; expected names or patterns of "
+            f"convolutions and residual blocks, or of modules that hold some{hint}"
+        )
 
     def _matches(self, choice: list[str] | Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
         if callable(choice):
@@ -64,7 +80,7 @@ class Selection:
 def _checked(choice: Choice, argument: str) -> list[str] | Callable[[str, nn.Module], bool] | None:
     if choice is None or callable(choice):
         return choice
-    patterns = [choice] if isinstance(choice, str) else list(choice)
+    patterns = [choice] if isinstance(choice, str) else list(choice) if isinstance(choice, Iterable) else [choice]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
             f"gate_model: {argument} must be a name, a pattern, a list of them or a callable, got {choice!r}"

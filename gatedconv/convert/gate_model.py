@@ -17,7 +17,7 @@ from gatedconv.convert.flow import Flow
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.swap import swap_modules
 from gatedconv.convert.trace import TraceFailure, evaluate_shapes, trace
-from gatedconv.gates import ESTIMATORS, ChannelGate, Gate, LayerGate, unwrap
+from gatedconv.gates import ESTIMATORS, ChannelGate, Gate, LayerGate, find_gates, unwrap
 from gatedconv.gates.gate import LearnedGate
 from gatedconv.nn import AddBranch, GraphNet, SelectOpen
 
@@ -64,17 +64,17 @@ def gate_model(
     try:
         graph_module, traced_by = trace(source, example_input)
     except TraceFailure as failure:
+        _require_runs(source, example_input)
         return swap_modules(source, selection, gate, position, estimator, example_input, str(failure))
     canonicalize(graph_module, source)
     evaluate_shapes(graph_module, example_input)
     conversion = Conversion(traced_by, note="" if traced_by == "fx" else EXPORTED)
     device = example_input.device
     _insert_gates(graph_module, gate, position, lambda g: open_gate(g).to(device), estimator, selection, conversion)
+    selection.require_used()
     if not conversion.gated:
         reasons = "; ".join(sorted(set(conversion.skipped.values()))[:5]) or "it has no convolutions"
         raise ValueError(f"gate_model: no place for a {gate!r} gate in {type(unwrap(model)).__name__}: {reasons}")
-    if selection.unused:
-        raise ValueError(f"gate_model: include or exclude names match nothing: {sorted(selection.unused)}")
     return _finish(graph_module, type(unwrap(model)).__name__, conversion, example_input, model.training)
 
 
@@ -83,6 +83,21 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"gate_model: {type(model).__name__} cannot be copied (copy.deepcopy): {error}") from error
+
+
+def _require_runs(model: nn.Module, example_input: Tensor) -> None:
+    """Tell a model that cannot be traced from one that cannot even run."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(example_input)
+    except Exception as error:  # whatever the model's code raises
+        what = f"{tuple(example_input.shape)}, {example_input.dtype}, on {example_input.device}"
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"gate_model: {type(model).__name__} does not run on example_input ({what}): {why}") from error
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 def open_gate(gate: LearnedGate) -> Gate:
@@ -225,9 +240,20 @@ def _multiply(graph_module: fx.GraphModule, node: fx.Node, readers: list[fx.Node
 def _check(model: Any, gate: str, position: str, estimator: str, example_input: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"gate_model: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("gate_model: a TorchScript module has no code left to trace; pass the torch.nn.Module itself")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ValueError("gate_model: the model has lazy layers without weights; run it on an image once")
+    if gates := find_gates(unwrap(model)):
+        raise ValueError(
+            f"gate_model: the model has gates already (as {next(iter(gates))!r}); pass the network without gates, "
+            f"gate='both' puts in both kinds; what is frozen can be cut first, by gatedconv.compact"
+        )
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise TypeError(f"gate_model: example_input must be a tensor (N, C, H, W), got {kind}")
+    if not example_input.is_floating_point():
+        raise TypeError(f"gate_model: example_input must be of a floating-point type, got {example_input.dtype}")
     for name, value, allowed in (
         ("gate", gate, GATES),
         ("position", position, POSITIONS),

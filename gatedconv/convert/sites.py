@@ -212,6 +212,8 @@ def _why_no_conv(module: nn.modules.conv._ConvNd) -> str:
         return "it has hooks, which may change what it returns"
     if isinstance(module, nn.Conv2d) and not is_conv(module):
         return f"a {type(module).__name__}, whose code is its own"
+    if not isinstance(module, nn.Conv2d):
+        return f"a {type(module).__name__}: only two-dimensional convolutions are gated"
     return "its input is no image with channels in dimension 1"
 
 

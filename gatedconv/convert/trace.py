@@ -69,8 +69,9 @@ def trace(model: nn.Module, example_input: Tensor) -> tuple[fx.GraphModule, str]
     model.eval()
     try:
         try:
-            graph_module = _symbolic(model, example_input)
-            _check_batch(graph_module, example_input)
+            with _quiet():
+                graph_module = _symbolic(model, example_input)
+                _check_batch(graph_module, example_input)
             return graph_module, "fx"
         except Exception as error:  # whatever the model's code raises on a proxy
             reason = _first_line(error)
@@ -164,7 +165,7 @@ def _exported(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A failed export writes its graph to the log; the exception says enough."""
+    """A failed trace writes its graph and its stack to the log; the exception says enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
