@@ -85,6 +85,7 @@ static inline void conv_direct(const Step& step, const Part& part) {
     const float* group = step.in.data + (grouped ? step.index[v0 / kPanelVectors] : 0);
     tile.weights = step.weights + (v0 / kPanelVectors) * panel_stride + (v0 % kPanelVectors) * kLanes;
     tile.bias = step.bias + channel;
+    tile.keep = step.keep ? step.keep + channel : nullptr;
     for_lines(step, part, lines, [&](int64_t image, int64_t y, int width) {
       const float* in = group + image * step.in.image + y * step.stride_h * step.in.row;
       float* out = step.out.at(image, y) + channel;

@@ -15,6 +15,7 @@ struct Tile {
   const float* weights;    // [panel][tap][run][16], at the tile's first vector
   ptrdiff_t panel_stride;  // from one panel to the next
   const float* bias;       // null for zeros
+  const int32_t* keep;     // null, or -1 and 0 for channels to keep and to clear
   const float* residual;   // null for none
   ptrdiff_t residual_stride;
   float* out;
@@ -64,6 +65,7 @@ static void run_tile(const Tile& tile) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       vec value = sum[p][v];
+      if (tile.keep) value = keep_lanes(value, tile.keep + v * kLanes);
       if (tile.residual) value += load(tile.residual + p * tile.residual_stride + v * kLanes);
       store(tile.out + p * tile.out_stride + v * kLanes, activate(value, tile.act));
     }

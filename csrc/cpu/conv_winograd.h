@@ -8,7 +8,7 @@
 // again on whole networks).
 #pragma once
 
-#include "conv_tile.h"
+#include "conv_direct.h"
 
 namespace gatedconv::GATEDCONV_ISA {
 
@@ -105,7 +105,7 @@ struct Target {
 
 template <int M>
 static inline void transform_result(const Step& step, const float* from, ptrdiff_t stride, vec bias,
-                                    const Target& target) {
+                                    const Target& target, vec& finite) {
   constexpr int N = M + 2;
   vec half[M][N], column[N], line[M];
 #pragma GCC unroll 6
@@ -124,6 +124,8 @@ static inline void transform_result(const Step& step, const float* from, ptrdiff
     for (int x = 0; x < M; ++x) {
       if (x >= target.columns) break;
       vec value = line[x] + bias;
+      // Every product is part of a corner that is written, if of anything that is.
+      if (y % (M - 1) == 0 && x % (M - 1) == 0) finite += value * 0;
       if (target.residual) value += load(target.residual + y * step.residual.row + x * step.residual.pixel);
       store(target.out + y * step.out.row + x * step.out.pixel, activate(value, step.act));
     }
@@ -201,7 +203,7 @@ struct TileCursor {
 
 template <int M>
 static inline void transform_results(const Step& step, TileCursor at, int tiles, int v0, int v,
-                                     const float* products, ptrdiff_t stride) {
+                                     const float* products, ptrdiff_t stride, vec& finite) {
   const int channel = v0 * kLanes;
   for (int t = 0; t < tiles; ++t, at.next(), products += v * kLanes) {
     Target target{step.out.at(at.image, at.y * M) + at.x * M * step.out.pixel + channel, nullptr,
@@ -210,22 +212,26 @@ static inline void transform_results(const Step& step, TileCursor at, int tiles,
       target.residual = step.residual.at(at.image, at.y * M) + at.x * M * step.residual.pixel + channel;
     }
     for (int i = 0; i < v; ++i) {
-      transform_result<M>(step, products + i * kLanes, stride, load(step.bias + channel + i * kLanes),
-                          target);
+      transform_result<M>(step, products + i * kLanes, stride, load(step.bias + channel + i * kLanes), target,
+                          finite);
       target.out += kLanes;
       if (target.residual) target.residual += kLanes;
     }
   }
 }
 
+// Returns whether every sum was finite. Where one is not, a transform has mixed an infinity or a NaN into
+// pixels that it does not belong to, and the part has to be computed directly; so has step.keep to be heeded
+// there alone, because channels without weights are 0 by themselves here.
 template <int M>
-static void conv_winograd(const Step& step, const Part& part, float* scratch) {
+static bool conv_winograd(const Step& step, const Part& part, float* scratch) {
   constexpr int N = M + 2, points = N * N;
   const int columns = (step.out.width + M - 1) / M;
   const int padded = padded_channels(step);
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
   const int64_t first = part.unit0 * columns, count = (part.unit1 - part.unit0) * columns;
   const int64_t blocks = (count + block_tiles(step) - 1) / block_tiles(step);
+  vec finite{};
   Products products{};
   products.patches = scratch;
   products.patch_tile = padded;
@@ -255,8 +261,25 @@ static void conv_winograd(const Step& step, const Part& part, float* scratch) {
         products.out = sums + t * products.out_tile;
         multiply_function(px, v)(products);
       });
-      transform_results<M>(step, begin, tiles, v0, v, sums, products.out_point);
+      transform_results<M>(step, begin, tiles, v0, v, sums, products.out_point, finite);
     }
+  }
+  bool all = true;
+  for (int lane = 0; lane < kLanes; ++lane) all = all && finite[lane] == 0;
+  return all;
+}
+
+// A part of a Winograd step by direct convolution.
+static void conv_instead(Step step, const Part& part, int tile) {
+  const int tile_rows = step.rows;
+  step.weights = step.direct;
+  step.rows = step.out.height;
+  for (int64_t unit = part.unit0; unit < part.unit1;) {
+    const int64_t image = unit / tile_rows, end = std::min((image + 1) * tile_rows, part.unit1);
+    const int64_t row0 = (unit - image * tile_rows) * tile, row1 = (end - image * tile_rows) * tile;
+    conv_direct(step, {image * step.rows + row0, image * step.rows + std::min<int64_t>(row1, step.rows),
+                       part.panel0, part.panel1});
+    unit = end;
   }
 }
 

@@ -34,10 +34,10 @@ static void run(const Step& step, const Part& part, float* scratch) {
       conv_direct(step, part);
       break;
     case Op::kWinograd2:
-      conv_winograd<2>(step, part, scratch);
+      if (!conv_winograd<2>(step, part, scratch)) conv_instead(step, part, 2);
       break;
     case Op::kWinograd4:
-      conv_winograd<4>(step, part, scratch);
+      if (!conv_winograd<4>(step, part, scratch)) conv_instead(step, part, 4);
       break;
     case Op::kDepthwise:
       conv_depthwise(step, part);

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "masked_maps.h"
 #include "masked_pack.h"
 #include "masked_planes.h"
 #include "plan.h"
@@ -34,30 +35,49 @@ void run(const ConvShape& shape, const ConvTensors<T>& tensors) {
   });
 }
 
-// The plane kernels of the instruction set that the engine chose for this machine.
-const gatedconv::PlaneKernels& plane_kernels() {
+// The kernels of the instruction set that the engine chose for this machine.
+struct ChosenKernels {
+  const gatedconv::Kernels& maps;
+  const gatedconv::PlaneKernels& planes;
+};
+
+ChosenKernels choose_kernels() {
   const char* error = nullptr;
   const gatedconv::Kernels* chosen = gatedconv::choose_kernels(&error);
   STD_TORCH_CHECK(chosen, "masked_conv2d: ", error);
 #if defined(__x86_64__)
-  for (const auto* kernels : {&gatedconv::plane_kernels_avx512, &gatedconv::plane_kernels_avx2}) {
-    if (kernels->lanes == chosen->lanes) return *kernels;
+  for (const auto* planes : {&gatedconv::plane_kernels_avx512, &gatedconv::plane_kernels_avx2}) {
+    if (planes->lanes == chosen->lanes) return {*chosen, *planes};
   }
 #endif
-  return gatedconv::plane_kernels_portable;
+  return {*chosen, gatedconv::plane_kernels_portable};
 }
 
-void run_planes(const ConvShape& shape, const ConvTensors<float>& tensors,
+void run_floats(const ConvShape& shape, const ConvTensors<float>& tensors,
                 const std::optional<Tensor>& packed) {
   STD_TORCH_CHECK(!packed || (packed->scalar_type() == torch::headeronly::ScalarType::Float &&
                               packed->dim() == 1 && packed->stride(0) == 1),
                   "masked_conv2d: expected packed as masked_conv2d_pack makes it");
+  if (shape.batch * shape.out_channels * shape.out_h * shape.out_w == 0) return;
+  const ChosenKernels kernels = choose_kernels();
+  const auto* kept = packed ? static_cast<const float*>(packed->const_data_ptr()) : nullptr;
+  const float* tiles =
+      kept ? gatedconv::kept_tiles(shape, tensors, kernels.planes, kept, packed->numel()) : nullptr;
   auto parallel = [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
     torch::stable::parallel_for(0, count, grain, body);
   };
-  gatedconv::masked_conv2d_planes(
-      shape, tensors, plane_kernels(), static_cast<int>(torch::stable::get_num_threads()), parallel,
-      packed ? static_cast<const float*>(packed->const_data_ptr()) : nullptr, packed ? packed->numel() : 0);
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  if (shape.groups == 1 && tensors.mask_stride == 0) {
+    gatedconv::OpenOutputs outputs;
+    gatedconv::list_open_outputs(shape, 0, tensors.out_open, kernels.planes.max_outputs, outputs);
+    const int64_t inputs = tensors.in_offset[1], count = static_cast<int64_t>(outputs.rows.size());
+    if (gatedconv::prefer_maps(shape, inputs, count, kernels.planes.lanes, tiles != nullptr)) {
+      const float* weights = tiles ? tiles + inputs * count * shape.kernel_h * shape.kernel_w : nullptr;
+      return gatedconv::masked_conv2d_maps(shape, tensors, outputs, kernels.maps, kernels.planes, threads,
+                                           parallel, weights);
+    }
+  }
+  gatedconv::masked_conv2d_planes(shape, tensors, kernels.planes, threads, parallel, tiles);
 }
 
 struct OpenInputs {
@@ -84,7 +104,7 @@ Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optio
   const OpenInputs inputs(in_open, shape.in_channels, groups);
   const auto type = input.scalar_type();
   if (type == torch::headeronly::ScalarType::Float) {
-    run_planes(shape,
+    run_floats(shape,
                gatedconv::conv_tensors<float>(shape, input, weight, dense_bias, mask, residual, output,
                                               inputs.index.data(), inputs.offset.data(), relu),
                packed);
@@ -119,12 +139,13 @@ Tensor masked_conv2d_pack(const Tensor& weight, const Tensor& out_open, const st
   tensors.weight_strides = gatedconv::strides4(weight);
   tensors.out_open = static_cast<const bool*>(out_mask.const_data_ptr());
   tensors.in_index = inputs.index.data(), tensors.in_offset = inputs.offset.data();
-  const int max_outputs = plane_kernels().max_outputs;
+  const gatedconv::PlaneKernels& kernels = choose_kernels().planes;
   const bool keep = gatedconv::can_keep(shape, tensors);
-  const int64_t floats = keep ? gatedconv::kept_floats(shape, tensors, max_outputs) : 0;
+  const int64_t floats = keep ? gatedconv::kept_floats(shape, tensors, kernels) : 0;
   Tensor packed = torch::stable::empty({floats}, weight.scalar_type(), std::nullopt, weight.device());
-  if (keep)
-    gatedconv::keep_weights(shape, tensors, max_outputs, static_cast<float*>(packed.mutable_data_ptr()));
+  if (keep) {
+    gatedconv::keep_weights(shape, tensors, kernels, static_cast<float*>(packed.mutable_data_ptr()));
+  }
   return packed;
 }
 

@@ -4,6 +4,8 @@
 #include <array>
 #include <cstring>
 
+#include "masked_maps.h"
+
 namespace gatedconv {
 namespace {
 
@@ -12,15 +14,15 @@ using Header = std::array<int64_t, 12>;
 constexpr int64_t kHeaderFloats = sizeof(Header) / sizeof(float);
 constexpr int64_t kMagic = 0x67636b31;
 
-Header make_header(const ConvShape& s, const ConvTensors<float>& t, int max_outputs) {
+Header make_header(const ConvShape& s, const ConvTensors<float>& t, const PlaneKernels& kernels) {
   return {kMagic,
-          max_outputs,
+          kernels.max_outputs,
           s.groups,
           s.out_channels,
           s.in_channels,
           s.kernel_h,
           s.kernel_w,
-          0,
+          kernels.lanes,
           t.weight_strides.n,
           t.weight_strides.c,
           t.weight_strides.h,
@@ -109,19 +111,21 @@ bool can_keep(const ConvShape& s, const ConvTensors<float>& t) {
   return t.mask_stride == 0 && (planar || channels_last);
 }
 
-int64_t kept_floats(const ConvShape& s, const ConvTensors<float>& t, int max_outputs) {
+int64_t kept_floats(const ConvShape& s, const ConvTensors<float>& t, const PlaneKernels& kernels) {
   int64_t tiles = 0;
   OpenOutputs outputs;
   for (int64_t group = 0; group < s.groups; ++group) {
-    list_open_outputs(s, group, t.out_open, max_outputs, outputs);
+    list_open_outputs(s, group, t.out_open, kernels.max_outputs, outputs);
     const int64_t inputs = t.in_offset[group + 1] - t.in_offset[group];
     tiles += static_cast<int64_t>(outputs.rows.size()) * inputs * s.kernel_h * s.kernel_w;
   }
-  return kHeaderFloats + mask_floats(s) + open_rows(s, t) * row_floats(s) + tiles;
+  const int64_t inputs = t.in_offset[1], open = open_rows(s, t);
+  const int64_t maps = can_use_maps(s, inputs, open) ? map_weight_floats(inputs, open) : 0;
+  return kHeaderFloats + mask_floats(s) + open * row_floats(s) + tiles + maps;
 }
 
-void keep_weights(const ConvShape& s, const ConvTensors<float>& t, int max_outputs, float* kept) {
-  const Header header = make_header(s, t, max_outputs);
+void keep_weights(const ConvShape& s, const ConvTensors<float>& t, const PlaneKernels& kernels, float* kept) {
+  const Header header = make_header(s, t, kernels);
   std::memcpy(kept, header.data(), sizeof(header));
   std::vector<unsigned char> masks;
   write_masks(s, t, masks);
@@ -134,17 +138,21 @@ void keep_weights(const ConvShape& s, const ConvTensors<float>& t, int max_outpu
   }
   OpenOutputs outputs;
   for (int64_t group = 0; group < s.groups; ++group) {
-    list_open_outputs(s, group, t.out_open, max_outputs, outputs);
+    list_open_outputs(s, group, t.out_open, kernels.max_outputs, outputs);
     to = write_tiles(s, t, group, outputs, to);
   }
+  if (!can_use_maps(s, t.in_offset[1], open_rows(s, t))) return;
+  // Of one group, whose outputs are listed. Whether the stride will be 1, for which Winograd's are, is not
+  // known yet.
+  pack_map_weights(s, t, outputs, kernels, true, to);
 }
 
-const float* kept_tiles(const ConvShape& s, const ConvTensors<float>& t, int max_outputs, const float* kept,
-                        int64_t floats) {
+const float* kept_tiles(const ConvShape& s, const ConvTensors<float>& t, const PlaneKernels& kernels,
+                        const float* kept, int64_t floats) {
   if (!can_keep(s, t) || floats < kHeaderFloats) return nullptr;
-  const Header header = make_header(s, t, max_outputs);
+  const Header header = make_header(s, t, kernels);
   if (std::memcmp(kept, header.data(), sizeof(header)) != 0) return nullptr;
-  if (floats != kept_floats(s, t, max_outputs)) return nullptr;
+  if (floats != kept_floats(s, t, kernels)) return nullptr;
   std::vector<unsigned char> masks;
   write_masks(s, t, masks);
   if (std::memcmp(kept + kHeaderFloats, masks.data(), masks.size()) != 0) return nullptr;

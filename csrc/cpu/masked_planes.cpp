@@ -230,28 +230,6 @@ void write_closed(const ConvShape& s, const ConvTensors<float>& t, int64_t n, in
   for (int64_t i = 0; i < count; ++i) to[i] = t.relu ? relu_keeping_nan(from[i]) : from[i];
 }
 
-// Adds the residual to rows [begin, end) of an output of any strides, and applies the ReLU.
-void finish(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t begin, int64_t end) {
-  const Strides4 &o = t.output_strides, &r = t.residual_strides;
-  for (int64_t p = begin; p < end; ++p) {
-    for (int64_t q = 0; q < s.out_w; ++q) {
-      float* to = t.output + n * o.n + p * o.h + q * o.w;
-      const float* from = t.residual ? t.residual + n * r.n + p * r.h + q * r.w : nullptr;
-      if (o.c == 1 && r.c == 1 && from) {
-        for (int64_t c = 0; c < s.out_channels; ++c) {
-          const float value = to[c] + from[c];
-          to[c] = t.relu && value < 0 ? 0 : value;
-        }
-        continue;
-      }
-      for (int64_t c = 0; c < s.out_channels; ++c) {
-        const float value = to[c * o.c] + (from ? from[c * r.c] : 0.0f);
-        to[c * o.c] = t.relu ? relu_keeping_nan(value) : value;
-      }
-    }
-  }
-}
-
 // One thread's work on one call.
 class Worker {
  public:
@@ -333,7 +311,7 @@ class Worker {
       kernels_.from_planes(result_planes_.data(), s_.out_channels, p * s_.out_w, run * s_.out_w, to, o.c,
                            o.w);
     }
-    if (t_.residual || t_.relu) finish(s_, t_, n, row, row + rows);
+    if (t_.residual || t_.relu) finish_rows(s_, t_, n, row, row + rows);
   }
 
   const ConvShape& s_;
@@ -353,12 +331,32 @@ thread_local std::vector<float> Worker::planes_, Worker::maps_, Worker::results_
 
 }  // namespace
 
+void finish_rows(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t begin, int64_t end) {
+  const Strides4 &o = t.output_strides, &r = t.residual_strides;
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t q = 0; q < s.out_w; ++q) {
+      float* to = t.output + n * o.n + p * o.h + q * o.w;
+      const float* from = t.residual ? t.residual + n * r.n + p * r.h + q * r.w : nullptr;
+      if (o.c == 1 && r.c == 1 && from) {
+        for (int64_t c = 0; c < s.out_channels; ++c) {
+          const float value = to[c] + from[c];
+          to[c] = t.relu && value < 0 ? 0 : value;
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < s.out_channels; ++c) {
+        const float value = to[c * o.c] + (from ? from[c * r.c] : 0.0f);
+        to[c * o.c] = t.relu ? relu_keeping_nan(value) : value;
+      }
+    }
+  }
+}
+
 void masked_conv2d_planes(const ConvShape& shape, const ConvTensors<float>& tensors,
                           const PlaneKernels& kernels, int threads, const ParallelFor& parallel,
-                          const float* kept, int64_t kept_size) {
+                          const float* tiles) {
   if (shape.batch * shape.out_channels * shape.out_h * shape.out_w == 0) return;
   std::vector<OpenOutputs> outputs(tensors.mask_stride == 0 ? shape.groups : 0);
-  const float* tiles = kept ? kept_tiles(shape, tensors, kernels.max_outputs, kept, kept_size) : nullptr;
   for (int64_t group = 0; group < static_cast<int64_t>(outputs.size()); ++group) {
     OpenOutputs& open = outputs[group];
     list_open_outputs(shape, group, tensors.out_open, kernels.max_outputs, open);

@@ -99,4 +99,36 @@ static void run_plane_tile(const PlaneTile& tile) {
   functions[tile.outputs - 1](tile);
 }
 
+// One line of G g for F(4) at 0, +-3/4, +-3/2 and infinity: (1, p, p^2) over the product of p's distances.
+static inline void winograd_line(const vec* g, vec* u) {
+  constexpr float a = 0.75f, b = 1.5f, near = 1 / (2 * a * a * (a * a - b * b)),
+                  far = 1 / (2 * b * b * (b * b - a * a));
+  u[0] = g[0] * (1 / (a * a * b * b));
+  u[1] = (g[0] + a * a * g[2] + a * g[1]) * near;
+  u[2] = (g[0] + a * a * g[2] - a * g[1]) * near;
+  u[3] = (g[0] + b * b * g[2] + b * g[1]) * far;
+  u[4] = (g[0] + b * b * g[2] - b * g[1]) * far;
+  u[5] = g[2];
+}
+
+static void winograd_weights(const float* panel, int64_t inputs, float* to) {
+  for (int64_t at = 0; at < inputs * kPanel; at += kLanes) {
+    vec column[3], line[6], half[6][3];
+    for (int x = 0; x < 3; ++x) {
+      for (int y = 0; y < 3; ++y) column[y] = load(panel + (y * 3 + x) * inputs * kPanel + at);
+      winograd_line(column, line);
+      for (int y = 0; y < 6; ++y) half[y][x] = line[y];
+    }
+    for (int y = 0; y < 6; ++y) {
+      winograd_line(half[y], line);
+      for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * inputs * kPanel + at, line[x]);
+    }
+  }
+}
+
+static constexpr PlaneKernels plane_kernels() {
+  return {kLanes,        kMaxOutputs,   run_plane_tile, to_planes,       from_planes,
+          planes_to_map, map_to_planes, spread,         winograd_weights};
+}
+
 }  // namespace gatedconv::GATEDCONV_ISA

@@ -3,7 +3,5 @@
 #include "masked_planes_kernels.h"
 
 namespace gatedconv {
-const PlaneKernels plane_kernels_portable = {portable::kLanes, portable::kMaxOutputs,
-                                             portable::run_plane_tile, portable::to_planes,
-                                             portable::from_planes};
+const PlaneKernels plane_kernels_portable = portable::plane_kernels();
 }  // namespace gatedconv

@@ -13,7 +13,7 @@
 namespace gatedconv {
 
 constexpr int kPanel = 16;       // output channels of one packed weight panel, on every instruction set
-constexpr int64_t kVersion = 1;  // of the program's encoding
+constexpr int64_t kVersion = 2;  // of the program's encoding
 
 enum class Op : int64_t {
   kInput,      // NCHW tensor of any strides -> map
@@ -56,6 +56,7 @@ enum StepField {
   kSpan,
   kIndex,
   kOption,
+  kDirect,
   kStepFields
 };
 
@@ -79,7 +80,9 @@ struct Step {
   int64_t option;
   Map in, out, residual;  // residual.data is null where there is none
   const float* weights;
+  const float* direct;  // of a Winograd step: weights for what it cannot compute, as kConv's
   const float* bias;
+  const int32_t* keep;   // null, or for every output channel -1, or 0 for one that is to be 0 whatever comes
   const int64_t* index;  // channel list, or for a grouped convolution the first input channel of every panel
   int64_t index_size;
   int rows;  // units of work in one image: rows of the output, or rows of Winograd tiles

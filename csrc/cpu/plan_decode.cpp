@@ -239,6 +239,11 @@ const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step&
         !within(field[kBias], 0, weights_size - round_up(step.out.channels, kPanel))) {
       return "a weight is out of range";
     }
+    if (winograd_tile(step.op) > 1) {
+      const int64_t direct = round_up(step.out.channels, kPanel) * step.span * 9;
+      if (!within(field[kDirect], 0, weights_size - direct)) return "a weight is out of range";
+      step.direct = weights + field[kDirect];
+    }
     step.weights = weights + field[kWeights];
     step.bias = weights + field[kBias];
   }

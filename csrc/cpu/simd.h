@@ -50,6 +50,15 @@ static inline vec activate(vec value, Act act) {
   return value;
 }
 
+typedef int32_t lanes_of_int __attribute__((vector_size(4 * GATEDCONV_LANES)));
+typedef int32_t unaligned_ints __attribute__((vector_size(4 * GATEDCONV_LANES), aligned(4), may_alias));
+
+// The lanes whose `keep` is -1; zeros where it is 0, whatever the value was.
+static inline vec keep_lanes(vec value, const int32_t* keep) {
+  const lanes_of_int mask = *reinterpret_cast<const unaligned_ints*>(keep);
+  return reinterpret_cast<vec>(reinterpret_cast<lanes_of_int>(value) & mask);
+}
+
 // Registers that cover `channels`.
 static inline int vectors(int channels) {
   return (channels + kLanes - 1) / kLanes;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,34 +53,73 @@ def check_arguments(
     """
     _check_tensors(input, weight, bias, residual)
     _check_masks(input, weight, out_open, in_open)
+    channels = weight.shape[0]
+    if bias is not None and bias.shape[0] != channels:
+        raise ValueError(f"masked_conv2d: bias must have shape ({channels},), got {tuple(bias.shape)}")
+    numbers = (input.shape, weight.shape, stride, padding, dilation, groups)
+    if torch.compiler.is_compiling() or not all(map(_is_plain, numbers[2:])):
+        arguments = _work_out(*numbers)
+    else:
+        # Half a small layer's time would go into working out the same numbers at every call.
+        found = _worked_out.get(numbers)
+        if found is None:
+            if len(_worked_out) >= _MOST_KEPT:
+                _worked_out.clear()
+            found = _worked_out[numbers] = _work_out(*numbers)
+        arguments = found
+    if residual is not None and residual.shape != arguments.output_shape:
+        raise ValueError(
+            f"masked_conv2d: residual must have the output's shape {arguments.output_shape}, "
+            f"got {tuple(residual.shape)}"
+        )
+    return arguments
+
+
+_MOST_KEPT = 1024
+_worked_out: dict[tuple[Any, ...], ConvArguments] = {}
+
+
+def _is_plain(number: object) -> bool:
+    """Whether equal ones mean the same: True equals 1, and is not accepted."""
+    if type(number) is tuple:
+        return len(number) == 2 and type(number[0]) is type(number[1]) is int
+    return type(number) is int or type(number) is str
+
+
+def _work_out(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    stride: IntPair,
+    padding: IntPair | str,
+    dilation: IntPair,
+    groups: int,
+) -> ConvArguments:
     steps = _pair("stride", stride, 1)
     spread = _pair("dilation", dilation, 1)
     _require_int("groups", groups, 1)
-    channels, per_group = weight.shape[0], weight.shape[1]
-    if per_group * groups != input.shape[1] or channels % groups != 0:
+    channels, per_group = weight_shape[0], weight_shape[1]
+    if per_group * groups != input_shape[1] or channels % groups != 0:
         raise ValueError(
-            f"masked_conv2d: weight of shape {tuple(weight.shape)} with groups={groups} expects input with "
-            f"{per_group * groups} channels and C_out divisible by groups, got input {tuple(input.shape)}"
+            f"masked_conv2d: weight of shape {tuple(weight_shape)} with groups={groups} expects input with "
+            f"{per_group * groups} channels and C_out divisible by groups, got input {tuple(input_shape)}"
         )
-    if bias is not None and bias.shape != (channels,):
-        raise ValueError(f"masked_conv2d: bias must have shape ({channels},), got {tuple(bias.shape)}")
-    kernel = (weight.shape[2], weight.shape[3])
+    kernel = (weight_shape[2], weight_shape[3])
     pads = _padding(padding, kernel, steps, spread)
-    height = _output_size("height", input.shape[2], kernel[0], pads[0] + pads[1], steps[0], spread[0])
-    width = _output_size("width", input.shape[3], kernel[1], pads[2] + pads[3], steps[1], spread[1])
-    shape = (input.shape[0], channels, height, width)
-    if residual is not None and residual.shape != shape:
-        raise ValueError(
-            f"masked_conv2d: residual must have the output's shape {shape}, got {tuple(residual.shape)}"
-        )
-    return ConvArguments(steps, pads, spread, groups, shape)
+    height = _output_size("height", input_shape[2], kernel[0], pads[0] + pads[1], steps[0], spread[0])
+    width = _output_size("width", input_shape[3], kernel[1], pads[2] + pads[3], steps[1], spread[1])
+    return ConvArguments(steps, pads, spread, groups, (input_shape[0], channels, height, width))
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    if bias is None and residual is None and isinstance(input, Tensor) and isinstance(weight, Tensor):
+    if residual is None and isinstance(input, Tensor) and isinstance(weight, Tensor):
         # Nothing to say about the usual call, and half a small layer's time to say it in.
-        alike = input.dtype == weight.dtype and input.device == weight.device
-        if alike and input.dim() == weight.dim() == 4 and input.is_floating_point():
+        dtype, device = input.dtype, input.device
+        alike = dtype == weight.dtype and device == weight.device
+        if isinstance(bias, Tensor):
+            alike = alike and bias.dtype == dtype and bias.device == device and bias.dim() == 1
+        elif bias is not None:
+            alike = False
+        if alike and input.dim() == weight.dim() == 4 and dtype.is_floating_point:
             return
     for name, tensor, rank in (
         ("input", input, 4),

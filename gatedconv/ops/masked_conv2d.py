@@ -192,9 +192,17 @@ def _reference(
 # more for the call than for the work (measured at 16 to 64 channels, batch 1 to 32).
 _DENSE_MACS = 10_000_000
 
+# But for 3x3 filters of few weights, for which the operator has Winograd's algorithm, and few input channels.
+_NARROW = 4
+_MOST_WEIGHTS = 64 * 128
+
 
 def _is_dense(weight: Tensor, out_open: Tensor, in_open: Tensor | None, arguments: ConvArguments) -> bool:
     n, _, p, q = arguments.output_shape
+    channels, inputs, *kernel = weight.shape
+    if kernel == [3, 3] and arguments.groups == 1 and arguments.dilation == (1, 1):
+        if (inputs <= _NARROW and channels <= 16) or 8 <= inputs <= _MOST_WEIGHTS // channels:
+            return False
     if n * p * q * weight.numel() < _DENSE_MACS or arguments.padding[::2] != arguments.padding[1::2]:
         return False
     return _all_open(out_open) and (in_open is None or _all_open(in_open))

@@ -179,3 +179,29 @@ def test_nan_and_infinity_go_where_pytorch_sends_them():
     result = gatedconv.Engine(model, x)(x)
     assert torch.equal(result.isnan(), expected.isnan()) and bool(expected.isnan().any())
     assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", ["winograd2", "winograd4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_winograd_spreads_no_nan_and_no_infinity(isa, kernel, bad, monkeypatch):
+    monkeypatch.setattr(program, "_choose_winograd", lambda *_: kernel)
+    net = settle(nn.Sequential(nn.Conv2d(6, 20, 3, 1, 1), nn.ReLU(), nn.Conv2d(20, 9, 3, 1, 1)))
+    x = torch.randn(3, 6, 13, 11)
+    x[1, 2, 5, 7] = x[1, 0, 12, 0] = bad
+    engine = gatedconv.Engine(net, x)
+    assert [step.op for step in engine.plans[0].steps].count(kernel) == 2
+    result, expected = engine(x), net(x)
+    assert 0 < int(expected.isfinite().logical_not().sum()) < expected.numel() // 3
+    assert torch.equal(result.isnan(), expected.isnan()) and torch.equal(result.isinf(), expected.isinf())
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_a_sum_that_overflows_is_infinite_where_pytorch_says_so(monkeypatch):
+    monkeypatch.setattr(program, "_choose_winograd", lambda *_: "winograd4")
+    net = nn.Conv2d(8, 8, 3, 1, 1).eval()
+    x = torch.randn(1, 8, 16, 16)
+    x[0, :, 6, 6] = 3e38
+    result, expected = gatedconv.Engine(net, x)(x), net(x)
+    assert torch.equal(result.isfinite(), expected.isfinite())
+    far = expected.abs() < 1e30
+    assert torch.allclose(result[far], expected[far], atol=1e-4)

@@ -16,9 +16,11 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 TESTS = {
     "masked_conv2d_test.cpp": [],
     "masked_planes_test.cpp": [
+        "cpu/masked_maps.cpp",
         "cpu/masked_pack.cpp",
         "cpu/masked_planes.cpp",
         "cpu/masked_planes_portable.cpp",
+        "cpu/plan_portable.cpp",
     ],
 }
 

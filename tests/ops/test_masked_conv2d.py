@@ -253,6 +253,46 @@ def test_nan_and_inf_go_where_conv2d_sends_them(backend, padding):
         torch.testing.assert_close(out, expected, equal_nan=True)
 
 
+# 3x3 filters over so many channels go through Winograd's algorithm, whose transforms mix pixels, or with a
+# stride through direct sums over channels that lie side by side; 8 of 16 closed leave unused lanes in a register.
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride, size", [(1, 12), (1, 7), (2, 13)])
+@pytest.mark.parametrize("closed", [0, 1, 8, 20])
+@torch.no_grad()
+def test_side_by_side_channels(instruction_set, layout, stride, size, closed):
+    channels = 20 if closed in (1, 20) else 16
+    out_open = torch.arange(channels) >= closed
+    x, w, b = torch.randn(5, 24, size, size), torch.randn(channels, 24, 3, 3), torch.randn(channels)
+    x = x.contiguous(memory_format=layout)
+    numbers = {"stride": stride, "padding": 1}
+    for residual, relu in ((False, False), (False, True), (True, True)):
+        exact = masked_conv2d_oracle(x.double(), w.double(), b.double(), out_open, None, **numbers)
+        added = torch.randn_like(exact.float()) if residual else None
+        exact = exact if added is None else exact + added
+        exact = exact.relu() if relu else exact
+        out = masked_conv2d(x, w, b, out_open, residual=added, relu=relu, **numbers)
+        assert relative_error(out, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -3e38])
+@torch.no_grad()
+def test_side_by_side_channels_mix_no_pixels(instruction_set, layout, stride, bad):
+    x, w = torch.randn(2, 16, 17, 15), torch.randn(16, 16, 3, 3)
+    x[0, 3, 8, 6] = x[1, 2, 0, 14] = bad
+    x = x.contiguous(memory_format=layout)
+    out_open = torch.arange(16) % 2 == 0
+    for mask in (out_open, torch.ones(16, dtype=torch.bool)):
+        out = masked_conv2d(x, w, None, mask, stride=stride, padding=1)
+        expected = torch.where(mask[:, None, None], F.conv2d(x, w, None, stride, 1), 0)
+        assert torch.equal(out[:, ~mask], torch.zeros_like(out[:, ~mask]))
+        assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
+        usual = expected.abs() < 1e3
+        assert usual.sum() > 0.9 * usual.numel()
+        torch.testing.assert_close(out[usual], expected[usual], rtol=1e-4, atol=1e-4)
+
+
 def test_closed_output_with_residual_is_the_activated_residual(backend):
     residual = torch.randn(2, 3, 4, 4)
     x, w, b = torch.full((2, 2, 4, 4), float("nan")), torch.randn(3, 2, 1, 1), torch.randn(3)

@@ -17,7 +17,7 @@ from gatedconv.deploy.engine.pack import (
     round_up,
 )
 
-VERSION = 1
+VERSION = 2
 OPS = (
     "input",
     "output",
@@ -247,13 +247,17 @@ def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> li
             0,
             0,
             0,
+            0,
         ]
-    weight_at = bias_at = span = index_at = 0
+    weight_at = direct_at = bias_at = span = index_at = 0
     index = layer.index
     if layer.weight is not None:
         packed, span, starts = _pack(step.op, layer)
         index = index or starts
         weight_at = weights.add(packed)
+        if step.op.startswith("winograd"):
+            # For images with a NaN or an infinity, which Winograd's transforms would spread.
+            direct_at = weights.add(pack_panels(layer.weight))
         bias = layer.bias if layer.bias is not None else torch.zeros(layer.weight.shape[0])
         bias_at = weights.add(torch.nn.functional.pad(bias, (0, -bias.numel() % PANEL)))
         target = maps[step.target]
@@ -281,6 +285,7 @@ def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> li
         span,
         index_at,
         layer.option,
+        direct_at,
     ]
 
 

@@ -1,0 +1,327 @@
+// Cuts a masked convolution into bands of images that fit a core's cache: open channels in, one step of the
+// plan's kernels, open channels out to their places.
+#include "masked_maps.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace gatedconv {
+namespace {
+
+// Multiply-adds of weights beyond which Winograd's, four times as many, would leave the second-level cache.
+constexpr int64_t kMostWeights = 64 * 128;
+
+// Floats of maps that stay in a core's second-level cache beside the weights, and images of a band.
+constexpr int64_t kBandFloats = 96 * 1024;
+constexpr int64_t kMostImages = 8;
+
+// Multiply-adds that are worth a thread.
+constexpr int64_t kWorthwhile = 200 * 1000;
+
+constexpr int64_t kTaps = 9, kPoints = 36, kTile = 4;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
+
+bool is_winograd(const ConvShape& s) {
+  return s.stride_h == 1 && s.stride_w == 1;
+}
+
+// Open outputs by their place in a pixel of the map. Closed ones stand among them, as -1, where they fill up
+// registers that are computed anyway: then nothing has to be moved to its place.
+std::vector<int32_t> place_outputs(const ConvShape& s, const OpenOutputs& outputs, int lanes) {
+  const int64_t count = static_cast<int64_t>(outputs.rows.size());
+  if (ceil_div(count, lanes) < ceil_div(s.out_channels, lanes)) return outputs.rows;
+  std::vector<int32_t> places(s.out_channels, -1);
+  for (const int32_t row : outputs.rows) places[row] = row;
+  return places;
+}
+
+Spread make_spread(int64_t channels, const std::vector<int32_t>& open) {
+  Spread places(channels, -1);
+  for (size_t i = 0; i < open.size(); ++i) {
+    if (open[i] >= 0) places[open[i]] = static_cast<int32_t>(i);
+  }
+  return places;
+}
+
+// Sizes of one band's maps, in floats.
+struct Bands {
+  int64_t images, rows;      // of one band
+  int64_t in_rows, in_cols;  // of the input's map, its border included
+  int64_t in_pixel, out_pixel;
+  int64_t in_image() const { return in_rows * in_cols * in_pixel; }
+};
+
+Bands lay_out_bands(const ConvShape& s, int64_t inputs, int64_t outputs, int threads) {
+  Bands bands{};
+  bands.in_pixel = round_up(inputs, kPanel), bands.out_pixel = round_up(outputs, kPanel);
+  const int64_t multiple = is_winograd(s) ? kTile : 1;
+  const auto in_rows = [&](int64_t rows) { return (round_up(rows, multiple) - 1) * s.stride_h + 3; };
+  bands.in_cols = (round_up(s.out_w, multiple) - 1) * s.stride_w + 3;
+  const auto floats = [&](int64_t rows) {
+    return in_rows(rows) * bands.in_cols * bands.in_pixel + rows * s.out_w * bands.out_pixel;
+  };
+  bands.rows = s.out_h, bands.images = 1;
+  while (bands.rows > multiple && floats(bands.rows) > kBandFloats) {
+    bands.rows = round_up(ceil_div(bands.rows, 2), multiple);
+  }
+  // Enough bands for every thread, and whole images together where they are small.
+  while (bands.rows > multiple && s.batch * ceil_div(s.out_h, bands.rows) < threads) {
+    bands.rows = round_up(ceil_div(bands.rows, 2), multiple);
+  }
+  if (bands.rows >= s.out_h) {
+    const int64_t share = std::max<int64_t>(1, s.batch / std::max(1, threads));
+    bands.images = std::clamp<int64_t>(kBandFloats / floats(bands.rows), 1, std::min(kMostImages, share));
+  }
+  bands.in_rows = in_rows(bands.rows);
+  return bands;
+}
+
+// One thread's work on one call.
+class Worker {
+ public:
+  Worker(const ConvShape& s, const ConvTensors<float>& t, const std::vector<int32_t>& outputs,
+         const Kernels& kernels, const PlaneKernels& planes, const Bands& bands, const float* weights)
+      : s_(s), t_(t), outputs_(outputs), kernels_(kernels), planes_(planes), bands_(bands) {
+    inputs_ = t.in_offset[1];
+    const int64_t count = static_cast<int64_t>(outputs.size());
+    bias_.assign(bands.out_pixel, 0.0f);
+    keep_.assign(bands.out_pixel, -1);
+    for (int64_t i = 0; i < count; ++i) {
+      if (outputs[i] < 0) keep_[i] = 0;
+      if (t.bias && outputs[i] >= 0) bias_[i] = t.bias[outputs[i]];
+    }
+    in_place_ = !t.residual && t.output_strides.c == 1 && count == s.out_channels && count % kPanel == 0 &&
+                t.output_strides.w == count && t.output_strides.h == s.out_w * count;
+    describe_step(weights, weights + bands.out_pixel * inputs_ * kTaps);
+    const size_t floats =
+        bands.images * (bands.in_image() + (in_place_ ? 0 : bands.rows * s.out_w * bands.out_pixel));
+    scratch_floats_ = kernels.scratch_floats(step_);
+    // A register may be read beyond the last pixel.
+    if (buffer_.size() < floats + scratch_floats_ + 2 * kPanel)
+      buffer_.resize(floats + scratch_floats_ + 2 * kPanel);
+    if (!in_place_) spread_ = make_spread(s.out_channels, outputs);
+  }
+
+  void run(int64_t image, int64_t images, int64_t row, int64_t rows) {
+    float* in = buffer_.data();
+    for (int64_t i = 0; i < images; ++i) read_image(image + i, row, in + i * bands_.in_image());
+    float* out = in + bands_.images * bands_.in_image();
+    float* scratch = out;
+    if (in_place_) {
+      out = t_.output + image * t_.output_strides.n + row * t_.output_strides.h;
+    } else {
+      scratch += bands_.images * bands_.rows * s_.out_w * bands_.out_pixel;
+    }
+    Step step = step_;
+    step.in.data = in + (is_winograd(s_) ? step.in.row + step.in.pixel : 0);
+    step.out.data = out;
+    step.out.height = static_cast<int>(rows);
+    if (is_winograd(s_)) step.in.height = step.out.height;
+    step.rows = static_cast<int>(is_winograd(s_) ? ceil_div(rows, kTile) : rows);
+    kernels_.run(step, {0, images * step.rows, 0, static_cast<int>(bands_.out_pixel / kPanel)}, scratch);
+    if (in_place_) return;
+    for (int64_t i = 0; i < images; ++i) write_image(image + i, row, rows, out + i * step.out.image);
+  }
+
+ private:
+  void describe_step(const float* direct, const float* winograd) {
+    const bool fast = is_winograd(s_);
+    step_.op = fast ? Op::kWinograd4 : Op::kConv;
+    step_.act = in_place_ && t_.relu ? Act::kRelu : Act::kNone;
+    step_.kernel_h = step_.kernel_w = 3;
+    step_.stride_h = static_cast<int>(s_.stride_h), step_.stride_w = static_cast<int>(s_.stride_w);
+    step_.pad_top = step_.pad_left = fast ? 1 : 0;
+    step_.dilation_h = step_.dilation_w = 1;
+    step_.span = static_cast<int>(inputs_);
+    step_.weights = fast ? winograd : direct;
+    step_.direct = direct;
+    step_.bias = bias_.data();
+    step_.keep = in_place_ ? keep_.data() : nullptr;
+    Map& in = step_.in;
+    in.channels = static_cast<int>(inputs_);
+    in.height = static_cast<int>(fast ? bands_.rows : bands_.in_rows);
+    in.width = static_cast<int>(fast ? s_.out_w : bands_.in_cols);
+    in.halo = fast ? 1 : 0, in.multiple = fast ? static_cast<int>(kTile) : 1;
+    in.pixel = bands_.in_pixel, in.row = bands_.in_cols * in.pixel, in.image = bands_.in_image();
+    Map& out = step_.out;
+    out.channels = static_cast<int>(outputs_.size());
+    out.height = static_cast<int>(bands_.rows), out.width = static_cast<int>(s_.out_w);
+    out.pixel = bands_.out_pixel, out.row = s_.out_w * out.pixel;
+    out.image = in_place_ ? t_.output_strides.n : bands_.rows * out.row;
+  }
+
+  // What output rows from `row` on read of an image, with zeros around it.
+  void read_image(int64_t n, int64_t row, float* to) {
+    const int64_t first = row * s_.stride_h - s_.pad_top, pixel = bands_.in_pixel;
+    const int64_t y0 = std::clamp<int64_t>(-first, 0, bands_.in_rows);
+    const int64_t y1 = std::clamp<int64_t>(s_.height - first, y0, bands_.in_rows);
+    const int64_t x0 = std::min(s_.pad_left, bands_.in_cols);
+    const int64_t x1 = std::clamp<int64_t>(s_.width + s_.pad_left, x0, bands_.in_cols);
+    const int64_t line = bands_.in_cols * pixel;
+    std::fill(to, to + y0 * line, 0.0f);
+    std::fill(to + y1 * line, to + bands_.in_rows * line, 0.0f);
+    for (int64_t y = y0; y < y1; ++y) {
+      std::fill(to + y * line, to + y * line + x0 * pixel, 0.0f);
+      std::fill(to + y * line + x1 * pixel, to + (y + 1) * line, 0.0f);
+    }
+    if (y0 == y1 || x0 == x1) return;
+    const float* from = t_.input + n * t_.input_strides.n + (first + y0) * t_.input_strides.h;
+    read_rows(from, y1 - y0, x1 - x0, to + y0 * line + x0 * pixel);
+  }
+
+  void read_rows(const float* from, int64_t rows, int64_t columns, float* to) {
+    const Strides4& strides = t_.input_strides;
+    const int64_t pixel = bands_.in_pixel, line = bands_.in_cols * pixel;
+    if (strides.w == 1 && strides.c != 1) {
+      const bool joined = strides.h == columns;  // the rows are one run of pixels
+      sources_.assign(bands_.in_pixel, nullptr);
+      for (int64_t y = 0; y < rows; y += joined ? rows : 1) {
+        for (int64_t k = 0; k < inputs_; ++k) sources_[k] = from + y * strides.h + t_.in_index[k] * strides.c;
+        planes_.planes_to_map(sources_.data(), bands_.in_pixel, joined ? rows * columns : columns, columns,
+                              to + y * line, pixel, line);
+      }
+      return;
+    }
+    const bool whole = strides.c == 1 && inputs_ == s_.in_channels;
+    for (int64_t y = 0; y < rows; ++y, from += strides.h, to += line) {
+      if (whole && strides.w == inputs_ && pixel == inputs_) {
+        std::memcpy(to, from, columns * inputs_ * sizeof(float));
+        continue;
+      }
+      for (int64_t x = 0; x < columns; ++x) {
+        const float* source = from + x * strides.w;
+        float* target = to + x * pixel;
+        if (whole) {
+          std::memcpy(target, source, inputs_ * sizeof(float));
+        } else {
+          for (int64_t k = 0; k < inputs_; ++k) target[k] = source[t_.in_index[k] * strides.c];
+        }
+      }
+    }
+  }
+
+  void write_image(int64_t n, int64_t row, int64_t rows, const float* from) {
+    const Strides4& o = t_.output_strides;
+    float* to = t_.output + n * o.n + row * o.h;
+    const int64_t pixels = rows * s_.out_w;
+    if (o.c == 1) {
+      planes_.spread(from, bands_.out_pixel, pixels, to, s_.out_channels, spread_);
+    } else {
+      targets_.clear();
+      for (const int32_t row : outputs_) targets_.push_back(row < 0 ? nullptr : to + row * o.c);
+      planes_.map_to_planes(from, bands_.out_pixel, pixels, targets_.data(), targets_.size());
+      for (int64_t c = 0; c < s_.out_channels; ++c) {
+        if (!t_.out_open[c]) std::memset(to + c * o.c, 0, pixels * sizeof(float));
+      }
+    }
+    if (t_.residual || t_.relu) finish_rows(s_, t_, n, row, row + rows);
+  }
+
+  const ConvShape& s_;
+  const ConvTensors<float>& t_;
+  const std::vector<int32_t>& outputs_;
+  const Kernels& kernels_;
+  const PlaneKernels& planes_;
+  const Bands& bands_;
+  int64_t inputs_;
+  bool in_place_;  // the kernel writes the output itself
+  size_t scratch_floats_;
+  Step step_{};
+  Spread spread_;
+  std::vector<float> bias_;
+  std::vector<int32_t> keep_;
+  std::vector<const float*> sources_;
+  std::vector<float*> targets_;
+  // Kept by the thread: to clear a fresh one would cost as much as to fill it.
+  static thread_local std::vector<float> buffer_;
+};
+
+thread_local std::vector<float> Worker::buffer_;
+
+}  // namespace
+
+bool can_use_maps(const ConvShape& s, int64_t inputs, int64_t outputs) {
+  return s.groups == 1 && s.kernel_h == 3 && s.kernel_w == 3 && inputs >= 8 && outputs > 0 &&
+         inputs * outputs <= kMostWeights;
+}
+
+bool prefer_maps(const ConvShape& s, int64_t inputs, int64_t outputs, int lanes, bool kept) {
+  const int64_t widest = std::max(s.width, s.out_w) * std::max(inputs, outputs) * 8 * s.stride_h;
+  if (!can_use_maps(s, inputs, outputs) || s.dilation_h != 1 || s.dilation_w != 1 ||
+      widest > std::numeric_limits<int32_t>::max()) {
+    return false;
+  }
+  // Register instructions for 16 pixels; what planes and transforms cost beside their sums is measured.
+  const int64_t in_vectors = ceil_div(inputs, lanes), out_vectors = ceil_div(outputs, lanes);
+  const double planes = 1.4 * kTaps * inputs * outputs * 16 / lanes;
+  if (!is_winograd(s)) return kTaps * inputs * out_vectors * 16 < 1.5 * planes;
+  const double tiles = static_cast<double>(ceil_div(s.out_h, kTile) * ceil_div(s.out_w, kTile));
+  const double filled = static_cast<double>(s.out_h * s.out_w) / (tiles * 16);
+  double maps = kPoints * (inputs * out_vectors + 6 * (in_vectors + out_vectors));
+  if (!kept) maps += 10.0 * kPoints * inputs * out_vectors / (tiles * static_cast<double>(s.batch));
+  return maps < planes * filled;
+}
+
+int64_t map_weight_floats(int64_t inputs, int64_t outputs) {
+  return round_up(outputs, kPanel) * inputs * (kTaps + kPoints);
+}
+
+void pack_map_weights(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,
+                      const PlaneKernels& kernels, bool winograd, float* to) {
+  const std::vector<int32_t> places = place_outputs(s, outputs, kernels.lanes);
+  const int64_t inputs = t.in_offset[1], count = static_cast<int64_t>(places.size());
+  const int64_t panels = ceil_div(count, kPanel), panel_floats = inputs * kPanel;
+  const Strides4& w = t.weight_strides;
+  std::fill(to, to + panels * panel_floats * kTaps, 0.0f);
+  for (int64_t row = 0; row < count; ++row) {
+    if (places[row] < 0) continue;
+    float* panel = to + row / kPanel * panel_floats * kTaps + row % kPanel;
+    for (int64_t k = 0; k < inputs; ++k) {
+      const float* filter = t.weight + places[row] * w.n + t.in_index[k] * w.c;
+      for (int64_t tap = 0; tap < kTaps; ++tap) {
+        panel[tap * panel_floats + k * kPanel] = filter[tap / 3 * w.h + tap % 3 * w.w];
+      }
+    }
+  }
+  if (!winograd) return;
+  float* points = to + panels * panel_floats * kTaps;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    kernels.winograd_weights(to + panel * panel_floats * kTaps, inputs,
+                             points + panel * panel_floats * kPoints);
+  }
+}
+
+void masked_conv2d_maps(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,
+                        const Kernels& kernels, const PlaneKernels& planes, int threads,
+                        const ParallelFor& parallel, const float* weights) {
+  std::vector<float> own;
+  if (!weights) {
+    own.resize(map_weight_floats(t.in_offset[1], static_cast<int64_t>(outputs.rows.size())));
+    pack_map_weights(s, t, outputs, planes, is_winograd(s), own.data());
+    weights = own.data();
+  }
+  const std::vector<int32_t> places = place_outputs(s, outputs, planes.lanes);
+  const int64_t inputs = t.in_offset[1], count = static_cast<int64_t>(places.size());
+  const Bands bands = lay_out_bands(s, inputs, count, threads);
+  const int64_t groups = ceil_div(s.batch, bands.images), strips = ceil_div(s.out_h, bands.rows);
+  const int64_t work = bands.images * bands.rows * s.out_w * count * inputs * kTaps;
+  parallel(groups * strips, 1 + kWorthwhile / std::max<int64_t>(1, work), [&](int64_t begin, int64_t end) {
+    Worker worker(s, t, places, kernels, planes, bands, weights);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      // Even groups: 32 images in groups of up to 5 are 7 x 4 or 5 and not 6 x 5 and a group of 2.
+      const int64_t image = s.batch * (unit / strips) / groups, next = s.batch * (unit / strips + 1) / groups;
+      const int64_t row = unit % strips * bands.rows;
+      worker.run(image, next - image, row, std::min(bands.rows, s.out_h - row));
+    }
+  });
+}
+
+}  // namespace gatedconv

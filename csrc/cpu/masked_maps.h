@@ -1,0 +1,28 @@
+// The masked convolution over maps: an image's open channels lie side by side in a pixel, a register holds
+// output channels. For 3x3 filters: Winograd F(4x4) with stride 1, direct with any other. Independent of
+// PyTorch.
+#pragma once
+
+#include "masked_pack.h"
+#include "masked_planes.h"
+#include "plan.h"
+
+namespace gatedconv {
+
+// Whether maps can hold this convolution at all, whatever its stride, dilation and image.
+bool can_use_maps(const ConvShape& s, int64_t inputs, int64_t outputs);
+
+// Whether they are faster than planes for it; `kept`: its weights are packed already.
+bool prefer_maps(const ConvShape& s, int64_t inputs, int64_t outputs, int lanes, bool kept);
+
+// Weights of `inputs` by `outputs` open channels: panels of the direct convolution, then of Winograd's.
+int64_t map_weight_floats(int64_t inputs, int64_t outputs);
+void pack_map_weights(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,
+                      const PlaneKernels& kernels, bool winograd, float* to);
+
+// Runs a whole convolution; `weights` is what pack_map_weights wrote, or null for packing them here.
+void masked_conv2d_maps(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,
+                        const Kernels& kernels, const PlaneKernels& planes, int threads,
+                        const ParallelFor& parallel, const float* weights);
+
+}  // namespace gatedconv
