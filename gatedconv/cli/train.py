@@ -16,11 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.epilog = (
         "precedence: preset < config file < flag. Exit code 3: max_minutes or SIGTERM ended the run; resume it. "
-        "Several GPUs or machines: torchrun ... -m gatedconv train --run DIR ..."
+        "Several GPUs or machines: torchrun ... -m gatedconv train --folder DIR ..."
     )
     parser.add_argument("--preset", metavar="NAME", help="named settings: demo, paper-c10-r56-layer, best-c10-r56, ...")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="folder to write; default: a new one in runs/")
+    # Two names: torchrun's own parser stumbles over --run, a beginning of several of its options.
+    parser.add_argument(
+        "--run", "--folder", type=Path, dest="run", metavar="DIR", help="folder to write; default: a new one in runs/"
+    )
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
     add_config_flags(parser)
 
@@ -45,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         config = merge_settings(arguments.preset, arguments.config, flags)
         if world > 1 and arguments.run is None:
-            raise ValueError("run: expected --run DIR with several processes: a restarted job has to find its folder")
+            raise ValueError(
+                "folder: expected --folder DIR with several processes: a restarted job has to find its folder"
+            )
         folder = RunFolder(arguments.run or _new_folder(config))
     with make_listener() if rank == 0 else nullcontext(Listener()) as listener, stop_on_sigterm() as stop:
         try:

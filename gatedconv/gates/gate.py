@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gates.estimators import RUNNING_MOMENTUM, Estimator, make_estimator
+from gatedconv.gates.sync_norm import SynchronisedNorm
 
 
 class Gate(nn.Module):
@@ -143,7 +144,28 @@ class LearnedGate(Gate):
         self.check_input(x)
         self.forget()
         features = x if pooled is None or self.pool != "avg" else pooled
+        if self.synchronised:
+            return self.note(self._decide(features, x.dtype))
         return self.note(ops.gate(features, *self.arguments(x.shape[0], x.dtype)))
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether the norm looks at the batches of all processes, which the operators of `gatedconv.ops` do not."""
+        return isinstance(self.norm, SynchronisedNorm) and self.training
+
+    def _decide(self, features: Tensor, dtype: torch.dtype) -> ops.GateOutput:
+        """`gatedconv.ops.gate`, module by module."""
+        assert self.fc1 is not None and self.norm is not None  # there is a norm, hence a hidden layer
+        exact = self.fc2.weight.dtype
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            pooled = features.dim() == 4 and self.pool == "avg"
+            hidden = features.mean(dim=(2, 3), dtype=exact) if pooled else features.flatten(1).to(exact)
+            logits = self.fc2(torch.relu(self.norm(self.fc1(hidden))))
+            gate = self.estimator(logits)
+            open_rate = gate.mean(dim=0)
+            with torch.no_grad():
+                self.running_open_rate.lerp_(open_rate.detach().to(self.running_open_rate.dtype), RUNNING_MOMENTUM)
+        return ops.GateOutput(gate.to(dtype), open_rate, logits)
 
     def note(self, decision: ops.GateOutput) -> Tensor:
         """Keep the last call's logits and open rate; returns the gate."""
@@ -167,9 +189,7 @@ class LearnedGate(Gate):
             dtype=dtype,
         )
         if fc1 is not None and norm is not None:
-            parameters = ops.GateParameters(
-                fc1.weight, fc1.bias, norm.weight, norm.bias, fc2.weight, fc2.bias
-            )
+            parameters = ops.GateParameters(fc1.weight, fc1.bias, norm.weight, norm.bias, fc2.weight, fc2.bias)
             statistics = statistics._replace(
                 mean=norm.running_mean, var=norm.running_var, batches=norm.num_batches_tracked
             )

@@ -118,8 +118,8 @@ class BasicBlock(nn.Module):
         if not all(gate is None or isinstance(gate, LearnedGate) for gate in (self.layer_gate, channel)):
             return False
         inner = channel is not None and self.position == "after"
-        if isinstance(channel, LearnedGate) and inner and channel.pool != "avg":
-            return False  # it reads every position of bn2's output
+        if isinstance(channel, LearnedGate) and inner and (channel.pool != "avg" or channel.synchronised):
+            return False  # it reads every position of bn2's output, or the batches of other processes
         # What is not called on its own cannot call its hooks.
         watched = [self.bn2] if channel is None or not inner else [self.bn2, channel]
         hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in watched)

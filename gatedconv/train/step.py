@@ -20,11 +20,14 @@ from gatedconv.train.recipe import (
     learning_rate,
     make_controller,
     make_optimizer,
+    make_shutter,
     set_learning_rate,
+    shut_gates,
     task_loss,
 )
 from gatedconv.train.recompute import recomputing
 from gatedconv.train.skipping import BlockSkipping
+from gatedconv.train.sync_norm import synchronised_norms
 
 
 class StepResult(NamedTuple):
@@ -47,7 +50,7 @@ class Stepper:
         predict_skips: for tests: let the step before decide what is left out, as on a GPU.
 
     Attributes:
-        parts: what has a state, by name: model, optimizer, scaler and, where there is one, controller.
+        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller and shutter.
         guard: counts the bad steps.
         skipping: counts what was left out.
     """
@@ -70,9 +73,12 @@ class Stepper:
         self.controller = make_controller(model, config)
         if self.controller is not None:
             self.parts["controller"] = self.controller.to(device)
+        self.shutter = make_shutter(model, config)
+        if self.shutter is not None:
+            self.parts["shutter"] = self.shutter.to(device)
         compiled: nn.Module = torch.compile(model, fullgraph=True) if config.compile else model  # type: ignore[assignment]
         self.network = parallel(compiled, ranks)
-        moving = nn.ModuleList([model, *([self.controller] if self.controller is not None else [])])
+        moving = nn.ModuleList([part for part in (model, self.controller, self.shutter) if part is not None])
         self.guard = StepGuard(moving, device)
         skips = config.skip_blocks and not (config.compile or config.cuda_graph)
         self.skipping = BlockSkipping(model if skips else nn.Module(), device, predict=predict_skips, ranks=ranks)
@@ -85,6 +91,8 @@ class Stepper:
         """While it lasts, the network behaves as the steps of `config` need it."""
         with ExitStack() as stack:
             stack.enter_context(accumulating(self.model, self.config.accumulate))
+            if self.ranks.world > 1:
+                stack.enter_context(synchronised_norms(self.model, self.config.sync_norm))
             stack.enter_context(self.skipping.active())
             if self.config.recompute:
                 stack.enter_context(recomputing(self.model))
@@ -102,7 +110,10 @@ class Stepper:
             self._before.put_back()
             result = self._forward_backward(images, labels, epoch / self.config.epochs)
             self.skipping.verified(len(images))
-        return self._update(result)
+        result = self._update(result)
+        if self.shutter is not None:
+            shut_gates(self.shutter, self.config, epoch / self.config.epochs)
+        return result
 
     def _forward_backward(self, images: Tensor, labels: Tensor, progress: float) -> StepResult:
         count = self.config.accumulate
