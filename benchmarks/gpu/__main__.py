@@ -1,43 +1,79 @@
-"""Runs stages: ``python -m benchmarks.gpu [STAGE ...]``, all of them by default, each in its own process.
+"""Runs stages: ``python -m benchmarks.gpu [--dry] [STAGE ...]``, all of them by default.
 
-Exit code 2, with one line, for an unknown stage or where there is no GPU.
+Each runs in a process of its own, which is ended after eight and a half minutes; rows are in a file by then, and the
+table is printed last. Exit code 1 where rows failed, 124 where a stage was ended, 2, with one line, for an unknown
+stage or where there is no GPU. ``--dry`` walks through all of it on a CPU with the smallest cases and keeps nothing.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-from benchmarks.gpu.session import ROOT, Session, short_name
-from benchmarks.gpu.stages import all_stages
+from benchmarks.gpu.session import LIMIT_S, ROOT, Session, short_name
+from benchmarks.gpu.stages import find_stage, run_cases, stage_names
+from benchmarks.gpu.watch import watch
+
+DRY_LIMIT_S = 200.0
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run the stages named and return the first exit code that is not 0."""
+    dry = "--dry" in arguments
+    names = [argument for argument in arguments if argument != "--dry"]
+    if names[:1] == ["--child"]:
+        return child(names[1], Path(names[2]), Path(names[3]), dry)
+    unknown = [name for name in names if name not in stage_names()]
+    if unknown:
+        return fail(f"no stage {unknown[0]!r}; there are: {', '.join(stage_names())}")
     try:
         prepare()
-        stages = all_stages()
+        import torch
     except ImportError as error:
         return fail(f"{error}; the stages need torch and triton")
-    unknown = [name for name in names if name not in stages]
-    if unknown:
-        return fail(f"no stage {unknown[0]!r}; there are: {', '.join(stages)}")
-    import torch
-
-    if not torch.cuda.is_available():
+    if not dry and not torch.cuda.is_available():
         return fail("no CUDA device is visible; the stages need one")
-    names = names or list(stages)
-    if len(names) > 1:  # what one stage leaves in memory, caches and compiled code must not touch the next
-        codes = [
-            subprocess.run([sys.executable, "-m", "benchmarks.gpu", name], cwd=ROOT).returncode
-            for name in names
-        ]
-        return next((code for code in codes if code), 0)
+    codes = [run_stage(name, dry) for name in names or stage_names()]
+    return next((code for code in codes if code), 0)
+
+
+def run_stage(name: str, dry: bool) -> int:
+    """Run one stage in its own process."""
+    print(f"== {name}", flush=True)
+    found = find_stage(name)
+    if found is None:
+        print(f"{name}: nothing to run, its cases are not part of this checkout")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress"
+        results = Path(folder) if dry else ROOT / "benchmarks" / "results"
+        session = open_session(results, progress, dry)
+        command = [sys.executable, "-m", "benchmarks.gpu", "--child", name, str(results), str(progress)]
+        code = watch([*command, *(["--dry"] if dry else [])], session, found[1])
+    sys.stdout.flush()
+    return code
+
+
+def child(name: str, results: Path, progress: Path, dry: bool) -> int:
+    """Run a stage's cases, in the process that is watched."""
+    prepare()
+    found = find_stage(name)
+    assert found is not None
+    session = open_session(results, progress, dry)
+    run_cases(session, found[0](session))
+    return 0
+
+
+def open_session(results: Path, progress: Path, dry: bool) -> Session:
+    """A session on the GPU that is there."""
+    import torch
     import triton
 
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    return stages[names[0]](Session(short_name(torch.cuda.get_device_name()), versions))
+    device = "dry" if dry else short_name(torch.cuda.get_device_name())
+    return Session(device, versions, results, DRY_LIMIT_S if dry else LIMIT_S, progress, dry)
 
 
 def prepare() -> None:

@@ -5,19 +5,34 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import gatedconv
-from benchmarks.gpu.session import Row, Session
-from benchmarks.gpu.stages import stage
-from benchmarks.gpu.timing import Call, captured, count_launches, measure, peak_bytes
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.stages import Case, stage
+from benchmarks.gpu.timing import Call, Machine
 
 # The stages of a CIFAR ResNet, then a late stage of ResNet-50 at 224x224.
 SHAPES = ((16, 32), (32, 16), (64, 8), (1024, 14))
+DRY_SHAPES = ((3, 4),)
 GATES = ("layer", "channel", "channel-flat")
-COMPILE_S = 40.0  # a first compilation, generously
+ESTIMATORS = ("gumbel", "bernoulli", "batch_mean")  # beside "ste", for which everything is measured
+EAGER_S, COMPILE_S = 5.0, 40.0  # a first compilation, generously
+
+# Provider: (kernels, mode of torch.compile, captured in a graph).
+PROVIDERS: dict[str, tuple[str, str | None, bool]] = {
+    "eager": ("off", None, False),
+    "gatedconv": ("auto", None, False),
+    "gatedconv-graph": ("auto", None, True),
+    "eager-graph": ("off", None, True),
+    "compile-reduce-overhead": ("off", "reduce-overhead", False),
+    "compile": ("off", "default", False),
+    "gatedconv-compile": ("auto", "default", False),
+    "gatedconv-compile-reduce-overhead": ("auto", "reduce-overhead", False),
+}
 
 
 @contextlib.contextmanager
@@ -33,23 +48,24 @@ def kernels(mode: str) -> Iterator[None]:
             os.environ["GATEDCONV_TRITON"] = before
 
 
-def make_gate(kind: str, channels: int, size: int) -> gatedconv.gates.Gate:
+def make_gate(kind: str, channels: int, size: int, **options: Any) -> gatedconv.gates.Gate:
     """A gate of the paper in training, reading (N, channels, size, size)."""
     torch.manual_seed(0)
     if kind == "layer":
-        return gatedconv.LayerGate(channels)
+        return gatedconv.LayerGate(channels, **options)
     pool = "flatten" if kind == "channel-flat" else "avg"
-    return gatedconv.ChannelGate(channels, pool=pool, feature_size=size * size)
+    return gatedconv.ChannelGate(channels, pool=pool, feature_size=size * size, **options)
 
 
-def gate_step(gate: torch.nn.Module, x: Tensor, wrap: Callable[[Call], Call] = lambda call: call) -> Call:
+def gate_step(gate: torch.nn.Module, x: Tensor, wrap: Callable[..., Any] = lambda call: call) -> Call:
     """Forward and backward: gradients of x and of every parameter, from those of gate and open rate."""
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         return gate(x), gate.open_rate
 
     run = wrap(forward)
-    decision, rate = forward(x)
+    with torch.no_grad():  # leaves no autograd graph behind, whose nodes would be bound to this stream
+        decision, rate = forward(x)
     incoming = (torch.randn_like(decision), torch.randn_like(rate))
     leaves = [x, *gate.parameters()]
 
@@ -60,66 +76,43 @@ def gate_step(gate: torch.nn.Module, x: Tensor, wrap: Callable[[Call], Call] = l
     return step
 
 
-def providers() -> dict[str, tuple[str, str | None, bool]]:
-    """Provider: (kernels, mode of torch.compile, captured in a graph)."""
-    return {
-        "eager": ("off", None, False),
-        "compile": ("off", "default", False),
-        "compile-reduce-overhead": ("off", "reduce-overhead", False),
-        "eager-graph": ("off", None, True),
-        "gatedconv": ("auto", None, False),
-        "gatedconv-graph": ("auto", None, True),
-        "gatedconv-compile": ("auto", "default", False),
-    }
+@stage("bench-gates", baseline="eager")
+def bench_gates(session: Session) -> Iterator[Case]:
+    """Batch 256 first, every provider; then the other estimators, batches and depths by eager and ours."""
+    machine = Machine(session.dry)
+    shapes = DRY_SHAPES if session.dry else SHAPES
+    batches = (4,) if session.dry else (256, 128, 1024)
+    quick = [name for name, (_, mode, _) in PROVIDERS.items() if mode is None]
+    for batch in batches:
+        for dtype in (torch.float32, torch.float16):
+            for kind in GATES:
+                for channels, size in shapes:
+                    if kind == "channel-flat" and size == 14:  # 200,704 features: nobody's gate
+                        continue
+                    for provider in PROVIDERS:
+                        yield gate_case(machine, kind, channels, size, batch, dtype, provider)
+        if batch == batches[0]:
+            for kind in GATES:
+                for options in (*({"estimator": name} for name in ESTIMATORS), {"hidden": None}):
+                    for provider in quick:
+                        yield gate_case(machine, kind, *shapes[0], batch, torch.float32, provider, **options)
 
 
-@stage("bench-gates")
-def bench_gates(session: Session, batches: tuple[int, ...] = (256, 128, 1024)) -> int:
-    """Measure until the time is up, the most telling cases first; print the table."""
-    cases = [
-        (batch, kind, channels, size, dtype)
-        for batch in batches
-        for dtype in (torch.float32, torch.float16)
-        for kind in GATES
-        for channels, size in SHAPES
-        if not (kind == "channel-flat" and size == 14)  # 200,704 features: nobody's gate
-    ]
-    for batch, kind, channels, size, dtype in cases:
-        case = f"{kind} {channels}x{size}x{size}"
-        name = str(dtype).removeprefix("torch.")
-        for provider, how in providers().items():
-            if not session.has(COMPILE_S if how[1] else 5.0):
-                continue
-            session.add(measure_gate(case, kind, channels, size, batch, dtype, name, provider, how))
-    print(session.table("eager"))
-    return 0
+def gate_case(
+    machine: Machine, kind: str, channels: int, size: int, batch: int, dtype: torch.dtype, provider: str, **options: Any
+) -> Case:
+    """One provider on one gate."""
+    words = [kind, f"{channels}x{size}x{size}", *("1FC" if value is None else str(value) for value in options.values())]
+    key = ("gate", " ".join(words), batch, str(dtype).removeprefix("torch."), provider)
+    mode, compiled, graph = PROVIDERS[provider]
 
+    def run() -> dict[str, Any]:
+        machine.clean()
+        device = machine.device
+        x = torch.randn(batch, channels, size, size, device=device, dtype=dtype, requires_grad=True)
+        gate = make_gate(kind, channels, size, **options).to(device).train()
+        wrap = (lambda f: machine.compile(f, compiled, True)) if compiled else (lambda f: f)
+        with kernels(mode):
+            return machine.values(gate_step(gate, x, wrap), graph, inner=compiled != "reduce-overhead")
 
-def measure_gate(
-    case: str,
-    kind: str,
-    channels: int,
-    size: int,
-    batch: int,
-    dtype: torch.dtype,
-    name: str,
-    provider: str,
-    how: tuple[str, str | None, bool],
-) -> Row:
-    """One provider on one case; a failure becomes a row that says so."""
-    mode, compiled, graph = how
-    key = ("gate", case, batch, name, provider)
-    torch._dynamo.reset()
-    x = torch.randn(batch, channels, size, size, device="cuda", dtype=dtype, requires_grad=True)
-    gate = make_gate(kind, channels, size).cuda().train()
-    wrap = (lambda f: torch.compile(f, mode=compiled, fullgraph=True)) if compiled else (lambda f: f)
-    with kernels(mode):
-        try:
-            step = gate_step(gate, x, wrap)
-            launches = None if graph or compiled == "reduce-overhead" else count_launches(step)
-            memory = None if graph or compiled == "reduce-overhead" else peak_bytes(step)
-            return Row(
-                *key, **measure(captured(step) if graph else step), launches=launches, bytes_peak=memory
-            )
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            return Row(*key, note=f"failed: {str(error).splitlines()[0][:120]}")
+    return Case(key, COMPILE_S if compiled else EAGER_S, run)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 510  # of a stage: nine minutes less what starting and ending takes
+LIMIT_S = 460  # after which a stage begins nothing new; the watchdog ends it at watch.KILL_S
 KEY = ("benchmark", "case", "batch", "dtype", "provider")
 
 
@@ -33,7 +33,7 @@ class Row:
         ms_iqr: 75th minus 25th percentile.
         launches: kernels per call; None where they were not counted.
         bytes_peak: memory of a call beyond what was held before it; None where it was not measured.
-        note: why something is missing.
+        note: why something is missing; begins with "failed" where it should be there.
     """
 
     benchmark: str
@@ -55,6 +55,11 @@ class Row:
     ratio_high: float | None = None
     error: float | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether something is missing that should be there."""
+        return (self.note or "").startswith("failed")
+
 
 class Session:
     """Keeps what is measured on the disk from the first row on, so that a run that is cut off loses nothing.
@@ -63,7 +68,9 @@ class Session:
         device: short name of the GPU, such as "h200".
         versions: of "torch", "triton" and "cuda".
         folder: where result files lie.
-        limit_s: seconds that the stage may take.
+        limit_s: seconds after which nothing new begins.
+        progress: a file that gets a line as a case begins, ends or is left out; for whoever watches.
+        dry: walk through everything on a CPU, with the smallest cases.
     """
 
     def __init__(
@@ -72,10 +79,11 @@ class Session:
         versions: dict[str, str],
         folder: Path = ROOT / "benchmarks" / "results",
         limit_s: float = LIMIT_S,
+        progress: Path | None = None,
+        dry: bool = False,
     ) -> None:
         self.started = time.monotonic()
-        self.limit_s = limit_s
-        self.device = device
+        self.limit_s, self.device, self.progress, self.dry = limit_s, device, progress, dry
         self.header = {
             "device": device,
             **dict.fromkeys(("cpu", "isa", "threads")),
@@ -84,7 +92,8 @@ class Session:
             "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         }
-        self.path = folder / f"{device}-{versions['torch']}-{self.header['commit']}.json"
+        name = f"{device}-{versions['torch']}-{self.header['commit']}".replace("+", "-")
+        self.path = folder / f"{name}.json"
         self.rows: list[Row] = []
 
     @property
@@ -96,6 +105,14 @@ class Session:
         """Whether something that takes this long may still be begun."""
         return self.left_s > seconds
 
+    def begin(self, key: Sequence[Any]) -> None:
+        """Note that a case begins: what the process dies of, it dies of in this one."""
+        self._tell("begin", list(key))
+
+    def skip(self, key: Sequence[Any]) -> None:
+        """Note that there is no time for a case."""
+        self._tell("skip", list(key))
+
     def add(self, row: Row) -> None:
         """Keep a row, in place of an earlier one of the same key. The file is whole at every moment."""
         self.rows.append(row)
@@ -106,39 +123,49 @@ class Session:
         whole = self.path.with_suffix(".tmp")
         whole.write_text(json.dumps({**self.header, "rows": [*kept, new], "failures": []}, indent=1) + "\n")
         os.replace(whole, self.path)
+        self._tell("row", new)
 
-    def table(self, baseline: str) -> str:
-        """The session's rows as text: a line each, and how much faster than ``baseline`` it is."""
-        base = {_case(row): row.ms_median for row in self.rows if row.provider == baseline}
-        lines = [("case", "batch", "dtype", "provider", "ms", "iqr", f"x {baseline}", "launches", "MB", "")]
-        for row in self.rows:
-            reference = base.get(_case(row))
-            speed = reference / row.ms_median if reference and row.ms_median else None
-            lines.append(
-                (
-                    row.case,
-                    str(row.batch),
-                    row.dtype,
-                    row.provider,
-                    _number(row.ms_median, 3),
-                    _number(row.ms_iqr, 3),
-                    _number(speed, 2),
-                    "" if row.launches is None else str(row.launches),
-                    _number(None if row.bytes_peak is None else row.bytes_peak / 2**20, 1),
-                    row.note or "",
-                )
+    def _tell(self, kind: str, what: Any) -> None:
+        if self.progress is not None:
+            with self.progress.open("a") as file:
+                file.write(json.dumps([kind, what]) + "\n")
+
+
+def table(rows: Sequence[Row], baseline: str) -> str:
+    """Rows as text: a line each, and how much faster than ``baseline`` it is."""
+    base = {_case(row): row.ms_median for row in rows if row.provider == baseline}
+    lines = [("case", "batch", "dtype", "provider", "ms", "iqr", f"x {baseline}", "launches", "MB", "")]
+    for row in rows:
+        reference = base.get(_case(row))
+        speed = reference / row.ms_median if reference and row.ms_median else None
+        lines.append(
+            (
+                row.case,
+                str(row.batch),
+                row.dtype,
+                row.provider,
+                _number(row.ms_median, 3),
+                _number(row.ms_iqr, 3),
+                _number(speed, 2),
+                "" if row.launches is None else str(row.launches),
+                _number(None if row.bytes_peak is None else row.bytes_peak / 2**20, 1),
+                row.note or "",
             )
-        return columns(lines)
+        )
+    return columns(lines)
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """Lines of equal length as aligned text, the first underlined."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def text_of(error: BaseException) -> str:
+    """An error in a line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
 
 
 def commit() -> str:
@@ -153,11 +180,7 @@ def commit() -> str:
 
 def short_name(device: str) -> str:
     """NVIDIA H200 -> h200, NVIDIA GeForce RTX 4090 -> rtx-4090, Tesla T4 -> t4."""
-    words = [
-        word
-        for word in re.split(r"[^a-z0-9]+", device.lower())
-        if word not in ("nvidia", "geforce", "tesla", "")
-    ]
+    words = [word for word in re.split(r"[^a-z0-9]+", device.lower()) if word not in ("nvidia", "geforce", "tesla", "")]
     return "-".join(words[:2] if words[:1] in (["rtx"], ["gtx"]) else words[:1]) or "gpu"
 
 
