@@ -70,7 +70,7 @@ class NvmlCounter:
         uuid = str(torch.cuda.get_device_properties(index).uuid)
         try:
             nvml.nvmlInit()
-            self._handle = nvml.nvmlDeviceGetHandleByUUID((uuid if "-" not in uuid[:4] else "GPU-" + uuid).encode())
+            self._handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}".encode())
         except nvml.NVMLError as error:
             raise OSError(f"NVML: {error}") from None
         self.name = f"GPU {index} (NVML)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,12 +53,17 @@ class Ranks:
         dist.all_gather_object(box, value)
         return box
 
-    def average_buffers(self, model: nn.Module) -> None:
-        """Give every process the mean of all running statistics, so that all hold the same network."""
+    def average_buffers(self, model: nn.Module, weight: float = 1.0) -> None:
+        """Give every process the mean of all running statistics, so that all hold the same network.
+
+        Args:
+            model: the network.
+            weight: of this process's images among its fellows', 1 on average.
+        """
         floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         if self.world == 1 or not floats:
             return
-        joined = self.sum(torch.cat([buffer.flatten().float() for buffer in floats])) / self.world
+        joined = self.sum(torch.cat([buffer.flatten().float() for buffer in floats]) * (weight / self.world))
         for buffer, mean in zip(floats, joined.split([buffer.numel() for buffer in floats]), strict=True):
             buffer.copy_(mean.view_as(buffer))
 
@@ -113,7 +119,11 @@ def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
     """The network as its processes train it: DistributedDataParallel, each with running statistics of its own."""
     if ranks.world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    engine = nn.parallel.DistributedDataParallel
+    known = inspect.signature(engine).parameters
+    own = {name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in known}
+    newest = dict([next(iter(own.items()))])  # later releases have another name for it
+    return engine(model, gradient_as_bucket_view=True, **newest)
 
 
 def _take_gpu(device: str, local: int) -> None:

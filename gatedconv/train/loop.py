@@ -126,6 +126,8 @@ class _Training:
         self.config, self.phase, self.checkpoint = config, phase, checkpoint
         self.ranks, self.listeners, self.deadline = ranks, listeners, deadline
         self.device = batches.labels.device
+        share = batches.share
+        self.weight = (share.stop - share.start) * ranks.world / config.batch_size  # ranks differ by an image
         self.history: list[EpochMetrics] = []
         self.meter = EpochMeter(model, self.device)
         self.energy = EnergyMeter(self.device, host=ranks.local == 0)
@@ -161,8 +163,7 @@ class _Training:
             for images, labels in self.batches:
                 step = self.batches.position or steps
                 result = self.stepper(images, labels, epoch + (step - 1) / steps)
-                weight = len(labels) * self.ranks.world / self.config.batch_size
-                self.meter.add(result.logits, labels, result.loss, result.polarization, result.bad, weight)
+                self.meter.add(result.logits, labels, result.loss, result.polarization, result.bad, self.weight)
                 now_and_then = step % _SYNC_EVERY == 0 or step == steps
                 if now_and_then:
                     self.energy.poll()
@@ -189,7 +190,7 @@ class _Training:
     def _evaluated(self, epoch: int) -> EpochMetrics:
         """The metrics of an epoch whose steps are done; begins to count the next one."""
         config, steps = self.config, len(self.batches)
-        self.ranks.average_buffers(self.model)
+        self.ranks.average_buffers(self.model, self.weight)
         self.meter.load_state_dict(self.meter.joined(self.ranks))
         of_gates = self.meter.gate_metrics(self.ranks)  # before the evaluation, whose batches the gates would tell of
         test_loss, test_top1 = evaluate(self.model, self.test_batches, self.ranks)
@@ -256,7 +257,7 @@ class _Training:
         """Write a checkpoint, of the end of an epoch or of the middle of one; a collective."""
         if self.checkpoint is None:
             return
-        self.ranks.average_buffers(self.model)
+        self.ranks.average_buffers(self.model, self.weight)
         state = pack_state(self.stepper.parts, self.batches, self.config, self.phase, self.history, self.ranks)
         if self.batches.position:
             within = self._within()

@@ -1,0 +1,127 @@
+"""Runs that are killed and go on: the rounds that the tests and ``benchmarks/kill_and_resume.py`` make.
+
+A run is a forked child of this process, which is there at once and can be killed without a trace: after a while
+drawn at random, or inside the writing of a checkpoint, before a call of the system that is drawn at random.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gatedconv
+from gatedconv.train import RunFolder, TrainConfig, run
+from gatedconv.train.checkpoint import load_checkpoint
+
+_CALLS = ("fsync", "replace")
+
+
+def small_config(archive: Path, **changes: Any) -> TrainConfig:
+    """Settings of a run of about a second that writes a checkpoint after every step."""
+    settings = {
+        "data": f"npz:{archive}", "epochs": 3, "batch_size": 16, "mac_weight": 4.0, "gate": "layer", "latency": False,
+        "dense_baseline": False, "device": "cpu", "threads": 1, "checkpoint_minutes": 1e-9, "estimator": "ste",
+    }  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def run_in_child(config: TrainConfig, folder: Path, *, kill_after: float = 0.0, kill_in_call: int = 0) -> bool:
+    """Begin or go on with a run in a child; False if it was killed before its end.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        kill_after: seconds after which it is killed; 0 for never.
+        kill_in_call: the call of fsync or replace, counted from 1, before which it kills itself; 0 for never.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            if kill_in_call:
+                _kill_in(kill_in_call)
+            target = RunFolder(folder)
+            done = run(config, target, resume=target.holds_run())
+            os._exit(0 if done is not None else 3)
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            os._exit(1)
+    if kill_after:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return False
+    if os.WEXITSTATUS(status) != 0:
+        raise RuntimeError(f"{folder}: the run failed with exit code {os.WEXITSTATUS(status)}")
+    return True
+
+
+def _kill_in(call: int) -> None:
+    left = [call]
+    for name in _CALLS:
+        real = getattr(os, name)
+
+        def counted(*arguments: Any, real: Any = real) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        setattr(os, name, counted)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything that a run ends with, times and joules aside."""
+    found = RunFolder(folder)
+    state = load_checkpoint(found.checkpoint("gated"))
+    varying = ("seconds", "energy_j")
+    for line in state["history"]:
+        for key in varying:
+            line.pop(key)
+    state.pop("config")
+    summary = {key: value for key, value in found.read_summary().items() if key not in ("wall_s", "energy_j")}
+    lines = [{k: v for k, v in line.as_dict().items() if k not in varying} for line in found.read_metrics()]
+    models = {kind: gatedconv.load(found.model(kind)).state_dict() for kind in ("gated", "compact")}
+    return {"state": state, "summary": summary, "lines": lines, "models": models}
+
+
+def differences(left: Any, right: Any, where: str = "") -> list[str]:
+    """Places at which two outcomes are not the same to the last bit."""
+    if isinstance(left, torch.Tensor):
+        same = isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+        return [] if same else [where]
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = {str(key): key for key in [*left, *right]}
+        return [
+            place
+            for text, key in keys.items()
+            for place in (
+                differences(left[key], right[key], f"{where}/{text}") if key in left and key in right else [text]
+            )
+        ]
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [place for i, (a, b) in pairs for place in differences(a, b, f"{where}/{i}")]
+    return [] if json.dumps(left, default=str) == json.dumps(right, default=str) else [where]
+
+
+def killed_round(config: TrainConfig, folder: Path, seconds: float, draw: random.Random) -> dict[str, int]:
+    """Make a run that is killed at random until it comes to its end, four times at most; how it was killed."""
+    counts = {"at_a_time": 0, "in_a_write": 0}
+    for _ in range(4):
+        if draw.random() < 0.5:
+            if not run_in_child(config, folder, kill_after=draw.uniform(0.0, seconds)):
+                counts["at_a_time"] += 1
+        elif not run_in_child(config, folder, kill_in_call=draw.randint(1, 30)):
+            counts["in_a_write"] += 1
+        if RunFolder(folder).summary.is_file():
+            break
+    run_in_child(config, folder)
+    return counts

@@ -1,0 +1,232 @@
+"""Two processes of gloo against one: training, votes, masks, norms of gates, and what they send each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import gatedconv
+from gatedconv.data import EvalBatches, load_data
+from gatedconv.gates.ranks import require_same_masks
+from gatedconv.gates.sync_norm import synchronised
+from gatedconv.models.resnet import ResNet
+from gatedconv.train import RunFolder, TrainConfig, train
+from gatedconv.train.distributed import current
+from gatedconv.train.step import Stepper
+from tests.image_files import write_npz
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+# 15 images on two ranks: 7 and 8.
+CONFIG = TrainConfig(
+    epochs=2, batch_size=15, lr=0.05, gate="both", position="middle", mac_weight=1.0, act_weight=0.1, polar_weight=2.0,
+    polar_schedule="constant", device="cpu",
+)  # fmt: skip
+
+
+class StillNorms(ResNet):
+    """A gated network whose BatchNorm is in eval throughout: statistics of half a batch are others."""
+
+    def train(self, mode: bool = True) -> StillNorms:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def network() -> StillNorms:
+    torch.manual_seed(1)
+    model = StillNorms(8, 3, "both", "middle", input_size=(1, 8, 8))
+    for gate in gatedconv.gates(model).values():
+        torch.nn.init.normal_(gate.fc2.weight)
+    return model
+
+
+def trained(archive: Path, **changes: Any) -> dict[str, Any]:
+    model, data = network(), load_data(f"npz:{archive}")
+    config = dataclasses.replace(CONFIG, **changes)
+    lines = list(train(model, data, config, checkpoint=archive.with_suffix(f".{current().world}.pt")))
+    ranks = current()
+    frozen = gatedconv.freeze(model, EvalBatches(data, "train", rank=ranks.rank, world=ranks.world))
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "metrics": [line.as_dict() for line in lines],
+        "masks": frozen.consensus.masks,
+        "rates": frozen.consensus.open_rates,
+    }
+
+
+def counted_step(archive: Path) -> list[str]:
+    """The collectives of one step that are not DistributedDataParallel's own."""
+    calls: list[str] = []
+    real = dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        calls.append(f"{tensor.numel()} x {tensor.dtype}")
+        return real(tensor, *rest, **options)
+
+    stepper = Stepper(network().train(), CONFIG, torch.device("cpu"), current())
+    with pytest.MonkeyPatch.context() as patch, stepper.active():
+        patch.setattr(dist, "all_reduce", counting)
+        stepper(torch.randn(7 + current().rank, 1, 8, 8), torch.zeros(7 + current().rank, dtype=torch.int64), 0.0)
+    return calls
+
+
+def norm_of_the_whole(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A norm and a loss over this rank's share of x; gradients as DistributedDataParallel averages them."""
+    ranks = current()
+    mine = x[: 3 if ranks.rank == 0 else 5] if ranks.rank == 0 else x[3:]
+    norm = synchronised(torch.nn.BatchNorm1d(4))
+    share = mine.clone().requires_grad_()
+    out = norm(share)
+    (out**3).sum().mul(ranks.world / len(x)).backward()
+    grads = norm.weight.grad.clone()
+    dist.all_reduce(grads)
+    return {
+        "out": out.detach(),
+        "grad": share.grad / ranks.world,
+        "weight": grads / ranks.world,
+        "mean": norm.running_mean,
+    }
+
+
+def rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    archive = Path(folder) / "blobs.npz"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    found: dict[str, Any] = {"calls": counted_step(archive), "run": trained(archive)}
+    found["parts"] = trained(archive, accumulate=2)
+    too_small = dataclasses.replace(CONFIG, batch_size=3)
+    gates = gatedconv.gates(network())
+    masks = {name: torch.ones(gate.num_gates, dtype=torch.bool) for name, gate in gates.items()}
+    masks["layer2.0.layer_gate"][0] = index == 0
+    for name, call in (
+        ("freeze", lambda: gatedconv.freeze(network(), masks=masks)),
+        ("masks", lambda: require_same_masks(masks, "here")),
+        (
+            "small",
+            lambda: list(train(network(), load_data(f"npz:{archive}"), too_small)),
+        ),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            found[name] = str(error)
+    found["norm"] = norm_of_the_whole(torch.arange(32.0).view(8, 4).sin())
+    torch.save(found, f"{folder}/rank{index}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    folder = tmp_path_factory.mktemp("ranks")
+    archive = write_npz(folder / "blobs.npz")
+    mp.spawn(rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{i}.pt") for i in range(2)], archive
+
+
+@pytest.mark.parametrize(("name", "accumulate"), [("run", 1), ("parts", 2)])
+@pytest.mark.filterwarnings("ignore:freeze")
+def test_two_ranks_train_the_network_that_one_trains(
+    both: tuple[list[dict[str, Any]], Path], name: str, accumulate: int
+) -> None:
+    ranks, archive = both
+    if accumulate > 1:  # a rank's parts are not those of the whole batch: only their gates' window differs
+        assert ranks[0][name]["masks"].keys() == ranks[1][name]["masks"].keys()
+        for key, value in ranks[0][name]["weights"].items():
+            assert torch.equal(value, ranks[1][name]["weights"][key]), key
+        return
+    whole = trained(archive, accumulate=accumulate)
+    for found in (part[name] for part in ranks):
+        for key, value in whole["weights"].items():
+            torch.testing.assert_close(found["weights"][key], value, rtol=1e-4, atol=1e-5, msg=key)
+        for line, expected in zip(found["metrics"], whole["metrics"], strict=True):
+            for field in expected.keys() - {"seconds", "energy_j", "gate_open_rates"}:
+                assert line[field] == pytest.approx(expected[field], rel=1e-4), field
+            assert line["gate_open_rates"] == pytest.approx(expected["gate_open_rates"], abs=2e-5)
+        for gate, mask in whole["masks"].items():
+            assert torch.equal(found["masks"][gate], mask)
+            torch.testing.assert_close(found["rates"][gate], whole["rates"][gate])
+
+
+def test_the_gates_of_a_step_take_one_message_and_one_backward(both: tuple[list[dict[str, Any]], Path]) -> None:
+    """48 open rates, 3 of layers, and the batch's size; then their gradient."""
+    gates = sum(gate.num_gates for gate in gatedconv.gates(network()).values())
+    for found in both[0]:
+        assert found["calls"] == [f"{gates + 1} x torch.float32", f"{gates} x torch.float32"]
+
+
+def test_masks_that_differ_are_an_error_on_every_rank(both: tuple[list[dict[str, Any]], Path]) -> None:
+    for found in both[0]:
+        assert (
+            "expected the same masks on all 2 ranks" in found["freeze"] and "'layer2.0.layer_gate'" in found["freeze"]
+        )
+        assert found["masks"].startswith("here: ") and "layer1.0" not in found["masks"]
+
+
+def test_a_batch_too_small_for_the_processes_is_refused(both: tuple[list[dict[str, Any]], Path]) -> None:
+    assert "batch_size: expected at least 4, 2 images for each of 2 processes, got 3" in both[0][0]["small"]
+
+
+def test_a_synchronised_norm_is_that_of_the_joined_batch(both: tuple[list[dict[str, Any]], Path]) -> None:
+    x = torch.arange(32.0).view(8, 4).sin()
+    norm = torch.nn.BatchNorm1d(4)
+    whole = x.clone().requires_grad_()
+    out = norm(whole)
+    (out**3).sum().div(8).backward()
+    first, second = (found["norm"] for found in both[0])
+    torch.testing.assert_close(torch.cat([first["out"], second["out"]]), out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([first["grad"], second["grad"]]), whole.grad, rtol=1e-3, atol=1e-5)
+    for found in (first, second):
+        torch.testing.assert_close(found["weight"], norm.weight.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["mean"], norm.running_mean, rtol=1e-4, atol=1e-6)
+
+
+def test_a_lost_process_is_started_again_and_the_run_ends_the_same(tmp_path: Path) -> None:
+    """Torchrun starts the job anew when the second process kills itself; it goes on from the checkpoint."""
+    archive = write_npz(tmp_path / "blobs.npz")
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "import gatedconv.train.loop as loop\n"
+        "from gatedconv.cli import main\n"
+        "real = loop._Training._evaluated\n"
+        "def evaluated(self, epoch):\n"
+        "    if sys.argv[2] == 'lose' and epoch == 1 and os.environ['RANK'] == '1' and \\\n"
+        "            os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, epoch)\n"
+        "loop._Training._evaluated = evaluated\n"
+        f"sys.exit(main(['train', '--data', 'npz:{archive}', '--folder', sys.argv[1], '--epochs', '3',\n"
+        "    '--batch-size', '16', '--no-latency', '--device', 'cpu', '--threads', '1', '--position', 'middle',\n"
+        "    '--gate', 'channel', '--mac-weight', '1', '--sync-norm', 'gates']))\n"
+    )
+    ends = []
+    for kind in ("lose", "whole"):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "--max-restarts=1",
+        ]
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / kind), kind], capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        folder = RunFolder(tmp_path / kind)
+        ends.append((folder.read_summary(), folder.read_metrics(), gatedconv.load(folder.model("gated")).state_dict()))
+    (lost, lost_lines, lost_weights), (whole, lines, weights) = ends
+    assert [line.epoch for line in lost_lines] == [line.epoch for line in lines] == [1, 2, 3]
+    for name, value in weights.items():
+        torch.testing.assert_close(lost_weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert lost["frozen"]["macs"] == whole["frozen"]["macs"]
