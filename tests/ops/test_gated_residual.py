@@ -12,6 +12,7 @@ import gatedconv
 from gatedconv import ops
 from gatedconv.models import ResNet
 from gatedconv.ops import _gated_residual_library, _triton  # noqa: F401, registers the operators
+from gatedconv.ops._gate_closed_form import DTYPES
 
 
 def norm_of(channels):
@@ -80,7 +81,7 @@ def residual_arguments(gates, layout=lambda x: x, dtype=torch.float64):
         norm = [draw(hidden), draw(hidden).abs()] if hidden else [None] * 2
         tensors = [*first, draw(channels, hidden or channels), draw(channels), None, *norm, draw(channels)]
     affine = (1 + 0.1 * draw(channels), draw(channels))
-    options = ("batch_mean", 0.7, True, True, (torch.float16, torch.bfloat16, torch.float32, torch.float64).index(dtype))
+    options = ("batch_mean", 0.7, True, True, DTYPES.index(dtype))
     arguments = (x, shortcut, layer, *affine, *tensors, 1e-5, 1e-4, *options)
 
     def backward(out):

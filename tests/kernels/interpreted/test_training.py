@@ -53,17 +53,64 @@ def test_losses_and_states_are_the_same(monkeypatch, device, gate, position, opt
         assert torch.equal(found.open_rate, gatedconv.gates(reference)[name].open_rate), name
 
 
-def test_blocks_hand_on_what_they_pooled(monkeypatch, device):
-    """The second block's gate must not read the map again: with a wrong hand-over its logits change."""
+def watched_model(monkeypatch, device):
+    """A network with layer gates by kernels, and what each gate was called with."""
     monkeypatch.setenv("GATEDCONV_TRITON", "auto")
     model = ResNet(14, 3, "layer", input_size=(1, 4, 4)).to(device).train()
     seen = []
     for block in (*model.layer1, *model.layer2):
         block.layer_gate.register_forward_pre_hook(lambda gate, arguments: seen.append(arguments))
+    return model, seen
+
+
+def test_blocks_hand_on_what_they_pooled(monkeypatch, device):
+    """The second block's gate must not read the map again: with a wrong hand-over its logits change."""
+    model, seen = watched_model(monkeypatch, device)
     model(torch.randn(3, 1, 4, 4).to(device))
     assert seen[0][1] is None
     for x, pooled in seen[1:]:
         torch.testing.assert_close(pooled, x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("change", [lambda out: 2 * out, lambda out: out.add_(1), lambda out: out.clone()])
+def test_hooks_of_stages_and_blocks_run_and_what_they_change_counts(monkeypatch, device, change):
+    model, seen = watched_model(monkeypatch, device)
+    calls = []
+    model.layer1.register_forward_hook(lambda *_: calls.append("stage"))
+    model.layer1[0].register_forward_hook(lambda module, arguments, out: calls.append("block") or change(out.detach()))
+    model(torch.randn(3, 1, 4, 4).to(device))
+    assert calls == ["block", "stage"]
+    x, pooled = seen[1]
+    assert pooled is None, "the sums are another tensor's"
+    x, pooled = seen[2]
+    torch.testing.assert_close(pooled, x.mean((2, 3)))
+
+
+def test_a_step_in_mixed_precision_with_a_scaler_is_the_references(monkeypatch, device):
+    """autocast and GradScaler: the same decisions, the same steps left out, weights that are as close as that dtype."""
+    model = ResNet(8, 3, "both", input_size=(1, 8, 8)).to(device).train()
+    for found in gatedconv.gates(model).values():
+        torch.nn.init.normal_(found.fc2.weight, std=0.3)
+    x, labels = torch.randn(6, 1, 8, 8).to(device), torch.arange(6, device=device) % 3
+    results = []
+    for mode in ("off", "auto"):
+        monkeypatch.setenv("GATEDCONV_TRITON", mode)
+        trained = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
+        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**130)  # the first step overflows
+        for _ in range(2):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(trained(x).float(), labels)
+            scaler.scale(loss + gatedconv.polarization_loss(trained)).backward()
+            scaler.step(optimizer)
+            scaler.update(None if scaler.get_scale() < 1e38 else 1024.0)
+            optimizer.zero_grad()
+        results.append((trained, loss.item()))
+    (reference, expected), (trained, loss) = results
+    assert loss == pytest.approx(expected, rel=2e-2)
+    for name, value in reference.state_dict().items():
+        assert trained.state_dict()[name].isfinite().all(), name
+        torch.testing.assert_close(trained.state_dict()[name], value, rtol=3e-2, atol=3e-2, msg=name)
 
 
 def test_a_frozen_norm_or_a_hook_takes_the_plain_path(monkeypatch, device):
