@@ -1,5 +1,7 @@
 """Train a network with gated layers and channels once, freeze what the gates agree on, cut the rest out."""
 
+from typing import Any
+
 from gatedconv import models, ops
 from gatedconv.convert import gate_model
 from gatedconv.deploy import Consensus, Engine, compact, count_macs, export, freeze, load, save
@@ -24,6 +26,7 @@ __all__ = [
     "Consensus",
     "Conv2d",
     "Engine",
+    "HubModel",
     "LayerGate",
     "activation_loss",
     "compact",
@@ -41,3 +44,11 @@ __all__ = [
     "pruning_rate",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HubModel":  # needs an extra, and is slow to import
+        from gatedconv.deploy.hub import HubModel
+
+        return HubModel
+    raise AttributeError(f"module 'gatedconv' has no attribute {name!r}")

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def export(
     Args:
         model: compact, or frozen (then it is cut first), or without gates.
         path: the file to write; replaced as a whole or not at all.
-        example_input: (N, C, H, W); C, H and W are fixed in the file.
+        example_input: (N, C, H, W); C, H and W are fixed in the file. An ONNX file calls its input "input" and
+            its output "output", or as the keys of a dict of outputs, or "output_0", "output_1" and so on.
         format: "onnx" (opset 18, standard operators alone; needs the ``export`` extra), "torch" (a
             ``.pt2`` of torch.export) or "aoti" (a compiled ``.pt2`` package of AOTInductor, for this
             machine's device; needs a C++ compiler).
@@ -80,6 +82,16 @@ def _write_aoti(model: nn.Module, path: Path, example: Tensor) -> None:
     torch._inductor.aoti_compile_and_package(_program(model, example), package_path=str(path))
 
 
+def _output_names(model: nn.Module, example: Tensor) -> list[str]:
+    """"output" of a model with one, the keys of a dict, "output_0" and so on of a tuple."""
+    found = model(example)
+    if isinstance(found, Tensor):
+        return ["output"]
+    parts = found.items() if isinstance(found, Mapping) else ((f"output_{i}", part) for i, part in enumerate(found))
+    names = [(str(name), part) for name, part in parts]
+    return [name for name, _ in names] if all(isinstance(part, Tensor) for _, part in names) else []
+
+
 def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -89,7 +101,7 @@ def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> None:
         (example,),
         str(path),
         input_names=["input"],
-        output_names=["output"],
+        output_names=_output_names(model, example),
         opset_version=ONNX_OPSET,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         dynamo=True,

@@ -1,11 +1,12 @@
 """Models on the Hugging Face Hub; needs the ``hub`` extra.
 
-``HubModel(small).push_to_hub("user/resnet50-half")``, and somewhere else
-``HubModel.from_pretrained("user/resnet50-half").model``.
+``gatedconv.HubModel(small).push_to_hub("user/resnet50-half")``, and somewhere else
+``gatedconv.HubModel.from_pretrained("user/resnet50-half").model``.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class HubModel(
 ):
     """Any model that ``gatedconv.save`` writes, with ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
 
-    The repository holds the one file of ``gatedconv.save``: no code and no pickle.
+    The repository holds the one file of ``gatedconv.save``, a card and a few words of JSON: no code and no pickle.
 
     Attributes:
         model: the network itself.
@@ -46,6 +47,9 @@ class HubModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self.model, Path(save_directory) / FILE_NAME)
+        # What the Hub counts downloads by, and what the mixin looks for first.
+        config = json.dumps({"library": "gatedconv", "file": FILE_NAME}) + "\n"
+        (Path(save_directory) / "config.json").write_text(config)
 
     @classmethod
     def _from_pretrained(
@@ -53,6 +57,8 @@ class HubModel(
         force_download: bool = False, local_files_only: bool = False, token: str | bool | None = None, **ignored: Any,
     ) -> HubModel:  # fmt: skip
         folder = Path(model_id)
+        if folder.is_dir() and not (folder / FILE_NAME).is_file():
+            raise FileNotFoundError(f"from_pretrained: {folder} holds no {FILE_NAME}; save_pretrained writes one")
         if folder.is_dir():
             return cls(load(folder / FILE_NAME))
         path = hf_hub_download(

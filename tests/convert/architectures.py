@@ -212,7 +212,7 @@ def line(row: Row) -> str:
     """One row, for people who wait."""
     cells = [
         "ok  " if row.ok else "FAIL", row.name, f"{row.size}px", f"{row.gates} gates", f"reach {row.reach:.1%}",
-        f"error {row.error:.1e}", f"onnx {row.onnx}", f"engine {row.engine}", f"macs off {[round(100 * m, 2) for m in row.macs_off.values()]}",
+        f"error {row.error:.1e}", f"onnx {row.onnx}", f"engine {row.engine}", f"macs off {' / '.join(map(_points, row.macs_off.values()))}",
         f"gate {row.seconds[0]:.1f}s cut {row.seconds[1]:.1f}s", "; ".join(row.failures),
     ]  # fmt: skip
     return " ".join(cells)

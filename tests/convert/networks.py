@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 
 class Block(nn.Module):
@@ -135,6 +136,44 @@ class Attention(nn.Module):
         return self.fc(F.relu(self.head(x)).mean((2, 3)))
 
 
+class Computed(nn.Module):
+    """Weights computed in each forward, channels in another order, layers called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = weight_norm(nn.Conv2d(3, 8, 3, padding=1))
+        self.conv2 = spectral_norm(nn.Conv2d(8, 12, 3, padding=1, bias=False))
+        self.bn2 = nn.BatchNorm2d(12)
+        self.conv3 = nn.Conv2d(12, 6, 3, padding="same")
+        self.fc = nn.Linear(6, 5)
+        self.register_buffer("order", torch.randperm(8))
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x))[:, self.order]
+        x = F.relu(input=self.bn2(self.conv2(input=x)))
+        return self.fc(F.relu(self.conv3(x)).mean(dim=(-2, -1)))
+
+
+class UNet(nn.Module):
+    """An encoder and a decoder: a transposed convolution, an interpolation, concatenated skips, instance norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.down1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.down2 = nn.Conv2d(8, 12, 3, padding=1)
+        self.norm2 = nn.InstanceNorm2d(12, affine=True)
+        self.bottom = nn.Conv2d(12, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(12, 4, 2, 2)
+        self.join = nn.Conv2d(20, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        a = F.relu(self.down1(x))
+        b = F.relu(self.norm2(self.down2(F.max_pool2d(a, 2))))
+        c = F.interpolate(F.relu(self.bottom(F.avg_pool2d(b, 2))), size=a.shape[-2:], mode="nearest")
+        return self.fc(F.relu(self.join(torch.cat([a, self.up(b), c], 1))).amax((2, 3)))
+
+
 NETWORKS = {
     "residual": lambda: Residual(),
     "grouped": lambda: Residual(groups=4),
@@ -146,6 +185,8 @@ NETWORKS = {
     "shuffled": lambda: Shuffled(),
     "channels_last": lambda: ChannelsLast(),
     "attention": lambda: Attention(),
+    "computed": lambda: Computed(),
+    "unet": lambda: UNet(),
 }  # fmt: skip
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -156,7 +197,7 @@ def network(name: str) -> nn.Module:
     model = NETWORKS[name]()
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.InstanceNorm2d)):
             module.weight.data.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
             module.bias.data.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
         if isinstance(module, nn.BatchNorm2d):

@@ -131,14 +131,3 @@ def test_a_module_with_code_of_its_own_is_refused(tmp_path):
     with pytest.raises(TypeError, match="act is a .*Mine, which a file cannot describe"):
         gatedconv.save(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
-
-
-def test_the_hub_mixin_saves_and_loads_a_folder(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    from gatedconv.deploy.hub import HubModel
-
-    small = stages("residual", "both")["compact"].eval()
-    HubModel(small).save_pretrained(tmp_path)
-    loaded = HubModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(IMAGES), small(IMAGES)) and not loaded.training
-    assert sorted(p.suffix for p in tmp_path.iterdir() if "model" in p.name) == [".safetensors"]
