@@ -210,9 +210,10 @@ def _points(share: float | None) -> str:
 
 def line(row: Row) -> str:
     """One row, for people who wait."""
+    off = " / ".join(map(_points, row.macs_off.values()))
     cells = [
         "ok  " if row.ok else "FAIL", row.name, f"{row.size}px", f"{row.gates} gates", f"reach {row.reach:.1%}",
-        f"error {row.error:.1e}", f"onnx {row.onnx}", f"engine {row.engine}", f"macs off {' / '.join(map(_points, row.macs_off.values()))}",
+        f"error {row.error:.1e}", f"onnx {row.onnx}", f"engine {row.engine}", f"macs off {off}",
         f"gate {row.seconds[0]:.1f}s cut {row.seconds[1]:.1f}s", "; ".join(row.failures),
     ]  # fmt: skip
     return " ".join(cells)
