@@ -57,15 +57,15 @@ def masks_for_target(model: nn.Module, scores: Mapping[str, Tensor], target: flo
     return dict(zip(gates, mask.split(sizes), strict=True))
 
 
-def fisher_scores(
+def fisher_information(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Fisher information of every gate at all gates open: E[(dL/dg)^2], per MAC that the gate controls.
+    """Fisher information of every gate at all gates open: the mean over samples of (dL/dg)^2.
 
     The straight-through gradient dL/dg is the first order of what closing a gate costs. Behind a gate follows
     a norm, so the gradients of a block's gates add up to about 0: the first order tells which channels of a
-    block matter more, and nothing of which block does. The second order does, and the Fisher information
-    stands for it (Theis et al. 2018, for channels without gates).
+    block matter more, and nothing of which block does. The second order does: half the curvature, for which
+    the Fisher information stands (Theis et al. 2018, for channels without gates).
 
     Args:
         model: a gated model; it is left as it is, and a copy is asked, in training mode.
@@ -73,10 +73,10 @@ def fisher_scores(
         loss: (logits, labels) -> the mean loss of a batch.
 
     Returns:
-        Per gate path scores (num_gates,) for ``masks_for_target``.
+        Per gate path (num_gates,), float64 on the CPU, in units of the loss.
     """
     probe = copy.deepcopy(unwrap(model)).train()
-    gates = require_gates(probe, "fisher_scores")
+    gates = require_gates(probe, "fisher_information")
     taps: dict[str, Tensor] = {}
 
     def open_all(name: str) -> Callable[..., Tensor]:
@@ -91,15 +91,16 @@ def fisher_scores(
     for parameter in probe.parameters():
         parameter.requires_grad_(False)
     totals: dict[str, Tensor] = {}
+    count = 0
     for images, labels in batches:
         value = loss(probe(images), labels) * len(labels)  # of the mean, each sample would see 1/N
         for name, slope in zip(taps, torch.autograd.grad(value, list(taps.values())), strict=True):
             square = slope.double().square().sum(0)
             totals[name] = totals[name] + square if name in totals else square
+        count += len(labels)
     if not totals:
-        raise ValueError("fisher_scores: expected at least one batch, got none")
-    costs = gate_macs(model)
-    return {name: totals[name].cpu() / costs[name] for name in gates}
+        raise ValueError("fisher_information: expected at least one batch, got none")
+    return {name: totals[name].cpu() / count for name in gates}
 
 
 def gate_macs(model: nn.Module) -> dict[str, Tensor]:
