@@ -3,26 +3,131 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
+from gatedconv.deploy.atomic import write_atomic
 from gatedconv.train.checkpoint import naming_file
 from gatedconv.train.folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("targets", type=Path, nargs="+", metavar="RUN", help="run folders")
+    parser.epilog = (
+        "run NAME...: run what is missing of the experiment table (patterns such as 'table4-*' too), exit code 3 when "
+        "--max-minutes ended it. html RUN...: one page about run folders. tables, plots: rebuild docs/results.md and "
+        "its figures from the ledger. list: every experiment and what is done. A run folder that is called like one of "
+        "them is ./run."
+    )
+    parser.add_argument(
+        "targets", nargs="+", metavar="TARGET", help="run folders; or html RUN..., run NAME..., tables, plots, list"
+    )
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw plots [on]")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="page of html RUN... [report.html]"
+    )
+    group = parser.add_argument_group("experiments")
+    group.add_argument("--seed", type=int, action="append", metavar="N", help="this seed alone; may be repeated")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side [1]")
+    group.add_argument("--max-minutes", type=float, default=0.0, metavar="X", help="stop after this; 0 never [0]")
+    group.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders [runs]")
+    group.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the ledger [results]"
+    )
+    group.add_argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of results.md [docs]")
+    group.add_argument(
+        "--source", action="append", default=[], metavar="NAME=SOURCE", help="where a data set lies: cifar10=npz:PATH"
+    )
+    group.add_argument("--device", default="", help="auto, cpu, cuda or cuda:N [the recipe's]")
+    group.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads [the recipe's]")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Report on run folders, or run and report the experiment table."""
+    first, *rest = arguments.targets
+    if first == "run":
+        return _run_experiments(arguments, rest)
+    if first == "html":
+        from gatedconv.cli.html_report import write_page
+
+        if not rest:
+            raise ValueError("report html: expected run folders after it, got none")
+        print(f"written: {write_page([Path(target) for target in rest], arguments.output)}")
+        return 0
+    if first in ("tables", "plots", "list"):
+        if rest:
+            raise ValueError(f"report {first}: expected nothing after it, got {rest[0]!r}")
+        return {"tables": _tables, "plots": _plots, "list": _list}[first](arguments)
+    return _report_folders([Path(target) for target in arguments.targets], arguments.plots)
+
+
+def _run_experiments(arguments: argparse.Namespace, names: list[str]) -> int:
+    from gatedconv.cli.experiments import Bench, run_experiments, select
+
+    if not names:
+        raise ValueError("report run: expected names of experiments; `gatedconv report list` has them")
+    if arguments.jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {arguments.jobs}")
+    if not 0 <= arguments.max_minutes < float("inf"):
+        raise ValueError(f"max_minutes: expected at least 0, got {arguments.max_minutes}")
+    sources = {}
+    for text in arguments.source:
+        name, equals, source = text.partition("=")
+        if not name or not equals or not source:
+            raise ValueError(f"source: expected NAME=SOURCE, got {text!r}")
+        sources[name] = source
+    deadline = time.monotonic() + 60 * arguments.max_minutes if arguments.max_minutes else None
+    bench = Bench(arguments.runs, arguments.results, sources, arguments.device, arguments.threads, deadline)
+    return run_experiments(bench, select(names, arguments.seed), arguments.jobs)
+
+
+def _tables(arguments: argparse.Namespace) -> int:
+    from gatedconv.report.ledger import read_ledger
+    from gatedconv.report.results import results_text, write_block
+
+    rows = read_ledger(arguments.results / "ledger.jsonl")
+    path = arguments.docs / "results.md"
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the results page, found nothing there")
+    write_atomic(path, write_block(path, "experiments", lambda: results_text(rows)).encode())
+    print(f"written: {path}")
+    return 0
+
+
+def _plots(arguments: argparse.Namespace) -> int:
+    from gatedconv.report.figures import draw_figures
+    from gatedconv.report.ledger import read_ledger
+
+    rows = read_ledger(arguments.results / "ledger.jsonl")
+    folder = arguments.docs / "images"
+    with naming_file(folder):
+        for path in draw_figures(rows, arguments.results / "epochs", folder):
+            print(f"drawn: {path}")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from gatedconv.report.experiments import all_experiments
+    from gatedconv.report.ledger import read_ledger
+    from gatedconv.report.tables import text_table
+
+    rows = read_ledger(arguments.results / "ledger.jsonl")
+    lines = []
+    for each in all_experiments().values():
+        done = sum((each.name, seed) in rows for seed in each.seeds)
+        lines.append([each.name, each.kind, f"{done} of {len(each.seeds)}"])
+    print(text_table(["experiment", "kind", "seeds done"], lines))
+    return 0
+
+
+def _report_folders(targets: list[Path], plots: bool) -> int:
     """Draw the plots of each run and print its table; for several runs, one table of all."""
     from gatedconv.report import comparison_table, runs_table
 
-    folders = [RunFolder(target) for target in arguments.targets]
+    folders = [RunFolder(target) for target in targets]
     for folder in folders:
         folder.read_config()
-    if arguments.plots:
+    if plots:
         for folder in folders:
             for path in draw_run(folder):
                 print(f"drawn: {path}")
