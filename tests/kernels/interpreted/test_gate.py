@@ -102,7 +102,8 @@ def test_large_maps_are_split_by_channels(device, monkeypatch):
     check(torch.randn(3, 70, 3, 3).to(device), *make(device, 70, 16, 2), ops.GateOptions())
 
 
-def test_one_launch_and_two_agree_bit_for_bit(device):
+def test_one_launch_and_two_agree(device):
+    """Interpreted, bit for bit; compiled, they are two programs, each free to fuse a product into a sum."""
     x = torch.randn(6, 5, 4, 4).to(device)
     parameters, statistics = make(device, 5, 16, 3)
     common = {
@@ -122,7 +123,8 @@ def test_one_launch_and_two_agree_bit_for_bit(device):
         for choice in (True, False)
     )
     for name in ("gate", "rate", "logits", "pooled", "hidden", "threshold"):
-        assert torch.equal(getattr(one, name), getattr(two, name)), name
+        tolerance = 0.0 if device.type == "cpu" else 1e-6
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=tolerance, atol=tolerance, msg=name)
     again = gate_launch.forward(
         x, *parameters, None, running, **common, one_launch=True
     )  # the counter is 0 again

@@ -87,7 +87,7 @@ def test_hooks_of_stages_and_blocks_run_and_what_they_change_counts(monkeypatch,
 
 
 def test_a_step_in_mixed_precision_with_a_scaler_is_the_references(monkeypatch, device):
-    """autocast and GradScaler: the same decisions, the same steps left out, weights that are as close as that dtype."""
+    """Autocast and GradScaler: the same decisions, the same steps left out, weights that are as close as that dtype."""
     model = ResNet(8, 3, "both", input_size=(1, 8, 8)).to(device).train()
     for found in gatedconv.gates(model).values():
         torch.nn.init.normal_(found.fc2.weight, std=0.3)
