@@ -158,7 +158,7 @@ def with_biases(biases: list[float]) -> Any:
 def test_many_dead_gates_are_noted_once(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, dead: int, told: int
 ) -> None:
-    monkeypatch.setattr("gatedconv.train.pipeline.build_model", with_biases([-50.0] * dead + [50.0] * (9 - dead)))
+    monkeypatch.setattr("gatedconv.train.build.build_model", with_biases([-50.0] * dead + [50.0] * (9 - dead)))
     heard = Recorder()
     config = small(archive, dense_baseline=False, mac_weight=0.0, latency=False)
     run(config, RunFolder(tmp_path / "r"), listener=heard)
@@ -185,7 +185,7 @@ def test_tensorboard_that_cannot_be_written_names_the_folder(tmp_path: Path) -> 
 
 def test_stuck_gates_off_target_are_noted(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates far beyond the window cannot reach the target; the run must say so."""
-    monkeypatch.setattr("gatedconv.train.pipeline.build_model", with_biases([50.0] * 9))
+    monkeypatch.setattr("gatedconv.train.build.build_model", with_biases([50.0] * 9))
     heard = Recorder()
     summary = run(
         small(archive, dense_baseline=False, epochs=1, latency=False),

@@ -1,0 +1,222 @@
+"""What training at scale costs and saves, measured: ``python -m benchmarks.scaling STAGE...``, one file each.
+
+Stages: skipping, compile, checkpoint, collectives, kills; the results go to results/scaling/STAGE.json. Two ways of
+doing one thing are timed in turns, in one process, and compared by ratios: the machine may be busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import gatedconv
+from gatedconv.deploy.atomic import write_atomic
+from gatedconv.models import resnet20, resnet56
+from gatedconv.train import TrainConfig
+from gatedconv.train.checkpoint import save_checkpoint
+from gatedconv.train.distributed import current
+from gatedconv.train.provenance import provenance
+from gatedconv.train.step import Stepper
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "scaling"
+CPU = torch.device("cpu")
+
+
+def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+    """Seconds of each way, round by round: their medians and minima, and the ratio of first to second."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for call in ways.values():
+        call()
+    for _ in range(rounds):
+        for name, call in ways.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    first, second = ways
+    pairs = [a / b for a, b in zip(times[first], times[second], strict=True)]
+    return {
+        "seconds": {n: {"median": statistics.median(t), "least": min(t)} for n, t in times.items()},
+        "ratio": f"{first} / {second}",
+        "ratio_median": statistics.median(pairs),
+        "ratio_of_least": min(times[first]) / min(times[second]),
+        "rounds": rounds,
+    }
+
+
+def stepping(config: TrainConfig, model: torch.nn.Module, images: torch.Tensor) -> Callable[[], object]:
+    """A call that makes one training step."""
+    model = model.to(memory_format=torch.channels_last).train()
+    stepper = Stepper(model, config, CPU)
+    labels = torch.arange(len(images)) % 10
+
+    def step() -> object:
+        with stepper.active():
+            return stepper(images, labels, 0.5)
+
+    return step
+
+
+def skipping() -> dict[str, Any]:
+    """ResNet-56, every other gate saturated shut: a training step with and without leaving their blocks out."""
+    images = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
+    config = TrainConfig(batch_size=32, lr=1e-4, gate="layer", mac_weight=1.0)
+    ways, nets = {}, {}
+    for name, skip in (("whole", False), ("left_out", True)):
+        torch.manual_seed(0)
+        nets[name] = net = resnet56(gate="layer")
+        for number, gate in enumerate(gatedconv.gates(net).values()):
+            torch.nn.init.constant_(gate.fc2.bias, -20.0 if number % 2 else 0.5)
+        ways[name] = stepping(TrainConfig(**{**vars(config), "skip_blocks": skip}), net, images)
+    found = in_turns(ways, 9)
+    weights = [dict(net.named_parameters()) for net in nets.values()]
+    worst = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
+    return {"model": "resnet56", "batch": 32, "gates_shut": 13, "gates": 27, **found, "largest_difference": worst}
+
+
+def compiled() -> dict[str, Any]:
+    """ResNet-20, gates of layers and of channels: an eager against a compiled training step."""
+    rows = []
+    for gate, position in (("layer", "after"), ("channel", "middle")):
+        images = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
+        ways = {}
+        for name in ("eager", "compiled"):
+            config = TrainConfig(batch_size=32, lr=1e-4, gate=gate, skip_blocks=False, compile=name == "compiled")
+            torch.manual_seed(0)
+            ways[name] = stepping(config, resnet20(gate=gate, position=position), images)
+        rows.append({"model": "resnet20", "gate": gate, "position": position, "batch": 32, **in_turns(ways, 9)})
+    return {"rows": rows}
+
+
+def checkpoint() -> dict[str, Any]:
+    """The writing of a checkpoint of ResNet-56 against an epoch of CIFAR-10 (391 steps of 128), on the CPU."""
+    model, images = resnet56(gate="layer"), torch.randn(128, 3, 32, 32)
+    config = TrainConfig(batch_size=128, lr=1e-4, gate="layer")
+    step = stepping(config, model, images.to(memory_format=torch.channels_last))
+    step()
+    stepper = Stepper(model, config, CPU)
+    state = {name: part.state_dict() for name, part in stepper.parts.items()}
+    writes, steps = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(5):
+            began = time.perf_counter()
+            save_checkpoint(Path(folder) / "gated.pt", state)
+            writes.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            step()
+            steps.append(time.perf_counter() - began)
+        size = (Path(folder) / "gated.pt").stat().st_size
+    epoch = 391 * min(steps)
+    return {
+        "model": "resnet56", "bytes": size, "write_s": {"median": statistics.median(writes), "most": max(writes)},
+        "step_s_least": min(steps), "epoch_s": epoch, "share_of_an_epoch": max(writes) / epoch,
+    }  # fmt: skip
+
+
+def collectives() -> dict[str, Any]:
+    """What the gates of a network send in a step, counted, and how long it takes two processes of gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, args=(folder,), nprocs=2)
+        return {"rows": json.loads((Path(folder) / "rows.json").read_text())}
+
+
+def _rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    rows = [_sent(depth, gate) for depth in (20, 56) for gate in ("layer", "channel")]
+    if index == 0:
+        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def _sent(depth: int, gate: str) -> dict[str, Any]:
+    builder = resnet20 if depth == 20 else resnet56
+    torch.manual_seed(0)
+    model = builder(gate=gate, position="middle", input_size=(3, 16, 16)).train()
+    config = TrainConfig(batch_size=8, lr=1e-4, gate=gate, mac_weight=1.0, act_weight=0.1)
+    stepper, sent, spent = Stepper(model, config, CPU, current()), [], [0.0]
+    real = dist.all_reduce
+
+    def counting(tensor: torch.Tensor) -> None:
+        began = time.perf_counter()
+        real(tensor)
+        spent[0] += time.perf_counter() - began
+        sent.append(tensor.numel() * tensor.element_size())
+
+    images, labels, times = torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64), []
+    with stepper.active():
+        for number in range(8):
+            dist.barrier()
+            if number == 2:
+                dist.all_reduce = counting  # type: ignore[assignment]
+                sent.clear()
+            began = time.perf_counter()
+            stepper(images, labels, 0.5)
+            times.append(time.perf_counter() - began)
+    dist.all_reduce = real
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "model": f"resnet{depth}", "gate": gate, "gates": sum(g.num_gates for g in gatedconv.gates(model).values()),
+        "messages_per_step": len(sent) // 6, "bytes_per_step": sum(sent) // 6, "gradient_bytes_per_step": gradients,
+        "step_ms": 1e3 * statistics.median(times[2:]), "messages_ms": 1e3 * spent[0] / 6,
+    }  # fmt: skip
+
+
+def kills() -> dict[str, Any]:
+    """Fifty runs, each killed at random until its end, against one that nothing disturbs."""
+    from tests.image_files import write_npz
+    from tests.train.kills import differences, killed_round, outcome, run_in_child, small_config
+
+    draw = random.Random(2024)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        config = small_config(write_npz(base / "blobs.npz"))
+        began = time.monotonic()
+        run_in_child(config, base / "straight")
+        seconds = time.monotonic() - began
+        expected, rounds = outcome(base / "straight"), []
+        for number in range(50):
+            counts = killed_round(config, base / f"run{number}", seconds, draw)
+            rounds.append({**counts, "differences": differences(expected, outcome(base / f"run{number}"))})
+    return {
+        "rounds": len(rounds),
+        "killed_at_a_time": sum(found["at_a_time"] for found in rounds),
+        "killed_in_a_write": sum(found["in_a_write"] for found in rounds),
+        "rounds_with_differences": sum(bool(found["differences"]) for found in rounds),
+        "rows": rounds,
+    }
+
+
+STAGES = {
+    "skipping": skipping,
+    "compile": compiled,
+    "checkpoint": checkpoint,
+    "collectives": collectives,
+    "kills": kills,
+}
+
+
+def main(stages: list[str]) -> None:
+    """Measure the stages that are asked for."""
+    torch.set_num_threads(1)
+    for name in stages:
+        found = {"stage": name, **STAGES[name](), **provenance(CPU)}
+        write_atomic(RESULTS / f"{name}.json", (json.dumps(found, indent=2) + "\n").encode())
+        print(f"written: {RESULTS / name}.json", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    main(parser.parse_args().stages)
