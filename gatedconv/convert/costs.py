@@ -89,7 +89,7 @@ class _Labels:
             return result
         if len(labels) == 2:
             return torch.where(labels[0] == labels[1], labels[0], always)
-        return always if op_name(node) == "add" else labels[0]
+        return labels[0] if all(map(_is_uniform, node.args[:2])) else always
 
     # -- which gate makes a channel useless ----------------------------------------------------------
 
@@ -243,6 +243,12 @@ class _Labels:
         if module is not None:
             return module.weight  # type: ignore[return-value]
         return node.args[1].meta["val"] if len(node.args) > 1 else node.kwargs["weight"].meta["val"]  # type: ignore
+
+
+def _is_uniform(operand: Any) -> bool:
+    """Whether an operand, if it is a constant, has at most one number for each channel."""
+    value = operand.meta.get("val") if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
+    return not isinstance(value, Tensor) or value.numel() == max(value.shape, default=1)
 
 
 def _readers_of_channels(node: fx.Node, kind: str) -> list[fx.Node]:

@@ -185,7 +185,7 @@ def _short(stage: str, error: Exception) -> str:
 
 
 HEAD = (
-    "network", "pixels", "gates", "reach", "removed at 70 %", "at 30 %", "one open", "none open", "MACs as expected",
+    "network", "pixels", "gates", "reach", "removed at 70 %", "at 30 %", "one open", "none open", "MACs off (points)",
     "largest error", "ONNX", "Engine", "trains", "remarks",
 )  # fmt: skip
 
