@@ -38,9 +38,14 @@ coverage: $(VENV)/.build
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -m quick -q $(BENCH)
 
-# Everything, kept in benchmarks/results/; an interrupted run goes on where it stopped. On an idle machine about 20 minutes.
+# Everything, kept in benchmarks/results/, then the cases that have a goal once more with all libraries held to AVX2;
+# an interrupted run goes on where it stopped. On an idle machine with two cores about 25 minutes.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 GATEDCONV_ISA=avx2
 bench-all: $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -q --results $(BENCH)
+	@failed=0; \
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -q --results $(BENCH) || failed=1; \
+	$(AVX2) $(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -q -m goals --results $(BENCH) || failed=1; \
+	exit $$failed
 
 bench-docs: $(VENV)/.build
 	$(BIN)/python -m benchmarks.tables

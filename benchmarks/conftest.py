@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.goals import goal
+from benchmarks.layers import MOST_ROUNDS
 from benchmarks.record import Record, default_path, machine_header
 from gatedconv.report.bench import Contest, Row, bench_table, best_rows
 from gatedconv.report.peers import OURS
@@ -35,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: in the short selection that `make bench` runs")
+    config.addinivalue_line("markers", "goals: has a goal; what `make bench-all` measures once more, held to AVX2")
     config.stash[_ROWS] = []
 
 
@@ -44,7 +47,7 @@ def as_parameters(cases: Iterable[Any]) -> list[Any]:
         pytest.param(
             case,
             id=f"{case.name}-batch-{case.batch}".replace(" ", "-"),
-            marks=[pytest.mark.quick] if case.quick else [],
+            marks=[pytest.mark.quick] * case.quick + [pytest.mark.goals] * (goal(case) is not None),
         )
         for case in cases
     ]
@@ -91,7 +94,8 @@ def compete(
         if deadline is not None and time.monotonic() > deadline:
             pytest.skip("out of time; run again to go on")
         contest = build()
-        play(benchmark, contest, pytestconfig.getoption("--rounds"))
+        rounds = pytestconfig.getoption("--rounds")
+        play(benchmark, contest, min(rounds, MOST_ROUNDS) if family == "layer" else rounds)
         rows, failures = contest.rows(), told(contest)
         pytestconfig.stash[_ROWS] += rows
         benchmark.group = f"{case.name}, batch {case.batch}"

@@ -15,7 +15,8 @@ from gatedconv.report.peers import OURS, Run
 
 BATCHES = (1, 8, 32)
 OPEN = (0, 25, 50, 75, 100, "odd")
-TURN_MS = 5.0
+TURN_MS = 3.0
+MOST_ROUNDS = 7  # of 234 cases with ten entrants each
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def machine_header(threads: int) -> dict[str, Any]:
         "cuda": None,
         "versions": {**versions(), **peer_versions()},
         "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
 
 

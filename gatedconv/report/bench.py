@@ -190,7 +190,7 @@ def network_contest(
         place = Path(passing) if folder is None else folder / fingerprint(network, x)
         place.mkdir(parents=True, exist_ok=True)
         expected = _eager_output(case, network, x)
-        prepare = {(s.provider, s.name): _prepared(s, network, x, place, threads) for s in settings}
+        prepare = {(s.provider, s.label): _prepared(s, network, x, place, threads) for s in settings}
         return Contest("network", case, len(x), prepare, dict.fromkeys(prepare, expected), **turns)
 
 

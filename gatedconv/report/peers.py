@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from gatedconv.deploy import export
 
 OURS = "gatedconv"
+NOT_HELD_BACK = "on every instruction set of the machine"
 Run = Callable[[], Tensor]
 
 
@@ -49,11 +50,15 @@ class Setting:
     split: bool = False
 
     @property
+    def label(self) -> str:
+        """The name, with a word where the others are held to an older instruction set and this one cannot be."""
+        unheld = self.provider == "onnxruntime" and bool(os.environ.get("ONEDNN_MAX_CPU_ISA"))
+        return f"{self.name}, {NOT_HELD_BACK}" if unheld else self.name
+
+    @property
     def missing(self) -> str | None:
         """Why this setting cannot be tried at all, None if it can."""
         lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
-        if self.provider == "onnxruntime" and os.environ.get("ONEDNN_MAX_CPU_ISA"):
-            return "ONNX Runtime cannot be held to an older instruction set, as the others are here"
         if self.provider == OURS and not hasattr(importlib.import_module("gatedconv"), "Engine"):
             return "gatedconv.Engine is missing"
         return f"{', '.join(lacking)} not installed (pip install 'gatedconv[bench]')" if lacking else None

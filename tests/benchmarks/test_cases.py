@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from benchmarks import layers, networks
+from benchmarks.goals import NETWORK_GOALS, goal
 from benchmarks.layers import LayerCase, Shape
 from benchmarks.networks import NetworkCase
-from benchmarks.tables import GOALS
 
 
 def test_names_tell_cases_apart() -> None:
@@ -16,7 +16,14 @@ def test_names_tell_cases_apart() -> None:
 
 
 def test_every_goal_is_measured() -> None:
-    assert set(GOALS) <= {(case.name, case.batch) for case in networks.CASES}
+    assert set(NETWORK_GOALS) <= {(case.name, case.batch) for case in networks.CASES}
+
+
+def test_layers_have_goals_where_small_networks_have_them() -> None:
+    shape = Shape("cifar", 16, 16, 3, 1, 32)
+    assert [goal(LayerCase(shape, 8, share)) for share in (0, 50, 100, "odd")] == [None, 1.7, 1.0, None]
+    assert goal(LayerCase(shape, 1, 50)) is None and goal(LayerCase(shape, 32, 50)) == 1.7
+    assert goal(LayerCase(Shape("imagenet", 64, 64, 3, 1, 56), 8, 50)) is None
 
 
 def test_the_same_network_every_time() -> None:

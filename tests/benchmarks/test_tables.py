@@ -7,6 +7,7 @@ import pytest
 from benchmarks.record import RESULTS, read
 from benchmarks.tables import BEGIN, DOCUMENT, END, cpu_section, main, render
 from gatedconv.report.bench import Row
+from gatedconv.report.peers import NOT_HELD_BACK
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -121,8 +122,29 @@ def test_layers_are_compared_with_the_dense_convolution() -> None:
             )
         ]
     )
-    assert line(section, f"{name} | 8")[2:] == ["-", "-", "1.75", "-", "_0.90_", "-"]
+    assert line(section, f"{name} | 8")[2:] == ["-", "-", "1.75 (met)", "-", "0.90 (missed)", "-"]
     assert line(section, f"{name} | 1")[2:] == ["-", "-", "-", "-", "0.80", "-"]
+
+
+def test_goals_are_summed_up_and_each_missed_one_is_named() -> None:
+    rows = [row(), peer(2.2, 2.1), row(batch=32), peer(1.2, 1.2, batch=32)]
+    section = cpu_section([results(*rows)])
+    assert "**Goals.** 1 of 2 met. Missed:\n\n- resnet56 mid-50, batch 32: 1.20 of 1.4" in section
+    assert "**Goals.** 1 of 1 met.\n" in cpu_section([results(*rows[:2])])
+    assert "**Goals.**" not in cpu_section([results(row(batch=8), peer(1.2, 1.2, batch=8))])
+
+
+def test_who_is_not_held_back_is_shown_and_no_rival() -> None:
+    rows = [row(), peer(0.5, 0.5, setting=f"all, {NOT_HELD_BACK}"), peer(2.2, 2.1, provider="openvino")]
+    section = cpu_section([results(*rows, device="epyc-2c-avx2")])
+    assert line(section, "resnet56 mid-50 | 1")[2:] == [
+        "1 (0.1)",
+        "0.5 (0.1)",
+        "2.2 (0.1)",
+        "2.10 (2.00-2.20) OpenVINO",
+        "2.0, met",
+    ]
+    assert "AVX2 at most" in section and "AVX2 at most" not in cpu_section([results(*rows)])
 
 
 def test_the_newest_file_of_each_device_is_shown() -> None:

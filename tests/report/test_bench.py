@@ -231,7 +231,15 @@ def test_openvino_is_held_to_float32(small: nn.Module, tmp_path: Path) -> None:
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
-def test_under_an_instruction_set_limit_onnxruntime_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_an_instruction_set_limit_onnxruntime_says_that_it_is_not_held(
+    small: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    reasons = {setting.name: setting.missing for setting in chosen("all optimizations", "NCHW")}
-    assert "cannot be held" in (reasons["all optimizations"] or "") and reasons["NCHW"] is None
+    found = network_contest(
+        "small", small, torch.randn(1, 3, 8, 8), settings=chosen("all optimizations", "NCHW"), turn_ms=1
+    )
+    assert set(found.errors) == {
+        ("onnxruntime", f"all optimizations, {peers.NOT_HELD_BACK}"),
+        ("eager", "NCHW"),
+    }
