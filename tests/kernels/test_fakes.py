@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -10,13 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from gatedconv import ops
-from gatedconv.ops import _gate_library, _gated_residual_library, gated_scale
+from gatedconv.ops import _gate_library, _gated_residual_library
 from gatedconv.ops._gate_closed_form import DTYPES
 from tests.kernels.recording import recorded
 from tests.ops.test_gate import make, operator_arguments
 from tests.ops.test_gated_residual import residual_arguments
 
 pytest.importorskip("triton")
+gated_scale = importlib.import_module("gatedconv.ops.gated_scale")  # the package's attribute is the function
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted here")
 
 LAYOUTS = {
