@@ -30,8 +30,8 @@ _SHORT = {
 _LIMITED = (
     "The same machine, with all libraries told to use AVX2 at most (`ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA`, "
     "`GATEDCONV_ISA`); OpenVINO's convolutions follow oneDNN's variable. ONNX Runtime has no such setting: its figures "
-    "are shown, with AVX-512 where the machine has it, and no ratio or goal is taken against it. Only cases with a goal "
-    "are measured here."
+    "are shown, with AVX-512 where the machine has it, and no ratio or goal is taken against it. Only what has a goal "
+    "is measured here."
 )
 
 
