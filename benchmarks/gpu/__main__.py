@@ -1,6 +1,6 @@
 """Runs stages: ``python -m benchmarks.gpu [--dry] [STAGE ...]``, all of them by default.
 
-Each runs in a process of its own, which is ended after eight and a half minutes; rows are in a file by then, and the
+``bench-engine`` stands for all stages whose names begin with it. Each runs in a process of its own, which is ended after eight and a half minutes; rows are in a file by then, and the
 table is printed last. Exit code 1 where rows failed, 124 where a stage was ended, 2, with one line, for an unknown
 stage or where there is no GPU. ``--dry`` walks through all of it on a CPU with the smallest cases and keeps nothing.
 """
@@ -25,9 +25,10 @@ def main(arguments: list[str]) -> int:
     names = [argument for argument in arguments if argument != "--dry"]
     if names[:1] == ["--child"]:
         return child(names[1], Path(names[2]), Path(names[3]), dry)
-    unknown = [name for name in names if name not in stage_names()]
+    unknown = [name for name in names if not matching(name)]
     if unknown:
         return fail(f"no stage {unknown[0]!r}; there are: {', '.join(stage_names())}")
+    chosen = [stage for name in names for stage in matching(name)]
     try:
         prepare()
         import torch
@@ -35,8 +36,13 @@ def main(arguments: list[str]) -> int:
         return fail(f"{error}; the stages need torch and triton")
     if not dry and not torch.cuda.is_available():
         return fail("no CUDA device is visible; the stages need one")
-    codes = [run_stage(name, dry) for name in names or stage_names()]
+    codes = [run_stage(name, dry) for name in chosen or stage_names()]
     return next((code for code in codes if code), 0)
+
+
+def matching(name: str) -> list[str]:
+    """The stage of that name, or else all whose names go on from it: ``bench-engine`` for its parts."""
+    return [name] if name in stage_names() else [stage for stage in stage_names() if stage.startswith(f"{name}-")]
 
 
 def run_stage(name: str, dry: bool) -> int:
