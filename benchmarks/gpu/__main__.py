@@ -1,8 +1,9 @@
 """Runs stages: ``python -m benchmarks.gpu [--dry] [STAGE ...]``, all of them by default.
 
-``bench-engine`` stands for all stages whose names begin with it. Each runs in a process of its own, which is ended after eight and a half minutes; rows are in a file by then, and the
-table is printed last. Exit code 1 where rows failed, 124 where a stage was ended, 2, with one line, for an unknown
-stage or where there is no GPU. ``--dry`` walks through all of it on a CPU with the smallest cases and keeps nothing.
+``bench-engine`` stands for all stages whose names begin with it. Each runs in a process of its own, which is ended
+after eight and a half minutes; rows are in a file by then, and the table is printed last. Exit code 1 where rows
+failed, 124 where a stage was ended, 2, with one line, for an unknown stage or where there is no GPU. ``--dry`` walks
+through all of it on a CPU with the smallest cases and keeps nothing.
 """
 
 from __future__ import annotations
