@@ -72,8 +72,29 @@ def cifar10() -> str:
     return _markdown(header, rows)
 
 
+def finetune() -> str:
+    """The fine-tuning example: gated and cut, the same without gates, and without pretrained weights."""
+    rows = []
+    for name, what in (
+        ("gated", "pretrained, gated, cut"), ("dense", "pretrained, no gates"), ("scratch", "from scratch, no gates")
+    ):  # fmt: skip
+        path = RESULTS / "finetune" / f"{name}.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            share = found["macs"] / found["dense_macs"]
+            agreement = f"{found['agreement']:.1%}" if "agreement" in found else "-"
+            cells = [
+                str(found["arguments"]["epochs"]),
+                f"{found['top1']:.1f}",
+                f"{found['macs'] / 1e6:.1f} ({share:.0%})",
+            ]
+            rows.append([what, *cells, f"{found['params'] / 1e6:.2f}", agreement])
+    return _markdown(["network", "epochs", "top-1 (%)", "MACs (M)", "parameters (M)", "agreement"], rows)
+
+
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
+    ROOT / "docs" / "finetune.md": {"finetune": finetune},
     ROOT / "docs" / "results.md": {"demo": demo, "demo-seeds": demo_seeds, "cifar10": cifar10},
 }
 
