@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the runtimes to measure beside ours: eager, compile, onnxruntime, openvino; all or none [all]",
     )
     parser.add_argument("--size", type=int, metavar="N", help="height and width of the images, if not the model's")
+    parser.add_argument("--energy", action="store_true", help="also the joules of a call, where the machine tells")
     parser.add_argument("--all-settings", action="store_true", help="every set-up of a runtime, not its best alone")
 
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments.peers)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    rows, left_out = [], {}
+    rows, left_out, spent = [], {}, []
     for name, (network, size) in _networks(arguments.target, arguments.size).items():
         for batch in arguments.batch:
             x = example_input(network, batch, size)
@@ -49,10 +50,27 @@ def run(arguments: argparse.Namespace) -> int:
             contest.rounds(arguments.rounds)
             rows += contest.rows()
             left_out.update(contest.failures)
+            if arguments.energy:
+                spent.append(_energy(name, network, x))
     print(bench_table(rows if arguments.all_settings else best_rows(rows)))
     for (provider, setting), reason in left_out.items():
         print(f"not measured: {provider}, {setting}: {reason}")
+    for line in spent:
+        print(line)
     return 0
+
+
+def _energy(name: str, network: Any, x: Any) -> str:
+    """One line: the joules of a call in eager mode, or why nothing can be told."""
+    import torch
+
+    from gatedconv.deploy.energy import EnergyMeter, energy_per_call
+
+    meter = EnergyMeter(x.device)
+    wait = torch.cuda.synchronize if x.is_cuda else None
+    joules = energy_per_call(lambda: network(x), meter, synchronize=wait)
+    told = f"not measurable here: {meter.reason}" if joules is None else f"{joules:.6g} J ({meter.source})"
+    return f"energy of one call, {name}, batch {len(x)}, eager: {told}"
 
 
 def _check(arguments: argparse.Namespace) -> None:

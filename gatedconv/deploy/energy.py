@@ -8,6 +8,7 @@ work on it counts too.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -136,6 +137,37 @@ class EnergyMeter:
         except (OSError, ValueError, RuntimeError) as error:
             self.reason = _told(error)
             return []
+
+
+@torch.inference_mode()
+def energy_per_call(
+    call: Callable[[], object],
+    meter: EnergyMeter,
+    *,
+    seconds: float = 1.0,
+    synchronize: Callable[[], object] | None = None,
+) -> float | None:
+    """Joules of one call, from as many of them as fill a time; None where the meter cannot tell.
+
+    Args:
+        call: the work.
+        meter: started here; `reason` says why it cannot tell.
+        seconds: at least so long, for counters that move in steps of milliseconds.
+        synchronize: waits for the device.
+    """
+    if meter.reason:
+        return None
+    wait = synchronize or (lambda: None)
+    call()
+    wait()
+    meter.start()
+    began, calls = time.monotonic(), 0
+    while time.monotonic() - began < seconds:
+        call()
+        wait()
+        calls += 1
+    joules = meter.joules()
+    return None if joules is None else joules / calls
 
 
 def find_counters(device: torch.device, *, host: bool = True, powercap: Path = POWERCAP) -> tuple[list[Counter], str]:

@@ -63,8 +63,8 @@ def html_page(runs: Sequence[RunView], title: str = "gatedconv runs") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
         f'<h1>{escape(title)}</h1><p class="sub">{len(runs)} {"run" if len(runs) == 1 else "runs"}; MACs are '
-        "multiply-accumulates of one image by fvcore's rules; latency is measured, never inferred: by the engine where it ran, else in eager "
-        "mode.</p>"
+        "multiply-accumulates of one image by fvcore's rules; latency is measured, never inferred: by the engine "
+        "where it ran, else in eager mode.</p>"
         f"{_overview(runs)}{cards}</main></body></html>\n"
     )
 

@@ -150,3 +150,28 @@ def test_a_missing_package_is_named(gpu: None, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(energy.importlib, "import_module", missing)
     assert find_counters(GPU, powercap=tmp_path) == ([], "NVML: needs pip install 'gatedconv[energy]'")
+
+
+def test_energy_of_a_call_is_the_whole_over_the_calls() -> None:
+    calls: list[int] = []
+    meter = EnergyMeter(CPU, counters=[Counter(5.0, 7.0)])
+    joules = energy.energy_per_call(lambda: calls.append(1), meter, seconds=0.01)
+    assert joules == pytest.approx(2.0 / (len(calls) - 1)) and len(calls) > 10
+    assert energy.energy_per_call(lambda: calls.append(1), EnergyMeter(CPU, counters=[])) is None
+
+
+def test_bench_tells_that_nothing_can_be_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gatedconv
+    from gatedconv.cli import main
+
+    gatedconv.save(gatedconv.models.resnet20(input_size=(1, 8, 8)).eval(), tmp_path / "net.safetensors")
+    flags = ["--batch", "1", "--rounds", "1", "--peers", "none", "--energy"]
+    monkeypatch.setattr(energy, "find_counters", lambda device, host=True: ([], "no RAPL zones"))
+    assert main(["bench", str(tmp_path / "net.safetensors"), *flags]) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line == "energy of one call, net, batch 1, eager: not measurable here: no RAPL zones"
+    monkeypatch.setattr(energy, "find_counters", lambda device, host=True: ([Counter(1.0, 3.0, name="CPU")], ""))
+    assert main(["bench", str(tmp_path / "net.safetensors"), *flags]) == 0
+    assert capsys.readouterr().out.strip().endswith(" J (CPU)")

@@ -50,3 +50,11 @@ def test_figures_and_latency_tables() -> None:
     assert cells(figures_table({"compact": FROZEN}).splitlines()[2]) == ["compact", "99.25", "1.00", "136.0"]
     text = latency_table([("dense", 32, Latency(median=1.5, least=1.25, iqr=0.125, rounds=5))])
     assert cells(text.splitlines()[2]) == ["dense", "32", "1.500", "1.250", "0.125"]
+
+
+def test_energy_that_no_counter_tells_is_never_a_zero() -> None:
+    side = {"top1": 90.0, "macs": 1e6, "params": 1e3}
+    told = comparison_table({"dense": side, "energy_j": None})
+    assert "not measurable here" in told
+    told = comparison_table({"dense": {**side, "energy_j": {"1": 0.25, "32": None}}, "energy_j": 1234.4})
+    assert "1234" in told and "0.2500" in told and "not measurable" not in told and "batch 32" not in told

@@ -1,0 +1,188 @@
+"""Ways to train faster or in less memory: each computes what the plain way computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gatedconv
+from gatedconv.data import ImageData
+from gatedconv.gates.losses import accumulating, global_open_rates
+from gatedconv.models.resnet import ResNet
+from gatedconv.nn import BasicBlock
+from gatedconv.train import TrainConfig, train
+from gatedconv.train.recipe import total_loss
+from gatedconv.train.recompute import recomputing
+from gatedconv.train.step import Stepper
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(
+    epochs=2, batch_size=8, lr=0.05, gate="layer", mac_weight=1.0, act_weight=0.1, polar_schedule="constant",
+    device="cpu", channels_last=False,
+)  # fmt: skip
+IMAGES, LABELS = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+
+
+def network(gate: str = "layer", position: str = "after", depth: int = 8, **options: Any) -> ResNet:
+    torch.manual_seed(2)
+    return ResNet(depth, 3, gate, position, input_size=(1, 8, 8), **options).train()
+
+
+def still(model: nn.Module) -> nn.Module:
+    """BatchNorm in eval: the statistics of a part of a batch are others than the whole's."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
+
+
+def stepped(model: ResNet, steps: int = 3, **changes: Any) -> dict[str, torch.Tensor]:
+    stepper = Stepper(model, dataclasses.replace(CONFIG, **changes), CPU)
+    with stepper.active():
+        for number in range(steps):
+            stepper(IMAGES, LABELS, 0.3 + number / 10)
+    return model.state_dict()
+
+
+def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], **tolerances: float) -> None:
+    for name, value in right.items():
+        torch.testing.assert_close(left[name], value, msg=name, **tolerances)
+
+
+@pytest.mark.parametrize(
+    ("gate", "position"),
+    [("layer", "after"), ("channel", "before"), ("channel", "middle"), ("channel", "after"), ("both", "middle")],
+)
+def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position: str) -> None:
+    torch._dynamo.reset()
+    eager, compiled = network(gate, position), network(gate, position)
+    explained = torch._dynamo.explain(compiled)(IMAGES)
+    assert explained.graph_break_count == 0 and explained.graph_count == 1, explained.break_reasons
+    compiled = network(gate, position)  # the explanation has moved its running statistics
+    whole = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for model, called in ((eager, eager), (compiled, whole)):
+        loss, _ = total_loss(model, called(IMAGES), LABELS, CONFIG, 0.5)
+        loss.backward()
+    assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-6)
+    for (name, ours), (_, expected) in zip(compiled.named_parameters(), eager.named_parameters(), strict=True):
+        assert expected.grad is not None and ours.grad is not None, name
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("gate", ["layer", "channel", "both"])
+@pytest.mark.parametrize("estimator", ["ste", "bernoulli"])
+def test_recomputed_blocks_train_the_same_network(gate: str, estimator: str) -> None:
+    """Buffers and random numbers too: the second pass leaves no trace."""
+    plain = stepped(network(gate, "middle", estimator=estimator))
+    after_plain = torch.rand(1)
+    recomputed = stepped(network(gate, "middle", estimator=estimator), recompute=True)
+    assert torch.equal(torch.rand(1), after_plain)
+    assert_close(recomputed, plain, rtol=0.0, atol=0.0)
+
+
+def test_recomputing_keeps_less_and_runs_each_block_twice() -> None:
+    model, kept = network(depth=14), []
+    calls: list[str] = []
+    model.layer1[0].conv1.register_forward_hook(lambda *args: calls.append("conv1"))
+    for again in (False, True):
+        calls.clear()
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if again:
+                with recomputing(model):
+                    loss = model(IMAGES).sum()
+                    kept.append(sum(sizes))
+                    loss.backward()
+            else:
+                loss = model(IMAGES).sum()
+                kept.append(sum(sizes))
+                loss.backward()
+        assert len(calls) == 1 + again
+    assert kept[1] < kept[0] / 2
+    assert all("forward" not in vars(module) for module in model.modules())
+    with pytest.raises(ValueError, match="recompute: expected a network of residual blocks, got Linear"):
+        with recomputing(nn.Linear(1, 1)):
+            pass
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_accumulated_task_gradients_are_those_of_the_whole_batch(parts: int) -> None:
+    changes = {"polar_weight": 0.0, "mac_weight": 0.0, "act_weight": 0.0, "accumulate": parts}
+    config = {**changes, "batch_size": 16}
+    left = stepped(still(network()), steps=1, **config)  # type: ignore[arg-type]
+    right = stepped(still(network()), steps=1, **{**config, "accumulate": 1})  # type: ignore[arg-type]
+    names = [name for name, _ in network().named_parameters()]
+    assert_close({n: left[n] for n in names}, {n: right[n] for n in names}, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_see_open_rates_over_the_parts_and_move_the_current_one() -> None:
+    """Value: the mean of the last parts; gradient: 1 / parts of the current one's."""
+    model, seen = network(), []
+    with accumulating(model, 3):
+        for part in range(5):
+            model(IMAGES.roll(part, 1) * (part + 1))
+            own = {name: gate.open_rate for name, gate in gatedconv.gates(model).items()}
+            seen.append(own)
+            joined = global_open_rates(model, "test")
+            assert global_open_rates(model, "test") is joined  # asked again, it does not count twice
+            for name, rate in joined.items():
+                expected = torch.stack([before[name].detach() for before in seen[-3:]]).mean(dim=0)
+                torch.testing.assert_close(rate.detach(), expected)
+                (slope,) = torch.autograd.grad(rate.sum(), own[name], retain_graph=True)
+                torch.testing.assert_close(slope, torch.full_like(slope, 1 / 3))
+    assert global_open_rates(model, "test")[name] is own[name]
+
+
+def test_accumulation_trains(data: ImageData) -> None:
+    lines = list(train(network(), data, dataclasses.replace(CONFIG, epochs=8, batch_size=16, accumulate=3)))
+    assert lines[-1].train_loss < lines[0].train_loss and lines[-1].num_gates == 3
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_stays_near_full_precision(data: ImageData, amp: str) -> None:
+    config = dataclasses.replace(CONFIG, epochs=6, batch_size=16, lr=0.02)
+    exact, mixed = (list(train(network(), data, dataclasses.replace(config, amp=a)))[-1] for a in ("off", amp))
+    assert mixed.train_loss == pytest.approx(exact.train_loss, rel=0.2) and mixed.steps_skipped == 0
+
+
+def test_fp16_finds_its_scale_and_survives_a_first_step_that_overflows() -> None:
+    model = network()
+    stepper = Stepper(model, dataclasses.replace(CONFIG, amp="fp16", skip_blocks=False), CPU)
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with stepper.active():
+        stepper(IMAGES, LABELS, 0.3)
+        assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+        for _ in range(60):
+            stepper(IMAGES, LABELS, 0.3)
+    assert int(stepper.guard.skipped) == 0 and stepper.scaler.get_scale() < 2.0**40
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not torch.equal(model.fc.weight, before["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compile": True, "recompute": True}, "compile: expected recompute off"),
+        ({"accumulate": 5, "batch_size": 9}, "batch_size: expected at least 2 images for each of the 5 parts"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_blocks_are_left_alone_after_a_run(data: ImageData) -> None:
+    model = network()
+    list(train(model, data, dataclasses.replace(CONFIG, epochs=1, recompute=True)))
+    assert all(m.skip is None and "forward" not in vars(m) for m in model.modules() if isinstance(m, BasicBlock))
