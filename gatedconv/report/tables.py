@@ -42,6 +42,14 @@ def comparison_table(summary: Summary) -> str:
             if before or after:
                 cells = _cells(before, after, "ms", "{:.2f}")
                 rows.append([f"latency, batch {batch}{where} (ms)", *cells])
+    for batch in ("1", "32"):
+        spent = [((side or {}).get("energy_j") or {}).get(batch) for side in (dense, frozen)]
+        if any(joules is not None for joules in spent):
+            cells = [_ABSENT if joules is None else f"{joules:.4f}" for joules in spent]
+            rows.append([f"energy of a call, batch {batch} (J)", *cells, ""])
+    if "energy_j" in summary:
+        joules = summary["energy_j"]
+        rows.append(["training energy (J)", "", "not measurable here" if joules is None else f"{joules:.0f}", ""])
     if frozen is not None:
         rows.append(["agreement (%)", _ABSENT, f"{100 * summary['agreement']:.2f}", ""])
     return text_table(["", "dense", "frozen", "change"], rows)

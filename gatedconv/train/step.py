@@ -76,8 +76,7 @@ class Stepper:
         self.shutter = make_shutter(model, config)
         if self.shutter is not None:
             self.parts["shutter"] = self.shutter.to(device)
-        compiled: nn.Module = torch.compile(model, fullgraph=True) if config.compile else model  # type: ignore[assignment]
-        self.network = parallel(compiled, ranks)
+        self.network = parallel(_compiled(model, config, device), ranks)
         moving = nn.ModuleList([part for part in (model, self.controller, self.shutter) if part is not None])
         self.guard = StepGuard(moving, device)
         skips = config.skip_blocks and not (config.compile or config.cuda_graph)
@@ -123,6 +122,8 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         for index, (x, y) in enumerate(zip(images.tensor_split(count), labels.tensor_split(count), strict=True)):
             wait = self.ranks.world > 1 and index < count - 1
+            if self.config.cuda_graph:
+                torch.compiler.cudagraph_mark_step_begin()
             with self.network.no_sync() if wait else nullcontext():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.network(x)
@@ -163,3 +164,18 @@ class Stepper:
             self.guard.buffers.put_back()
         self.guard.count(bad)
         return result._replace(bad=bad)
+
+
+def _compiled(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """The network as `compile` and `cuda_graph` want it run; always one graph.
+
+    Raises:
+        ValueError: CUDA graphs without a GPU.
+    """
+    if config.cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected a GPU, got device {device.type!r}")
+    if not (config.compile or config.cuda_graph):
+        return model
+    mode = "reduce-overhead" if config.cuda_graph else None
+    compiled: nn.Module = torch.compile(model, fullgraph=True, mode=mode)  # type: ignore[assignment]
+    return compiled

@@ -174,6 +174,8 @@ def test_fp16_finds_its_scale_and_survives_a_first_step_that_overflows() -> None
     ("changes", "message"),
     [
         ({"compile": True, "recompute": True}, "compile: expected recompute off"),
+        ({"cuda_graph": True, "recompute": True}, "cuda_graph: expected recompute off"),
+        ({"cuda_graph": True, "device": "cpu"}, "cuda_graph: expected a GPU, got device 'cpu'"),
         ({"accumulate": 5, "batch_size": 9}, "batch_size: expected at least 2 images for each of the 5 parts"),
     ],
 )
