@@ -102,9 +102,12 @@ class TrainConfig:
         0.0, "share of the run over which the weights above rise (polar_schedule: warmup)", low=0.0, high=1.0
     )
 
-    mac_gain: float = option(
-        0.0, "gain of the controller that steers the MACs to mac_target in place of mac_weight; 0 for none", low=0.0
+    mac_control: str = option(
+        "none",
+        "closed loop on the MACs in place of mac_weight: a price that follows them, or gates shut in order of rank",
+        choices=("none", "price", "rank"),
     )
+    mac_gain: float = option(0.02, "mac_control price: change of the price in a step, per dense MACs off", above=0.0)
     mac_ramp: tuple[float, ...] = option(
         (0.15, 0.45),
         "shares of the run between which the controller's target falls from all MACs to mac_target",
@@ -139,7 +142,7 @@ class TrainConfig:
     amp: str = option("off", "mixed precision", choices=("off", "bf16", "fp16"))
     channels_last: bool = option(True, "channels-last memory format")
     compile: bool = option(False, "torch.compile the network for training")
-    cuda_graph: bool = option(False, "replay each training step as one CUDA graph (needs a GPU)")
+    cuda_graph: bool = option(False, "compile, and replay forward and backward passes as CUDA graphs (needs a GPU)")
     accumulate: int = option(1, "parts that a batch is computed in, one after the other", low=1, high=4096)
     recompute: bool = option(False, "gradient checkpointing: recompute each block in backward, to save memory")
     skip_blocks: bool = option(True, "do not compute blocks that a layer gate shuts for the whole batch")
@@ -160,10 +163,10 @@ class TrainConfig:
             raise ValueError(f"milestones: expected rising fractions of the run, got {list(self.milestones)}")
         if len(self.mac_ramp) != 2 or self.mac_ramp[0] > self.mac_ramp[1]:
             raise ValueError(f"mac_ramp: expected two rising shares of the run, got {list(self.mac_ramp)}")
-        if self.mac_gain and self.mac_weight:
-            raise ValueError("mac_gain: expected mac_weight 0, the controller sets the weight itself; got both")
-        for field in ("mac_gain", "subnetwork") + (("consensus_at",) if self.consensus_at < 1 else ()):
-            if self.gate == "none" and getattr(self, field):
+        if self.mac_control != "none" and self.mac_weight:
+            raise ValueError("mac_control: expected mac_weight 0, the loop replaces it; got both")
+        for field, unset in (("mac_control", "none"), ("subnetwork", ""), ("consensus_at", 1.0)):
+            if self.gate == "none" and getattr(self, field) != unset:
                 raise ValueError(f"{field}: expected a gate, got gate 'none'")
         if self.consensus_at < 1 and self.epochs < 2:
             raise ValueError(f"consensus_at: expected at least 2 epochs, one on either side, got {self.epochs}")
@@ -173,11 +176,11 @@ class TrainConfig:
             raise ValueError("subnetwork: expected dense_baseline off, the sub-network is the only network; got both")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: expected momentum above 0, got momentum 0.0")
-        if self.compile and (self.recompute or self.cuda_graph):
-            other = "recompute" if self.recompute else "cuda_graph"
-            raise ValueError(f"compile: expected {other} off, torch.compile decides on that itself; got both")
-        if self.cuda_graph and (self.recompute or self.accumulate > 1):
-            raise ValueError("cuda_graph: expected recompute off and accumulate 1, got other settings")
+        if self.recompute and (self.compile or self.cuda_graph):
+            name = "compile" if self.compile else "cuda_graph"
+            raise ValueError(f"{name}: expected recompute off, torch.compile decides by itself what it keeps; got both")
+        if self.cuda_graph and self.device == "cpu":
+            raise ValueError("cuda_graph: expected a GPU, got device 'cpu'")
         if self.batch_size < 2 * self.accumulate:
             raise ValueError(
                 f"batch_size: expected at least 2 images for each of the {self.accumulate} parts of `accumulate`, "
