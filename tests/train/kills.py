@@ -23,6 +23,14 @@ from gatedconv.train.checkpoint import load_checkpoint
 _CALLS = ("fsync", "replace")
 
 
+def _import_everything() -> None:
+    """What a run imports as it goes on, once in the parent: the children are there at once."""
+    import fvcore.nn  # noqa: F401
+
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    gatedconv.Engine(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3)).eval(), torch.zeros(1, 1, 8, 8))
+
+
 def small_config(archive: Path, **changes: Any) -> TrainConfig:
     """Settings of a run of about a second that writes a checkpoint after every step."""
     settings = {
@@ -41,6 +49,7 @@ def run_in_child(config: TrainConfig, folder: Path, *, kill_after: float = 0.0, 
         kill_after: seconds after which it is killed; 0 for never.
         kill_in_call: the call of fsync or replace, counted from 1, before which it kills itself; 0 for never.
     """
+    _import_everything()
     child = os.fork()
     if child == 0:
         try:
