@@ -29,9 +29,8 @@ def forward(
     normed, *decision = [weight.new_empty(0) for _ in range(7)]
     if parameters[4] is not None:
         normed = (pooled - mean) * stat[1] * weight + bias
-        gate, rate, logits, _, hidden, gate_stat, threshold = gate_form.forward(
-            normed, *parameters, *running, False, gate_eps, *options
-        )
+        inner: list[Any] = [normed, *parameters, *running, False, gate_eps, *options]
+        gate, rate, logits, _, hidden, gate_stat, threshold = gate_form.forward(*inner)
         decision = [gate, rate, logits, hidden, gate_stat, threshold]
         factor = factor * gate
     branch = _channels(stat[1] * weight) * (wide - _channels(mean)) + _channels(bias)
@@ -61,10 +60,11 @@ def backward(*arguments: Any) -> list[Tensor]:
     if layer is not None:
         d_layer = (through if weight2 is None else through * gate).sum(1, keepdim=True).to(layer.dtype)
     if weight2 is not None:
-        d_normed, *grads = gate_form.backward(
+        inner: list[Any] = [
             through * factor, d_rate, d_logits, normed, logits, hidden, gate_stat, threshold, weight1, norm_weight,
             norm_bias, weight2, noise, 1, True, *options[:-1], DTYPES.index(weight.dtype),
-        )  # fmt: skip
+        ]  # fmt: skip
+        d_normed, *grads = gate_form.backward(*inner)
         factor = factor * gate
         dy = factor[:, :, None, None] * grad + d_normed[:, :, None, None] / pixels
     else:

@@ -131,7 +131,7 @@ def _check(
     if not isinstance(x, Tensor) or x.dim() != 4:
         raise _kind_or_shape("x", x, "(N, C, H, W)")
     per_channel = (x.shape[1],)
-    named = [("x", x, x.shape), ("shortcut", shortcut, x.shape)]
+    named: list[tuple[str, Any, tuple[int, ...]]] = [("x", x, x.shape), ("shortcut", shortcut, x.shape)]
     named += [] if layer is None else [("layer", layer, (x.shape[0], 1))]
     named += [(f"norm.{name}", getattr(norm, name), per_channel) for name in ("weight", "bias", "mean", "var")]
     for name, tensor, shape in named:
