@@ -183,8 +183,9 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images float (B, C, H, W), labels int64 (B,))."""
-        for images, labels in zip(self._pixels(), self.labels.split(self.batch_size), strict=False):
-            yield self.normalize(images), labels
+        if len(self.labels):  # `split` makes one empty batch of nothing
+            for images, labels in zip(self._pixels(), self.labels.split(self.batch_size), strict=True):
+                yield self.normalize(images), labels
 
     def first(self, count: int) -> Tensor:
         """The first images, normalised, (count, C, H, W); repeated if there are too few."""
