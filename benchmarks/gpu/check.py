@@ -31,10 +31,10 @@ def check(session: Session) -> Iterator[Case]:
         yield Case(key, 60.0, lambda tool=tool: sanitized(tool, session))  # type: ignore[misc]
 
 
-def sharded(session: Session) -> dict[str, Any]:
+def sharded(session: Session, tests: tuple[str, ...] = TESTS) -> dict[str, Any]:
     """Run all tests; RuntimeError where one fails."""
     count = 2 if session.dry else SHARDS
-    command = [*PYTEST, "-q", "--maxfail=5", *(TESTS[1:] if session.dry else TESTS)]
+    command = [*PYTEST, "-q", "--maxfail=5", *(tests[-1:] if session.dry else tests)]
     running = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | {"GATEDCONV_SHARD": f"{i}/{count}"}) for i in range(count)
     ]
@@ -47,13 +47,13 @@ def sharded(session: Session) -> dict[str, Any]:
     return {"note": f"passed, {session.left_s:.0f} s left"}
 
 
-def sanitized(tool: str, session: Session) -> dict[str, Any]:
+def sanitized(tool: str, session: Session, tests: str = SANITIZED) -> dict[str, Any]:
     """Run a small test of every kernel under a sanitizer; RuntimeError where it finds something."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"note": "not run: compute-sanitizer is not installed"}
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *PYTEST, "-q", SANITIZED]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *PYTEST, "-q", tests]
     try:
         code = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(session.left_s, 1)).returncode
     except subprocess.TimeoutExpired:

@@ -36,7 +36,7 @@ MODULES = {
     "check": ("check",),
     "gates": ("bench-gates",),
     "training": ("bench-resnet56", "bench-resnet110"),
-    "engine": ("bench-engine",),
+    "engine": ("check-engine", "bench-engine-layers", "bench-engine-cifar", "bench-engine-imagenet"),
 }
 _stages: dict[str, tuple[Stage, str]] = {}
 

@@ -11,6 +11,7 @@ from gatedconv import ops
 from gatedconv.gates import ChannelGate, FrozenGate, LayerGate
 from gatedconv.gates.gate import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
+from gatedconv.nn.open_samples import decides_on_device, residual_branch
 from gatedconv.nn.shortcut import make_shortcut
 from gatedconv.nn.skipping import BlockSkip, left_out
 
@@ -89,6 +90,9 @@ class BasicBlock(nn.Module):
             return left_out(shortcut, self)
         if self.training or torch.compiler.is_compiling():  # a graph needs shapes that do not depend on data
             return self.relu(shortcut + decision * self.branch(x))
+        convs = (self.conv1, self.bn1), (self.conv2, self.bn2)
+        if self.channel_gate is None and decides_on_device(x, *convs):
+            return residual_branch(x, shortcut, decision.flatten() > 0, *convs)
         index = decision.flatten().nonzero().flatten()
         if index.numel() == 0:
             return torch.relu(shortcut)

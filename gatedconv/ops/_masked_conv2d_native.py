@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gatedconv import _native
+from gatedconv.ops import cuda_conv
 from gatedconv.ops._conv_arguments import ConvArguments
 from gatedconv.ops._conv_cut import cut_backward
 from gatedconv.ops._memory_format import conv_memory_format
@@ -86,6 +87,7 @@ def _call(
         a.groups,
         relu,
         packed,
+        **({"allow_tf32": cuda_conv.allows_tf32()} if input.is_cuda and input.dtype == torch.float32 else {}),
     )
 
 
@@ -118,6 +120,7 @@ def _fake(
     groups: int,
     relu: bool,
     packed: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
     high = input.shape[2] + padding[0] + padding[1] - dilation[0] * (weight.shape[2] - 1) - 1
     wide = input.shape[3] + padding[2] + padding[3] - dilation[1] * (weight.shape[3] - 1) - 1
@@ -127,9 +130,10 @@ def _fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, out_open, in_open, _, stride, padding, dilation, groups, relu, _ = inputs
+    input, weight, _, out_open, in_open, _, stride, padding, dilation, groups, relu, *_ = inputs
     ctx.save_for_backward(input, weight, out_open, in_open, output if relu else None)
     ctx.arguments = _arguments(stride, padding, dilation, groups, output)
+    ctx.inputs = len(inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,7 +149,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, input, weight, out_open, in_open, output, a.stride, a.padding, a.dilation, a.groups, needs
         )
         gradients = tuple(part if need else None for part, need in zip(made, needs, strict=True))
-    return *gradients[:3], None, None, gradients[3], None, None, None, None, None, None
+    return *gradients[:3], None, None, gradients[3], *[None] * (ctx.inputs - 6)
 
 
 def _arguments(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedconv.ops import _masked_conv2d_native
+from gatedconv.ops import _masked_conv2d_native, cuda_conv
 from gatedconv.ops._conv_arguments import ConvArguments, IntPair, check_arguments
 from gatedconv.ops._conv_cut import cut_backward, cut_forward
 from gatedconv.ops._memory_format import conv_memory_format
@@ -91,16 +91,15 @@ def masked_conv2d(
     arguments = check_arguments(
         input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
     )
-    native = (
-        device == "cpu" and input.dtype in (torch.float32, torch.float64) and _masked_conv2d_native.ready()
-    )
+    native = _has_kernel(input, weight, arguments) and _masked_conv2d_native.ready()
     if not torch.compiler.is_compiling():
         inputs = (input, weight, bias, out_open, in_open, residual, arguments, relu)
         # The native fp64 body is there for traced graphs; PyTorch's convolution is faster.
-        dense = input.dtype == torch.float32 and _is_dense(weight, out_open, in_open, arguments)
+        # On a GPU looking at a mask would wait for the device.
+        dense = input.dtype == torch.float32 and device == "cpu" and _is_dense(weight, out_open, in_open, arguments)
         if dense and residual is None and not relu and not torch.is_grad_enabled():
             return _dense_forward(input, weight, bias, arguments)
-        fast = native and input.dtype == torch.float32 and not dense
+        fast = native and input.dtype != torch.float64 and not dense
         forward = _masked_conv2d_native.call if fast else cut_forward
         if torch.is_grad_enabled():
             return _MaskedConv2d.apply(forward, *inputs)
@@ -186,6 +185,14 @@ def _reference(
     if residual is not None:
         out = out + residual
     return torch.relu(out) if relu else out
+
+
+def _has_kernel(input: Tensor, weight: Tensor, arguments: ConvArguments) -> bool:
+    if input.device.type == "cpu":
+        return input.dtype in (torch.float32, torch.float64)
+    if input.device.type != "cuda" or cuda_conv.kernels_mode() != "on":
+        return False
+    return cuda_conv.takes(input, weight.shape[2:], arguments.dilation, arguments.groups)
 
 
 # Where everything is open PyTorch's convolution is as fast from this many multiply-adds on; below, it pays

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gatedconv.deploy.engine.cuda_plan import CudaPlan
 from gatedconv.deploy.engine.plan_module import PlanModule
 from gatedconv.deploy.engine.program import Map, Step
 from gatedconv.ops.plan import plan_isa, plan_workspace
@@ -21,8 +22,12 @@ def describe(engine: Engine) -> str:
     if engine.reason is not None:
         return f"Everything runs in PyTorch: {engine.reason}."
     size = " x ".join(map(str, engine.example_size))
-    lines = [f"Engine for inputs of {size}; native kernels: {plan_isa()}, {torch.get_num_threads()} threads."]
-    plans = {name: module for name, module in engine.body.named_children() if isinstance(module, PlanModule)}
+    lines = [f"Engine for inputs of {size}; {_machine(engine)}."]
+    plans = {
+        name: module
+        for name, module in engine.body.named_children()
+        if isinstance(module, (PlanModule, CudaPlan))
+    }
     rest = []
     assert isinstance(engine.body, torch.fx.GraphModule)
     for node in engine.body.graph.nodes:
@@ -43,7 +48,19 @@ def _kind(engine: Engine, node: torch.fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _describe_plan(name: str, plan: PlanModule, engine: Engine) -> list[str]:
+def _machine(engine: Engine) -> str:
+    if engine.device.type == "cpu":
+        return f"native kernels: {plan_isa()}, {torch.get_num_threads()} threads"
+    modes = {plan.mode for plan in engine.plans if isinstance(plan, CudaPlan)}
+    return f"{engine.device}, {engine.dtype}, GATEDCONV_CUDA_KERNELS: {', '.join(sorted(modes)) or 'no plan'}"
+
+
+def _describe_plan(name: str, plan: PlanModule | CudaPlan, engine: Engine) -> list[str]:
+    if isinstance(plan, CudaPlan):
+        lines = [f"{name}: {len(plan.instructions)} instructions in one graph"]
+        lines += ["  " + line for line in plan.describe(engine.example_size[0])]
+        macs = sum(one.macs for one in plan.instructions)
+        return [*lines, f"  in all {macs / 1e6:.2f} M MACs an image"]
     lines = [f"{name}: {len(plan.steps)} instructions in one call"]
     lines += ["  " + _describe_step(step, plan.maps) for step in plan.steps if step.layer is not None]
     macs = sum(step.macs for step in plan.steps)

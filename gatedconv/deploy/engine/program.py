@@ -85,8 +85,10 @@ class Program:
     ]  # how the output's size follows from the input's: see gatedconv.ops.plan.plan_output_size
 
 
-def write_program(source: fx.Node, layers: list[Layer], result: fx.Node, batch: int) -> Program:
-    """Pack the fused layers of a segment from `source` to `result`, at its best for `batch` images."""
+def lay_out(
+    source: fx.Node, layers: list[Layer], result: fx.Node, batch: int
+) -> tuple[list[Step], list[Map], list[int]]:
+    """Return the steps of a segment from `source` to `result`, its maps, and the shape of a `Program`."""
     maps: list[Map] = []
     of: dict[fx.Node, int] = {}
 
@@ -105,6 +107,13 @@ def write_program(source: fx.Node, layers: list[Layer], result: fx.Node, batch: 
         residual = of[layer.residual] if layer.residual is not None else -1
         steps.append(Step(_choose_op(layer, maps[read], batch), layer, read, new_map(layer.output), residual))
     steps.append(Step("output", None, of[result], -1))
+    shape = [maps[steps[-1].source].channels, len(result.meta["tensor_meta"].shape), *_windows(steps)]
+    return steps, maps, shape
+
+
+def write_program(source: fx.Node, layers: list[Layer], result: fx.Node, batch: int) -> Program:
+    """Pack the fused layers of a segment from `source` to `result`, at its best for `batch` images."""
+    steps, maps, shape = lay_out(source, layers, result, batch)
     _shape_maps(steps, maps)
     _place_maps(steps, maps)
     weights = _Blob()
@@ -113,7 +122,6 @@ def write_program(source: fx.Node, layers: list[Layer], result: fx.Node, batch: 
     header = [VERSION, len(maps), len(steps), 4 + 5 * len(maps) + sum(map(len, fields))]
     described = [number for m in maps for number in (m.channels, m.pixel, m.halo, m.multiple, m.slot)]
     code = header + described + [number for field in fields for number in field] + lists
-    shape = [maps[steps[-1].source].channels, len(result.meta["tensor_meta"].shape), *_windows(steps)]
     return Program(torch.tensor(code, dtype=torch.int64), weights.tensor(), steps, maps, shape)
 
 

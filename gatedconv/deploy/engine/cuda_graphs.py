@@ -1,0 +1,89 @@
+"""CUDA graphs of one function, one for each input shape, the least recently used given up first."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+LIMIT = 8  # graphs kept: each holds its own memory for the maps of its batch
+
+
+class Replay(Protocol):
+    """A captured call: copies x in, runs, returns a tensor of the caller's own."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the function of x, on the current stream."""
+        ...
+
+
+class GraphCache:
+    """Runs a function of one tensor through captured graphs; any number of threads and streams may call.
+
+    Args:
+        function: Of one input; it must neither wait for the device nor look at values.
+        limit: Graphs kept.
+        capture: Makes a `Replay` of the function for inputs like this one.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        limit: int = LIMIT,
+        capture: Callable[[Callable[[Tensor], Tensor], Tensor], Replay] | None = None,
+    ) -> None:
+        self.function, self.limit = function, limit
+        self.capture = capture or CapturedGraph
+        self._kept: OrderedDict[tuple[Any, ...], Replay] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return function(x). Outside of the lock nothing of a graph is touched, so calls take turns on the host."""
+        key = (tuple(x.shape), x.dtype, x.device)
+        with self._lock:
+            replay = self._kept.get(key)
+            if replay is None:
+                while len(self._kept) >= self.limit:
+                    self._kept.popitem(last=False)
+                replay = self._kept[key] = self.capture(self.function, x)
+            self._kept.move_to_end(key)
+            return replay(x)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Give up all graphs and their memory."""
+        with self._lock:
+            self._kept.clear()
+
+
+class CapturedGraph:
+    """One graph with its input and output. A replay waits for the one before it, on whichever stream that ran."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.input = x.detach().clone()
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            function(self.input)  # cuDNN chooses, libraries load
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.output = function(self.input)
+        self.done = torch.cuda.Event()
+        self.done.record(torch.cuda.current_stream(x.device))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Replay on the current stream; the result is the caller's."""
+        stream = torch.cuda.current_stream(x.device)
+        stream.wait_event(self.done)
+        self.input.copy_(x)
+        self.graph.replay()
+        result = self.output.clone()
+        self.done.record(stream)
+        return result

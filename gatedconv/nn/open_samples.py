@@ -1,0 +1,69 @@
+"""A gated block in eval whose skipping is decided on the device: no list of open samples comes to the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv import ops
+from gatedconv.nn.conv import Conv2d
+from gatedconv.ops import cuda_conv
+
+ConvNorm = tuple[Conv2d, nn.BatchNorm2d]
+
+
+def folded(conv: Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a convolution with an eval-mode norm behind it folded in."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    bias = shift * scale if norm.bias is None else shift * scale + norm.bias
+    return conv.weight * scale[:, None, None, None].to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def residual_branch(x: Tensor, shortcut: Tensor, is_open: Tensor, first: ConvNorm, last: ConvNorm) -> Tensor:
+    """Compute relu(shortcut + branch(x)) on open samples and relu(shortcut) on closed ones.
+
+    Both convolutions run through `masked_conv2d` with a mask for each sample. On CUDA its lists are made on the device
+    and a tile of a closed sample ends after it has passed the shortcut on, so the host waits for nothing.
+
+    Args:
+        x: (N, C_in, H, W).
+        shortcut: (N, C_out, H', W').
+        is_open: bool (N,).
+        first: The branch's first convolution and norm; a ReLU follows.
+        last: Its last ones.
+    """
+    for i, (conv, norm) in enumerate((first, last)):
+        weight, bias = folded(conv, norm)
+        mask = is_open[:, None].expand(-1, conv.out_channels)
+        x = ops.masked_conv2d(
+            x,
+            weight,
+            bias,
+            mask,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            residual=shortcut if i else None,
+            relu=True,
+        )
+    return x
+
+
+def decides_on_device(x: Tensor, first: ConvNorm, last: ConvNorm) -> bool:
+    """Whether to run `residual_branch`: our kernels are wanted and there, and no gradient is asked for."""
+    if x.device.type != "cuda" or torch.is_grad_enabled() or cuda_conv.kernels_mode() != "on":
+        return False
+    return all(
+        type(norm) is nn.BatchNorm2d
+        and not norm.training
+        and norm.running_var is not None
+        and conv.gate is None
+        and conv.padding_mode == "zeros"
+        and not (conv._forward_hooks or conv._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks)
+        and cuda_conv.takes(x, conv.kernel_size, conv.dilation, conv.groups)
+        for conv, norm in (first, last)
+    )

@@ -1,0 +1,277 @@
+"""The CUDA engine's logic without a GPU: the same instructions, by PyTorch or by a stand-in for the kernel."""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import gatedconv
+from gatedconv.deploy.engine import cuda_graphs, cuda_tuner, cuda_ways
+from gatedconv.ops import cuda_conv
+from tests.cuda import plans
+from tests.engine.nets import Residual, error, settle
+
+HEADER = {"device": "test", "torch": "1", "cudnn": 2, "sources": "abc"}
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Let the plan believe that there is a kernel; counts its runs."""
+    runs = []
+
+    def run(*arguments):
+        runs.append(arguments)
+        return plans.conv_run(*arguments)
+
+    monkeypatch.setattr(cuda_conv, "takes", lambda x, kernel, dilation, groups: groups == 1)
+    monkeypatch.setattr(cuda_conv, "conv_pack", plans.conv_pack)
+    monkeypatch.setattr(cuda_conv, "conv_run", run)
+    return runs
+
+
+def gated(position, share, shortcut="B"):
+    torch.manual_seed(0)
+    model = settle(gatedconv.models.resnet20(gate="channel", position=position, shortcut=shortcut))
+    masks = {name: torch.rand(gate.num_gates) < share for name, gate in gatedconv.gates(model).items()}
+    for mask in masks.values():
+        mask[0] = share < 1
+    return gatedconv.compact(gatedconv.freeze(model, masks=masks), torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("position", ["after", "middle", "before"])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_a_cut_resnet(position, shortcut, mode, kernel):
+    model = gated(position, 0.45, shortcut)
+    x = torch.randn(3, 3, 20, 28)
+    plan = plans.make_plan(model, x, mode=mode, tuner=always("gatedconv 2x1") if mode == "on" else None)
+    assert error(plan(x), model, x) <= 1e-5
+    assert bool(kernel) == (mode == "on")
+    # The gathers and scatters that the cut left are inside convolutions.
+    assert not [one.op for one in plan.instructions if one.op in ("gather", "scatter_add")]
+    assert any(one.out_index for one in plan.instructions) == (position == "after")
+    assert any(one.in_index for one in plan.instructions) == (position == "before")
+
+
+class always:
+    """A tuner that takes one way wherever there is one."""
+
+    def __init__(self, way):
+        self.way = way
+
+    def choose(self, key, ways):
+        return self.way if self.way in ways else next(iter(ways))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "mobilenet_v2"])
+def test_torchvision(name, kernel):
+    model = settle(getattr(torchvision.models, name)(num_classes=10))
+    x = torch.randn(2, 3, 40, 64)
+    plan = plans.make_plan(model, x, mode="auto", tuner=always("gatedconv 1x1"))
+    assert error(plan(x), model, x) <= 1e-5
+    assert kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_at_most_doubles_pytorchs_error(dtype, kernel):
+    model = settle(nn.Sequential(nn.Conv2d(3, 11, 3, 2, 1), Residual(11, 37), Residual(11, 5, 2), nn.MaxPool2d(2)))
+    x = torch.randn(2, 3, 24, 24).to(dtype)
+    plan = plans.make_plan(model, x, dtype=dtype, mode="on", tuner=always("gatedconv 1x1"))
+    low = model.to(dtype)
+    with torch.no_grad():
+        theirs = low(x)
+    assert error(plan(x), low, x.float()) <= 2 * error(theirs, low, x.float())
+    assert kernel
+
+
+def test_a_scatter_into_a_stream_that_is_read_again_writes_elsewhere(kernel):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.part = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+            self.scatter, self.again = gatedconv.nn.ScatterAdd(torch.tensor([1, 4, 6])), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            stream = torch.relu(self.stem(x))
+            return torch.relu(self.scatter(stream, self.part(stream))) + self.again(stream)
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 3, 9, 9)
+    plan = plans.make_plan(model, x, mode="on", tuner=always("gatedconv 1x1"))
+    assert error(plan(x), model, x) <= 1e-5
+    scatter = next(one for one in plan.instructions if one.out_index)
+    assert not scatter.in_place and not any(run[9] for run in kernel)
+
+
+def test_after_gates_leave_closed_channels_untouched(kernel):
+    model, x = gated("after", 0.4), torch.randn(2, 3, 16, 16)
+    plan = plans.make_plan(model, x, mode="on", tuner=always("gatedconv 1x2"))
+    assert error(plan(x), model, x) <= 1e-5
+    skipping = [run for run in kernel if run[9]]
+    assert skipping and all(run[5].data_ptr() == run[6].data_ptr() for run in skipping)
+
+
+def test_sizes_and_empty_batches():
+    model = settle(gatedconv.models.resnet20())
+    plan = plans.make_plan(model, torch.zeros(1, 3, 32, 32), mode="off")
+    for size in ((32, 32), (1, 1), (7, 45)):
+        x = torch.randn(2, 3, *size)
+        assert error(plan(x), model, x) <= 1e-5
+    assert plan(torch.zeros(0, 3, 32, 32)).shape == (0, 10)
+    with pytest.raises(ValueError, match="too small"):
+        plans.make_plan(nn.Sequential(nn.Conv2d(3, 4, 5)), torch.zeros(1, 3, 8, 8), mode="off")(torch.zeros(1, 3, 3, 3))
+
+
+def tuner(tmp_path, times, header=None):
+    names = iter(times)
+    return cuda_tuner.Tuner(tmp_path / "tuned.json", header or HEADER, lambda call: call() is not None and next(names))
+
+
+def ways(**results):
+    return {name: (lambda r=result: lambda: r) for name, result in results.items()}
+
+
+def test_the_fastest_right_way_is_taken_and_remembered(tmp_path):
+    right = torch.ones(4)
+    offered = ways(cudnn=right, wrong=right + 1, nan=right * float("nan"), ours=right + 1e-6, slow=right)
+
+    def broken():
+        raise RuntimeError("no tile fits")
+
+    offered["broken"] = broken
+    with pytest.warns(UserWarning, match="wrong differs from cudnn"):
+        first = tuner(tmp_path, [3.0, 1.0, 2.0])
+        assert first.choose("a", offered) == "ours"
+    again = tuner(tmp_path, [])  # an exhausted timer: a measurement would raise
+    assert again.choose("a", offered) == "ours"
+    body = json.loads((tmp_path / "tuned.json").read_text())
+    assert body["choices"]["a"]["ms"] == {"cudnn": 3.0, "ours": 1.0, "slow": 2.0}
+    assert set(body["choices"]["a"]["out"]) == {"wrong", "nan", "broken"}
+    # New ways are measured, not ignored.
+    assert tuner(tmp_path, [3.0, 4.0]).choose("a", ways(cudnn=right, other=right)) == "cudnn"
+
+
+@pytest.mark.parametrize("field", [*HEADER, "format"])
+def test_choices_of_another_machine_or_version_do_not_hold(field, tmp_path, monkeypatch):
+    offered = ways(cudnn=torch.ones(2), ours=torch.ones(2))
+    assert tuner(tmp_path, [2.0, 1.0]).choose("a", offered) == "ours"
+    header = dict(HEADER)
+    if field == "format":
+        monkeypatch.setattr(cuda_tuner, "FORMAT", 99)
+    else:
+        header[field] = "other"
+    assert tuner(tmp_path, [1.0, 2.0], header).choose("a", offered) == "cudnn"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"choices": {"a": {"way": "ours"}}}', "null"])
+def test_a_damaged_file_costs_a_measurement(content, tmp_path):
+    (tmp_path / "tuned.json").write_text(content)
+    offered = ways(cudnn=torch.ones(2), ours=torch.ones(2))
+    assert tuner(tmp_path, [1.0, 2.0]).choose("a", offered) == "cudnn"
+    assert tuner(tmp_path, []).choose("a", offered) == "cudnn"
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    made = cuda_tuner.Tuner(tmp_path / "file" / "tuned.json", HEADER, lambda call: 1.0)
+    with pytest.warns(UserWarning, match="choices are not kept"):
+        made.choose("a", ways(cudnn=torch.ones(1), ours=torch.ones(1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.choose("b", ways(cudnn=torch.ones(1), ours=torch.ones(1)))
+
+
+def test_two_processes_keep_each_others_choices(tmp_path):
+    offered = ways(cudnn=torch.ones(2), ours=torch.ones(2))
+    first, second = tuner(tmp_path, [1.0, 2.0]), tuner(tmp_path, [2.0, 1.0])
+    first.choose("a", offered)
+    second.choose("b", offered)
+    assert set(json.loads((tmp_path / "tuned.json").read_text())["choices"]) == {"a", "b"}
+
+
+def test_a_plan_asks_once_for_each_shape(tmp_path, kernel):
+    asked = []
+
+    class Asked(always):
+        def choose(self, key, ways):
+            asked.append(key)
+            return super().choose(key, ways)
+
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
+    plan = plans.make_plan(model, torch.zeros(1, 3, 16, 16), mode="auto", tuner=Asked("gatedconv 1x1"))
+    for batch in (1, 2, 1, 2):
+        x = torch.randn(batch, 3, 16, 16)
+        assert error(plan(x), model, x) <= 1e-5
+    assert len(asked) == 6 and len(set(asked)) == 6
+    assert "[gatedconv 1x1]" in "".join(plan.describe(1)) and "not measured yet" in "".join(plan.describe(7))
+
+
+def test_graphs_are_kept_by_use_and_bounded():
+    captured = []
+
+    def capture(function, x):
+        captured.append(tuple(x.shape))
+        return lambda given: function(given)
+
+    graphs = cuda_graphs.GraphCache(lambda x: x + 1, limit=2, capture=capture)
+    for batch in (1, 2, 1, 3, 1, 2):
+        assert torch.equal(graphs(torch.zeros(batch)), torch.ones(batch))
+    assert captured == [(1,), (2,), (3,), (2,)] and len(graphs) == 2
+    graphs.clear()
+    assert len(graphs) == 0
+
+
+def test_threads_take_turns_at_a_graph():
+    inside, overlaps = [], []
+
+    def capture(function, x):
+        def replay(given):
+            inside.append(1)
+            overlaps.append(len(inside))
+            result = function(given)
+            inside.pop()
+            return result
+
+        return replay
+
+    graphs = cuda_graphs.GraphCache(lambda x: x * 2, capture=capture)
+    x = torch.arange(1000.0)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(graphs(x))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 16 and all(torch.equal(result, 2 * x) for result in results)
+    assert set(overlaps) == {1}
+
+
+def test_the_switch(monkeypatch):
+    monkeypatch.delenv("GATEDCONV_CUDA_KERNELS", raising=False)
+    assert cuda_conv.kernels_mode() == "off"
+    monkeypatch.setenv("GATEDCONV_CUDA_KERNELS", "always")
+    with pytest.raises(ValueError, match="expected off, on or auto, got 'always'"):
+        cuda_conv.kernels_mode()
+
+
+def test_without_the_switch_no_kernel_of_ours_is_among_the_ways(kernel):
+    plan = plans.make_plan(gated("middle", 0.5), torch.zeros(1, 3, 8, 8), mode="off")
+    for one in plan.instructions:
+        if one.op == "conv":
+            assert set(cuda_ways.conv_ways(one, torch.float16, torch.device("cpu"), "off")) == {"cudnn"}
+
+
+def test_pytorchs_own_setting_decides_about_tf32():
+    conv, before = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision, allowed in (("tf32", True), ("ieee", False)):
+            conv.fp32_precision = precision
+            assert cuda_conv.allows_tf32() is allowed
+    finally:
+        conv.fp32_precision = before
