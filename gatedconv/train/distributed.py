@@ -121,9 +121,9 @@ def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
         return model
     engine = nn.parallel.DistributedDataParallel
     known = inspect.signature(engine).parameters
-    own = {name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in known}
-    newest = dict([next(iter(own.items()))])  # later releases have another name for it
-    return engine(model, gradient_as_bucket_view=True, **newest)
+    names = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known]
+    own: dict[str, Any] = {names[0]: False}  # later releases have another name for it
+    return engine(model, gradient_as_bucket_view=True, **own)
 
 
 def _take_gpu(device: str, local: int) -> None:

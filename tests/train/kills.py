@@ -35,7 +35,8 @@ def small_config(archive: Path, **changes: Any) -> TrainConfig:
     """Settings of a run of about a second that writes a checkpoint after every step."""
     settings = {
         "data": f"npz:{archive}", "epochs": 3, "batch_size": 16, "mac_weight": 4.0, "gate": "layer", "latency": False,
-        "dense_baseline": False, "device": "cpu", "threads": 1, "checkpoint_minutes": 1e-9, "estimator": "ste", "bn_reestimate": False,
+        "dense_baseline": False, "device": "cpu", "threads": 1, "checkpoint_minutes": 1e-9,
+        "bn_reestimate": False,
     }  # fmt: skip
     return TrainConfig(**(settings | changes))
 
