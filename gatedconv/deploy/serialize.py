@@ -31,7 +31,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: one of ``gatedconv.models`` (dense, gated, frozen or compact), or what ``gate_model``,
-            ``freeze`` and ``compact`` make of any other. Weights keep their dtype.
+            ``freeze`` and ``compact`` make of any other, or an ``Engine`` of one of them, which is packed anew when
+            it is loaded. Weights keep their dtype.
         path: the file, ``.safetensors`` by custom.
 
     Raises:
@@ -41,7 +42,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save as to_bytes
 
+    from gatedconv.deploy.engine import Engine
+
     model = unwrap(model)
+    example_size = None
+    if isinstance(model, Engine):
+        example_size, model = list(model.example_size), model.source
     if isinstance(model, ResNet):
         description = _describe(model)
     elif isinstance(model, GraphNet):
@@ -51,6 +57,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"save: a file holds models of gatedconv.models, and what gate_model or compact returns as a graph; a "
             f"{type(model).__name__} has code of its own. gatedconv.export writes any model for a runtime"
         )
+    if example_size is not None:
+        description["engine"] = example_size
     # Copies: tensors that share their memory are written each by itself.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     header = json.dumps(description)
@@ -62,7 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
-    """Read what ``save`` wrote: the same model, in eval mode, on the CPU.
+    """Read what ``save`` wrote: the same model, in eval mode, on the CPU; an ``Engine`` as one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -81,7 +89,19 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"load: {path} is not a whole safetensors file: {error}") from error
     if header is None:
         raise ValueError(f"load: {path} is a safetensors file, but gatedconv did not write it")
-    return _rebuild(path, header, tensors)
+    model = _rebuild(path, header, tensors)
+    example_size = json.loads(header).get("engine")
+    return model if example_size is None else _engine(path, model, example_size)
+
+
+def _engine(path: Path, model: nn.Module, example_size: Any) -> nn.Module:
+    from gatedconv.deploy.engine import Engine
+
+    dtype = next((value.dtype for value in model.parameters()), torch.float32)
+    try:
+        return Engine(model, torch.zeros(example_size, dtype=dtype, device="cpu"))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
 
 
 def _describe_net(model: GraphNet) -> dict[str, Any]:
@@ -117,6 +137,8 @@ def _describe(model: ResNet) -> dict[str, Any]:
     description: dict[str, Any] = {"version": VERSION, "model": model.config, "stage": stage}
     if consensus is not None:
         description["consensus"] = _describe_consensus(consensus)
+    if multiple := vars(model).get("channel_multiple"):
+        description["channel_multiple"] = multiple
     return description
 
 
@@ -188,4 +210,4 @@ def _reshape(model: nn.Module, description: dict[str, Any], input_size: tuple[in
         vars(frozen)["consensus"] = consensus
     if description["stage"] == "frozen":
         return frozen
-    return compact(frozen.eval(), torch.zeros(1, *input_size))
+    return compact(frozen.eval(), torch.zeros(1, *input_size), channel_multiple=description.get("channel_multiple", 1))

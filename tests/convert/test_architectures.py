@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from tests.convert.architectures import examine
-from tests.convert.zoo import NAMED
+from tests.convert.architectures import KEPT, ROOT, TOLERANCE, examine, kept, written
+from tests.convert.zoo import NAMED, drawn
 
 QUICK = ("torchvision/resnet18", "torchvision/shufflenet_v2_x1_0", "timm/lcnet_050")
 
@@ -23,3 +23,30 @@ def test_an_architecture_is_gated_trained_cut_and_exact(name):
     assert row.onnx is None or row.onnx <= 1e-4
     assert row.engine is not None and row.engine <= 1e-4
     assert max(row.seconds) < 10
+
+
+def test_the_tables_of_the_documents_are_those_of_the_rows_that_are_kept():
+    page = ROOT / "docs" / "models.md"
+    assert written(page.read_text()) == page.read_text(), "run python -m tests.convert.architectures --write"
+
+
+def test_nearly_every_network_is_exact():
+    named, random = (list(kept(KEPT / f"{file}.jsonl").values()) for file in ("named", "random"))
+    assert {row.name for row in named} == set(NAMED) and all(row.ok and row.trained for row in named)
+    assert sum(row.ok for row in random) >= 0.95 * len(random)
+    assert all(row.failures for row in random if not row.ok)  # each with its reason
+    assert all(error <= TOLERANCE for row in named for error in (row.onnx, row.engine))
+
+
+def test_a_draw_is_always_the_same_and_a_longer_one_begins_with_it(monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr("tests.convert.zoo._parameters", lambda name: 0 if "5" in name else 10**9)
+    few = drawn(6, seed=0)
+    assert few == drawn(6, seed=0) and drawn(9, seed=0)[:6] == few and drawn(6, seed=1) != few
+    assert len({timm_family(name) for name in few}) == 6
+
+
+def timm_family(name):
+    import timm
+
+    return timm.model_entrypoint(name.removeprefix("timm/")).__module__

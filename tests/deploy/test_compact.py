@@ -8,7 +8,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv.nn import ChannelBias, CompactBlock, ConstantMap, GatherChannels, PadShortcut, ScatterAdd
-from tests.oracle import random_masks
+from tests.oracle import random_masks, randomize_statistics
 
 OURS = (
     gatedconv.models.ResNet,
@@ -99,3 +99,23 @@ def test_bad_arguments_are_named():
         gatedconv.compact("model", X)
     with pytest.raises(TypeError, match="example_input must be a tensor"):
         gatedconv.compact(gatedconv.models.resnet20(), (1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("position", ["before", "middle", "after"])
+def test_widths_of_our_blocks_are_rounded_up_with_zeros(position, tmp_path):
+    torch.manual_seed(0)
+    model = gatedconv.models.resnet20(gate="channel", position=position, input_size=(3, 16, 16)).eval()
+    randomize_statistics(model, 0)
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", 1)
+    frozen, images = gatedconv.freeze(model, masks=masks), torch.randn(2, 3, 16, 16)
+    small = gatedconv.compact(frozen, images, channel_multiple=8)
+    with torch.no_grad():
+        expected = frozen(images)
+        assert (small(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        gatedconv.save(small, tmp_path / "m")
+        assert torch.equal(gatedconv.load(tmp_path / "m")(images), small(images))
+    layer = "conv2" if position == "after" else "conv1"
+    width = "in_channels" if position == "before" else "out_channels"
+    widths = [getattr(m, width) for n, m in small.named_modules() if n.endswith(layer) and "layer" in n]
+    assert widths and all(w % 8 == 0 for w in widths)
+    assert any(int(mask.sum()) % 8 for mask in masks.values())
