@@ -137,6 +137,8 @@ def _describe(model: ResNet) -> dict[str, Any]:
     description: dict[str, Any] = {"version": VERSION, "model": model.config, "stage": stage}
     if consensus is not None:
         description["consensus"] = _describe_consensus(consensus)
+    if multiple := vars(model).get("channel_multiple"):
+        description["channel_multiple"] = multiple
     return description
 
 
@@ -208,4 +210,4 @@ def _reshape(model: nn.Module, description: dict[str, Any], input_size: tuple[in
         vars(frozen)["consensus"] = consensus
     if description["stage"] == "frozen":
         return frozen
-    return compact(frozen.eval(), torch.zeros(1, *input_size))
+    return compact(frozen.eval(), torch.zeros(1, *input_size), channel_multiple=description.get("channel_multiple", 1))
