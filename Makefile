@@ -12,7 +12,7 @@ SOURCES  := setup.py pyproject.toml gatedconv/_build.py $(wildcard csrc/*.* csrc
 CPP      := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
 PYTHON_FILES := gatedconv kernels tests benchmarks docs setup.py
 
-.PHONY: demo test lint format build coverage bench bench-all bench-docs clean gpu
+.PHONY: demo test lint format build coverage bench bench-all bench-docs clean gpu gpu-experiments
 
 demo: $(VENV)/.build
 	$(BIN)/gatedconv train --preset demo --seed $(SEED)
@@ -54,6 +54,10 @@ bench-docs: $(VENV)/.build
 # the stages, each of which ends within nine minutes; without it, all of them.
 gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(STAGE)
+
+# Training runs of the experiment table, nine minutes at a time; benchmarks/gpu/experiments.py tells the settings.
+gpu-experiments:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.experiments
 
 # Each stamp stands for a finished step, so a second run does nothing and a broken one goes on where it stopped.
 $(VENV)/bin/python:

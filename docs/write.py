@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gatedconv.report.ledger import read_ledger
+from gatedconv.report.results import results_text
 from gatedconv.report.tables import comparison_table
 from gatedconv.train.config import read_toml
 
@@ -92,10 +94,51 @@ def finetune() -> str:
     return _markdown(["network", "epochs", "top-1 (%)", "MACs (M)", "parameters (M)", "agreement"], rows)
 
 
+def experiments() -> str:
+    """The experiment table: what the ledger has, and what was not run yet."""
+    return results_text(read_ledger(RESULTS / "ledger.jsonl"))
+
+
+def recipe_search() -> str:
+    """The runs that the recipe was chosen by."""
+    found = json.loads((RESULTS / "recipe-search.json").read_text())
+    rows = [
+        [
+            row["label"],
+            str(row["seed"]),
+            row["evaluated_on"],
+            f"{row['top1']:.2f}",
+            f"{row['macs_share']:.1%}",
+            "" if row["agreement"] is None else f"{row['agreement']:.2%}",
+        ]
+        for row in found["rows"]
+    ]
+    return _markdown(["run", "seed", "judged on", "top-1 (%)", "MACs left", "agreement"], rows)
+
+
+def training_speed() -> str:
+    """Our training loop beside a plain one on the CPU."""
+    path = ROOT / "benchmarks" / "results" / "training-cpu.json"
+    found = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = [
+        [row["network"], str(row["batch"]), row["dtype"], f"{row['plain_ms']:.1f}", f"{row['ours_ms']:.1f}",
+         f"{row['ratio']:.2f}"]
+        for row in found
+    ]  # fmt: skip
+    return _markdown(["network", "batch", "dtype", "plain loop (ms)", "ours (ms)", "ours / plain"], rows)
+
+
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
-    ROOT / "docs" / "results.md": {"demo": demo, "demo-seeds": demo_seeds, "cifar10": cifar10},
+    ROOT / "docs" / "results.md": {
+        "demo": demo,
+        "demo-seeds": demo_seeds,
+        "cifar10": cifar10,
+        "recipe-search": recipe_search,
+        "experiments": experiments,
+        "training-speed": training_speed,
+    },
 }
 
 

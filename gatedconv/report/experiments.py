@@ -251,11 +251,24 @@ _CPU_BENCH: Settings = {
     "threads": 1, "latency": False, "device": "cpu", "mac_target": 0.5,
 }  # fmt: skip
 # One factor away from the recipe each, one seed, judged on held-out images of the train split.
-_ABLATIONS: dict[str, Settings] = {}
+_ABLATIONS: dict[str, Settings] = {
+    "recipe": {},
+    "early consensus": {"mac_ramp": (0.08, 0.4), "consensus_at": 0.4167},
+    "late consensus": {"mac_ramp": (0.3, 0.85), "consensus_at": 0.875},
+    "at once, by Fisher information": {"mac_control": "none", "consensus_at": 0.5, "consensus_by": "fisher"},
+    "a price on the MACs": {
+        "mac_control": "price", "mac_ramp": (0.15, 0.45), "consensus_at": 0.5, "consensus_by": "logit",
+    },
+    "a fixed weight on the MACs": {"mac_control": "none", "mac_weight": 4.0, "gate_warmup": 0.3, "consensus_at": 1.0},
+    "polarization warmed up": {"polar_schedule": "warmup", "gate_warmup": 0.3},
+    "gates decay": {"gate_weight_decay": 5e-4},
+    "running BatchNorm statistics": {"bn_reestimate": False},
+}  # fmt: skip
 
 
 def _cpu_bench() -> Iterator[Experiment]:
     yield from _with_controls("cpu-r20-c10", "best-c10-r20", "cpu", settings=_CPU_BENCH)
     for name, change in _ABLATIONS.items():
         settings = {**_CPU_BENCH, "evaluate_on": "val", "val_fraction": 0.2, **change}
-        yield Experiment(f"cpu-r20-c10-{name}", "gated", "best-c10-r20", settings, (0,), ("ablations",), name)
+        slug = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in name).split()).lower()
+        yield Experiment(f"cpu-r20-c10-ablation-{slug}", "gated", "best-c10-r20", settings, (0,), ("ablations",), name)

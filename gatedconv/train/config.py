@@ -202,11 +202,12 @@ def epoch_range(config: TrainConfig, phase: str) -> tuple[int, int]:
 
 
 # Fields that may change between a run and its continuation: none belongs to the recipe. Results go on exactly
-# where `device` and `threads` stay; others add up in another order, and round differently.
+# where `device` and `threads` stay; others add up in another order, and round differently. `subnetwork` may lie
+# elsewhere by then: the checkpoint loads into no other one.
 FREE_ON_RESUME = frozenset(
     {
         "name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard",
-        "compile", "cuda_graph", "recompute", "skip_blocks", "workers", "checkpoint_minutes",
+        "subnetwork", "compile", "cuda_graph", "recompute", "skip_blocks", "workers", "checkpoint_minutes",
     }
 )  # fmt: skip
 

@@ -1,0 +1,197 @@
+"""The experiment table runs: every kind of row, skipped when done, resumed when cut short, refused when damaged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gatedconv.cli import experiments as cli
+from gatedconv.cli import main
+from gatedconv.report.experiments import Experiment, all_experiments
+from gatedconv.report.ledger import read_ledger
+from gatedconv.train.build import build_model, load_images
+from gatedconv.train.config import TrainConfig
+from gatedconv.train.presets import preset_settings
+from tests.image_files import blobs, write_npz
+
+EXPERIMENTS = all_experiments()
+TINY = {
+    "epochs": 2, "batch_size": 16, "model": "resnet20", "latency": False, "device": "cpu", "amp": "off", "threads": 1,
+    "warmup_epochs": 0.0, "lr": 0.05,
+}  # fmt: skip
+# What tells rows apart by a number, or only at full size: one of them stands for the others.
+ALIKE = (
+    "name", "data", "milestones", "seed", "act_weight", "polar_weight", "evaluate_on", "val_fraction", "mac_ramp",
+    "mac_target", "gate_weight_decay", "bn_reestimate",
+)  # fmt: skip
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cli.Bench:
+    """A bench whose rows are tiny: two epochs of ResNet-20 on a few images of 8x8."""
+    archive = write_npz(tmp_path / "blobs.npz")
+    tiny = {name: replace(each, settings={**each.settings, **TINY}) for name, each in EXPERIMENTS.items()}
+    monkeypatch.setattr(cli, "find_experiment", tiny.__getitem__)
+    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    names = ("cifar10", "cifar100", "cifar10-16x16-25k")
+    return cli.Bench(tmp_path / "runs", tmp_path / "results", {name: f"npz:{archive}" for name in names})
+
+
+def effective(experiment: Experiment) -> tuple[Any, ...]:
+    settings = {**preset_settings(experiment.preset), **experiment.settings, **TINY}
+    kept = sorted((key, str(value)) for key, value in settings.items() if key not in ALIKE)
+    needs = effective(EXPERIMENTS[experiment.needs]) if experiment.needs else ()
+    return experiment.kind, needs, tuple(kept)
+
+
+def distinct() -> list[str]:
+    """The first row of each kind; every other row is one of these with other numbers."""
+    return list({effective(each): name for name, each in reversed(EXPERIMENTS.items())}.values())[::-1]
+
+
+@pytest.mark.timeout(900)
+def test_every_kind_of_row_runs_and_leaves_a_row(bench: cli.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = distinct()
+    assert len(names) > 20
+    torch.set_num_threads(1)
+    assert cli.run_experiments(bench, [(name, 0) for name in names], 1) == cli.DONE
+    rows = read_ledger(bench.ledger)
+    for name in names:
+        row, experiment = rows[name, 0], EXPERIMENTS[name]
+        assert row.kind == experiment.kind and row.epochs == (2 if experiment.trains else 0)
+        assert 0 < row.macs <= row.macs_dense * 1.0001 and row.energy_j is None or row.energy_j > 0
+        if experiment.kind == "gated":
+            assert row.agreement is not None and row.top1_dynamic is not None and row.macs_dynamic is not None
+        if experiment.kind == "naive_dropout":
+            assert row.macs == row.macs_dense and row.pruning_rate == experiment.share / 100
+        if experiment.kind == "naive_layer":
+            assert row.macs < row.macs_dense
+        if experiment.kind == "fixed_at_init":
+            assert row.macs == rows[experiment.needs, 0].macs and row.params == rows[experiment.needs, 0].params
+        if experiment.kind == "equal_macs":
+            assert row.macs == pytest.approx(rows[experiment.needs, 0].macs, rel=0.15)
+        if experiment.trains:
+            lines = (bench.results / "epochs" / f"{name}-seed0.jsonl").read_text().splitlines()
+            assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert str(bench.runs) not in bench.ledger.read_text()
+
+
+@pytest.mark.parametrize("name", sorted({each.preset for each in EXPERIMENTS.values()}))
+def test_every_row_has_a_config_and_a_network_at_its_own_depth(name: str, tmp_path: Path) -> None:
+    archive, built = write_npz(tmp_path / "blobs.npz"), set()
+    data = load_images(TrainConfig(data=f"npz:{archive}"))
+    for each in EXPERIMENTS.values():
+        if each.preset == name:
+            config = TrainConfig(**{**preset_settings(name), **each.settings})
+            key = (config.gate, config.position, config.estimator, config.hidden)
+            if key not in built:
+                built.add(key)
+                assert build_model(config, data).config["name"] == config.model
+
+
+def test_what_is_done_is_skipped_and_what_was_cut_short_goes_on(
+    bench: cli.Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "cpu-r20-c10"
+    late = replace(bench, deadline=0.0)
+    assert cli.run_experiments(late, [(name, 0)], 1) == cli.TIME_LIMIT
+    assert read_ledger(bench.ledger) == {}
+    real = cli.experiment_config
+
+    def short(*arguments: Any) -> TrainConfig:
+        return replace(real(*arguments), max_minutes=1e-9)
+
+    monkeypatch.setattr(cli, "experiment_config", short)
+    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.TIME_LIMIT
+    monkeypatch.setattr(cli, "experiment_config", real)
+    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
+    before = bench.ledger.read_bytes()
+    capsys.readouterr()
+    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
+    assert "done already" in capsys.readouterr().out and bench.ledger.read_bytes() == before
+    # A row that was lost is made again from the finished run, without training.
+    bench.ledger.unlink()
+    monkeypatch.setattr("gatedconv.train.pipeline.run", None)
+    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
+    assert bench.ledger.read_bytes() == before
+
+
+def test_a_control_without_its_run_is_refused_by_name(bench: cli.Bench) -> None:
+    with pytest.raises(ValueError, match="cpu-r20-c10-fixed-at-init: is made from cpu-r20-c10, seed 0, which is not"):
+        cli.run_one(bench, "cpu-r20-c10-fixed-at-init", 0)
+
+
+def test_what_a_run_is_made_from_is_run_first() -> None:
+    queue = cli._with_needs([("table4-c10-r110-layer-fixed-at-init", 1), ("figure2-c10-r56-naive-layer-20", 2)], set())
+    assert queue == [
+        ("table4-c10-r110-layer", 1), ("table4-c10-r110-layer-fixed-at-init", 1), ("table1-c10-r56-dense", 2),
+        ("figure2-c10-r56-naive-layer-20", 2),
+    ]  # fmt: skip
+
+
+def test_patterns_choose_rows_in_the_order_of_the_table() -> None:
+    assert [name for name, _ in cli.select(["table6-*", "headline-r56-c10"], [1])][:2] == [
+        "headline-r56-c10", "table6-c10-r110-lambda-0",
+    ]  # fmt: skip
+    assert cli.select(["headline-r56-c10"], None) == [("headline-r56-c10", seed) for seed in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "expected names of experiments"),
+        (["run", "headline-r56-c11"], "unknown experiment 'headline-r56-c11'; did you mean headline-r56-c10"),
+        (["run", "headline-r56-c10", "--seed", "7"], "has the seeds 0, 1, 2, 3, 4, got 7"),
+        (["run", "headline-r56-c10", "--jobs", "0"], "jobs: expected at least 1, got 0"),
+        (["run", "headline-r56-c10", "--max-minutes", "-1"], "max_minutes: expected at least 0, got -1.0"),
+        (["run", "headline-r56-c10", "--source", "cifar10"], "source: expected NAME=SOURCE, got 'cifar10'"),
+        (["tables", "more"], "report tables: expected nothing after it, got 'more'"),
+        (["tables", "--docs", "nowhere"], "nowhere/results.md: expected the results page, found nothing there"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert message in told and len(told.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_ledger_stops_the_run_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ledger.jsonl").write_text("{\n")
+    arguments = ["report", "run", "headline-r56-c10", "--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    assert main(arguments) == 2
+    assert "ledger.jsonl: line 1: damaged" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_tables_and_list_from_a_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "results.md"
+    page.write_text("# R\n<!-- experiments: begin, written by docs/write.py -->\n<!-- experiments: end -->\n")
+    assert main(["report", "tables", "--results", str(tmp_path), "--docs", str(tmp_path)]) == 0
+    assert "not run yet" in page.read_text() and page.read_text().startswith("# R\n")
+    capsys.readouterr()
+    assert main(["report", "list", "--results", str(tmp_path)]) == 0
+    assert "headline-r56-c10" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_fill_one_ledger(tmp_path: Path) -> None:
+    train, test = blobs(160, classes=10, side=20), blobs(20, classes=10, side=20)
+    arrays = {"train_images": train[0], "train_labels": train[1], "test_images": test[0], "test_labels": test[1]}
+    archive = write_npz(tmp_path / "blobs.npz", **arrays)
+    names = ["cpu-r20-c10-dense", "cpu-r20-c10-ablation-recipe"]
+    arguments = ["report", "run", *names, "--seed", "0", "--jobs", "2", "--source", f"cifar10-16x16-25k=npz:{archive}"]
+    arguments += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert main(arguments) == 0
+    assert {name for name, _ in read_ledger(tmp_path / "results" / "ledger.jsonl")} == set(names)
