@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gates import Gate
+from gatedconv.gates.gate import LearnedGate
 
 
 class BlockSkip:
@@ -32,8 +33,19 @@ class BlockSkip:
     def applies(self, gate: Gate) -> bool:
         """Whether to leave the block out, its layer gate having just seen the batch."""
         if self.now:
-            self.shut = bool(gate.dead.all())
+            self.shut = bool(is_shut(gate))
         return self.shut
+
+
+def is_shut(gate: Gate) -> Tensor:
+    """Bool (): whether a layer gate that has just seen a batch shuts its block for all of it, unmissed.
+
+    A gate with a forward hook is watched, by a `Shutter` say, which wants to know what opening it would gain:
+    its block is computed for as long as the gate reads its input at all.
+    """
+    shut = gate.dead.all()
+    weight = gate.fc2.weight if isinstance(gate, LearnedGate) else None
+    return shut & ~weight.any() if gate._forward_hooks and weight is not None else shut
 
 
 def left_out(shortcut: Tensor, block: nn.Module) -> Tensor:

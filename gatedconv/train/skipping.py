@@ -11,7 +11,7 @@ from torch import nn
 from gatedconv.gates import MacTerm
 from gatedconv.gates.gate import LearnedGate
 from gatedconv.nn import BasicBlock
-from gatedconv.nn.skipping import BlockSkip
+from gatedconv.nn.skipping import BlockSkip, is_shut
 from gatedconv.train.distributed import ALONE, Ranks
 
 # A training step costs a forward pass and, backward, about two more.
@@ -76,7 +76,7 @@ class BlockSkipping:
         if not self.predict:
             self._count(images, [skip.shut for skip in self._skips])
             return
-        shut = torch.stack([gate.dead.all() for gate in self._gates()])
+        shut = torch.stack([is_shut(gate) for gate in self._gates()])
         self._shut = shut if first else self._shut & shut
         # Every rank has to leave out, or repeat, the same.
         agreed = self._ranks.sum(self._shut.int()) == self._ranks.world if self._ranks.world > 1 else self._shut

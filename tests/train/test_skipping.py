@@ -153,3 +153,15 @@ def test_what_was_executed_is_in_the_metrics(data: ImageData) -> None:
     assert line.train_macs == pytest.approx(whole - saved) and line.macs_saved == pytest.approx(saved / whole)
     assert all(block.skip is None for _, block in blocks(model))
     assert copy.deepcopy(model) is not model
+
+
+def test_a_watched_gate_is_left_out_only_once_it_is_shut_for_good() -> None:
+    """Whoever hooks a gate wants its gradient, which a block that is left out cannot tell."""
+    model = network((1, 2))
+    gates = list(gatedconv.gates(model).values())
+    for gate in gates[1:3]:
+        gate.register_forward_hook(lambda *args: None)
+    nn.init.zeros_(gates[2].fc2.weight)
+    stepper = steps(model, CONFIG, count=1)
+    cost = sum(term.macs for term in model.mac_terms if "layer1.2.layer_gate" in term.gates)
+    assert stepper.skipping.saved == pytest.approx(PASSES_PER_STEP * 8 * cost)
