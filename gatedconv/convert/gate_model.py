@@ -73,7 +73,8 @@ def gate_model(
     _insert_gates(graph_module, gate, position, lambda g: open_gate(g).to(device), estimator, selection, conversion)
     selection.require_used()
     if not conversion.gated:
-        reasons = "; ".join(sorted(set(conversion.skipped.values()))[:5]) or "it has no convolutions"
+        nothing = "it has no residual branches" if gate == "layer" else "it has no convolutions"
+        reasons = "; ".join(sorted(set(conversion.skipped.values()))[:5]) or nothing
         raise ValueError(f"gate_model: no place for a {gate!r} gate in {type(unwrap(model)).__name__}: {reasons}")
     return _finish(graph_module, type(unwrap(model)).__name__, conversion, example_input, model.training)
 
@@ -149,8 +150,8 @@ def _insert_gates(
                 conversion.skipped.setdefault(branch.name or branch.addition.name, reason)
                 continue
             path = free_path(graph_module, f"{branch.name}.layer_gate".lstrip("."))
-            _gate_branch(graph_module, branch, path, opened, estimator)
             conversion.gated[path] = f"the residual branch of {branch.name or 'the model'}"
+            _gate_branch(graph_module, branch, path, opened, estimator)  # from here on the addition is a module's call
     axes = {site: flow[site.node].axis for site in sites}
     factors: dict[Site, fx.Node] = {}
     for site in sites:
