@@ -97,13 +97,15 @@ def test_a_step_in_mixed_precision_with_a_scaler_is_the_references(monkeypatch, 
         monkeypatch.setenv("GATEDCONV_TRITON", mode)
         trained = copy.deepcopy(model)
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
-        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**130)  # the first step overflows
+        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**127)  # the first step overflows
         for _ in range(2):
             with torch.autocast(device.type, torch.bfloat16):
                 loss = torch.nn.functional.cross_entropy(trained(x).float(), labels)
-            scaler.scale(loss + gatedconv.polarization_loss(trained)).backward()
+            scaler.scale(8 * (loss + gatedconv.polarization_loss(trained))).backward()
+            before = trained.conv1.weight.clone()
             scaler.step(optimizer)
-            scaler.update(None if scaler.get_scale() < 1e38 else 1024.0)
+            assert torch.equal(before, trained.conv1.weight) == (scaler.get_scale() > 1e38), "left out, or not"
+            scaler.update(1024.0)
             optimizer.zero_grad()
         results.append((trained, loss.item()))
     (reference, expected), (trained, loss) = results
