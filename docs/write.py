@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scaling_tables import TABLES
+
 from gatedconv.report.ledger import read_ledger
 from gatedconv.report.results import results_text
 from gatedconv.report.tables import comparison_table
@@ -131,6 +133,7 @@ def training_speed() -> str:
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
+    ROOT / "docs" / "scaling.md": TABLES,
     ROOT / "docs" / "results.md": {
         "demo": demo,
         "demo-seeds": demo_seeds,
