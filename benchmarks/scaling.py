@@ -80,7 +80,7 @@ def skipping() -> dict[str, Any]:
             torch.nn.init.constant_(gate.fc2.bias, -20.0 if number % 2 else 0.5)
         ways[name] = stepping(TrainConfig(**{**vars(config), "skip_blocks": skip}), net, images)
     found = in_turns(ways, 9)
-    weights = [dict(net.named_parameters()) for net in nets.values()]
+    weights = [{name: p.detach() for name, p in net.named_parameters()} for net in nets.values()]
     worst = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
     return {"model": "resnet56", "batch": 32, "gates_shut": 13, "gates": 27, **found, "largest_difference": worst}
 

@@ -25,7 +25,8 @@ def collectives() -> str:
         share = row["bytes_per_step"] / (row["bytes_per_step"] + row["gradient_bytes_per_step"])
         lines.append(
             f"| {row['model']}, {row['gate']} | {row['gates']} | {row['messages_per_step']} | "
-            f"{row['bytes_per_step']:,} | {row['gradient_bytes_per_step']:,} | {share:.2%} | {row['messages_ms']:.2f} | {row['step_ms']:.1f} |"
+            f"{row['bytes_per_step']:,} | {row['gradient_bytes_per_step']:,} | {share:.2%} | "
+            f"{row['messages_ms']:.2f} | {row['step_ms']:.1f} |"
         )
     return "\n".join(lines)
 
