@@ -57,16 +57,7 @@ def check_arguments(
     if bias is not None and bias.shape[0] != channels:
         raise ValueError(f"masked_conv2d: bias must have shape ({channels},), got {tuple(bias.shape)}")
     numbers = (input.shape, weight.shape, stride, padding, dilation, groups)
-    if torch.compiler.is_compiling() or not all(map(_is_plain, numbers[2:])):
-        arguments = _work_out(*numbers)
-    else:
-        # Half a small layer's time would go into working out the same numbers at every call.
-        found = _worked_out.get(numbers)
-        if found is None:
-            if len(_worked_out) >= _MOST_KEPT:
-                _worked_out.clear()
-            found = _worked_out[numbers] = _work_out(*numbers)
-        arguments = found
+    arguments = _known(numbers) or _work_out(*numbers)
     if residual is not None and residual.shape != arguments.output_shape:
         raise ValueError(
             f"masked_conv2d: residual must have the output's shape {arguments.output_shape}, "
@@ -77,6 +68,21 @@ def check_arguments(
 
 _MOST_KEPT = 1024
 _worked_out: dict[tuple[Any, ...], ConvArguments] = {}
+
+
+def _known(numbers: tuple[Any, ...]) -> ConvArguments | None:
+    """What was worked out before: doing it at every call would take half of a small layer's time."""
+    if torch.compiler.is_compiling() or not all(map(_is_plain, numbers[2:])):
+        return None
+    try:
+        found = _worked_out.get(numbers)
+    except TypeError:  # sizes that are being traced have no hash
+        return None
+    if found is None:
+        if len(_worked_out) >= _MOST_KEPT:
+            _worked_out.clear()
+        found = _worked_out[numbers] = _work_out(*numbers)
+    return found
 
 
 def _is_plain(number: object) -> bool:

@@ -104,6 +104,7 @@ def _register(library: torch.library.Library) -> None:
     torch.library.register_fake(f"{_NAME}_backward", _backward_fake, lib=library)
     torch.library.register_autograd(f"{_NAME}_backward", _no_second_backward, lib=library)
     torch.library.register_fake(_NAME, _fake, lib=library)
+    torch.library.register_fake(f"{_NAME}_pack", _pack_fake, lib=library)
     torch.library.register_autograd(_NAME, _backward, setup_context=_save_for_backward, lib=library)
 
 
@@ -127,6 +128,11 @@ def _fake(
     shape = (input.shape[0], weight.shape[0], high // stride[0] + 1, wide // stride[1] + 1)
     memory_format = conv_memory_format(input, weight)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
+
+
+def _pack_fake(weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int) -> Tensor:
+    # Its length depends on how many channels are open.
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -173,6 +173,27 @@ def test_the_unknown_runs_in_pytorch():
     assert "3 operations" in text or "2 operations" in text
 
 
+def test_autocast_changes_nothing():
+    net = settle(nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), Attention(16), Residual(16, 8)))
+    x = torch.randn(2, 3, 12, 12)
+    engine = gatedconv.Engine(net, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = engine(x)
+        built = gatedconv.Engine(net, x)
+    assert result.dtype == torch.float32 and torch.equal(result, engine(x)) and torch.equal(built(x), result)
+
+
+def test_the_default_dtype_changes_nothing(model, engine):
+    x = torch.randn(2, 3, 32, 32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        built = gatedconv.Engine(model, x)
+        assert built.reason is None and len(built.plans) == 1
+        assert torch.equal(built(x), engine(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class Branching(nn.Module):
     """The way that the data takes depends on the data."""
 

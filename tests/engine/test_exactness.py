@@ -205,3 +205,34 @@ def test_a_sum_that_overflows_is_infinite_where_pytorch_says_so(monkeypatch):
     assert torch.equal(result.isfinite(), expected.isfinite())
     far = expected.abs() < 1e30
     assert torch.allclose(result[far], expected[far], atol=1e-4)
+
+
+class Axis(nn.Module):
+    """Channels picked and put back along an axis that may be another than that of the channels."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.conv = nn.Conv2d(12, 12, 3, 1, 1)
+        self.pick = gatedconv.nn.GatherChannels(torch.tensor([0, 3, 4, 9, 11]), axis)
+        self.put = gatedconv.nn.ScatterAdd(torch.tensor([1, 2, 5, 6, 10]), axis)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.put(y, self.pick(y))
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3, -1, -3])
+def test_gather_and_scatter_along_any_axis(isa, axis):
+    net, x = Axis(axis).eval(), torch.randn(2, 12, 12, 12)
+    engine = gatedconv.Engine(net, x)
+    assert is_native(engine) == (axis in (1, -3))
+    assert error(engine(x), net, x) <= LIMIT
+
+
+@pytest.mark.parametrize("index", [[0], [5, 2, 2, 40, 39], list(range(0, 41, 2)), list(range(40, -1, -1))])
+def test_gather_in_any_order(isa, index):
+    net = nn.Sequential(nn.Conv2d(3, 41, 1), gatedconv.nn.GatherChannels(torch.tensor(index)), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 5, 7)
+    engine = gatedconv.Engine(net, x)
+    assert is_native(engine)
+    assert error(engine(x), net, x) <= LIMIT

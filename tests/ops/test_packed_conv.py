@@ -164,11 +164,20 @@ def test_packed_of_other_weights_is_left_alone():
 
 
 def test_opcheck_with_packed_weights():
+    assert _masked_conv2d_native.ready()
     x, w = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randn(5, 4, 3, 3, requires_grad=True)
     mask = torch.tensor([1, 0, 1, 1, 0]).bool()
     packed = _masked_conv2d_native.pack(w, mask, None, 1)
     arguments = (x, w, None, mask, None, None, [1, 1], [0, 0, 0, 0], [1, 1], 1, True, packed)
     torch.library.opcheck(torch.ops.gatedconv.masked_conv2d.default, arguments)
+
+
+def test_opcheck_of_packing():
+    weight, mask = torch.randn(5, 9, 3, 3), torch.tensor([1, 0, 1, 1, 0]).bool()
+    op = torch.ops.gatedconv.masked_conv2d_pack.default
+    assert _masked_conv2d_native.ready()
+    torch.library.opcheck(op, (weight, mask, None, 1))
+    torch.library.opcheck(op, (weight, mask, torch.arange(9) > 3, 1))
 
 
 def test_with_gradients_and_under_vmap_nothing_is_kept(packs):

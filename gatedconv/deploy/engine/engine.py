@@ -52,7 +52,7 @@ class Engine(nn.Module):
         learning = [name for name, gate in find_gates(model).items() if not isinstance(gate, FrozenGate)]
         if learning:
             raise ValueError(f"Engine: freeze the model first; gate {learning[0]!r} is still learning")
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             source = compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
             source = source.eval().requires_grad_(False)
             # Kept out of the submodules: it is what save and pickle keep, and what runs is packed from it.
@@ -107,6 +107,10 @@ class Engine(nn.Module):
             ValueError: `x` has another rank, device or number of channels, or is too small.
         """
         _check_input(x, "input", self.example_size[1], self.dtype, self.device)
+        if torch.is_autocast_enabled(self.device.type):
+            # Plans are float32; what PyTorch computes between them has to be, too.
+            with torch.autocast(self.device.type, enabled=False):
+                return self.body(x.detach())
         return self.body(x.detach())
 
     def describe(self) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from gatedconv.nn import ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd
 
@@ -29,6 +30,9 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
         Exception: Whatever tracing or the trial run raises: the model is not traceable.
     """
     source = copy.deepcopy(model).eval()
+    if not is_plain(source) or len(inspect.signature(source.forward).parameters) != 1:
+        # A tracer calls a root's forward without its hooks, and takes its defaults for inputs; a child it calls.
+        source = nn.Sequential(source)
     graph = _Tracer().trace(source)
     traced = fx.GraphModule(source, graph, type(model).__name__)
     _drop_nothing(traced)
@@ -38,14 +42,30 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     _, channels, height, width = example_input.shape
     with torch.no_grad():
         # Not zeros: a model may divide by what it sees.
-        ShapeProp(traced).propagate(torch.full((2, channels, height, width), 0.5))
+        _Shapes(traced).run(torch.full((2, channels, height, width), 0.5, dtype=torch.float32, device="cpu"))
     return traced
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward and nothing else: no hooks, no forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+class _Shapes(fx.Interpreter):
+    """Keeps shape and dtype of every tensor; unlike PyTorch's ShapeProp it prints nothing when a node raises."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute a node's value and keep its shape and dtype."""
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["tensor_meta"] = torch.empty(result.shape, dtype=result.dtype, device="meta")
+        return result
 
 
 def _drop_nothing(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, _NOTHING_IN_EVAL):
+        if isinstance(module, _NOTHING_IN_EVAL) and is_plain(module):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gatedconv.nn import ChannelBias, GatherChannels, PadShortcut, ScatterAdd
+from gatedconv.deploy.engine.graph import is_plain
+from gatedconv.nn import ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd
 
 Pair = tuple[int, int]
 
@@ -80,8 +81,8 @@ def read_layer(node: fx.Node, model: nn.Module) -> Layer | None:
         module = model.get_submodule(str(node.target))
         reader = next((_MODULES[base] for base in type(module).__mro__ if base in _MODULES), None)
         # A subclass may compute something else: only types that are known are read.
-        known = type(module) in _MODULES or getattr(module, "gate", 0) is None
-        layer = reader(node, module) if reader is not None and known else None
+        known = type(module) in _MODULES or (type(module) is Conv2d and module.gate is None)
+        layer = reader(node, module) if reader is not None and known and is_plain(module) else None
     elif node.op == "call_function":
         reader = _FUNCTIONS.get(node.target)
         layer = reader(node) if reader is not None else None
@@ -191,13 +192,17 @@ def _scatter_add(node: fx.Node, module: ScatterAdd) -> Layer | None:
     stream, part = _source(node), node.args[1]
     if not isinstance(part, fx.Node) or not is_map(part) or shape_of(stream) != shape_of(node):
         return None
+    if module.axis not in (1, -3):
+        return None
     index = [int(i) for i in module.index]
     if sorted(set(index)) != index:
         return None
     return Layer("scatter_add", str(node.target), [part], node, residual=stream, index=index)
 
 
-def _gather(node: fx.Node, module: GatherChannels) -> Layer:
+def _gather(node: fx.Node, module: GatherChannels) -> Layer | None:
+    if module.axis not in (1, -3) or not is_map(node):
+        return None
     return Layer("gather", str(node.target), [_source(node)], node, index=[int(i) for i in module.index])
 
 
@@ -261,7 +266,8 @@ def _mean(node: fx.Node) -> Layer | None:
 def _flatten(node: fx.Node, module: nn.Flatten | None = None) -> Layer | None:
     """A map of one pixel becomes a vector: nothing to compute."""
     source = _source(node)
-    if not is_vector(node) or (shape_of(source) or ())[2:] != (1, 1):
+    # With another reader of the map, a write to either, in place, would be seen in the other.
+    if not is_vector(node) or (shape_of(source) or ())[2:] != (1, 1) or len(source.users) > 1:
         return None
     return Layer("alias", str(node.target), [source], node)
 

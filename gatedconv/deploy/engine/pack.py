@@ -47,7 +47,7 @@ def winograd_weights(tile: int) -> Tensor:
         for k, other in enumerate(points):
             scale *= p - other if k != i else 1.0
         rows.append([1.0 / scale, p / scale, p * p / scale])
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
 
 
 def pack_grouped(weight: Tensor, groups: int) -> tuple[Tensor, int, list[int]]:

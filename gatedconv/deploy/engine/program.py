@@ -122,7 +122,7 @@ def write_program(source: fx.Node, layers: list[Layer], result: fx.Node, batch: 
     header = [VERSION, len(maps), len(steps), 4 + 5 * len(maps) + sum(map(len, fields))]
     described = [number for m in maps for number in (m.channels, m.pixel, m.halo, m.multiple, m.slot)]
     code = header + described + [number for field in fields for number in field] + lists
-    return Program(torch.tensor(code, dtype=torch.int64), weights.tensor(), steps, maps, shape)
+    return Program(torch.tensor(code, dtype=torch.int64, device="cpu"), weights.tensor(), steps, maps, shape)
 
 
 def _windows(steps: list[Step]) -> list[int]:
@@ -211,16 +211,21 @@ def _place_maps(steps: list[Step], maps: list[Map]) -> None:
                 free.append(maps[i].slot)
 
 
+def _zeros(count: int) -> Tensor:
+    # Whatever defaults for dtype and device the user has set.
+    return torch.zeros(count, dtype=torch.float32, device="cpu")
+
+
 class _Blob:
     """The weights of a plan, one after another, each on a cache line."""
 
     def __init__(self) -> None:
-        self.parts: list[Tensor] = [torch.zeros(PANEL)]
+        self.parts: list[Tensor] = [_zeros(PANEL)]
         self.size = PANEL
 
     def add(self, values: Tensor) -> int:
         start = self.size
-        padded = torch.zeros(round_up(values.numel(), PANEL))
+        padded = _zeros(round_up(values.numel(), PANEL))
         padded[: values.numel()] = values.float()
         self.parts.append(padded)
         self.size += padded.numel()
@@ -228,7 +233,7 @@ class _Blob:
 
     def tensor(self) -> Tensor:
         # A vector load of the last bias may reach past it.
-        return torch.cat([*self.parts, torch.zeros(2 * PANEL)])
+        return torch.cat([*self.parts, _zeros(2 * PANEL)])
 
 
 def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> list[int]:
@@ -266,7 +271,7 @@ def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> li
         if step.op.startswith("winograd"):
             # For images with a NaN or an infinity, which Winograd's transforms would spread.
             direct_at = weights.add(pack_panels(layer.weight))
-        bias = layer.bias if layer.bias is not None else torch.zeros(layer.weight.shape[0])
+        bias = layer.bias if layer.bias is not None else _zeros(layer.weight.shape[0])
         bias_at = weights.add(torch.nn.functional.pad(bias, (0, -bias.numel() % PANEL)))
         target = maps[step.target]
         step.macs = layer.weight.numel() * target.height * target.width
