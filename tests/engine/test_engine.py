@@ -135,6 +135,18 @@ def test_copies_compute_the_same(engine, copied):
     assert torch.equal(copied(engine)(x), engine(x))
 
 
+def test_an_engine_in_a_file(engine, model, tmp_path):
+    gatedconv.save(engine, tmp_path / "engine.safetensors")
+    loaded = gatedconv.load(tmp_path / "engine.safetensors")
+    x = torch.randn(3, 3, 32, 32)
+    assert isinstance(loaded, gatedconv.Engine) and loaded.example_size == engine.example_size
+    assert torch.equal(loaded(x), engine(x))
+    gatedconv.save(model, tmp_path / "model.safetensors")
+    assert not isinstance(gatedconv.load(tmp_path / "model.safetensors"), gatedconv.Engine)
+    with pytest.raises(TypeError, match="Sequential"):
+        gatedconv.save(gatedconv.Engine(nn.Sequential(nn.Conv2d(3, 4, 3)), x), tmp_path / "other")
+
+
 def test_train_changes_nothing(engine):
     x = torch.randn(2, 3, 32, 32)
     before = engine(x)
