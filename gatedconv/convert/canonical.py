@@ -34,6 +34,10 @@ _FUNCTIONAL = {
 }  # fmt: skip
 _DEFAULTS: dict[str, Any] = {"bias": None, "weight": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1,
                              "eps": 1e-5, "momentum": 0.1, "training": False}  # fmt: skip
+_DROPOUTS: dict[str, type[nn.modules.dropout._DropoutNd]] = {
+    "dropout": nn.Dropout, "dropout1d": nn.Dropout1d, "dropout2d": nn.Dropout2d, "dropout3d": nn.Dropout3d,
+    "feature_dropout": nn.Dropout2d, "alpha_dropout": nn.AlphaDropout, "feature_alpha_dropout": nn.FeatureAlphaDropout,
+}  # fmt: skip
 
 
 def op_name(node: fx.Node) -> str:
@@ -71,7 +75,7 @@ def canonicalize(graph_module: fx.GraphModule, source: nn.Module) -> None:
             _plain_module(graph_module, node)
         elif node.op == "call_function" and op_name(node) in _FUNCTIONAL:
             _call_of_module(graph_module, node, source)
-        elif node.op == "call_function" and op_name(node) in ("dropout", "alpha_dropout", "feature_dropout"):
+        elif node.op == "call_function" and op_name(node) in _DROPOUTS:
             _dropout_module(graph_module, node)
     graph.eliminate_dead_code()
     graph.lint()
@@ -215,6 +219,8 @@ def _plain_module(graph_module: fx.GraphModule, node: fx.Node) -> None:
     """Our ungated convolution becomes torch.nn's, a foreign drop-path layer ours, a frozen gate a node."""
     module = graph_module.get_submodule(str(node.target))
     if is_random_drop(module) and not isinstance(module, StochasticDepth):
+        if not hasattr(module, "drop_prob") and not isinstance(getattr(module, "p", None), (int, float)):
+            return  # noise, say: it stays as it is
         p = float(getattr(module, "drop_prob", None) or getattr(module, "p", 0.0) or 0.0)
         mode = getattr(module, "mode", "row")
         ours = StochasticDepth(
@@ -296,11 +302,11 @@ def _call_of_module(graph_module: fx.GraphModule, node: fx.Node, source: nn.Modu
         return
     owners = {path.rpartition(".")[0] for path in stored.values()}
     tensors = {name: attribute(graph_module, path) for name, path in stored.items()}
-    module = _build(op_name(node), arguments, tensors)
+    module = _build(op_name(node), arguments, tensors, arguments["input"].meta["val"].dim())
     if module is None:
         return
     owner = owners.pop() if len(owners) == 1 else scope_of(node)
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
         path = stored["running_mean"].rpartition(".")[0]
         count = getattr(source.get_submodule(path), "num_batches_tracked", None)
         if isinstance(count, Tensor):
@@ -310,8 +316,8 @@ def _call_of_module(graph_module: fx.GraphModule, node: fx.Node, source: nn.Modu
     node.args, node.kwargs = (arguments["input"],), {}
 
 
-def _build(name: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module | None:
-    """The torch.nn module of a functional call, holding the given tensors; None if they do not fit one."""
+def _build(name: str, arguments: dict[str, Any], tensors: dict[str, Tensor], dims: int) -> nn.Module | None:
+    """The torch.nn module of a functional call on ``dims`` dimensions, holding the tensors; None if they do not fit."""
     weight, bias = tensors.get("weight"), tensors.get("bias")
     module: nn.Module
     if name in ("conv2d", "linear") and weight is not None:
@@ -329,9 +335,8 @@ def _build(name: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> 
             )  # fmt: skip
     elif name == "batch_norm":
         mean = tensors["running_mean"]
-        module = nn.BatchNorm2d(
-            mean.numel(), arguments["eps"], arguments["momentum"], weight is not None, device="meta"
-        )
+        norm = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 5: nn.BatchNorm3d}.get(dims, nn.BatchNorm2d)
+        module = norm(mean.numel(), arguments["eps"], arguments["momentum"], weight is not None, device="meta")
         module.running_mean, module.running_var = mean, tensors["running_var"]
         module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=mean.device)
     elif name == "layer_norm":
@@ -381,11 +386,11 @@ def _dropout_module(graph_module: fx.GraphModule, node: fx.Node) -> None:
     arguments = {"p": 0.5, **dict(zip(names, node.args, strict=False)), **node.kwargs}
     source: Any = arguments["input"]
     p = arguments["p"]
-    if not isinstance(p, float) or p == 0.0:
+    if not isinstance(p, (int, float)) or p == 0:
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
         return
     scope = scope_of(node)
     path = free_path(graph_module, f"{scope}.dropout" if scope else "dropout")
-    set_module(graph_module, path, nn.Dropout(p).train(graph_module.training))
+    set_module(graph_module, path, _DROPOUTS[op_name(node)](p).train(graph_module.training))
     node.op, node.target, node.args, node.kwargs = "call_module", path, (source,), {}

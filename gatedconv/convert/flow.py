@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from gatedconv.convert.canonical import op_name, submodule
 from gatedconv.convert.computed import has_own_hooks, is_conv, is_linear
-from gatedconv.convert.trace import attribute
+from gatedconv.convert.trace import attribute, is_random_drop
 from gatedconv.gates import Gate
 from gatedconv.nn import AddBranch, GatherChannels, SelectOpen, StochasticDepth
 
@@ -169,6 +169,7 @@ class Flow:
             return self._plain("regroup", node, 1)
         if (
             isinstance(module, ACTIVATIONS + DROPS)
+            or is_random_drop(module)
             or (isinstance(module, NORMS) and axis == 1)
             or (isinstance(module, nn.PReLU) and (axis == 1 or module.num_parameters == 1))
             or (isinstance(module, SPATIAL) and image and not getattr(module, "return_indices", False))

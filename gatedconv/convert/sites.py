@@ -13,6 +13,7 @@ from gatedconv.convert.canonical import op_name, scope_of, submodule
 from gatedconv.convert.computed import has_own_hooks, is_conv
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATIONS, MIXING_NORMS, NORMS, Flow
+from gatedconv.convert.trace import attribute
 
 
 @dataclass(eq=False)
@@ -43,12 +44,20 @@ class SiteFinder:
         self.selection = selection
         self.skipped: dict[str, str] = {}
         self.calls = Counter(str(n.target) for n in self._nodes() if n.op == "call_module")
-        self.owners = Counter(id(p) for m in flow.graph_module.modules() for p in m.parameters(recurse=False))
+        self.owners = self._readers_of_parameters()
         self.shortcut_nodes = {n for branch in branches for n in branch.shortcut_nodes}
         # An identity shortcut carries these on to every later block: a channel closed here alone saves nothing.
         self.stream_nodes = {n for b in branches if not b.shortcut_nodes for n in self._origin(b.entry)}
         self.pooled = self._pooled()
         self.final = self._final()
+
+    def _readers_of_parameters(self) -> Counter[int]:
+        """How many layers of the graph hold each parameter; what only the original's code reads does not count."""
+        root = self.flow.graph_module
+        called = {m for path in self.calls for m in root.get_submodule(path).modules()}
+        read = {str(n.target) for n in self._nodes() if n.op == "get_attr"}
+        count = Counter(id(p) for module in called for p in module.parameters(recurse=False))
+        return count + Counter(id(attribute(root, path)) for path in read)
 
     def find(self, position: str) -> list[Site]:
         """The sites for one of the positions "after", "middle", "before"."""

@@ -69,7 +69,7 @@ def trace(model: nn.Module, example_input: Tensor) -> tuple[fx.GraphModule, str]
     model.eval()
     try:
         try:
-            with _quiet():
+            with quiet():
                 graph_module = _symbolic(model, example_input)
                 _check_batch(graph_module, example_input)
             return graph_module, "fx"
@@ -147,7 +147,7 @@ def _symbolic(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
 
 def _exported(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     example = example_input.detach()[:1].expand(TRACED_BATCH, *example_input.shape[1:]).contiguous()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     module = program.module(check_guards=False)
     # A plain graph module: the exported one carries its own calling convention and refuses train().
@@ -164,7 +164,7 @@ def _exported(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """A failed trace writes its graph and its stack to the log; the exception says enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -308,11 +308,25 @@ class SizeAwareTracer(fx.Tracer):
 
 
 def is_random_drop(module: nn.Module) -> bool:
-    """Whether this is someone's drop-path or drop-block layer: without weights, and asking ``self.training``."""
-    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+    """Whether this layer changes its input in training alone: drop-path, drop-block, noise; nothing that learns."""
+    if any(True for _ in module.children()) or module.state_dict() or type(module).__module__.startswith("torch.nn"):
         return False
     code = getattr(type(module).forward, "__code__", None)
-    return code is not None and "training" in code.co_names and not type(module).__module__.startswith("torch.nn")
+    return code is not None and "training" in code.co_names and _is_identity_in_eval(module)
+
+
+@torch.no_grad()
+def _is_identity_in_eval(module: nn.Module) -> bool:
+    """Found by trial: a layer may as well ask ``self.training`` for a sigmoid that it applies in eval alone."""
+    training, probe = module.training, torch.linspace(-300.0, 300.0, 96).reshape(2, 3, 4, 4)
+    try:
+        module.training = False
+        result = type(module).forward(module, probe.clone())
+        return isinstance(result, Tensor) and torch.equal(result, probe)
+    except Exception:  # whatever the layer says of an input that it did not expect
+        return False
+    finally:
+        module.training = training
 
 
 def _first_line(error: Exception) -> str:

@@ -36,7 +36,7 @@ def export(
             machine's device; needs a C++ compiler).
 
     Raises:
-        ValueError: an unknown format, or a model that still learns its gates.
+        ValueError: an unknown format, a model that still learns its gates or does not run on ``example_input``.
         ImportError: the packages that ONNX needs are missing.
     """
     if format not in FORMATS:
@@ -44,8 +44,7 @@ def export(
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         raise TypeError("export: example_input must be a tensor (N, C, H, W)")
     plain = _plain(unwrap(model), example_input).eval()
-    # A batch of one would be taken for a constant; two stand for "any".
-    example = example_input.detach()[:1].expand(2, *example_input.shape[1:]).contiguous()
+    example = _batch(plain, example_input)
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"export: {path} is a folder; expected the name of a file to write")
@@ -68,6 +67,20 @@ def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
     if learning:
         raise ValueError(f"export: freeze the model first; gate {learning[0]!r} is still learning")
     return compact(model, example_input) if gates else copy.deepcopy(model)  # the caller's stays in its mode
+
+
+@torch.no_grad()
+def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
+    """Two images, on which the model runs: a batch of one would be taken for a constant, two stand for "any"."""
+    image = example_input.detach()[:1] if len(example_input) else example_input.new_zeros((1, *example_input.shape[1:]))
+    example = image.expand(2, *example_input.shape[1:]).contiguous()
+    try:
+        model(example)
+    except Exception as error:  # whatever the layers raise
+        what = f"{tuple(example_input.shape)}, {example_input.dtype}, on {example_input.device}"
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"export: the model does not run on example_input ({what}): {why}") from error
+    return example
 
 
 def _program(model: nn.Module, example: Tensor) -> Any:

@@ -252,7 +252,7 @@ def test_stochastic_depth_and_dropout_still_work():
         ({"example_input": torch.zeros(3, 12, 12)}, TypeError, "example_input must be"),
         ({"example_input": None}, TypeError, "example_input must be"),
         ({"model": "resnet18"}, TypeError, "model must be"),
-        ({"include": 3}, TypeError, "'int' object is not iterable"),
+        ({"include": 3}, TypeError, "include must be a name"),
         ({"include": ["x", 3]}, TypeError, "include must be a name"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(432, 5))}, ValueError, "no place for a 'layer' gate"),
     ],

@@ -7,13 +7,13 @@ from torch import Tensor, fx, nn
 from gatedconv.convert.canonical import op_name, settle_inplace, submodule
 from gatedconv.convert.flow import Flow
 from gatedconv.convert.frozen import settle_branches
-from gatedconv.convert.trace import evaluate_shapes
+from gatedconv.convert.trace import evaluate_shapes, is_random_drop
 from gatedconv.deploy.cut.demand import Demand
 from gatedconv.deploy.cut.emit import Emitter
 from gatedconv.deploy.cut.facts import Facts
 from gatedconv.deploy.cut.layers import fold_scale
 from gatedconv.deploy.cut.rules import RULES
-from gatedconv.nn import GraphNet
+from gatedconv.nn import GraphNet, StochasticDepth
 
 
 def cut_graph(graph_module: fx.GraphModule, example_input: Tensor, channel_multiple: int, name: str) -> GraphNet:
@@ -25,6 +25,7 @@ def cut_graph(graph_module: fx.GraphModule, example_input: Tensor, channel_multi
         channel_multiple: gates leave a multiple of this many channels, as far as there are any.
         name: of the result's class.
     """
+    _drop_noise(graph_module)
     settle_branches(graph_module)
     evaluate_shapes(graph_module, example_input)
     flow = Flow(graph_module)
@@ -36,6 +37,15 @@ def cut_graph(graph_module: fx.GraphModule, example_input: Tensor, channel_multi
     settle_inplace(result)
     result.recompile()
     return result
+
+
+def _drop_noise(graph_module: fx.GraphModule) -> None:
+    """Layers with code of their own that do nothing in eval: a cut model has to load without that code."""
+    for node in list(graph_module.graph.nodes):
+        module = submodule(node)
+        if module is not None and not isinstance(module, StochasticDepth) and is_random_drop(module):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph_module.graph.erase_node(node)
 
 
 def _fold_scales(graph_module: fx.GraphModule) -> None:
