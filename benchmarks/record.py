@@ -75,6 +75,11 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def result_files(folder: Path = RESULTS) -> list[Path]:
+    """The files of a folder that hold rows of a device; others, of other measurements, lie beside them."""
+    return [path for path in sorted(folder.glob("*.json")) if "device" in json.loads(path.read_text())]
+
+
 def machine_header(threads: int) -> dict[str, Any]:
     """What describes this machine, its software and the checkout."""
     model = _cpu_model()

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.goals import LAYER_GOALS, LAYER_GOALS_FROM_BATCH, goal
 from benchmarks.layers import OPEN, SHAPES, LayerCase
 from benchmarks.networks import CASES as NETWORKS
-from benchmarks.record import RESULTS, read
+from benchmarks.record import read, result_files
 from gatedconv.report.bench import Row, best_rows
 from gatedconv.report.peers import NOT_HELD_BACK, OURS
 
@@ -81,10 +81,22 @@ def _device(found: dict[str, Any]) -> str:
         _LIMITED if found["device"].endswith("-avx2") else "",
         _networks([row for row in rows if row.benchmark == "network"], judged),
         _layers([row for row in rows if row.benchmark == "layer"], judged),
+        _error(rows),
         _failures(found["failures"]),
     ]
     parts.insert(2, judged.summary())
     return "\n\n".join(part for part in parts if part)
+
+
+def _error(rows: list[Row]) -> str:
+    own = [row for row in rows if row.provider == OURS]
+    if not own:
+        return ""
+    worst = max(own, key=lambda row: row.error)
+    return (
+        f"**Exactness.** Largest max|a - b| / max|b| of gatedconv against eager PyTorch: {worst.error:.1e} "
+        f"({worst.case}, batch {worst.batch}); 1e-5 is promised."
+    )
 
 
 def _networks(rows: list[Row], judged: Judged) -> str:
@@ -213,7 +225,7 @@ def main() -> int:
         "--check", action="store_true", help="write nothing; 1 if the document is out of date"
     )
     arguments = parser.parse_args()
-    found = [read(path) for path in sorted(RESULTS.glob("*-*.json"))]
+    found = [read(path) for path in result_files()]
     section = cpu_section([result for result in found if result["cuda"] is None])
     before = DOCUMENT.read_text()
     after = render(before, section or "No results yet.")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.record import RESULTS, read
+from benchmarks.record import read, result_files
 from benchmarks.tables import BEGIN, DOCUMENT, END, cpu_section, main, render
 from gatedconv.report.bench import Row
 from gatedconv.report.peers import NOT_HELD_BACK
@@ -69,7 +69,7 @@ def test_the_document_is_what_the_committed_results_say(monkeypatch: pytest.Monk
 
 
 def test_every_committed_file_is_whole() -> None:
-    for path in RESULTS.glob("*-*.json"):
+    for path in result_files():
         found = read(path)
         assert "+changes" not in (found["commit"] or ""), f"{path}: measured on uncommitted code"
         assert path.name.startswith(found["device"])
@@ -132,6 +132,11 @@ def test_goals_are_summed_up_and_each_missed_one_is_named() -> None:
     assert "**Goals.** 1 of 2 met. Missed:\n\n- resnet56 mid-50, batch 32: 1.20 of 1.4" in section
     assert "**Goals.** 1 of 1 met.\n" in cpu_section([results(*rows[:2])])
     assert "**Goals.**" not in cpu_section([results(row(batch=8), peer(1.2, 1.2, batch=8))])
+
+
+def test_the_largest_error_is_ours() -> None:
+    section = cpu_section([results(row(), row(batch=32, error=3e-6), peer(1.2, 1.2, error=9e-5))])
+    assert "against eager PyTorch: 3.0e-06 (resnet56 mid-50, batch 32); 1e-5 is promised" in section
 
 
 def test_who_is_not_held_back_is_shown_and_no_rival() -> None:
