@@ -183,7 +183,7 @@ class _Labels:
         if isinstance(value, Tensor) and kind == "channelwise":
             per_element = _per_element(node)
             if per_element or params:
-                counted = self._source(node).meta["val"] if per_element == 1 else value
+                counted = self._source(node).meta["val"] if _is_pool(node) else value
                 return self._by_channel(node, per_element * counted.numel() / counted.shape[0], params, layer)
         macs = _other_macs(node)
         return [MacTerm(macs, params, layer)] if macs or params else []
@@ -281,15 +281,30 @@ def _is_depthwise(node: fx.Node) -> bool:
 
 
 def _per_element(node: fx.Node) -> int:
-    """Operations per element that fvcore counts for a channelwise node: 1 means per element of the input."""
+    """Operations per element of the output, of the input in a pool, that fvcore counts for a channelwise node."""
     module = submodule(node)
     if isinstance(module, NORMS):
         affine = module.weight is not None
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             return 2 if affine else 1
         return 5 if affine else 4
-    pool = isinstance(module, nn.AdaptiveAvgPool2d) or (module is None and op_name(node) == "adaptive_avg_pool2d")
-    return 1 if pool else 0
+    return 1 if _is_pool(node) else {"nearest": 1, "bilinear": 4}.get(_upsampling(node), 0)
+
+
+def _is_pool(node: fx.Node) -> bool:
+    module = submodule(node)
+    return isinstance(module, nn.AdaptiveAvgPool2d) or (module is None and op_name(node) == "adaptive_avg_pool2d")
+
+
+def _upsampling(node: fx.Node) -> str:
+    """The mode of an interpolation, "" for any other node."""
+    module = submodule(node)
+    if module is not None:
+        return module.mode if isinstance(module, nn.Upsample) else ""
+    name = op_name(node)
+    if name == "interpolate":
+        return str(node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest"))
+    return name.removeprefix("upsample_").removesuffix("2d") if name.startswith("upsample_") else ""
 
 
 def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> float:
