@@ -64,7 +64,7 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is damaged; names file and line.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             record = json.loads(line)
@@ -124,12 +124,14 @@ def _draw_drops(sweep: Sequence[Experiment], rows: Rows, path: Path) -> Path:
 
 def _draw_bench(bench: Sequence[Experiment], rows: Rows, epochs: Path, path: Path) -> Path:
     """Mean test accuracy per epoch of the rows of the CPU bench, and the MACs that training runs."""
-    curves = {each: [read_epochs(epochs / f"{row.experiment}-seed{row.seed}.jsonl") for row in runs_of(each, rows)]
-              for each in bench}  # fmt: skip
+    curves = [
+        (each, [read_epochs(epochs / f"{row.experiment}-seed{row.seed}.jsonl") for row in runs_of(each, rows)])
+        for each in bench
+    ]
     plt = plots._pyplot()
     with plt.rc_context(plots._STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-        for each, runs in curves.items():
+        for each, runs in curves:
             length = min(len(lines) for lines in runs)
             mean = [mean_spread([lines[epoch]["test_top1"] for lines in runs])[0] for epoch in range(length)]
             last = mean_spread([row.top1_last for row in runs_of(each, rows)])[0]

@@ -1,0 +1,152 @@
+"""A consensus within the run: what is cut trains on, a resumed run keeps its choice, controls train a part alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gatedconv
+from gatedconv.train import RunFolder, TrainConfig, run
+from gatedconv.train.build import build_model, load_images, starting_network
+from gatedconv.train.masks import even_masks, read_consensus, write_consensus
+
+
+@pytest.fixture(autouse=True)
+def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+
+
+def early(archive: Path, **changes: Any) -> TrainConfig:
+    settings = {
+        "data": f"npz:{archive}", "epochs": 4, "batch_size": 16, "gate": "channel", "position": "middle",
+        "device": "cpu",
+        "mac_control": "rank", "mac_ramp": (0.0, 0.3), "consensus_at": 0.5, "consensus_by": "logit", "latency": False,
+        "polar_schedule": "constant",
+    }  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def test_what_is_left_trains_on_and_lands_on_the_target(tmp_path: Path, archive: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    summary = run(early(archive), folder)
+    assert summary is not None and summary["epochs"] == {"gated": 2, "cut": 2}
+    lines = folder.read_metrics()
+    assert [(line.phase, line.epoch) for line in lines] == [("gated", 1), ("gated", 2), ("cut", 3), ("cut", 4)]
+    assert lines[1].lr > lines[2].lr > lines[3].lr  # one schedule over the whole run
+    assert summary["frozen"]["macs"] == pytest.approx(0.5 * summary["macs_dense"], rel=0.01)
+    small, gated = gatedconv.load(folder.model("compact")), gatedconv.load(folder.model("gated"))
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gated.parameters())
+    # It has been trained since it was cut out.
+    masks, figures = read_consensus(folder.consensus)
+    untrained = gatedconv.compact(gatedconv.freeze(gated, masks=masks).eval(), torch.zeros(1, 1, 8, 8))
+    assert not torch.equal(untrained.conv1.weight, small.conv1.weight)
+    assert untrained.state_dict().keys() == small.state_dict().keys()
+    assert figures["agreement"] == summary["agreement"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_resumed_run_ends_like_one_that_was_not_interrupted(tmp_path: Path, archive: Path, stop_after: int) -> None:
+    whole, part = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "part")
+    expected = run(early(archive), whole)
+
+    from gatedconv.train.listener import Listener
+    from gatedconv.train.stopping import StopRequest
+
+    stop = StopRequest()
+
+    class Stopper(Listener):
+        def epoch(self, metrics: Any) -> None:
+            if metrics.epoch == stop_after:
+                stop.made = True
+
+    assert run(early(archive), part, listener=Stopper(), stop=stop) is None
+    found = run(early(archive), part, resume=True)
+    assert expected is not None and found is not None
+    for key in ("frozen", "agreement", "open_rates", "macs_dense"):
+        assert found[key] == expected[key]
+    new, old = (gatedconv.load(each.model("compact")).state_dict() for each in (part, whole))
+    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in new)
+
+
+def test_a_sub_network_of_another_run_is_trained_from_the_start(tmp_path: Path, archive: Path) -> None:
+    first = RunFolder(tmp_path / "first")
+    gated = run(early(archive), first)
+    alone = early(archive, consensus_at=1.0, mac_control="none", subnetwork=str(first.consensus))
+    network = starting_network(alone, load_images(alone), "dense")
+    dense = build_model(alone, load_images(alone), gated=False).state_dict()
+    masks, _ = read_consensus(first.consensus)
+    partly = [name.removesuffix(".channel_gate") for name, mask in masks.items() if 0 < mask.sum() < len(mask)]
+    assert partly
+    for block in partly:  # the same weights as the dense net begins with
+        weight = network.state_dict()[f"{block}.branch.conv1.weight"]
+        assert torch.equal(weight, dense[f"{block}.conv1.weight"][masks[f"{block}.channel_gate"]])
+    summary = run(alone, RunFolder(tmp_path / "alone"))
+    assert gated is not None and summary is not None
+    assert summary["dense"]["macs"] == gated["frozen"]["macs"] and summary["epochs"] == {"dense": 4}
+
+
+def test_an_even_part_has_the_same_share_of_every_gate(archive: Path) -> None:
+    config = early(archive)
+    model = build_model(config, load_images(config))
+    shares = [float(mask.float().mean()) for mask in even_masks(model, 0.5).values()]
+    assert max(shares) - min(shares) <= 0.1 and 0.4 < shares[0] < 0.6
+    layers = build_model(dataclasses.replace(config, gate="layer"), load_images(config))
+    opened = [bool(mask.item()) for mask in even_masks(layers, 0.5).values()]
+    closed = [index for index, is_open in enumerate(opened) if not is_open]
+    assert 3 <= len(closed) <= 6 and max(b - a for a, b in zip(closed, closed[1:], strict=False)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate": "none"}, "mac_control: expected a gate, got gate 'none'"),
+        ({"gate": "none", "mac_control": "none"}, "consensus_at: expected a gate"),
+        ({"gate": "none", "mac_control": "none", "consensus_at": 1.0, "subnetwork": "even"}, "subnetwork: .* a gate"),
+        ({"epochs": 1}, "consensus_at: expected at least 2 epochs"),
+        ({"subnetwork": "even"}, "subnetwork: expected consensus_at 1"),
+        ({"mac_weight": 1.0}, "mac_control: expected mac_weight 0"),
+        ({"mac_ramp": (0.5,)}, "mac_ramp: expected two rising shares"),
+        ({"mac_ramp": (0.5, 0.2)}, "mac_ramp: expected two rising shares"),
+        ({"mac_ramp": (0.5, 1.2)}, "mac_ramp: expected at least 0.0 and at most 1.0"),
+        ({"consensus_at": 0.0}, "consensus_at: expected above 0.0"),
+        ({"consensus_by": "lot"}, "consensus_by: expected one of vote, logit, fisher"),
+    ],
+)
+def test_settings_that_cannot_be(archive: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        early(archive, **changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected the consensus of a run, found nothing there"),
+        ("{", "could not read it"),
+        ("[]", "expected dict, found list"),
+        ('{"masks": {}}', "missing key 'figures'"),
+        ('{"masks": {"layer1.0.channel_gate": "10a"}, "figures": {}}', "expected zeros and ones, found '10a'"),
+        ('{"masks": {"layer1.0.channel_gate": "101"}, "figures": {}}', "not a part of resnet20 with these gates"),
+    ],
+)
+def test_a_sub_network_that_cannot_be_read(tmp_path: Path, archive: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "consensus.json"
+    if content is not None:
+        path.write_text(content)
+    config = early(archive, consensus_at=1.0, mac_control="none", subnetwork=str(path))
+    with pytest.raises(ValueError, match=message):
+        run(config, RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_masks_come_back_as_they_were_written(tmp_path: Path) -> None:
+    masks = {"a": torch.tensor([True, False, True]), "b.c": torch.tensor([False])}
+    write_consensus(tmp_path / "consensus.json", masks, {"agreement": 0.5})
+    found, figures = read_consensus(tmp_path / "consensus.json")
+    assert figures == {"agreement": 0.5} and found.keys() == masks.keys()
+    assert all(torch.equal(found[name], masks[name]) for name in masks)
+    assert json.loads((tmp_path / "consensus.json").read_text())["masks"]["a"] == "101"
