@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from gatedconv import nn as gated_nn
 from gatedconv.convert.canonical import set_module
@@ -110,6 +111,11 @@ def _describe_module(path: str, module: nn.Module) -> list[Any]:
         return [name, _encode(_torch_arguments(module, nn.Conv2d)), frozen]
     if name in _OWN and type(module) is getattr(gated_nn, name):
         return [name, _encode({a: getattr(module, a) for a in _OWN[name][1]}), frozen]
+    if parametrize.is_parametrized(module):
+        raise TypeError(
+            f"save: the weights of {path} are computed by parametrizations, which "
+            f"a file cannot describe; compact makes plain weights of them, as does remove_parametrizations"
+        )
     if getattr(nn, name, None) is not type(module):
         raise TypeError(f"save: {path} is a {type(module).__module__}.{name}, which a file cannot describe")
     frozen = [n for n, p in module.named_parameters(recurse=False) if not p.requires_grad]

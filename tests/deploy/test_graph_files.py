@@ -26,6 +26,10 @@ def stages(name, gate="channel"):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_stage_comes_back(name, tmp_path):
     for stage, model in stages(name, "both" if name == "residual" else "channel").items():
+        if name == "computed" and stage != "compact":
+            with pytest.raises(TypeError, match="weights of conv1 are computed by parametrizations.*compact"):
+                gatedconv.save(model, tmp_path / stage)
+            continue
         gatedconv.save(model, tmp_path / stage)
         loaded = gatedconv.load(tmp_path / stage)
         for (name_a, a), (name_b, b) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
