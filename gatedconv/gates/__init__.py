@@ -7,8 +7,9 @@ from gatedconv.gates.estimators import ESTIMATORS
 from gatedconv.gates.gate import FrozenGate, Gate
 from gatedconv.gates.layer_gate import LayerGate
 from gatedconv.gates.losses import activation_loss, mac_target_loss, polarization_loss
-from gatedconv.gates.ranking import fisher_information, gate_macs, masks_for_target
+from gatedconv.gates.ranking import fisher_information, gate_macs, masks_for_target, mean_logits
 from gatedconv.gates.registry import find_gates, forget, open_rates, unwrap
+from gatedconv.gates.shutter import Shutter
 
 __all__ = [
     "ESTIMATORS",
@@ -18,6 +19,7 @@ __all__ = [
     "LayerGate",
     "MacController",
     "MacTerm",
+    "Shutter",
     "activation_loss",
     "expected_macs",
     "find_gates",
@@ -26,6 +28,7 @@ __all__ = [
     "gate_macs",
     "mac_target_loss",
     "masks_for_target",
+    "mean_logits",
     "open_rates",
     "polarization_loss",
     "pruning_rate",

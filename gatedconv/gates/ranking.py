@@ -103,6 +103,31 @@ def fisher_information(
     return {name: totals[name].cpu() / count for name in gates}
 
 
+@torch.no_grad()
+def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Mean logit (num_gates,) of every gate over the samples that ask it, in eval mode; float64 on the CPU.
+
+    Args:
+        model: a gated model; its mode is put back.
+        batches: (images, labels).
+    """
+    gates = require_gates(model, "mean_logits")
+    was_training = model.training
+    model.eval()
+    totals = {name: torch.zeros(gate.num_gates, dtype=torch.float64) for name, gate in gates.items()}
+    counts = dict.fromkeys(gates, 0)
+    for images, _ in batches:
+        for gate in gates.values():
+            gate.logits = None
+        model(images)
+        for name, gate in gates.items():
+            if gate.logits is not None:
+                totals[name] += gate.logits.double().sum(0).cpu()
+                counts[name] += len(gate.logits)
+    model.train(was_training)
+    return {name: total / max(1, counts[name]) for name, total in totals.items()}
+
+
 def gate_macs(model: nn.Module) -> dict[str, Tensor]:
     """MACs (num_gates,) that closing each single gate saves with all others open, at least 1."""
     gates = find_gates(model)

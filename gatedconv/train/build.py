@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from gatedconv import models
 from gatedconv.data import ImageData, load_data, validation_view
+from gatedconv.deploy import compact, freeze
 from gatedconv.models import ResNet
 from gatedconv.train.config import TrainConfig
+from gatedconv.train.masks import even_masks, read_consensus
 
 
 def load_images(config: TrainConfig) -> ImageData:
@@ -59,8 +64,30 @@ def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> 
     return network
 
 
+def starting_network(config: TrainConfig, data: ImageData, phase: str) -> nn.Module:
+    """What a training begins with: the dense network, the gated one, or the sub-network that `config` names.
+
+    Raises:
+        ValueError: the sub-network is that of another network, or its file cannot be read.
+    """
+    if not config.subnetwork:
+        return build_model(config, data, gated=phase == "gated")
+    gated = build_model(config, data)
+    if config.subnetwork == "even":
+        masks = even_masks(gated, config.mac_target)
+    else:
+        masks, _ = read_consensus(Path(config.subnetwork))
+    try:
+        frozen = freeze(gated, masks=masks)
+    except (ValueError, TypeError) as error:
+        found = f"{config.subnetwork}: not a part of {config.model} with these gates"
+        raise ValueError(f"subnetwork: {found}: {error}") from None
+    return compact(frozen.eval(), torch.zeros(1, *data.image_shape)).train()
+
+
 def phases(config: TrainConfig) -> tuple[str, ...]:
-    """The trainings of a run, in order: "dense", "gated" or both."""
-    if config.gate == "none":
+    """The trainings of a run, in order: "dense", "gated" or both, and "cut" where the consensus comes early."""
+    if config.gate == "none" or config.subnetwork:
         return ("dense",)
-    return ("dense", "gated") if config.dense_baseline else ("gated",)
+    dense = ("dense",) if config.dense_baseline else ()
+    return (*dense, "gated", "cut") if config.consensus_at < 1 else (*dense, "gated")

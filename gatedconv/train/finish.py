@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatedconv.data import EvalBatches, ImageData
-from gatedconv.deploy import Consensus, Engine, compact, count_macs, export, freeze, save
+from gatedconv.deploy import Engine, compact, count_macs, export, save
+from gatedconv.deploy.blocks import block_figures
+from gatedconv.deploy.energy import EnergyMeter, energy_per_call
 from gatedconv.deploy.latency import measure_latency
-from gatedconv.gates import expected_macs, pruning_rate
 from gatedconv.train.config import TrainConfig
+from gatedconv.train.consensus import consensus_figures, settle
 from gatedconv.train.distributed import ALONE, Ranks, current
 from gatedconv.train.folder import RunFolder
 from gatedconv.train.listener import Listener
+from gatedconv.train.masks import read_consensus, write_consensus
 from gatedconv.train.metrics import evaluate
 from gatedconv.train.recipe import placement, train_batches
 
@@ -33,7 +36,7 @@ def finish(
         config: of the run.
         data: of the run.
         folder: where models are written.
-        trained: "dense", "gated" or both, as training left them.
+        trained: "dense", "gated" or both, as training left them, and "cut" where the consensus came before the end.
         listener: hears notes.
 
     Returns:
@@ -43,28 +46,49 @@ def finish(
     nets: dict[str, nn.Module] = {}
     outcome: dict[str, Any] = {}
     ranks = current()
-    if "gated" in trained:  # with several processes all of them vote; the rest is the first one's alone
-        frozen, consensus = _frozen(trained["gated"], config, data, listener, ranks)
+    if "gated" in trained and "cut" not in trained:
+        trained = trained | {"cut": agree(trained["gated"], config, data, folder, listener, ranks)}
+    elif "cut" in trained:
+        _reestimate_if_asked(config, data, trained["cut"])
     if not ranks.main:
         return {}
     if "dense" in trained:
         nets["dense"] = trained["dense"]
         _reestimate_if_asked(config, data, nets["dense"])
     if "gated" in trained:
-        gated = trained["gated"]
-        _reestimate_if_asked(config, data, frozen)
-        nets["frozen"] = compact(frozen.eval(), example_images(data, config, 1))
-        outcome |= consensus_figures(gated, consensus, evaluate(gated, _test_batches(config, data))[1])
-        save(gated, folder.model("gated"))
+        nets["frozen"] = trained["cut"]
+        outcome |= read_consensus(folder.consensus)[1]
+        save(trained["gated"], folder.model("gated"))
     for name, net in nets.items():
         outcome[name] = figures(net.eval(), config, data)
         save(net, folder.model("compact" if name == "frozen" else name))
     if config.latency:
         for name, times in latencies(nets, config, data).items():
             outcome[name] |= times
+    for name, net in nets.items():
+        outcome[name]["energy_j"] = energies(net, config, data) if config.latency else None
     if "frozen" in nets:
+        masks, one = read_consensus(folder.consensus)[0], example_images(data, config, 1)
+        outcome["blocks"] = block_figures(nets["frozen"], masks, one, rounds=9 if config.latency else 0)
         outcome["exports"] = write_exports(nets["frozen"], config, data, folder, listener)
     return outcome
+
+
+def agree(
+    gated: nn.Module, config: TrainConfig, data: ImageData, folder: RunFolder, listener: Listener, ranks: Ranks = ALONE
+) -> nn.Module:
+    """The network that the gates agree on, cut; what they agreed on goes to consensus.json. A collective."""
+    frozen, consensus = settle(gated, config, data, listener, ranks)
+    if ranks.main:
+        found = consensus_figures(gated, consensus, evaluate(gated, _test_batches(config, data))[1])
+        write_consensus(folder.consensus, consensus.masks, found)
+    return cut_out(frozen, config, data)
+
+
+def cut_out(frozen: nn.Module, config: TrainConfig, data: ImageData) -> nn.Module:
+    """A frozen network without what is closed, its BatchNorm statistics worked out again if `config` says so."""
+    _reestimate_if_asked(config, data, frozen)
+    return compact(frozen.eval(), example_images(data, config, 1))
 
 
 def figures(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Any]:
@@ -73,24 +97,6 @@ def figures(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, A
         "top1": round(evaluate(net, _test_batches(config, data))[1], 4),
         "macs": count_macs(net, example_images(data, config, 1)),
         "params": sum(parameter.numel() for parameter in net.parameters()),
-    }
-
-
-def consensus_figures(gated: nn.Module, consensus: Consensus, dynamic_top1: float) -> dict[str, Any]:
-    """What the gates agreed on, and the network as it was before: per-sample gates, expected MACs."""
-    rates = consensus.open_rates
-    everything = {name: torch.ones_like(rate) for name, rate in rates.items()}
-    polarization = torch.stack([((1 - rate) * rate).mean() for rate in rates.values()]).mean()
-    masks = torch.cat(list(consensus.masks.values()))
-    return {
-        "agreement": consensus.agreement,
-        "gate_agreement": consensus.gate_agreement,
-        "open_ratio": float(masks.float().mean()),
-        "open_rates": {name: round(float(rate.mean()), 5) for name, rate in rates.items()},
-        "pruning_rate": float(pruning_rate(gated, rates)),
-        "polarization": float(polarization),
-        "dynamic": {"top1": round(dynamic_top1, 4), "macs": round(float(expected_macs(gated, rates)))},
-        "macs_dense": round(float(expected_macs(gated, everything))),
     }
 
 
@@ -113,6 +119,19 @@ def latencies(
         for (name, runtime), latency in measure_latency(entrants, images).items():
             times[name].setdefault(runtime, {})[str(batch)] = round(latency.median, 4)
     return times
+
+
+def energies(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, float | None] | None:
+    """Joules of one call in eager mode at batch 1 and 32; None on a machine that does not tell."""
+    found: dict[str, float | None] = {}
+    for batch in LATENCY_BATCHES:
+        images = example_images(data, config, batch)
+        meter = EnergyMeter(images.device)
+        if meter.reason:
+            return None
+        wait = torch.cuda.synchronize if images.is_cuda else None
+        found[str(batch)] = energy_per_call(partial(net, images), meter, synchronize=wait)
+    return found
 
 
 def write_exports(
@@ -158,20 +177,6 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tenso
 def example_images(data: ImageData, config: TrainConfig, batch: int) -> Tensor:
     """The first `batch` test images, normalised, on the run's device; repeated if there are too few."""
     return _test_batches(config, data).first(batch)
-
-
-def _frozen(
-    gated: nn.Module, config: TrainConfig, data: ImageData, listener: Listener, ranks: Ranks = ALONE
-) -> tuple[nn.Module, Consensus]:
-    """Vote over the whole training split, each process over its share; what `freeze` warns of becomes a note."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        frozen = freeze(gated, EvalBatches(data, "train", **placement(config), rank=ranks.rank, world=ranks.world))
-    for warning in caught:
-        listener.note(str(warning.message))
-    consensus = frozen.consensus
-    assert isinstance(consensus, Consensus)  # for the type checker: nn.Module's attributes have no types
-    return frozen, consensus
 
 
 def _reestimate_if_asked(config: TrainConfig, data: ImageData, net: nn.Module) -> None:

@@ -32,6 +32,7 @@ class RunFolder:
     config.toml        every setting
     metrics.jsonl      one line per epoch and training
     checkpoint/        dense.pt, gated.pt and, of each, the one before
+    consensus.json     which gates stayed open, and what they agreed on
     summary.json       the outcome
     plots/             pictures
     *.safetensors, compact.onnx, compact.pt2
@@ -48,6 +49,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def consensus(self) -> Path:
+        """Which gates stayed open."""
+        return self.path / "consensus.json"
 
     @property
     def summary(self) -> Path:

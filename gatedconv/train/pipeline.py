@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from gatedconv.data import ImageData
-from gatedconv.train.build import build_model, load_images, phases
+from gatedconv.deploy import freeze
+from gatedconv.deploy.energy import EnergyMeter
+from gatedconv.train.build import load_images, phases, starting_network
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
-from gatedconv.train.config import TrainConfig
+from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import Ranks, current, joined, restarted
-from gatedconv.train.finish import finish
+from gatedconv.train.finish import agree, cut_out, finish
 from gatedconv.train.folder import MetricsWriter, RunFolder
 from gatedconv.train.listener import Listener
 from gatedconv.train.loop import train
+from gatedconv.train.masks import read_consensus
 from gatedconv.train.metrics import EpochMetrics
 from gatedconv.train.provenance import provenance
 from gatedconv.train.recipe import place, resolve_device, train_batches
@@ -77,9 +80,7 @@ def _run(
     resolve_device(config.device)
     data = load_images(config)
     train_batches(config, data, ranks=ranks)  # raises where the recipe does not fit the data
-    networks: dict[str, nn.Module] = {
-        phase: build_model(config, data, gated=phase == "gated") for phase in phases(config)
-    }
+    networks = {phase: starting_network(config, data, phase) for phase in phases(config) if phase != "cut"}
     # A run that is refused has claimed no folder: everything that can refuse it comes before.
     if ranks.main:
         folder.begin(config, resume=resume)
@@ -100,6 +101,7 @@ def conclude(
     listener.phase("finish")
     started = time.monotonic()
     outcome = finish(config, data, folder, trained, listener)
+    meter = EnergyMeter(resolve_device(config.device))
     history = folder.read_metrics()
     summary = {
         "name": config.name,
@@ -111,6 +113,8 @@ def conclude(
         "epochs": {phase: sum(line.phase == phase for line in history) for phase in trained},
         **outcome,
         "energy_j": training_energy(history),
+        "energy_source": meter.source,
+        "energy_reason": meter.reason or None,
         "train_macs": sum(line.train_macs for line in history),
         "wall_s": round(sum(line.seconds for line in history) + time.monotonic() - started, 2),
         **provenance(resolve_device(config.device)),
@@ -129,7 +133,11 @@ def load_trained(folder: RunFolder, config: TrainConfig, data: ImageData, listen
     for phase in phases(config):
         path = folder.checkpoint(phase)
         if has_checkpoint(path) or phase == "gated":
-            network = build_model(config, data, gated=phase == "gated")
+            if phase == "cut":
+                masks, _ = read_consensus(folder.consensus)
+                network = cut_out(freeze(trained["gated"], masks=masks), config, data)
+            else:
+                network = starting_network(config, data, phase)
             restore_part(load_checkpoint(path, listener.note), path, "model", network)
             trained[phase] = place(network, config)
     return trained
@@ -149,18 +157,22 @@ def _train_phases(
     writer = MetricsWriter(folder.metrics)
     trained: dict[str, nn.Module] = {}
     board_wanted = config.tensorboard and ranks.main
+    whole = networks | {"cut": None} if config.consensus_at < 1 else networks
     with TensorBoard(folder.path / "tensorboard") if board_wanted else nullcontext() as board, stop.patiently():
-        for phase, network in networks.items():
+        for phase, network in whole.items():
             listener.phase(phase)
             checkpoint = folder.checkpoint(phase)
             last = None
+            again = resume and ranks.agree(has_checkpoint(checkpoint))
+            if network is None:
+                network = _cut_network(config, data, folder, trained["gated"], again, listener)
             for metrics in train(
                 network,
                 data,
                 config,
                 phase=phase,
                 checkpoint=checkpoint,
-                resume=resume and ranks.agree(has_checkpoint(checkpoint)),
+                resume=again,
                 on_step=listener.step,
                 on_note=listener.note,
                 deadline=deadline,
@@ -175,7 +187,7 @@ def _train_phases(
                     listener.note(_dead_note(metrics))
                 last = metrics
             done = last.epoch if last else 0
-            if done < config.epochs:
+            if done < epoch_range(config, phase)[1]:
                 why = "asked to stop" if stop.made else f"max_minutes is {config.max_minutes:g}"
                 listener.note(
                     f"stopped after {done} of {config.epochs} epochs ({phase}): {why}; go on with: "
@@ -186,6 +198,17 @@ def _train_phases(
                 _note_stuck_gates(config, last, listener)
             trained[phase] = network
     return trained
+
+
+def _cut_network(
+    config: TrainConfig, data: ImageData, folder: RunFolder, gated: nn.Module, resume: bool, listener: Listener
+) -> nn.Module:
+    """What the gates agree on, cut out to be trained on; a resumed run keeps the consensus that it had."""
+    ranks = current()
+    if resume:
+        masks, _ = ranks.agree(read_consensus(folder.consensus) if ranks.main else None)
+        return cut_out(freeze(gated, masks=masks), config, data)
+    return agree(gated, config, data, folder, listener, ranks)
 
 
 def training_energy(history: list[EpochMetrics]) -> float | None:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gatedconv.data import Augment, ImageData, TrainBatches
-from gatedconv.gates import MacController, activation_loss, find_gates, mac_target_loss, polarization_loss, schedules
+from gatedconv.gates import (
+    MacController,
+    Shutter,
+    activation_loss,
+    find_gates,
+    mac_target_loss,
+    polarization_loss,
+    schedules,
+)
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import ALONE, Ranks
 
@@ -66,11 +74,23 @@ def gate_loss(
 
 
 def make_controller(model: nn.Module, config: TrainConfig) -> MacController | None:
-    """The controller of the MACs, if `config` asks for one and the network has gates to move.
+    """The price of the MACs, if `config` asks for one and the network has gates to move.
 
     It is asked once for each part of an accumulated batch.
     """
-    return MacController(config.mac_gain / config.accumulate) if config.mac_gain and find_gates(model) else None
+    wanted = config.mac_control == "price" and bool(find_gates(model))
+    return MacController(config.mac_gain / config.accumulate) if wanted else None
+
+
+def make_shutter(model: nn.Module, config: TrainConfig) -> Shutter | None:
+    """What shuts gates in order of rank, if `config` asks for it and the network has gates."""
+    return Shutter(model) if config.mac_control == "rank" and find_gates(model) else None
+
+
+def shut_gates(shutter: Shutter, config: TrainConfig, progress: float) -> None:
+    """After a step at a progress in [0, 1]: shut what the MACs wanted by then leave no room for."""
+    if progress >= config.mac_ramp[0]:
+        shutter.step(schedules.falling(progress, config.mac_target, *config.mac_ramp))
 
 
 def polar_weight(config: TrainConfig, progress: float) -> float:
