@@ -104,8 +104,9 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
 def draw_curves(history: History, path: Path, *, title: str = "") -> Path:
     """Two panels over the epochs: accuracy of every training, and open rate, MACs and polarization."""
     plt = _pyplot()
-    trainings = {name: [line for line in history if line["phase"] == name] for name in ("dense", "gated")}
-    gated = trainings["gated"]
+    gated = [line for line in history if line["phase"] == "gated"]
+    cut = [line for line in history if line["phase"] == "cut"]  # goes on where the gates agreed
+    trainings = {"dense": [line for line in history if line["phase"] == "dense"], "gated": gated + cut}
     with plt.rc_context(_STYLE):
         panels = 2 if gated else 1
         figure, grid = plt.subplots(1, panels, figsize=(4.4 * panels, 3.2), layout="constrained", squeeze=False)
