@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gatedconv.ops import _masked_conv2d_native, cuda_conv
 from gatedconv.ops._conv_arguments import ConvArguments, IntPair, check_arguments
@@ -69,7 +70,8 @@ def masked_conv2d(
         input.
     """
     device = input.device.type if isinstance(input, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
+    meta = device == "meta"  # shapes alone: neither an autocast type nor a count of open channels
+    if not meta and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             dtype = torch.get_autocast_dtype(device)
             input, weight = _cast(input, dtype), _cast(weight, dtype)
@@ -92,7 +94,7 @@ def masked_conv2d(
         input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
     )
     native = _has_kernel(input, weight, arguments) and _masked_conv2d_native.ready()
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not meta:
         inputs = (input, weight, bias, out_open, in_open, residual, arguments, relu)
         # The native fp64 body is there for traced graphs; PyTorch's convolution is faster.
         # On a GPU looking at a mask would wait for the device.
@@ -101,7 +103,8 @@ def masked_conv2d(
             return _dense_forward(input, weight, bias, arguments)
         fast = native and input.dtype != torch.float64 and not dense
         forward = _masked_conv2d_native.call if fast else cut_forward
-        if torch.is_grad_enabled():
+        # Forward-mode derivatives pass through no_grad; the function below says that it has none.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return _MaskedConv2d.apply(forward, *inputs)
         if fast and packed is not None:
             kept = packed.tensor(weight, out_open, in_open, arguments.groups)
