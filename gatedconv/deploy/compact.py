@@ -34,7 +34,8 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int |
 
     Args:
         frozen: the result of ``freeze``.
-        example_input: (N, C, H, W) that the model accepts.
+        example_input: (N, C, H, W) that the model accepts. Where all that a layer reads is closed, its constant is
+            worked out for images of this height and width; the result is then not for other sizes.
         channel_multiple: keep so many closed channels, as zeros, that the width behind each gate is a multiple of
             this. None: 8 where ``example_input`` is on a GPU, whose matrix units need it, else 1.
 
