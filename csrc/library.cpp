@@ -5,14 +5,26 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
   // input (N, C_in, H, W), weight (C_out, C_in / groups, KH, KW), bias (C_out), residual (N, C_out, P, Q),
   // out_open bool (C_out) or (N, C_out), in_open bool (C_in); padding is top, bottom, left, right.
   // packed is what masked_conv2d_pack made, which spares the call packing the weights; made of other weights
-  // or masks it is not used. Returns (N, C_out, P, Q).
+  // or masks it is not used. allow_tf32 lets GPUs multiply float32 in tf32. Returns (N, C_out, P, Q).
   m.def(
       "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor out_open, Tensor? in_open, "
       "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool relu, "
-      "Tensor? packed=None) -> Tensor");
+      "Tensor? packed=None, bool allow_tf32=False) -> Tensor");
   // Returns a float32 vector for `packed`, empty for weights that are not dense. CPU and eager mode alone:
   // its length depends on how many channels are open.
   m.def("masked_conv2d_pack(Tensor weight, Tensor out_open, Tensor? in_open, int groups) -> Tensor");
+  // One convolution of a plan on a GPU. conv_pack packs weight (C_out, inputs, KH, KW), whose inputs are
+  // those of in_index (int32) in their order, or all. conv_run writes act(conv + bias + residual) to output:
+  // in_index says which channels of input are read; out_index, int32 (C_out + 1), lists the open outputs,
+  // then the closed ones, then how many are open; closed ones become act(residual), or 0, or with skip_closed
+  // stay as they are. geometry is kernel, stride, padding (top, left), dilation; act 0 none, 1 ReLU, 2 ReLU6;
+  // mt and nt choose the tile, 0 lets us choose.
+  m.def("conv_pack(Tensor weight, Tensor? in_index, bool allow_tf32) -> Tensor");
+  m.def(
+      "conv_run(Tensor input, Tensor packed, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? "
+      "residual, "
+      "Tensor(a!) output, int[] geometry, int act, bool skip_closed, bool allow_tf32, int mt, "
+      "int nt) -> ()");
   // A network in one call: input (N, C, H, W), program int64 and weights float32 as gatedconv.Engine packs
   // them. shape says how the output's size follows from the input's, for the fake: output channels, output
   // rank (2 or 4), then for every layer on the way that changes height or width: extent, stride, padding of

@@ -94,7 +94,7 @@ Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optio
                      const Tensor& out_open, const std::optional<Tensor>& in_open,
                      const std::optional<Tensor>& residual, std::vector<int64_t> stride,
                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu,
-                     const std::optional<Tensor>& packed) {
+                     const std::optional<Tensor>& packed, bool /* allow_tf32 */) {
   const ConvShape shape = gatedconv::conv_shape(input, weight, bias, out_open, in_open, residual, stride,
                                                 padding, dilation, groups);
   const Tensor output = gatedconv::new_output(shape, input, weight);
