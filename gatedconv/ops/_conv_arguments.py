@@ -170,17 +170,23 @@ def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]], device: 
         raise ValueError(f"masked_conv2d: {name} must be on input's device {device}, got {mask.device}")
 
 
+# Sums of an image's size and of both its paddings stay below 2^63.
+_MOST = 2**61
+
+
 def _require_int(name: str, value: object, least: int) -> None:
     # A traced size is a SymInt, which is no int.
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"masked_conv2d: {name} must be an int or two of them, got {value!r}")
     if value < least:
         raise ValueError(f"masked_conv2d: {name} must be at least {least}, got {value}")
+    if value > _MOST:
+        raise ValueError(f"masked_conv2d: {name} must be at most {_MOST}, got {value}")
 
 
 def _pair(name: str, value: IntPair, least: int) -> tuple[int, int]:
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        if value[0] >= least and value[1] >= least:
+        if least <= value[0] <= _MOST and least <= value[1] <= _MOST:
             return value
     if isinstance(value, (int, torch.SymInt)):
         _require_int(name, value, least)
