@@ -38,8 +38,10 @@ def gate_section(results: Iterable[dict[str, Any]]) -> str:
     """Markdown of both tables for every device that has rows, or of empty ones."""
     devices: dict[str, Found] = {}
     for result in results:
+        rows = [row for row in result.get("rows", []) if row.get("benchmark") in ("gate", "training")]
+        if not rows:  # of another kind of benchmark
+            continue
         name = f"{result['device']}, torch {result['torch']}, Triton {result['triton']}"
-        rows = [row for row in result["rows"] if row["benchmark"] in ("gate", "training")]
         for row in rows:
             key = (row["benchmark"], row["case"], row["batch"], row["dtype"], row["provider"])
             devices.setdefault(f"{name}, commit {result['commit']}", {})[key] = row
