@@ -302,7 +302,8 @@ def _call_of_module(graph_module: fx.GraphModule, node: fx.Node, source: nn.Modu
         return
     owners = {path.rpartition(".")[0] for path in stored.values()}
     tensors = {name: attribute(graph_module, path) for name, path in stored.items()}
-    module = _build(op_name(node), arguments, tensors, arguments["input"].meta["val"].dim())
+    value = arguments["input"].meta.get("val")  # a frozen graph has no shapes yet; its norms are modules already
+    module = _build(op_name(node), arguments, tensors, value.dim() if isinstance(value, Tensor) else 4)
     if module is None:
         return
     owner = owners.pop() if len(owners) == 1 else scope_of(node)
