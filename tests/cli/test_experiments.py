@@ -127,10 +127,10 @@ def test_a_control_without_its_run_is_refused_by_name(bench: cli.Bench) -> None:
 
 
 def test_what_a_run_is_made_from_is_run_first() -> None:
-    queue = cli._with_needs([("table4-c10-r110-layer-fixed-at-init", 1), ("figure2-c10-r56-naive-layer-20", 2)], set())
+    queue = cli._with_needs([("table4-c10-r110-layer-fixed-at-init", 1), ("figure2-c10-r56-naive-layers-20", 2)], set())
     assert queue == [
         ("table4-c10-r110-layer", 1), ("table4-c10-r110-layer-fixed-at-init", 1), ("table1-c10-r56-dense", 2),
-        ("figure2-c10-r56-naive-layer-20", 2),
+        ("figure2-c10-r56-naive-layers-20", 2),
     ]  # fmt: skip
 
 
