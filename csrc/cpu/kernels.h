@@ -53,6 +53,9 @@ static void run(const Step& step, const Part& part, float* scratch) {
     case Op::kSubsample:
       move_channels(step, part);
       break;
+    case Op::kFill:
+      fill(step, part);
+      break;
     case Op::kScatterAdd:
     case Op::kAdd:
       add(step, part);

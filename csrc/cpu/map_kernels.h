@@ -1,7 +1,9 @@
 // Kernels that move or pool maps: input and output conversion, pooling, gather, scatter-add, subsample, add.
 #pragma once
 
+#include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "simd.h"
 
@@ -121,21 +123,69 @@ static inline void pool_mean(const Step& step, const Part& part) {
   }
 }
 
+// Lanes of one input register and where they go in one output register.
+struct Piece {
+  int from;  // first channel of the input register
+  lanes_of_int pick, open;
+};
+
+// For every output register the pieces that make it up; source[k] is output channel k's input channel, or -1.
+static inline std::vector<std::vector<Piece>> find_pieces(const std::vector<int>& source) {
+  std::vector<std::vector<Piece>> pieces(vectors(static_cast<int>(source.size())));
+  for (size_t k = 0; k < source.size(); ++k) {
+    if (source[k] < 0) continue;
+    const int from = source[k] / kLanes * kLanes;
+    std::vector<Piece>& own = pieces[k / kLanes];
+    auto found = std::find_if(own.begin(), own.end(), [&](const Piece& piece) { return piece.from == from; });
+    if (found == own.end()) found = own.insert(own.end(), Piece{from, {}, {}});
+    found->pick[k % kLanes] = source[k] - from;
+    found->open[k % kLanes] = -1;
+  }
+  return pieces;
+}
+
+static inline __attribute__((always_inline)) vec assemble(const float* pixel,
+                                                          const std::vector<Piece>& pieces) {
+  lanes_of_int value{};
+  for (const Piece& piece : pieces) {
+#if defined(__clang__)
+    for (int i = 0; i < kLanes; ++i) {
+      if (piece.open[i]) value[i] |= reinterpret_cast<lanes_of_int>(load(pixel + piece.from))[piece.pick[i]];
+    }
+#else
+    value |=
+        reinterpret_cast<lanes_of_int>(__builtin_shuffle(load(pixel + piece.from), piece.pick)) & piece.open;
+#endif
+  }
+  return reinterpret_cast<vec>(value);
+}
+
 // gather: out[k] = in[index[k]]; subsample: out[offset + c] = in[c] at every stride-th pixel, zeros
 // elsewhere.
 static inline void move_channels(const Step& step, const Part& part) {
-  const bool gather = step.op == Op::kGather;
-  const int count = gather ? step.out.channels : step.in.channels;
+  std::vector<int> source(step.out.channels, -1);
+  for (int k = 0; step.op == Op::kGather && k < step.out.channels; ++k)
+    source[k] = static_cast<int>(step.index[k]);
+  for (int c = 0; step.op == Op::kSubsample && c < step.in.channels; ++c) source[step.option + c] = c;
+  const std::vector<std::vector<Piece>> pieces = find_pieces(source);
   for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
     const float* from = step.in.at(image, y * step.stride_h);
     float* to = step.out.at(image, y);
     for (int x = 0; x < step.out.width; ++x, from += step.stride_w * step.in.pixel, to += step.out.pixel) {
-      for (int c = 0; c < vectors(step.out.channels) * kLanes; c += kLanes) store(to + c, vec{});
-      if (gather) {
-        for (int k = 0; k < count; ++k) to[k] = from[step.index[k]];
-      } else {
-        for (int c = 0; c < count; ++c) to[step.option + c] = from[c];
+      for (size_t v = 0; v < pieces.size(); ++v) store(to + v * kLanes, assemble(from, pieces[v]));
+    }
+  }
+}
+
+// A constant for every channel, over the whole map.
+static inline void fill(const Step& step, const Part& part) {
+  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    float* to = step.out.at(unit / step.rows, unit % step.rows);
+    for (int x = 0; x < step.out.width; ++x, to += step.out.pixel) {
+      for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
+        store(to + v * kLanes, activate(load(step.bias + v * kLanes), step.act));
       }
     }
   }
@@ -146,24 +196,20 @@ static inline void move_channels(const Step& step, const Part& part) {
 static inline void add(const Step& step, const Part& part) {
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
   const bool scatter = step.op == Op::kScatterAdd;
+  std::vector<int> source(scatter ? step.out.channels : 0, -1);
+  for (int64_t k = 0; scatter && k < step.index_size; ++k) source[step.index[k]] = static_cast<int>(k);
+  const std::vector<std::vector<Piece>> pieces = find_pieces(source);
   for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
     const float* from = step.in.at(image, y);
     const float* stream = step.residual.at(image, y);
     float* to = step.out.at(image, y);
-    if (scatter) {
-      std::fill(to, to + step.out.width * step.out.pixel, 0.0f);
-      for (int x = 0; x < step.out.width; ++x) {
-        for (int64_t k = 0; k < step.index_size; ++k)
-          to[x * step.out.pixel + step.index[k]] = from[x * step.in.pixel + k];
-      }
-      from = to;
-    }
-    const ptrdiff_t pixel = scatter ? step.out.pixel : step.in.pixel;
     for (int x = 0; x < step.out.width;
-         ++x, from += pixel, stream += step.residual.pixel, to += step.out.pixel) {
-      for (int c = part.panel0 * kPanel; c < last * kLanes; c += kLanes) {
-        store(to + c, activate(load(stream + c) + load(from + c), step.act));
+         ++x, from += step.in.pixel, stream += step.residual.pixel, to += step.out.pixel) {
+      for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
+        const int c = v * kLanes;
+        const vec part_of = scatter ? assemble(from, pieces[v]) : load(from + c);
+        store(to + c, activate(load(stream + c) + part_of, step.act));
       }
     }
   }

@@ -29,6 +29,7 @@ enum class Op : int64_t {
   kScatterAdd,  // residual, with the input added at the channels of an index list
   kSubsample,   // every stride-th pixel, channels moved up by `offset`, zeros elsewhere
   kAdd,
+  kFill,  // a constant for every channel, of the size of every stride-th pixel of the input
 };
 
 enum class Act : int64_t { kNone, kRelu, kRelu6 };

@@ -107,8 +107,7 @@ const char* check_index(const Step& step) {
 // Channels and borders that the kernels rely on.
 const char* check_maps(const Step& step, const int64_t* field) {
   const Map &in = step.in, &out = step.out;
-  const bool wide_in = step.op != Op::kInput && step.op != Op::kOutput && step.op != Op::kConv &&
-                       step.op != Op::kGather && step.op != Op::kSubsample && step.op != Op::kScatterAdd;
+  const bool wide_in = step.op != Op::kInput && step.op != Op::kOutput && step.op != Op::kConv;
   const auto is_wide = [](const Map& map) { return map.pixel >= round_up(map.channels, kPanel); };
   if ((wide_in && !is_wide(in)) || (step.residual.data && !is_wide(step.residual)) ||
       (step.op != Op::kInput && step.op != Op::kOutput && !is_wide(out))) {
@@ -164,7 +163,7 @@ const char* resolve_size(Step& step, const int64_t* field) {
     out.width = window_count(in.width, pad_w, step.kernel_w, step.dilation_w, step.stride_w);
   } else if (step.op == Op::kMeanPool) {
     out.height = out.width = 1;
-  } else if (step.op == Op::kSubsample) {
+  } else if (step.op == Op::kSubsample || step.op == Op::kFill) {
     out.height = (in.height + step.stride_h - 1) / step.stride_h;
     out.width = (in.width + step.stride_w - 1) / step.stride_w;
   }
@@ -179,7 +178,7 @@ const char* resolve_size(Step& step, const int64_t* field) {
 }
 
 const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step& step) const {
-  if (!within(field[kOp], 0, int64_t(Op::kAdd)) || !within(field[kAct], 0, int64_t(Act::kRelu6))) {
+  if (!within(field[kOp], 0, int64_t(Op::kFill)) || !within(field[kAct], 0, int64_t(Act::kRelu6))) {
     return "an instruction is unknown";
   }
   for (int name = kKernelH; name <= kDilationW; ++name) {
@@ -234,6 +233,12 @@ const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step&
   }
   if (const char* error = resolve_size(step, field)) return error;
   if (const char* error = check_maps(step, field)) return error;
+  if (step.op == Op::kFill) {
+    if (!within(field[kBias], 0, weights_size - round_up(step.out.channels, kPanel))) {
+      return "a weight is out of range";
+    }
+    step.bias = weights + field[kBias];
+  }
   if (has_weights(step.op)) {
     if (!within(field[kWeights], 0, weights_size - weight_floats(step)) ||
         !within(field[kBias], 0, weights_size - round_up(step.out.channels, kPanel))) {

@@ -58,9 +58,14 @@ def _skip_closed(model: GraphNet, product: fx.Node) -> None:
         factor.args[0],
     }:
         value = value.args[0]
-    conv = submodule(value) if isinstance(value, fx.Node) else None
-    readers = {u for u in value.users if not isinstance(submodule(u), FrozenGate)}  # type: ignore[union-attr]
-    calls = sum(n.op == "call_module" and n.target == value.target for n in model.graph.nodes)  # type: ignore[union-attr]
-    plain = type(conv) is nn.Conv2d and "weight" in conv._parameters and not has_own_hooks(conv)
-    if plain and len(readers) == 1 and calls == 1 and conv.out_channels == gate.num_gates:
-        set_module(model, str(value.target), FrozenConv2d(conv, gate.mask.clone()).train(conv.training))  # type: ignore[union-attr]
+    if not isinstance(value, fx.Node):
+        return
+    conv = submodule(value)
+    if not isinstance(conv, nn.Conv2d) or type(conv) is not nn.Conv2d:
+        return
+    if "weight" not in conv._parameters or has_own_hooks(conv):
+        return
+    readers = {u for u in value.users if not isinstance(submodule(u), FrozenGate)}
+    calls = sum(n.op == "call_module" and n.target == value.target for n in model.graph.nodes)
+    if len(readers) == 1 and calls == 1 and conv.out_channels == gate.num_gates:
+        set_module(model, str(value.target), FrozenConv2d(conv, gate.mask.clone()).train(conv.training))

@@ -46,7 +46,7 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int |
     if not isinstance(frozen, nn.Module):
         raise TypeError(f"compact: the model must be a torch.nn.Module, got {type(frozen).__name__}")
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
-        kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        kind = str(tuple(example_input.shape)) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise TypeError(f"compact: example_input must be a tensor (N, C, H, W), got {kind}")
     if not example_input.is_floating_point() or example_input.is_meta:
         kind = f"{example_input.dtype} on {example_input.device}"

@@ -47,7 +47,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model = unwrap(model)
     example_size = None
     if isinstance(model, Engine):
-        example_size, model = list(model.example_size), model.source
+        example_size, source = list(model.example_size), model.source
+        assert isinstance(source, nn.Module)  # mypy: what a Module's attribute may be
+        model = source
     if isinstance(model, ResNet):
         description = _describe(model)
     elif isinstance(model, GraphNet):

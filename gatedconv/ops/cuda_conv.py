@@ -58,7 +58,7 @@ def _library_serves(device: int, bfloat16: bool) -> bool:
 
 # A graph that is traced takes the answers as constants; see `_masked_conv2d_native.ready`.
 for _answer in (kernels_mode, allows_tf32, _library_serves):
-    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(_answer)["_dynamo_marked_constant"] = True
 
 
 def conv_pack(weight: Tensor, in_index: Tensor | None, tf32: bool) -> Tensor:

@@ -22,6 +22,14 @@ TESTS = {
         "cpu/masked_planes_portable.cpp",
         "cpu/plan_portable.cpp",
     ],
+    "plan_test.cpp": [
+        "cpu/plan.cpp",
+        "cpu/plan_avx2.cpp",
+        "cpu/plan_avx512.cpp",
+        "cpu/plan_decode.cpp",
+        "cpu/plan_portable.cpp",
+        "cpu/worker_pool.cpp",
+    ],
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def conv_ways(one: Instruction, dtype: torch.dtype, device: torch.device, mode: 
     if mode != "off" and cuda_conv.takes(probe, one.kernel, one.dilation, one.groups):
         for tile in cuda_conv.TILES:
             if _worth_trying(one, tile):
-                ways[f"gatedconv {tile[0]}x{tile[1]}"] = lambda tile=tile: _TiledConv(one, dtype, device, tile)
+                ways[f"gatedconv {tile[0]}x{tile[1]}"] = partial(_TiledConv, one, dtype, device, tile)
     return ways
 
 

@@ -80,7 +80,7 @@ def _describe_step(step: Step, maps: list[Map]) -> str:
     assert layer is not None
     target, source = maps[step.target], maps[step.source]
     kernel = " ".join((_KERNELS.get(step.op, step.op), f"{layer.kernel[0]}x{layer.kernel[1]}"))
-    if layer.kind in ("add", "gather", "mean_pool", "scatter_add", "subsample"):
+    if layer.kind in ("add", "fill", "gather", "mean_pool", "scatter_add", "subsample"):
         kernel = step.op
     extras = [f"stride {layer.stride[0]}"] if layer.stride != (1, 1) else []
     extras += [f"{layer.groups} groups"] if layer.groups > 1 else []

@@ -9,7 +9,7 @@ from torch import fx
 
 from gatedconv.deploy.engine.layers import Layer
 
-_TAKES_ACT = ("conv", "add", "scatter_add", "max_pool", "avg_pool")
+_TAKES_ACT = ("conv", "add", "scatter_add", "max_pool", "avg_pool", "fill")
 
 
 def fuse(layers: list[Layer], result: fx.Node) -> list[Layer]:

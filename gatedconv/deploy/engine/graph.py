@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gatedconv.nn import ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd
+from gatedconv.nn import ChannelBias, ConstantMap, Conv2d, GatherChannels, PadShortcut, ScatterAdd
 
-_LEAVES = (ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd)
+_LEAVES = (ChannelBias, ConstantMap, Conv2d, GatherChannels, PadShortcut, ScatterAdd)
 _IN_PLACE_FUNCTIONS = {operator.iadd, torch.relu_}
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+class ConstantMaps(ConstantMap):
+    """A constant map for every image instead of one for all, so that it is a map like any other in a plan."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K, ceil(H / stride), ceil(W / stride))."""
+        return super().forward(x).expand(x.shape[0], -1, -1, -1)
 
 
 class _Tracer(fx.Tracer):
@@ -30,6 +38,10 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
         Exception: Whatever tracing or the trial run raises: the model is not traceable.
     """
     source = copy.deepcopy(model).eval()
+    for name, module in list(source.named_modules()):
+        if type(module) is ConstantMap and name and example_input.device.type == "cpu":  # CPU plans know them
+            maps = ConstantMaps(module.value.detach(), module.stride).requires_grad_(False)
+            source.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], maps)
     if not is_plain(source) or len(inspect.signature(source.forward).parameters) != 1:
         # A tracer calls a root's forward without its hooks, and takes its defaults for inputs; a child it calls.
         source = nn.Sequential(source)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gatedconv.deploy.engine.graph import is_plain
+from gatedconv.deploy.engine.graph import ConstantMaps, is_plain
 from gatedconv.nn import ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd
 
 Pair = tuple[int, int]
@@ -23,7 +23,8 @@ class Layer:
 
     Attributes:
         kind: "conv", "affine" (scale and shift per channel), "act", "add", "scatter_add", "gather",
-            "subsample", "max_pool", "avg_pool", "mean_pool" or "alias" (a view of the same map).
+            "subsample", "fill" (a constant per channel), "max_pool", "avg_pool", "mean_pool" or "alias" (a view of
+            the same map).
         name: The module or function it came from.
         inputs: The maps it reads; of "add" and "scatter_add" the other operand is `residual`.
         output: The node whose value it makes.
@@ -211,6 +212,11 @@ def _subsample(node: fx.Node, module: PadShortcut) -> Layer:
     return Layer("subsample", str(node.target), [_source(node)], node, stride=stride, option=module.front)
 
 
+def _fill(node: fx.Node, module: ConstantMaps) -> Layer:
+    stride = (module.stride, module.stride)
+    return Layer("fill", str(node.target), [_source(node)], node, stride=stride, bias=_double(module.value))
+
+
 def _max_pool(node: fx.Node, pool: nn.MaxPool2d) -> Layer | None:
     if pool.ceil_mode or pool.return_indices or _pair(pool.dilation) != (1, 1):
         return None
@@ -284,6 +290,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Layer | None]] = {
     nn.AdaptiveAvgPool2d: _mean_pool,
     nn.Flatten: _flatten,
     ChannelBias: _channel_bias,
+    ConstantMaps: _fill,
     GatherChannels: _gather,
     PadShortcut: _subsample,
     ScatterAdd: _scatter_add,

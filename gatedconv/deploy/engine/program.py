@@ -32,6 +32,7 @@ OPS = (
     "scatter_add",
     "subsample",
     "add",
+    "fill",
 )
 ACTS = (None, "relu", "relu6")
 
@@ -276,6 +277,8 @@ def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> li
         target = maps[step.target]
         step.macs = layer.weight.numel() * target.height * target.width
         step.weight_bytes = 4 * packed.numel()
+    elif layer.bias is not None:
+        bias_at = weights.add(torch.nn.functional.pad(layer.bias, (0, -layer.bias.numel() % PANEL)))
     if index:
         index_at = len(lists)
         lists += [len(index), *index]
