@@ -87,7 +87,7 @@ def test_a_config_file_with_a_fault_is_named(gatedconv: Call, tmp_path: Path) ->
 @pytest.fixture
 def one_epoch(gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run stopped after its first epoch of two."""
-    monkeypatch.setattr("gatedconv.train.loop._would_miss", lambda deadline, history: len(history) == 1)
+    monkeypatch.setattr("gatedconv.train.loop._Training._would_miss_deadline", lambda self: len(self.history) == 1)
     assert gatedconv("train", *quick, "--run", tmp_path / "run", "--max-minutes", 9).code == 3
     monkeypatch.undo()
     return RunFolder(tmp_path / "run")
@@ -301,16 +301,17 @@ def test_a_disk_that_fills_under_the_plots(
 
 def test_a_loss_that_turns_nan(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:
     result = gatedconv("train", *quick, "--lr", "1e30", "--run", tmp_path / "run")
-    assert_one_line(result, "gated", "loss became", "expected a finite number")
+    assert_one_line(result, "gated", "loss or gradient not finite", "in epoch 1", "a lower lr")
 
 
 def test_nan_after_a_good_epoch_keeps_its_checkpoint(
     gatedconv: Call, one_epoch: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = one_epoch.checkpoint("gated").read_bytes()
-    monkeypatch.setattr("gatedconv.train.loop.mac_target_loss", lambda model, target: torch.tensor(float("nan")))
+    monkeypatch.setattr("gatedconv.train.recipe.mac_target_loss", lambda model, target: torch.tensor(float("nan")))
+    monkeypatch.setattr("gatedconv.train.guard.MOST_IN_A_ROW", 2)  # an epoch has three steps
     result = gatedconv("train", "--resume", one_epoch.path, "--max-minutes", 0)
-    assert_one_line(result, "loss became nan in epoch 2", str(one_epoch.checkpoint("gated")))
+    assert_one_line(result, "not finite in 3 steps in a row", "epoch 2", str(one_epoch.checkpoint("gated")))
     assert one_epoch.checkpoint("gated").read_bytes() == before
 
 
