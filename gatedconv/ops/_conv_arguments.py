@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ConvArguments", "IntPair", "check_arguments"]
+__all__ = ["ConvArguments", "IntPair", "check_arguments", "check_relu"]
 
 IntPair = int | Sequence[int]
 
@@ -66,6 +66,12 @@ def check_arguments(
     return arguments
 
 
+def check_relu(relu: bool) -> None:
+    """TypeError unless `relu` is a bool."""
+    if not isinstance(relu, bool):
+        raise TypeError(f"masked_conv2d: relu must be a bool, got {type(relu).__name__}")
+
+
 _MOST_KEPT = 1024
 _worked_out: dict[tuple[Any, ...], ConvArguments] = {}
 
@@ -111,6 +117,9 @@ def _work_out(
         )
     kernel = (weight_shape[2], weight_shape[3])
     pads = _padding(padding, kernel, steps, spread)
+    for axis, size in (("height", input_shape[2]), ("width", input_shape[3])):
+        if size < 1 and input_shape[0] != 0:  # as PyTorch: a batch of no images may be empty otherwise, too
+            raise ValueError(f"masked_conv2d: input {axis} must be at least 1, got shape {tuple(input_shape)}")
     height = _output_size("height", input_shape[2], kernel[0], pads[0] + pads[1], steps[0], spread[0])
     width = _output_size("width", input_shape[3], kernel[1], pads[2] + pads[3], steps[1], spread[1])
     return ConvArguments(steps, pads, spread, groups, (input_shape[0], channels, height, width))
@@ -121,8 +130,10 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual:
         # Nothing to say about the usual call, and half a small layer's time to say it in.
         dtype, device = input.dtype, input.device
         alike = dtype == weight.dtype and device == weight.device
+        alike = alike and input.layout == weight.layout == torch.strided
         if isinstance(bias, Tensor):
             alike = alike and bias.dtype == dtype and bias.device == device and bias.dim() == 1
+            alike = alike and bias.layout == torch.strided
         elif bias is not None:
             alike = False
         if alike and input.dim() == weight.dim() == 4 and dtype.is_floating_point:
@@ -137,6 +148,8 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"masked_conv2d: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"masked_conv2d: {name} must be dense (torch.strided), got {tensor.layout}")
         if not tensor.is_floating_point():
             raise TypeError(f"masked_conv2d: {name} must be floating point, got {tensor.dtype}")
         if tensor.dim() != rank:
@@ -163,6 +176,8 @@ def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]], device: 
         raise TypeError(f"masked_conv2d: {name} must be a bool tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"masked_conv2d: {name} must be a bool tensor, got {mask.dtype}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"masked_conv2d: {name} must be dense (torch.strided), got {mask.layout}")
     if mask.shape not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"masked_conv2d: {name} must have shape {expected}, got {tuple(mask.shape)}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from gatedconv.ops._conv_arguments import ConvArguments
 from gatedconv.ops._memory_format import conv_memory_format
 
-__all__ = ["Gradients", "cut_backward", "cut_forward"]
+__all__ = ["Gradients", "cut_backward", "cut_forward", "without_closed_samples"]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -104,6 +104,8 @@ def cut_backward(
     to_residual = grad if needs[3] else None
     if not any(needs[:3]):
         return None, None, None, to_residual
+    if out_open.dim() == 2 and needs[1]:
+        input = without_closed_samples(input, out_open, arguments.groups)
     cut = _cut(input, weight, out_open, in_open, arguments)
     if cut.partial or out_open.dim() == 2:
         grad = torch.where(_spread(out_open), grad, 0)
@@ -178,6 +180,22 @@ def _cut(
     if top != bottom or left != right:
         input, padding = F.pad(input, (left, right, top, bottom)), (0, 0)
     return _Cut(input, _take(weight, rows, 0), rows, cols, groups, padding, partial)
+
+
+def without_closed_samples(tensor: Tensor, out_open: Tensor, groups: int) -> Tensor:
+    """Zero what no open output of its sample and group reads: a gradient of 0 times a NaN there would be NaN.
+
+    Args:
+        tensor: (N, C_in, H, W).
+        out_open: bool (N, C_out).
+        groups: Number of groups.
+
+    Returns:
+        (N, C_in, H, W).
+    """
+    read = out_open.view(out_open.shape[0], groups, out_open.shape[1] // groups).any(2)
+    read = read.repeat_interleave(tensor.shape[1] // groups, 1)
+    return torch.where(read[:, :, None, None], tensor, 0)
 
 
 def _closed_taps(weight: Tensor, in_open: Tensor, groups: int) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gatedconv.ops import _masked_conv2d_native, cuda_conv
-from gatedconv.ops._conv_arguments import ConvArguments, IntPair, check_arguments
-from gatedconv.ops._conv_cut import cut_backward, cut_forward
+from gatedconv.ops._conv_arguments import ConvArguments, IntPair, check_arguments, check_relu
+from gatedconv.ops._conv_cut import cut_backward, cut_forward, without_closed_samples
 from gatedconv.ops._memory_format import conv_memory_format
 from gatedconv.ops._packed_conv import PackedConv
 
@@ -69,6 +69,9 @@ def masked_conv2d(
         ValueError: An argument of a wrong rank, size, device or value, or a kernel larger than the padded
         input.
     """
+    check_relu(relu)
+    if packed is not None and not isinstance(packed, PackedConv):
+        raise TypeError(f"masked_conv2d: packed must be a PackedConv or None, got {type(packed).__name__}")
     device = input.device.type if isinstance(input, Tensor) else "cpu"
     meta = device == "meta"  # shapes alone: neither an autocast type nor a count of open channels
     if not meta and torch.is_autocast_enabled(device):
@@ -132,6 +135,7 @@ def masked_conv2d_reference(
     relu: bool = False,
 ) -> Tensor:
     """Compute `masked_conv2d` in full, from PyTorch's own functions: what it means, not how fast."""
+    check_relu(relu)
     arguments = check_arguments(
         input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
     )
@@ -181,6 +185,8 @@ def _reference(
     if out_open.dim() == 1:
         # A NaN in a closed row would come back through the gradient of the input.
         weight = torch.where(out_open[:, None, None, None], weight, 0)
+    else:
+        input = without_closed_samples(input, out_open, groups)
     top, bottom, left, right = arguments.padding
     padded = F.pad(input, (left, right, top, bottom))
     out = F.conv2d(padded, weight, bias, arguments.stride, 0, arguments.dilation, groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from gatedconv import _native
 
-__all__ = ["plan_isa", "plan_output_size", "plan_release", "plan_run", "plan_workspace", "unavailable"]
+__all__ = ["plan_check", "plan_isa", "plan_output_size", "plan_release", "plan_run", "plan_workspace", "unavailable"]
 
 _NAME = "gatedconv::plan_run"
 _library: torch.library.Library | None = None
@@ -51,9 +52,11 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
             extent, stride, whole padding of the height, then of the width; extent 0 is a mean over the map.
 
     Raises:
-        ValueError: The input is smaller than a kernel, or makes no single pixel where the output is a vector.
+        ValueError: The input is empty or smaller than a kernel, or makes no single pixel where the output is a vector.
     """
     height, width = size[2], size[3]
+    if height < 1 or width < 1:
+        raise ValueError(f"input of {height} x {width} pixels is empty")
     for i in range(2, len(shape), 6):
         if shape[i] == 0:
             height, width = 1, 1
@@ -68,8 +71,39 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
     if shape[1] == 4:
         return [size[0], shape[0], height, width]
     if height != 1 or width != 1:
-        raise ValueError(f"input of {size[2]} x {size[3]} pixels does not fit the model's linear layer")
+        raise ValueError(
+            f"input of {size[2]} x {size[3]} pixels leaves {height} x {width} in front of the model's linear layer "
+            f"or flattening, which was built for one"
+        )
     return [size[0], shape[0]]
+
+
+# As in csrc/cpu/plan_decode.cpp.
+_LARGEST = 2**18
+
+# Outputs of less are allocated without asking first.
+_SMALL = 2**28
+
+
+def plan_check(size: Sequence[int], shape: Sequence[int]) -> None:
+    """Check that a plan can run on an input of `size` (N, C, H, W), before the operator says so at length.
+
+    Raises:
+        ValueError: As `plan_output_size`; a height or width beyond 2^18; an output that memory has no room for.
+    """
+    output = plan_output_size(size, shape)
+    if torch.compiler.is_compiling():
+        return
+    if max(size[2], size[3]) > _LARGEST:
+        raise ValueError(f"input of {size[2]} x {size[3]} pixels is too large: at most {_LARGEST} a side")
+    if (count := math.prod(output)) > _SMALL:
+        try:
+            torch.empty(count, dtype=torch.float32, device="cpu")
+        except RuntimeError:
+            raise ValueError(
+                f"input of shape {tuple(size)} is too large: memory has no room for the {4 * count / 2**30:.0f} GiB "
+                f"of its output {tuple(output)}"
+            ) from None
 
 
 def _fake(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int]) -> Tensor:

@@ -62,11 +62,71 @@ def test_the_input_is_left_alone(engine):
         (torch.zeros(3, 8, 8), ValueError, r"\(N, C, H, W\)"),
         (torch.zeros(1, 4, 8, 8), ValueError, "3 channels"),
         (torch.zeros(1, 3, 8, 8, device="meta"), ValueError, "meta"),
+        (torch.zeros(1, 3, 8, 8).to_sparse(), TypeError, "dense"),
+        (torch.zeros(1, 3, 8, 8).to_mkldnn(), TypeError, "dense"),
+        (torch.zeros(1, 3, 0, 8), ValueError, "0 x 8 pixels is empty"),
+        (torch.zeros(0, 3, 8, 0), ValueError, "8 x 0 pixels is empty"),
+        (torch.zeros(1, 1, 1, 1).expand(1, 3, 300_000, 8), ValueError, "at most 262144 a side"),
+        (torch.zeros(1, 1, 1, 1).expand(2**45, 3, 8, 8), ValueError, "no room"),
     ],
 )
-def test_what_is_no_input(engine, x, kind, words):
+def test_what_is_no_input(engine, x, kind, words, capfd):
     with pytest.raises(kind, match=words):
         engine(x)
+    assert capfd.readouterr() == ("", "")
+
+
+CONVERSIONS = {
+    "double": lambda e: e.double(),
+    "half": lambda e: e.half(),
+    "to a dtype": lambda e: e.to(torch.bfloat16),
+    "to a device": lambda e: e.to("meta"),
+    "inside of a model": lambda e: nn.Sequential(nn.ReLU(), e).double(),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_conversion_is_refused_and_changes_nothing(name):
+    engine = gatedconv.Engine(nn.Sequential(nn.Conv2d(3, 4, 3), Attention(4)), torch.zeros(1, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    before = engine(x)
+    with pytest.raises(TypeError, match="build a new Engine"):
+        CONVERSIONS[name](engine)
+    assert torch.equal(engine(x), before)
+    for same in (engine.to("cpu"), engine.float(), engine.cpu(), engine.to(torch.float32), engine.share_memory()):
+        assert same is engine and torch.equal(engine(x), before)
+
+
+class BroadcastAtOtherSizes(nn.Module):
+    """A map and its mean, which have one size where the map is of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 12)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y + nn.functional.adaptive_avg_pool2d(y, 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [BroadcastAtOtherSizes, lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(10), nn.Flatten())],
+    ids=["sum", "flattening"],
+)
+def test_what_holds_at_the_examples_size_alone(make):
+    net = make().eval()
+    engine = gatedconv.Engine(net, torch.zeros(1, 3, 12, 12))
+    assert engine.plans
+    for size in (12, 16, 32):
+        x = torch.randn(2, 3, size, size)
+        assert error(engine(x), net, x) <= 1e-5
+
+
+def test_a_compiled_model_is_packed_like_the_model(model, engine):
+    compiled = gatedconv.Engine(torch.compile(model), torch.zeros(1, 3, 32, 32))
+    x = torch.randn(2, 3, 32, 32)
+    assert compiled.reason is None and torch.equal(compiled(x), engine(x))
 
 
 def test_an_input_smaller_than_a_kernel():

@@ -239,6 +239,25 @@ def test_nan_and_inf_stay_out_of_what_is_closed(backend, bad, groups):
     assert not to_x[:, ~in_open].any() and not to_w[~out_open].any() and not to_b[~out_open].any()
 
 
+@pytest.mark.parametrize("function", [masked_conv2d, masked_conv2d_reference])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_closed_sample_of_nan_stays_out_of_the_gradients(backend, function, groups):
+    x, w, b = torch.randn(3, 4, 5, 5), torch.randn(4, 4 // groups, 3, 3), torch.randn(4)
+    # The second sample is closed; in the third the second group alone, where there are two.
+    out_open = mask_of([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    closed = torch.zeros(3, 4, dtype=torch.bool)
+    closed[1] = True
+    closed[2, 2:] = groups == 2
+
+    def gradients(fill):
+        leaves = [torch.where(closed[:, :, None, None], fill, x), w.clone(), b.clone()]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        return torch.autograd.grad(function(*leaves, out_open, groups=groups).square().sum(), leaves)
+
+    for got, expected in zip(gradients(float("nan")), gradients(0.0), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("padding", [0, 1])
 def test_nan_and_inf_go_where_conv2d_sends_them(backend, padding):
     x, w = torch.randn(1, 3, 6, 6), torch.randn(4, 3, 3, 3)

@@ -48,6 +48,16 @@ BAD = {
     "dilation -1": ({"dilation": (1, -1)}, ValueError, "dilation must be at least 1"),
     "negative padding": ({"padding": -1}, ValueError, "padding must be at least 0"),
     "padding of an unknown name": ({"padding": "full"}, ValueError, "'same', 'valid'"),
+    "no rows": ({"input": torch.randn(2, 3, 0, 5), "padding": 2}, ValueError, "input height must be at least 1"),
+    "no columns": ({"input": torch.randn(2, 3, 5, 0), "padding": 2}, ValueError, "input width must be at least 1"),
+    "sparse input": ({"input": torch.randn(2, 3, 5, 5).to_sparse()}, TypeError, "input must be dense"),
+    "sparse weight": ({"weight": torch.randn(4, 3, 3, 3).to_sparse()}, TypeError, "weight must be dense"),
+    "sparse bias": ({"bias": torch.randn(4).to_sparse()}, TypeError, "bias must be dense"),
+    "sparse residual": ({"residual": torch.randn(2, 4, 3, 3).to_sparse()}, TypeError, "residual must be dense"),
+    "sparse mask": ({"out_open": OPEN.to_sparse()}, TypeError, "out_open must be dense"),
+    "oneDNN's input": ({"input": torch.randn(2, 3, 5, 5).to_mkldnn()}, TypeError, "input must be dense"),
+    "relu a tensor": ({"relu": torch.ones(4)}, TypeError, "relu must be a bool, got Tensor"),
+    "relu a number": ({"relu": 1}, TypeError, "relu must be a bool, got int"),
     "same with a stride": ({"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
 }  # fmt: skip
 
@@ -59,6 +69,16 @@ def test_bad_arguments_raise_one_clear_error(function, case):
     with pytest.raises(error, match=words) as caught:
         call(function, **changes)
     assert str(caught.value).startswith("masked_conv2d: ")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_packed_of_another_type(grad):
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="masked_conv2d: packed must be a PackedConv"):
+        call(masked_conv2d, packed=torch.ones(3))
+
+
+def test_a_batch_of_no_images_may_have_no_rows():
+    assert call(masked_conv2d, input=torch.randn(0, 3, 0, 5), padding=2).shape == (0, 4, 2, 7)
 
 
 def test_a_direct_call_of_the_operator_checks_too():

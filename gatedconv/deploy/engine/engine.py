@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from gatedconv.deploy.engine.layers import Layer
 from gatedconv.deploy.engine.partition import find_segments
 from gatedconv.deploy.engine.plan_module import PlanModule
 from gatedconv.deploy.engine.program import lay_out, write_program
-from gatedconv.gates import FrozenGate, find_gates
+from gatedconv.gates import FrozenGate, find_gates, unwrap
 from gatedconv.ops.plan import unavailable
 
 
@@ -39,7 +40,7 @@ class Engine(nn.Module):
     Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
 
     Raises:
-        TypeError: `model` is no module, or `example_input` no float32 tensor.
+        TypeError: `model` is no module, or `example_input` no dense tensor of the model's dtype.
         ValueError: `example_input` has another rank or device, or the model has gates that are not frozen.
     """
 
@@ -47,6 +48,7 @@ class Engine(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Engine: the model must be a torch.nn.Module, got {type(model).__name__}")
+        model = unwrap(model)
         dtype, device = _kind(model)
         _check_input(example_input, "example_input", None, dtype, device)
         learning = [name for name, gate in find_gates(model).items() if not isinstance(gate, FrozenGate)]
@@ -103,8 +105,9 @@ class Engine(nn.Module):
         """Compute the model's output.
 
         Raises:
-            TypeError: `x` is no float32 tensor.
-            ValueError: `x` has another rank, device or number of channels, or is too small.
+            TypeError: `x` is no dense tensor of the model's dtype.
+            ValueError: `x` has another rank, device or number of channels, or is too small, or too large for
+                the plans or the memory.
         """
         _check_input(x, "input", self.example_size[1], self.dtype, self.device)
         if torch.is_autocast_enabled(self.device.type):
@@ -120,6 +123,17 @@ class Engine(nn.Module):
     def train(self, mode: bool = True) -> Engine:
         """Stay in eval: a packed network cannot be trained."""
         return super().train(False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Engine:
+        """Stay on the device and in the dtype that everything was packed for."""
+        there = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if there.dtype != self.dtype or there.device != self.device:
+            raise TypeError(
+                f"Engine: it is packed for {self.dtype} on {self.device} and cannot become {there.dtype} on "
+                f"{there.device}; build a new Engine from the converted model"
+            )
+        super()._apply(fn, recurse)
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, (self.source, torch.zeros(self.example_size, dtype=self.dtype, device=self.device))
@@ -158,6 +172,8 @@ def _check_input(
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"Engine: {what} must be a tensor (N, C, H, W), got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"Engine: {what} must be a dense tensor (torch.strided), got {x.layout}")
     if x.dtype != dtype:
         raise TypeError(f"Engine: {what} must have the model's dtype {dtype}, got {x.dtype}")
     if x.dim() != 4:

@@ -55,7 +55,22 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     with torch.no_grad():
         # Not zeros: a model may divide by what it sees.
         _Shapes(traced).run(torch.full((2, channels, height, width), 0.5, dtype=torch.float32, device="cpu"))
+    _note_larger_shapes(traced, (2, channels, 4 * height, 4 * width))
     return traced
+
+
+def _note_larger_shapes(traced: fx.GraphModule, size: tuple[int, int, int, int]) -> None:
+    """Keep every tensor's shape for a larger image, too, where the model takes one: what holds at one size only shows.
+
+    On the meta device, where a run costs nothing.
+    """
+    try:
+        with torch.no_grad():
+            shapes = _LargerShapes(copy.deepcopy(traced).to("meta"), graph=traced.graph)
+            shapes.run(torch.empty(size, dtype=torch.float32, device="meta"))
+    except Exception:  # the model's own code, which may raise anything: it is for one size, or not for this device
+        for node in traced.graph.nodes:
+            node.meta.pop("larger_shape", None)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -71,6 +86,17 @@ class _Shapes(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             n.meta["tensor_meta"] = torch.empty(result.shape, dtype=result.dtype, device="meta")
+        return result
+
+
+class _LargerShapes(fx.Interpreter):
+    """Keeps the shape of every tensor."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute a node's value and keep its shape."""
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["larger_shape"] = tuple(result.shape)
         return result
 
 

@@ -59,6 +59,12 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(meta.shape) if hasattr(meta, "shape") and meta.dtype == torch.float32 else None
 
 
+def larger_shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Return a node's shape for an image larger than the example, None if the model takes none."""
+    shape: tuple[int, ...] | None = node.meta.get("larger_shape")
+    return shape
+
+
 def is_map(node: Any) -> bool:
     """Whether a node's value is a batch of feature maps (2, C, H, W), the batch of the tracing example."""
     shape = shape_of(node) if isinstance(node, fx.Node) else None
@@ -186,6 +192,8 @@ def _add(node: fx.Node) -> Layer | None:
     left, right = _source(node), node.args[1]
     if not isinstance(right, fx.Node) or not is_map(left) or shape_of(left) != shape_of(right):
         return None
+    if larger_shape_of(left) != larger_shape_of(right):
+        return None  # equal at the example's size alone, a broadcast at others
     return Layer("add", node.name, [right], node, residual=left)
 
 
@@ -275,6 +283,8 @@ def _flatten(node: fx.Node, module: nn.Flatten | None = None) -> Layer | None:
     # With another reader of the map, a write to either, in place, would be seen in the other.
     if not is_vector(node) or (shape_of(source) or ())[2:] != (1, 1) or len(source.users) > 1:
         return None
+    if (larger_shape_of(source) or (1, 1))[-2:] != (1, 1):
+        return None  # one pixel at the example's size alone
     return Layer("alias", str(node.target), [source], node)
 
 

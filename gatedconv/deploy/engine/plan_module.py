@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gatedconv.deploy.engine.program import Program
-from gatedconv.ops.plan import plan_output_size, plan_run
+from gatedconv.ops.plan import plan_check, plan_run
 
 
 class PlanModule(nn.Module):
@@ -24,5 +24,5 @@ class PlanModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the plan in one operator call."""
-        plan_output_size(x.shape, self.shape)  # raises for an input that is too small
+        plan_check(x.shape, self.shape)
         return plan_run(x, self.program, self.weights, self.shape)
