@@ -246,12 +246,19 @@ def _compile_command(
 ) -> list[str]:
     common = ["-c", str(source), f"-I{csrc}", "-isystem", str(torch.root / "include")]
     common.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
+    # Error messages name source files: not by where this machine keeps them.
+    names = [f"-ffile-prefix-map={csrc}=csrc", f"-ffile-prefix-map={torch.root}=torch"]
     if toolkit is not None:
         common += ["-isystem", str(toolkit.root / "include")]
     if source.suffix == ".cu" and toolkit is not None:
-        return [str(toolkit.root / "bin/nvcc"), *NVCC_FLAGS, *architecture_flags(), *common]
+        return [str(toolkit.root / "bin/nvcc"), *NVCC_FLAGS, *architecture_flags(), *_for_host(names), *common]
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    return [*shlex.split(compiler), *CXX_FLAGS, *_isa_flags(source), *extra, *common]
+    return [*shlex.split(compiler), *CXX_FLAGS, *_isa_flags(source), *names, *extra, *common]
+
+
+def _for_host(flags: list[str]) -> list[str]:
+    # nvcc takes a comma or a blank for the end of what it passes on.
+    return [part for flag in flags if not re.search(r"[,\s]", flag) for part in ("-Xcompiler", flag)]
 
 
 def architecture_flags() -> list[str]:

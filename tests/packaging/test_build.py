@@ -147,6 +147,31 @@ def test_only_what_changed_is_compiled_again(tmp_path):
     assert len(first) == 2 and len(added) == 1 and added.pop().startswith("a-")
 
 
+def test_a_library_names_its_sources_without_the_folders_above(tmp_path):
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    (csrc / "a.h").write_text("inline const char* b() { return __FILE__; }\n")
+    visible = 'extern "C" __attribute__((visibility("default"))) const char*'
+    (csrc / "a.cpp").write_text(
+        f'#include "a.h"\n{visible} a() {{ return __FILE__; }}\n{visible} c() {{ return b(); }}\n'
+    )
+    _build.build("cpu", csrc, tmp_path / "_C_cpu.so", tmp_path / "objects")
+    library = (tmp_path / "_C_cpu.so").read_bytes()
+    assert b"csrc/a.cpp" in library and b"csrc/a.h" in library
+    assert str(tmp_path).encode() not in library
+
+
+def test_nvcc_hands_the_names_of_sources_on_unless_it_would_split_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    torch, toolkit = _build.Torch(Path("/torch"), "2.15.0", "13.0"), _build.Toolkit(Path("/cuda"), "13.0")
+    for folder, passed in (("plain", True), ("with, comma", False)):
+        csrc = tmp_path / folder / "csrc"
+        command = _build._compile_command(csrc / "k.cu", csrc, torch, "c++", toolkit)
+        flag = f"-ffile-prefix-map={csrc}=csrc"
+        assert (flag in command) is passed
+        assert not passed or command[command.index(flag) - 1] == "-Xcompiler"
+
+
 def test_the_bare_name_of_the_kernels_is_refused():
     done = run([sys.executable, "-c", "import kernels"], ROOT)
     assert done.returncode != 0 and "import this package as gatedconv.kernels" in done.stderr

@@ -35,7 +35,7 @@ class Engine(nn.Module):
     Args:
         model: A frozen, compact or plain model; a frozen one is cut first. It is copied, and not changed.
         example_input: (N, C, H, W): a size that the model accepts. Any other batch, height and width that the
-            model accepts may follow; the algorithms are chosen for this one.
+            model accepts may follow, on the CPU up to 2^18 pixels a side; the algorithms are chosen for this one.
 
     Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
 
