@@ -21,7 +21,8 @@ class Conversion:
         gated: gate path -> what it gates (a residual branch or a layer).
         skipped: layer or block -> why it has no gate.
         reachable_macs: 0 to 1, the share of the model's MACs that at least one gate scales.
-        note: why a less capable way of tracing was taken; empty otherwise.
+        note: why a less capable way of tracing was taken, and which modules ask for ``self.training`` in code that
+            was traced as in eval (auxiliary outputs, random depth written by hand); empty otherwise.
     """
 
     traced_by: str

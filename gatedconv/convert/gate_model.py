@@ -16,10 +16,11 @@ from gatedconv.convert.costs import graph_mac_terms, reachable_share
 from gatedconv.convert.flow import Flow
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.swap import swap_modules
-from gatedconv.convert.trace import TraceFailure, evaluate_shapes, trace
+from gatedconv.convert.trace import TraceFailure, evaluate_shapes, fixed_to_eval, trace
 from gatedconv.gates import ESTIMATORS, ChannelGate, Gate, LayerGate, find_gates, unwrap
 from gatedconv.gates.gate import LearnedGate
 from gatedconv.nn import AddBranch, GraphNet, SelectOpen
+from gatedconv.nn.graph import require_size
 
 GATES = ("layer", "channel", "both")
 POSITIONS = ("after", "middle", "before")
@@ -61,14 +62,19 @@ def gate_model(
     _check(model, gate, position, estimator, example_input)
     selection = Selection(include, exclude)
     source = _copied(unwrap(model))
+    require_size(source, example_input)
     try:
         graph_module, traced_by = trace(source, example_input)
     except TraceFailure as failure:
         _require_runs(source, example_input)
         return swap_modules(source, selection, gate, position, estimator, example_input, str(failure))
+    notes = [EXPORTED] if traced_by != "fx" else []
+    if fixed := fixed_to_eval(source, graph_module.graph):
+        named = ", ".join(name or f"the model ({type(source).__name__})" for name in fixed)
+        notes.append(f"in training as in eval, what depends on self.training in the forward of: {named}")
     canonicalize(graph_module, source)
     evaluate_shapes(graph_module, example_input)
-    conversion = Conversion(traced_by, note="" if traced_by == "fx" else EXPORTED)
+    conversion = Conversion(traced_by, note="; ".join(notes))
     device = example_input.device
     _insert_gates(graph_module, gate, position, lambda g: open_gate(g).to(device), estimator, selection, conversion)
     selection.require_used()
@@ -76,7 +82,10 @@ def gate_model(
         nothing = "it has no residual branches" if gate == "layer" else "it has no convolutions"
         reasons = "; ".join(sorted(set(conversion.skipped.values()))[:5]) or nothing
         raise ValueError(f"gate_model: no place for a {gate!r} gate in {type(unwrap(model)).__name__}: {reasons}")
-    return _finish(graph_module, type(unwrap(model)).__name__, conversion, example_input, model.training)
+    result = _finish(graph_module, type(unwrap(model)).__name__, conversion, example_input, model.training)
+    if "fixed_size" in vars(source):  # a cut network, gated once more
+        vars(result)["fixed_size"] = vars(source)["fixed_size"]
+    return result
 
 
 def _copied(model: nn.Module) -> nn.Module:

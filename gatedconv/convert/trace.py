@@ -315,6 +315,29 @@ def is_random_drop(module: nn.Module) -> bool:
     return code is not None and "training" in code.co_names and _is_identity_in_eval(module)
 
 
+def fixed_to_eval(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """Modules whose own code asks for ``self.training``, which the trace answered once, as in eval; "" for the model.
+
+    Those that the graph still calls are asked again at every call.
+    """
+    called = tuple(f"{node.target}." for node in graph.nodes if node.op == "call_module")
+    names = [name for name, module in model.named_modules() if _asks_for_training(module)]
+    return [name for name in names if not f"{name}.".startswith(called)]
+
+
+def _asks_for_training(module: nn.Module) -> bool:
+    if isinstance(module, fx.GraphModule):
+        return False
+    for cls in type(module).__mro__:
+        if cls.__module__.partition(".")[0] in ("torch", "gatedconv"):
+            return False
+        for name, function in vars(cls).items():
+            code = getattr(function, "__code__", None)
+            if code is not None and "training" in code.co_names and name not in ("__init__", "train", "eval"):
+                return True
+    return False
+
+
 @torch.no_grad()
 def _is_identity_in_eval(module: nn.Module) -> bool:
     """Found by trial: a layer may as well ask ``self.training`` for a sigmoid that it applies in eval alone."""

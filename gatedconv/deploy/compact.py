@@ -18,6 +18,7 @@ from gatedconv.deploy.cut import cut_graph
 from gatedconv.gates import FrozenGate, find_gates, unwrap
 from gatedconv.models import ResNet
 from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, GatherChannels, GraphNet
+from gatedconv.nn.graph import require_size
 
 
 def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int | None = None) -> nn.Module:
@@ -35,7 +36,8 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int |
     Args:
         frozen: the result of ``freeze``.
         example_input: (N, C, H, W) that the model accepts. Where all that a layer reads is closed, its constant is
-            worked out for images of this height and width; the result is then not for other sizes.
+            worked out for images of this height and width. Where such a constant depends on the size, the result has
+            the attribute ``fixed_size``, (H, W), and raises ValueError for images of another one.
         channel_multiple: keep so many closed channels, as zeros, that the width behind each gate is a multiple of
             this. None: 8 where ``example_input`` is on a GPU, whose matrix units need it, else 1.
 
@@ -61,10 +63,13 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int |
     model = copy.deepcopy(unwrap(frozen))
     settle_weights(model)
     _cut_our_blocks(model, channel_multiple)
+    require_size(model, example_input)
     result = _cut_rest(model, example_input, channel_multiple) if find_gates(model) else model
     for attribute in ("mac_terms", "conversion"):
         if hasattr(result, attribute):
             delattr(result, attribute)
+    if "fixed_size" in vars(model):
+        vars(result)["fixed_size"] = vars(model)["fixed_size"]
     consensus = getattr(frozen, "consensus", None)
     if consensus is not None:  # a state dict may have moved the masks since the vote
         masks = {name: gate.mask for name, gate in find_gates(frozen).items() if isinstance(gate, FrozenGate)}

@@ -44,6 +44,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     from gatedconv.deploy.engine import Engine
 
+    _require_path(path, "save")
     model = unwrap(model)
     example_size = None
     if isinstance(model, Engine):
@@ -80,6 +81,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     """
     from safetensors import SafetensorError, safe_open
 
+    _require_path(path, "load")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load: no such file: {path}")
@@ -94,6 +96,11 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     model = _rebuild(path, header, tensors)
     example_size = json.loads(header).get("engine")
     return model if example_size is None else _engine(path, model, example_size)
+
+
+def _require_path(path: Any, where: str) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{where}: path must be a str or os.PathLike, got {type(path).__name__}")
 
 
 def _engine(path: Path, model: nn.Module, example_size: Any) -> nn.Module:
@@ -116,6 +123,8 @@ def _describe_net(model: GraphNet) -> dict[str, Any]:
         description["conversion"] = dataclasses.asdict(conversion)
     if size := getattr(model, "input_size", None):
         description["input_size"] = list(size)
+    if size := getattr(model, "fixed_size", None):
+        description["fixed_size"] = list(size)
     return description
 
 
@@ -148,8 +157,8 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor]) -> nn.Module:
     try:
         description = json.loads(header)
         version = description["version"]
-        if version > VERSION:
-            raise _Newer(f"load: {path} has format version {version}; this gatedconv reads up to {VERSION}")
+        if isinstance(version, bool) or not isinstance(version, int) or version > VERSION:
+            raise _Newer(f"load: {path} has format version {version!r}; this gatedconv reads up to {VERSION}")
         model = _build_net(description, tensors) if "graph" in description else _build_resnet(path, description)
     except _Newer:
         raise
@@ -192,6 +201,9 @@ def _build_net(description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Mo
         vars(model)["conversion"] = Conversion(**description["conversion"])
     if "input_size" in description:
         vars(model)["input_size"] = tuple(description["input_size"])
+    if "fixed_size" in description:
+        height, width = description["fixed_size"]
+        vars(model)["fixed_size"] = (int(height), int(width))
     return model
 
 

@@ -12,11 +12,15 @@ from gatedconv.gates import Gate, forget
 from gatedconv.nn.conv import Conv2d
 
 # What a converted network carries beside its graph and weights; torch.fx forgets such things when it copies.
-_CARRIED = ("mac_terms", "conversion", "consensus", "input_size")
+_CARRIED = ("mac_terms", "conversion", "consensus", "input_size", "fixed_size")
 
 
 class GraphNet(fx.GraphModule):
-    """A ``torch.fx.GraphModule`` that keeps gatedconv's attributes, and gates that its graph no longer calls."""
+    """A ``torch.fx.GraphModule`` that keeps gatedconv's attributes, and gates that its graph no longer calls.
+
+    ``fixed_size``, where there is one, is the (H, W) of the only images that its constants are right for; a call with
+    others raises ValueError.
+    """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphNet") -> None:
         graph._tracer_cls = None  # a pickle is traced again, by torch.fx's own tracer
@@ -25,10 +29,14 @@ class GraphNet(fx.GraphModule):
         for name, module in root.named_modules():
             if isinstance(module, Gate) and name not in present:
                 self.add_submodule(name, module)
-        self.register_forward_pre_hook(_forget_last_call)
+        self.register_forward_pre_hook(_before_call)
 
     def _deepcopy_init(self) -> Any:
         return GraphNet.__init__
+
+    def __reduce__(self) -> Any:
+        build, state = super().__reduce__()
+        return _unpickled, (build, *state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphNet:
         result: GraphNet = super().__deepcopy__(memo)  # type: ignore[assignment]
@@ -39,9 +47,43 @@ class GraphNet(fx.GraphModule):
         return result
 
 
-def _forget_last_call(model: nn.Module, _: Any) -> None:
+def _unpickled(build: Any, *state: Any) -> nn.Module:
+    model: nn.Module = build(*state)
+    model.register_forward_pre_hook(_before_call)
+    return model
+
+
+def _before_call(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if model.training:
         forget(model)
+    size = vars(model).get("fixed_size")
+    if size is None or not args:
+        return None
+    if isinstance(args[0], fx.Proxy):  # a step of the graph that is traced
+        return args[0].tracer.create_proxy("call_function", _of_size, (args[0], size), {}), *args[1:]
+    return _of_size(args[0], size), *args[1:]
+
+
+def require_size(model: nn.Module, x: Tensor) -> None:
+    """Raise where a cut network's constants are not those of images like x (N, C, H, W).
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    size = vars(model).get("fixed_size")
+    if size is not None:
+        _of_size(x, size)
+
+
+def _of_size(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return x."""
+    if tuple(x.shape[2:]) != tuple(size):
+        found = " x ".join(str(n) for n in x.shape[2:])
+        raise ValueError(
+            f"this network was cut for images of {size[0]} x {size[1]}, got {found}: constants that closed channels "
+            f"left in it hold for that size alone; compact it with an example of the other size"
+        )
+    return x
 
 
 class SelectOpen(nn.Module):
@@ -181,10 +223,11 @@ class Constant(nn.Module):
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.value = nn.Parameter(value, requires_grad=value.is_floating_point())
+        self._kept = (-1,) * (value.dim() - 1)  # a number for any tracer
 
     def forward(self, x: Tensor) -> Tensor:
         """Repeat the value."""
-        return self.value.expand(x.shape[0], *self.value.shape[1:])
+        return self.value.expand(x.shape[0], *self._kept)
 
     def extra_repr(self) -> str:
         """Numbers shown by repr()."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 
 import pytest
@@ -255,3 +256,24 @@ def test_exclude_may_name_what_include_leaves_out():
         network("residual"), "both", example_input=IMAGES, include="blocks.1", exclude=["stem", "blocks.1.conv2"]
     )
     assert {"blocks.1.layer_gate", "blocks.1.bn1_gate", "blocks.1.bn3_gate"} == set(gatedconv.gates(gated))
+
+
+class Auxiliary(nn.Module):
+    """A second output in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.aux = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.conv(x).mean((2, 3))
+        return (self.fc(y), self.aux(y)) if self.training else self.fc(y)
+
+
+def test_the_record_names_code_that_training_does_not_reach_any_more():
+    for model, named in ((Auxiliary(), r"the model \(Auxiliary\)"), (nn.Sequential(nn.ReLU(), Auxiliary()), "1$")):
+        result = gatedconv.gate_model(model, "channel", example_input=IMAGES)
+        assert isinstance(model.train()(IMAGES), tuple) and isinstance(result.train()(IMAGES), torch.Tensor)
+        assert re.search(f"self.training in the forward of: {named}", result.conversion.note)
+        assert result.conversion.note in str(result.conversion)
+    assert not gatedconv.gate_model(network("residual"), "channel", example_input=IMAGES).conversion.note

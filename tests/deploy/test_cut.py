@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -150,3 +153,81 @@ def test_a_cut_network_can_be_trained_further():
     assert small.training
     small(IMAGES).square().mean().backward()
     assert all(p.grad is not None for p in small.parameters())
+
+
+class Grouped(nn.Module):
+    """Channels closed in front of padded grouped convolutions: constants that fade at the border."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+            nn.Conv2d(12, 24, 3, padding=1, groups=4), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.Conv2d(24, 24, 5, padding=2, groups=24), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.Conv2d(24, 48, 3, padding=1, groups=24), nn.BatchNorm2d(48), nn.Sigmoid(),
+            nn.Conv2d(48, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU(),
+        )  # fmt: skip
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def test_constants_of_one_size_are_for_that_size_alone(tmp_path):
+    torch.manual_seed(0)
+    model = Grouped()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+        norm.running_mean.uniform_(-0.5, 0.5)
+    gates = gatedconv.gate_model(model.eval(), "channel", example_input=IMAGES)
+    masks = {name: torch.arange(gate.num_gates) == 1 for name, gate in gatedconv.gates(gates).items()}
+    frozen = gatedconv.freeze(gates, masks=masks)
+    small = gatedconv.compact(frozen, IMAGES)
+    gatedconv.save(small, tmp_path / "small")
+    other = torch.randn(2, 3, 20, 16)
+    loaded = gatedconv.load(tmp_path / "small")
+    models = small, loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small)), gatedconv.Engine(small, IMAGES)
+    with torch.no_grad():
+        for cut in models:
+            torch.testing.assert_close(cut(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+            with pytest.raises(ValueError, match="cut for images of 12 x 12, got 20 x 16"):
+                cut(other)
+        again = gatedconv.compact(frozen, other)
+        torch.testing.assert_close(again(other), frozen(other), rtol=1e-5, atol=1e-6)
+    program = torch.export.export(small, (IMAGES,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.testing.assert_close(program.module()(IMAGES[:1]), frozen(IMAGES[:1]), rtol=1e-5, atol=1e-6)
+
+
+def test_constants_of_every_size_leave_the_size_free():
+    model, result = gated("residual")
+    frozen = gatedconv.freeze(result, masks=masks_of(result, "odd"))
+    small = gatedconv.compact(frozen, IMAGES)
+    other = torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert error(small(other), frozen(other), model) <= 1e-5
+
+
+class Stacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.fc(torch.stack([self.a(x), self.b(x)], 1).mean((2, 3, 4)))
+
+
+@torch.no_grad()
+def test_a_closed_map_of_one_size_says_so():
+    gates = gatedconv.gate_model(Stacked().eval(), "channel", example_input=IMAGES)
+    masks = {n: torch.full((g.num_gates,), n.startswith("b")) for n, g in gatedconv.gates(gates).items()}
+    frozen = gatedconv.freeze(gates, masks=masks)
+    small = gatedconv.compact(frozen, IMAGES)
+    engine = gatedconv.Engine(small, IMAGES)
+    assert engine.plans  # the check runs beside the plan, not instead of it
+    for cut in (small, engine):
+        torch.testing.assert_close(cut(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="cut for images of 12 x 12"):
+            cut(torch.randn(2, 3, 16, 16))
+    with pytest.raises(ValueError, match="cut for images of 12 x 12"):
+        gatedconv.gate_model(small, "channel", example_input=torch.randn(2, 3, 16, 16))
+    assert gatedconv.gate_model(small, "channel", example_input=IMAGES).fixed_size == (12, 12)

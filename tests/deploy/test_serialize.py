@@ -93,6 +93,8 @@ def test_damaged_truncated_foreign_and_newer_files(tmp_path):
     refuses("gatedconv did not write it")
     edit_header(path, description(lambda d: d.update(version=99)))
     refuses("format version 99")
+    edit_header(path, description(lambda d: d.update(version="2")))
+    refuses("format version '2'")
     edit_header(path, description(lambda d: d["model"].update(name="resnet999")))
     refuses("unknown model 'resnet999'")
     edit_header(path, description(lambda d: d.pop("consensus")))
@@ -152,3 +154,9 @@ def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     gatedconv.save(stages()["dense"], tmp_path / "m")
     assert (tmp_path / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_path_is_a_path():
+    for call in (lambda: gatedconv.load(None), lambda: gatedconv.save(stages()["dense"], None)):
+        with pytest.raises(TypeError, match="(load|save): path must be a str or os.PathLike, got NoneType"):
+            call()

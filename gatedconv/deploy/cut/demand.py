@@ -28,6 +28,10 @@ class Demand:
         """Int64, ascending: the channels of a node that have to be computed."""
         return (self.need[node] & ~self.facts.known(node)).nonzero().flatten()
 
+    def is_sized(self) -> bool:
+        """Whether a constant is needed that holds for the example's height and width alone."""
+        return any(bool((need & self.facts[n].known & self.facts[n].sized).any()) for n, need in self.need.items())
+
     def _spread(self, node: fx.Node) -> None:
         flow, kind = self.flow, self.flow.kind(node)
         if kind == "output":

@@ -38,6 +38,7 @@ class Emitter:
         self.laid_out: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         self.scope = ""
         self.image: fx.Node | None = None
+        self.is_sized = demand.is_sized()  # whether the result is for the example's height and width alone
 
     def run(self, rules: dict[str, Callable[[Emitter, fx.Node, Tensor], Physical]]) -> fx.GraphModule:
         """Emit every node that is wanted."""
@@ -91,6 +92,7 @@ class Emitter:
         if not bool(present.any()):
             shape = [1, *node.meta["val"].shape[1:]]
             shape[axis] = len(wanted)
+            self.is_sized |= len(shape) > 2
             return self.call(Constant(values.expand(shape).contiguous()), "constant", self.image)
         part = self.lay_out(node, wanted[present])
         absent = present.logical_not()
@@ -189,6 +191,7 @@ class Emitter:
                 if name == "sym_size":
                     return self._dimension(source, int(node.args[1]))  # type: ignore[arg-type]
                 return tuple(self._dimension(source, d) for d in range(source.meta["val"].dim()))
+            self.is_sized |= name in ("numel", "nelement")
             return node.meta["val"]  # dim(), dtype, device, numel() and the like
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.whole)
         if not _has_nodes((args, kwargs)) or (name == "getitem" and isinstance(args[0], tuple)):
@@ -208,6 +211,7 @@ class Emitter:
             return self.graph.call_method("size", (self.whole(source), dim))
         if dim == 0 and value.shape[0] == self._batch():
             return self.graph.call_method("size", (self.image, 0))
+        self.is_sized |= self.flow.kind(source) != "constant"
         return int(value.shape[dim])
 
     def _batch(self) -> int:

@@ -10,18 +10,20 @@ from torch import Tensor, fx, nn
 
 from gatedconv.convert.canonical import op_name, submodule
 from gatedconv.convert.flow import Flow, constant_value
+from gatedconv.deploy.cut.sized import depends_on_size, is_uniform, rows_of
 from gatedconv.gates import FrozenGate
-
-# Channels of one value everywhere: what rounding leaves between the pixels of an interpolation.
-_UNIFORM = 1e-6
 
 
 @dataclass(eq=False)
 class Fact:
-    """``known`` bool (C,): constant channels; ``value``: the node's tensor, meaningful there alone."""
+    """``known`` bool (C,): constant channels; ``value``: the node's tensor, meaningful there alone.
+
+    ``sized`` bool (C,): constants that hold for the example's height and width alone.
+    """
 
     known: Tensor
-    value: Any = None
+    value: Any
+    sized: Tensor
 
 
 class Facts:
@@ -62,14 +64,14 @@ class Facts:
         fact = self.facts[node]
         if fact.value is None:
             return torch.zeros_like(fact.known)
-        return _uniform(fact.value, self.flow[node].axis)
+        return is_uniform(fact.value, self.flow[node].axis)
 
     def zero(self, node: fx.Node) -> Tensor:
         """Bool (C,): known channels that are 0 everywhere."""
         fact = self.facts[node]
         if fact.value is None:
             return torch.zeros_like(fact.known)
-        rows = _rows(fact.value, self.flow[node].axis)
+        rows = rows_of(fact.value, self.flow[node].axis)
         return fact.known & (rows == 0).all(dim=1)
 
     def _fact(self, node: fx.Node) -> Fact:
@@ -78,22 +80,25 @@ class Facts:
             return self._gate(node)
         if kind == "deferred":
             value = self._value(node, self.facts[self.flow[node].source].known.any())  # type: ignore[index]
-            return Fact(torch.zeros(0, dtype=torch.bool), value)
+            nothing = torch.zeros(0, dtype=torch.bool)
+            return Fact(nothing, value, nothing)
         known = self._known(node)
         if not known.any():
-            return Fact(known)
+            return Fact(known, None, known)
         value = self._value(node, True)
         if not bool(known.all()) and kind in ("channelwise", "conv", "regroup", "binary"):
-            known = known & _uniform(value, self.flow[node].axis)
-        return Fact(self._rounded(node, known), value)
+            known = known & is_uniform(value, self.flow[node].axis)
+        sized = depends_on_size(self, node, known, value)
+        return Fact(self._rounded(node, known), value, sized)
 
     def _gate(self, node: fx.Node) -> Fact:
         module = submodule(node)
         value = node.meta["val"]
+        nothing = torch.zeros(value.shape[1], dtype=torch.bool)
         if not isinstance(module, FrozenGate):
-            return Fact(torch.zeros(value.shape[1], dtype=torch.bool))
+            return Fact(nothing, None, nothing)
         mask = module.mask.to(value.dtype).cpu()
-        return Fact(torch.ones(module.num_gates, dtype=torch.bool), mask.expand(value.shape[0], -1))
+        return Fact(~nothing, mask.expand(value.shape[0], -1), nothing)
 
     def _known(self, node: fx.Node) -> Tensor:
         flow, channels = self.flow, self.flow[node]
@@ -195,14 +200,3 @@ def _is_decision(flow: Flow, node: fx.Node) -> bool:
     while flow.kind(node) == "move" and flow[node].source is not None:
         node = flow[node].source  # type: ignore[assignment]
     return flow.kind(node) == "gate"
-
-
-def _uniform(value: Tensor, axis: int) -> Tensor:
-    rows = _rows(value, axis)
-    low, high = rows.amin(dim=1), rows.amax(dim=1)
-    return high - low <= _UNIFORM * high.abs().clamp(min=1e-3)
-
-
-def _rows(value: Tensor, axis: int) -> Tensor:
-    """(C, everything else) of the first image."""
-    return value[0].movedim(axis - 1, 0).reshape(value.shape[axis], -1)

@@ -30,12 +30,15 @@ def cut_graph(graph_module: fx.GraphModule, example_input: Tensor, channel_multi
     evaluate_shapes(graph_module, example_input)
     flow = Flow(graph_module)
     facts = Facts(flow, channel_multiple)
-    small = Emitter(flow, facts, Demand(flow, facts)).run(RULES)
+    emitter = Emitter(flow, facts, Demand(flow, facts))
+    small = emitter.run(RULES)
     _fold_scales(small)
     small.graph.eliminate_dead_code()
     result = GraphNet(small, small.graph, name)
     settle_inplace(result)
     result.recompile()
+    if emitter.is_sized:
+        vars(result)["fixed_size"] = tuple(example_input.shape[2:])
     return result
 
 

@@ -52,6 +52,7 @@ def move(e: Emitter, node: fx.Node, wanted: Tensor) -> Physical:
     layout = (read[:, None] * repeat + torch.arange(repeat)).flatten()
     if len(shape) == 2:
         return Physical(e.graph.call_function(torch.flatten, (value, 1)), layout)
+    e.is_sized = True
     return Physical(e.graph.call_function(torch.reshape, (value, tuple(shape))), layout)
 
 
