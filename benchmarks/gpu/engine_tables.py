@@ -47,7 +47,7 @@ def engine_section(results: Iterable[dict[str, Any]]) -> str:
     devices: dict[str, Found] = {}
     for result in results:
         for row in result["rows"]:
-            if str(row["benchmark"]).startswith("engine "):
+            if str(row.get("benchmark", "")).startswith("engine "):  # other measurements lie beside ours
                 name = f"{result['device']}, torch {result['torch']}, commit {result['commit']}"
                 key = tuple(row[field] for field in ("benchmark", "case", "batch", "dtype", "provider"))
                 devices.setdefault(name, {})[key] = row
