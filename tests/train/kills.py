@@ -1,15 +1,18 @@
 """Runs that are killed and go on: the rounds that the tests and ``benchmarks/kill_and_resume.py`` make.
 
-A run is a forked child of this process, which is there at once and can be killed without a trace: after a while
-drawn at random, or inside the writing of a checkpoint, before a call of the system that is drawn at random.
+A run is a child forked from a process that has everything imported and has trained nothing (what has trained cannot
+be forked): it is there at once and can be killed without a trace, after a while drawn at random, or inside the writing
+of a checkpoint, before a call of the system that is drawn at random.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,8 @@ from gatedconv.train import RunFolder, TrainConfig, finish, run
 from gatedconv.train.checkpoint import load_checkpoint
 
 _CALLS = ("fsync", "replace")
-
-
-def _import_everything() -> None:
-    """What a run imports as it goes on, once in the parent: the children are there at once."""
-    import fvcore.nn  # noqa: F401
-
-    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    gatedconv.Engine(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3)).eval(), torch.zeros(1, 1, 8, 8))
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.train.imported"])
 
 
 def small_config(archive: Path, **changes: Any) -> TrainConfig:
@@ -50,29 +47,27 @@ def run_in_child(config: TrainConfig, folder: Path, *, kill_after: float = 0.0, 
         kill_after: seconds after which it is killed; 0 for never.
         kill_in_call: the call of fsync or replace, counted from 1, before which it kills itself; 0 for never.
     """
-    _import_everything()
-    child = os.fork()
-    if child == 0:
-        try:
-            # Exports depend on what is saved alone, and take longer than all the rest.
-            finish.write_exports = lambda *arguments: []
-            if kill_in_call:
-                _kill_in(kill_in_call)
-            target = RunFolder(folder)
-            done = run(config, target, resume=target.holds_run())
-            os._exit(0 if done is not None else 3)
-        except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(1)
+    child = _SERVER.Process(target=_run, args=(config, folder, kill_in_call))
+    child.start()
     if kill_after:
         time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
+        child.kill()
+    child.join()
+    assert child.exitcode is not None
+    if child.exitcode < 0:
         return False
-    if os.WEXITSTATUS(status) != 0:
-        raise RuntimeError(f"{folder}: the run failed with exit code {os.WEXITSTATUS(status)}")
+    if child.exitcode != 0:
+        raise RuntimeError(f"{folder}: the run failed with exit code {child.exitcode}")
     return True
+
+
+def _run(config: TrainConfig, folder: Path, kill_in_call: int) -> None:
+    # Exports depend on what is saved alone, and take longer than all the rest.
+    finish.write_exports = lambda *arguments: []
+    if kill_in_call:
+        _kill_in(kill_in_call)
+    target = RunFolder(folder)
+    sys.exit(0 if run(config, target, resume=target.holds_run()) is not None else 3)
 
 
 def _kill_in(call: int) -> None:

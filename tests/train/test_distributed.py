@@ -218,7 +218,7 @@ def test_a_lost_process_is_started_again_and_the_run_ends_the_same(tmp_path: Pat
             "torch.distributed.run",
             "--standalone",
             "--nproc-per-node=2",
-            "--max-restarts=1",
+            "--max-restarts=3",
         ]
         done = subprocess.run(
             [*command, str(script), str(tmp_path / kind), kind], capture_output=True, text=True, timeout=280

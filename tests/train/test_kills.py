@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from gatedconv.train import RunFolder, run
 from gatedconv.train.checkpoint import previous_path
 from tests.train.kills import differences, killed_round, outcome, run_in_child, small_config
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 
 
 @pytest.fixture(scope="module")
