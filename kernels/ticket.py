@@ -15,6 +15,7 @@ _SPACING = 4  # int32: counters lie 16 bytes apart, for a pointer's alignment is
 
 _of_streams: dict[tuple[int | None, int], Tensor] = {}
 _free: dict[int | None, list[Tensor]] = {}
+_made: list[Tensor] = []  # what free counters are views of: graphs point into it when the last view is gone
 
 
 def ticket(x: Tensor) -> Tensor | None:
@@ -26,7 +27,8 @@ def ticket(x: Tensor) -> Tensor | None:
     if torch.cuda.is_current_stream_capturing():
         return free.pop() if free else None
     if len(free) < SLOTS // 2:
-        free += list(torch.zeros(SLOTS, _SPACING, device=x.device, dtype=torch.int32).unbind())
+        _made.append(torch.zeros(SLOTS, _SPACING, device=x.device, dtype=torch.int32))
+        free += list(_made[-1].unbind())
     return _of_stream(x, torch.cuda.current_stream(x.device).cuda_stream)
 
 

@@ -49,7 +49,9 @@ def sharded(session: Session, tests: tuple[str, ...] = TESTS) -> dict[str, Any]:
 
 def sanitized(tool: str, session: Session, tests: str = SANITIZED) -> dict[str, Any]:
     """Run a small test of every kernel under a sanitizer; RuntimeError where it finds something."""
-    sanitizer = shutil.which("compute-sanitizer")
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
+    sanitizer = shutil.which("compute-sanitizer", path=path)
     if sanitizer is None:
         return {"note": "not run: compute-sanitizer is not installed"}
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

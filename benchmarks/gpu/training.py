@@ -57,7 +57,10 @@ def training_step(
 
 
 def bench_resnet(session: Session, depth: int) -> Iterator[Case]:
-    """Layer gates in fp32 at three batch sizes, channel gates, fp16; what compiles slowly comes last."""
+    """Layer gates in fp32 at three batch sizes, channel gates, fp16; what compiles slowly comes last.
+
+    Not all of it fits into one call: the stage is called again until nothing is left out.
+    """
     torch.backends.cudnn.benchmark = True
     machine = Machine(session.dry)
     cases = [("layer", batch, False) for batch in (256, 128, 1024)]

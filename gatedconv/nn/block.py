@@ -125,9 +125,11 @@ class BasicBlock(nn.Module):
         if isinstance(channel, LearnedGate) and inner and (channel.pool != "avg" or channel.synchronised):
             return False  # it reads every position of bn2's output, or the batches of other processes
         # What is not called on its own cannot call its hooks.
-        watched = [self.bn2] if channel is None or not inner else [self.bn2, channel]
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in watched)
-        return (self.layer_gate is not None or inner) and not hooked
+        watched = [self.bn2, self.relu] if channel is None or not inner else [self.bn2, self.relu, channel]
+        hooked = any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in watched
+        )
+        return (self.layer_gate is not None or inner) and type(self.relu) is nn.ReLU and not hooked
 
     def _end_norm(self) -> ops.NormArguments | None:
         """What `ops.gated_residual` takes of bn2; None where it is another norm, or not learning."""

@@ -113,6 +113,23 @@ def test_cases_run_while_there_is_time_and_failures_are_rows(run):
     assert run.rows[1].note == "failed: MemoryError: all of it" and run.rows[1].failed
 
 
+def test_a_stage_that_ran_out_of_time_goes_on(run, tmp_path):
+    """What was measured is kept, what failed is tried again; another commit's rows are no measurement."""
+    run_cases(run, iter([case("a"), case("b", run=lambda: {"note": "failed: once"}), case("c", 1e6)]))
+    calls = []
+
+    def measured():
+        calls.append(1)
+        return {"ms_median": 2.0}
+
+    later = Session("h200", VERSIONS, tmp_path)
+    run_cases(later, iter([case(name, run=measured) for name in "abc"]))
+    assert [(r.case, r.ms_median) for r in later.rows] == [("a", 1.0), ("b", 2.0), ("c", 2.0)] and len(calls) == 2
+    other = Session("h100", VERSIONS, tmp_path)
+    run_cases(other, iter([case("a", run=measured)]))
+    assert other.rows[0].ms_median == 2.0
+
+
 def watched(run, script, kill_s=60.0):
     """Exit code of a stage whose process runs ``script`` with the session's progress file as an argument."""
     return watch.watch([sys.executable, "-c", script, str(run.progress)], run, "eager", kill_s)

@@ -28,6 +28,7 @@ def device(monkeypatch):
 
     monkeypatch.setattr(tickets, "_of_streams", {})
     monkeypatch.setattr(tickets, "_free", {})
+    monkeypatch.setattr(tickets, "_made", [])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=state.stream))
     monkeypatch.setattr(torch, "zeros", make)
@@ -64,6 +65,17 @@ def test_a_capture_without_counters_gets_none(device, monkeypatch):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted here")
+def test_memory_of_counters_outlives_the_captures_that_took_them(device, monkeypatch):
+    """A replay reads and writes a counter long after its tensor is gone."""
+    monkeypatch.setattr(tickets, "SLOTS", 2)
+    tickets.ticket(device.x)
+    pointers = {free.untyped_storage().data_ptr() for free in tickets._free[0]}
+    device.capturing = True
+    while tickets.ticket(device.x) is not None:
+        pass
+    assert pointers and pointers <= {made.untyped_storage().data_ptr() for made in tickets._made}
+
+
 def test_without_a_counter_the_tail_is_a_launch(monkeypatch):
     from gatedconv.kernels import gate_launch
 

@@ -76,3 +76,17 @@ def test_a_channel_gate_multiplies_after_the_norm_where_it_stands(position):
         torch.testing.assert_close(part, block.bn2(torch.zeros_like(part)))
     else:
         torch.testing.assert_close(part, block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(zeros))))))
+
+
+def test_a_block_with_another_activation_or_hooks_does_not_end_in_one_operator():
+    """What the operator would not call, or computes in its own way, is called."""
+    block = BasicBlock(4, 4, layer_gate=LayerGate(4))
+    assert block._learns_at_its_end()
+    for name in ("bn2", "relu"):
+        for register in ("register_forward_hook", "register_full_backward_pre_hook"):
+            handle = getattr(getattr(block, name), register)(lambda *arguments: None)
+            assert not block._learns_at_its_end()
+            handle.remove()
+    assert block._learns_at_its_end()
+    block.relu = torch.nn.SiLU()
+    assert not block._learns_at_its_end()
