@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from benchmarks.document import markdown, marks, update
 from benchmarks.goals import LAYER_GOALS, LAYER_GOALS_FROM_BATCH, goal
 from benchmarks.layers import OPEN, SHAPES, LayerCase
 from benchmarks.networks import CASES as NETWORKS
@@ -19,8 +19,7 @@ from benchmarks.record import read, result_files
 from gatedconv.report.bench import Row, best_rows
 from gatedconv.report.peers import NOT_HELD_BACK, OURS
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- cpu: begin, written by python -m benchmarks.tables -->", "<!-- cpu: end -->"
+MARKS = marks("cpu", "benchmarks.tables")
 _SHORT = {
     "compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
@@ -123,7 +122,7 @@ def _networks(rows: list[Row], judged: Judged) -> str:
     return (
         "**Whole networks.** Median ms per call (interquartile range), each provider at its fastest setting. "
         "The ratio is taken pair by pair within a round against the fastest peer: median (quartiles).\n\n"
-        + _markdown(header, lines)
+        + markdown(header, lines)
         + "\n\n"
         + _settings(rows)
     )
@@ -163,7 +162,7 @@ def _layers(rows: list[Row], judged: Judged) -> str:
         "computing all outputs, each in its faster memory format, by the share of outputs that are open; "
         f'"odd count" is just under half. Goals, for the 32x32 networks\' shapes from batch '
         f"{LAYER_GOALS_FROM_BATCH}: {LAYER_GOALS[50]} half open, {LAYER_GOALS[100]} fully open.\n\n"
-        + _markdown(header, lines)
+        + markdown(header, lines)
     )
 
 
@@ -201,24 +200,6 @@ def _verdict(what: str, peers: Sequence[Row], wanted: float | None, judged: Judg
     return [f"{spread} {_SHORT.get(fastest.provider, fastest.provider)}", told]
 
 
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
-def render(document: str, section: str) -> str:
-    """The document with its CPU section replaced.
-
-    Raises:
-        ValueError: the document does not have both marks, in order.
-    """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"expected the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -227,11 +208,7 @@ def main() -> int:
     arguments = parser.parse_args()
     found = [read(path) for path in result_files()]
     section = cpu_section([result for result in found if result["cuda"] is None])
-    before = DOCUMENT.read_text()
-    after = render(before, section or "No results yet.")
-    if not arguments.check:
-        DOCUMENT.write_text(after)
-    return int(arguments.check and before != after)
+    return update(MARKS, section or "No results yet.", check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.document import markdown, marks, update
 from benchmarks.gpu.engine import BATCHES, NETWORK_PROVIDERS
 from benchmarks.gpu.engine_roofline import LAYERS
 from benchmarks.gpu.session import ROOT
 
-DOCUMENT = ROOT / "docs" / "performance.md"
-BEGIN = "<!-- engine: begin, written by python -m benchmarks.gpu.engine_tables -->"
-END = "<!-- engine: end -->"
+MARKS = marks("engine", "benchmarks.gpu.engine_tables")
 DTYPE = "float16"
 COMPILE, FUSED, OURS = "compile reduce-overhead", "cudnn-fused graph", "gatedconv"
 # (network, batch) -> times faster than cut torch.compile, than cut cuDNN-fused in a graph
@@ -69,7 +68,7 @@ def _networks(found: Found) -> str:
             goals = GOALS.get((case, batch), (None, None))
             ratios = [_ratio(ms[peer], ms[OURS], goal) for peer, goal in zip((COMPILE, FUSED), goals, strict=True)]
             lines.append([case, str(batch), *(_number(value) for value in ms.values()), *ratios])
-    return _markdown(header, lines, 2)
+    return markdown(header, lines, 2)
 
 
 def _layers(found: Found) -> str:
@@ -90,7 +89,7 @@ def _layers(found: Found) -> str:
         share = "" if row.get("ratio") is None else f"{100 * row['ratio']:.0f} %"
         ratio = _ratio(min(peers, default=None), ms[OURS], goal)
         lines.append([layer.name, *(_number(value) for value in ms.values()), ratio, share])
-    return _markdown(header, lines, 1)
+    return markdown(header, lines, 1)
 
 
 def _ms(found: Found, benchmark: str, case: str, batch: int, provider: str) -> float | None:
@@ -110,25 +109,11 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _markdown(header: list[str], lines: list[list[str]], texts: int) -> str:
-    rule = ["---"] * texts + ["---:"] * (len(header) - texts)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
 def main(arguments: list[str]) -> int:
     """Write the section; with --check write nothing and return 1 if the document is out of date."""
     paths = sorted((ROOT / "benchmarks" / "results").glob("*-*.json"))
     section = engine_section(json.loads(path.read_text()) for path in paths)
-    document = DOCUMENT.read_text()
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{DOCUMENT}: expected the marks {BEGIN} and {END}")
-    new = f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
-    if "--check" in arguments:
-        return int(new != document)
-    DOCUMENT.write_text(new)
-    return 0
+    return update(MARKS, section, check="--check" in arguments)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.document import markdown, marks, update
 from benchmarks.gpu.gates import GATES, SHAPES
 from benchmarks.gpu.session import ROOT
 from benchmarks.gpu.training import PROVIDERS
 
-DOCUMENT = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- gates: begin, written by python -m benchmarks.gpu.tables -->", "<!-- gates: end -->"
+MARKS = marks("gates", "benchmarks.gpu.tables")
 BATCH, DTYPE = 256, "float32"
 GATE_PROVIDERS = (
     "eager",
@@ -72,7 +72,7 @@ def _gates(found: Found) -> str:
                 _at_least(ms["compile-reduce-overhead"], ms["gatedconv-graph"], COMPILE_GOAL),
                 "" if launches is None else f"{launches}, {_met(launches <= LAUNCHES_GOAL)}",
             ])  # fmt: skip
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _steps(found: Found) -> str:
@@ -94,7 +94,7 @@ def _steps(found: Found) -> str:
                     _at_least(ms["gated eager"], ms["gatedconv graph"], STEP_EAGER_GOAL),
                     _at_most(*memory, MEMORY_GOAL),
                 ])  # fmt: skip
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _at_least(slow: float | None, fast: float | None, goal: float) -> str:
@@ -113,25 +113,11 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
 def main(arguments: list[str]) -> int:
     """Write the section; with --check write nothing and return 1 if the document is out of date."""
     paths = sorted((ROOT / "benchmarks" / "results").glob("*-*.json"))
     section = gate_section(json.loads(path.read_text()) for path in paths)
-    document = DOCUMENT.read_text()
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{DOCUMENT}: expected the marks {BEGIN} and {END}")
-    new = f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
-    if "--check" in arguments:
-        return int(new != document)
-    DOCUMENT.write_text(new)
-    return 0
+    return update(MARKS, section, check="--check" in arguments)
 
 
 if __name__ == "__main__":

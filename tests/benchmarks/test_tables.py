@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.document import DOCUMENT, render
 from benchmarks.record import read, result_files
-from benchmarks.tables import BEGIN, DOCUMENT, END, cpu_section, main, render
+from benchmarks.tables import MARKS, cpu_section, main
 from gatedconv.report.bench import Row
 from gatedconv.report.peers import NOT_HELD_BACK
 
@@ -176,7 +177,8 @@ def test_failures_are_printed() -> None:
 
 
 def test_only_the_marked_part_of_a_document_changes() -> None:
-    assert render(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\n\nnew\n\n{END} b"
+    begin, end = MARKS
+    assert render(f"a {begin} old {end} b", MARKS, "new") == f"a {begin}\n\nnew\n\n{end} b"
     with pytest.raises(ValueError, match="expected the marks"):
-        render("no marks", "new")
-    assert BEGIN in DOCUMENT.read_text()
+        render("no marks", MARKS, "new")
+    assert begin in DOCUMENT.read_text()
