@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 from gatedconv.report.svg import Point, heat_map, legend, scatter
+from gatedconv.report.tables import joules_text
 
 _ABSENT = "–"
 _STYLE = """
@@ -114,36 +117,46 @@ def _figures_table(summary: Mapping[str, Any]) -> str:
             if any(_of(net, key, batch) is not None for _, net in nets)
         ),
         *(
-            (f"energy, batch {batch} (J)", lambda net, b=batch: _shown(_of(net, "energy_j", b), "{:.4f}"))
+            (f"energy of a call, batch {batch} (J)", lambda net, b=batch: _shown(_of(net, "energy_j", b), "{:.3g}"))
             for batch in ("1", "32")
             if any(_of(net, "energy_j", batch) is not None for _, net in nets)
         ),
+        *([("energy of an image (J)", _energy_of_an_image)] if any("energy_j_image" in net for _, net in nets) else []),
     ]
     head = "".join(f"<th>{escape(str(kind))}</th>" for kind, _ in nets)
     body = "".join(
         f"<tr><td>{name}</td>{''.join(f'<td>{cell(net)}</td>' for _, net in nets)}</tr>" for name, cell in rows
     )
     agreement = summary.get("agreement")
-    told = f'<p class="sub">Gates and samples agree on {agreement:.2%} of the decisions.</p>' if agreement else ""
+    known = _is_number(agreement)
+    told = f'<p class="sub">Gates and samples agree on {agreement:.2%} of the decisions.</p>' if known else ""
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>{told}'
 
 
 def _energy(summary: Mapping[str, Any]) -> str:
     joules, source = summary.get("energy_j"), summary.get("energy_source") or ""
     if _is_number(joules):
-        return f"<p>Energy of the training: <b>{joules:,.0f} J</b> ({escape(str(source))}).</p>"
+        return f"<p>Energy of the training: <b>{joules_text(joules)} J</b> ({escape(str(source))}).</p>"
     reason = f": {escape(str(summary['energy_reason']))}" if summary.get("energy_reason") else ""
     return f'<p class="sub">Energy: not measurable here{reason}.</p>'
 
 
+def _energy_of_an_image(net: Mapping[str, Any]) -> str:
+    if "energy_j_image" not in net:
+        return _ABSENT
+    joules = net["energy_j_image"]
+    return joules_text(joules) if _is_number(joules) else "not measurable here"
+
+
 def _architecture(summary: Mapping[str, Any]) -> str:
-    blocks = [block for block in summary.get("blocks") or [] if isinstance(block, Mapping)]
+    listed = summary.get("blocks")
+    blocks = [block for block in listed if isinstance(block, Mapping)] if isinstance(listed, Sequence) else []
     if not blocks:
         return '<h3>What was cut</h3><p class="absent">Not recorded block by block.</p>' if "frozen" in summary else ""
-    most = max((block.get("macs") or 0 for block in blocks), default=0) or 1
+    most = max(_macs_of(block) for block in blocks) or 1
     rows = []
     for block in blocks:
-        of, macs = block.get("channels"), block.get("macs") or 0
+        of, macs = block.get("channels"), _macs_of(block)
         channels = ("whole" if block.get("runs") else "cut") if of is None else f"{block.get('open')} of {of}"
         bar = f'<span class="bar"><i style="width:{100 * macs / most:.1f}%"></i></span>'
         rows.append(
@@ -152,6 +165,11 @@ def _architecture(summary: Mapping[str, Any]) -> str:
         )
     head = "<tr><th>block</th><th>open channels</th><th>MACs (M)</th><th>ms, batch 1</th></tr>"
     return f'<h3>What is left, block by block</h3><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _macs_of(block: Mapping[str, Any]) -> float:
+    macs = block.get("macs")
+    return float(macs) if _is_number(macs) and macs > 0 else 0.0
 
 
 def _details(name: str, values: Mapping[str, Any]) -> str:
@@ -189,13 +207,15 @@ def _is_network(value: Any) -> bool:
 
 
 def _mark_kind(run: RunView, kind: str) -> str:
-    """A control is a run with a sub-network that was fixed at the start; it has a mark of its own."""
-    return "control: fixed at the start" if kind == "frozen" and run.config.get("subnetwork") else kind
+    """A control, which trains a part of the network alone from the start, has a mark of its own."""
+    part = run.config.get("subnetwork")
+    return kind if not part else "control: equal MACs" if part == "even" else "control: fixed at epoch 0"
 
 
 def _point(run: RunView, kind: str, net: Mapping[str, Any], x: float, unit: str) -> Point:
-    label = f"{run.name}, {kind}: {net['top1']:.2f} %, {x:.4g} {unit}"
-    return Point(x, net["top1"], _mark_kind(run, kind), label)
+    label = f"{run.name}, {_mark_kind(run, kind)}: {net['top1']:.2f} %, {x:.4g} {unit}"
+    name = PurePath(run.name).name
+    return Point(x, net["top1"], _mark_kind(run, kind), label, name if len(name) <= 30 else name[:29] + "…")
 
 
 def _of(net: Mapping[str, Any], key: str, batch: str) -> Any:
@@ -208,4 +228,4 @@ def _shown(value: Any, form: str, scale: float = 1.0) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

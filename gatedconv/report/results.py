@@ -59,7 +59,7 @@ def results_text(rows: Rows) -> str:
     for shown, title in TITLES.items():
         members = [each for each in all_experiments().values() if shown in each.shown]
         if members:
-            parts = [f"### {title}", _table(members, rows), *_verdicts(members, rows)]
+            parts = [f"### {title}", _table(members, rows), *_verdicts(members, rows), *_unmeasured(members, rows)]
             sections.append("\n\n".join(parts))
     return "\n\n".join(sections)
 
@@ -119,7 +119,7 @@ def _line(experiment: Experiment, runs: Sequence[LedgerRow]) -> list[str]:
         _shown([run.top1_dynamic for run in runs], 2),
         _shown([None if run.macs_dynamic is None else run.macs_dynamic / 1e6 for run in runs], 2),
         _shown([None if run.energy_j is None else run.energy_j / 3600 for run in runs], 2),
-        _shown([run.energy_j_image for run in runs], 4),
+        _shown([run.energy_j_image for run in runs], 5),
         printed,
     ]
 
@@ -130,6 +130,13 @@ def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit
         return ""
     mean, spread = mean_spread(known)
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "") + unit
+
+
+def _unmeasured(members: Sequence[Experiment], rows: Rows) -> list[str]:
+    """A sentence where energy was not measurable; the columns then lack it, or are not there."""
+    runs = [run for each in members for run in runs_of(each, rows) if each.trains]
+    silent = sum(run.energy_j is None for run in runs)
+    return [f"Energy: not measurable on the machine of {silent} of these {len(runs)} runs."] if silent else []
 
 
 def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:

@@ -8,17 +8,22 @@ from html import escape
 from typing import NamedTuple
 
 INK, MUTED, GRID, OPEN = "#1f2430", "#6b7280", "#e5e7eb", (11, 93, 86)
-SHAPES = {"dense": ("circle", "#64748b"), "frozen": ("circle", "#0f766e"), "dynamic": ("ring", "#0f766e")}
-OTHER = ("diamond", "#b45309")
+SHAPES = {
+    "dense": ("circle", "#64748b"), "frozen": ("circle", "#0f766e"), "dynamic": ("ring", "#0f766e"),
+    "control: equal MACs": ("diamond", "#b45309"), "control: fixed at epoch 0": ("square", "#7c3aed"),
+}  # fmt: skip
+OTHER = ("diamond", "#64748b")
+_NAME_HEIGHT, _NAME_WIDTH = 10, 5.0  # of a line, and of a letter, in units of the picture
 
 
 class Point(NamedTuple):
-    """A network in a plane: its kind decides the mark, its label is shown on hovering."""
+    """A network in a plane: its kind decides the mark, its name stands beside it, its label is shown on hovering."""
 
     x: float
     y: float
     kind: str
     label: str
+    name: str = ""
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int = 520, height: int = 330) -> str:
@@ -50,7 +55,23 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int = 52
     parts.append(f'<g transform="translate(14 {(top + bottom) / 2}) rotate(-90)">{_text(0, 0, y_title, "middle")}</g>')
     for point in good:
         parts.append(_mark(*at(point), point))
+    parts += _names([(*at(point), point.name) for point in good if point.name], right)
     return "".join(parts) + "</svg>"
+
+
+def _names(places: Sequence[tuple[float, float, str]], right: float) -> list[str]:
+    """Names beside their points, within the picture; one that would lie upon another moves down."""
+    parts, taken = [], []
+    for x, y, name in sorted(places, key=lambda place: place[1]):
+        width = _NAME_WIDTH * len(name)
+        begin = x + 8 if x + 8 + width <= right + 12 else x - 8 - width
+        line = y + 3.0
+        for low, high, other in sorted(taken, key=lambda place: place[2]):
+            if begin < high and low < begin + width and abs(line - other) < _NAME_HEIGHT:
+                line = other + _NAME_HEIGHT
+        taken.append((begin, begin + width, line))
+        parts.append(_text(begin, line, name, "start", size=9))
+    return parts
 
 
 def legend(kinds: Sequence[str]) -> str:
@@ -76,6 +97,7 @@ def heat_map(rates: Mapping[str, Sequence[float]], epochs: Sequence[int], width:
                 _text(label_width - 6, y + cell - 1, name.removesuffix("_gate"), "end", size=min(10, cell + 2))
             )
         for column, value in enumerate(values):
+            value = value if isinstance(value, (int, float)) else math.nan
             shown = min(1.0, max(0.0, value)) if math.isfinite(value) else None
             tip = f"{name}, epoch {epochs[column]}: {value:.1%} open"
             parts.append(
@@ -97,6 +119,8 @@ def _shade(value: float | None) -> str:
 def _mark(x: float, y: float, point: Point) -> str:
     shape, color = SHAPES.get(point.kind, OTHER)
     tip = f"<title>{escape(point.label)}</title>"
+    if shape == "square":
+        return f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" fill="{color}">{tip}</rect>'
     if shape == "diamond":
         return f'<path d="M{x:.1f} {y - 6:.1f}l6 6-6 6-6-6z" fill="{color}" fill-opacity="0.85">{tip}</path>'
     fill = (

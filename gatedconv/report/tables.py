@@ -45,14 +45,23 @@ def comparison_table(summary: Summary) -> str:
     for batch in ("1", "32"):
         spent = [((side or {}).get("energy_j") or {}).get(batch) for side in (dense, frozen)]
         if any(joules is not None for joules in spent):
-            cells = [_ABSENT if joules is None else f"{joules:.4f}" for joules in spent]
+            cells = [_ABSENT if joules is None else joules_text(joules) for joules in spent]
             rows.append([f"energy of a call, batch {batch} (J)", *cells, ""])
+    told = [side if side and "energy_j_image" in side else None for side in (dense, frozen)]
+    if any(side and side["energy_j_image"] is None for side in told):
+        rows.append(["energy of an image (J)", "", joules_text(None), ""])
+    elif any(told):
+        rows.append(["energy of an image (J)", *_cells(told[0], told[1], "energy_j_image", "{:.3g}")])
     if "energy_j" in summary:
-        joules = summary["energy_j"]
-        rows.append(["training energy (J)", "", "not measurable here" if joules is None else f"{joules:.0f}", ""])
+        rows.append(["training energy (J)", "", joules_text(summary["energy_j"]), ""])
     if frozen is not None:
         rows.append(["agreement (%)", _ABSENT, f"{100 * summary['agreement']:.2f}", ""])
     return text_table(["", "dense", "frozen", "change"], rows)
+
+
+def joules_text(joules: float | None) -> str:
+    """Joules to three digits at least; None is "not measurable here", and nothing that was measured is 0."""
+    return "not measurable here" if joules is None else f"{joules:,.0f}" if joules >= 1000 else f"{joules:.3g}"
 
 
 def runs_table(summaries: Mapping[str, Summary]) -> str:

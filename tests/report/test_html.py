@@ -106,9 +106,34 @@ def test_points_lie_where_their_numbers_say() -> None:
     assert "circle" in scatter([Point(0, 0, "dense", "zero")], "x", "y")
 
 
-def test_controls_have_a_mark_of_their_own() -> None:
-    control = RunView("fixed", {"subnetwork": "even"}, (), SUMMARY)
-    assert "control: fixed at the start" in html_page([control]) and "control" not in html_page([full()])
+def test_controls_have_marks_of_their_own_and_points_their_names() -> None:
+    """A control trains a part of the network alone: its network is "dense", its config tells which control it is."""
+    figures = {"dense": {"top1": 91.0, "macs": 20_000_000, "params": 150_000}}
+    runs = [
+        RunView("runs/dense-seed0", {"subnetwork": ""}, (), figures),
+        RunView("runs/even-seed0", {"subnetwork": "even"}, (), figures),
+        RunView("runs/fixed-seed0", {"subnetwork": "runs/gated-seed0/consensus.json"}, (), figures),
+    ]
+    plain = html_page([full(), runs[0]])
+    assert "control" not in plain
+    page = html_page(runs)
+    for kind in ("dense", "control: equal MACs", "control: fixed at epoch 0"):
+        assert re.search(f"</svg>{kind}</span>", page), kind  # in the legend
+    picture = ElementTree.fromstring(re.search(r"<svg viewBox.*?</svg>", page, re.DOTALL)[0])  # type: ignore[index]
+    marks = {mark.find("title").text.split(":")[0]: mark for mark in picture if mark.find("title") is not None}  # type: ignore[union-attr]
+    looks = {(mark.tag, mark.get("fill")) for mark in marks.values()}
+    assert len(looks) == 3, looks
+    names = [text.text for text in picture.iter("text")]
+    assert {"dense-seed0", "even-seed0", "fixed-seed0"} <= set(names)
+
+
+def test_names_of_points_do_not_lie_upon_each_other_or_outside() -> None:
+    points = [Point(20.0, 90.0 + 0.01 * number, "dense", "", f"a-run-of-some-name-seed{number}") for number in range(6)]
+    picture = ElementTree.fromstring(scatter([*points, Point(1.0, 80.0, "dense", "", "low")], "x", "y"))
+    texts = [text for text in picture.iter("text") if (text.text or "").startswith("a-run")]
+    lines = sorted(float(text.get("y") or 0) for text in texts)
+    assert len(lines) == 6 and all(b - a >= 9.9 for a, b in zip(lines, lines[1:], strict=False))
+    assert all(0 < float(text.get("x") or 0) and float(text.get("x") or 0) + 5 * 23 < 520 for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +141,9 @@ def test_controls_have_a_mark_of_their_own() -> None:
     [
         None, {}, {"frozen": {"top1": 1.0, "macs": None, "params": None}}, {"dense": 3, "blocks": 7 * [None]},
         {"frozen": {"top1": 90.0, "macs": 5, "latency_ms": None, "energy_j": 3.0}, "versions": 3, "energy_j": None},
-        {"blocks": [{"block": None}]},
+        {"blocks": [{"block": None}]}, {"blocks": 3}, {"blocks": "abc"}, {"agreement": "all"},
+        {"blocks": [{"block": 1, "macs": "many", "ms": [], "channels": {}, "open": None}, {"macs": float("nan")}]},
+        {"frozen": {"top1": 1.0, "macs": "x", "params": {}, "energy_j_image": "y", "latency_ms": {"1": "z"}}},
     ],
     ids=str,
 )  # fmt: skip

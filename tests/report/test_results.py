@@ -50,6 +50,16 @@ def test_a_control_is_beaten_only_by_more_than_the_spread(ahead: float, verdict:
     assert f"against equal MACs: {ahead:+.2f} points, 3 seeds, larger spread 1.00: {verdict}." in line
 
 
+def test_energy_that_was_not_measurable_is_said_and_no_zero() -> None:
+    rows = [row(seed=0), row(seed=1), row(seed=2, energy_j=7200.0, energy_j_image=0.00125)]
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    assert "Energy: not measurable on the machine of 2 of these 3 runs." in text
+    line = cells(text, "ResNet-56 CIFAR-10 gated")
+    assert "2.00" in line and "0.00125" in line
+    text = results_text({each.key: each for each in rows[:2]}).split("###")[1]
+    assert "not measurable on the machine of 2 of these 2 runs" in text and "Wh" not in text
+
+
 def test_seeds_that_the_other_lacks_are_not_compared() -> None:
     rows = {each.key: each for each in (row(), row(seed=1), row("headline-r56-c10-equal-macs", 3, kind="equal_macs"))}
     assert "- ResNet" not in results_text(rows)

@@ -57,4 +57,14 @@ def test_energy_that_no_counter_tells_is_never_a_zero() -> None:
     told = comparison_table({"dense": side, "energy_j": None})
     assert "not measurable here" in told
     told = comparison_table({"dense": {**side, "energy_j": {"1": 0.25, "32": None}}, "energy_j": 1234.4})
-    assert "1234" in told and "0.2500" in told and "not measurable" not in told and "batch 32" not in told
+    assert "1,234" in told and "0.25" in told and "not measurable" not in told and "batch 32" not in told
+    told = comparison_table({"dense": side, "energy_j": 0.0312})
+    assert cells(told.splitlines()[-1])[-1] == "0.0312"
+
+
+def test_the_energy_of_an_image_is_told_or_said_to_be_unmeasurable() -> None:
+    spent = [{"top1": 90.0, "macs": 1e6, "params": 1e3, "energy_j_image": joules} for joules in (0.002, 0.0005, None)]
+    lines = comparison_table({"dense": spent[0], "frozen": spent[1], "agreement": 1.0}).splitlines()
+    assert cells(lines[5]) == ["energy of an image (J)", "0.002", "0.0005", "-75.0 %"]
+    lines = comparison_table({"dense": spent[2], "frozen": spent[2], "agreement": 1.0}).splitlines()
+    assert cells(lines[5]) == ["energy of an image (J)", "not measurable here"]
