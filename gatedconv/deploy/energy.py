@@ -95,23 +95,24 @@ class EnergyMeter:
 
     Attributes:
         source: the devices that are counted, for people; "" where none is.
-        reason: why nothing can be told; "" while something can.
+        reason: why nothing can be told of the time since `start`; "" while something can.
+        elsewhere: whether another process counts all that this one uses.
     """
 
     def __init__(self, device: torch.device, *, host: bool = True, counters: Sequence[Counter] | None = None) -> None:
-        self.reason = ""
+        reason = ""
         if counters is None:
-            counters, self.reason = find_counters(device, host=host)
+            counters, reason = find_counters(device, host=host)
         self._counters = list(counters)
         self.source = ", ".join(counter.name for counter in self._counters)
-        if not self._counters and not self.reason:
-            self.reason = "no energy counter"
+        self.elsewhere = device.type == "cpu" and not host
+        self.reason = self._absent = reason or ("" if self._counters else "no energy counter")
         self._last: list[float] = []
         self._total = 0.0
 
     def start(self) -> None:
-        """Begin to count, at 0."""
-        self._total = 0.0
+        """Begin to count, at 0; what went wrong before does not matter any more."""
+        self.reason, self._total = self._absent, 0.0
         self._last = self._read()
 
     def poll(self) -> None:

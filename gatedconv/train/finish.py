@@ -24,6 +24,7 @@ from gatedconv.train.metrics import evaluate
 from gatedconv.train.recipe import placement, train_batches
 
 LATENCY_BATCHES = (1, 32)
+_NO_ENERGY: dict[str, Any] = {"energy_j": None, "energy_j_image": None}
 _EXPORTS = {"onnx": "compact.onnx", "torch": "compact.pt2"}
 
 
@@ -40,7 +41,7 @@ def finish(
         listener: hears notes.
 
     Returns:
-        The outcome: `dense` and `frozen` with top1 (percent), macs, params and latency_ms, and, for a gated
+        The outcome: `dense` and `frozen` with top1 (percent), macs, params, latency_ms and energy, and, for a gated
         run, agreement, open rates, pruning rate (eq. 11) and the network's figures before the freeze.
     """
     nets: dict[str, nn.Module] = {}
@@ -66,7 +67,7 @@ def finish(
         for name, times in latencies(nets, config, data).items():
             outcome[name] |= times
     for name, net in nets.items():
-        outcome[name]["energy_j"] = energies(net, config, data) if config.latency else None
+        outcome[name] |= energies(net, config, data) if config.latency else _NO_ENERGY
     if "frozen" in nets:
         masks, one = read_consensus(folder.consensus)[0], example_images(data, config, 1)
         outcome["blocks"] = block_figures(nets["frozen"], masks, one, rounds=9 if config.latency else 0)
@@ -121,17 +122,23 @@ def latencies(
     return times
 
 
-def energies(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, float | None] | None:
-    """Joules of one call in eager mode at batch 1 and 32; None on a machine that does not tell."""
+def energies(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Any]:
+    """Joules in eager mode: of one call at batch 1 and 32, and of an image of the larger batch.
+
+    Returns:
+        {"energy_j": {"1": J, "32": J}, "energy_j_image": J}; None in place of what the machine does not tell.
+    """
     found: dict[str, float | None] = {}
     for batch in LATENCY_BATCHES:
         images = example_images(data, config, batch)
         meter = EnergyMeter(images.device)
         if meter.reason:
-            return None
+            return _NO_ENERGY
         wait = torch.cuda.synchronize if images.is_cuda else None
         found[str(batch)] = energy_per_call(partial(net, images), meter, synchronize=wait)
-    return found
+    largest = max(LATENCY_BATCHES)
+    whole = found[str(largest)]
+    return {"energy_j": found, "energy_j_image": None if whole is None else whole / largest}
 
 
 def write_exports(

@@ -20,6 +20,8 @@ _FIGURES = {
     "params": NUMBER,
     "latency_ms?": _LATENCY,
     "engine_latency_ms?": _LATENCY,
+    "energy_j?": (dict, type(None)),
+    "energy_j_image?": (*NUMBER, type(None)),
 }
 # What reports read of summary.json.
 _SUMMARY = {"dense?": _FIGURES, "frozen?": _FIGURES, "agreement?": NUMBER}

@@ -67,6 +67,18 @@ def test_a_counter_that_cannot_be_read_is_no_zero(values: tuple[Any, ...]) -> No
     assert meter.joules() is None  # and stays so
 
 
+def test_a_counter_that_failed_once_is_asked_again_after_the_next_start() -> None:
+    """An epoch too short for the counter, or a read that failed, is no verdict on the whole run."""
+    meter = measured(Counter(7, 7, 7, 9, OSError("gone"), 10, 14))
+    assert meter.joules() is None and meter.reason == "fake: the counter stands still"
+    meter.start()
+    assert meter.joules() == pytest.approx(2) and not meter.reason
+    meter.start()
+    assert meter.joules() is None and meter.reason == "gone"
+    meter.start()
+    assert meter.joules() == pytest.approx(4)
+
+
 def test_a_counter_that_stands_still_is_no_zero() -> None:
     meter = measured(Counter(7, 7))
     assert meter.joules() is None and meter.reason == "fake: the counter stands still"
