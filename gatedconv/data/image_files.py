@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +63,12 @@ class FileImages:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_stacked,
+            worker_init_fn=_ignore_sigterm,
             generator=torch.Generator(),  # the loader draws a seed: not from the global generator
         )
-        for batch in loader:
+        with _sigterm_held():
+            batches = iter(loader)
+        for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -78,6 +83,24 @@ class _Decoder(Dataset[Tensor | DataError]):
             return read_image(self.files[row], self.size)
         except DataError as error:  # raised in a worker, it would lose its type on the way
             return error
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """What is sent to all processes of a run at once is for the run to answer; it ends its workers when it ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Workers that are started meanwhile are deaf to SIGTERM from their first moment; this process hears it after."""
+    if not hasattr(signal, "pthread_sigmask"):  # not a POSIX system
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stacked(images: list[Tensor | DataError]) -> Tensor | DataError:

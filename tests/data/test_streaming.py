@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +97,38 @@ def test_a_damaged_file_is_named_when_its_batch_comes(folder: Path, workers: int
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pytest.raises(DataError, match=r"bee/3\.png: expected a readable image"):
         list(TrainBatches(files, 5))
+
+
+def test_sigterm_to_all_processes_at_once_leaves_the_workers_alone(folder: Path, tmp_path: Path) -> None:
+    """A scheduler signals the whole group; the run itself answers, after a checkpoint that needs no batch to fail."""
+    script = (
+        "import signal, sys, time\n"
+        "from gatedconv.data import TrainBatches, load_data\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGTERM, lambda *of: heard.append(of))\n"
+        f"data = load_data('imagefolder:{folder}', image_size=8, workers=2)\n"
+        "batches = TrainBatches(data, 2)\n"
+        "count = 0\n"
+        "for images, labels in batches:\n"
+        "    count += 1\n"
+        "    if count == 1:\n"
+        "        print('ready', flush=True)\n"
+        "        while not heard:\n"
+        "            time.sleep(0.01)\n"
+        "        time.sleep(0.5)\n"
+        "sys.exit(0 if count == len(batches) == 11 else 1)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 0, told
 
 
 def test_a_validation_split_can_be_taken_from_files(folder: Path) -> None:
