@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -111,10 +112,20 @@ class TrainBatches:
         return {"data": self.generator.get_state(), "begun": self._begun, "position": self.position}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from there: the next pass is the rest of the one that was interrupted, if one was."""
+        """Go on from there: the next pass is the rest of the one that was interrupted, if one was.
+
+        The state of another kind of device's generator seeds this one: an interrupted pass then goes on in another
+        order, and may show an image twice.
+        """
         self._begun = state.get("begun", state["data"])
         self.position = self._skip_to = int(state.get("position", 0))
-        self.generator.set_state(state["data"])
+        if state["data"].numel() != self.generator.get_state().numel():
+            digest = hashlib.sha256(state["data"].numpy().tobytes()).digest()
+            self.generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+            self._begun = self.generator.get_state()
+            self._random(len(self.labels), shuffle=True)  # of the pass; what follows are other numbers
+        else:
+            self.generator.set_state(state["data"])
 
     def _all_crops(self, images: Tensor) -> Tensor:
         """A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every crop of every image: picking crops is one gather."""
