@@ -115,6 +115,10 @@ class TrainConfig:
         high=1.0,
     )
 
+    mac_ramp_power: float = option(
+        1.0, "shape of that fall: 1 for a straight line; with more, most of it comes early", above=0.0, high=10.0
+    )
+
     # ---- the consensus
     consensus_at: float = option(
         1.0,
@@ -130,6 +134,18 @@ class TrainConfig:
     subnetwork: str = option(
         "", "train this part of the gated network alone from the start: even, or the consensus.json of a run"
     )
+
+    # ---- the teacher
+    teacher_at: float = option(
+        1.0,
+        "share of the run after which the average of the whole network's weights so far teaches; 1 for no teacher",
+        above=0.0,
+        high=1.0,
+    )
+    teacher_weight: float = option(
+        0.5, "weight of the teacher in the loss when it begins; falls to 0 at the end of the run", above=0.0, high=1.0
+    )
+    teacher_temperature: float = option(2.0, "temperature that softens teacher and pupil", above=0.0)
 
     # ---- after training
     bn_reestimate: bool = option(True, "work out BatchNorm statistics again on the frozen network")
@@ -170,6 +186,11 @@ class TrainConfig:
                 raise ValueError(f"{field}: expected a gate, got gate 'none'")
         if self.consensus_at < 1 and self.epochs < 2:
             raise ValueError(f"consensus_at: expected at least 2 epochs, one on either side, got {self.epochs}")
+        if self.consensus_at < self.teacher_at < 1:
+            raise ValueError(
+                f"teacher_at: expected at most consensus_at {self.consensus_at:g}, the whole network is gone by then; "
+                f"got {self.teacher_at:g}"
+            )
         if self.subnetwork and self.consensus_at < 1:
             raise ValueError("subnetwork: expected consensus_at 1, a sub-network has no gates left; got both")
         if self.subnetwork and self.dense_baseline:

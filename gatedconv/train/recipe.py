@@ -69,7 +69,7 @@ def gate_loss(
     if config.mac_weight:
         loss = loss + ramp * config.mac_weight * mac_target_loss(model, target=config.mac_target)
     if controller is not None and progress >= config.mac_ramp[0]:
-        loss = loss + controller(model, schedules.falling(progress, config.mac_target, *config.mac_ramp))
+        loss = loss + controller(model, macs_wanted(config, progress))
     return loss, polarization
 
 
@@ -90,7 +90,12 @@ def make_shutter(model: nn.Module, config: TrainConfig) -> Shutter | None:
 def shut_gates(shutter: Shutter, config: TrainConfig, progress: float) -> None:
     """After a step at a progress in [0, 1]: shut what the MACs wanted by then leave no room for."""
     if progress >= config.mac_ramp[0]:
-        shutter.step(schedules.falling(progress, config.mac_target, *config.mac_ramp))
+        shutter.step(macs_wanted(config, progress))
+
+
+def macs_wanted(config: TrainConfig, progress: float) -> float:
+    """MACs that `mac_control` aims at, as a share of the dense network's, at a progress in [0, 1]."""
+    return schedules.falling(progress, config.mac_target, *config.mac_ramp, config.mac_ramp_power)
 
 
 def polar_weight(config: TrainConfig, progress: float) -> float:
