@@ -28,7 +28,9 @@ from gatedconv.train import TrainConfig
 from gatedconv.train.checkpoint import save_checkpoint
 from gatedconv.train.distributed import current
 from gatedconv.train.provenance import provenance
+from gatedconv.train.recipe import total_loss
 from gatedconv.train.step import Stepper
+from gatedconv.train.sync_norm import synchronised_norms
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "scaling"
 CPU = torch.device("cpu")
@@ -124,8 +126,11 @@ def checkpoint() -> dict[str, Any]:
     }  # fmt: skip
 
 
+NETWORKS = [(depth, gate) for depth in (20, 56) for gate in ("layer", "channel")]
+
+
 def collectives() -> dict[str, Any]:
-    """What the gates of a network send in a step, counted, and how long it takes two processes of gloo."""
+    """What the gates of a network send and launch in a step, counted, and how long two processes take to send it."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, args=(folder,), nprocs=2)
         return {"rows": json.loads((Path(folder) / "rows.json").read_text())}
@@ -133,18 +138,50 @@ def collectives() -> dict[str, Any]:
 
 def _rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
+    alone = {(depth, gate): _launches(depth, gate, "off") for depth in (20, 56) for gate in (None, "layer", "channel")}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
-    rows = [_sent(depth, gate) for depth in (20, 56) for gate in ("layer", "channel")]
+    rows = []
+    for depth, gate in NETWORKS:
+        for norms in ("off", "gates"):
+            launches = {
+                "launches_without_gates": alone[depth, None], "launches_alone": alone[depth, gate],
+                "launches_together": _launches(depth, gate, norms),
+            }  # fmt: skip
+            rows.append({**_sent(depth, gate, norms), **launches})
     if index == 0:
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
-def _sent(depth: int, gate: str) -> dict[str, Any]:
-    builder = resnet20 if depth == 20 else resnet56
+def _network(depth: int, gate: str | None) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = builder(gate=gate, position="middle", input_size=(3, 16, 16)).train()
-    config = TrainConfig(batch_size=8, lr=1e-4, gate=gate, mac_weight=1.0, act_weight=0.1)
+    builder = resnet20 if depth == 20 else resnet56
+    return builder(gate=gate, position="middle", input_size=(3, 16, 16)).train()
+
+
+def _launches(depth: int, gate: str | None, norms: str) -> int:
+    """Launches of a GPU for forward, losses and backward of a step, recorded from the library's calls without one."""
+    from tests.kernels.recording import recorded
+
+    model, images, labels = _network(depth, gate), torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64)
+    config = TrainConfig(batch_size=8, gate=gate or "none", mac_weight=1.0 if gate else 0.0, act_weight=0.1)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        loss, _ = total_loss(model, model(images), labels, config, 0.5)
+        loss.backward()
+
+    with synchronised_norms(model, norms):
+        for _ in range(2):  # the first one makes what is made once
+            with recorded() as recording:
+                step()
+    count: int = recording.count
+    return count
+
+
+def _sent(depth: int, gate: str, norms: str) -> dict[str, Any]:
+    model = _network(depth, gate)
+    config = TrainConfig(batch_size=8, lr=1e-4, gate=gate, mac_weight=1.0, act_weight=0.1, sync_norm=norms)
     stepper, sent, spent = Stepper(model, config, CPU, current()), [], [0.0]
     real = dist.all_reduce
 
@@ -165,10 +202,15 @@ def _sent(depth: int, gate: str) -> dict[str, Any]:
             stepper(images, labels, 0.5)
             times.append(time.perf_counter() - began)
     dist.all_reduce = real
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    gates = gatedconv.gates(model).values()
+    gradients, of_gates = (
+        sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        for modules in ([model], gates)
+    )
     return {
-        "model": f"resnet{depth}", "gate": gate, "gates": sum(g.num_gates for g in gatedconv.gates(model).values()),
-        "messages_per_step": len(sent) // 6, "bytes_per_step": sum(sent) // 6, "gradient_bytes_per_step": gradients,
+        "model": f"resnet{depth}", "gate": gate, "sync_norm": norms, "gates": sum(g.num_gates for g in gates),
+        "messages_per_step": len(sent) // 6, "bytes_per_step": sum(sent) // 6,
+        "gate_gradient_bytes_per_step": of_gates, "gradient_bytes_per_step": gradients,
         "step_ms": 1e3 * statistics.median(times[2:]), "messages_ms": 1e3 * spent[0] / 6,
     }  # fmt: skip
 

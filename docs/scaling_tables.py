@@ -9,23 +9,28 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "scaling"
 _ABSENT = "Not run yet."
+_NORMS = {"off": "own", "gates": "synchronised"}
 
 
 def collectives() -> str:
-    """Messages of the gates in a step, with what two processes of gloo took for them."""
+    """Messages and launches of the gates in a step, with what two processes of gloo took for the messages."""
     found = _read("collectives")
     if found is None:
         return _ABSENT
     lines = [
-        "| network | gates | messages a step | bytes a step | gradients, bytes a step | gates' share of bytes | "
+        "| network | norms of gates | messages | their bytes | gradients of gates, bytes | of all, bytes | "
+        "gates' share of bytes | launches for gates | of these, for several GPUs | "
         "2 processes: messages (ms) | step (ms) |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
-        share = row["bytes_per_step"] / (row["bytes_per_step"] + row["gradient_bytes_per_step"])
+        own, gradients = _gate_bytes(row), row["gradient_bytes_per_step"]
+        together = row["launches_together"]
         lines.append(
-            f"| {row['model']}, {row['gate']} | {row['gates']} | {row['messages_per_step']} | "
-            f"{row['bytes_per_step']:,} | {row['gradient_bytes_per_step']:,} | {share:.2%} | "
+            f"| {_named(row)} | {_NORMS[row['sync_norm']]} | {row['messages_per_step']} | "
+            f"{row['bytes_per_step']:,} | {row['gate_gradient_bytes_per_step']:,} | {gradients:,} | "
+            f"{own / (row['bytes_per_step'] + gradients):.2%} | "
+            f"{together - row['launches_without_gates']} of {together} | {together - row['launches_alone']} | "
             f"{row['messages_ms']:.2f} | {row['step_ms']:.1f} |"
         )
     return "\n".join(lines)
@@ -37,16 +42,20 @@ def on_paper() -> str:
     if found is None:
         return _ABSENT
     lines = [
-        "| network | GPUs | sent by each GPU, ring (bytes) | steps of a ring | steps of a tree |",
-        "|---|---|---|---|---|",
+        "| network | norms of gates | GPUs | sent by each GPU for gates, ring (bytes) | of all it sends | "
+        "messages x steps of a ring | of a tree |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
         for gpus in (8, 1024):
-            sent = round(2 * (gpus - 1) / gpus * row["bytes_per_step"])
+            own = _gate_bytes(row)
+            sent = round(2 * (gpus - 1) / gpus * own)
+            share = own / (row["bytes_per_step"] + row["gradient_bytes_per_step"])
             ring, tree = 2 * (gpus - 1), 2 * (gpus - 1).bit_length()
             count = row["messages_per_step"]
             lines.append(
-                f"| {row['model']}, {row['gate']} | {gpus:,} | {sent:,} | {count} x {ring:,} | {count} x {tree} |"
+                f"| {_named(row)} | {_NORMS[row['sync_norm']]} | {gpus:,} | {sent:,} | {share:.2%} | "
+                f"{count} x {ring:,} | {count} x {tree} |"
             )
     return "\n".join(lines)
 
@@ -97,6 +106,16 @@ def survival() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "collectives": collectives, "on-paper": on_paper, "skipping": skipping, "compile": compiled, "survival": survival,
 }  # fmt: skip
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['model']}, {row['gate']}"
+
+
+def _gate_bytes(row: dict[str, Any]) -> int:
+    """What a step sends for gates: their messages, and the gradients of their parameters."""
+    total: int = row["bytes_per_step"] + row["gate_gradient_bytes_per_step"]
+    return total
 
 
 def _read(stage: str) -> dict[str, Any] | None:
