@@ -3,6 +3,7 @@
 #include "masked_maps.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 
@@ -84,6 +85,28 @@ Bands lay_out_bands(const ConvShape& s, int64_t inputs, int64_t outputs, int thr
   return bands;
 }
 
+// Outputs of an image: rows [y0, y1), columns [x0, x1).
+struct Region {
+  int64_t y0, y1, x0, x1;
+  int64_t area() const { return y0 < y1 && x0 < x1 ? (y1 - y0) * (x1 - x0) : 0; }
+};
+
+// The outputs whose windows lie inside the image.
+Region find_inner(const ConvShape& s) {
+  const auto end = [](int64_t size, int64_t pad, int64_t stride, int64_t outputs) {
+    return size + pad < 3 ? 0 : std::min(outputs, (size + pad - 3) / stride + 1);
+  };
+  return {ceil_div(s.pad_top, s.stride_h), end(s.height, s.pad_top, s.stride_h, s.out_h),
+          ceil_div(s.pad_left, s.stride_w), end(s.width, s.pad_left, s.stride_w, s.out_w)};
+}
+
+// Whether a pixel of the input is a pixel of a map: its channels side by side, every one of them open.
+bool is_map(const ConvShape& s, const ConvTensors<float>& t) {
+  constexpr int64_t kFarthest = std::numeric_limits<int32_t>::max() / 8;  // taps are 32-bit offsets
+  return t.input_strides.c == 1 && t.in_offset[1] == s.in_channels && t.input_strides.h < kFarthest &&
+         t.input_strides.w < kFarthest;
+}
+
 // One thread's work on one call.
 class Worker {
  public:
@@ -108,27 +131,24 @@ class Worker {
     if (buffer_.size() < floats + scratch_floats_ + 2 * kPanel)
       buffer_.resize(floats + scratch_floats_ + 2 * kPanel);
     if (!in_place_) spread_ = make_spread(s.out_channels, outputs);
+    if (!is_winograd(s) && is_map(s, t)) inner_ = find_inner(s);
   }
 
   void run(int64_t image, int64_t images, int64_t row, int64_t rows) {
-    float* in = buffer_.data();
-    for (int64_t i = 0; i < images; ++i) read_image(image + i, row, in + i * bands_.in_image());
-    float* out = in + bands_.images * bands_.in_image();
+    float* out = buffer_.data() + bands_.images * bands_.in_image();
     float* scratch = out;
     if (in_place_) {
       out = t_.output + image * t_.output_strides.n + row * t_.output_strides.h;
     } else {
       scratch += bands_.images * bands_.rows * s_.out_w * bands_.out_pixel;
     }
-    Step step = step_;
-    step.in.data = in + (is_winograd(s_) ? step.in.row + step.in.pixel : 0);
-    step.out.data = out;
-    step.out.height = static_cast<int>(rows);
-    if (is_winograd(s_)) step.in.height = step.out.height;
-    step.rows = static_cast<int>(is_winograd(s_) ? ceil_div(rows, kTile) : rows);
-    kernels_.run(step, {0, images * step.rows, 0, static_cast<int>(bands_.out_pixel / kPanel)}, scratch);
+    if (is_winograd(s_)) {
+      run_winograd(image, images, row, rows, out, scratch);
+    } else {
+      run_direct(image, images, row, rows, out);
+    }
     if (in_place_) return;
-    for (int64_t i = 0; i < images; ++i) write_image(image + i, row, rows, out + i * step.out.image);
+    for (int64_t i = 0; i < images; ++i) write_image(image + i, row, rows, out + i * step_.out.image);
   }
 
  private:
@@ -147,8 +167,7 @@ class Worker {
     step_.keep = in_place_ ? keep_.data() : nullptr;
     Map& in = step_.in;
     in.channels = static_cast<int>(inputs_);
-    in.height = static_cast<int>(fast ? bands_.rows : bands_.in_rows);
-    in.width = static_cast<int>(fast ? s_.out_w : bands_.in_cols);
+    in.width = static_cast<int>(s_.out_w);
     in.halo = fast ? 1 : 0, in.multiple = fast ? static_cast<int>(kTile) : 1;
     in.pixel = bands_.in_pixel, in.row = bands_.in_cols * in.pixel, in.image = bands_.in_image();
     Map& out = step_.out;
@@ -158,28 +177,98 @@ class Worker {
     out.image = in_place_ ? t_.output_strides.n : bands_.rows * out.row;
   }
 
-  // What output rows from `row` on read of an image, with zeros around it.
-  void read_image(int64_t n, int64_t row, float* to) {
-    const int64_t first = row * s_.stride_h - s_.pad_top, pixel = bands_.in_pixel;
-    const int64_t y0 = std::clamp<int64_t>(-first, 0, bands_.in_rows);
-    const int64_t y1 = std::clamp<int64_t>(s_.height - first, y0, bands_.in_rows);
-    const int64_t x0 = std::min(s_.pad_left, bands_.in_cols);
-    const int64_t x1 = std::clamp<int64_t>(s_.width + s_.pad_left, x0, bands_.in_cols);
-    const int64_t line = bands_.in_cols * pixel;
+  void run_step(const Step& step, int64_t images, float* scratch) {
+    kernels_.run(step, {0, images * step.rows, 0, static_cast<int>(bands_.out_pixel / kPanel)}, scratch);
+  }
+
+  void run_winograd(int64_t image, int64_t images, int64_t row, int64_t rows, float* out, float* scratch) {
+    float* in = buffer_.data();
+    for (int64_t i = 0; i < images; ++i) {
+      read_window(image + i, row - s_.pad_top, bands_.in_rows, -s_.pad_left, bands_.in_cols,
+                  in + i * bands_.in_image());
+    }
+    Step step = step_;
+    step.in.data = in + step.in.row + step.in.pixel;
+    step.out.data = out;
+    step.in.height = step.out.height = static_cast<int>(rows);
+    step.rows = static_cast<int>(ceil_div(rows, kTile));
+    run_step(step, images, scratch);
+  }
+
+  // Where the input is a map, only the windows that hang over its edge are copied.
+  void run_direct(int64_t image, int64_t images, int64_t row, int64_t rows, float* out) {
+    const Region all{row, row + rows, 0, s_.out_w};
+    const Region inner{std::max(row, inner_.y0), std::min(row + rows, inner_.y1), inner_.x0, inner_.x1};
+    if (2 * inner.area() < all.area()) return run_copied(image, images, all, out);
+    const auto at = [&](int64_t y, int64_t x) {
+      return out + (y - row) * step_.out.row + x * step_.out.pixel;
+    };
+    run_copied(image, images, {row, inner.y0, 0, s_.out_w}, out);
+    run_copied(image, images, {inner.y1, row + rows, 0, s_.out_w}, at(inner.y1, 0));
+    for (int64_t x = 0; x < s_.out_w; ++x) {
+      if (x >= inner.x0 && x < inner.x1) continue;
+      run_copied(image, images, {inner.y0, inner.y1, x, x + 1}, at(inner.y0, x));
+    }
+    const Strides4& strides = t_.input_strides;
+    const int64_t y = inner.y0 * s_.stride_h - s_.pad_top, x = inner.x0 * s_.stride_w - s_.pad_left;
+    Step step = region_step(inner, at(inner.y0, inner.x0));
+    step.in.pixel = strides.w, step.in.row = strides.h, step.in.image = strides.n;
+    // A map has no constant data; a convolution only reads its input.
+    step.in.data = const_cast<float*>(t_.input) + image * strides.n + y * strides.h + x * strides.w;
+    run_step(step, images, nullptr);
+  }
+
+  Step region_step(const Region& region, float* out) const {
+    Step step = step_;
+    step.out.data = out;
+    step.out.height = step.rows = static_cast<int>(region.y1 - region.y0);
+    step.out.width = static_cast<int>(region.x1 - region.x0);
+    return step;
+  }
+
+  void run_copied(int64_t image, int64_t images, const Region& region, float* out) {
+    if (region.area() == 0) return;
+    const int64_t in_rows = (region.y1 - region.y0 - 1) * s_.stride_h + 3;
+    const int64_t in_cols = (region.x1 - region.x0 - 1) * s_.stride_w + 3;
+    Step step = region_step(region, out);
+    step.in.data = buffer_.data();
+    step.in.row = in_cols * step.in.pixel, step.in.image = in_rows * step.in.row;
+    for (int64_t i = 0; i < images; ++i) {
+      read_window(image + i, region.y0 * s_.stride_h - s_.pad_top, in_rows,
+                  region.x0 * s_.stride_w - s_.pad_left, in_cols, step.in.data + i * step.in.image);
+    }
+    if (step.out.width == 1) {
+      // A column is one line: from output to output the window moves by rows of `in_cols` pixels.
+      step.stride_w = static_cast<int>(s_.stride_h * in_cols);
+      step.out.pixel = step.out.row;
+      step.out.width = step.out.height;
+      step.out.height = step.rows = 1;
+    }
+    run_step(step, images, nullptr);
+  }
+
+  // Rows [first, first + rows) and columns [left, left + columns) of an image, zeros where there is none.
+  void read_window(int64_t n, int64_t first, int64_t rows, int64_t left, int64_t columns, float* to) {
+    const int64_t pixel = bands_.in_pixel, line = columns * pixel;
+    const int64_t y0 = std::clamp<int64_t>(-first, 0, rows);
+    const int64_t y1 = std::clamp<int64_t>(s_.height - first, y0, rows);
+    const int64_t x0 = std::clamp<int64_t>(-left, 0, columns);
+    const int64_t x1 = std::clamp<int64_t>(s_.width - left, x0, columns);
     std::fill(to, to + y0 * line, 0.0f);
-    std::fill(to + y1 * line, to + bands_.in_rows * line, 0.0f);
+    std::fill(to + y1 * line, to + rows * line, 0.0f);
     for (int64_t y = y0; y < y1; ++y) {
       std::fill(to + y * line, to + y * line + x0 * pixel, 0.0f);
       std::fill(to + y * line + x1 * pixel, to + (y + 1) * line, 0.0f);
     }
     if (y0 == y1 || x0 == x1) return;
-    const float* from = t_.input + n * t_.input_strides.n + (first + y0) * t_.input_strides.h;
-    read_rows(from, y1 - y0, x1 - x0, to + y0 * line + x0 * pixel);
+    const Strides4& strides = t_.input_strides;
+    const float* from = t_.input + n * strides.n + (first + y0) * strides.h + (left + x0) * strides.w;
+    read_rows(from, y1 - y0, x1 - x0, line, to + y0 * line + x0 * pixel);
   }
 
-  void read_rows(const float* from, int64_t rows, int64_t columns, float* to) {
+  void read_rows(const float* from, int64_t rows, int64_t columns, int64_t line, float* to) {
     const Strides4& strides = t_.input_strides;
-    const int64_t pixel = bands_.in_pixel, line = bands_.in_cols * pixel;
+    const int64_t pixel = bands_.in_pixel;
     if (strides.w == 1 && strides.c != 1) {
       const bool joined = strides.h == columns;  // the rows are one run of pixels
       sources_.assign(bands_.in_pixel, nullptr);
@@ -232,7 +321,8 @@ class Worker {
   const PlaneKernels& planes_;
   const Bands& bands_;
   int64_t inputs_;
-  bool in_place_;  // the kernel writes the output itself
+  Region inner_{};  // outputs that can be computed from the input itself
+  bool in_place_;   // the kernel writes the output itself
   size_t scratch_floats_;
   Step step_{};
   Spread spread_;
@@ -274,22 +364,47 @@ int64_t map_weight_floats(int64_t inputs, int64_t outputs) {
   return round_up(outputs, kPanel) * inputs * (kTaps + kPoints);
 }
 
+namespace {
+
+// Filters, null for zeros, into a panel [9][inputs][16].
+void pack_panel(const ConvShape& s, const ConvTensors<float>& t, const PlaneKernels& kernels,
+                std::array<const float*, kPanel> filters, float* panel) {
+  const int64_t inputs = t.in_offset[1], panel_floats = inputs * kPanel;
+  const Strides4& w = t.weight_strides;
+  const bool all = inputs == s.in_channels;
+  if (all && w.w == 1 && w.h == 3 && w.c == kTaps) {  // (C_out, C_in, 3, 3), contiguous
+    return kernels.planes_to_map(filters.data(), kPanel, inputs * kTaps, kTaps, panel, panel_floats, kPanel);
+  }
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
+    std::array<const float*, kPanel> at{};
+    for (size_t i = 0; i < kPanel; ++i) {
+      if (filters[i]) at[i] = filters[i] + tap / 3 * w.h + tap % 3 * w.w;
+    }
+    float* to = panel + tap * panel_floats;
+    if (all && w.c == 1) {  // channels_last
+      kernels.planes_to_map(at.data(), kPanel, inputs, inputs, to, kPanel, 0);
+      continue;
+    }
+    for (int64_t k = 0; k < inputs; ++k) {
+      for (size_t i = 0; i < kPanel; ++i) to[k * kPanel + i] = at[i] ? at[i][t.in_index[k] * w.c] : 0;
+    }
+  }
+}
+
+}  // namespace
+
 void pack_map_weights(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,
                       const PlaneKernels& kernels, bool winograd, float* to) {
   const std::vector<int32_t> places = place_outputs(s, outputs, kernels.lanes);
   const int64_t inputs = t.in_offset[1], count = static_cast<int64_t>(places.size());
   const int64_t panels = ceil_div(count, kPanel), panel_floats = inputs * kPanel;
   const Strides4& w = t.weight_strides;
-  std::fill(to, to + panels * panel_floats * kTaps, 0.0f);
-  for (int64_t row = 0; row < count; ++row) {
-    if (places[row] < 0) continue;
-    float* panel = to + row / kPanel * panel_floats * kTaps + row % kPanel;
-    for (int64_t k = 0; k < inputs; ++k) {
-      const float* filter = t.weight + places[row] * w.n + t.in_index[k] * w.c;
-      for (int64_t tap = 0; tap < kTaps; ++tap) {
-        panel[tap * panel_floats + k * kPanel] = filter[tap / 3 * w.h + tap % 3 * w.w];
-      }
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    std::array<const float*, kPanel> filters{};
+    for (int64_t row = panel * kPanel; row < std::min(count, (panel + 1) * kPanel); ++row) {
+      if (places[row] >= 0) filters[row % kPanel] = t.weight + places[row] * w.n;
     }
+    pack_panel(s, t, kernels, filters, to + panel * panel_floats * kTaps);
   }
   if (!winograd) return;
   float* points = to + panels * panel_floats * kTaps;
@@ -299,22 +414,34 @@ void pack_map_weights(const ConvShape& s, const ConvTensors<float>& t, const Ope
   }
 }
 
+namespace {
+
+// Weights packed by the calling thread for itself: that takes less time than to fetch them from another core.
+const float* own_weights(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,
+                         const PlaneKernels& kernels) {
+  // Kept by the thread: to clear a fresh one would cost more than to fill it.
+  static thread_local std::vector<float> own;
+  const size_t floats = map_weight_floats(t.in_offset[1], static_cast<int64_t>(outputs.rows.size()));
+  if (own.size() < floats) own.resize(floats);
+  pack_map_weights(s, t, outputs, kernels, is_winograd(s), own.data());
+  return own.data();
+}
+
+}  // namespace
+
 void masked_conv2d_maps(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,
                         const Kernels& kernels, const PlaneKernels& planes, int threads,
                         const ParallelFor& parallel, const float* weights) {
-  std::vector<float> own;
-  if (!weights) {
-    own.resize(map_weight_floats(t.in_offset[1], static_cast<int64_t>(outputs.rows.size())));
-    pack_map_weights(s, t, outputs, planes, is_winograd(s), own.data());
-    weights = own.data();
-  }
   const std::vector<int32_t> places = place_outputs(s, outputs, planes.lanes);
   const int64_t inputs = t.in_offset[1], count = static_cast<int64_t>(places.size());
   const Bands bands = lay_out_bands(s, inputs, count, threads);
-  const int64_t groups = ceil_div(s.batch, bands.images), strips = ceil_div(s.out_h, bands.rows);
-  const int64_t work = bands.images * bands.rows * s.out_w * count * inputs * kTaps;
+  const int64_t strips = ceil_div(s.out_h, bands.rows);
+  // As many groups for every thread.
+  const int64_t groups = std::min(s.batch, round_up(ceil_div(s.batch, bands.images), std::max(1, threads)));
+  const int64_t work = ceil_div(s.batch, groups) * bands.rows * s.out_w * count * inputs * kTaps;
   parallel(groups * strips, 1 + kWorthwhile / std::max<int64_t>(1, work), [&](int64_t begin, int64_t end) {
-    Worker worker(s, t, places, kernels, planes, bands, weights);
+    const float* panels = weights ? weights : own_weights(s, t, outputs, planes);
+    Worker worker(s, t, places, kernels, planes, bands, panels);
     for (int64_t unit = begin; unit < end; ++unit) {
       // Even groups: 32 images in groups of up to 5 are 7 x 4 or 5 and not 6 x 5 and a group of 2.
       const int64_t image = s.batch * (unit / strips) / groups, next = s.batch * (unit / strips + 1) / groups;

@@ -40,7 +40,8 @@ struct PlaneKernels {
   // `pixels` pixels from `first` on of `count` planes, null for zeros, into channels that lie side by side.
   void (*from_planes)(float* const* planes, int64_t count, int64_t first, int64_t pixels, float* to,
                       ptrdiff_t channel_stride, ptrdiff_t pixel_stride);
-  // `pixels` of `count` planes, a multiple of 16 and null for zeros, into a map with rows of `width` pixels.
+  // `pixels` of `count` planes, their count a multiple of 16 and null for zeros, into a map with rows of
+  // `width` pixels.
   void (*planes_to_map)(const float* const* planes, int64_t count, int64_t pixels, int64_t width, float* to,
                         ptrdiff_t pixel_stride, ptrdiff_t row_stride);
   // The first `count` channels of a row of pixels, each a multiple of 16 floats, into planes; a null plane is

@@ -293,6 +293,34 @@ def test_side_by_side_channels(instruction_set, layout, stride, size, closed):
         assert relative_error(out, exact) <= 1e-5
 
 
+# Channels that lie side by side are read where they are; only windows that hang over the edge are copied.
+@pytest.mark.parametrize(
+    "size, stride, padding",
+    [
+        ((9, 12), (2, 2), (1, 1)),
+        ((12, 9), (2, 1), (0, 1)),
+        ((7, 20), (1, 2), (1, 0)),
+        ((16, 16), (3, 2), (2, 3)),
+        ((3, 3), (2, 2), (1, 1)),
+        ((5, 1), (2, 2), (1, 1)),
+        ((1, 8), (1, 2), (1, 1)),
+        ((24, 5), (2, 2), (1, 4)),
+    ],
+)
+@torch.no_grad()
+def test_windows_over_the_edge(instruction_set, size, stride, padding):
+    wide = torch.randn(7, size[0] + 3, size[1] + 2, 24).permute(0, 3, 1, 2)
+    inside = wide[:, :16, 2 : 2 + size[0], 1 : 1 + size[1]]  # what is around it must not be read
+    w, b = torch.randn(32, 16, 3, 3), torch.randn(32)
+    numbers = {"stride": stride, "padding": padding}
+    for out_open in (torch.ones(32, dtype=torch.bool), torch.arange(32) % 3 > 0):
+        exact = masked_conv2d_oracle(inside.double(), w.double(), b.double(), out_open, None, **numbers)
+        for x in (inside, inside.contiguous(memory_format=torch.channels_last)):
+            for weight in (w, w.contiguous(memory_format=torch.channels_last)):
+                out = masked_conv2d(x, weight, b, out_open, **numbers)
+                assert relative_error(out, exact) <= 1e-5
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -3e38])
