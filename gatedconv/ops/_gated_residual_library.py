@@ -16,7 +16,7 @@ from gatedconv.ops import _gated_residual_closed_form as closed_form
 from gatedconv.ops._gate_arguments import GateOutput
 from gatedconv.ops._gate_closed_form import DTYPES
 from gatedconv.ops._gate_library import move_buffers
-from gatedconv.ops.gated_residual import InnerGate, NormArguments, ResidualOutput
+from gatedconv.ops._residual_arguments import InnerGate, NormArguments, ResidualOutput
 
 __all__ = ["compiled_residual"]
 

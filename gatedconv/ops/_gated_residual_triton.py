@@ -12,7 +12,7 @@ from gatedconv.kernels import gate_backward_launch, gate_launch, gated_residual_
 from gatedconv.ops import _gated_residual_library
 from gatedconv.ops._gate_arguments import GateOutput, GateParameters
 from gatedconv.ops._gate_triton import backward_options, forward_options, require_batch
-from gatedconv.ops.gated_residual import InnerGate, NormArguments, ResidualOutput
+from gatedconv.ops._residual_arguments import InnerGate, NormArguments, ResidualOutput
 
 __all__ = ["fused_residual"]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gatedconv.ops import _triton
-from gatedconv.ops._gate_arguments import GateOptions, GateOutput, GateParameters, GateStatistics, check_gate
+from gatedconv.ops._gate_arguments import check_gate
+from gatedconv.ops._residual_arguments import InnerGate, NormArguments, ResidualOutput
 from gatedconv.ops.gate import gate_reference, kernels_can
 
 __all__ = [
@@ -21,42 +22,6 @@ __all__ = [
 ]
 
 _HALVES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class NormArguments(NamedTuple):
-    """A BatchNorm over (N, H, W) that uses the batch's statistics.
-
-    weight (C,), bias (C,); mean (C,), var (C,) and batches int64 () move in place by ``momentum``.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    var: Tensor
-    batches: Tensor
-    eps: float = 1e-5
-    momentum: float = 0.1
-
-
-class InnerGate(NamedTuple):
-    """The arguments of a channel gate that reads what it gates, pooled; see `gatedconv.ops.gate`."""
-
-    parameters: GateParameters
-    statistics: GateStatistics
-    options: GateOptions
-    noise: Tensor | None = None
-
-
-class ResidualOutput(NamedTuple):
-    """What leaves a block.
-
-    out (N, C, H, W); pooled (N, C), its mean over H and W in the norm's dtype, for the next block's gate;
-    channel: the inner gate's decision, None without one. All differentiable, but ``channel.gate`` by kernels.
-    """
-
-    out: Tensor
-    pooled: Tensor
-    channel: GateOutput | None
 
 
 def gated_residual(
