@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.epilog = (
         "precedence: preset < config file < flag. Exit code 3: max_minutes or SIGTERM ended the run; resume it. "
-        "Several GPUs or machines: torchrun ... -m gatedconv train --folder DIR ..."
+        "Several GPUs or machines: torchrun ... -m gatedconv train --folder DIR ...; exit code 0 then, "
+        "whatever else torchrun would start again."
     )
     parser.add_argument("--preset", metavar="NAME", help="named settings: demo, paper-c10-r56-layer, best-c10-r56, ...")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file")
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, print the outcome, draw the plots."""
     from gatedconv.cli.progress import make_listener
     from gatedconv.report import comparison_table
-    from gatedconv.train.distributed import launched
+    from gatedconv.train.distributed import by_torchrun, launched
     from gatedconv.train.listener import Listener
     from gatedconv.train.pipeline import run as run_training
     from gatedconv.train.stopping import EXIT_CODE, stop_on_sigterm
@@ -57,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
             summary = run_training(config, folder, resume=arguments.resume is not None, listener=listener, stop=stop)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(folder)) from None
-    if summary is None:
-        return EXIT_CODE
+    if summary is None:  # torchrun has no code that ends a job for good but 0: of any other it starts all again
+        return 0 if by_torchrun() else EXIT_CODE
     if rank > 0:
         return 0
     _draw(folder)

@@ -6,7 +6,6 @@ ranks, the gradient included, before anything nonlinear happens to them.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from gatedconv.gates.closed_form import cached, gate_average, polarization
 from gatedconv.gates.costs import expected_macs, mac_terms
 from gatedconv.gates.ranks import global_mean, world_size
-from gatedconv.gates.registry import find_gates, open_rates, unwrap
+from gatedconv.gates.registry import find_gates, joined_rates, open_rates, unwrap
+from gatedconv.gates.window import RateWindow
 
 
 def polarization_loss(model: nn.Module) -> Tensor:
@@ -91,14 +91,14 @@ def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
         return rates
     if torch.compiler.is_compiling():
         return _joined(model, rates, window)
-    last = _last.get(unwrap(model))
+    last = joined_rates.get(unwrap(model))
     # The same tensors: the same batch, whichever loss asks.
     if last is None or any(old is not new for old, new in zip(last[0], rates.values(), strict=True)):
-        last = _last[unwrap(model)] = (tuple(rates.values()), _joined(model, rates, window))
+        last = joined_rates[unwrap(model)] = (tuple(rates.values()), _joined(model, rates, window))
     return last[1]
 
 
-def _joined(model: nn.Module, rates: dict[str, Tensor], window: _Window | None) -> dict[str, Tensor]:
+def _joined(model: nn.Module, rates: dict[str, Tensor], window: RateWindow | None) -> dict[str, Tensor]:
     joined = torch.cat(list(rates.values()))
     if world_size() > 1:
         joined = global_mean(joined, _batch_size(model))
@@ -113,36 +113,21 @@ def _batch_size(model: nn.Module) -> int:
     return next((found.shape[0] for found in logits if found is not None), 1)
 
 
-class _Window:
-    """The open rates of the last ``parts`` batches, of which only the current one has a gradient."""
-
-    def __init__(self, parts: int) -> None:
-        self._before: deque[Tensor] = deque(maxlen=parts - 1)
-        self._parts = parts
-
-    def mix(self, joined: Tensor) -> Tensor:
-        now = joined.detach()
-        mean = torch.stack([*self._before, now]).mean(dim=0)
-        self._before.append(now)
-        return mean + (joined - now) / self._parts
-
-
-_windows: WeakKeyDictionary[nn.Module, _Window] = WeakKeyDictionary()
-_last: WeakKeyDictionary[nn.Module, tuple[tuple[Tensor, ...], dict[str, Tensor]]] = WeakKeyDictionary()
+_windows: WeakKeyDictionary[nn.Module, RateWindow] = WeakKeyDictionary()
 
 
 @contextmanager
-def accumulating(model: nn.Module, parts: int) -> Iterator[None]:
-    """While it lasts, the losses see open rates averaged over the last ``parts`` batches of training.
+def accumulating(model: nn.Module, window: RateWindow | None) -> Iterator[None]:
+    """While it lasts, the losses see open rates averaged over the last batches of training, as ``window`` does.
 
     For gradient accumulation: a step made of several batches. The value of a loss is that at the average;
     its gradient goes through the current batch alone, with the weight 1 / parts that it has there, so that
-    the gradients of a step's parts add up to that of the whole.
+    the gradients of a step's parts add up to that of the whole. None changes nothing.
     """
-    if parts > 1:
-        _windows[unwrap(model)] = _Window(parts)
+    if window is not None:
+        _windows[unwrap(model)] = window
     try:
         yield
     finally:
         _windows.pop(unwrap(model), None)
-        _last.pop(unwrap(model), None)
+        joined_rates.pop(unwrap(model), None)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 
 from gatedconv.gates.closed_form import cached
 from gatedconv.gates.gate import Gate
+
+# Of each model: the gates' open rates of the last batch, and what `gates.losses` made of them over all processes.
+joined_rates: WeakKeyDictionary[nn.Module, tuple[tuple[Tensor, ...], dict[str, Tensor]]] = WeakKeyDictionary()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -54,6 +59,7 @@ def forget(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling():  # a compiled graph has no such accumulators
         return
+    joined_rates.pop(unwrap(model), None)
     # Looked for once: walking all modules takes milliseconds.
     for gate in cached(model, "gates", lambda: [module for module in model.modules() if isinstance(module, Gate)]):
         gate.forget()

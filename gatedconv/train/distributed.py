@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+_RUN_ID = "TORCHELASTIC_RUN_ID"
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_MEETING = timedelta(minutes=10)  # for all processes to be there
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Ranks:
         dist.all_gather_object(box, value)
         return box
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true of any process; a collective."""
+        return any(self.gather(value))
+
     def average_buffers(self, model: nn.Module, weight: float = 1.0) -> None:
         """Give every process the mean of all running statistics, so that all hold the same network.
 
@@ -91,11 +100,54 @@ def joined(device: str) -> Iterator[Ranks]:
     on_gpu = device != "cpu" and (device != "auto" or torch.cuda.is_available())
     if on_gpu:
         _take_gpu(device, local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if os.environ.get(_AGENT_STORE) == "True":
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(backend, store=_fresh_store(rank, world), rank=rank, world_size=world)
+    else:
+        dist.init_process_group(backend)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local)
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_store(rank: int, world: int) -> dist.Store:
+    """A corner of torchrun's store that no process of an earlier start has written to.
+
+    torchrun keeps one store through all its restarts, and a process group of a new start would find the addresses of
+    the old one's processes there: it hangs, or its connections are refused. Neither the count of restarts nor anything
+    else that torchrun tells is sure to be the same on all machines. So the first process makes up a name, and tells it
+    to those that have shown, by words never used before, that they are alive.
+
+    Raises:
+        DistStoreError: some process did not come within ten minutes.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size=world, is_master=False, timeout=_MEETING)
+    return dist.PrefixStore(f"gatedconv/{_agreed_name(store, rank, world, _MEETING)}", store)
+
+
+def _agreed_name(store: dist.Store, rank: int, world: int, patience: timedelta) -> str:
+    """A name that all live processes, and no others, know: the first one's; each of them calls this."""
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"gatedconv/here/{rank}", mine)
+        name: str = store.get(f"gatedconv/told/{mine}").decode()  # waits
+        store.set(f"gatedconv/heard/{name}/{rank}", "1")
+        return name
+    others = [f"gatedconv/here/{number}" for number in range(1, world)]
+    heard = [f"gatedconv/heard/{mine}/{number}" for number in range(1, world)]
+    deadline = time.monotonic() + patience.total_seconds()
+    while not store.check(heard):
+        if time.monotonic() > deadline:
+            missing = [number for number, key in enumerate(heard, start=1) if not store.check([key])]
+            raise dist.DistStoreError(f"processes {missing} of {world} did not come within {patience}")
+        for key in others:  # also those that only an earlier process has written: nobody listens there
+            if store.check([key]):
+                store.set(f"gatedconv/told/{store.get(key).decode()}", mine)
+        time.sleep(0.02)
+    return mine
 
 
 def current() -> Ranks:
@@ -110,9 +162,9 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this job again after a process of it was lost."""
-    return int(os.environ.get(_RESTARTS, "0")) > 0
+def by_torchrun() -> bool:
+    """Whether torchrun started this process: the same on all of them, which its count of restarts is not."""
+    return _RUN_ID in os.environ
 
 
 def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:

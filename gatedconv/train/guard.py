@@ -10,6 +10,11 @@ MOST_IN_A_ROW = 3
 MOST_IN_AN_EPOCH = 20
 
 
+def judged_at_once(device: torch.device) -> bool:
+    """Whether each step is judged before the next one, which would make a GPU wait."""
+    return device.type == "cpu"
+
+
 class Buffers:
     """A copy of a network's buffers (running statistics), to go back to."""
 
@@ -44,6 +49,15 @@ class StepGuard:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.buffers = Buffers(model)
         self.skipped, self._row, self._longest = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(3))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts, for a checkpoint."""
+        return {"skipped": self.skipped, "row": self._row, "longest": self._longest}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from counts; KeyError where one is missing."""
+        for name, count in self.state_dict().items():
+            count.copy_(state[name])
 
     def new_epoch(self) -> None:
         """Count from 0 again."""

@@ -17,18 +17,21 @@ import torch
 from torch import nn
 
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
+from gatedconv.deploy import count_macs
 from gatedconv.deploy.energy import EnergyMeter
 from gatedconv.train.checkpoint import State, load_checkpoint, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import Ranks, current
+from gatedconv.train.guard import judged_at_once
 from gatedconv.train.metrics import EpochMeter, EpochMetrics, evaluate
+from gatedconv.train.questions import Questions
 from gatedconv.train.recipe import learning_rate, place, placement, polar_weight, train_batches
-from gatedconv.train.skipping import PASSES_PER_STEP
-from gatedconv.train.state import pack_state, restore_state
+from gatedconv.train.state import pack_state, restore_part, restore_state
 from gatedconv.train.step import Stepper
+from gatedconv.train.step_macs import PASSES_PER_STEP
+from gatedconv.train.teacher import Teacher
 
-# Reading the loss makes the host wait for a GPU, and asking the other processes costs a message; once in this
-# many steps costs nothing measurable.
+# Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.
 _SYNC_EVERY = 20
 
 
@@ -63,6 +66,7 @@ def train(
     on_note: Callable[[str], object] = warnings.warn,
     deadline: float | None = None,
     stop: Callable[[], bool] | None = None,
+    teacher: Teacher | None = None,
 ) -> Iterator[EpochMetrics]:
     """Train a network in place, an epoch for every item taken from the iterator.
 
@@ -80,7 +84,9 @@ def train(
         on_note: called with what a person should know: that an older checkpoint had to stand in, or that steps
             were skipped.
         deadline: `time.monotonic()` by which to stop; an epoch that would end after it is not begun.
-        stop: asked after each step; True ends the iterator after a checkpoint.
+        stop: asked after each step, with several processes about once a second, and between epochs; True from any
+            process ends the iterator after a checkpoint.
+        teacher: goes on teaching; None for a new one, if `config` asks for it.
 
     Yields:
         The metrics of each epoch, after its checkpoint is on the disk.
@@ -96,7 +102,8 @@ def train(
     test_batches = EvalBatches(data, **placement(config), rank=ranks.rank, world=ranks.world)
     place(model, config)
     listeners = _Listeners(on_step or (lambda report: None), on_note, stop or (lambda: False))
-    training = _Training(model, batches, test_batches, config, phase, checkpoint, ranks, listeners, deadline)
+    teacher = teacher or (Teacher(config) if config.teacher_at < 1 else None)
+    training = _Training(model, batches, test_batches, config, phase, checkpoint, ranks, listeners, deadline, teacher)
     return training.epochs(resume and checkpoint is not None)
 
 
@@ -105,6 +112,10 @@ class _Listeners:
     step: StepListener
     note: Callable[[str], object]
     stop: Callable[[], bool]
+
+
+# Of an epoch: seconds, joules, multiply-accumulates executed and left out.
+_NOTHING: dict[str, Any] = {"seconds": 0.0, "energy_j": 0.0, "executed": 0.0, "saved": 0.0}
 
 
 class _Training:
@@ -121,7 +132,9 @@ class _Training:
         ranks: Ranks,
         listeners: _Listeners,
         deadline: float | None,
+        teacher: Teacher | None,
     ) -> None:
+        self.teacher = teacher
         self.model, self.batches, self.test_batches = model, batches, test_batches
         self.config, self.phase, self.checkpoint = config, phase, checkpoint
         self.ranks, self.listeners, self.deadline = ranks, listeners, deadline
@@ -131,19 +144,24 @@ class _Training:
         self.history: list[EpochMetrics] = []
         self.meter = EpochMeter(model, self.device)
         self.energy = EnergyMeter(self.device, host=ranks.local == 0)
-        # Of this epoch, before a restart.
-        self._earlier: dict[str, Any] = {"seconds": 0.0, "energy_j": 0.0, "saved": 0.0}
+        self.questions = Questions(ranks, self.device)
+        self._earlier = dict(_NOTHING)  # of this epoch, before a restart
         self._started = self._written = time.monotonic()
 
     def epochs(self, resume: bool) -> Iterator[EpochMetrics]:
         torch.manual_seed((self.config.seed + 7919 * self.ranks.rank) % 2**63)  # the gates' own noise
-        self.stepper = Stepper(self.model, self.config, self.device, self.ranks)
+        # What is left of a network after a cut carries no costs of its pieces.
+        is_cut = self.phase == "cut" or bool(self.config.subnetwork)
+        cut = float(count_macs(self.model, self.test_batches.first(1))) if is_cut else 0.0
+        self.stepper = Stepper(
+            self.model, self.config, self.device, self.ranks, macs_per_image=cut, teacher=self.teacher
+        )
         if resume:
             self._restore()
             yield from self.history
         first, end = epoch_range(self.config, self.phase)
         for epoch in range(first + len(self.history), end):
-            if self.ranks.agree(self._would_miss_deadline()):
+            if self.ranks.any(self.listeners.stop() or self._would_miss_deadline()):
                 return
             if not self._steps(epoch):
                 return
@@ -167,25 +185,30 @@ class _Training:
                 now_and_then = step % _SYNC_EVERY == 0 or step == steps
                 if now_and_then:
                     self.energy.poll()
-                if self.device.type == "cpu" or now_and_then:
-                    report = StepReport(self.phase, epoch + 1, step, steps, self.meter.mean_loss, self.meter.top1)
-                    self._require_finite(self.stepper.guard.settle(), report)
-                    self.listeners.step(report)
-                if step < steps and (self.ranks.world == 1 or now_and_then) and not self._go_on():
+                if judged_at_once(self.device) or now_and_then:
+                    self.listeners.step(self._settled(epoch))
+                if self.questions.due() and step < steps and not self._go_on(epoch):
                     return False
         return True
 
-    def _go_on(self) -> bool:
+    def _go_on(self, epoch: int) -> bool:
         """Write a checkpoint within the epoch if one is due; False if the run has been asked to stop."""
         every = 60 * self.config.checkpoint_minutes
         due = self.ranks.main and bool(every) and time.monotonic() - self._written >= every
-        asked = [self.listeners.stop(), due]
-        if self.ranks.world > 1:
-            asked = (self.ranks.sum(torch.tensor(asked, dtype=torch.int32, device=self.device)) > 0).tolist()
-        if any(asked):
+        stop, save = self.questions.ask(self.listeners.stop(), due)
+        if stop or save:
+            self._settled(epoch)  # what a bad step has broken goes into no checkpoint
             self._save()
             self._written = time.monotonic()
-        return not asked[0]
+        return not stop
+
+    def _settled(self, epoch: int) -> StepReport:
+        """Where the epoch stands, what bad steps left behind repaired; NonFiniteLoss where they are too many."""
+        steps = len(self.batches)
+        step = self.batches.position or steps
+        report = StepReport(self.phase, epoch + 1, step, steps, self.meter.mean_loss, self.meter.top1)
+        self._require_finite(self.stepper.guard.settle(), report)
+        return report
 
     def _evaluated(self, epoch: int) -> EpochMetrics:
         """The metrics of an epoch whose steps are done; begins to count the next one."""
@@ -211,7 +234,7 @@ class _Training:
             polar_weight=polar_weight(config, done / config.epochs),
             steps_skipped=int(self.stepper.guard.skipped),
             energy_j=self._all_energy(within["energy_j"]),
-            **self._macs(self._sum(within["saved"])),
+            **self._macs(self._sum(within["executed"]), self._sum(within["saved"])),
             **of_gates,
         )
         if metrics.steps_skipped:
@@ -225,32 +248,30 @@ class _Training:
     def _new_epoch(self) -> None:
         self.meter = EpochMeter(self.model, self.device)
         self.stepper.guard.new_epoch()
-        self.stepper.skipping.saved = 0.0
-        self._earlier = {"seconds": 0.0, "energy_j": 0.0, "saved": 0.0}
+        self.stepper.macs.new_epoch()
+        self._earlier = dict(_NOTHING)
 
-    def _macs(self, saved: float) -> dict[str, Any]:
+    def _macs(self, executed: float, saved: float) -> dict[str, Any]:
         """MACs that the epoch's steps executed, and the share that was left out; 0 where they are unknown."""
-        if not getattr(self.model, "mac_terms", None):
-            return {}
-        per_image = sum(term.macs for term in self.model.mac_terms)  # type: ignore[union-attr, misc]
-        whole = PASSES_PER_STEP * per_image * len(self.batches) * self.config.batch_size
-        return {"train_macs": whole - saved, "macs_saved": saved / whole}
+        whole = PASSES_PER_STEP * self.stepper.macs.per_image * len(self.batches) * self.config.batch_size
+        return {"train_macs": executed, "macs_saved": saved / whole} if whole else {}
 
     def _sum(self, value: float) -> float:
         return float(self.ranks.sum(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
     def _all_energy(self, mine: float | None) -> float | None:
-        """The energy of all processes, None if one of them cannot tell."""
-        found = self.ranks.gather(mine)
+        """The energy of all processes, None if one of them cannot tell; what another one counts is 0 here."""
+        found = self.ranks.gather(0.0 if self.energy.elsewhere else mine)
         return None if any(joules is None for joules in found) else sum(found)
 
     def _within(self) -> dict[str, Any]:
-        """Time, energy and saved MACs of the epoch so far, what passed before a restart included."""
+        """Time, energy and MACs of the epoch so far, what passed before a restart included."""
         joules, before = self.energy.joules(), self._earlier["energy_j"]
         return {
             "seconds": self._earlier["seconds"] + time.monotonic() - self._started,
             "energy_j": None if joules is None or before is None else before + joules,
-            "saved": self._earlier["saved"] + self.stepper.skipping.saved,
+            "executed": self._earlier["executed"] + self.stepper.macs.executed,
+            "saved": self._earlier["saved"] + self.stepper.macs.saved,
         }
 
     def _save(self) -> None:
@@ -259,12 +280,12 @@ class _Training:
             return
         self.ranks.average_buffers(self.model, self.weight)
         state = pack_state(self.stepper.parts, self.batches, self.config, self.phase, self.history, self.ranks)
+        state["guard"] = self.stepper.guard.state_dict()
         if self.batches.position:
             within = self._within()
             within["energy_j"] = self._all_energy(within["energy_j"])
-            within["saved"] = self._sum(within["saved"])
-            skipped = int(self.stepper.guard.skipped)
-            state["within"] = {**within, "skipped": skipped, "meter": self.meter.joined(self.ranks)}
+            within |= {name: self._sum(within[name]) for name in ("executed", "saved")}
+            state["within"] = {**within, "meter": self.meter.joined(self.ranks)}
         if self.ranks.main:
             save_checkpoint(self.checkpoint, state)
 
@@ -273,13 +294,15 @@ class _Training:
         path = self.checkpoint
         state: State = self.ranks.agree(load_checkpoint(path, self.listeners.note) if self.ranks.main else {})
         self.history = restore_state(state, path, self.stepper.parts, self.batches, self.config, self.phase, self.ranks)
+        self.stepper.guard.buffers.keep()
+        if "guard" in state:
+            restore_part(state, path, "guard", self.stepper.guard)
         within = state.get("within")
         if within:
             self._earlier["seconds"] = within["seconds"]
             if self.ranks.main:  # which holds what all of them had seen
-                self._earlier |= {"energy_j": within["energy_j"], "saved": within["saved"]}
+                self._earlier |= {name: within.get(name, 0.0) for name in ("energy_j", "executed", "saved")}
                 self.meter.load_state_dict(within["meter"])
-            self.stepper.guard.skipped.fill_(within["skipped"])
 
     def _would_miss_deadline(self) -> bool:
         expected = self.history[-1].seconds if self.history else 0.0

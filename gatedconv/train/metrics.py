@@ -38,7 +38,8 @@ class EpochMetrics:
         gates_saturated: gates beyond the window on either side; contains the dead ones.
         num_gates: single gates in the network.
         steps_skipped: steps whose loss or gradient was not finite, which left the weights alone.
-        train_macs: multiply-accumulates that the epoch's training steps executed, forward and (twice that) backward.
+        train_macs: multiply-accumulates that the epoch's training steps executed, forward and (twice that) backward;
+            steps made again and blocks recomputed included, what was lost with a killed process not.
         macs_saved: share of those of the whole network that were left out because gates agreed, 0 to 1.
         energy_j: joules that the epoch took on all devices that tell; None where none does.
         gate_open_rates: mean open rate of each gate module over the epoch, by name.

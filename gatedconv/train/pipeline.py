@@ -15,7 +15,7 @@ from gatedconv.deploy.energy import EnergyMeter
 from gatedconv.train.build import load_images, phases, starting_network
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
-from gatedconv.train.distributed import Ranks, current, joined, restarted
+from gatedconv.train.distributed import Ranks, by_torchrun, current, joined
 from gatedconv.train.finish import agree, cut_out, finish
 from gatedconv.train.folder import MetricsWriter, RunFolder
 from gatedconv.train.listener import Listener
@@ -26,6 +26,7 @@ from gatedconv.train.provenance import provenance
 from gatedconv.train.recipe import place, resolve_device, train_batches
 from gatedconv.train.state import restore_part
 from gatedconv.train.stopping import StopRequest
+from gatedconv.train.teacher import Teacher
 from gatedconv.train.tensorboard import TensorBoard, require_tensorboard
 
 # Gates that are all stuck further than this from the wanted MACs, relatively, deserve a word. A single layer
@@ -46,7 +47,8 @@ def run(
     """Train what `config` asks for and write everything to `folder`.
 
     Started by torchrun, each process calls this: they train one network together, and the first of them writes
-    and reports. A job that torchrun starts again after losing a process goes on by itself.
+    and reports. There, a folder that holds this run already is gone on with: torchrun starts a job again after
+    losing a process, and whether it has done so not every process of it can tell.
 
     Args:
         config: the run.
@@ -65,7 +67,7 @@ def run(
     """
     stop = stop or StopRequest()
     with joined(config.device) as ranks:
-        again = resume or (restarted() and ranks.agree(folder.holds_run()))
+        again = ranks.agree(resume or (by_torchrun() and folder.holds_run()))
         return _run(config, folder, again, (listener if ranks.main else None) or Listener(), stop, ranks)
 
 
@@ -88,6 +90,8 @@ def _run(
     trained = _train_phases(config, data, folder, networks, resume, listener, deadline, stop)
     if trained is None:
         return None
+    if stop.made:  # after the last time that anybody looked
+        stop.make()
     if not ranks.main:
         finish(config, data, folder, trained, listener)
         return {}
@@ -156,6 +160,7 @@ def _train_phases(
     ranks = current()
     writer = MetricsWriter(folder.metrics)
     trained: dict[str, nn.Module] = {}
+    teacher: Teacher | None = None
     board_wanted = config.tensorboard and ranks.main
     whole = networks | {"cut": None} if config.consensus_at < 1 else networks
     with TensorBoard(folder.path / "tensorboard") if board_wanted else nullcontext() as board, stop.patiently():
@@ -163,7 +168,9 @@ def _train_phases(
             listener.phase(phase)
             checkpoint = folder.checkpoint(phase)
             last = None
-            again = resume and ranks.agree(has_checkpoint(checkpoint))
+            again = ranks.agree(resume and has_checkpoint(checkpoint))
+            if phase != "cut":  # which is taught by what it was cut from
+                teacher = Teacher(config) if config.teacher_at < 1 else None
             if network is None:
                 network = _cut_network(config, data, folder, trained["gated"], again, listener)
             for metrics in train(
@@ -177,6 +184,7 @@ def _train_phases(
                 on_note=listener.note,
                 deadline=deadline,
                 stop=lambda: stop.made,
+                teacher=teacher,
             ):
                 if ranks.main:
                     writer.write(metrics)
@@ -186,9 +194,9 @@ def _train_phases(
                 if _dead_share(metrics) > _DEAD_SHARE >= _dead_share(last):
                     listener.note(_dead_note(metrics))
                 last = metrics
-            done = last.epoch if last else 0
-            if done < epoch_range(config, phase)[1]:
-                why = "asked to stop" if stop.made else f"max_minutes is {config.max_minutes:g}"
+            done, asked = last.epoch if last else 0, ranks.any(stop.made)
+            if asked or done < epoch_range(config, phase)[1]:
+                why = "asked to stop" if asked else f"max_minutes is {config.max_minutes:g}"
                 listener.note(
                     f"stopped after {done} of {config.epochs} epochs ({phase}): {why}; go on with: "
                     f"gatedconv train --resume {folder.path}"

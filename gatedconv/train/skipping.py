@@ -13,9 +13,7 @@ from gatedconv.gates.gate import LearnedGate
 from gatedconv.nn import BasicBlock
 from gatedconv.nn.skipping import BlockSkip, is_shut
 from gatedconv.train.distributed import ALONE, Ranks
-
-# A training step costs a forward pass and, backward, about two more.
-PASSES_PER_STEP = 3
+from gatedconv.train.step_macs import StepMacs
 
 
 class BlockSkipping:
@@ -34,15 +32,23 @@ class BlockSkipping:
         device: that it trains on.
         predict: let the step before decide; None for what suits the device.
         ranks: the processes that train together; where the step before decides, they leave out the same.
+        macs: told of every pass and of what it left out; None for a count of its own.
 
     Attributes:
-        saved: multiply-accumulates left out so far, forward and backward.
+        macs: what was executed and what was left out.
         repeated: steps that had to be done again.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, *, predict: bool | None = None, ranks: Ranks = ALONE
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        predict: bool | None = None,
+        ranks: Ranks = ALONE,
+        macs: StepMacs | None = None,
     ) -> None:
+        self.macs = macs or StepMacs(model)
         self._blocks = _skippable(model)
         self.predict = bool(self._blocks) and (device.type == "cuda" if predict is None else predict)
         costs = dict.fromkeys(self._blocks, 0.0)
@@ -53,7 +59,7 @@ class BlockSkipping:
         self._costs = list(costs.values())
         self._skips = [BlockSkip(now=not self.predict) for _ in self._blocks]
         self._ranks = ranks
-        self.saved, self.repeated = 0.0, 0
+        self.repeated = 0
         self._shut = self._flags = torch.zeros(len(costs), dtype=torch.bool)
         if device.type == "cuda":
             self._flags = self._flags.pin_memory()
@@ -74,7 +80,7 @@ class BlockSkipping:
     def note_forward(self, images: int, *, first: bool = True) -> None:
         """Take down which gates are shut for the images that have just gone through; `first` begins a step."""
         if not self.predict:
-            self._count(images, [skip.shut for skip in self._skips])
+            self.macs.add(images, self._left_out())
             return
         shut = torch.stack([is_shut(gate) for gate in self._gates()])
         self._shut = shut if first else self._shut & shut
@@ -96,15 +102,14 @@ class BlockSkipping:
         flags = self._flags.tolist()
         wrong = any(skip.shut and not shut for skip, shut in zip(self._skips, flags, strict=True))
         self.repeated += wrong
-        if not wrong:
-            self._count(images, [skip.shut for skip in self._skips])
+        self.macs.add(images, self._left_out(), made_again=wrong)
         for skip, shut in zip(self._skips, flags, strict=True):
             skip.shut = shut and not wrong
         return not wrong
 
-    def _count(self, images: int, left_out: list[bool]) -> None:
-        cost = sum(cost for cost, shut in zip(self._costs, left_out, strict=True) if shut)
-        self.saved += PASSES_PER_STEP * images * cost
+    def _left_out(self) -> float:
+        """Multiply-accumulates of one image that the last forward pass did without."""
+        return sum(cost for cost, skip in zip(self._costs, self._skips, strict=True) if skip.shut)
 
     def _gates(self) -> list[LearnedGate]:
         return [block.layer_gate for block in self._blocks.values() if isinstance(block.layer_gate, LearnedGate)]

@@ -31,8 +31,11 @@ _STATE = {
     },
     "history": list,
     # In the middle of an epoch: what it has shown so far.
-    "within?": {"seconds": NUMBER, "energy_j": (*NUMBER, type(None)), "saved": NUMBER, "skipped": int, "meter": dict},
-}
+    "within?": {
+        "seconds": NUMBER, "energy_j": (*NUMBER, type(None)), "executed?": NUMBER, "saved": NUMBER, "meter": dict,
+    },
+    "guard?": dict,
+}  # fmt: skip
 
 
 def pack_state(

@@ -12,9 +12,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gatedconv.gates import find_gates
 from gatedconv.gates.losses import accumulating
+from gatedconv.gates.window import RateWindow
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import ALONE, Ranks, parallel
-from gatedconv.train.guard import Buffers, StepGuard
+from gatedconv.train.guard import Buffers, StepGuard, judged_at_once
 from gatedconv.train.recipe import (
     gate_loss,
     learning_rate,
@@ -27,7 +28,9 @@ from gatedconv.train.recipe import (
 )
 from gatedconv.train.recompute import recomputing
 from gatedconv.train.skipping import BlockSkipping
+from gatedconv.train.step_macs import StepMacs
 from gatedconv.train.sync_norm import synchronised_norms
+from gatedconv.train.teacher import Teacher
 
 
 class StepResult(NamedTuple):
@@ -47,12 +50,16 @@ class Stepper:
         config: the recipe.
         device: of the network.
         ranks: the processes that train it together.
+        teacher: one that begins with this network, or that goes on teaching what was cut from its own.
         predict_skips: for tests: let the step before decide what is left out, as on a GPU.
+        macs_per_image: of a network that was cut: it carries no ``mac_terms``, and has no blocks to recompute.
 
     Attributes:
-        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller and shutter.
+        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, shutter, window
+            and teacher.
         guard: counts the bad steps.
-        skipping: counts what was left out.
+        skipping: leaves out blocks that are shut.
+        macs: counts what was executed, and what was left out.
     """
 
     def __init__(
@@ -62,7 +69,9 @@ class Stepper:
         device: torch.device,
         ranks: Ranks = ALONE,
         *,
+        teacher: Teacher | None = None,
         predict_skips: bool | None = None,
+        macs_per_image: float = 0.0,
     ) -> None:
         self.model, self.config, self.device, self.ranks = model, config, device, ranks
         self.optimizer = make_optimizer(model, config)
@@ -76,31 +85,44 @@ class Stepper:
         self.shutter = make_shutter(model, config)
         if self.shutter is not None:
             self.parts["shutter"] = self.shutter.to(device)
+        self._gated = bool(find_gates(model))
+        self.window = RateWindow(model, config.accumulate) if self._gated and config.accumulate > 1 else None
+        if self.window is not None:
+            self.parts["window"] = self.window
         self.network = parallel(_compiled(model, config, device), ranks)
-        moving = nn.ModuleList([part for part in (model, self.controller, self.shutter) if part is not None])
+        movable = (model, self.controller, self.shutter, self.window)
+        moving = nn.ModuleList([part for part in movable if part is not None])
         self.guard = StepGuard(moving, device)
         skips = config.skip_blocks and not (config.compile or config.cuda_graph)
-        self.skipping = BlockSkipping(model if skips else nn.Module(), device, predict=predict_skips, ranks=ranks)
+        self._recompute = config.recompute and not macs_per_image
+        self.macs = StepMacs(model, recompute=self._recompute, per_image=macs_per_image)
+        self.teacher = teacher
+        if teacher is not None:
+            if not teacher.begun:
+                teacher.begin(model, self.macs.per_image)
+            self.parts["teacher"] = teacher
+        self.skipping = BlockSkipping(
+            model if skips else nn.Module(), device, predict=predict_skips, ranks=ranks, macs=self.macs
+        )
         self._before = Buffers(moving) if self.skipping.predict else None
-        self._gated = bool(find_gates(model))
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """While it lasts, the network behaves as the steps of `config` need it."""
         with ExitStack() as stack:
-            stack.enter_context(accumulating(self.model, self.config.accumulate))
+            stack.enter_context(accumulating(self.model, self.window))
             if self.ranks.world > 1:
                 stack.enter_context(synchronised_norms(self.model, self.config.sync_norm))
             stack.enter_context(self.skipping.active())
-            if self.config.recompute:
+            if self._recompute:
                 stack.enter_context(recomputing(self.model))
             yield
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: float) -> StepResult:
         """Make a step at `epoch` (a step within an epoch is a fraction of one) on (B, C, H, W) and int64 (B,)."""
         set_learning_rate(self.optimizer, learning_rate(self.config, epoch))
-        if self.device.type == "cpu":
+        if judged_at_once(self.device):
             self.guard.buffers.keep()
         if self._before is not None:
             self._before.keep()
@@ -110,8 +132,11 @@ class Stepper:
             result = self._forward_backward(images, labels, epoch / self.config.epochs)
             self.skipping.verified(len(images))
         result = self._update(result)
+        progress = epoch / self.config.epochs
         if self.shutter is not None:
-            shut_gates(self.shutter, self.config, epoch / self.config.epochs)
+            shut_gates(self.shutter, self.config, progress)
+        if self.teacher is not None and not self.teacher.teaches(progress):
+            self.teacher.follow(progress)
         return result
 
     def _forward_backward(self, images: Tensor, labels: Tensor, progress: float) -> StepResult:
@@ -119,6 +144,7 @@ class Stepper:
         # DistributedDataParallel gives each rank the same say; ranks may hold one image more or less.
         weight = len(images) * self.ranks.world / self.config.batch_size
         shown, loss, polarization = [], torch.zeros((), device=self.device), None
+        teacher = self.teacher if self.teacher is not None and self.teacher.teaches(progress) else None
         self.optimizer.zero_grad(set_to_none=True)
         for index, (x, y) in enumerate(zip(images.tensor_split(count), labels.tensor_split(count), strict=True)):
             wait = self.ranks.world > 1 and index < count - 1
@@ -127,8 +153,12 @@ class Stepper:
             with self.network.no_sync() if wait else nullcontext():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.network(x)
+                    taught = None if teacher is None else teacher(x)
                 self.skipping.note_forward(len(x), first=index == 0)
                 task, share = task_loss(logits, y, self.config), len(x) / len(images)
+                if teacher is not None and taught is not None:
+                    task = teacher.lesson(task, logits, taught, progress)
+                    self.macs.executed += len(x) * teacher.macs_per_image
                 whole = task if share * weight == 1 else task * (share * weight)
                 loss += task.detach() * share
                 if self._gated:
@@ -137,7 +167,8 @@ class Stepper:
                     loss += of_gates.detach() / count
                     polarization = polar.detach() / count + (0 if polarization is None else polarization)
                 self.scaler.scale(whole).backward()
-            shown.append(logits.detach())
+            # A CUDA graph writes the next part's logits over these.
+            shown.append(logits.detach().clone() if count > 1 else logits.detach())
         return StepResult(shown[0] if count == 1 else torch.cat(shown), loss, polarization, loss)
 
     def _update(self, result: StepResult) -> StepResult:
@@ -148,22 +179,27 @@ class Stepper:
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self.config.grad_clip:
             clip_grads_with_norm_(self._parameters, self.config.grad_clip, norm)
-        finite = result.loss.isfinite()
-        if self.ranks.world > 1 and not scaled:
-            finite = norm.isfinite()  # the same on every rank, which the loss is not
-        elif not scaled:
-            finite = finite & norm.isfinite()  # with fp16 the scaler tries out what still is
-        bad = ~finite
+        bad = ~self._finite(result.loss, norm)
         if scaled:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the fused kernel
             self.optimizer.step()
-        if self.device.type == "cpu" and bool(bad):
+        if judged_at_once(self.device) and bool(bad):
             self.guard.buffers.put_back()
         self.guard.count(bad)
         return result._replace(bad=bad)
+
+    def _finite(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Bool (), the same on every rank: whether the loss, of all ranks, and the norm of the gradient are finite."""
+        finite = norm.isfinite()
+        if not self.scaler.is_enabled():  # a rank's loss is in the gradient of all
+            return finite if self.ranks.world > 1 else finite & loss.isfinite()
+        # A gradient may overflow for its scale, which the scaler then lowers; where nothing is scaled up, it is broken.
+        overflowed = self.scaler.scale(torch.ones((), device=self.device)) > 1
+        broken = self.ranks.sum(loss.isfinite().logical_not().int())
+        return (finite | overflowed) & (broken == 0)
 
 
 def _compiled(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:

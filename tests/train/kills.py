@@ -1,4 +1,4 @@
-"""Runs that are killed and go on: the rounds that the tests and ``benchmarks/kill_and_resume.py`` make.
+"""Runs that are killed and go on: the rounds that the tests and ``python -m benchmarks.scaling kills`` make.
 
 A run is a child forked from a process that has everything imported and has trained nothing (what has trained cannot
 be forked): it is there at once and can be killed without a trace, after a while drawn at random, or inside the writing

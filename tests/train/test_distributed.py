@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 import gatedconv
 from gatedconv.data import EvalBatches, load_data
+from gatedconv.deploy import energy
 from gatedconv.gates.ranks import require_same_masks
 from gatedconv.gates.sync_norm import synchronised
 from gatedconv.models.resnet import ResNet
@@ -81,6 +82,30 @@ def counted_step(archive: Path) -> list[str]:
     return calls
 
 
+def broken_step(index: int) -> list[bool | int]:
+    """A step of fp16 in which the images of the second rank alone are broken: what each rank holds it for."""
+    config = dataclasses.replace(CONFIG, amp="fp16", gate="none", skip_blocks=False)
+    torch.manual_seed(1)
+    stepper = Stepper(ResNet(8, 3, None, input_size=(1, 8, 8)), config, torch.device("cpu"), current())
+    images = torch.randn(7 + index, 1, 8, 8) * (float("nan") if index else 1.0)
+    with stepper.active():
+        result = stepper(images, torch.zeros(7 + index, dtype=torch.int64), 0.0)
+    return [bool(result.bad), int(stepper.guard.skipped)]
+
+
+class Counting:
+    """A counter of this machine, which a step of the clock moves by a joule."""
+
+    name, span = "fake", None
+
+    def __init__(self) -> None:
+        self.joules = 0.0
+
+    def read(self) -> float:
+        self.joules += 1
+        return self.joules
+
+
 def norm_of_the_whole(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """A norm and a loss over this rank's share of x; gradients as DistributedDataParallel averages them."""
     ranks = current()
@@ -102,9 +127,13 @@ def norm_of_the_whole(x: torch.Tensor) -> dict[str, torch.Tensor]:
 def rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
     archive = Path(folder) / "blobs.npz"
+    os.environ["LOCAL_RANK"] = str(index)
+    found_before = energy.find_counters
+    energy.find_counters = lambda device, host: ([Counting()], "") if host else found_before(device, host=False)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
     found: dict[str, Any] = {"calls": counted_step(archive), "run": trained(archive)}
     found["parts"] = trained(archive, accumulate=2)
+    found["broken"] = broken_step(index)
     too_small = dataclasses.replace(CONFIG, batch_size=3)
     gates = gatedconv.gates(network())
     masks = {name: torch.ones(gate.num_gates, dtype=torch.bool) for name, gate in gates.items()}
@@ -166,6 +195,17 @@ def test_the_gates_of_a_step_take_one_message_and_one_backward(both: tuple[list[
         assert found["calls"] == [f"{gates + 1} x torch.float32", f"{gates} x torch.float32"]
 
 
+def test_energy_is_that_of_the_process_that_counts_its_machine(both: tuple[list[dict[str, Any]], Path]) -> None:
+    """The second process of a machine without GPUs has nothing to count; that is no reason to tell nothing."""
+    joules = [[line["energy_j"] for line in found["run"]["metrics"]] for found in both[0]]
+    assert joules[0] == joules[1] and all(each is not None and each > 0 for each in joules[0])
+
+
+def test_ranks_agree_on_a_step_that_is_bad_for_one_of_them(both: tuple[list[dict[str, Any]], Path]) -> None:
+    for found in both[0]:
+        assert found["broken"] == [True, 1]
+
+
 def test_masks_that_differ_are_an_error_on_every_rank(both: tuple[list[dict[str, Any]], Path]) -> None:
     for found in both[0]:
         assert (
@@ -192,10 +232,7 @@ def test_a_synchronised_norm_is_that_of_the_joined_batch(both: tuple[list[dict[s
         torch.testing.assert_close(found["mean"], norm.running_mean, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(
-    "GATEDCONV_ELASTIC" not in os.environ,
-    reason="gloo now and then fails to connect when torchrun starts a job anew; GATEDCONV_ELASTIC=1 runs this",
-)
+@pytest.mark.slow
 def test_a_lost_process_is_started_again_and_the_run_ends_the_same(tmp_path: Path) -> None:
     """Torchrun starts the job anew when the second process kills itself; it goes on from the checkpoint."""
     archive = write_npz(tmp_path / "blobs.npz")

@@ -35,7 +35,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 
 def test_runs_killed_at_random_end_the_same(straight: tuple[Path, float]) -> None:
-    """Three of the rounds; fifty are in results/scaling/kill_and_resume.json."""
+    """Three of the rounds; fifty are in results/scaling/kills.json."""
     folder, seconds = straight
     draw, kills = random.Random(5), 0
     for number in range(3):
@@ -104,22 +104,23 @@ def test_sigterm_writes_a_checkpoint_and_leaves_with_code_3(straight: tuple[Path
     assert target.holds_checkpoint() and not target.summary.is_file()
 
 
-def test_a_stop_in_the_middle_of_an_epoch_resumes_to_the_same_end(straight: tuple[Path, float]) -> None:
+@pytest.mark.parametrize(("epoch", "step"), [(2, 1), (3, 3)], ids=["middle", "last step"])
+def test_a_run_that_is_stopped_resumes_to_the_same_end(straight: tuple[Path, float], epoch: int, step: int) -> None:
     from gatedconv.train.listener import Listener
     from gatedconv.train.loop import StepReport
     from gatedconv.train.stopping import StopRequest
 
     folder, _ = straight
-    stop, target = StopRequest(), RunFolder(folder / "stopped")
+    stop, target = StopRequest(), RunFolder(folder / f"stopped{epoch}")
 
     class Asking(Listener):
         def step(self, report: StepReport) -> None:
-            if (report.epoch, report.step) == (2, 1):
+            if (report.epoch, report.step) == (epoch, step):
                 stop.made = True
 
     config = small_config(folder / "blobs.npz", checkpoint_minutes=0.0)
     assert run(config, target, listener=Asking(), stop=stop) is None
-    assert len(target.read_metrics()) == 1
+    assert len(target.read_metrics()) == (1 if step == 1 else 3) and not target.summary.is_file()
     assert run_in_child(config, target.path)
     assert not differences(outcome(folder / "run"), outcome(target.path))
 

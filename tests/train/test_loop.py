@@ -15,7 +15,7 @@ from gatedconv.data import ImageData, TrainBatches, validation_view
 from gatedconv.gates import find_gates
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
-from gatedconv.train.checkpoint import load_checkpoint, previous_path
+from gatedconv.train.checkpoint import load_checkpoint, previous_path, save_checkpoint
 from gatedconv.train.recipe import make_optimizer, resolve_device, total_loss
 from gatedconv.train.state import pack_state
 from gatedconv.train.step import Stepper
@@ -86,6 +86,21 @@ def test_resume_is_exact(tmp_path: Path, data: ImageData, changes: dict[str, Any
     ends = [load_checkpoint(tmp_path / name) for name in ("straight.pt", "cut.pt")]
     assert_same_state(*(end["optimizer"] for end in ends))
     assert_same_state(*(end["random"] for end in ends))
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 4}], ids=["whole", "accumulated"])
+def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, data: ImageData, changes: dict[str, Any]) -> None:
+    """With accumulation the losses remember open rates of the step before."""
+    config = dataclasses.replace(CONFIG, epochs=2, **changes)
+    straight = network(config)
+    whole = list(train(straight, data, config))
+    path, steps = tmp_path / "cut.pt", itertools.count()  # asked before the epoch, then after its steps
+    cut = list(train(network(config), data, config, checkpoint=path, stop=lambda: next(steps) == 2))
+    assert cut == [] and load_checkpoint(path)["random"]["position"] == 2
+    resumed = network(config, seed=9)
+    joined = list(train(resumed, data, config, checkpoint=path, resume=True))
+    assert comparable(joined) == comparable(whole)
+    assert_same_state(straight.state_dict(), resumed.state_dict())
 
 
 def test_a_seed_repeats_and_another_differs(data: ImageData) -> None:
@@ -210,6 +225,84 @@ def test_a_step_of_nan_changes_nothing_but_the_batches_seen(data: ImageData, fir
             stepper(images, labels, (number - 1) / 8)
     assert_same_state(model.state_dict(), expected.state_dict())
     assert line.train_loss > 0 and math.isfinite(line.train_loss)
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_checkpoint_within_an_epoch_holds_nothing_broken(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    """As on a GPU, where bad steps are judged now and then only: right after one, before a restart and after it."""
+    for module in ("loop", "step"):
+        monkeypatch.setattr(f"gatedconv.train.{module}.judged_at_once", lambda device: False)
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=6)
+    path, steps = tmp_path / "gated.pt", itertools.count(1)
+
+    def saved(model: nn.Module, at: int, resume: bool) -> dict[str, Tensor]:
+        stop = lambda: next(steps) == at  # noqa: E731
+        assert not list(train(model, data, config, checkpoint=path, resume=resume, stop=stop, on_note=lambda text: 0))
+        found: dict[str, Tensor] = load_checkpoint(path)["model"]
+        return found
+
+    # Asked once between epochs, then after each step.
+    before = saved(Failing((1,) if first == 1 else ()), 5 if first == 4 else 2, resume=False)
+    assert all(value.isfinite().all() for value in before.values())
+    if first == 4:
+        steps = itertools.count(1)
+        after = saved(Failing((1,)), 2, resume=True)
+        statistics = [name for name in before if "running" in name]
+        assert statistics and all(torch.equal(before[name], after[name]) for name in statistics)
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_restart(tmp_path: Path, data: ImageData) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=6)
+    path, steps = tmp_path / "gated.pt", itertools.count(1)
+    stop = lambda: next(steps) == 4  # noqa: E731
+    assert not list(train(Failing((2, 3)), data, config, checkpoint=path, stop=stop))
+    with pytest.raises(NonFiniteLoss, match="4 steps in a row, last in epoch 1, step 5 of 8"):
+        list(train(Failing((1, 2)), data, config, checkpoint=path, resume=True))
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_run_goes_on_where_random_numbers_are_made_otherwise(tmp_path: Path, data: ImageData, position: int) -> None:
+    """A GPU's generators have states of 16 bytes; the steps that are left are made, on other random numbers."""
+    config = dataclasses.replace(CONFIG, epochs=2)
+    path, steps = tmp_path / "gated.pt", itertools.count(1)
+    at = 3 if position else 4  # asked between epochs and after each step but the last of three
+    done = list(train(network(), data, config, checkpoint=path, stop=lambda: next(steps) == at))
+    state = load_checkpoint(path)
+    assert len(done) == (0 if position else 1) and state["random"]["position"] == position
+    foreign = torch.arange(16, dtype=torch.uint8)
+    state["random"] |= {"data": foreign, "begun": foreign, "cuda": foreign}
+    save_checkpoint(path, state)
+    lines = list(train(network(seed=5), data, config, checkpoint=path, resume=True))
+    assert [line.epoch for line in lines] == [1, 2] and math.isfinite(lines[-1].test_loss)
+
+
+def test_generators_of_another_kind_draw_what_no_pass_before_has_drawn(data: ImageData) -> None:
+    state = {"data": torch.arange(16, dtype=torch.uint8), "position": 1}
+    found = []
+    for seed in (0, 1):
+        batches = TrainBatches(data, 16, seed=seed)
+        batches.set_state(state)
+        found.append([labels for _, labels in batches])
+    assert len(found[0]) == 2 and all(map(torch.equal, *found))
+    first = [labels for _, labels in TrainBatches(data, 16, seed=0)]
+    assert not all(map(torch.equal, found[0], first[1:]))
+
+
+def test_a_stop_after_the_last_step_of_an_epoch_is_heard(tmp_path: Path, data: ImageData) -> None:
+    asked = []
+
+    def stop() -> bool:
+        asked.append(len(seen))
+        return bool(seen)
+
+    seen: list[EpochMetrics] = []
+    path = tmp_path / "gated.pt"
+    for line in train(network(), data, CONFIG, checkpoint=path, stop=stop):
+        seen.append(line)
+    assert len(seen) == 1 and asked[-2:] == [0, 1]  # not asked again within the second epoch
+    assert load_checkpoint(path)["random"]["position"] == 0
 
 
 def test_weights_that_break_in_the_last_step_are_noticed(data: ImageData) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import gatedconv
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
 from gatedconv.train import EpochMetrics, Listener, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
-from gatedconv.train.finish import reestimate_batchnorm
+from gatedconv.train.finish import energies, reestimate_batchnorm
 from gatedconv.train.tensorboard import TensorBoard
 from tests.image_files import write_npz
 
@@ -100,6 +101,34 @@ def test_exports_compute_what_the_compact_network_computes(tmp_path: Path, archi
     session = onnxruntime.InferenceSession(str(folder.path / "compact.onnx"))
     (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     np.testing.assert_allclose(output, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, config, asked = nn.Identity(), small(Path("none")), []
+    counter = SimpleNamespace(name="fake", span=None)
+    monkeypatch.setattr("gatedconv.deploy.energy.find_counters", lambda device, host=True: ([counter], ""))
+    monkeypatch.setattr(
+        "gatedconv.train.finish.energy_per_call",
+        lambda call, meter, synchronize: asked.append(len(call())) or 0.1 * len(call()),
+    )
+    found = energies(net, config, data)
+    assert asked == [1, 32] and found == {"energy_j": {"1": 0.1, "32": 3.2}, "energy_j_image": pytest.approx(0.1)}
+    monkeypatch.setattr("gatedconv.deploy.energy.find_counters", lambda device, host=True: ([], "no RAPL zones"))
+    assert energies(net, config, data) == {"energy_j": None, "energy_j_image": None}
+
+
+def test_a_run_counts_what_it_trains_after_the_cut(tmp_path: Path, archive: Path) -> None:
+    """What is left carries no costs of its pieces; it is counted as it is deployed."""
+    config = small(archive, dense_baseline=False, latency=False, consensus_at=0.5, recompute=True)
+    folder = RunFolder(tmp_path / "run")
+    summary = run(config, folder)
+    assert summary is not None
+    gated, cut = folder.read_metrics()
+    assert (gated.phase, cut.phase) == ("gated", "cut")
+    net = gatedconv.load(folder.model("compact"))
+    macs = gatedconv.count_macs(net, torch.zeros(1, 1, 8, 8))
+    assert cut.train_macs == pytest.approx(3 * 48 * macs) and cut.macs_saved == 0
+    assert summary["train_macs"] == pytest.approx(gated.train_macs + cut.train_macs)
 
 
 def test_an_interrupted_run_resumes_to_the_same_summary(tmp_path: Path, archive: Path) -> None:

@@ -17,8 +17,8 @@ from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
 from gatedconv.train import TrainConfig, train
 from gatedconv.train.recipe import total_loss
-from gatedconv.train.skipping import PASSES_PER_STEP
 from gatedconv.train.step import Stepper
+from gatedconv.train.step_macs import PASSES_PER_STEP
 
 CONFIG = TrainConfig(
     epochs=4, batch_size=8, lr=0.05, warmup_epochs=0.0, mac_weight=1.0, act_weight=0.1, weight_decay=0.01,
@@ -86,7 +86,7 @@ def test_weights_are_those_without_leaving_out(predict: bool, shut: tuple[int, .
     for norm in still:
         assert int(left_out.get_submodule(norm).num_batches_tracked) == 6 - made
     costs = [sum(t.macs for t in whole.mac_terms if f"{name}.layer_gate" in t.gates) for name, _ in blocks(whole)]
-    assert stepper.skipping.saved == pytest.approx(PASSES_PER_STEP * made * 8 * sum(costs[i] for i in shut))
+    assert stepper.macs.saved == pytest.approx(PASSES_PER_STEP * made * 8 * sum(costs[i] for i in shut))
 
 
 def blocks(model: nn.Module) -> list[tuple[str, BasicBlock]]:
@@ -116,9 +116,9 @@ def test_a_gate_that_opens_again_is_noticed_in_the_same_step(predict: bool) -> N
                     nn.init.constant_(gate.fc2.bias, -20.0 if (number // 2 + place) % 2 else 0.5)
                 x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(number))
                 stepper(x, torch.arange(8) % 3, 0.1)
-        outcomes.append((model.state_dict(), stepper.skipping))
-    (left_out, skipping), (whole, _) = outcomes
-    assert skipping.saved > 0 and (skipping.repeated > 0) == predict
+        outcomes.append((model.state_dict(), stepper))
+    (left_out, skipper), (whole, _) = outcomes
+    assert skipper.macs.saved > 0 and (skipper.skipping.repeated > 0) == predict
     for name, value in whole.items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(left_out[name], value, rtol=1e-6, atol=1e-7, msg=name)
@@ -130,7 +130,7 @@ def test_gates_without_a_window_are_never_left_out(change: dict[str, str]) -> No
     model = ResNet(20, 3, "layer", input_size=(1, 8, 8), **change).train()
     for gate in gatedconv.gates(model).values():
         nn.init.constant_(gate.fc2.bias, -20.0)
-    assert steps(model, CONFIG, count=2).skipping.saved == 0
+    assert steps(model, CONFIG, count=2).macs.saved == 0
 
 
 def test_blocks_with_a_channel_gate_inside_are_not_left_out() -> None:
@@ -140,7 +140,7 @@ def test_blocks_with_a_channel_gate_inside_are_not_left_out() -> None:
     inner = gatedconv.gates(model)["layer1.0.channel_gate"]
     nn.init.constant_(gatedconv.gates(model)["layer1.0.layer_gate"].fc2.bias, -20.0)
     before = inner.fc2.bias.detach().clone()
-    assert steps(model, CONFIG, count=2).skipping.saved == 0
+    assert steps(model, CONFIG, count=2).macs.saved == 0
     assert not torch.equal(inner.fc2.bias, before)
 
 
@@ -155,6 +155,32 @@ def test_what_was_executed_is_in_the_metrics(data: ImageData) -> None:
     assert copy.deepcopy(model) is not model
 
 
+def test_a_step_that_is_made_again_is_executed_twice() -> None:
+    """The first try left out one block, and was of no use."""
+    model = network((4,))
+    total = sum(term.macs for term in model.mac_terms)
+    cost = sum(term.macs for term in model.mac_terms if "layer2.1.layer_gate" in term.gates)
+    stepper = Stepper(model, CONFIG, CPU, predict_skips=True)
+    with stepper.active():
+        stepper(torch.randn(8, 1, 8, 8), torch.arange(8) % 3, 0.1)
+        nn.init.constant_(gatedconv.gates(model)["layer2.1.layer_gate"].fc2.bias, 0.5)
+        stepper(torch.randn(8, 1, 8, 8), torch.arange(8) % 3, 0.2)
+    assert stepper.skipping.repeated == 1 and stepper.macs.saved == 0
+    assert stepper.macs.executed == pytest.approx(PASSES_PER_STEP * 8 * (3 * total - cost))
+
+
+@pytest.mark.parametrize("shut", [(), (1, 2)])
+def test_blocks_that_are_computed_again_are_counted_again(shut: tuple[int, ...]) -> None:
+    """All but the first convolution with its norm, the pool and the last layer: written out for 8x8 images."""
+    model = network(shut)
+    total = sum(term.macs for term in model.mac_terms)
+    cost = sum(t.macs for t in model.mac_terms if set(t.gates) & {f"layer1.{number}.layer_gate" for number in shut})
+    outside = 16 * 9 * 64 + 2 * 16 * 64 + 64 * 2 * 2 + 64 * 3
+    stepper = steps(model, dataclasses.replace(CONFIG, recompute=True), count=2)
+    once = PASSES_PER_STEP * (total - cost) + (total - outside - cost)
+    assert stepper.macs.executed == pytest.approx(2 * 8 * once)
+
+
 def test_a_watched_gate_is_left_out_only_once_it_is_shut_for_good() -> None:
     """Whoever hooks a gate wants its gradient, which a block that is left out cannot tell."""
     model = network((1, 2))
@@ -164,4 +190,4 @@ def test_a_watched_gate_is_left_out_only_once_it_is_shut_for_good() -> None:
     nn.init.zeros_(gates[2].fc2.weight)
     stepper = steps(model, CONFIG, count=1)
     cost = sum(term.macs for term in model.mac_terms if "layer1.2.layer_gate" in term.gates)
-    assert stepper.skipping.saved == pytest.approx(PASSES_PER_STEP * 8 * cost)
+    assert stepper.macs.saved == pytest.approx(PASSES_PER_STEP * 8 * cost)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import math
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +14,9 @@ from torch import nn
 
 import gatedconv
 from gatedconv.data import ImageData
+from gatedconv.gates import forget
 from gatedconv.gates.losses import accumulating, global_open_rates
+from gatedconv.gates.window import RateWindow
 from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
 from gatedconv.train import TrainConfig, train
@@ -128,7 +133,7 @@ def test_accumulated_task_gradients_are_those_of_the_whole_batch(parts: int) -> 
 def test_losses_see_open_rates_over_the_parts_and_move_the_current_one() -> None:
     """Value: the mean of the last parts; gradient: 1 / parts of the current one's."""
     model, seen = network(), []
-    with accumulating(model, 3):
+    with accumulating(model, RateWindow(model, 3)):
         for part in range(5):
             model(IMAGES.roll(part, 1) * (part + 1))
             own = {name: gate.open_rate for name, gate in gatedconv.gates(model).items()}
@@ -141,6 +146,60 @@ def test_losses_see_open_rates_over_the_parts_and_move_the_current_one() -> None
                 (slope,) = torch.autograd.grad(rate.sum(), own[name], retain_graph=True)
                 torch.testing.assert_close(slope, torch.full_like(slope, 1 / 3))
     assert global_open_rates(model, "test")[name] is own[name]
+
+
+def test_a_network_that_forgets_drops_what_the_losses_made_of_its_rates() -> None:
+    """Else the graph of a step would live through the next forward pass."""
+    model = network()
+    with accumulating(model, RateWindow(model, 2)):
+        model(IMAGES)
+        rates = [weakref.ref(rate) for rate in global_open_rates(model, "test").values()]
+        assert all(rate() is not None for rate in rates)
+        forget(model)
+        gc.collect()
+        assert all(rate() is None for rate in rates)
+
+
+def test_a_step_that_is_done_again_or_undone_counts_once_in_the_window() -> None:
+    """A step redone because a gate opened, and one whose loss is NaN, leave the window of a step made once."""
+    windows = []
+    for predict in (False, True):
+        model = network(depth=20)
+        gate, *others = gatedconv.gates(model).values()
+        for other in others:  # whose rates differ from part to part
+            nn.init.normal_(other.fc2.weight)
+        stepper = Stepper(model, dataclasses.replace(CONFIG, accumulate=4), CPU, predict_skips=predict)
+        with stepper.active():
+            for bias in (-20.0, 0.5):
+                nn.init.constant_(gate.fc2.bias, bias)
+                stepper(IMAGES, LABELS, 0.3)
+            assert stepper.skipping.repeated == predict and stepper.window is not None
+            before = stepper.window.before.clone()
+            assert not torch.equal(before[0], before[1])
+            assert bool(stepper(IMAGES * math.nan, LABELS, 0.3).bad)
+            assert torch.equal(stepper.window.before, before)
+        windows.append(before)
+    torch.testing.assert_close(*windows, rtol=0.0, atol=0.0)
+
+
+def test_the_logits_of_all_parts_outlive_a_graph_that_writes_over_them() -> None:
+    """A CUDA graph gives the same memory for every part."""
+
+    class Replayed(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.out = inner, torch.zeros(0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.out.data.fill_(math.nan)
+            self.out = self.inner(x)
+            return self.out
+
+    stepper = Stepper(still(network()), dataclasses.replace(CONFIG, accumulate=4), CPU)
+    expected = stepper.model(IMAGES).detach()
+    stepper.network = Replayed(stepper.model)
+    with stepper.active():
+        torch.testing.assert_close(stepper(IMAGES, LABELS, 0.3).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_trains(data: ImageData) -> None:
@@ -168,6 +227,20 @@ def test_fp16_finds_its_scale_and_survives_a_first_step_that_overflows() -> None
     assert int(stepper.guard.skipped) == 0 and stepper.scaler.get_scale() < 2.0**40
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert not torch.equal(model.fc.weight, before["fc.weight"])
+
+
+def test_fp16_counts_a_gradient_that_no_lower_scale_mends() -> None:
+    """The loss stays finite; the scaler tries lower scales first, and these tries are its own business."""
+    model = network()
+    stepper = Stepper(model, dataclasses.replace(CONFIG, amp="fp16"), CPU)
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.fc.weight.register_hook(lambda grad: grad * math.nan)
+    before = model.conv1.weight.detach().clone()
+    with stepper.active():
+        bad = [bool(stepper(IMAGES, LABELS, 0.3).bad) for _ in range(6)]
+    assert bad == [False, False, True, True, True, True]  # at scales 4, 2, then 1 and below
+    assert stepper.guard.settle() == "4 steps in a row"
+    assert torch.equal(model.conv1.weight, before)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""Leaving when asked to, with several processes and under torchrun: all leave together, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gatedconv.cli import main
+from gatedconv.train import RunFolder, TrainConfig, run
+from gatedconv.train.checkpoint import load_checkpoint
+from gatedconv.train.distributed import Ranks, _agreed_name
+from gatedconv.train.questions import Questions
+from gatedconv.train.stopping import StopRequest, stop_on_sigterm
+from tests.image_files import write_npz
+
+CPU = torch.device("cpu")
+RUN_ID = "TORCHELASTIC_RUN_ID"
+
+
+def config(archive: Path, **changes: Any) -> TrainConfig:
+    settings = {
+        "data": f"npz:{archive}", "epochs": 2, "batch_size": 8, "gate": "channel", "position": "middle",
+        "mac_weight": 1.0, "latency": False, "device": "cpu", "threads": 1, "bn_reestimate": False,
+    }  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def process(rank: int, folder: str, ports: list[int]) -> None:
+    """Runs that the second process is asked to end after some step, each gone on with; and one that nobody disturbs."""
+    import gatedconv.train.loop as loop
+    from gatedconv.train import finish, questions
+
+    finish.write_exports = lambda *arguments: []  # type: ignore[assignment]
+    questions.EVERY_S = 0.0  # after every step
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    settings, made, real = config(Path(folder) / "blobs.npz"), [0], loop.Stepper.__call__
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        made[0] += 1
+        if rank == 1 and made[0] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    loop.Stepper.__call__ = counted  # type: ignore[method-assign]
+    found: dict[str, Any] = {}
+    for at, name in ((2, "early"), (12, "last"), (0, "straight")):  # of twelve steps
+        made[0], left = 0, None
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        with stop_on_sigterm() as stop:
+            left = run(settings, RunFolder(Path(folder) / name), stop=stop)
+        found[name] = {"made": made[0], "left": left is None}
+        if at:
+            made[0], os.environ["MASTER_PORT"] = 100, str(ports.pop())
+            found[name]["resumed"] = run(settings, RunFolder(Path(folder) / name), resume=True) is not None
+            found[name]["after"] = made[0] - 100
+    torch.save(found, f"{folder}/found{rank}.pt")
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+def test_one_process_that_gets_sigterm_stops_all_and_the_run_ends_the_same(tmp_path: Path) -> None:
+    write_npz(tmp_path / "blobs.npz")
+    mp.spawn(process, args=(str(tmp_path), [free_port() for _ in range(5)]), nprocs=2)
+    straight = load_checkpoint(RunFolder(tmp_path / "straight").checkpoint("gated"))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"found{rank}.pt")
+        assert found["straight"] == {"made": 12, "left": False}
+        assert found["early"] == {"made": 2, "left": True, "resumed": True, "after": 10}
+        assert found["last"] == {"made": 12, "left": True, "resumed": True, "after": 0}
+    for name in ("early", "last"):
+        state = load_checkpoint(RunFolder(tmp_path / name).checkpoint("gated"))
+        for key, value in straight["model"].items():
+            torch.testing.assert_close(state["model"][key], value, rtol=1e-4, atol=1e-5, msg=key)
+        lines = RunFolder(tmp_path / name).read_metrics()
+        for line, expected in zip(lines, straight["history"], strict=True):
+            assert line.train_loss == pytest.approx(expected["train_loss"], rel=1e-4)
+            assert line.train_macs == pytest.approx(expected["train_macs"])
+        assert RunFolder(tmp_path / name).summary.is_file()
+
+
+class Told(Ranks):
+    """The first of two processes; the other one wishes nothing."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+def test_processes_ask_each_other_about_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step_s, steps in ((0.01, 100), (0.3, 3), (5.0, 1), (1e-9, 1000)):
+        now = [0.0]
+        monkeypatch.setattr("gatedconv.train.questions.time.monotonic", lambda now=now: now[0])
+        questions, asked = Questions(Told(0, 2), CPU), []
+        for number in range(1, 2 * steps + 2):
+            now[0] += step_s
+            if questions.due():
+                assert questions.ask(False, number == 1) == [False, number == 1]
+                asked.append(number)
+        assert asked == [1, 1 + steps, 1 + 2 * steps]
+
+
+def test_a_process_alone_asks_itself_after_every_step() -> None:
+    questions = Questions(Ranks(), CPU)
+    assert all(questions.due() for _ in range(5)) and questions.ask(True, False) == [True, False]
+
+
+def test_a_run_that_was_stopped_is_not_started_again_by_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Torchrun starts all again after any code but 0; by itself the command says with 3 that there is more to do."""
+    archive = write_npz(tmp_path / "blobs.npz")
+    flags = ["--data", f"npz:{archive}", "--epochs", "2", "--batch-size", "16", "--no-latency", "--max-minutes", "1e-9"]
+    codes = []
+    for name in ("alone", "torchrun"):
+        if name == "torchrun":
+            monkeypatch.setenv(RUN_ID, "some")
+        codes.append(main(["train", "--folder", str(tmp_path / name), *flags, "--device", "cpu"]))
+        assert "go on with: gatedconv train --resume" in capsys.readouterr().out
+        assert not RunFolder(tmp_path / name).summary.is_file()
+    assert codes == [3, 0]
+
+
+def test_under_torchrun_a_folder_that_holds_the_run_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often torchrun has started the job: the count of restarts differs between machines."""
+    settings = config(write_npz(tmp_path / "blobs.npz"), epochs=3, gate="none")
+    folder, stop = RunFolder(tmp_path / "run"), StopRequest()
+
+    stop.made = True
+    assert run(settings, folder, stop=stop) is None
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(settings, folder)
+    monkeypatch.setenv(RUN_ID, "some")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert run(settings, folder) is not None and len(folder.read_metrics()) == 3
+    with pytest.raises(ValueError, match="a run keeps its recipe: expected lr"):
+        run(config(tmp_path / "blobs.npz", epochs=3, gate="none", lr=0.9), folder)
+
+
+def test_processes_of_a_new_start_agree_on_a_name_that_the_old_ones_did_not_have() -> None:
+    """Torchrun's store outlives its restarts; what a dead process has left there misleads nobody."""
+    store, minute = dist.HashStore(), timedelta(seconds=60)
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            late = pool.submit(_agreed_name, store, 1, 3, minute)
+            time.sleep(0.1)
+            found = [late, *(pool.submit(_agreed_name, store, rank, 3, minute) for rank in (0, 2))]
+            name = {each.result(timeout=60) for each in found}
+        assert len(name) == 1
+        names += name
+        store.set("gatedconv/here/1", "of a process that is killed before it is told")
+    assert len(set(names)) == 3
+    with pytest.raises(dist.DistStoreError, match=r"processes \[1\] of 2 did not come within 0:00:00.100000"):
+        _agreed_name(store, 0, 2, timedelta(seconds=0.1))
+
+
+def test_a_stop_that_comes_when_nobody_looks_any_more_ends_the_process() -> None:
+    stop = StopRequest()
+    with stop.patiently():
+        stop.make()
+    assert stop.made
+    with pytest.raises(SystemExit) as left:
+        stop.make()
+    assert left.value.code == 3
