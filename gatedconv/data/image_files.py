@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +65,7 @@ class FileImages:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_stacked,
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_heed_the_parent_alone,
             generator=torch.Generator(),  # the loader draws a seed: not from the global generator
         )
         with _sigterm_held():
@@ -85,15 +87,25 @@ class _Decoder(Dataset[Tensor | DataError]):
             return error
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """What is sent to all processes of a run at once is for the run to answer; it ends its workers when it ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _heed_the_parent_alone(worker: int) -> None:
+    """In a worker: SIGTERM to all processes of a run at once is for the run to answer, which then ends its workers."""
+    if not hasattr(signal, "sigwaitinfo"):  # not a system that tells who has sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager
 def _sigterm_held() -> Iterator[None]:
-    """Workers that are started meanwhile are deaf to SIGTERM from their first moment; this process hears it after."""
-    if not hasattr(signal, "pthread_sigmask"):  # not a POSIX system
+    """Workers that are started meanwhile find a SIGTERM of their first moments waiting; this process hears it after."""
+    if not hasattr(signal, "sigwaitinfo"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -131,6 +131,18 @@ def test_sigterm_to_all_processes_at_once_leaves_the_workers_alone(folder: Path,
         assert process.returncode == 0, told
 
 
+def test_a_process_that_leaves_in_the_middle_of_a_pass_ends_its_workers(folder: Path) -> None:
+    """An iterator that is still alive when Python ends: the workers are told to go by SIGTERM."""
+    script = (
+        "from gatedconv.data import TrainBatches, load_data\n"
+        f"data = load_data('imagefolder:{folder}', image_size=8, workers=2)\n"
+        "batches = iter(TrainBatches(data, 2))\n"
+        "next(batches)\n"
+        "raise SystemExit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 7
+
+
 def test_a_validation_split_can_be_taken_from_files(folder: Path) -> None:
     memory, files = (validation_view(data, 0.3, seed=0) for data in both(folder, 0))
     assert torch.equal(EvalBatches(memory).first(4), EvalBatches(files).first(4))
