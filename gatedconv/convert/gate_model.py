@@ -82,7 +82,9 @@ def gate_model(
         nothing = "it has no residual branches" if gate == "layer" else "it has no convolutions"
         reasons = "; ".join(sorted(set(conversion.skipped.values()))[:5]) or nothing
         raise ValueError(f"gate_model: no place for a {gate!r} gate in {type(unwrap(model)).__name__}: {reasons}")
-    result = _finish(graph_module, type(unwrap(model)).__name__, conversion, example_input, model.training)
+    exported = "train" in vars(unwrap(model))  # a module of torch.export: it computes in one mode, whatever it says
+    training = model.training and not exported
+    result = _finish(graph_module, type(unwrap(model)).__name__, conversion, example_input, training)
     if "fixed_size" in vars(source):  # a cut network, gated once more
         vars(result)["fixed_size"] = vars(source)["fixed_size"]
     return result
@@ -249,7 +251,8 @@ def _multiply(graph_module: fx.GraphModule, node: fx.Node, readers: list[fx.Node
 
 def _check(model: Any, gate: str, position: str, estimator: str, example_input: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"gate_model: model must be a torch.nn.Module, got {type(model).__name__}")
+        hint = ": pass its .module()" if isinstance(model, torch.export.ExportedProgram) else ""
+        raise TypeError(f"gate_model: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("gate_model: a TorchScript module has no code left to trace; pass the torch.nn.Module itself")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -165,11 +166,12 @@ def _exported(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A failed trace writes its graph and its stack to the log; the exception says enough."""
+    """A failed trace writes its graph and its stack to the log and to stderr; the exception says enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 

@@ -28,7 +28,7 @@ from gatedconv.nn import FrozenConv2d, GraphNet
 _OPERATORS = ("add sub mul truediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ not_ is_ is_not iadd isub "
               "imul matmul").split()  # fmt: skip
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
-_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # torch.fx quotes what is no identifier
 # Our modules: constructor arguments that are tensors of the state, and those that are plain attributes.
 _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "AddBranch": ((), ()), "AppendOnes": ((), ()), "ChannelBias": (("bias",), ()), "Constant": (("value",), ()),

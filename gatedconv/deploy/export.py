@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv.convert.trace import quiet
 from gatedconv.deploy.compact import compact
 from gatedconv.gates import FrozenGate, find_gates, unwrap
 
@@ -21,9 +22,7 @@ FORMATS = ("onnx", "torch", "aoti")
 ONNX_OPSET = 18
 
 
-def export(
-    model: nn.Module, path: str | os.PathLike[str], example_input: Tensor, format: str = "onnx"
-) -> None:
+def export(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor, format: str = "onnx") -> None:
     """Write a model for another runtime, in eval mode, with a dynamic batch size.
 
     Args:
@@ -36,7 +35,8 @@ def export(
             machine's device; needs a C++ compiler).
 
     Raises:
-        ValueError: an unknown format, a model that still learns its gates or does not run on ``example_input``.
+        ValueError: an unknown format, a model that still learns its gates, does not run on ``example_input``, or
+            that the exporter cannot write; the exporter's own error is the cause.
         ImportError: the packages that ONNX needs are missing.
     """
     if format not in FORMATS:
@@ -56,9 +56,23 @@ def export(
     ):
         warnings.simplefilter("ignore")  # deprecations inside the exporters, not for our user to mend
         part = Path(folder) / (path.name if format == "onnx" else "model.pt2")
-        with torch.no_grad():
-            writer(plain, part, example)
+        try:
+            with torch.no_grad(), quiet():
+                writer(plain, part, example)
+        except (ImportError, OSError):
+            raise
+        except Exception as error:  # whatever the exporters raise
+            why = f"{type(model).__name__} cannot be written as {format!r}: {_origin(error)}"
+            raise ValueError(f"export: {why}") from error
         os.replace(part, path)
+
+
+def _origin(error: BaseException) -> str:
+    """The first line of the error that others were made of; the outer ones say what to do in PyTorch."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
@@ -96,7 +110,7 @@ def _write_aoti(model: nn.Module, path: Path, example: Tensor) -> None:
 
 
 def _output_names(model: nn.Module, example: Tensor) -> list[str]:
-    """"output" of a model with one, the keys of a dict, "output_0" and so on of a tuple."""
+    """Give "output" of a model with one, the keys of a dict, "output_0" and so on of a tuple."""
     found = model(example)
     if isinstance(found, Tensor):
         return ["output"]

@@ -277,3 +277,15 @@ def test_the_record_names_code_that_training_does_not_reach_any_more():
         assert re.search(f"self.training in the forward of: {named}", result.conversion.note)
         assert result.conversion.note in str(result.conversion)
     assert not gatedconv.gate_model(network("residual"), "channel", example_input=IMAGES).conversion.note
+
+
+def test_a_module_of_torch_export_is_gated_in_the_mode_that_it_computes_in():
+    model = network("unet")
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    gated = gatedconv.gate_model(program.module(), "channel", example_input=IMAGES)
+    assert not gated.training and len(gatedconv.gates(gated)) >= 3
+    torch.testing.assert_close(gated(IMAGES), model(IMAGES))
+    frozen = gatedconv.freeze(gated, masks=odd_masks(gated))
+    torch.testing.assert_close(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="got ExportedProgram: pass its .module()"):
+        gatedconv.gate_model(program, "channel", example_input=IMAGES)

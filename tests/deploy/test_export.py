@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import gatedconv
+from tests.convert.networks import IMAGES, network
 from tests.oracle import random_masks, randomize_statistics
 
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -41,6 +43,47 @@ def test_torch_export_round_trip(tmp_path):
     loaded = torch.export.load(tmp_path / "net.pt2").module()
     for batch in (1, 3):
         torch.testing.assert_close(loaded(X[:batch]), frozen(X[:batch]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_package_of_aot_inductor_takes_any_batch(tmp_path):
+    model = network("residual")
+    gated = gatedconv.gate_model(model, "both", example_input=IMAGES)
+    frozen = gatedconv.freeze(
+        gated, masks=random_masks({n: g.num_gates for n, g in gatedconv.gates(gated).items()}, "odd", 1)
+    )
+    gatedconv.export(frozen, tmp_path / "net.pt2", IMAGES, format="aoti")
+    loaded = torch._inductor.aoti_load_package(str(tmp_path / "net.pt2"))
+    for batch in (1, 5):
+        images = torch.randn(batch, *IMAGES.shape[1:])
+        expected = frozen(images).detach()
+        torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-5)
+        assert (expected - model(images)).abs().max() > 1e-2
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pt2"]
+
+
+class Branching(nn.Module):
+    """What it does depends on the numbers of its input: no graph holds that."""
+
+    def forward(self, x):
+        return x * 2 if x.mean() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "format", "why"),
+    [
+        (Branching(), "onnx", "Branching cannot be written as 'onnx': .*data-dependent"),
+        (Branching(), "torch", "Branching cannot be written as 'torch': .*data-dependent"),
+        (nn.Sequential(nn.AdaptiveMaxPool2d(3)), "onnx", "Sequential cannot be .*adaptive_max_pool2d"),
+    ],
+)
+def test_what_an_exporter_cannot_write_is_one_clear_error(model, format, why, tmp_path, capfd):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match=why) as caught:
+        gatedconv.export(model, tmp_path / "m", X, format=format)
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
+    assert not list(tmp_path.iterdir()) and not any(capfd.readouterr())
 
 
 def test_the_callers_model_stays_in_its_mode(tmp_path):

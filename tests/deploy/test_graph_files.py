@@ -44,6 +44,29 @@ def test_every_stage_comes_back(name, tmp_path):
             assert loaded.consensus.masks.keys() == model.consensus.masks.keys()
 
 
+@pytest.mark.parametrize("name", ["residual", "grouped", "sigmoid", "shuffled", "channels_last", "unet"])
+def test_a_network_of_rounded_widths_comes_back(name, tmp_path):
+    small = gatedconv.compact(stages(name)["frozen"], IMAGES, channel_multiple=4)
+    gatedconv.save(small, tmp_path / "m")
+    with torch.no_grad():
+        torch.testing.assert_close(gatedconv.load(tmp_path / "m")(IMAGES), small(IMAGES), rtol=1e-6, atol=1e-6)
+
+
+def test_names_that_are_no_identifiers_come_back(tmp_path):
+    conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    layers = {"stem-1": nn.Sequential(conv, norm), "0": nn.ReLU(), "head": nn.Conv2d(8, 4, 1)}
+    model = nn.Sequential()
+    for key, layer in layers.items():
+        model.add_module(key, layer)
+    gated = gatedconv.gate_model(model.eval(), "channel", example_input=IMAGES)
+    frozen = gatedconv.freeze(gated, masks={"stem-1.1_gate": torch.arange(8) % 3 > 0})
+    for multiple in (1, 4):
+        small = gatedconv.compact(frozen, IMAGES, channel_multiple=multiple)
+        gatedconv.save(small, tmp_path / "m")
+        assert torch.equal(gatedconv.load(tmp_path / "m")(IMAGES), small(IMAGES))
+        torch.testing.assert_close(small(IMAGES), frozen(IMAGES))
+
+
 def test_a_loaded_gated_network_trains_freezes_and_is_cut(tmp_path):
     model = stages("residual", "both")["gated"]
     gatedconv.save(model, tmp_path / "m")

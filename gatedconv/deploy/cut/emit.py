@@ -137,8 +137,13 @@ class Emitter:
         if not isinstance(value, Tensor):
             return value  # type: ignore[no-any-return]
         owner, _, name = path.rpartition(".")
-        if _existing(self.root, owner) is None:
+        existing = _existing(self.root, owner)
+        if existing is None:
             set_module(self.root, owner, nn.Module())
+        elif owner and type(existing) is not nn.Module:  # a layer has no place for what is not its own
+            owner, _, layer = owner.rpartition(".")
+            name = f"{layer}_{name}"
+            path = f"{owner}.{name}".lstrip(".")
         holder = self.root.get_submodule(owner)
         if getattr(holder, name, None) is not value:
             path = free_path(self.root, path)
@@ -228,7 +233,7 @@ def _existing(root: nn.Module, path: str) -> nn.Module | None:
 
 def _is_used(module: nn.Module) -> bool:
     """Whether a module is more than a container that was made on the way to another path."""
-    return type(module) is not nn.Module or any(True for _ in module.parameters(recurse=False))
+    return type(module) is not nn.Module or bool(module._parameters or module._buffers)
 
 
 def _keep_children(existing: nn.Module | None, module: nn.Module) -> None:
