@@ -90,7 +90,7 @@ def _run_card(run: RunView) -> str:
     parts = [f"<h2>{escape(run.name)}</h2>"]
     parts += [f'<p class="problem">{escape(problem)}</p>' for problem in run.problems]
     if run.summary is not None:
-        parts.append(_figures_table(run.summary))
+        parts.append(_figures_table(run, run.summary))
         parts.append(_energy(run.summary))
     gates = [line for line in run.history if line.get("gate_open_rates")]
     if gates:
@@ -104,8 +104,8 @@ def _run_card(run: RunView) -> str:
     return f'<section class="card">{"".join(parts)}</section>'
 
 
-def _figures_table(summary: Mapping[str, Any]) -> str:
-    nets = _networks(RunView("", summary=summary))
+def _figures_table(run: RunView, summary: Mapping[str, Any]) -> str:
+    nets = _networks(run)
     rows = [
         ("top-1 (%)", lambda net: _shown(net.get("top1"), "{:.2f}")),
         ("MACs (M)", lambda net: _shown(net.get("macs"), "{:.2f}", 1e-6)),
@@ -123,7 +123,7 @@ def _figures_table(summary: Mapping[str, Any]) -> str:
         ),
         *([("energy of an image (J)", _energy_of_an_image)] if any("energy_j_image" in net for _, net in nets) else []),
     ]
-    head = "".join(f"<th>{escape(str(kind))}</th>" for kind, _ in nets)
+    head = "".join(f"<th>{escape(_mark_kind(run, kind))}</th>" for kind, _ in nets)
     body = "".join(
         f"<tr><td>{name}</td>{''.join(f'<td>{cell(net)}</td>' for _, net in nets)}</tr>" for name, cell in rows
     )
@@ -168,7 +168,7 @@ def _architecture(summary: Mapping[str, Any]) -> str:
 
 
 def _macs_of(block: Mapping[str, Any]) -> float:
-    macs = block.get("macs")
+    macs: Any = block.get("macs")
     return float(macs) if _is_number(macs) and macs > 0 else 0.0
 
 

@@ -61,7 +61,8 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int = 52
 
 def _names(places: Sequence[tuple[float, float, str]], right: float) -> list[str]:
     """Names beside their points, within the picture; one that would lie upon another moves down."""
-    parts, taken = [], []
+    parts: list[str] = []
+    taken: list[tuple[float, float, float]] = []
     for x, y, name in sorted(places, key=lambda place: place[1]):
         width = _NAME_WIDTH * len(name)
         begin = x + 8 if x + 8 + width <= right + 12 else x - 8 - width

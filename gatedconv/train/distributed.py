@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 _RUN_ID = "TORCHELASTIC_RUN_ID"
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+Store = Any  # torch.distributed's own, whose types do not name it
 _MEETING = timedelta(minutes=10)  # for all processes to be there
 
 
@@ -112,7 +113,7 @@ def joined(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _fresh_store(rank: int, world: int) -> dist.Store:
+def _fresh_store(rank: int, world: int) -> Store:
     """A corner of torchrun's store that no process of an earlier start has written to.
 
     torchrun keeps one store through all its restarts, and a process group of a new start would find the addresses of
@@ -128,7 +129,7 @@ def _fresh_store(rank: int, world: int) -> dist.Store:
     return dist.PrefixStore(f"gatedconv/{_agreed_name(store, rank, world, _MEETING)}", store)
 
 
-def _agreed_name(store: dist.Store, rank: int, world: int, patience: timedelta) -> str:
+def _agreed_name(store: Store, rank: int, world: int, patience: timedelta) -> str:
     """A name that all live processes, and no others, know: the first one's; each of them calls this."""
     mine = uuid.uuid4().hex
     if rank > 0:

@@ -119,6 +119,7 @@ def test_controls_have_marks_of_their_own_and_points_their_names() -> None:
     page = html_page(runs)
     for kind in ("dense", "control: equal MACs", "control: fixed at epoch 0"):
         assert re.search(f"</svg>{kind}</span>", page), kind  # in the legend
+        assert page.count(f"<th>{kind}</th>") == 1
     picture = ElementTree.fromstring(re.search(r"<svg viewBox.*?</svg>", page, re.DOTALL)[0])  # type: ignore[index]
     marks = {mark.find("title").text.split(":")[0]: mark for mark in picture if mark.find("title") is not None}  # type: ignore[union-attr]
     looks = {(mark.tag, mark.get("fill")) for mark in marks.values()}

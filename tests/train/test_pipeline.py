@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import gatedconv
+from gatedconv.cli.experiments import training_row
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
+from gatedconv.report.experiments import find_experiment
 from gatedconv.train import EpochMetrics, Listener, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.finish import energies, reestimate_batchnorm
@@ -115,6 +117,18 @@ def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pyt
     assert asked == [1, 32] and found == {"energy_j": {"1": 0.1, "32": 3.2}, "energy_j_image": pytest.approx(0.1)}
     monkeypatch.setattr("gatedconv.deploy.energy.find_counters", lambda device, host=True: ([], "no RAPL zones"))
     assert energies(net, config, data) == {"energy_j": None, "energy_j_image": None}
+
+
+@pytest.mark.parametrize("joules", [0.0021, None])
+def test_the_ledger_takes_over_the_energy_of_an_image(tmp_path: Path, joules: float | None) -> None:
+    net = {"top1": 93.0, "macs": 1e8, "params": 5, "energy_j": None, "energy_j_image": joules}
+    summary = {
+        "dense": net, "model": "resnet56", "epochs": {"dense": 3}, "device": "cpu", "commit": None, "versions": {},
+        "wall_s": 1.0, "evaluated_on": "test",
+    }  # fmt: skip
+    experiment = find_experiment("headline-r56-c10-dense")
+    row = training_row(experiment, 0, RunFolder(tmp_path), summary, {})
+    assert row.energy_j_image == joules
 
 
 def test_a_run_counts_what_it_trains_after_the_cut(tmp_path: Path, archive: Path) -> None:
