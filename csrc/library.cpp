@@ -5,14 +5,18 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
   // input (N, C_in, H, W), weight (C_out, C_in / groups, KH, KW), bias (C_out), residual (N, C_out, P, Q),
   // out_open bool (C_out) or (N, C_out), in_open bool (C_in); padding is top, bottom, left, right.
   // packed is what masked_conv2d_pack made, which spares the call packing the weights; made of other weights
-  // or masks it is not used. allow_tf32 lets GPUs multiply float32 in tf32. Returns (N, C_out, P, Q).
+  // or masks it is not used on CPUs, and on GPUs wrong: there nobody could tell without waiting. On GPUs
+  // in_open may be (N, C_in), too. allow_tf32 lets GPUs multiply float32 in tf32. Returns (N, C_out, P, Q).
   m.def(
       "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor out_open, Tensor? in_open, "
       "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool relu, "
       "Tensor? packed=None, bool allow_tf32=False) -> Tensor");
-  // Returns a float32 vector for `packed`, empty for weights that are not dense. CPU and eager mode alone:
-  // its length depends on how many channels are open.
-  m.def("masked_conv2d_pack(Tensor weight, Tensor out_open, Tensor? in_open, int groups) -> Tensor");
+  // Returns a vector for `packed`: float32 on CPUs, empty for weights that are not dense; int32 on GPUs,
+  // empty where no kernel takes it. Eager mode alone: on CPUs its length depends on how many channels are
+  // open.
+  m.def(
+      "masked_conv2d_pack(Tensor weight, Tensor out_open, Tensor? in_open, int groups, "
+      "bool allow_tf32=False) -> Tensor");
   // One convolution of a plan on a GPU. conv_pack packs weight (C_out, inputs, KH, KW), whose inputs are
   // those of in_index (int32) in their order, or all. conv_run writes act(conv + bias + residual) to output:
   // in_index says which channels of input are read; out_index, int32 (C_out + 1), lists the open outputs,
@@ -25,6 +29,9 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
       "residual, "
       "Tensor(a!) output, int[] geometry, int act, bool skip_closed, bool allow_tf32, int mt, "
       "int nt) -> ()");
+  // A run of a plan's layers in one launch, the maps of an image in shared memory: input and output channels
+  // last, stream (uint8) and layout as gatedconv/deploy/engine/cuda_stream.py writes them.
+  m.def("resident_run(Tensor input, Tensor stream, Tensor(a!) output, int[] layout, bool allow_tf32) -> ()");
   // A network in one call: input (N, C, H, W), program int64 and weights float32 as gatedconv.Engine packs
   // them. shape says how the output's size follows from the input's, for the fake: output channels, output
   // rank (2 or 4), then for every layer on the way that changes height or width: extent, stride, padding of

@@ -118,7 +118,7 @@ Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optio
 }
 
 Tensor masked_conv2d_pack(const Tensor& weight, const Tensor& out_open, const std::optional<Tensor>& in_open,
-                          int64_t groups) {
+                          int64_t groups, bool /* allow_tf32, for GPUs */) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == torch::headeronly::ScalarType::Float,
                   "masked_conv2d_pack: expected 4-D float32 weight");
   STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0,

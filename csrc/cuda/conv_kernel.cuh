@@ -6,14 +6,6 @@
 
 namespace gatedconv {
 
-// What the format's instructions ask of the GPU.
-template <class Math>
-constexpr int kOldest = 750;
-template <>
-constexpr int kOldest<BFloat16> = 800;
-template <>
-constexpr int kOldest<TensorFloat32> = 800;
-
 template <class Math, int MT, int NT>
 __global__ void __launch_bounds__(kThreads)
     conv_kernel(const __grid_constant__ ConvArgs args, const __grid_constant__ ConvTile tile) {

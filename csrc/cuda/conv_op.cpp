@@ -1,10 +1,7 @@
 // The operators of the GPU convolution: masked_conv2d, and the parts that a plan calls one by one.
 #define USE_CUDA
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,57 +9,13 @@
 #include <vector>
 
 #include "cuda/conv.h"
+#include "cuda/op_support.h"
 #include "shared/conv_choose.h"
 #include "shared/masked_conv2d_op.h"
 
 namespace {
 
 using namespace gatedconv;
-using torch::headeronly::ScalarType;
-
-enum class MathKind : int64_t { kHalf, kBFloat16, kTensorFloat32, kFloat32 };
-
-// Calls f with an object of the format's type.
-template <class F>
-void with_math(MathKind kind, F f) {
-  switch (kind) {
-    case MathKind::kHalf:
-      return f(Half{});
-    case MathKind::kBFloat16:
-      return f(BFloat16{});
-    case MathKind::kTensorFloat32:
-      return f(TensorFloat32{});
-    default:
-      f(Float32{});
-  }
-}
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-int attribute(const Tensor& tensor, cudaDeviceAttr which) {
-  int value = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, tensor.get_device_index()));
-  return value;
-}
-
-// The format that multiplies tensors of a dtype on a device; nothing where the tiled kernels have none.
-std::optional<MathKind> choose_math(const Tensor& tensor, bool allow_tf32) {
-  const bool ampere = attribute(tensor, cudaDevAttrComputeCapabilityMajor) >= 8;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return MathKind::kHalf;
-    case ScalarType::BFloat16:
-      return ampere ? std::optional(MathKind::kBFloat16) : std::nullopt;
-    case ScalarType::Float:
-      return allow_tf32 && ampere ? MathKind::kTensorFloat32 : MathKind::kFloat32;
-    default:
-      return std::nullopt;
-  }
-}
 
 int32_t narrow32(int64_t value) {
   STD_TORCH_CHECK(value >= 0 && value < (int64_t{1} << 31), "gatedconv: a size does not fit 32 bits");
@@ -125,55 +78,123 @@ void run_direct(const ConvShape& shape, const Tensor& input, const Tensor& weigh
   launch(0.0);
 }
 
+// What a call prepares: lists of the open outputs of every mask and of the open inputs, counts behind each,
+// then from the next 16 bytes on the packed weights. In int32.
+struct Prepared {
+  int64_t rows, in_rows, weights_at, size;
+};
+
+template <class Math>
+Prepared prepared_layout(const ConvArgs& a, int64_t rows, int64_t in_rows) {
+  const int64_t lists = rows * (a.out_channels + 1) + in_rows * (a.in_channels + 1);
+  const int64_t elements = packed_size<Math>(a.in_channels, a.kernel_h * a.kernel_w, a.out_channels);
+  const int64_t at = (lists + 3) / 4 * 4,
+                bytes = elements * static_cast<int64_t>(sizeof(typename Math::Storage));
+  return {rows, in_rows, at, at + (bytes + 3) / 4};
+}
+
+// Points a convolution at what was prepared for it.
+void use_prepared(ConvArgs& a, const Prepared& p, const Tensor& kept) {
+  const int32_t* at = static_cast<const int32_t*>(kept.const_data_ptr());
+  a.masks = static_cast<int32_t>(p.rows), a.in_masks = static_cast<int32_t>(p.in_rows);
+  a.out_index = at, a.out_count = at + p.rows * a.out_channels;
+  const int32_t* inputs = a.out_count + p.rows;
+  if (p.in_rows > 0) a.in_index = inputs, a.in_count = inputs + p.in_rows * a.in_channels;
+  a.weights = at + p.weights_at;
+}
+
+// With one mask for all samples the weights follow its order of the inputs; with many, that of all inputs.
+template <class Math>
+Tensor prepare(const ConvArgs& a, const Prepared& p, const Tensor& weight, const Tensor& out_open,
+               const std::optional<Tensor>& in_open) {
+  const Tensor kept = ints(p.size, weight);
+  int32_t* at = static_cast<int32_t*>(kept.mutable_data_ptr());
+  const cudaStream_t stream = current_stream(weight);
+  launch_list_open(static_cast<const bool*>(out_open.const_data_ptr()), static_cast<int32_t>(p.rows),
+                   a.out_channels, at, at + p.rows * a.out_channels, stream);
+  int32_t* inputs = at + p.rows * (a.out_channels + 1);
+  int32_t* in_count = inputs + p.in_rows * a.in_channels;
+  if (in_open) {
+    launch_list_open(static_cast<const bool*>(in_open->const_data_ptr()), static_cast<int32_t>(p.in_rows),
+                     a.in_channels, inputs, in_count, stream);
+  }
+  const bool in_order = p.in_rows == 1;
+  launch_pack<Math>(weight.const_data_ptr(), strides4(weight), a.out_channels, a.in_channels, a.kernel_h,
+                    a.kernel_w, in_order ? inputs : nullptr, in_order ? in_count : nullptr, at + p.weights_at,
+                    stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return kept;
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+// in_open may be (C_in), or here (N, C_in), too.
 Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const Tensor& out_open, const std::optional<Tensor>& in_open,
                      const std::optional<Tensor>& residual, std::vector<int64_t> stride,
                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool relu,
-                     const std::optional<Tensor>& /* packed, for CPUs */, bool allow_tf32) {
+                     const std::optional<Tensor>& packed, bool allow_tf32) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const ConvShape shape =
-      conv_shape(input, weight, bias, out_open, in_open, residual, stride, padding, dilation, groups);
+  const bool loose = in_open && in_open->dim() == 2;
+  const ConvShape shape = conv_shape(input, weight, bias, out_open, loose ? std::nullopt : in_open, residual,
+                                     stride, padding, dilation, groups);
+  STD_TORCH_CHECK(!loose || (in_open->scalar_type() == ScalarType::Bool && in_open->size(0) == shape.batch &&
+                             in_open->size(1) == shape.in_channels),
+                  "masked_conv2d: expected in_open to be bool of shape (C_in) or (N, C_in)");
   const Tensor output = new_output(shape, input, weight), mask = torch::stable::contiguous(out_open);
   if (output.numel() == 0) return output;
-  const std::optional<Tensor> in_mask =
-      in_open ? std::optional(torch::stable::contiguous(*in_open)) : std::nullopt;
+  const std::optional<Tensor> in_mask = dense(in_open);
   const std::optional<MathKind> math = choose_math(input, allow_tf32);
   ConvArgs a = conv_args(shape, input, residual, output, relu ? ConvAct::kRelu : ConvAct::kNone);
-  a.masks = mask.dim() == 2 ? a.batch : 1;
+  const int64_t rows = mask.dim() == 2 ? shape.batch : 1, in_rows = loose ? shape.batch : in_mask ? 1 : 0;
+  a.masks = static_cast<int32_t>(rows), a.in_masks = static_cast<int32_t>(in_rows);
   ConvTile tile{};
   const int processors = attribute(input, cudaDevAttrMultiProcessorCount);
   if (groups != 1 || !math || !chosen_tile(a, *math, processors, tile)) {
+    STD_TORCH_CHECK(!loose,
+                    "masked_conv2d: no kernel for an in_open of each sample with this geometry or dtype");
     run_direct(shape, input, weight, bias, mask, in_mask, residual, output, relu);
     return output;
-  }
-  const cudaStream_t stream = current_stream(input);
-  // Lists of the open outputs of every mask and of the open inputs, each with its counts behind it.
-  const int64_t rows = a.masks, out_size = rows * (shape.out_channels + 1);
-  const Tensor lists = ints(out_size + shape.in_channels + 1, input);
-  int32_t* at = static_cast<int32_t*>(lists.mutable_data_ptr());
-  launch_list_open(static_cast<const bool*>(mask.const_data_ptr()), a.masks, a.out_channels, at,
-                   at + rows * shape.out_channels, stream);
-  a.out_index = at, a.out_count = at + rows * shape.out_channels;
-  if (in_mask) {
-    int32_t* inputs = at + out_size;
-    launch_list_open(static_cast<const bool*>(in_mask->const_data_ptr()), 1, a.in_channels, inputs,
-                     inputs + shape.in_channels, stream);
-    a.in_index = inputs, a.in_count = inputs + shape.in_channels;
   }
   const std::optional<Tensor> float_bias = bias ? std::optional(as_float(*bias)) : std::nullopt;
   a.bias = float_bias ? static_cast<const float*>(float_bias->const_data_ptr()) : nullptr;
   with_math(*math, [&](auto format) {
     using Math = decltype(format);
-    const int64_t size = packed_size<Math>(a.in_channels, a.kernel_h * a.kernel_w, a.out_channels);
-    const Tensor packed = torch::stable::empty({size}, input.scalar_type(), std::nullopt, input.device());
-    launch_pack<Math>(weight.const_data_ptr(), strides4(weight), a.out_channels, a.in_channels, a.kernel_h,
-                      a.kernel_w, a.in_index, a.in_count, packed.mutable_data_ptr(), stream);
-    a.weights = packed.const_data_ptr();
+    const Prepared p = prepared_layout<Math>(a, rows, in_rows);
+    const bool given = packed && rows == 1 && in_rows <= 1 && packed->scalar_type() == ScalarType::Int &&
+                       packed->numel() == p.size && packed->stride(0) == 1;
+    const Tensor kept = given ? *packed : prepare<Math>(a, p, weight, mask, in_mask);
+    use_prepared(a, p, kept);
     set_access<Math>(a);
-    launch_conv<Math>(a, tile, stream);
+    launch_conv<Math>(a, tile, current_stream(input));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
+}
+
+// What masked_conv2d takes as `packed` for these very masks and this very weight; empty where it takes none.
+Tensor masked_conv2d_pack(const Tensor& weight, const Tensor& out_open, const std::optional<Tensor>& in_open,
+                          int64_t groups, bool allow_tf32) {
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  STD_TORCH_CHECK(weight.dim() == 4 && out_open.dim() == 1 && out_open.scalar_type() == ScalarType::Bool &&
+                      out_open.numel() == weight.size(0) &&
+                      (!in_open || (in_open->dim() == 1 && in_open->scalar_type() == ScalarType::Bool &&
+                                    in_open->numel() == weight.size(1) * groups)),
+                  "masked_conv2d_pack: expected masks of weight's outputs and inputs");
+  const std::optional<MathKind> math = choose_math(weight, allow_tf32);
+  if (groups != 1 || !math || weight.numel() == 0) return ints(0, weight);
+  ConvArgs a{};
+  a.out_channels = narrow32(weight.size(0)), a.in_channels = narrow32(weight.size(1));
+  a.kernel_h = narrow32(weight.size(2)), a.kernel_w = narrow32(weight.size(3));
+  Tensor kept;
+  with_math(*math, [&](auto format) {
+    using Math = decltype(format);
+    const Prepared p = prepared_layout<Math>(a, 1, in_open ? 1 : 0);
+    kept = prepare<Math>(a, p, weight, torch::stable::contiguous(out_open), dense(in_open));
+  });
+  return kept;
 }
 
 Tensor conv_pack(const Tensor& weight, const std::optional<Tensor>& in_index, bool allow_tf32) {
@@ -258,6 +279,7 @@ void conv_run(const Tensor& input, const Tensor& packed, const std::optional<Ten
 
 STABLE_TORCH_LIBRARY_IMPL(gatedconv, CUDA, m) {
   m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d));
+  m.impl("masked_conv2d_pack", TORCH_BOX(&masked_conv2d_pack));
   m.impl("conv_pack", TORCH_BOX(&conv_pack));
   m.impl("conv_run", TORCH_BOX(&conv_run));
 }

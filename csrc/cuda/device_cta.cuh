@@ -24,6 +24,14 @@ __device__ inline void load_matrices(uint32_t (&to)[2], uint32_t row) {
                : "r"(row));
 }
 
+// What the format's instructions ask of the GPU.
+template <class Math>
+constexpr int kOldest = 750;
+template <>
+constexpr int kOldest<BFloat16> = 800;
+template <>
+constexpr int kOldest<TensorFloat32> = 800;
+
 // sum (16 x 8) += a (16 x 32 bytes) * b (32 bytes x 8).
 template <class Math>
 struct Multiply;

@@ -49,10 +49,23 @@ GATEDCONV_HOST_DEVICE inline Slots block_slots(const ConvArgs& a, const ConvTile
   return {index, first, count, smaller(count, larger(open - first, 0))};
 }
 
+// The open inputs of one block: slot s is input index[s], or s.
+struct Inputs {
+  const int32_t* index;
+  int32_t count;
+  bool loose;  // the weights are in the order of all inputs, not of the slots
+};
+
+GATEDCONV_HOST_DEVICE inline Inputs block_inputs(const ConvArgs& a, const TileStart& at) {
+  const int32_t mask = a.in_masks > 1 ? at.sample : 0;
+  const int32_t* index = a.in_index == nullptr ? nullptr : a.in_index + int64_t{mask} * a.in_channels;
+  return {index, a.in_count == nullptr ? a.in_channels : a.in_count[mask], a.in_masks > 1};
+}
+
 // One thread's share of a patch: `chunks` fragment steps of channels from `chunk` on.
 template <class Math, class Cta>
 GATEDCONV_HOST_DEVICE void load_patch(Cta& cta, const ConvArgs& a, const ConvTile& t, const TileStart& at,
-                                      int32_t in_count, int32_t chunk, uint8_t* to, int tid) {
+                                      const Inputs& inputs, int32_t chunk, uint8_t* to, int tid) {
   using T = typename Math::Storage;
   const T* input = static_cast<const T*>(a.input);
   const int32_t pixels = t.samples * t.patch_h * t.patch_w, vectors = 2 * t.chunks;
@@ -64,34 +77,58 @@ GATEDCONV_HOST_DEVICE void load_patch(Cta& cta, const ConvArgs& a, const ConvTil
     const int32_t slot = chunk * kStep<Math> + vector * kVector<Math>;
     uint8_t* target = to + pixel * t.pitch + vector * 16;
     if (a.in_vector) {
-      const bool valid = source >= 0 && slot < in_count;
+      const bool valid = source >= 0 && slot < inputs.count;
       cta.copy16(target, input + (valid ? source + slot : 0), valid);
       continue;
     }
     Vector16<Math> gathered;
 #pragma unroll
     for (int i = 0; i < kVector<Math>; ++i) {
-      const bool valid = source >= 0 && slot + i < in_count;
-      const int64_t channel = !valid ? 0 : a.in_index == nullptr ? slot + i : a.in_index[slot + i];
+      const bool valid = source >= 0 && slot + i < inputs.count;
+      const int64_t channel = !valid ? 0 : inputs.index == nullptr ? slot + i : inputs.index[slot + i];
       gathered.value[i] = valid ? input[source + channel * a.in.c] : Math::store(0.0f);
     }
     *reinterpret_cast<Vector16<Math>*>(target) = gathered;
   }
 }
 
+// The weights of one vector of input slots from `slot` on, picked one by one from the order of all inputs.
+template <class Math>
+GATEDCONV_HOST_DEVICE Vector16<Math> loose_weights(const ConvArgs& a, const Inputs& inputs, int32_t slot,
+                                                   int32_t tap, int32_t output) {
+  using T = typename Math::Storage;
+  Vector16<Math> gathered;
+#pragma unroll
+  for (int i = 0; i < kVector<Math>; ++i) {
+    const bool open = slot + i < inputs.count;
+    const int32_t channel = open ? inputs.index[slot + i] : 0;
+    const int64_t row = int64_t{channel / kStep<Math>} * a.kernel_h * a.kernel_w + tap;
+    const T* from = static_cast<const T*>(a.weights) + (row * a.out_channels + output) * kStep<Math>;
+    gathered.value[i] = open ? from[channel % kStep<Math>] : Math::store(0.0f);
+  }
+  return gathered;
+}
+
 // One thread's share of the weights of `taps` taps from `tap` on; slots that are not open get zeros.
 template <class Math, class Cta>
 GATEDCONV_HOST_DEVICE void load_weights(Cta& cta, const ConvArgs& a, const ConvTile& t, const Slots& slots,
-                                        int32_t chunk, int32_t steps, int32_t tap, int32_t taps, uint8_t* to,
-                                        int tid) {
+                                        const Inputs& inputs, int32_t chunk, int32_t steps, int32_t tap,
+                                        int32_t taps, uint8_t* to, int tid) {
   const uint8_t* weights = static_cast<const uint8_t*>(a.weights);
   const int32_t columns = 8 * t.nt, vectors = 2 * steps;
   for (int32_t item = tid; item < taps * columns * vectors; item += kThreads) {
     const int32_t vector = item % vectors, column = item / vectors % columns, of = item / (vectors * columns);
     const bool valid = column < slots.open;
+    uint8_t* target = to + (of * columns + column) * t.pitch + vector * 16;
+    if (inputs.loose && valid) {
+      const int32_t slot = chunk * kStep<Math> + vector * kVector<Math>;
+      *reinterpret_cast<Vector16<Math>*>(target) =
+          loose_weights<Math>(a, inputs, slot, tap + of, slots.channel(column));
+      continue;
+    }
     const int64_t row = int64_t{chunk + vector / 2} * a.kernel_h * a.kernel_w + tap + of;
     const int64_t from = (row * a.out_channels + (valid ? slots.channel(column) : 0)) * kStepBytes;
-    cta.copy16(to + (of * columns + column) * t.pitch + vector * 16, weights + from + vector % 2 * 16, valid);
+    cta.copy16(target, weights + from + vector % 2 * 16, valid);
   }
 }
 
@@ -140,17 +177,16 @@ GATEDCONV_HOST_DEVICE void write_tile(const ConvArgs& a, const ConvTile& t, cons
 // taps begin anew, are copied while the round before is multiplied.
 template <class Math, int MT, int NT, class Cta>
 GATEDCONV_HOST_DEVICE void multiply_rounds(Cta& cta, const ConvArgs& a, const ConvTile& t,
-                                           const TileStart& at, const Slots& slots, int32_t in_count) {
+                                           const TileStart& at, const Slots& slots, const Inputs& inputs) {
   const int32_t taps = a.kernel_h * a.kernel_w, groups = ceil_div(taps, t.group_taps);
-  const int32_t steps = ceil_div(in_count, kStep<Math>), rounds = ceil_div(steps, t.chunks) * groups;
+  const int32_t steps = ceil_div(inputs.count, kStep<Math>), rounds = ceil_div(steps, t.chunks) * groups;
   uint8_t* patches = cta.shared();
   uint8_t* weights = patches + 2 * t.patch_bytes;
   const auto load = [&](int32_t round) {
     const int32_t group = round / groups, chunk = group * t.chunks, tap = round % groups * t.group_taps;
     cta.each_thread([&](int tid) {
-      if (tap == 0)
-        load_patch<Math>(cta, a, t, at, in_count, chunk, patches + group % 2 * t.patch_bytes, tid);
-      load_weights<Math>(cta, a, t, slots, chunk, smaller(t.chunks, steps - chunk), tap,
+      if (tap == 0) load_patch<Math>(cta, a, t, at, inputs, chunk, patches + group % 2 * t.patch_bytes, tid);
+      load_weights<Math>(cta, a, t, slots, inputs, chunk, smaller(t.chunks, steps - chunk), tap,
                          smaller(t.group_taps, taps - tap), weights + round % 2 * t.weight_bytes, tid);
     });
     cta.commit();
@@ -188,7 +224,7 @@ GATEDCONV_HOST_DEVICE void conv_tile(Cta& cta, const ConvArgs& a, const ConvTile
   const Slots slots = block_slots(a, t, at, block_y);
   if (slots.open == 0 && a.skip_closed) return;
   if (slots.open > 0) {
-    const int32_t in_count = a.in_count == nullptr ? a.in_channels : *a.in_count;
+    const Inputs inputs = block_inputs(a, at);
     cta.each_warp([&](auto& warp) {
       warp.each_lane([&](int lane, LaneState<Math, MT, NT>& state) {
 #pragma unroll
@@ -206,7 +242,7 @@ GATEDCONV_HOST_DEVICE void conv_tile(Cta& cta, const ConvArgs& a, const ConvTile
         }
       });
     });
-    if (in_count > 0) multiply_rounds<Math, MT, NT>(cta, a, t, at, slots, in_count);
+    if (inputs.count > 0) multiply_rounds<Math, MT, NT>(cta, a, t, at, slots, inputs);
     float* sums = reinterpret_cast<float*>(cta.shared());
     cta.each_warp([&](auto& warp) {
       warp.each_lane([&](int lane, LaneState<Math, MT, NT>& state) {

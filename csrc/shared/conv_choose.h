@@ -62,7 +62,7 @@ inline bool choose_tile(const ConvArgs& a, int32_t step, int mt, int nt, int64_t
       t.nt = nt;
       t.cols = cols;
       t.rows = std::min(a.out_h, pixels / cols);
-      const bool whole = t.rows == a.out_h && t.cols == a.out_w && a.masks == 1;
+      const bool whole = t.rows == a.out_h && t.cols == a.out_w && a.masks <= 1 && a.in_masks <= 1;
       t.samples = whole ? std::min(a.batch, pixels / (t.rows * t.cols)) : 1;
       if (!fit_tile(a, in_chunks, budget, t)) continue;
       const int64_t cost = t.pixel_tiles * (2 * fragment_rows + t.samples * t.patch_h * t.patch_w);

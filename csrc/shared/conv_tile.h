@@ -24,14 +24,15 @@ struct ConvArgs {
   const float* bias;         // (C_out), or null
   const void* residual;      // (N, C_out, P, Q), or null
   void* output;              // (N, C_out, P, Q)
-  const int32_t* in_index;   // open inputs, or null for all
+  const int32_t* in_index;   // open inputs, or null for all; of every sample where in_masks > 1
   const int32_t* in_count;   // how many, where only the device knows; null: all C_in
   const int32_t* out_index;  // for every mask the open outputs, then the closed ones; null: all open
   const int32_t* out_count;  // for every mask the number of open outputs
   Strides4 in, res, out;
   int32_t batch, in_channels, height, width, out_channels, out_h, out_w;
   int32_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
-  int32_t masks;  // 1 for the whole batch, or one for each sample
+  int32_t masks;     // 1 for the whole batch, or one for each sample
+  int32_t in_masks;  // so for in_index; one for each sample finds its weights in the order of all inputs
   ConvAct act;
   bool skip_closed;            // leave closed outputs as they are in memory
   bool in_vector;              // pixels of the input are whole aligned 16-byte vectors

@@ -11,7 +11,7 @@ from gatedconv import ops
 from gatedconv.gates import ChannelGate, FrozenGate, LayerGate
 from gatedconv.gates.gate import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
-from gatedconv.nn.open_samples import decides_on_device, residual_branch
+from gatedconv.nn.open_samples import decides_on_device, gated_input_branch, residual_branch
 from gatedconv.nn.shortcut import make_shortcut
 from gatedconv.nn.skipping import BlockSkip, left_out
 
@@ -82,7 +82,7 @@ class BasicBlock(nn.Module):
                 return self._fused_end(x, shortcut, norm)
         gate = self.layer_gate
         if gate is None or (isinstance(gate, FrozenGate) and gate.is_open):
-            return self.relu(shortcut + self.branch(x))
+            return self._open_block(x, shortcut)
         if isinstance(gate, FrozenGate):
             return torch.relu(shortcut)  # not in place: an identity shortcut is the caller's tensor
         decision = gate(x)[:, :, None, None]
@@ -98,6 +98,15 @@ class BasicBlock(nn.Module):
             return torch.relu(shortcut)
         part = decision.index_select(0, index) * self.branch(x.index_select(0, index))
         return self.relu(shortcut.index_add(0, index, part))
+
+    def _open_block(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The block for samples that are all open: (N, in_channels, H, W) -> (N, channels, H', W')."""
+        channel, convs = self.channel_gate, ((self.conv1, self.bn1), (self.conv2, self.bn2))
+        if isinstance(channel, LearnedGate) and self.position != "after" and not self.training:
+            plain = type(self.relu) is nn.ReLU and not (self.relu._forward_hooks or self.relu._forward_pre_hooks)
+            if plain and not torch.compiler.is_compiling() and decides_on_device(x, *convs):
+                return gated_input_branch(x, shortcut, channel, self.position, *convs)
+        return self.relu(shortcut + self.branch(x))
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual branch, channel gate included: (N, in_channels, H, W) -> (N, channels, H', W')."""

@@ -1,4 +1,4 @@
-"""A gated block in eval whose skipping is decided on the device: no list of open samples comes to the host."""
+"""A gated block in eval whose skipping is decided on the device: no list of what is open comes to the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
+from gatedconv.gates import Gate
 from gatedconv.nn.conv import Conv2d
 from gatedconv.ops import cuda_conv
 
@@ -53,8 +54,41 @@ def residual_branch(x: Tensor, shortcut: Tensor, is_open: Tensor, first: ConvNor
     return x
 
 
+def gated_input_branch(
+    x: Tensor, shortcut: Tensor, gate: Gate, position: str, first: ConvNorm, last: ConvNorm
+) -> Tensor:
+    """Compute relu(shortcut + branch(x)) with a channel gate that decides for each sample what a convolution reads.
+
+    On CUDA the convolution behind the gate takes each sample's open inputs and no others.
+
+    Args:
+        x: (N, C_in, H, W).
+        shortcut: (N, C_out, H', W').
+        gate: In eval; its values are 0 or 1.
+        position: "before", it gates x, or "middle", what lies between the convolutions.
+        first: The branch's first convolution and norm; a ReLU follows.
+        last: Its last ones.
+    """
+    for i, (conv, norm) in enumerate((first, last)):
+        weight, bias = folded(conv, norm)
+        x = ops.masked_conv2d(
+            x,
+            weight,
+            bias,
+            torch.ones(conv.out_channels, dtype=torch.bool, device=x.device),
+            gate(x) > 0 if position == ("before", "middle")[i] else None,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            residual=shortcut if i else None,
+            relu=True,
+        )
+    return x
+
+
 def decides_on_device(x: Tensor, first: ConvNorm, last: ConvNorm) -> bool:
-    """Whether to run `residual_branch`: our kernels are wanted and there, and no gradient is asked for."""
+    """Whether to run one of these branches: our kernels are wanted and there, and no gradient is asked for."""
     if x.device.type != "cuda" or torch.is_grad_enabled() or cuda_conv.kernels_mode() != "on":
         return False
     return all(

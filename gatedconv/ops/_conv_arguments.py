@@ -168,7 +168,7 @@ def _check_masks(input: Tensor, weight: Tensor, out_open: Tensor, in_open: Tenso
     batch, in_channels, out_channels = input.shape[0], input.shape[1], weight.shape[0]
     _check_mask("out_open", out_open, [(out_channels,), (batch, out_channels)], input.device)
     if in_open is not None:
-        _check_mask("in_open", in_open, [(in_channels,)], input.device)
+        _check_mask("in_open", in_open, [(in_channels,), (batch, in_channels)], input.device)
 
 
 def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]], device: torch.device) -> None:

@@ -58,9 +58,14 @@ def call(
 def pack(weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int) -> Tensor:
     """Pack weights for `call`; `ready` has said that the operator is there."""
     packed: Tensor = torch.ops.gatedconv.masked_conv2d_pack.default(
-        weight.detach(), out_open, in_open, groups
+        weight.detach(), out_open, in_open, groups, **_tf32(weight)
     )
     return packed
+
+
+def _tf32(tensor: Tensor) -> dict[str, bool]:
+    """The argument that only GPUs take."""
+    return {"allow_tf32": cuda_conv.allows_tf32()} if tensor.is_cuda and tensor.dtype == torch.float32 else {}
 
 
 def _call(
@@ -87,7 +92,7 @@ def _call(
         a.groups,
         relu,
         packed,
-        **({"allow_tf32": cuda_conv.allows_tf32()} if input.is_cuda and input.dtype == torch.float32 else {}),
+        **_tf32(input),
     )
 
 
@@ -130,7 +135,9 @@ def _fake(
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
-def _pack_fake(weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int) -> Tensor:
+def _pack_fake(
+    weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int, allow_tf32: bool = False
+) -> Tensor:
     # Its length depends on how many channels are open.
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
 

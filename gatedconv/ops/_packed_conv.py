@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatedconv.ops import _masked_conv2d_native
+from gatedconv.ops import _masked_conv2d_native, cuda_conv
 
 __all__ = ["PackedConv"]
 
@@ -19,6 +20,10 @@ class PackedConv:
     bit, and packs anew for that call where they differ, so a result never depends on what is kept here. What
     is kept is renewed when a tensor is another one or was changed in place; a change that PyTorch does not
     count (through ``.data``, or of an inference tensor) costs the packing at every call until then.
+
+    On a GPU nobody can compare without waiting for the device, so there what is kept holds for the very tensors, in the
+    state, in which they were packed: a change through ``.data`` is not seen before `clear`. Of inference tensors, and
+    inside of a graph that is being captured, nothing is kept.
 
     It belongs to a process and to the memory of its tensors: copies and pickles of it are empty.
     """
@@ -44,17 +49,27 @@ class PackedConv:
         Args:
             weight: (C_out, C_in / groups, KH, KW).
             out_open: bool (C_out,), or (N, C_out), for which nothing is kept.
-            in_open: bool (C_in,), or None.
+            in_open: bool (C_in,), or (N, C_in), for which nothing is kept, or None.
             groups: Number of groups.
 
         Returns:
-            A float32 vector as `gatedconv::masked_conv2d_pack` makes it, or None where nothing can be kept.
+            A vector as `gatedconv::masked_conv2d_pack` makes it, or None where nothing can be kept.
         """
-        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != torch.float32 or out_open.dim() != 1:
+        masks = (out_open,) if in_open is None else (out_open, in_open)
+        if type(weight) not in (Tensor, nn.Parameter) or any(mask.dim() != 1 for mask in masks):
             return None
-        if weight.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             return None
-        key = (*_state(weight), *_state(out_open), *((0, 0) if in_open is None else _state(in_open)), groups)
+        key: tuple[object, ...]
+        if _on_gpu(weight):
+            tensors = (weight, *masks)
+            if any(tensor.is_inference() for tensor in tensors) or torch.cuda.is_current_stream_capturing():
+                return None
+            key = _device_key(tensors, groups)
+        elif weight.device.type == "cpu" and weight.dtype == torch.float32:
+            key = (*_state(weight), *_state(out_open), *((0, 0) if in_open is None else _state(in_open)), groups)
+        else:
+            return None
         kept = self._kept
         if kept is None or kept[0] != key:
             packed = _masked_conv2d_native.pack(weight, out_open, in_open, groups)
@@ -67,6 +82,28 @@ class PackedConv:
 
     def __reduce__(self) -> tuple[type[PackedConv], tuple[()]]:
         return PackedConv, ()
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+class _Same:
+    """A tensor as a part of a key: equal to itself alone, and to nothing once it is gone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (own := self.tensor()) is not None and own is other.tensor()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _device_key(tensors: tuple[Tensor, ...], groups: int) -> tuple[object, ...]:
+    """What must not change for weights packed on a GPU to hold; on another stream they might not be there yet."""
+    states = [(_Same(t), *_state(t), t.shape, t.stride(), t.dtype) for t in tensors]
+    return (*states, groups, cuda_conv.allows_tf32(), torch.cuda.current_stream(tensors[0].device).cuda_stream)
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

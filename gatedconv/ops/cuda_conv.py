@@ -15,7 +15,7 @@ __all__ = ["TILES", "allows_tf32", "conv_pack", "conv_run", "kernels_mode", "tak
 # (16-row fragments of a warp, 8-column fragments of a block) that the library has kernels for.
 TILES = tuple((rows, columns) for rows in (1, 2) for columns in (1, 2, 4, 8))
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MODES = ("off", "on", "auto")
+_MODES = ("off", "on", "auto", "layers")
 
 
 def kernels_mode() -> str:
@@ -30,7 +30,7 @@ def kernels_mode() -> str:
     """
     mode = os.environ.get("GATEDCONV_CUDA_KERNELS", "off")
     if mode not in _MODES:
-        raise ValueError(f"GATEDCONV_CUDA_KERNELS: expected off, on or auto, got {mode!r}")
+        raise ValueError(f"GATEDCONV_CUDA_KERNELS: expected off, on, auto or layers, got {mode!r}")
     return mode
 
 

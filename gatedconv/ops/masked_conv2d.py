@@ -50,7 +50,7 @@ def masked_conv2d(
             masks.
         bias: (C_out,), or None.
         out_open: bool (C_out,), or (N, C_out) for a mask for each sample.
-        in_open: bool (C_in,), or None for all open.
+        in_open: bool (C_in,), or (N, C_in) for a mask for each sample, or None for all open.
         stride: Step in pixels, one number or (vertical, horizontal).
         padding: Zeros on each side in pixels, one number or (vertical, horizontal), "same" or "valid".
         dilation: Distance of neighbouring taps in pixels, one number or (vertical, horizontal).
@@ -97,6 +97,8 @@ def masked_conv2d(
         input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
     )
     native = _has_kernel(input, weight, arguments) and _masked_conv2d_native.ready()
+    if in_open is not None and in_open.dim() == 2 and not (native and _takes_sample_inputs(input)):
+        input, in_open = _without_closed_inputs(input, in_open), None
     if not torch.compiler.is_compiling() and not meta:
         inputs = (input, weight, bias, out_open, in_open, residual, arguments, relu)
         # The native fp64 body is there for traced graphs; PyTorch's convolution is faster.
@@ -178,6 +180,8 @@ def _reference(
     relu: bool,
 ) -> Tensor:
     groups, channels = arguments.groups, weight.shape[0]
+    if in_open is not None and in_open.dim() == 2:
+        input, in_open = _without_closed_inputs(input, in_open), None
     if in_open is not None:
         input = torch.where(in_open[:, None, None], input, 0)
         taps = in_open.view(groups, 1, -1).expand(groups, channels // groups, -1).reshape(channels, -1)
@@ -194,6 +198,16 @@ def _reference(
     if residual is not None:
         out = out + residual
     return torch.relu(out) if relu else out
+
+
+def _without_closed_inputs(input: Tensor, in_open: Tensor) -> Tensor:
+    """Zero what the mask (N, C_in) of each sample closes; its gradient is 0 there."""
+    return torch.where(in_open[:, :, None, None], input, 0)
+
+
+def _takes_sample_inputs(input: Tensor) -> bool:
+    """Whether a kernel takes a mask of inputs for each sample: on a GPU, where nothing is differentiated or traced."""
+    return input.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _has_kernel(input: Tensor, weight: Tensor, arguments: ConvArguments) -> bool:

@@ -5,6 +5,8 @@ What the installation built (in CI: for 7.5 and 9.0) is looked at as it is; the 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -14,9 +16,12 @@ import pytest
 
 from gatedconv import _build, _native
 
-CSRC = Path(__file__).parents[2] / "csrc"
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
 FORMATS = {"Half": (75, "HMMA"), "BFloat16": (80, "HMMA"), "TensorFloat32": (80, "HMMA"), "Float32": (75, "FFMA")}
 FILES = {"f16": "Half", "bf16": "BFloat16", "tf32": "TensorFloat32", "fp32": "Float32"}
+RESIDENT = {name: form for name, form in FILES.items() if form != "Float32"}
+CAPABILITIES = (75, 80, 86, 89, 90)
 TILES = {(rows, columns) for rows in (1, 2) for columns in (1, 2, 4, 8)}
 # ptxas puts a register or two aside in some corners; anything above is a tile that is too large.
 STACK_BYTES = 16
@@ -37,8 +42,8 @@ def told(*command: str) -> str:
     return subprocess.run([cuobjdump(), *command], capture_output=True, text=True, check=True).stdout
 
 
-def resources(path: Path) -> dict[int, dict[str, dict[str, int]]]:
-    """{capability: {kernel: {"REG": .., "STACK": .., "SHARED": .., "LOCAL": ..}}} of the convolutions."""
+def resources(path: Path, kernel: str = "conv_kernel") -> dict[int, dict[str, dict[str, int]]]:
+    """{capability: {name: {"REG": .., "STACK": .., "SHARED": .., "LOCAL": ..}}} of the instances of a kernel."""
     found: dict[int, dict[str, dict[str, int]]] = {}
     capability, name = 0, ""
     for line in told("--dump-resource-usage", str(path)).splitlines():
@@ -46,20 +51,20 @@ def resources(path: Path) -> dict[int, dict[str, dict[str, int]]]:
             capability = int(match[1])
         elif match := re.search(r"Function (\S+):", line):
             name = match[1]
-        elif "REG:" in line and "conv_kernel" in name:
+        elif "REG:" in line and kernel in name:
             values = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
             found.setdefault(capability, {})[name] = values
     return found
 
 
-def instructions(path: Path, capability: int) -> dict[str, set[str]]:
-    """{kernel: opcodes} of the convolutions for one architecture."""
+def instructions(path: Path, capability: int, kernel: str = "conv_kernel") -> dict[str, set[str]]:
+    """{name: opcodes} of the instances of a kernel for one architecture."""
     opcodes: dict[str, set[str]] = {}
     name = ""
     for line in told("--dump-sass", "-arch", f"sm_{capability}", str(path)).splitlines():
         if match := re.search(r"Function : (\S+)", line):
             name = match[1]
-        elif "conv_kernel" in name and (match := re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line)):
+        elif kernel in name and (match := re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line)):
             opcodes.setdefault(name, set()).add(match[1])
     return opcodes
 
@@ -92,6 +97,25 @@ def check(path: Path, capability: int, formats: set[str]) -> None:
         assert tf32 == (described(name)[0] == "TensorFloat32"), name
 
 
+def check_resident(path: Path, capability: int, formats: set[str]) -> None:
+    """The resident driver: a kernel for one block an image, and one for a cluster, which begins at 9.0."""
+    found = resources(path, "resident_kernel")[capability]
+    opcodes = instructions(path, capability, "resident_kernel")
+    kernels = {name: re.search(r"resident_kernelINS_\d+(\w+?)ELb([01])E", name) for name in found}
+    assert {match.groups() for match in kernels.values()} == {(form, cluster) for form in formats for cluster in "01"}
+    for name, match in kernels.items():
+        used, cluster = found[name], match[2] == "1"
+        held = {opcode.split(".")[0] for opcode in opcodes[name]}
+        if capability < max(FORMATS[match[1]][0], 90 if cluster else 0):
+            assert not held & {"HMMA", "LDG", "STG", "LDSM"}, f"{name} has a body"  # never launched there
+            continue
+        # Two blocks of 256 threads share the 65536 registers of a multiprocessor.
+        assert 0 < used["REG"] <= 128 and used["STACK"] <= STACK_BYTES and used["LOCAL"] == 0, (name, used)
+        assert {"HMMA", "LDSM"} <= held and ("LDGSTS" in held) == (capability >= 80), name
+        assert any("TF32" in opcode for opcode in opcodes[name]) == (match[1] == "TensorFloat32"), name
+        assert any("CGABAR" in opcode for opcode in held) == cluster, f"{name}: the barrier of a cluster"
+
+
 @pytest.fixture(scope="module")
 def library() -> Path:
     path = Path(_native.__file__).parent / _build.library_name("cuda")
@@ -105,6 +129,7 @@ def test_the_built_library(library, capability):
     if capability not in resources(library):
         pytest.skip(f"the library was built without sm_{capability}")
     check(library, capability, set(FORMATS))
+    check_resident(library, capability, set(RESIDENT.values()))
 
 
 def test_formats_that_tell_kernels_apart_are_seen():
@@ -114,19 +139,47 @@ def test_formats_that_tell_kernels_apart_are_seen():
         described("_ZN9gatedconv11pack_kernelINS_4HalfEEEv")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", FILES)
-def test_every_architecture(name, tmp_path):
+def compiled(source: str, capabilities: tuple[int, ...] = CAPABILITIES) -> Path:
+    """The object of a source for some architectures; kept with the build's own, by what went into it."""
     try:
         toolkit = _build.check_cuda(_build.find_torch())
     except _build.BuildError as error:
         pytest.skip(str(error))
-    output = tmp_path / f"{name}.o"
-    capabilities = (75, 80, 86, 89, 90)
     flags = [flag for c in capabilities for flag in ("-gencode", f"arch=compute_{c},code=sm_{c}")]
-    command = [str(toolkit.root / "bin/nvcc"), *_build.NVCC_FLAGS, f"-I{CSRC}", *flags]
-    built = subprocess.run([*command, "-c", str(CSRC / f"cuda/conv_{name}.cu"), "-o", str(output)], capture_output=True)
-    assert built.returncode == 0, built.stderr.decode()
-    for capability in capabilities:
+    nvcc = str(toolkit.root / "bin/nvcc")
+    headers = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
+    told = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(told + "\0".join([*_build.NVCC_FLAGS, *flags]).encode())
+    for path in (*headers, CSRC / source):
+        digest.update(path.read_bytes())
+    output = ROOT / "build/objects" / f"{Path(source).stem}-every-{digest.hexdigest()[:16]}.o"
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part = output.with_suffix(f".{os.getpid()}")
+        command = [nvcc, *_build.NVCC_FLAGS, f"-I{CSRC}", *flags, "-c", str(CSRC / source), "-o", str(part)]
+        built = subprocess.run(command, capture_output=True)
+        assert built.returncode == 0, built.stderr.decode()
+        part.replace(output)
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", FILES)
+def test_every_architecture(name):
+    output = compiled(f"cuda/conv_{name}.cu")
+    for capability in CAPABILITIES:
         check(output, capability, {FILES[name]})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", RESIDENT)
+def test_the_resident_driver_on_every_architecture(name):
+    """On those that the library was not built for: a minute of nvcc, unless the objects are there."""
+    path = Path(_native.__file__).parent / _build.library_name("cuda")
+    built = resources(path, "resident_kernel") if path.exists() else {}
+    capabilities = tuple(c for c in CAPABILITIES if c not in built)
+    output = compiled(f"cuda/resident_{name}.cu", capabilities)
+    for capability in capabilities:
+        check_resident(output, capability, {RESIDENT[name]})

@@ -1,5 +1,7 @@
 """A layer gate's decision that never comes to the host gives what taking the open samples out gives."""
 
+import types
+
 import pytest
 import torch
 
@@ -60,3 +62,31 @@ def test_by_default_nothing_changes():
     convs = (model.conv1, model.bn1), (model.conv2, model.bn2)
     with torch.no_grad():
         assert not open_samples.decides_on_device(torch.zeros(1, 16, 8, 8), *convs)
+
+
+@pytest.mark.parametrize("position", ["before", "middle", "after"])
+@pytest.mark.parametrize("estimator", ["ste", "batch_mean"])
+def test_channel_gates_decide_for_each_sample_what_is_read(position, estimator, monkeypatch):
+    torch.manual_seed(0)
+    model = settle(gatedconv.models.resnet20(gate="channel", position=position, estimator=estimator))
+    with torch.no_grad():
+        for gate in gatedconv.gates(model).values():
+            torch.nn.init.normal_(gate.fc2.weight, std=3.0)
+    x = torch.randn(5, 3, 16, 12)
+    expected = model(x).detach()
+    masks = []
+
+    def conv(input, weight, bias, out_open, in_open=None, **options):
+        if in_open is not None:
+            masks.append(in_open)
+            input = torch.where(in_open[:, :, None, None], input, float("nan"))  # nobody may read it
+        return gatedconv.ops.masked_conv2d(input, weight, bias, out_open, in_open, **options)
+
+    monkeypatch.setattr(open_samples, "ops", types.SimpleNamespace(masked_conv2d=conv))
+    monkeypatch.setattr(block, "decides_on_device", lambda *arguments: not torch.is_grad_enabled())
+    with torch.no_grad():
+        result = model(x)
+    assert len(masks) == (0 if position == "after" else 9)
+    if masks:
+        assert all(mask.shape[0] == 5 for mask in masks) and any(len(mask.unique(dim=0)) > 1 for mask in masks)
+    assert float((result - expected).abs().max() / expected.abs().max()) <= 1e-5

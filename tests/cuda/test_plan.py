@@ -15,6 +15,7 @@ import gatedconv
 from gatedconv.deploy.engine import cuda_graphs, cuda_tuner, cuda_ways
 from gatedconv.ops import cuda_conv
 from tests.cuda import plans
+from tests.cuda.plans import always
 from tests.engine.nets import Residual, error, settle
 
 HEADER = {"device": "test", "torch": "1", "cudnn": 2, "sources": "abc"}
@@ -57,16 +58,6 @@ def test_a_cut_resnet(position, shortcut, mode, kernel):
     assert not [one.op for one in plan.instructions if one.op in ("gather", "scatter_add")]
     assert any(one.out_index for one in plan.instructions) == (position == "after")
     assert any(one.in_index for one in plan.instructions) == (position == "before")
-
-
-class always:
-    """A tuner that takes one way wherever there is one."""
-
-    def __init__(self, way):
-        self.way = way
-
-    def choose(self, key, ways):
-        return self.way if self.way in ways else next(iter(ways))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "mobilenet_v2"])
@@ -157,6 +148,16 @@ def test_the_fastest_right_way_is_taken_and_remembered(tmp_path):
     assert tuner(tmp_path, [3.0, 4.0]).choose("a", ways(cudnn=right, other=right)) == "cudnn"
 
 
+def test_what_is_preferred_goes_before_what_is_faster(tmp_path):
+    right = torch.ones(4)
+    offered = {"cudnn": right, "gatedconv 1x1": right, "gatedconv 1x2": right}
+    chosen = tuner(tmp_path, [1.0, 3.0, 2.0]).choose("a", ways(**offered), "gatedconv")
+    assert chosen == "gatedconv 1x2"
+    offered |= {"gatedconv 1x1": right + 1, "gatedconv 1x2": right + 1}
+    with pytest.warns(UserWarning, match="differs from cudnn"):
+        assert tuner(tmp_path, [1.0]).choose("b", ways(**offered), "gatedconv") == "cudnn"
+
+
 @pytest.mark.parametrize("field", [*HEADER, "format"])
 def test_choices_of_another_machine_or_version_do_not_hold(field, tmp_path, monkeypatch):
     offered = ways(cudnn=torch.ones(2), ours=torch.ones(2))
@@ -199,7 +200,7 @@ def test_a_plan_asks_once_for_each_shape(tmp_path, kernel):
     asked = []
 
     class Asked(always):
-        def choose(self, key, ways):
+        def choose(self, key, ways, prefer=""):
             asked.append(key)
             return super().choose(key, ways)
 
@@ -256,7 +257,7 @@ def test_the_switch(monkeypatch):
     monkeypatch.delenv("GATEDCONV_CUDA_KERNELS", raising=False)
     assert cuda_conv.kernels_mode() == "off"
     monkeypatch.setenv("GATEDCONV_CUDA_KERNELS", "always")
-    with pytest.raises(ValueError, match="expected off, on or auto, got 'always'"):
+    with pytest.raises(ValueError, match="expected off, on, auto or layers, got 'always'"):
         cuda_conv.kernels_mode()
 
 

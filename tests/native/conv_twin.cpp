@@ -20,7 +20,7 @@ struct Header {
   int32_t math, mt, nt;  // mt 0: let choose_tile decide
   int32_t batch, in_channels, height, width, out_channels, out_h, out_w;
   int32_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
-  int32_t masks, act, bias, residual, in_mask, in_place, in_last, out_last, budget;
+  int32_t masks, act, bias, residual, in_masks, in_place, in_last, out_last, budget;
 };
 
 bool read_all(void* to, size_t bytes) {
@@ -99,31 +99,36 @@ void serve(const Header& h) {
   Buffer<T> weight(int64_t{h.out_channels} * h.in_channels * taps);
   Buffer<float> bias(h.bias ? h.out_channels : 0);
   Buffer<T> residual(h.residual ? int64_t{h.batch} * h.out_channels * h.out_h * h.out_w : 0);
-  Buffer<bool> out_mask(int64_t{h.masks} * h.out_channels), in_mask(h.in_mask ? h.in_channels : 0);
+  Buffer<bool> out_mask(int64_t{h.masks} * h.out_channels), in_mask(int64_t{h.in_masks} * h.in_channels);
   input.fill(), weight.fill(), bias.fill(), residual.fill(), out_mask.fill(), in_mask.fill();
   Buffer<T> output(int64_t{h.batch} * h.out_channels * h.out_h * h.out_w);
   std::memset(output.data, 0xff, output.count * sizeof(T));
   if (h.in_place) std::memcpy(output.data, residual.data, output.count * sizeof(T));
 
-  Buffer<int32_t> in_index(h.in_channels), out_index(out_mask.count), out_count(h.masks), in_count(1);
+  Buffer<int32_t> in_index(in_mask.count), out_index(out_mask.count), out_count(h.masks),
+      in_count(h.in_masks);
   host::Lanes lanes;
   for (int32_t i = 0; i < h.masks; ++i) {
     const int64_t row = int64_t{i} * h.out_channels;
     list_open(lanes, out_mask.data + row, h.out_channels, out_index.data + row, out_count.data + i);
   }
-  if (h.in_mask) list_open(lanes, in_mask.data, h.in_channels, in_index.data, in_count.data);
+  for (int32_t i = 0; i < h.in_masks; ++i) {
+    const int64_t row = int64_t{i} * h.in_channels;
+    list_open(lanes, in_mask.data + row, h.in_channels, in_index.data + row, in_count.data + i);
+  }
+  const bool in_order = h.in_masks == 1;
   ConvArgs a{};
   const Strides4 dense{int64_t{h.in_channels} * taps, taps, h.kernel_w, 1};
   Buffer<T> packed(packed_size<Math>(h.in_channels, taps, h.out_channels));
   for (int64_t i = 0; i < packed.count; ++i) {
     packed.data[i] =
         packed_weight<Math>(i, weight.data, dense, h.out_channels, h.kernel_h, h.kernel_w,
-                            h.in_mask ? in_index.data : nullptr, h.in_mask ? *in_count.data : h.in_channels);
+                            in_order ? in_index.data : nullptr, in_order ? *in_count.data : h.in_channels);
   }
   a.input = input.data, a.weights = packed.data, a.output = output.data;
   a.bias = h.bias ? bias.data : nullptr;
   a.residual = !h.residual ? nullptr : h.in_place ? output.data : residual.data;
-  if (h.in_mask) a.in_index = in_index.data, a.in_count = in_count.data;
+  if (h.in_masks) a.in_index = in_index.data, a.in_count = in_count.data, a.in_masks = h.in_masks;
   bool open = true;
   for (int64_t i = 0; i < out_mask.count; ++i) open = open && out_mask.data[i];
   if (!open) a.out_index = out_index.data, a.out_count = out_count.data;

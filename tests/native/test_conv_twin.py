@@ -65,9 +65,10 @@ def call(
         (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
     masks = 1 if out_open.dim() == 1 else x.shape[0]
+    in_masks = 0 if in_open is None else in_open.numel() // x.shape[1]
     header = [
         number, *tile, *x.shape, weight.shape[0], *size, *weight.shape[2:], *stride, *padding, *dilation, masks, act,
-        bias is not None, residual is not None, in_open is not None, in_place, *last,
+        bias is not None, residual is not None, in_masks, in_place, *last,
         budget if tile[0] else 4,
     ]  # fmt: skip
     twin.stdin.write(struct.pack(f"{len(header)}i", *map(int, header)))
@@ -97,9 +98,10 @@ def read(twin, count: int) -> bytes:
 
 def expected(x, weight, bias, out_open, in_open, residual, stride, padding, dilation, act):
     """The definition, with PyTorch's own convolution of what is open, sample by sample."""
-    inputs = torch.arange(x.shape[1]) if in_open is None else in_open.nonzero().flatten()
     out = []
     for n in range(x.shape[0]):
+        of_sample = in_open if in_open is None or in_open.dim() == 1 else in_open[n]
+        inputs = torch.arange(x.shape[1]) if of_sample is None else of_sample.nonzero().flatten()
         rows = (out_open if out_open.dim() == 1 else out_open[n]).nonzero().flatten()
         size = F.conv2d(x[:1, :1], weight[:1, :1], None, stride, padding, dilation).shape[2:]
         plane = torch.zeros(weight.shape[0], *size, dtype=torch.float64)
@@ -148,10 +150,11 @@ def cases(draw):
     out_open = torch.rand((batch, outputs) if draw(st.booleans()) else (outputs,), generator=generator) < rate
     in_rate = draw(st.sampled_from([None, None, 0.0, 0.5, 1.0]))
     normal = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
-    in_open = None if in_rate is None else torch.rand(channels, generator=generator) < in_rate
+    in_shape = (batch, channels) if draw(st.booleans()) else (channels,)
+    in_open = None if in_rate is None else torch.rand(in_shape, generator=generator) < in_rate
     x = normal(batch, channels, height, width)
     if in_open is not None:
-        x[:, ~in_open] = float("nan")  # nobody may read it
+        x[(~in_open).expand(batch, -1)] = float("nan")  # nobody may read it
     weight = normal(outputs, channels, *kernel)
     weight[~(out_open if out_open.dim() == 1 else out_open.any(0))] = float("nan")
     size = F.conv2d(x[:1, :1], weight[:1, :1], None, stride, padding, dilation).shape[2:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -155,3 +156,25 @@ def pad_bias(one: Instruction, dtype: torch.dtype) -> Tensor:
     bias = one.bias if one.bias is not None else one.weight.new_zeros(one.weight.shape[0])
     more = 0 if one.out_index is not None else padded(len(bias), dtype) - len(bias)
     return F.pad(bias, (0, more))
+
+
+def output_size(one: Instruction, size: Sequence[int]) -> tuple[int, int]:
+    """Return height and width of the target for a source of this height and width."""
+    top, left, bottom, right = one.padding
+    whole = (size[0] + top + bottom, size[1] + left + right)
+    reach = [d * (k - 1) + 1 for d, k in zip(one.dilation, one.kernel, strict=True)]
+    return (whole[0] - reach[0]) // one.stride[0] + 1, (whole[1] - reach[1]) // one.stride[1] + 1
+
+
+def map_sizes(instructions: Sequence[Instruction], first: int, size: Pair) -> dict[int, Pair]:
+    """Return height and width of every map, where the map `first` is of this size."""
+    sizes = {first: size}
+    for one in instructions:
+        height, width = sizes[one.source]
+        if one.op in ("conv", "max_pool", "avg_pool"):
+            sizes[one.target] = output_size(one, (height, width))
+        elif one.op == "mean_pool":
+            sizes[one.target] = (1, 1)
+        else:
+            sizes[one.target] = (-(-height // one.stride[0]), -(-width // one.stride[1]))
+    return sizes

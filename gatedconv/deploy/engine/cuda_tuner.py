@@ -43,12 +43,13 @@ class Tuner:
         self.choices: dict[str, dict[str, Any]] = self._read()
         self._lock = threading.Lock()
 
-    def choose(self, key: str, ways: Mapping[str, Callable[[], Callable[[], Tensor]]]) -> str:
+    def choose(self, key: str, ways: Mapping[str, Callable[[], Callable[[], Tensor]]], prefer: str = "") -> str:
         """Return the name of the fastest way whose result agrees with the first one's.
 
         Args:
             key: What is computed: equal keys get equal answers.
             ways: name -> builds a call; the first is trusted. One that raises RuntimeError is left out.
+            prefer: Of those that are left, the ways whose names begin so go before the others.
         """
         with self._lock:
             known = self.choices.get(key)
@@ -57,7 +58,7 @@ class Tuner:
             if len(ways) == 1:
                 return next(iter(ways))
             times, out = self._measure(ways)
-            way = min(times, key=lambda name: times[name])
+            way = min(times, key=lambda name: (not name.startswith(prefer), times[name]))
             self.choices[key] = {"way": way, "ms": times, "out": out}
             self._write()
             return way

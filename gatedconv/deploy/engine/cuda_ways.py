@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedconv.deploy.engine.cuda_instructions import Instruction, pad_bias, pad_weight, padded
-from gatedconv.ops import cuda_conv
+from gatedconv.deploy.engine.cuda_instructions import Instruction, output_size, pad_bias, pad_weight, padded
+from gatedconv.deploy.engine.cuda_runs import RECORD_AT, TABLE_AT, UNIT, Run
+from gatedconv.deploy.engine.cuda_stream import write_stream
+from gatedconv.ops import cuda_conv, cuda_resident
 
 # (source map, residual map or None) -> target map
 Way = Callable[[Tensor, Tensor | None], Tensor]
@@ -135,17 +137,30 @@ class _TiledConv:
         )  # fmt: skip
 
 
+class ResidentWay:
+    """A run of layers in one launch, an image's maps in shared memory."""
+
+    def __init__(self, run: Run, dtype: torch.dtype, device: torch.device, ranks: int, budget: int) -> None:
+        pieces = run.ring(budget, ranks)
+        if not pieces:
+            raise RuntimeError(f"the run's maps do not fit into {budget} bytes of shared memory")
+        self.tf32 = dtype == torch.float32
+        self.stream = write_stream(run, dtype, ranks, pieces).to(device)
+        source, result = run.maps[run.source], run.maps[run.result]
+        self.layout = [ranks, pieces, RECORD_AT, TABLE_AT, run.ring_at, run.shared_bytes(pieces)]
+        self.layout += [number for made in (source, result) for number in (made.units, made.height, made.width)]
+        self.size = (result.units * UNIT // dtype.itemsize, result.height, result.width)
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Take x (N, C padded, H, W), channels last, through the run."""
+        size = (x.shape[0], *self.size)
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        return cuda_resident.resident_run(x, self.stream, out, self.layout, self.tf32)
+
+
 def spread(values: Tensor, index: Sequence[int], size: int) -> Tensor:
     """Put the rows of `values` at `index` of `size` rows, zeros elsewhere."""
     return values.new_zeros((size, *values.shape[1:])).index_copy(0, torch.tensor(index, dtype=torch.int64), values)
-
-
-def output_size(one: Instruction, size: Sequence[int]) -> tuple[int, int]:
-    """Return height and width of the target for a source of this height and width."""
-    top, left, bottom, right = one.padding
-    whole = (size[0] + top + bottom, size[1] + left + right)
-    reach = [d * (k - 1) + 1 for d, k in zip(one.dilation, one.kernel, strict=True)]
-    return (whole[0] - reach[0]) // one.stride[0] + 1, (whole[1] - reach[1]) // one.stride[1] + 1
 
 
 def _index(index: list[int] | None, device: torch.device) -> Tensor | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import gatedconv
 from gatedconv import ops
 from gatedconv.ops import cuda_conv
+from tests.engine.nets import Residual
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +47,21 @@ def test_tiles(tile, dtype):
     out = torch.zeros(1, 24, 10, 10).to(dtype).cuda().to(memory_format=torch.channels_last)
     cuda_conv.conv_run(x, packed, None, None, None, None, out, [3, 3, 1, 1, 1, 1, 1, 1], 0, False, False, tile)
     assert float(out[0, 0, 5, 5].cpu()) == 144
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_resident(ranks, dtype, monkeypatch):
+    """Every kind of step, several passes, and a cluster where there are any."""
+    from tests.cuda.gpu.test_resident import resident_plan
+
+    if dtype == torch.float32 and torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("tf32 needs compute capability 8.0")
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32" if dtype == torch.float32 else "ieee")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Residual(8, 72, 2), gatedconv.nn.PadShortcut(8, 13, 2), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(13, 5, 1),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 12, 12).to(dtype).cuda()
+    assert bool(resident_plan(model, x, ranks).run(x).cpu().isfinite().all())

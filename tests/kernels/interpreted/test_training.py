@@ -50,7 +50,9 @@ def test_losses_and_states_are_the_same(monkeypatch, device, gate, position, opt
     for name, value in reference.state_dict().items():
         assert torch.allclose(got[name], value, rtol=1e-3, atol=1e-4), name
     for name, found in gatedconv.gates(trained).items():
-        assert torch.equal(found.open_rate, gatedconv.gates(reference)[name].open_rate), name
+        # The same decisions: one that differs moves a rate by 1/6. A mean may be a sum times 1/6 or a sum over 6, and
+        # on a GPU the two differ in the last bit.
+        torch.testing.assert_close(found.open_rate, gatedconv.gates(reference)[name].open_rate, msg=name)
 
 
 def watched_model(monkeypatch, device):

@@ -1,0 +1,256 @@
+"""The resident driver without a GPU: which layers it takes, where maps lie, and its own body, lane by lane, on the CPU.
+
+The body runs under AddressSanitizer and UBSan, and once more under ThreadSanitizer, every warp a thread.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import gatedconv
+from gatedconv.deploy.engine import cuda_runs, cuda_stream
+from gatedconv.deploy.engine.cuda_instructions import map_sizes
+from gatedconv.ops import cuda_resident
+from tests.cuda import plans
+from tests.cuda.plans import always
+from tests.cuda.test_plan import gated
+from tests.engine.nets import Residual, error, settle
+from tests.native import resident
+from tests.native.test_sanitizers import SANITIZE
+
+LOW = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+H100, T4 = 232448, 65536
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    program = resident.Twin(tmp_path_factory.mktemp("resident"), SANITIZE)
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope="module")
+def racing_twin(tmp_path_factory):
+    program = resident.Twin(tmp_path_factory.mktemp("racing"), resident.RACES)
+    yield program
+    program.close()
+
+
+def served(monkeypatch, twin, budget=H100, ranks=(1, 2, 4, 8)):
+    """Let plans on the CPU believe in a GPU, whose launches the twin runs."""
+    twin.layouts.clear()
+    monkeypatch.setattr(cuda_resident, "limits", lambda device, dtype: cuda_resident.Limits(budget, ranks))
+    monkeypatch.setattr(cuda_resident, "resident_run", twin.run)
+
+
+def compare(model, x, dtype, ranks, tuner=None):
+    """The plan's error against float64, at most twice PyTorch's in that type."""
+    low, given_ = copy.deepcopy(model).to(dtype), x.to(dtype)
+    plan = plans.make_plan(model, given_, dtype=dtype, mode="auto", tuner=tuner or always(f"resident x{ranks}"))
+    mine = plan(given_)
+    with torch.no_grad():
+        theirs = low(given_)
+    assert mine.dtype == dtype and mine.shape == theirs.shape
+    floor = 5e-3 if dtype == torch.float32 else LOW[dtype]  # float32 multiplies in tf32 here
+    assert error(mine, low, given_) <= max(2 * error(theirs, low, given_), floor)
+    return plan
+
+
+@pytest.mark.parametrize("position,shortcut,share", [
+    ("after", "B", 0.45), ("middle", "B", 0.5), ("before", "A", 0.45), ("after", "A", 0.0), ("middle", "A", 1.0),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype,ranks", [(torch.float16, 1), (torch.bfloat16, 4), (torch.float32, 2)])
+def test_a_cut_resnet_is_one_launch(position, shortcut, share, dtype, ranks, twin, monkeypatch):
+    served(monkeypatch, twin)
+    plan = compare(gated(position, share, shortcut), torch.randn(2, 3, 12, 20), dtype, ranks)
+    assert len(twin.layouts) >= 1 and {layout[0] for layout in twin.layouts} == {ranks}
+    ((run, _),) = next(iter(plan.runs.values())).values()
+    assert (run.start, run.end) == (0, len(plan.instructions))
+    lines = plan.describe(2)
+    assert all(f"[resident x{ranks}, one launch]" in line for line in lines) and len(lines) == len(plan.instructions)
+
+
+class Random(nn.Module):
+    """Blocks, gathers, scatters, shortcuts of both kinds, sums and a head, drawn from a seed."""
+
+    def __init__(self, draw):
+        super().__init__()
+        pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+        channels = pick(1, 5, 8, 11, 16, 24)
+        kernel = pick(1, 3, 5)
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, kernel, pick(1, 2), draw(st.integers(0, 2)), bias=pick(0, 1))]
+        for _ in range(draw(st.integers(1, 3))):
+            kind = pick("residual", "scatter", "gather", "pad", "plain")
+            if kind == "residual":
+                layers.append(Residual(channels, pick(1, 4, 9, 72), pick(1, 2)))
+            elif kind == "scatter":
+                count = draw(st.integers(1, channels))
+                layers.append(Scattering(channels, count, pick(True, False), pick(True, False)))
+            elif kind == "gather":
+                index = torch.randperm(channels)[: draw(st.integers(1, channels))]
+                layers += [gatedconv.nn.GatherChannels(index), nn.Conv2d(len(index), channels, 3, padding=1)]
+            elif kind == "pad":
+                more = draw(st.integers(0, 7))
+                layers.append(gatedconv.nn.PadShortcut(channels, channels + more, pick(1, 2)))
+                channels += more
+            else:
+                dilation = pick(1, 2)
+                width = pick(3, 16, 70)
+                layers += [nn.Conv2d(channels, width, (3, 1), 1, (dilation, 0), (dilation, 1)), nn.ReLU6()]
+                channels = width
+        layers.append(nn.Conv2d(channels, 7, 1))
+        self.body = nn.Sequential(*layers)
+        self.pooled = pick(True, False)
+
+    def forward(self, x):
+        x = self.body(x)
+        return x.mean((2, 3)) if self.pooled else x
+
+
+class Scattering(nn.Module):
+    """relu(stream + scatter(conv(stream))), the stream after a ReLU or not, read once more or not."""
+
+    def __init__(self, channels, count, relu, again):
+        super().__init__()
+        self.part = nn.Conv2d(channels, count, 3, padding=1)
+        self.scatter = gatedconv.nn.ScatterAdd(torch.randperm(channels)[:count].sort().values)
+        self.relu, self.again = relu, again
+
+    def forward(self, x):
+        x = torch.relu(x) if self.relu else x
+        out = torch.relu(self.scatter(x, self.part(x)))
+        return out + x if self.again else out
+
+
+@st.composite
+def networks(draw):
+    torch.manual_seed(draw(st.integers(0, 2**30)))
+    model = settle(Random(draw))
+    size = draw(st.tuples(st.integers(9, 20), st.integers(9, 20)))
+    x = torch.randn(draw(st.integers(1, 2)), 3, *size)
+    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    return model, x, dtype, draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([H100, 40000]))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=networks())
+def test_any_network(case, twin, monkeypatch):
+    model, x, dtype, ranks, budget = case
+    served(monkeypatch, twin, budget)
+    compare(model, x, dtype, ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_no_two_warps_touch_a_byte_without_a_barrier(ranks, racing_twin, monkeypatch):
+    served(monkeypatch, racing_twin)
+    compare(gated("after", 0.5, "A"), torch.randn(1, 3, 12, 12), torch.float16, ranks)
+    wide = settle(nn.Sequential(nn.Conv2d(3, 8, 3), Residual(8, 96, 2)))
+    compare(wide, torch.randn(1, 3, 10, 10), torch.float16, ranks)
+    assert racing_twin.layouts
+
+
+def whole(model, size, dtype=torch.float16):
+    plan = plans.make_plan(model, torch.zeros(1, 3, *size), dtype=dtype, mode="off")
+    sizes = map_sizes(plan.instructions, plan.first, size)
+    return plan, lambda budget: cuda_runs.find_runs(plan.instructions, sizes, plan.last, dtype, budget)
+
+
+def mid_50(model):
+    masks = {name: torch.arange(gate.num_gates) % 2 == 0 for name, gate in gatedconv.gates(model).items()}
+    return gatedconv.compact(gatedconv.freeze(model, masks=masks), torch.zeros(1, 3, 32, 32))
+
+
+def test_resnet56_fits_the_gpus_that_it_should():
+    """As a whole where a block has 99 KiB and more; on a T4 all but the ends of its first stage."""
+    for model in (mid_50(gatedconv.models.resnet56(gate="channel", position="middle")), gatedconv.models.resnet56()):
+        plan, runs = whole(model, (32, 32))
+        for budget in (101376, H100):
+            (run,) = runs(budget)
+            assert (run.start, run.end) == (0, len(plan.instructions))
+            assert run.shared_bytes(run.ring(budget, 1)) <= budget
+        assert run.ring(H100, 1) >= 4 and run.shared_bytes(4) <= H100 // 2 - 1024, "two images a multiprocessor"
+        on_t4 = runs(T4)
+        assert on_t4[-1].end == len(plan.instructions) and on_t4[-1].shared_bytes(2) <= T4
+        assert sum(run.end - run.start for run in on_t4) > len(plan.instructions) * 3 // 5
+    assert not whole(gatedconv.models.resnet20(), (224, 224))[1](T4)
+
+
+@pytest.mark.parametrize("model", [mid_50(gatedconv.models.resnet20(gate="channel", position="after"))])
+def test_places_never_overlap_while_they_are_needed(model):
+    _, runs = whole(model, (32, 32))
+    (run,) = runs(H100)
+    last = {n: at for at, step in enumerate(run.steps) for n in (step.source, step.target, step.residual)}
+    live: dict[int, int] = {}
+    for at, step in enumerate(run.steps):
+        if step.target in run.maps:
+            live[step.target] = run.maps[step.target].at
+        spans = {
+            (run.maps[n].at, run.maps[n].at + run.maps[n].units * run.maps[n].plane)
+            for n in live if last[n] >= at
+        }  # fmt: skip
+        for one in spans:
+            assert sum(one[0] < other[1] and other[0] < one[1] for other in spans) == 1
+        assert max(end for _, end in spans) <= run.map_bytes
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 3, 4, 7, 16, 49, 64, 200])
+@pytest.mark.parametrize("blocks", range(1, 9))
+def test_tiles_cover_everything(fragments, blocks):
+    tile = cuda_stream.choose_tile(fragments, blocks)
+    assert (tile.mt, tile.nt) in cuda_stream.TILES and tile.groups <= 8
+    assert tile.groups * tile.nt >= blocks and tile.groups * tile.nt <= 8
+    assert tile.passes * tile.fragments >= fragments > (tile.passes - 1) * tile.fragments
+
+
+class Times:
+    """A tuner that is told how long each way takes."""
+
+    def __init__(self, **ms):
+        self.ms, self.asked = ms, []
+
+    def choose(self, key, ways, prefer=""):
+        if "layers" not in ways:
+            return next(iter(ways))
+        self.asked.append((key, {name: build()() for name, build in ways.items()}))
+        return min(ways, key=lambda name: self.ms.get(name.replace(" ", "_"), 9.0))
+
+
+def test_the_faster_of_launch_and_layers_is_taken(twin, monkeypatch):
+    served(monkeypatch, twin)
+    model, x = gated("after", 0.5), torch.randn(2, 3, 9, 12)
+    slow = compare(model, x, torch.float16, 1, Times(layers=1.0, resident_x2=2.0))
+    assert not any(slow.runs.values()) and "one launch" not in "".join(slow.describe(2))
+    tuner = Times(layers=1.0, resident_x2=0.5)
+    fast = compare(model, x, torch.float16, 1, tuner)
+    ((_, name),) = next(iter(fast.runs.values())).values()
+    assert name == "resident x2"
+    ((_, results),) = tuner.asked
+    assert set(results) == {"layers", "resident x1", "resident x2", "resident x4", "resident x8"}
+    for result in results.values():
+        torch.testing.assert_close(result, results["layers"], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mode", ["off", "layers"])
+def test_it_is_left_out_where_it_is_not_wanted(mode, twin, monkeypatch):
+    served(monkeypatch, twin)
+    model, x = gated("middle", 0.5), torch.randn(1, 3, 9, 9)
+    plan = plans.make_plan(model, x, mode=mode, tuner=always("resident x1"))
+    assert error(plan(x), model, x) <= 1e-5 and not twin.layouts
+
+
+def test_sizes_and_batches_have_launches_of_their_own(twin, monkeypatch):
+    served(monkeypatch, twin)
+    model = gated("middle", 0.5)
+    x = torch.zeros(1, 3, 8, 8)
+    plan = plans.make_plan(model, x, dtype=torch.float16, mode="auto", tuner=always("resident x1"))
+    low = copy.deepcopy(model).half()
+    for shape in ((1, 3, 8, 8), (3, 3, 8, 8), (1, 3, 5, 13), (1, 3, 8, 8)):
+        x = torch.randn(shape).half()
+        assert error(plan(x), low, x) <= 2e-3
+    assert len(plan._launches) == 2 and len(plan.runs) == 3
