@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import gatedconv
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.train import EpochMetrics, TrainConfig, evaluate, train
-from gatedconv.train.finish import reestimate_batchnorm
+from gatedconv.train.consensus import settle
+from gatedconv.train.finish import cut_out, reestimate_batchnorm
+from gatedconv.train.listener import Listener
 from gatedconv.train.provenance import provenance
 from gatedconv.train.recipe import train_batches
 
@@ -43,7 +45,20 @@ def pretrained(name: str, weights: str | None, classes: int) -> nn.Module:
     if weights is not None and not download:
         stored = torch.load(weights, weights_only=True, map_location="cpu")
         model.load_state_dict(fitting(stored, model.state_dict()), strict=False)
+    if weights is not None:
+        soften(model, classes)
     return model
+
+
+def soften(model: nn.Module, classes: int) -> None:
+    """Start the new classifier at zero.
+
+    One for few classes may start with large weights (timm's EfficientNets: up to 1 / sqrt(classes)), whose errors
+    wash the pretrained features away before it has learned anything.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == classes]
+    for parameter in layers[-1].parameters() if layers else ():
+        nn.init.zeros_(parameter)
 
 
 def fitting(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,11 +79,25 @@ def gated_copy(model: nn.Module, arguments: argparse.Namespace, example: Tensor)
     return gated
 
 
-def cut_copy(model: nn.Module, data: ImageData, config: TrainConfig, example: Tensor) -> tuple[nn.Module, float]:
-    """What the gates agree on, without the rest, and the agreement."""
-    frozen = gatedconv.freeze(model, EvalBatches(data, "train"))
-    reestimate_batchnorm(frozen, train_batches(config, data))  # the running statistics remember what is cut
-    return gatedconv.compact(frozen.eval(), example), frozen.consensus.agreement
+def settings(arguments: argparse.Namespace) -> TrainConfig:
+    """The recipe: gates are shut in order of rank between 20 and 60 % of the run, and cut out after 70 % of it."""
+    gated: dict[str, Any] = {
+        "gate": arguments.gate, "polar_schedule": "constant", "mac_target": arguments.mac_target,
+        "mac_control": "rank", "mac_ramp": (0.2, 0.6), "consensus_at": 0.7, "gate_lr_factor": 0.1,
+    }  # fmt: skip
+    return TrainConfig(
+        epochs=arguments.epochs, lr=arguments.lr, batch_size=32, weight_decay=1e-4, device="cpu", channels_last=False,
+        seed=arguments.seed, **(gated if arguments.gate != "none" else {"gate": "none"}),
+    )  # fmt: skip
+
+
+def trained(model: nn.Module, data: ImageData, config: TrainConfig, phase: str) -> list[EpochMetrics]:
+    """Train the model in place; its epochs."""
+    history = []
+    for epoch in train(model, data, config, phase=phase):
+        print(f"{phase}, epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, top-1 {epoch.test_top1:.1f} %", flush=True)
+        history.append(epoch)
+    return history
 
 
 def figures(model: nn.Module, data: ImageData, example: Tensor) -> dict[str, Any]:
@@ -86,12 +115,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--weights", help='"download" or a file; none trains from scratch')
     parser.add_argument("--gate", default="both", choices=("none", "layer", "channel", "both"))
     parser.add_argument("--mac-target", type=float, default=0.5)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=0.002)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="write the trained weights, to start from later")
     parser.add_argument("--out", type=Path, help="write the cut network, a file for gatedconv.load")
     parser.add_argument("--result", type=Path, help="write what came out as JSON")
     return parser.parse_args()
@@ -109,21 +137,16 @@ def main() -> None:
     result: dict[str, Any] = {"dense_macs": gatedconv.count_macs(model, example[:1])}
     if arguments.gate != "none":
         model = gated_copy(model, arguments, example)
-    config = TrainConfig(
-        epochs=arguments.epochs, lr=arguments.lr, batch_size=32, weight_decay=1e-4, gate=arguments.gate,
-        mac_target=arguments.mac_target, mac_weight=4.0, polar_schedule="warmup", gate_warmup=0.5,  # features first
-        gate_lr_factor=0.1 / arguments.lr, device="cpu", channels_last=False, seed=arguments.seed,
-    )  # fmt: skip
-    history: list[EpochMetrics] = []
-    for epoch in train(model, data, config):
-        print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, top-1 {epoch.test_top1:.1f} %", flush=True)
-        history.append(epoch)
-    if arguments.save:
-        torch.save(model.state_dict(), arguments.save)
-    if arguments.gate != "none":
-        model, result["agreement"] = cut_copy(model, data, config, example)
+    config = settings(arguments)
+    if arguments.gate == "none":
+        history = trained(model, data, config, "dense")
     else:
-        reestimate_batchnorm(model, train_batches(config, data))
+        history = trained(model, data, config, "gated")
+        frozen, consensus = settle(model, config, data, Listener())  # the gates agree on a part
+        result["agreement"] = consensus.agreement
+        model = cut_out(frozen, config, data)  # the rest goes
+        history += trained(model, data, config, "cut")
+    reestimate_batchnorm(model, train_batches(config, data))
     result |= figures(model.eval(), data, example)
     print(f"top-1 {result['top1']:.1f} %, {result['macs'] / 1e6:.1f} of {result['dense_macs'] / 1e6:.1f} M MACs")
     if arguments.out:
