@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from gatedconv.deploy.atomic import write_atomic
 from gatedconv.report.experiments import Experiment, all_experiments, find_experiment
 from gatedconv.report.ledger import LedgerRow, append_row, read_ledger
 from gatedconv.train.checkpoint import naming_file
-from gatedconv.train.config import TrainConfig, make_config
+from gatedconv.train.config import TrainConfig, make_config, require_same_recipe
 from gatedconv.train.folder import RunFolder
 from gatedconv.train.presets import preset_settings
 
@@ -115,7 +115,10 @@ def run_one(bench: Bench, name: str, seed: int) -> int:
         append_row(bench.ledger, _naive_row(bench, experiment, seed, rows))
         return DONE
     config, folder = experiment_config(bench, experiment, seed, rows), bench.folder(name, seed)
-    summary = folder.read_summary() if folder.summary.is_file() else None
+    summary = None
+    if folder.summary.is_file():
+        _require_recipe(folder, config, name)
+        summary = folder.read_summary()
     if summary is None:
         with make_listener() as listener:
             summary = run_training(config, folder, resume=folder.holds_run(), listener=listener)
@@ -143,6 +146,19 @@ def experiment_config(bench: Bench, experiment: Experiment, seed: int, rows: Map
     settings |= {"device": bench.device} if bench.device else {}
     settings |= {"threads": bench.threads} if bench.threads else {}
     return make_config(settings, where=experiment.name)
+
+
+def _require_recipe(folder: RunFolder, config: TrainConfig, name: str) -> None:
+    """Check that a finished run is the one that is asked for: a folder's name alone does not tell its recipe.
+
+    Raises:
+        ValueError: naming the first setting that differs; the images may lie elsewhere by now.
+    """
+    stored = folder.read_config()
+    if dataset_name(stored.data) == dataset_name(config.data):
+        stored = replace(stored, data=config.data)
+    where = f"{folder.config}: a finished run, but not of {name} as it is now; move it away to run it again"
+    require_same_recipe(vars(stored), config, where)
 
 
 def dataset_name(source: str) -> str:
@@ -196,8 +212,6 @@ def training_row(
 
 
 def _naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
-    from dataclasses import replace
-
     from gatedconv.deploy import load
     from gatedconv.train.build import load_images
     from gatedconv.train.finish import figures

@@ -30,6 +30,8 @@ class Shutter(nn.Module):
 
     Args:
         model: a gated model that carries ``mac_terms``; its gates are watched from now on, until ``detach``.
+        even: rank the channels of each gate among themselves and shut the same share of every gate; otherwise all
+            are ranked together, and the ranks decide between gates too.
 
     Attributes:
         sensitivity: buffer (G,), running mean square of dL/dg of all gates of the model, in module order, in
@@ -41,8 +43,9 @@ class Shutter(nn.Module):
     shut: Tensor
     costs: Tensor
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, even: bool = False) -> None:
         super().__init__()
+        self._even = even
         gates = require_gates(model, "Shutter")
         fixed = [name for name, gate in gates.items() if not isinstance(gate, LearnedGate)]
         if fixed:
@@ -94,8 +97,7 @@ class Shutter(nn.Module):
         found = global_open_rates(self._model[0], "Shutter")
         rates = torch.cat([rate.detach() for rate in found.values()]).float()
         sensitivity = self.sensitivity if world_size() == 1 else global_mean(self.sensitivity, 1)
-        score = (sensitivity / self.costs).masked_fill(self.shut, torch.inf)
-        order = score.argsort().tolist()
+        order = self._scores(sensitivity).masked_fill(self.shut, torch.inf).argsort(stable=True).tolist()
         full = self._macs(torch.ones_like(rates))
         rates[self.shut] = 0
         for gate in order[: int((~self.shut).sum()) - 1]:
@@ -106,6 +108,14 @@ class Shutter(nn.Module):
         for learned, mask in zip(self._gates.values(), self.shut.split(self._sizes), strict=True):
             learned.fc2.weight.masked_fill_(mask[:, None], 0)
             learned.fc2.bias.masked_fill_(mask, SHUT_LOGIT)
+
+    def _scores(self, sensitivity: Tensor) -> Tensor:
+        """What is shut first has the least: sensitivity per MAC, or the place (0 to 1) within a gate."""
+        if not self._even:
+            return sensitivity / self.costs
+        # What is shut comes first, whatever its sensitivity does by now.
+        parts = sensitivity.masked_fill(self.shut, -1.0).split(self._sizes)
+        return torch.cat([(part.argsort().argsort() + 0.5) / len(part) for part in parts])
 
     def _macs(self, rates: Tensor) -> float:
         named = dict(zip(self._gates, rates.split(self._sizes), strict=True))

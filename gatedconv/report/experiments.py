@@ -250,16 +250,21 @@ _CPU_BENCH: Settings = {
     "data": "npz:cifar10-16x16-25k.npz", "model": "resnet20", "epochs": 24, "warmup_epochs": 1.0, "amp": "bf16",
     "threads": 1, "latency": False, "device": "cpu", "mac_target": 0.5,
 }  # fmt: skip
+_EARLY: Settings = {"mac_ramp": (0.125, 0.6), "mac_ramp_power": 3.0, "consensus_at": 0.625}
 # One factor away from the recipe each, one seed, judged on held-out images of the train split.
 _ABLATIONS: dict[str, Settings] = {
     "recipe": {},
+    "most gates early": _EARLY,
+    "most gates early, the same share of each": {**_EARLY, "mac_rank": "each"},
     "early consensus": {"mac_ramp": (0.08, 0.4), "consensus_at": 0.4167},
     "late consensus": {"mac_ramp": (0.3, 0.85), "consensus_at": 0.875},
     "at once, by Fisher information": {"mac_control": "none", "consensus_at": 0.5, "consensus_by": "fisher"},
     "a price on the MACs": {
-        "mac_control": "price", "mac_ramp": (0.15, 0.45), "consensus_at": 0.5, "consensus_by": "logit",
+        "mac_control": "price", "mac_ramp": (0.15, 0.45), "consensus_at": 0.5,
+        "consensus_by": "logit",
     },
     "a fixed weight on the MACs": {"mac_control": "none", "mac_weight": 4.0, "gate_warmup": 0.3, "consensus_at": 1.0},
+    "taught by the average of the whole network": {"teacher_at": 0.5},
     "polarization warmed up": {"polar_schedule": "warmup", "gate_warmup": 0.3},
     "gates decay": {"gate_weight_decay": 5e-4},
     "running BatchNorm statistics": {"bn_reestimate": False},
@@ -268,6 +273,13 @@ _ABLATIONS: dict[str, Settings] = {
 
 def _cpu_bench() -> Iterator[Experiment]:
     yield from _with_controls("cpu-r20-c10", "best-c10-r20", "cpu", settings=_CPU_BENCH)
+    for name, change, label in (
+        ("cpu-early-r20-c10", _EARLY, "most gates early"),
+        ("cpu-even-r20-c10", {**_EARLY, "mac_rank": "each"}, "most gates early, the same share of each"),
+    ):
+        label = f"{_net(name)} gated, {label}"
+        other = Experiment(name, "gated", "best-c10-r20", {**_CPU_BENCH, **change}, shown=("cpu",), label=label)
+        yield from (other, controls(other)[1])
     for name, change in _ABLATIONS.items():
         settings = {**_CPU_BENCH, "evaluate_on": "val", "val_fraction": 0.2, **change}
         slug = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in name).split()).lower()

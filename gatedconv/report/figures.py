@@ -131,11 +131,14 @@ def _draw_bench(bench: Sequence[Experiment], rows: Rows, epochs: Path, path: Pat
     plt = plots._pyplot()
     with plt.rc_context(plots._STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-        for each, runs in curves:
+        kinds = [each.kind for each, _ in curves]
+        for place, (each, runs) in enumerate(curves):
             length = min(len(lines) for lines in runs)
             mean = [mean_spread([lines[epoch]["test_top1"] for lines in runs])[0] for epoch in range(length)]
             last = mean_spread([row.top1_last for row in runs_of(each, rows)])[0]
-            axes.plot(range(1, length + 1), mean, color=_COLORS[each.kind], label=f"{each.label}: {last:.2f} %")
+            style = "--" if each.kind in kinds[:place] else "-"  # a second recipe
+            label = f"{each.label}: {last:.2f} %"
+            axes.plot(range(1, length + 1), mean, style, color=_COLORS[each.kind], label=label)
         axes.set_xlabel("epoch")
         axes.set_ylabel("top-1 (%)")
         axes.set_ylim(bottom=55)

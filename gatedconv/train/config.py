@@ -107,6 +107,11 @@ class TrainConfig:
         "closed loop on the MACs in place of mac_weight: a price that follows them, or gates shut in order of rank",
         choices=("none", "price", "rank"),
     )
+    mac_rank: str = option(
+        "all",
+        "mac_control rank: all gates ranked together, or the channels of each alone, the same share of every gate shut",
+        choices=("all", "each"),
+    )
     mac_gain: float = option(0.02, "mac_control price: change of the price in a step, per dense MACs off", above=0.0)
     mac_ramp: tuple[float, ...] = option(
         (0.15, 0.45),
@@ -181,6 +186,10 @@ class TrainConfig:
             raise ValueError(f"mac_ramp: expected two rising shares of the run, got {list(self.mac_ramp)}")
         if self.mac_control != "none" and self.mac_weight:
             raise ValueError("mac_control: expected mac_weight 0, the loop replaces it; got both")
+        if self.mac_rank == "each" and self.gate in ("layer", "both"):
+            raise ValueError(
+                f"mac_rank: expected 'all', a layer gate is alone in its layer; got 'each', gate {self.gate!r}"
+            )
         for field, unset in (("mac_control", "none"), ("subnetwork", ""), ("consensus_at", 1.0)):
             if self.gate == "none" and getattr(self, field) != unset:
                 raise ValueError(f"{field}: expected a gate, got gate 'none'")

@@ -84,7 +84,8 @@ def make_controller(model: nn.Module, config: TrainConfig) -> MacController | No
 
 def make_shutter(model: nn.Module, config: TrainConfig) -> Shutter | None:
     """What shuts gates in order of rank, if `config` asks for it and the network has gates."""
-    return Shutter(model) if config.mac_control == "rank" and find_gates(model) else None
+    wanted = config.mac_control == "rank" and bool(find_gates(model))
+    return Shutter(model, even=config.mac_rank == "each") if wanted else None
 
 
 def shut_gates(shutter: Shutter, config: TrainConfig, progress: float) -> None:

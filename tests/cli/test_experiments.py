@@ -27,7 +27,7 @@ TINY = {
 # What tells rows apart by a number, or only at full size: one of them stands for the others.
 ALIKE = (
     "name", "data", "milestones", "seed", "act_weight", "polar_weight", "evaluate_on", "val_fraction", "mac_ramp",
-    "mac_target", "gate_weight_decay", "bn_reestimate",
+    "mac_ramp_power", "mac_target", "gate_weight_decay", "bn_reestimate",
 )  # fmt: skip
 
 
@@ -119,6 +119,22 @@ def test_what_is_done_is_skipped_and_what_was_cut_short_goes_on(
     monkeypatch.setattr("gatedconv.train.pipeline.run", None)
     assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
     assert bench.ledger.read_bytes() == before
+
+
+def test_a_finished_run_of_another_recipe_is_refused(bench: cli.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "cpu-r20-c10-dense"
+    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
+    bench.ledger.unlink()
+    moved = bench.folder(name, 0).read_config().data.replace("blobs.npz", "elsewhere/blobs.npz")
+    elsewhere = replace(bench, sources={key: moved for key in bench.sources})
+    assert cli.run_experiments(elsewhere, [(name, 0)], 1) == cli.DONE  # the same images: their name is the same
+    bench.ledger.unlink()
+    real = cli.experiment_config
+    monkeypatch.setattr(cli, "experiment_config", lambda *given: replace(real(*given), lr=0.07))
+    told = "config.toml: a finished run, but not of cpu-r20-c10-dense as it is now.*: expected lr 0.07, found 0.05"
+    with pytest.raises(ValueError, match=told):
+        cli.run_one(bench, name, 0)
+    assert read_ledger(bench.ledger) == {}
 
 
 def test_a_control_without_its_run_is_refused_by_name(bench: cli.Bench) -> None:

@@ -190,6 +190,25 @@ def test_the_shutter_ranks_by_sensitivity_per_mac() -> None:
     assert torch.equal(other.shut, shutter.shut)
 
 
+def test_the_shutter_can_take_the_same_share_of_every_gate() -> None:
+    """In two goes, and with sensitivities that change between them: within each gate the least are shut."""
+    model = network().train()
+    shutter = Shutter(model, even=True)
+    sizes = [gate.num_gates for gate in find_gates(model).values()]
+    first = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(0)).mul(10).pow(3)
+    before = torch.zeros_like(shutter.shut)
+    for wanted, sensitivity in ((0.7, first), (0.5, first.flip(0))):
+        model(torch.randn(8, *SIZE))
+        shutter.sensitivity.copy_(sensitivity)
+        shutter.settle(wanted)
+        parts = zip(*(each.split(sizes) for each in (sensitivity, shutter.shut, before)), strict=True)
+        for values, shut, earlier in parts:
+            assert values[shut & ~earlier].max() < values[~shut].min() and (shut | ~earlier).all()
+        shares = [float(part.float().mean()) for part in shutter.shut.split(sizes)]
+        assert max(shares) - min(shares) <= 1 / min(sizes)
+        before = shutter.shut.clone()
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_sensitivity_alone() -> None:
     model = network().train()
     shutter = Shutter(model)

@@ -44,3 +44,14 @@ def test_staged_refuses_what_does_not_fit() -> None:
         schedules.staged(0.5, [0.6, 0.5], [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="duration must lie"):
         schedules.linear_warmup(0.5, 1.0, 1.5)
+
+
+def test_the_macs_fall_straight_or_mostly_early() -> None:
+    """At a quarter of the way 3/4 of the fall is left; of a cubic one (3/4)^3 = 27/64."""
+    assert schedules.falling(0.1, 0.5, 0.2, 0.6) == schedules.falling(0.2, 0.5, 0.2, 0.6, 3.0) == 1.0
+    assert schedules.falling(0.3, 0.5, 0.2, 0.6) == pytest.approx(0.875)
+    assert schedules.falling(0.3, 0.5, 0.2, 0.6, 3.0) == pytest.approx(0.5 + 0.5 * 27 / 64)
+    assert schedules.falling(0.6, 0.5, 0.2, 0.6, 3.0) == schedules.falling(1.0, 0.5, 0.2, 0.6) == 0.5
+    assert schedules.falling(0.2, 0.5, 0.2, 0.2, 3.0) == 0.5
+    with pytest.raises(ValueError, match="power must be above 0, got 0"):
+        schedules.falling(0.3, 0.5, 0.2, 0.6, 0.0)
