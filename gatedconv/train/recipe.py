@@ -96,7 +96,8 @@ def shut_gates(shutter: Shutter, config: TrainConfig, progress: float) -> None:
 
 def macs_wanted(config: TrainConfig, progress: float) -> float:
     """MACs that `mac_control` aims at, as a share of the dense network's, at a progress in [0, 1]."""
-    return schedules.falling(progress, config.mac_target, *config.mac_ramp, config.mac_ramp_power)
+    start, end = config.mac_ramp
+    return schedules.falling(progress, config.mac_target, start, end, config.mac_ramp_power)
 
 
 def polar_weight(config: TrainConfig, progress: float) -> float:
