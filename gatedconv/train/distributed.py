@@ -125,8 +125,8 @@ def _fresh_store(rank: int, world: int) -> Store:
         DistStoreError: some process did not come within ten minutes.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size=world, is_master=False, timeout=_MEETING)
-    return dist.PrefixStore(f"gatedconv/{_agreed_name(store, rank, world, _MEETING)}", store)
+    store = dist.TCPStore(address, port, world_size=world, is_master=False, timeout=_MEETING)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"gatedconv/{_agreed_name(store, rank, world, _MEETING)}", store)  # type: ignore[attr-defined]
 
 
 def _agreed_name(store: Store, rank: int, world: int, patience: timedelta) -> str:
