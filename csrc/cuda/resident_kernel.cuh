@@ -23,8 +23,16 @@ template <class Math>
 cudaError_t launch_resident(const ResidentArgs& args, int64_t images, cudaStream_t stream) {
   if (images == 0) return cudaSuccess;  // an empty grid is an error
   const auto kernel = args.ranks > 1 ? resident_kernel<Math, true> : resident_kernel<Math, false>;
-  const cudaError_t allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.shared_bytes);
+  // Always the device's most: the limit is the process's, and another thread may be about to launch with
+  // more.
+  int device = 0, most = 0;
+  cudaError_t allowed = cudaGetDevice(&device);
+  if (allowed == cudaSuccess) {
+    allowed = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (allowed == cudaSuccess) {
+    allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (allowed != cudaSuccess) return allowed;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
