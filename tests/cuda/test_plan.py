@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import warnings
@@ -196,6 +197,66 @@ def test_two_processes_keep_each_others_choices(tmp_path):
     assert set(json.loads((tmp_path / "tuned.json").read_text())["choices"]) == {"a", "b"}
 
 
+def test_what_breaks_the_device_is_raised_and_not_kept(tmp_path, monkeypatch):
+    """After such an error every way fails, the right ones too."""
+    def broken():
+        raise RuntimeError("launch failed")
+
+    def wait():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(cuda_tuner, "wait_for_device", wait)
+    offered = ways(cudnn=torch.ones(2)) | {"guilty": broken} | ways(later=torch.ones(2))
+    made = tuner(tmp_path, [1.0, 2.0])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        made.choose("a", offered)
+    assert not (tmp_path / "tuned.json").exists() and not made.choices
+
+
+def test_where_no_way_can_be_timed_the_first_error_is_raised(tmp_path):
+    def timer(call):
+        raise RuntimeError(f"no events for {call()[0]:g}")
+
+    made = cuda_tuner.Tuner(tmp_path / "tuned.json", HEADER, timer)
+    with pytest.raises(RuntimeError, match="no events for 5"):
+        made.choose("a", ways(cudnn=torch.full((2,), 5.0), ours=torch.full((2,), 5.001)))
+    assert not (tmp_path / "tuned.json").exists()
+
+
+def test_a_map_that_is_not_finite_condemns_nobody_for_good(tmp_path):
+    inf, nan = float("inf"), float("nan")
+    offered = ways(cudnn=torch.tensor([1.0, inf]), same=torch.tensor([1.0, nan]), wrong=torch.tensor([2.0, inf]))
+    made = tuner(tmp_path, [2.0, 1.0, 3.0, 4.0, 5.0])
+    with pytest.warns(UserWarning, match="wrong differs from cudnn"):
+        assert made.choose("a", offered) == "same"
+    assert made.choose("b", ways(cudnn=torch.full((2,), nan), ours=torch.ones(2))) == "cudnn"
+    assert not (tmp_path / "tuned.json").exists()
+    right = torch.ones(2)
+    assert made.choose("a", ways(cudnn=right, same=right, wrong=right)) == "cudnn"  # measured anew: 3, 4 and 5 ms
+    assert not cuda_tuner.agrees(torch.tensor([1.0, 2.0]), torch.tensor([1.0, inf]))
+
+
+def test_choices_depend_on_the_python_that_packs(tmp_path):
+    for name, text in (("cuda_ways.py", "a = 1"), ("cuda_runs.py", "b = 1"), ("other.py", "c = 1")):
+        (tmp_path / name).write_text(text)
+    before = cuda_tuner.planner_hash(tmp_path)
+    (tmp_path / "other.py").write_text("c = 2")
+    assert cuda_tuner.planner_hash(tmp_path) == before
+    (tmp_path / "cuda_runs.py").write_text("b = 2")
+    assert cuda_tuner.planner_hash(tmp_path) != before
+
+
+def test_a_capture_of_a_size_that_was_never_tuned_says_so(monkeypatch):
+    plan = plans.make_plan(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8), mode="off")
+    plan.tune(torch.zeros(1, 3, 8, 8))
+    plan.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert plan(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+    with pytest.raises(RuntimeError, match=r"shape \(2, 3, 8, 8\) while a CUDA graph is captured"):
+        plan(torch.zeros(2, 3, 8, 8))
+
+
 def test_a_plan_asks_once_for_each_shape(tmp_path, kernel):
     asked = []
 
@@ -226,6 +287,44 @@ def test_graphs_are_kept_by_use_and_bounded():
     assert captured == [(1,), (2,), (3,), (2,)] and len(graphs) == 2
     graphs.clear()
     assert len(graphs) == 0
+
+
+def test_what_was_captured_in_inference_mode_serves_outside_of_it():
+    def capture(function, x):
+        held = x.detach().clone()
+
+        def replay(given):
+            held.copy_(given)
+            return function(held)
+
+        return replay
+
+    graphs = cuda_graphs.GraphCache(lambda x: x + 1, capture=capture)
+    with torch.inference_mode():
+        assert torch.equal(graphs(torch.zeros(3)), torch.ones(3))
+    result = graphs(torch.ones(3, requires_grad=True))
+    assert torch.equal(result, torch.full((3,), 2.0)) and not result.requires_grad
+
+
+def test_a_graph_is_given_up_after_its_last_call():
+    waits = []
+
+    class Graph(cuda_graphs.CapturedGraph):
+        def __init__(self, function, x):
+            self.shape, self.done = tuple(x.shape), self
+
+        def synchronize(self):
+            waits.append(self.shape)
+
+        def __call__(self, x):
+            return x
+
+    graphs = cuda_graphs.GraphCache(lambda x: x, limit=1, capture=Graph)
+    for batch in (1, 1, 2):
+        graphs(torch.zeros(batch))
+    assert waits == [(1,)]
+    graphs.clear()
+    assert waits == [(1,), (2,)]
 
 
 def test_threads_take_turns_at_a_graph():

@@ -48,10 +48,13 @@ class GraphCache:
             replay = self._kept.get(key)
             if replay is None:
                 while len(self._kept) >= self.limit:
-                    self._kept.popitem(last=False)
-                replay = self._kept[key] = self.capture(self.function, x)
+                    _give_up(self._kept.popitem(last=False)[1])
+                # An inference tensor, which this call may be allowed to make, could not be written outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    replay = self._kept[key] = self.capture(self.function, x)
             self._kept.move_to_end(key)
-            return replay(x)
+            with torch.no_grad():
+                return replay(x)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -59,7 +62,14 @@ class GraphCache:
     def clear(self) -> None:
         """Give up all graphs and their memory."""
         with self._lock:
-            self._kept.clear()
+            while self._kept:
+                _give_up(self._kept.popitem()[1])
+
+
+def _give_up(replay: Replay) -> None:
+    """Wait for the last call, on whichever stream it is: its memory is about to be another's."""
+    if isinstance(replay, CapturedGraph):
+        replay.done.synchronize()
 
 
 class CapturedGraph:

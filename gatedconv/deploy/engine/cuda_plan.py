@@ -83,6 +83,11 @@ class CudaPlan(nn.Module):
             return self.run(x)
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing():
+                if tuple(x.shape) not in self.chosen:
+                    raise RuntimeError(
+                        f"Engine: an input of shape {tuple(x.shape)} while a CUDA graph is captured; "
+                        "expected a shape that the engine was called with before, call it once with this one first"
+                    )
                 return self.run(x)
             self.tune(x)
             return self._graphs(x)

@@ -28,7 +28,7 @@ class Tuner:
     """Measures ways of computing the same thing and keeps the choices in a file.
 
     The file is JSON: {"format", "device", "torch", "cudnn", "sources", "choices": {key: {"way", "ms": {way: time}}}}.
-    One of another format, device, torch, cuDNN or of other kernel sources is not read, and written over. A file that
+    One of another format, device, torch, cuDNN or of other sources is not read, and written over. A file that
     cannot be read or written costs the measurement again, nothing else.
 
     Args:
@@ -49,6 +49,7 @@ class Tuner:
         Args:
             key: What is computed: equal keys get equal answers.
             ways: name -> builds a call; the first is trusted. One that raises RuntimeError is left out.
+                Where the first one's result is not finite, the choice is made but not kept.
             prefer: Of those that are left, the ways whose names begin so go before the others.
         """
         with self._lock:
@@ -57,24 +58,29 @@ class Tuner:
                 return str(known["way"])
             if len(ways) == 1:
                 return next(iter(ways))
-            times, out = self._measure(ways)
+            times, out, sound = self._measure(ways)
             way = min(times, key=lambda name: (not name.startswith(prefer), times[name]))
-            self.choices[key] = {"way": way, "ms": times, "out": out}
-            self._write()
+            if sound:
+                self.choices[key] = {"way": way, "ms": times, "out": out}
+                self._write()
             return way
 
     def _measure(
         self, ways: Mapping[str, Callable[[], Callable[[], Tensor]]]
-    ) -> tuple[dict[str, float], dict[str, str]]:
+    ) -> tuple[dict[str, float], dict[str, str], bool]:
+        """Return each way's time, what is wrong with the others, and whether the first one's result is finite."""
         trusted: Tensor | None = None
         times: dict[str, float] = {}
         out: dict[str, str] = {}
+        errors: list[RuntimeError] = []
         for name, build in ways.items():
             try:
                 call = build()
                 result = call()
                 if trusted is None:
                     trusted = result.clone()
+                    if trusted.numel() and not trusted.isfinite().any():
+                        return {name: 0.0}, {}, False  # nothing that another way could be compared with
                 elif not agrees(result, trusted):
                     out[name] = "wrong result"
                     warnings.warn(f"gatedconv: {name} differs from {next(iter(ways))}; it is not used", stacklevel=2)
@@ -83,8 +89,12 @@ class Tuner:
             except RuntimeError as error:
                 if trusted is None:
                     raise
-                out[name] = str(error).splitlines()[0][:200]
-        return times, out
+                wait_for_device()  # raises where the error was the device's: every later way would get it too
+                errors.append(error)
+                out[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if not times:
+            raise errors[0]
+        return times, out, trusted is not None and bool(trusted.isfinite().all())
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -108,12 +118,22 @@ class Tuner:
 
 
 def agrees(result: Tensor, trusted: Tensor) -> bool:
-    """Whether two results differ by no more than rounding; NaN in one alone is a difference."""
+    """Whether two results differ by no more than rounding, and are not finite at the same places."""
     if result.shape != trusted.shape or result.dtype != trusted.dtype:
         return False
-    scale = trusted.abs().max().float() if trusted.numel() else torch.zeros(())
-    difference = (result.float() - trusted.float()).abs().max() if trusted.numel() else torch.zeros(())
-    return bool(difference <= TOLERANCE[result.dtype] * scale + 1e-6)
+    finite = trusted.isfinite()
+    if not torch.equal(result.isfinite(), finite):
+        return False
+    mine, theirs = (torch.where(finite, t, 0).float() for t in (result, trusted))
+    if not theirs.numel():
+        return True
+    return bool((mine - theirs).abs().max() <= TOLERANCE[result.dtype] * theirs.abs().max() + 1e-6)
+
+
+def wait_for_device() -> None:
+    """Wait until the GPU, if this process uses one, has done everything; RuntimeError where something of it failed."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def header_of(device: torch.device) -> dict[str, Any]:
@@ -123,8 +143,14 @@ def header_of(device: torch.device) -> dict[str, Any]:
         "device": f"{properties.name}, {properties.multi_processor_count} processors",
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "sources": _build.source_hash(_native.source_folder()),
+        "sources": f"{_build.source_hash(_native.source_folder())} {planner_hash(Path(__file__).parent)}",
     }
+
+
+def planner_hash(folder: Path) -> str:
+    """Hash the Python files that decide what a way computes."""
+    files = sorted(folder.glob("cuda_*.py"))
+    return hashlib.sha256(b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def cache_path(header: Mapping[str, Any]) -> Path:
@@ -140,7 +166,7 @@ def time_on_gpu(call: Callable[[], Tensor], rounds: int = 7, repeats: int = 10) 
     with torch.cuda.stream(stream):
         call()  # what is allocated or chosen once is so by now
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for _ in range(repeats):
                 call()
         graph.replay()
