@@ -105,6 +105,12 @@ class Conv2d(nn.Conv2d):
             return torch.ones(self.out_channels, dtype=torch.bool, device=self.weight.device)
         return self._packed.everything(self.out_channels, self.weight.device)
 
+    def train(self, mode: bool = True) -> Conv2d:
+        """As torch.nn.Module's; what is packed is forgotten: a graph's replay changes weights without a trace."""
+        self._packed.clear()
+        super().train(mode)
+        return self
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Conv2d:
         self._packed.clear()
         super()._apply(fn, recurse)

@@ -22,8 +22,9 @@ class PackedConv:
     count (through ``.data``, or of an inference tensor) costs the packing at every call until then.
 
     On a GPU nobody can compare without waiting for the device, so there what is kept holds for the very tensors, in the
-    state, in which they were packed: a change through ``.data`` is not seen before `clear`. Of inference tensors, and
-    inside of a graph that is being captured, nothing is kept.
+    state, in which they were packed: a change through ``.data``, or by a CUDA graph that is replayed (a training step,
+    for one), is not seen before `clear`; `gatedconv.Conv2d` clears when it goes to training or eval. Of inference
+    tensors, and inside of a graph that is being captured, nothing is kept.
 
     It belongs to a process and to the memory of its tensors: copies and pickles of it are empty.
     """
@@ -40,7 +41,9 @@ class PackedConv:
         """Return a mask (channels,) with everything open, the same tensor at every call."""
         mask = self._everything
         if mask is None or mask.shape[0] != channels or mask.device != device:
-            self._everything = mask = torch.ones(channels, dtype=torch.bool, device=device)
+            # Not an inference tensor, for which nothing would be kept.
+            with torch.inference_mode(False):
+                self._everything = mask = torch.ones(channels, dtype=torch.bool, device=device)
         return mask
 
     def tensor(self, weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int) -> Tensor | None:

@@ -109,5 +109,15 @@ def test_a_layer_packs_once_until_its_weights_change(monkeypatch):
     capturing = False
     with torch.inference_mode():
         assert kept.tensor(torch.randn(4, 4, 3, 3), mask, None, 1) is None, "its changes are not counted"
-    conv.to(torch.float32)
-    assert kept._kept is None
+    for forget in (conv.train, conv.eval, lambda: conv.to(torch.float32)):
+        kept.tensor(conv.weight, mask, None, 1)
+        assert kept._kept is not None
+        forget()
+        assert kept._kept is None
+
+
+def test_the_mask_that_is_open_everywhere_is_no_inference_tensor():
+    kept = _packed_conv.PackedConv()
+    with torch.inference_mode():
+        mask = kept.everything(4, torch.device("cpu"))
+    assert not mask.is_inference() and bool(mask.all()) and kept.everything(4, torch.device("cpu")) is mask
