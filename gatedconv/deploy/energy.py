@@ -106,37 +106,39 @@ class EnergyMeter:
         self._counters = list(counters)
         self.source = ", ".join(counter.name for counter in self._counters)
         self.elsewhere = device.type == "cpu" and not host
-        self.reason = self._absent = reason or ("" if self._counters else "no energy counter")
+        self.reason = self._failed = self._absent = reason or ("" if self._counters else "no energy counter")
         self._last: list[float] = []
-        self._total = 0.0
+        self._totals = [0.0] * len(self._counters)
 
     def start(self) -> None:
         """Begin to count, at 0; what went wrong before does not matter any more."""
-        self.reason, self._total = self._absent, 0.0
+        self.reason = self._failed = self._absent
+        self._totals = [0.0] * len(self._counters)
         self._last = self._read()
 
     def poll(self) -> None:
         """Read the counters, so that none can start over twice unseen; RAPL's may do so within minutes."""
         now = self._read()
-        for counter, before, after in zip(self._counters, self._last, now, strict=False):
+        for number, (counter, before, after) in enumerate(zip(self._counters, self._last, now, strict=False)):
             used = after - before
-            self._total += used + counter.span if used < 0 and counter.span is not None else used
+            self._totals[number] += used + counter.span if used < 0 and counter.span is not None else used
         self._last = now
 
     def joules(self) -> float | None:
-        """Joules since `start`; None where they cannot be measured, which `reason` explains."""
+        """Joules since `start`; None where one of the counters does not tell, which `reason` explains."""
         self.poll()
-        if not self.reason and self._total <= 0:
-            self.reason = f"{self.source}: the counter stands still"
-        return None if self.reason else self._total
+        still = [counter.name for counter, total in zip(self._counters, self._totals, strict=True) if total <= 0]
+        # Of a part the rest would pass for the whole. What stands still may move yet; what failed stays unknown.
+        self.reason = self._failed or (f"{', '.join(still)}: the counter stands still" if still else "")
+        return None if self.reason else sum(self._totals)
 
     def _read(self) -> list[float]:
-        if self.reason:
+        if self._failed:
             return []
         try:
             return [counter.read() for counter in self._counters]
         except (OSError, ValueError, RuntimeError) as error:
-            self.reason = _told(error)
+            self.reason = self._failed = _told(error)
             return []
 
 
@@ -208,9 +210,18 @@ def _add(found: list[Counter], reasons: list[str], make: Callable[[], Counter]) 
 def _counts(zone: Path) -> bool:
     """Packages and memory: what else there is lies within them (cores) or around them (psys)."""
     try:
-        return (zone / "name").read_text().startswith(("package", "dram"))
+        name = (zone / "name").read_text()
     except OSError:
         return False
+    return name.startswith("package") or (name.startswith("dram") and not _never_moved(zone))
+
+
+def _never_moved(zone: Path) -> bool:
+    """Whether a counter stands at 0, as that of memory does where the board has no meter for it."""
+    try:
+        return (zone / "energy_uj").read_text().strip() == "0"
+    except (OSError, UnicodeDecodeError):
+        return False  # `RaplCounter` tells why
 
 
 def _told(error: Exception) -> str:

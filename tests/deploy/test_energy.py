@@ -84,6 +84,28 @@ def test_a_counter_that_stands_still_is_no_zero() -> None:
     assert meter.joules() is None and meter.reason == "fake: the counter stands still"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_counter_that_stands_still_beside_another_is_no_zero(order: int) -> None:
+    """The package's joules alone would pass for those of the GPU too."""
+    counters = [Counter(7, 7, 7, name="GPU 0 (NVML)"), Counter(1, 2, 4, name="CPU package-0 (RAPL)")]
+    meter = measured(*counters[::order], polls=1)
+    assert meter.joules() is None and meter.reason == "GPU 0 (NVML): the counter stands still"
+    backwards = measured(Counter(9, 8, name="falling"), Counter(1, 5))
+    assert backwards.joules() is None and backwards.reason == "falling: the counter stands still"
+
+
+def test_a_counter_that_moved_early_and_then_rested_has_told_enough() -> None:
+    meter = measured(Counter(0, 2, 2), Counter(0, 0, 3, name="other"), polls=1)
+    assert meter.joules() == pytest.approx(5) and not meter.reason
+
+
+def test_a_counter_asked_too_early_goes_on() -> None:
+    """A checkpoint within an epoch asks too, maybe before a counter has moved."""
+    meter = measured(Counter(7, 7, 9))
+    assert meter.joules() is None and meter.reason == "fake: the counter stands still"
+    assert meter.joules() == pytest.approx(2) and not meter.reason
+
+
 def test_no_counter_is_no_zero() -> None:
     meter = measured()
     assert meter.joules() is None and meter.reason == "no energy counter"
@@ -97,6 +119,14 @@ def test_rapl_counts_packages_and_memory_and_nothing_twice(tmp_path: Path) -> No
     counters, reason = find_counters(CPU, powercap=tmp_path)
     assert [counter.name for counter in counters] == ["CPU package-0 (RAPL)", "CPU dram (RAPL)"] and not reason
     assert [counter.read() for counter in counters] == [5.0, 1.0] and counters[0].span == pytest.approx(262.144)
+
+
+def test_memory_without_a_meter_is_left_out_and_a_package_is_not(tmp_path: Path) -> None:
+    zone(tmp_path, "0", "package-0", 5.0)
+    zone(tmp_path, "0:0", "dram", 0.0)
+    assert [counter.name for counter in find_counters(CPU, powercap=tmp_path)[0]] == ["CPU package-0 (RAPL)"]
+    zone(tmp_path, "1", "package-1", 0.0)
+    assert EnergyMeter(CPU, counters=find_counters(CPU, powercap=tmp_path)[0]).source.endswith("CPU package-1 (RAPL)")
 
 
 def test_a_machine_without_rapl_or_with_a_part_of_it_says_so(tmp_path: Path) -> None:
