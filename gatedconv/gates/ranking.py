@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gates.costs import expected_macs
+from gatedconv.gates.gate import Gate
+from gatedconv.gates.ranks import joined_votes
 from gatedconv.gates.registry import find_gates, require_gates, unwrap
 
 RANKINGS = ("logit", "fisher")
@@ -60,7 +62,7 @@ def masks_for_target(model: nn.Module, scores: Mapping[str, Tensor], target: flo
 def fisher_information(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Fisher information of every gate at all gates open: the mean over samples of (dL/dg)^2.
+    """Fisher information of every gate at all gates open: the mean over samples of (dL/dg)^2; a collective.
 
     The straight-through gradient dL/dg is the first order of what closing a gate costs. Behind a gate follows
     a norm, so the gradients of a block's gates add up to about 0: the first order tells which channels of a
@@ -69,7 +71,7 @@ def fisher_information(
 
     Args:
         model: a gated model; it is left as it is, and a copy is asked, in training mode.
-        batches: (images, labels).
+        batches: (images, labels); with several processes, of each its share. BatchNorm sees a process's own images.
         loss: (logits, labels) -> the mean loss of a batch.
 
     Returns:
@@ -90,31 +92,33 @@ def fisher_information(
         gate.register_forward_hook(open_all(name))
     for parameter in probe.parameters():
         parameter.requires_grad_(False)
-    totals: dict[str, Tensor] = {}
+    totals = {name: _zeros(gate) for name, gate in gates.items()}
     count = 0
     for images, labels in batches:
         value = loss(probe(images), labels) * len(labels)  # of the mean, each sample would see 1/N
         for name, slope in zip(taps, torch.autograd.grad(value, list(taps.values())), strict=True):
-            square = slope.double().square().sum(0)
-            totals[name] = totals[name] + square if name in totals else square
+            totals[name] += slope.double().square().sum(0)
         count += len(labels)
-    if not totals:
+    totals, counts = joined_votes(totals, dict.fromkeys(gates, count))
+    if not all(counts.values()):
         raise ValueError("fisher_information: expected at least one batch, got none")
-    return {name: totals[name].cpu() / count for name in gates}
+    return {name: total.cpu() / counts[name] for name, total in totals.items()}
 
 
 @torch.no_grad()
 def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Mean logit (num_gates,) of every gate over the samples that ask it, in eval mode; float64 on the CPU.
 
+    A collective.
+
     Args:
         model: a gated model; its mode is put back.
-        batches: (images, labels).
+        batches: (images, labels); with several processes, of each its share, which may be none.
     """
     gates = require_gates(model, "mean_logits")
     was_training = model.training
     model.eval()
-    totals = {name: torch.zeros(gate.num_gates, dtype=torch.float64) for name, gate in gates.items()}
+    totals = {name: _zeros(gate) for name, gate in gates.items()}
     counts = dict.fromkeys(gates, 0)
     for images, _ in batches:
         for gate in gates.values():
@@ -122,10 +126,11 @@ def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
         model(images)
         for name, gate in gates.items():
             if gate.logits is not None:
-                totals[name] += gate.logits.double().sum(0).cpu()
+                totals[name] += gate.logits.double().sum(0)
                 counts[name] += len(gate.logits)
     model.train(was_training)
-    return {name: total / max(1, counts[name]) for name, total in totals.items()}
+    totals, counts = joined_votes(totals, counts)
+    return {name: total.cpu() / max(1, counts[name]) for name, total in totals.items()}
 
 
 def gate_macs(model: nn.Module) -> dict[str, Tensor]:
@@ -136,6 +141,11 @@ def gate_macs(model: nn.Module) -> dict[str, Tensor]:
     macs = expected_macs(model, _rates(gates, rates, sizes))
     (slope,) = torch.autograd.grad(macs, rates)
     return dict(zip(gates, slope.double().clamp(min=1).split(sizes), strict=True))
+
+
+def _zeros(gate: Gate) -> Tensor:
+    """Where the gate is, also on a rank that has no images to ask it: float64 (num_gates,)."""
+    return torch.zeros_like(gate.running_open_rate, dtype=torch.float64)
 
 
 def _rates(gates: Mapping[str, nn.Module], joined: Tensor, sizes: list[int]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class _GlobalMean(torch.autograd.Function):
 
 
 def joined_votes(votes: Mapping[str, Tensor], asked: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Votes (num_gates,) and numbers of samples asked, added up over all ranks."""
+    """Votes (num_gates,), or other sums over samples, and numbers of samples asked, added up over all ranks."""
     if world_size() == 1 or not votes:
         return dict(votes), dict(asked)
     device = next(iter(votes.values())).device

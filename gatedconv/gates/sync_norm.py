@@ -11,7 +11,8 @@ from gatedconv.gates.ranks import global_mean, world_size
 class SynchronisedNorm(nn.BatchNorm1d):
     """BatchNorm1d whose statistics in training are those of the global batch: one collective, and one backward.
 
-    Ranks may hold different numbers of samples. In eval, and with a single process, it is BatchNorm1d.
+    Ranks may hold different numbers of samples. In eval, and with a single process, it is BatchNorm1d. Sums are of
+    fp64: E[x^2] - E[x]^2 in fp32 leaves nothing of a variance that is small against the mean.
 
     Shape: (N, C) -> (N, C).
     """
@@ -21,11 +22,12 @@ class SynchronisedNorm(nn.BatchNorm1d):
         if not self.training or world_size() == 1:
             return super().forward(x)
         count, features = x.shape
-        means = global_mean(torch.cat([x.mean(dim=0), (x * x).mean(dim=0)]), count)
+        exact = x.double()
+        means = global_mean(torch.cat([exact.mean(dim=0), (exact * exact).mean(dim=0)]), count)
         mean, square = means[:features], means[features:]
         var = (square - mean * mean).clamp_min(0)
         self._track(mean.detach(), var.detach(), count)
-        normed = (x - mean) * torch.rsqrt(var + self.eps)
+        normed = ((exact - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
         return normed if self.weight is None else normed * self.weight + self.bias
 
     @torch.no_grad()
@@ -35,8 +37,8 @@ class SynchronisedNorm(nn.BatchNorm1d):
         self.num_batches_tracked.add_(1)
         total = count * world_size()  # ranks differ by a sample at most: the factor n / (n - 1) hardly notices
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(var * (total / (total - 1)), momentum)
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_((var * (total / (total - 1))).to(self.running_var), momentum)
 
 
 def synchronised(norm: nn.BatchNorm1d) -> SynchronisedNorm:

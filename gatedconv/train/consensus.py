@@ -37,7 +37,7 @@ def settle(
     """
     masks = None
     if config.consensus_by != "vote":
-        masks = ranks.agree(_ranked(gated, config, data) if ranks.main else None)
+        masks = ranks.agree(_ranked(gated, config, data, ranks))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         own = EvalBatches(data, "train", **placement(config), rank=ranks.rank, world=ranks.world)
@@ -49,12 +49,13 @@ def settle(
     return frozen, consensus
 
 
-def _ranked(gated: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Tensor]:
-    """Masks of the gates that rank highest by what the whole training split says."""
+def _ranked(gated: nn.Module, config: TrainConfig, data: ImageData, ranks: Ranks) -> dict[str, Tensor]:
+    """Masks of the gates that rank highest by what the whole training split says, each process asking its share."""
     if config.consensus_by == "logit":
-        scores = mean_logits(gated, EvalBatches(data, "train", **placement(config)))
+        share = EvalBatches(data, "train", **placement(config), rank=ranks.rank, world=ranks.world)
+        scores = mean_logits(gated, share)
     else:
-        information = fisher_information(gated, train_batches(config, data), functional.cross_entropy)
+        information = fisher_information(gated, train_batches(config, data, ranks=ranks), functional.cross_entropy)
         costs = gate_macs(gated)
         scores = {name: value / costs[name] for name, value in information.items()}
     return masks_for_target(gated, scores, config.mac_target)

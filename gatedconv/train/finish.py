@@ -80,8 +80,9 @@ def agree(
 ) -> nn.Module:
     """The network that the gates agree on, cut; what they agreed on goes to consensus.json. A collective."""
     frozen, consensus = settle(gated, config, data, listener, ranks)
+    _, top1 = evaluate(gated, _test_batches(config, data, ranks), ranks)
     if ranks.main:
-        found = consensus_figures(gated, consensus, evaluate(gated, _test_batches(config, data))[1])
+        found = consensus_figures(gated, consensus, top1)
         write_consensus(folder.consensus, consensus.masks, found)
     return cut_out(frozen, config, data)
 
@@ -191,5 +192,5 @@ def _reestimate_if_asked(config: TrainConfig, data: ImageData, net: nn.Module) -
         reestimate_batchnorm(net, train_batches(config, data))
 
 
-def _test_batches(config: TrainConfig, data: ImageData) -> EvalBatches:
-    return EvalBatches(data, "test", **placement(config))
+def _test_batches(config: TrainConfig, data: ImageData, ranks: Ranks = ALONE) -> EvalBatches:
+    return EvalBatches(data, "test", **placement(config), rank=ranks.rank, world=ranks.world)

@@ -1,0 +1,128 @@
+"""What two processes work out together after training and in the gates' norms is what one works out alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional
+
+import gatedconv
+from gatedconv.data import EvalBatches, ImageData, load_data
+from gatedconv.gates import fisher_information, mean_logits
+from gatedconv.gates.sync_norm import synchronised
+from gatedconv.models.resnet import ResNet
+from gatedconv.train import Listener, RunFolder, TrainConfig, finish
+from gatedconv.train.consensus import settle
+from gatedconv.train.distributed import ALONE, Ranks, current
+from gatedconv.train.recipe import train_batches
+from tests.image_files import write_npz
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+CONFIG = TrainConfig(
+    batch_size=15, gate="channel", position="middle", consensus_by="logit", device="cpu", augment=False,
+    bn_reestimate=False,
+)  # fmt: skip
+
+
+class StillNorms(ResNet):
+    """A gated network whose BatchNorm is in eval throughout: statistics of half a batch are others."""
+
+    def train(self, mode: bool = True) -> StillNorms:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def network() -> StillNorms:
+    torch.manual_seed(1)
+    model = StillNorms(8, 3, "channel", "middle", input_size=(1, 8, 8))
+    for gate in gatedconv.gates(model).values():
+        torch.nn.init.normal_(gate.fc2.weight)
+    return model
+
+
+def small_spread() -> tuple[torch.Tensor, torch.Tensor]:
+    """(128, 4) of std 0.02 around 50, and weights for a loss."""
+    draw = torch.Generator().manual_seed(3)
+    return 50 + 0.02 * torch.randn(128, 4, generator=draw), torch.randn(128, 4, generator=draw)
+
+
+def decided(data: ImageData, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Scores and masks by logits and by Fisher information, and the figures of the consensus."""
+    model = network()
+    share = EvalBatches(data, "train", batch_size=10, rank=ranks.rank, world=ranks.world)
+    found: dict[str, Any] = {
+        "logit": mean_logits(model, share),
+        "fisher": fisher_information(model, train_batches(CONFIG, data, ranks=ranks), functional.cross_entropy),
+    }
+    asked: list[int] = []
+    model.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
+    for by in ("logit", "fisher"):
+        config = dataclasses.replace(CONFIG, consensus_by=by)
+        found[f"{by} masks"] = settle(model, config, data, Listener(), ranks)[1].masks
+    asked.clear()
+    finish.agree(model, CONFIG, data, RunFolder(folder), Listener(), ranks)
+    return {**found, "asked": sum(asked)}
+
+
+def rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    found = decided(load_data(f"npz:{folder}/blobs.npz"), Path(folder) / "two", current())
+    x, slope = (each[:50] if index == 0 else each[50:] for each in small_spread())
+    norm = synchronised(torch.nn.BatchNorm1d(4))
+    x = x.clone().requires_grad_()
+    out = norm(x)
+    (out * slope).sum().backward()
+    found["norm"] = {"out": out.detach(), "grad": x.grad, "mean": norm.running_mean, "var": norm.running_var}
+    torch.save(found, f"{folder}/rank{index}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_npz(folder / "blobs.npz")
+    mp.spawn(rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{i}.pt") for i in range(2)], folder
+
+
+@pytest.mark.filterwarnings("ignore:freeze")
+def test_each_process_asks_its_share_and_all_decide_alike(both: tuple[list[dict[str, Any]], Path]) -> None:
+    """While one passes over everything the others would wait in a collective, whose patience ends."""
+    ranks, folder = both
+    whole = decided(load_data(f"npz:{folder / 'blobs.npz'}"), folder / "one", ALONE)
+    for found in ranks:
+        assert found["asked"] < 0.6 * whole["asked"]
+        for by in ("logit", "fisher"):
+            for name, value in whole[by].items():
+                torch.testing.assert_close(found[by][name], value, rtol=1e-4, atol=1e-7, msg=name)
+            assert all(torch.equal(mask, whole[f"{by} masks"][name]) for name, mask in found[f"{by} masks"].items())
+    one, two = (RunFolder(folder / name).consensus.read_text() for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_synchronised_norm_keeps_a_small_spread_around_a_large_mean(
+    both: tuple[list[dict[str, Any]], Path],
+) -> None:
+    """Squares around 2,500 leave fp32 no digits of a variance of 4e-4. In fp64, by the definition of the variance."""
+    values, slope = (each.double() for each in small_spread())
+    x = values.requires_grad_()
+    var = x.var(dim=0, unbiased=False)
+    out = (x - x.mean(dim=0)) / (var + 1e-5).sqrt()
+    (out * slope).sum().backward()
+    found = [each["norm"] for each in both[0]]
+    torch.testing.assert_close(torch.cat([each["out"] for each in found]).double(), out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([each["grad"] for each in found]).double(), x.grad, rtol=1e-5, atol=1e-3)
+    for each in found:
+        torch.testing.assert_close(each["mean"].double(), 0.1 * x.mean(dim=0), rtol=1e-6, atol=0)
+        unbiased = x.var(dim=0)
+        torch.testing.assert_close((each["var"].double() - 0.9) / 0.1, unbiased, rtol=1e-3, atol=2e-6)
