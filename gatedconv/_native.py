@@ -9,10 +9,12 @@ it found, a failure too, is kept, so that a broken compiler costs its seconds on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,8 +144,22 @@ def _compile(target: str) -> Path:
     folder = cache_folder() / f"{_build.source_hash(csrc)}-torch-{torch_version}"
     path = folder / _build.library_name(target)
     if not path.exists():
-        _build.build(target, csrc, path, cache_folder() / "objects")
+        with _alone(folder):
+            if not path.exists():  # another process may have built it in the meantime
+                _build.build(target, csrc, path, cache_folder() / "objects")
     return path
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time build for a folder; where files cannot be locked, all of them, as that is safe too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(folder.suffix + ".lock"), "w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _load_file(path: Path) -> str | None:

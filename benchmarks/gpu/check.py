@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.gpu.session import ROOT, Session
 from benchmarks.gpu.stages import Case, stage
+from gatedconv import _native
 
 TESTS = ("tests/kernels/interpreted", "tests/kernels/gpu")
 SHARDS = 8  # compiling a kernel takes a second of one core, and there are hundreds of variants
@@ -34,6 +35,7 @@ def check(session: Session) -> Iterator[Case]:
 def sharded(session: Session, tests: tuple[str, ...] = TESTS) -> dict[str, Any]:
     """Run all tests; RuntimeError where one fails."""
     count = 2 if session.dry else SHARDS
+    _native.load("cuda")  # once: what compiles on first use would do so in every shard
     command = [*PYTEST, "-q", "--maxfail=5", *(tests[-1:] if session.dry else tests)]
     running = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | {"GATEDCONV_SHARD": f"{i}/{count}"}) for i in range(count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu import engine, engine_tables
+from benchmarks.gpu import check, engine, engine_tables
 from benchmarks.gpu.engine_roofline import LAYERS, Ceilings, LayerCase
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import Machine
@@ -72,8 +72,38 @@ def test_a_wrong_result_is_a_failure_and_not_a_time(monkeypatch):
         case.run()
 
 
-def test_deviation_of_nan_is_infinite():
+def test_deviation_is_a_root_mean_square_and_infinite_for_nan():
+    assert engine.deviation(torch.tensor([4.0, 0.0]), torch.tensor([3.0, 0.0])) == pytest.approx(1 / 3)
     assert engine.deviation(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+
+
+@pytest.mark.parametrize("batch,images", [(1, 64), (32, 64), (48, 96), (256, 256)])
+def test_errors_are_those_of_64_images_or_more_in_batches(batch, images):
+    x, sizes, memory = torch.randn(batch, 2), [], torch.empty(batch, 2)
+
+    def run(part):
+        sizes.append(len(part))
+        return memory.copy_(part)  # as a graph does: the next call writes over it
+
+    several = engine.several(x)
+    assert len(several) == images and torch.equal(several[:batch], x)
+    assert torch.equal(engine.batched(run, several, batch), several) and set(sizes) == {batch}
+
+
+def test_the_library_is_loaded_before_the_shards_start(monkeypatch, tmp_path):
+    order, session = [], Session("h200", VERSIONS, tmp_path)
+
+    class Shard:
+        def __init__(self, command, **options):
+            order.append("shard")
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(check.subprocess, "Popen", Shard)
+    monkeypatch.setattr(check._native, "load", order.append)
+    check.sharded(session)
+    assert order == ["cuda"] + ["shard"] * check.SHARDS
 
 
 def test_the_document_is_what_the_result_files_say():

@@ -162,6 +162,25 @@ def test_threads_that_call_first_together_load_once(fresh, monkeypatch):
     assert len(found) == 1 and calls == ["cpu"]
 
 
+def test_processes_that_need_a_library_together_build_it_once(fresh, monkeypatch, tmp_path):
+    import time
+    from concurrent.futures import ThreadPoolExecutor
+
+    builds = []
+
+    def build(target, csrc, output, cache):
+        builds.append(target)
+        time.sleep(0.2)
+        output.write_text("")
+
+    monkeypatch.setenv("GATEDCONV_CACHE", str(tmp_path))
+    monkeypatch.setattr(_build, "build", build)
+    # Without the lock within a process that `load` takes: a file's lock is another for each that opens it.
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(_native._compile, ["cpu"] * 4))
+    assert len(paths) == 1 and builds == ["cpu"]
+
+
 def test_the_report_names_versions_libraries_and_reasons():
     found = collect()
     json.dumps(found)
