@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import gatedconv
 from gatedconv.deploy.engine.cuda_plan import CudaPlan
 from gatedconv.deploy.engine.fuse import fuse
 from gatedconv.deploy.engine.graph import trace
@@ -63,6 +64,22 @@ def conv_run(
     written = order[:count] if skip_closed else order
     output[:, written] = out[:, written].to(output.dtype)
     return output
+
+
+def rms(result: Tensor, exact: Tensor) -> float:
+    """Root of the mean square difference: over many logits, what a maximum over few is too noisy to tell."""
+    assert result.shape == exact.shape
+    return float((result.double() - exact.double()).square().mean().sqrt())
+
+
+@torch.no_grad()
+def clear_cut(model: nn.Module, x: Tensor, count: int) -> Tensor:
+    """The first images whose gates decide clearly: near zero, rounding would decide."""
+    model(x)
+    logits = torch.cat([gate.logits.flatten(1) for gate in gatedconv.gates(model).values()], 1)
+    chosen = x[logits.abs().amin(1) > 1e-3][:count]
+    assert len(chosen) == count
+    return chosen
 
 
 class always:

@@ -18,6 +18,8 @@ from gatedconv.deploy.engine import cuda_runs, cuda_stream
 from gatedconv.deploy.engine.cuda_instructions import map_sizes
 from gatedconv.ops import cuda_resident
 from tests.cuda import plans
+from tests.cuda.gpu import test_resident as gpu_tests
+from tests.cuda.gpu.test_sanitized import sanitized_network
 from tests.cuda.plans import always
 from tests.cuda.test_plan import gated
 from tests.engine.nets import Residual, error, settle
@@ -167,8 +169,9 @@ def mid_50(model):
 
 
 def test_resnet56_fits_the_gpus_that_it_should():
-    """As a whole where a block has 99 KiB and more; on a T4 all but the ends of its first stage."""
-    for model in (mid_50(gatedconv.models.resnet56(gate="channel", position="middle")), gatedconv.models.resnet56()):
+    """As a whole where a block has 99 KiB and more; on a T4 the later stages, and of a cut one the first."""
+    half = mid_50(gatedconv.models.resnet56(gate="channel", position="middle"))
+    for model, runs_on_t4 in ((half, [(0, 19), (22, 59)]), (gatedconv.models.resnet56(), [(22, 59)])):
         plan, runs = whole(model, (32, 32))
         for budget in (101376, H100):
             (run,) = runs(budget)
@@ -176,9 +179,27 @@ def test_resnet56_fits_the_gpus_that_it_should():
             assert run.shared_bytes(run.ring(budget, 1)) <= budget
         assert run.ring(H100, 1) >= 4 and run.shared_bytes(4) <= H100 // 2 - 1024, "two images a multiprocessor"
         on_t4 = runs(T4)
-        assert on_t4[-1].end == len(plan.instructions) and on_t4[-1].shared_bytes(2) <= T4
-        assert sum(run.end - run.start for run in on_t4) > len(plan.instructions) * 3 // 5
+        assert [(run.start, run.end) for run in on_t4] == runs_on_t4 and len(plan.instructions) == 59
+        assert all(run.shared_bytes(2) <= T4 for run in on_t4)
     assert not whole(gatedconv.models.resnet20(), (224, 224))[1](T4)
+
+
+def test_a_convolution_without_inputs_ends_a_run():
+    plan, runs = whole(nn.Sequential(nn.Conv2d(3, 8, 3), Residual(8, 8), Residual(8, 8)), (12, 12))
+    (run,) = runs(H100)
+    assert (run.start, run.end) == (0, len(plan.instructions))
+    plan.instructions[2].in_index = []
+    for run in runs(H100):
+        assert not run.start <= 2 < run.end
+
+
+def test_the_gpu_tests_find_runs_in_99_kib():
+    for _, model in gpu_tests.networks():
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert whole(model, (32, 32), dtype)[1](99 * 1024)
+    for dtype in (torch.float16, torch.float32):
+        (run,) = whole(sanitized_network(), (12, 12), dtype)[1](99 * 1024)
+        assert {"load", "conv", "move", "mean", "save"} == {step.op for step in run.steps}
 
 
 @pytest.mark.parametrize("model", [mid_50(gatedconv.models.resnet20(gate="channel", position="after"))])

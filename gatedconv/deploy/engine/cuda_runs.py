@@ -150,7 +150,9 @@ def _longest_from(
     read: set[int] = set()
     for end in range(start + 1, len(instructions) + 1):
         one = instructions[end - 1]
-        if one.op not in OPS or one.groups != 1:
+        inputs = one.channels[0] if one.in_index is None else len(one.in_index)
+        # A sum of nothing has no steps in the stream, which the driver could not follow.
+        if one.op not in OPS or one.groups != 1 or (one.op == "conv" and not inputs):
             break
         read |= {i for i in (one.source, one.residual) if i >= 0 and i not in made}
         made.add(one.target)

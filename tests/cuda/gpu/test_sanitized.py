@@ -8,7 +8,8 @@ from torch import nn
 
 import gatedconv
 from gatedconv import ops
-from gatedconv.ops import cuda_conv
+from gatedconv.deploy.engine.cuda_ways import ResidentWay
+from gatedconv.ops import cuda_conv, cuda_resident
 from tests.engine.nets import Residual
 
 pytestmark = [
@@ -49,19 +50,27 @@ def test_tiles(tile, dtype):
     assert float(out[0, 0, 5, 5].cpu()) == 144
 
 
+def sanitized_network():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), Residual(8, 72, 2), gatedconv.nn.PadShortcut(8, 13, 2), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(13, 5, 1),
+    ).eval()  # fmt: skip
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_resident(ranks, dtype, monkeypatch):
     """Every kind of step, several passes, and a cluster where there are any."""
     from tests.cuda.gpu.test_resident import resident_plan
 
+    limits = cuda_resident.limits(torch.device("cuda"), dtype)
+
     if dtype == torch.float32 and torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("tf32 needs compute capability 8.0")
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32" if dtype == torch.float32 else "ieee")
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), Residual(8, 72, 2), gatedconv.nn.PadShortcut(8, 13, 2), nn.AdaptiveAvgPool2d(1),
-        nn.Conv2d(13, 5, 1),
-    ).eval()  # fmt: skip
     x = torch.randn(2, 3, 12, 12).to(dtype).cuda()
-    assert bool(resident_plan(model, x, ranks).run(x).cpu().isfinite().all())
+    plan = resident_plan(sanitized_network(), x, ranks)
+    (run,) = plan._find_runs(x)
+    way = ResidentWay(run, dtype, x.device, ranks, limits.shared_bytes)  # neither a graph nor cuDNN
+    assert bool(way(plan._enter(x), None).cpu().isfinite().all())
