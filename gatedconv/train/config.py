@@ -173,7 +173,7 @@ class TrainConfig:
     stream: bool = option(False, "imagefolder: decode images while training, not all at the start")
     workers: int = option(2, "processes that decode streamed images; 0 decodes between steps", low=0, high=256)
     checkpoint_minutes: float = option(0.0, "also write a checkpoint this often within an epoch; 0 never", low=0.0)
-    max_minutes: float = option(0.0, "stop after the last epoch that ends within this; 0 never", low=0.0)
+    max_minutes: float = option(0.0, "stop after this, with a checkpoint to go on from; 0 never", low=0.0)
     tensorboard: bool = option(False, "also write TensorBoard event files")
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,15 +156,20 @@ class RunFolder:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl; the first line of a process replaces the file.
+    """Writes metrics.jsonl, which tells what the checkpoints know.
 
-    A resumed training yields its finished epochs again, from the checkpoint, so the file always tells
-    exactly what the checkpoint knows.
+    A resumed training yields its finished epochs again, from its checkpoint: with its first line, all that the file
+    told of this training goes. Lines of other trainings stay until those are gone on with.
+
+    Args:
+        path: of the file.
+        earlier: its lines, where a run goes on.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, earlier: Sequence[EpochMetrics] = ()) -> None:
         self.path = path
-        self._mode = "w"
+        self._written: list[EpochMetrics] = []
+        self._kept = list(earlier)
 
     def write(self, metrics: EpochMetrics) -> None:
         """Add one line.
@@ -171,9 +177,19 @@ class MetricsWriter:
         Raises:
             OSError: the disk is full or not writable.
         """
-        with naming_file(self.path), open(self.path, self._mode, encoding="utf-8") as file:
-            file.write(json.dumps(metrics.as_dict()) + "\n")
-        self._mode = "a"
+        begun = bool(self._written)
+        self._written.append(metrics)
+        kept = [line for line in self._kept if line.phase != metrics.phase]
+        if kept or len(kept) < len(self._kept):
+            write_atomic(self.path, "".join(map(_line, [*self._written, *kept])).encode())
+        else:
+            with naming_file(self.path), open(self.path, "a" if begun else "w", encoding="utf-8") as file:
+                file.write(_line(metrics))
+        self._kept = kept
+
+
+def _line(metrics: EpochMetrics) -> str:
+    return json.dumps(metrics.as_dict()) + "\n"
 
 
 def _read_text(path: Path) -> str:

@@ -22,6 +22,7 @@ from gatedconv.deploy.energy import EnergyMeter
 from gatedconv.train.checkpoint import State, load_checkpoint, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import Ranks, current
+from gatedconv.train.energy import Energy, continued, joined, spent
 from gatedconv.train.guard import judged_at_once
 from gatedconv.train.metrics import EpochMeter, EpochMetrics, evaluate
 from gatedconv.train.questions import Questions
@@ -83,7 +84,8 @@ def train(
         on_step: called now and then within an epoch.
         on_note: called with what a person should know: that an older checkpoint had to stand in, or that steps
             were skipped.
-        deadline: `time.monotonic()` by which to stop; an epoch that would end after it is not begun.
+        deadline: `time.monotonic()` after which to stop as if asked to; a step is made first, however late it is,
+            so that a run that is resumed often enough comes to its end.
         stop: asked after each step, with several processes about once a second, and between epochs; True from any
             process ends the iterator after a checkpoint.
         teacher: goes on teaching; None for a new one, if `config` asks for it.
@@ -114,8 +116,8 @@ class _Listeners:
     stop: Callable[[], bool]
 
 
-# Of an epoch: seconds, joules, multiply-accumulates executed and left out.
-_NOTHING: dict[str, Any] = {"seconds": 0.0, "energy_j": 0.0, "executed": 0.0, "saved": 0.0}
+# Of an epoch: seconds, multiply-accumulates executed and left out.
+_NOTHING = {"seconds": 0.0, "executed": 0.0, "saved": 0.0}
 
 
 class _Training:
@@ -145,7 +147,7 @@ class _Training:
         self.meter = EpochMeter(model, self.device)
         self.energy = EnergyMeter(self.device, host=ranks.local == 0)
         self.questions = Questions(ranks, self.device)
-        self._earlier = dict(_NOTHING)  # of this epoch, before a restart
+        self._earlier, self._energy_before = dict(_NOTHING), Energy()  # of this epoch, before a restart
         self._started = self._written = time.monotonic()
 
     def epochs(self, resume: bool) -> Iterator[EpochMetrics]:
@@ -160,8 +162,9 @@ class _Training:
             self._restore()
             yield from self.history
         first, end = epoch_range(self.config, self.phase)
-        for epoch in range(first + len(self.history), end):
-            if self.ranks.any(self.listeners.stop() or self._would_miss_deadline()):
+        todo = range(first + len(self.history), end)
+        for epoch in todo:
+            if self.ranks.any(self.listeners.stop() or (epoch > todo.start and self._late())):
                 return
             if not self._steps(epoch):
                 return
@@ -192,10 +195,10 @@ class _Training:
         return True
 
     def _go_on(self, epoch: int) -> bool:
-        """Write a checkpoint within the epoch if one is due; False if the run has been asked to stop."""
+        """Write a checkpoint within the epoch if one is due; False if the run is to stop."""
         every = 60 * self.config.checkpoint_minutes
         due = self.ranks.main and bool(every) and time.monotonic() - self._written >= every
-        stop, save = self.questions.ask(self.listeners.stop(), due)
+        stop, save = self.questions.ask(self.listeners.stop() or self._late(), due)
         if stop or save:
             self._settled(epoch)  # what a bad step has broken goes into no checkpoint
             self._save()
@@ -220,7 +223,7 @@ class _Training:
         report = StepReport(self.phase, epoch + 1, steps, steps, self.meter.mean_loss, self.meter.top1)
         self._require_finite(None if math.isfinite(report.loss) else "every step", report)
         self._require_finite(None if math.isfinite(test_loss) else "the evaluation", report)
-        within = self._within()
+        within, energy = self._within(), self._all_energy()
         done = epoch + (steps - 1) / steps
         metrics = EpochMetrics(
             phase=self.phase,
@@ -233,7 +236,9 @@ class _Training:
             seconds=within["seconds"],
             polar_weight=polar_weight(config, done / config.epochs),
             steps_skipped=int(self.stepper.guard.skipped),
-            energy_j=self._all_energy(within["energy_j"]),
+            energy_j=energy.joules,
+            energy_reason=energy.reason,
+            energy_source=energy.source,
             **self._macs(self._sum(within["executed"]), self._sum(within["saved"])),
             **of_gates,
         )
@@ -249,7 +254,7 @@ class _Training:
         self.meter = EpochMeter(self.model, self.device)
         self.stepper.guard.new_epoch()
         self.stepper.macs.new_epoch()
-        self._earlier = dict(_NOTHING)
+        self._earlier, self._energy_before = dict(_NOTHING), Energy()
 
     def _macs(self, executed: float, saved: float) -> dict[str, Any]:
         """MACs that the epoch's steps executed, and the share that was left out; 0 where they are unknown."""
@@ -259,17 +264,14 @@ class _Training:
     def _sum(self, value: float) -> float:
         return float(self.ranks.sum(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
-    def _all_energy(self, mine: float | None) -> float | None:
-        """The energy of all processes, None if one of them cannot tell; what another one counts is 0 here."""
-        found = self.ranks.gather(0.0 if self.energy.elsewhere else mine)
-        return None if any(joules is None for joules in found) else sum(found)
+    def _all_energy(self) -> Energy:
+        """The energy of the epoch so far, of all processes; a collective."""
+        return continued(self._energy_before, joined(self.ranks.gather(spent(self.energy))))
 
     def _within(self) -> dict[str, Any]:
-        """Time, energy and MACs of the epoch so far, what passed before a restart included."""
-        joules, before = self.energy.joules(), self._earlier["energy_j"]
+        """Time and MACs of the epoch so far, what passed before a restart included."""
         return {
             "seconds": self._earlier["seconds"] + time.monotonic() - self._started,
-            "energy_j": None if joules is None or before is None else before + joules,
             "executed": self._earlier["executed"] + self.stepper.macs.executed,
             "saved": self._earlier["saved"] + self.stepper.macs.saved,
         }
@@ -282,8 +284,8 @@ class _Training:
         state = pack_state(self.stepper.parts, self.batches, self.config, self.phase, self.history, self.ranks)
         state["guard"] = self.stepper.guard.state_dict()
         if self.batches.position:
-            within = self._within()
-            within["energy_j"] = self._all_energy(within["energy_j"])
+            within, energy = self._within(), self._all_energy()
+            within |= {"energy_j": energy.joules, "energy_reason": energy.reason, "energy_source": energy.source}
             within |= {name: self._sum(within[name]) for name in ("executed", "saved")}
             state["within"] = {**within, "meter": self.meter.joined(self.ranks)}
         if self.ranks.main:
@@ -300,13 +302,14 @@ class _Training:
         within = state.get("within")
         if within:
             self._earlier["seconds"] = within["seconds"]
+            told = [str(within.get(name, "")) for name in ("energy_reason", "energy_source")]
+            self._energy_before = Energy(within["energy_j"], *told)
             if self.ranks.main:  # which holds what all of them had seen
-                self._earlier |= {name: within.get(name, 0.0) for name in ("energy_j", "executed", "saved")}
+                self._earlier |= {name: within.get(name, 0.0) for name in ("executed", "saved")}
                 self.meter.load_state_dict(within["meter"])
 
-    def _would_miss_deadline(self) -> bool:
-        expected = self.history[-1].seconds if self.history else 0.0
-        return self.deadline is not None and time.monotonic() + expected > self.deadline
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
     def _require_finite(self, too_many: str | None, at: StepReport) -> None:
         if too_many is None:

@@ -41,7 +41,9 @@ class EpochMetrics:
         train_macs: multiply-accumulates that the epoch's training steps executed, forward and (twice that) backward;
             steps made again and blocks recomputed included, what was lost with a killed process not.
         macs_saved: share of those of the whole network that were left out because gates agreed, 0 to 1.
-        energy_j: joules that the epoch took on all devices that tell; None where none does.
+        energy_j: joules that the epoch took on all devices that it used; None where one of them does not tell.
+        energy_reason: why there are none; "" where there are.
+        energy_source: the devices that were counted, of all processes, for people.
         gate_open_rates: mean open rate of each gate module over the epoch, by name.
     """
 
@@ -64,6 +66,8 @@ class EpochMetrics:
     train_macs: float = 0.0
     macs_saved: float = 0.0
     energy_j: float | None = None
+    energy_reason: str = ""
+    energy_source: str = ""
     gate_open_rates: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

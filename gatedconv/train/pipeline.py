@@ -11,11 +11,11 @@ from torch import nn
 
 from gatedconv.data import ImageData
 from gatedconv.deploy import freeze
-from gatedconv.deploy.energy import EnergyMeter
 from gatedconv.train.build import load_images, phases, starting_network
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import Ranks, by_torchrun, current, joined
+from gatedconv.train.energy import of_run
 from gatedconv.train.finish import agree, cut_out, finish
 from gatedconv.train.folder import MetricsWriter, RunFolder
 from gatedconv.train.listener import Listener
@@ -105,8 +105,8 @@ def conclude(
     listener.phase("finish")
     started = time.monotonic()
     outcome = finish(config, data, folder, trained, listener)
-    meter = EnergyMeter(resolve_device(config.device))
     history = folder.read_metrics()
+    energy = of_run(history)
     summary = {
         "name": config.name,
         "model": config.model,
@@ -116,9 +116,9 @@ def conclude(
         "seed": config.seed,
         "epochs": {phase: sum(line.phase == phase for line in history) for phase in trained},
         **outcome,
-        "energy_j": training_energy(history),
-        "energy_source": meter.source,
-        "energy_reason": meter.reason or None,
+        "energy_j": energy.joules,
+        "energy_source": energy.source,
+        "energy_reason": energy.reason or None,
         "train_macs": sum(line.train_macs for line in history),
         "wall_s": round(sum(line.seconds for line in history) + time.monotonic() - started, 2),
         **provenance(resolve_device(config.device)),
@@ -158,7 +158,7 @@ def _train_phases(
     stop: StopRequest,
 ) -> dict[str, nn.Module] | None:
     ranks = current()
-    writer = MetricsWriter(folder.metrics)
+    writer = MetricsWriter(folder.metrics, _earlier_lines(folder) if resume else ())
     trained: dict[str, nn.Module] = {}
     teacher: Teacher | None = None
     board_wanted = config.tensorboard and ranks.main
@@ -208,6 +208,14 @@ def _train_phases(
     return trained
 
 
+def _earlier_lines(folder: RunFolder) -> list[EpochMetrics]:
+    """What metrics.jsonl tells; nothing if it is damaged: the checkpoints know it better."""
+    try:
+        return folder.read_metrics()
+    except ValueError:
+        return []
+
+
 def _cut_network(
     config: TrainConfig, data: ImageData, folder: RunFolder, gated: nn.Module, resume: bool, listener: Listener
 ) -> nn.Module:
@@ -217,12 +225,6 @@ def _cut_network(
         masks, _ = ranks.agree(read_consensus(folder.consensus) if ranks.main else None)
         return cut_out(freeze(gated, masks=masks), config, data)
     return agree(gated, config, data, folder, listener, ranks)
-
-
-def training_energy(history: list[EpochMetrics]) -> float | None:
-    """Joules of all epochs together; None where one of them could not be measured."""
-    joules = [line.energy_j for line in history]
-    return None if not joules or None in joules else round(sum(filter(None, joules)), 3)
 
 
 def _dead_share(metrics: EpochMetrics | None) -> float:

@@ -198,8 +198,15 @@ def train_batches(config: TrainConfig, data: ImageData, phase: str = "gated", ra
     """The batches that a run trains on; a training that does not begin with the run draws others than its first.
 
     Raises:
-        ValueError: the batch size or `pad` does not fit the data or the number of processes, or no such device.
+        ValueError: the batch size or `pad` does not fit the data, the number of processes or the parts that each
+            computes its share in, or no such device; the same on every process.
     """
+    least = 2 * ranks.world * config.accumulate
+    if config.accumulate > 1 and config.batch_size < least:
+        raise ValueError(
+            f"batch_size: expected at least {least}, 2 images for each of {config.accumulate} parts of `accumulate` "
+            f"on each of {ranks.world} processes, got {config.batch_size}"
+        )
     return TrainBatches(
         data,
         config.batch_size,

@@ -90,7 +90,9 @@ class Teacher:
     def __call__(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, classes) on training images (B, C, H, W)."""
         if self._network is None:
-            self._network = self._whole(images[:1])
+            # A resumed run makes it once more; new layers draw initial weights, which nobody reads.
+            with torch.random.fork_rng([images.device] if images.is_cuda else []):
+                self._network = self._whole(images[:1])
         logits: Tensor = self._network(images)
         self._lessons += 1
         if self._lessons == SETTLING:

@@ -16,7 +16,8 @@ from gatedconv.gates import find_gates
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint, previous_path, save_checkpoint
-from gatedconv.train.recipe import make_optimizer, resolve_device, total_loss
+from gatedconv.train.distributed import Ranks
+from gatedconv.train.recipe import make_optimizer, resolve_device, total_loss, train_batches
 from gatedconv.train.state import pack_state
 from gatedconv.train.step import Stepper
 
@@ -340,10 +341,30 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path, data: ImageDat
         list(train(network(), data, CONFIG, checkpoint=tmp_path / "none.pt", resume=True))
 
 
-def test_a_deadline_ends_the_run_between_epochs(tmp_path: Path, data: ImageData) -> None:
-    path = tmp_path / "gated.pt"
-    assert list(train(network(), data, CONFIG, checkpoint=path, deadline=0.0)) == []
-    assert not path.exists() and not previous_path(path).exists()
+def test_a_deadline_that_has_passed_still_leaves_a_step(tmp_path: Path, data: ImageData) -> None:
+    """However early it is, a training that is resumed often enough comes to the end of one without it."""
+    config, path = dataclasses.replace(CONFIG, epochs=2), tmp_path / "gated.pt"
+    straight = network(config)
+    whole = list(train(straight, data, config))
+    found = []
+    for _ in range(6):  # of three steps in each epoch
+        model = network(config)
+        lines = list(train(model, data, config, checkpoint=path, resume=path.exists(), deadline=0.0))
+        found.append((len(lines), load_checkpoint(path)["random"]["position"]))
+    assert found == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert comparable(lines) == comparable(whole)
+    assert_same_state(straight.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_parts_of_a_share_that_are_too_small_are_refused_on_every_process(data: ImageData, rank: int) -> None:
+    ranks = Ranks(rank, 2, rank)
+    config = dataclasses.replace(CONFIG, batch_size=7, accumulate=2)  # 3 and 4 images: a part of one
+    with pytest.raises(ValueError, match="batch_size: expected at least 8, .* 2 parts .* 2 processes, got 7"):
+        train_batches(config, data, ranks=ranks)
+    batches = train_batches(dataclasses.replace(config, batch_size=8), data, ranks=ranks)
+    images, _ = next(iter(batches))
+    assert [len(part) for part in images.tensor_split(2)] == [2, 2]
 
 
 def test_optimizer_groups_decay_what_they_should() -> None:

@@ -18,6 +18,7 @@ from gatedconv.report.experiments import find_experiment
 from gatedconv.train import EpochMetrics, Listener, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.finish import energies, reestimate_batchnorm
+from gatedconv.train.stopping import StopRequest
 from gatedconv.train.tensorboard import TensorBoard
 from tests.image_files import write_npz
 
@@ -175,6 +176,75 @@ def test_a_time_limit_ends_a_run_that_can_be_resumed(tmp_path: Path, archive: Pa
     assert run(config, folder, listener=heard) is None
     assert "stopped after 0 of 2 epochs" in heard.notes[0] and not folder.summary.exists()
     assert run(dataclasses.replace(config, max_minutes=0.0), folder, resume=True) is not None
+
+
+def test_a_run_with_a_small_time_limit_is_resumed_to_its_end(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a scheduler that queues the job again and again; every start makes a step at least."""
+    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    config, folder = small(archive, latency=False, epochs=1, max_minutes=1e-9), RunFolder(tmp_path / "run")
+    starts = [run(config, folder, resume=number > 0) is not None for number in range(5)]
+    assert starts == [False] * 4 + [True]  # three steps dense, and three gated: the last dense start makes one of these
+    assert [(line.phase, line.epoch) for line in folder.read_metrics()] == [("dense", 1), ("gated", 1)]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_resume_that_is_stopped_early_loses_no_metrics(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """The dense training is told again before the gated one is gone on with; a stop may come in between."""
+    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    config, folder, stop = small(archive, latency=False), RunFolder(tmp_path / "run"), StopRequest()
+
+    class Stopping(Listener):
+        def epoch(self, metrics: EpochMetrics) -> None:
+            stop.made = (metrics.phase, metrics.epoch) == ("gated", 1)
+
+    assert run(config, folder, listener=Stopping(), stop=stop) is None
+    before = folder.metrics.read_text()
+    assert [json.loads(line)["phase"] for line in before.splitlines()] == ["dense", "dense", "gated"]
+    assert run(config, folder, resume=True, stop=stop) is None
+    assert folder.metrics.read_text() == before
+    if damaged:
+        folder.metrics.write_text("what?\n" + before)
+    assert run(config, folder, resume=True) is not None
+    told = [(line.phase, line.epoch) for line in folder.read_metrics()]
+    assert told == [("dense", 1), ("dense", 2), ("gated", 1), ("gated", 2)]
+    assert folder.metrics.read_text().startswith(before)
+
+
+class Tiring:
+    """A counter that rises by a joule whenever it is read, so many times."""
+
+    span = None
+
+    def __init__(self, reads: int, name: str) -> None:
+        self.left, self.joules, self.name = reads, 0.0, name
+
+    def read(self) -> float:
+        self.left -= 1
+        self.joules += self.left >= 0
+        return self.joules
+
+
+@pytest.mark.parametrize("reads", [3, 99])
+def test_a_summary_says_why_its_energy_is_unknown(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, reads: int
+) -> None:
+    """One epoch that could not be measured is enough; a meter asked at the end would have nothing to complain of."""
+    counter = Tiring(reads, "CPU package-0 (RAPL)")
+    monkeypatch.setattr("gatedconv.deploy.energy.find_counters", lambda device, host=True: ([counter], ""))
+    config, folder = small(archive, gate="none", epochs=2, latency=False), RunFolder(tmp_path / "run")
+    summary = run(config, folder)
+    assert summary is not None and summary["energy_source"] == counter.name
+    first, second = folder.read_metrics()
+    assert first.energy_j == 2.0 and not first.energy_reason  # read at the start, the last step and the end
+    if reads == 3:
+        assert second.energy_j is None and summary["energy_j"] is None
+        assert summary["energy_reason"] == second.energy_reason == f"{counter.name}: the counter stands still"
+    else:
+        assert summary["energy_j"] == 4.0 and summary["energy_reason"] is None
 
 
 def test_a_dense_run_has_no_frozen_part(tmp_path: Path, archive: Path) -> None:

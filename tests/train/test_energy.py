@@ -1,0 +1,80 @@
+"""The energy of epochs and runs: what several processes, restarts and silent counters make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gatedconv.data import ImageData
+from gatedconv.deploy import energy as meters
+from gatedconv.models.resnet import ResNet
+from gatedconv.train import EpochMetrics, TrainConfig, train
+from gatedconv.train.checkpoint import load_checkpoint
+from gatedconv.train.energy import Energy, continued, joined, of_run
+
+LINE = EpochMetrics("gated", 1, 0.1, 1.0, 50.0, 1.0, 50.0, 1.0, energy_j=2.0, energy_source="GPU 0 (NVML)")
+
+
+def test_all_devices_of_all_processes_are_named() -> None:
+    host = Energy(5.0, "", "GPU 0 (NVML), CPU package-0 (RAPL)")
+    found = joined([host, Energy(3.0, "", "GPU 1 (NVML)"), host, Energy(3.0, "", "GPU 1 (NVML)")])
+    assert found == Energy(16.0, "", "2 x GPU 0 (NVML), 2 x CPU package-0 (RAPL), 2 x GPU 1 (NVML)")
+
+
+def test_one_process_that_cannot_tell_makes_all_unknown_and_says_why() -> None:
+    found = joined([Energy(5.0, "", "GPU 0 (NVML)"), Energy(None, "NVML: Not Supported"), Energy()])
+    assert found == Energy(None, "NVML: Not Supported", "GPU 0 (NVML)")
+
+
+def test_what_was_unknown_before_a_restart_stays_unknown() -> None:
+    now = Energy(5.0, "", "GPU 0 (NVML)")
+    assert continued(Energy(), now) == now
+    assert continued(Energy(None, "gone", "GPU 0 (NVML)"), now) == Energy(None, "gone", "GPU 0 (NVML)")
+    assert continued(Energy(1.0, "", "CPU (RAPL)"), now) == Energy(6.0, "", "CPU (RAPL); then GPU 0 (NVML)")
+
+
+def test_a_run_has_the_first_reason_of_its_epochs() -> None:
+    silent = [dataclasses.replace(LINE, epoch=2, energy_j=None, energy_reason=reason) for reason in ("first", "next")]
+    assert of_run([LINE, LINE]) == Energy(4.0, "", "GPU 0 (NVML)")
+    assert of_run([LINE, *silent]) == Energy(None, "first", "GPU 0 (NVML)")
+    old = dataclasses.replace(LINE, epoch=3, energy_j=None, energy_source="")  # of before lines carried a reason
+    assert of_run([LINE, old]) == Energy(None, "gated, epoch 3: not measured", "GPU 0 (NVML)")
+    assert of_run([]).joules is None and of_run([]).reason
+
+
+class Scripted:
+    name, span = "fake", None
+
+    def __init__(self, *values: float | OSError) -> None:
+        self.values = list(values)
+
+    def read(self) -> float:
+        value = self.values.pop(0)
+        if isinstance(value, OSError):
+            raise value
+        return value
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [((1.0, 4.0), (9.0, 10.0, 11.0), (5.0, "")), ((1.0, OSError("gone")), (9.0, 10.0, 11.0), (None, "gone"))],
+    ids=["known", "unknown"],
+)
+def test_the_energy_of_an_epoch_outlives_a_restart(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch,
+    before: tuple[Any, ...], after: tuple[Any, ...], expected: tuple[float | None, str],
+) -> None:  # fmt: skip
+    """A stop after the first of three steps; the reads are those of start, last step and end."""
+    config, path = TrainConfig(epochs=1, batch_size=16, gate="none", device="cpu"), tmp_path / "gated.pt"
+    for values, deadline in ((before, 0.0), (after, None)):
+        counter = Scripted(*values)
+        monkeypatch.setattr(meters, "find_counters", lambda device, host=True, c=counter: ([c], ""))
+        torch.manual_seed(0)
+        model = ResNet(8, 3, None, input_size=(1, 8, 8))
+        lines = list(train(model, data, config, checkpoint=path, resume=path.exists(), deadline=deadline))
+    assert load_checkpoint(path)["history"] == [line.as_dict() for line in lines]
+    assert (lines[0].energy_j, lines[0].energy_reason, lines[0].energy_source) == (*expected, "fake")
