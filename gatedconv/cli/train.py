@@ -33,10 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, print the outcome, draw the plots."""
     from gatedconv.cli.progress import make_listener
     from gatedconv.report import comparison_table
-    from gatedconv.train.distributed import by_torchrun, launched
+    from gatedconv.train.distributed import launched
     from gatedconv.train.listener import Listener
     from gatedconv.train.pipeline import run as run_training
-    from gatedconv.train.stopping import EXIT_CODE, stop_on_sigterm
+    from gatedconv.train.stopping import exit_code, stop_on_sigterm
 
     rank, world = launched()
     flags = given_flags(arguments)
@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
             summary = run_training(config, folder, resume=arguments.resume is not None, listener=listener, stop=stop)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(folder)) from None
-    if summary is None:  # torchrun has no code that ends a job for good but 0: of any other it starts all again
-        return 0 if by_torchrun() else EXIT_CODE
+    if summary is None:
+        return exit_code()
     if rank > 0:
         return 0
     _draw(folder)

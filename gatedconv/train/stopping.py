@@ -8,8 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from gatedconv.train.distributed import by_torchrun
+
 # Also of a run that `max_minutes` ended: it can be resumed.
 EXIT_CODE = 3
+
+
+def exit_code() -> int:
+    """Of a run that was ended early; torchrun has no code that ends a job for good but 0: of others it starts anew."""
+    return 0 if by_torchrun() else EXIT_CODE
 
 
 class StopRequest:
@@ -33,10 +40,10 @@ class StopRequest:
             self._patient = False
 
     def make(self) -> None:
-        """Ask. Raises SystemExit with `EXIT_CODE` where nobody looks: then nothing is there to be saved."""
+        """Ask. Raises SystemExit with `exit_code()` where nobody looks: then nothing is there to be saved."""
         self.made = True
         if not self._patient:
-            raise SystemExit(EXIT_CODE)
+            raise SystemExit(exit_code())
 
 
 @contextmanager

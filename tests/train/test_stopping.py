@@ -28,6 +28,12 @@ CPU = torch.device("cpu")
 RUN_ID = "TORCHELASTIC_RUN_ID"
 
 
+# Of six steps to a consensus the last four may shut gates, and the last three are taught; six more of what is cut.
+ALL_AT_ONCE: dict[str, Any] = {
+    "mac_weight": 0.0, "mac_control": "rank", "mac_ramp": (0.1, 0.5), "teacher_at": 0.25, "consensus_at": 0.5,
+}  # fmt: skip
+
+
 def config(archive: Path, **changes: Any) -> TrainConfig:
     settings = {
         "data": f"npz:{archive}", "epochs": 2, "batch_size": 8, "gate": "channel", "position": "middle",
@@ -45,12 +51,15 @@ def free_port() -> int:
 def process(rank: int, folder: str, ports: list[int]) -> None:
     """Runs that the second process is asked to end after some step, each gone on with; and one that nobody disturbs."""
     import gatedconv.train.loop as loop
-    from gatedconv.train import finish, questions
+    from gatedconv.gates import shutter
+    from gatedconv.train import finish, questions, teacher
 
+    shutter.EVERY, teacher.SETTLING = 2, 3
     finish.write_exports = lambda *arguments: []  # type: ignore[assignment]
     questions.EVERY_S = 0.0  # after every step
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    settings, made, real = config(Path(folder) / "blobs.npz"), [0], loop.Stepper.__call__
+    settings = config(Path(folder) / "blobs.npz", **ALL_AT_ONCE)
+    made, real = [0], loop.Stepper.__call__
 
     def counted(self: Any, *arguments: Any) -> Any:
         made[0] += 1
@@ -60,7 +69,7 @@ def process(rank: int, folder: str, ports: list[int]) -> None:
 
     loop.Stepper.__call__ = counted  # type: ignore[method-assign]
     found: dict[str, Any] = {}
-    for at, name in ((2, "early"), (12, "last"), (0, "straight")):  # of twelve steps
+    for at, name in ((5, "early"), (12, "last"), (0, "straight")):  # of twelve steps
         made[0], left = 0, None
         os.environ["MASTER_PORT"] = str(ports.pop())
         with stop_on_sigterm() as stop:
@@ -73,25 +82,37 @@ def process(rank: int, folder: str, ports: list[int]) -> None:
     torch.save(found, f"{folder}/found{rank}.pt")
 
 
+def assert_close(found: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
+    assert expected
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=atol, msg=name)
+
+
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 def test_one_process_that_gets_sigterm_stops_all_and_the_run_ends_the_same(tmp_path: Path) -> None:
     write_npz(tmp_path / "blobs.npz")
     mp.spawn(process, args=(str(tmp_path), [free_port() for _ in range(5)]), nprocs=2)
-    straight = load_checkpoint(RunFolder(tmp_path / "straight").checkpoint("gated"))
+    straight = RunFolder(tmp_path / "straight")
     for rank in range(2):
         found = torch.load(tmp_path / f"found{rank}.pt")
         assert found["straight"] == {"made": 12, "left": False}
-        assert found["early"] == {"made": 2, "left": True, "resumed": True, "after": 10}
+        assert found["early"] == {"made": 5, "left": True, "resumed": True, "after": 7}
         assert found["last"] == {"made": 12, "left": True, "resumed": True, "after": 0}
     for name in ("early", "last"):
-        state = load_checkpoint(RunFolder(tmp_path / name).checkpoint("gated"))
-        for key, value in straight["model"].items():
-            torch.testing.assert_close(state["model"][key], value, rtol=1e-4, atol=1e-5, msg=key)
-        lines = RunFolder(tmp_path / name).read_metrics()
-        for line, expected in zip(lines, straight["history"], strict=True):
-            assert line.train_loss == pytest.approx(expected["train_loss"], rel=1e-4)
-            assert line.train_macs == pytest.approx(expected["train_macs"])
-        assert RunFolder(tmp_path / name).summary.is_file()
+        folder = RunFolder(tmp_path / name)
+        for phase in ("gated", "cut"):
+            state, expected = (load_checkpoint(each.checkpoint(phase)) for each in (folder, straight))
+            assert state["model"].keys() == expected["model"].keys()
+            assert_close(state["model"], expected["model"], atol=1e-5)
+            assert_close(state["teacher"]["statistics"], expected["teacher"]["statistics"], atol=1e-5)
+            if phase == "gated":
+                assert 0 < expected["shutter"]["shut"].sum() < len(expected["shutter"]["shut"])
+                assert_close(state["shutter"], expected["shutter"], atol=1e-9)
+        lines = folder.read_metrics()
+        for line, plain in zip(lines, straight.read_metrics(), strict=True):
+            assert line.train_loss == pytest.approx(plain.train_loss, rel=1e-4)
+            assert line.train_macs == pytest.approx(plain.train_macs)
+        assert folder.summary.is_file()
 
 
 class Told(Ranks):
@@ -179,3 +200,17 @@ def test_a_stop_that_comes_when_nobody_looks_any_more_ends_the_process() -> None
     with pytest.raises(SystemExit) as left:
         stop.make()
     assert left.value.code == 3
+
+
+@pytest.mark.parametrize(("by_torchrun", "code"), [(False, 3), (True, 0)], ids=["alone", "torchrun"])
+def test_sigterm_after_the_last_step_leaves_as_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_torchrun: bool, code: int
+) -> None:
+    """While networks are cut and measured, too, torchrun must not start the job again."""
+    if by_torchrun:
+        monkeypatch.setenv(RUN_ID, "some")
+    monkeypatch.setattr("gatedconv.train.pipeline.finish", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    flags = ["--data", f"npz:{write_npz(tmp_path / 'blobs.npz')}", "--epochs", "1", "--batch-size", "16"]
+    folder = RunFolder(tmp_path / "run")
+    assert main(["train", "--folder", str(folder.path), *flags, "--no-latency", "--device", "cpu"]) == code
+    assert folder.holds_checkpoint() and not folder.summary.is_file()
