@@ -216,22 +216,27 @@ def _sent(depth: int, gate: str, norms: str) -> dict[str, Any]:
 
 
 def kills() -> dict[str, Any]:
-    """Fifty runs, each killed at random until its end, against one that nothing disturbs."""
+    """Fifty runs by two recipes in turns, each killed at random until its end, against ones that nothing disturbs."""
     from tests.image_files import write_npz
-    from tests.train.kills import differences, killed_round, outcome, run_in_child, small_config
+    from tests.train.kills import RECIPES, differences, killed_round, outcome, run_in_child, small_config
 
-    draw = random.Random(2024)
+    draw, rounds = random.Random(2024), []
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        config = small_config(write_npz(base / "blobs.npz"))
-        began = time.monotonic()
-        run_in_child(config, base / "straight")
-        seconds = time.monotonic() - began
-        expected, rounds = outcome(base / "straight"), []
+        archive, straight = write_npz(base / "blobs.npz"), {}
+        for name, changes in RECIPES.items():
+            began = time.monotonic()
+            run_in_child(small_config(archive, **changes), base / name)
+            straight[name] = outcome(base / name), time.monotonic() - began
         for number in range(50):
-            counts = killed_round(config, base / f"run{number}", seconds, draw)
-            rounds.append({**counts, "differences": differences(expected, outcome(base / f"run{number}"))})
+            name = list(RECIPES)[number % len(RECIPES)]
+            expected, seconds = straight[name]
+            target = base / f"run{number}"
+            calls = 80 if RECIPES[name] else 45  # of fsync and replace, about as many as such a run makes
+            counts = killed_round(small_config(archive, **RECIPES[name]), target, seconds, draw, calls=calls)
+            rounds.append({"recipe": name, **counts, "differences": differences(expected, outcome(target))})
     return {
+        "recipes": list(RECIPES),
         "rounds": len(rounds),
         "killed_at_a_time": sum(found["at_a_time"] for found in rounds),
         "killed_in_a_write": sum(found["in_a_write"] for found in rounds),

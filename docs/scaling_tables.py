@@ -90,8 +90,12 @@ def survival() -> str:
     kills, checkpoint = _read("kills"), _read("checkpoint")
     lines = []
     if kills is not None:
+        # Results of before a second recipe was added name none.
+        recipes = kills.get("recipes", ["layer gates"])
+        kind = recipes[0] if len(recipes) == 1 else f"in turns: {'; '.join(recipes)}"
         lines.append(
-            f"- {kills['rounds']} runs, killed {kills['killed_at_a_time']} times at a random moment and "
+            f"- {kills['rounds']} runs of ResNet-20 ({kind}; 48 images of 8 x 8, a checkpoint after every step), "
+            f"killed {kills['killed_at_a_time']} times at a random moment and "
             f"{kills['killed_in_a_write']} times inside a write: {kills['rounds_with_differences']} ended with any "
             "difference, to the last bit, in weights, optimiser, random numbers, metrics or summary."
         )

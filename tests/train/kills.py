@@ -20,12 +20,24 @@ from typing import Any
 import torch
 
 import gatedconv
+from gatedconv.gates import shutter
 from gatedconv.train import RunFolder, TrainConfig, finish, run
-from gatedconv.train.checkpoint import load_checkpoint
+from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 
 _CALLS = ("fsync", "replace")
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.train.imported"])
+
+
+# One training of layer gates alone; and everything that a checkpoint holds: parts of steps, gates shut in order of
+# rank, a teacher, and a cut within the run after which the rest trains on.
+RECIPES: dict[str, dict[str, Any]] = {
+    "layer gates": {},
+    "channel gates, accumulate 2, mac_control rank, consensus_at 0.5, teacher_at 0.3": {
+        "gate": "channel", "position": "middle", "accumulate": 2, "mac_weight": 0.0, "mac_control": "rank",
+        "mac_ramp": (0.0, 0.3), "consensus_at": 0.5, "teacher_at": 0.3, "epochs": 4,
+    },
+}  # fmt: skip
 
 
 def small_config(archive: Path, **changes: Any) -> TrainConfig:
@@ -64,6 +76,7 @@ def run_in_child(config: TrainConfig, folder: Path, *, kill_after: float = 0.0, 
 def _run(config: TrainConfig, folder: Path, kill_in_call: int) -> None:
     # Exports depend on what is saved alone, and take longer than all the rest.
     finish.write_exports = lambda *arguments: []
+    shutter.EVERY = 2  # a run so short has no twenty steps with gates
     if kill_in_call:
         _kill_in(kill_in_call)
     target = RunFolder(folder)
@@ -87,16 +100,20 @@ def _kill_in(call: int) -> None:
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything that a run ends with, times and joules aside."""
     found = RunFolder(folder)
-    state = load_checkpoint(found.checkpoint("gated"))
-    varying = ("seconds", "energy_j")
-    for line in state["history"]:
-        for key in varying:
-            line.pop(key)
-    state.pop("config")
-    summary = {key: value for key, value in found.read_summary().items() if key not in ("wall_s", "energy_j", "commit")}
+    varying = ("seconds", "energy_j", "energy_reason", "energy_source")
+    states = {}
+    for phase in filter(lambda name: has_checkpoint(found.checkpoint(name)), ("gated", "cut")):
+        states[phase] = state = load_checkpoint(found.checkpoint(phase))
+        for line in state["history"]:
+            for key in varying:
+                line.pop(key)
+        state.pop("config")
+    passing = ("wall_s", "commit", *varying)
+    summary = {key: value for key, value in found.read_summary().items() if key not in passing}
     lines = [{k: v for k, v in line.as_dict().items() if k not in varying} for line in found.read_metrics()]
     models = {kind: gatedconv.load(found.model(kind)).state_dict() for kind in ("gated", "compact")}
-    return {"state": state, "summary": summary, "lines": lines, "models": models}
+    masks = json.loads(found.consensus.read_text())
+    return {"states": states, "summary": summary, "lines": lines, "models": models, "consensus": masks}
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:
@@ -119,14 +136,24 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
     return [] if json.dumps(left, default=str) == json.dumps(right, default=str) else [where]
 
 
-def killed_round(config: TrainConfig, folder: Path, seconds: float, draw: random.Random) -> dict[str, int]:
-    """Make a run that is killed at random until it comes to its end, four times at most; how it was killed."""
+def killed_round(
+    config: TrainConfig, folder: Path, seconds: float, draw: random.Random, *, calls: int = 45
+) -> dict[str, int]:
+    """Make a run that is killed at random until it comes to its end, four times at most; how it was killed.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        seconds: that a run takes which nothing disturbs.
+        draw: decides how and when.
+        calls: of fsync and replace that such a run makes.
+    """
     counts = {"at_a_time": 0, "in_a_write": 0}
     for _ in range(4):
         if draw.random() < 0.5:
             if not run_in_child(config, folder, kill_after=draw.uniform(0.0, seconds)):
                 counts["at_a_time"] += 1
-        elif not run_in_child(config, folder, kill_in_call=draw.randint(1, 45)):
+        elif not run_in_child(config, folder, kill_in_call=draw.randint(1, calls)):
             counts["in_a_write"] += 1
         if RunFolder(folder).summary.is_file():
             break

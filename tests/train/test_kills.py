@@ -17,9 +17,12 @@ import pytest
 from gatedconv.cli import main
 from gatedconv.train import RunFolder, run
 from gatedconv.train.checkpoint import previous_path
-from tests.train.kills import differences, killed_round, outcome, run_in_child, small_config
+from tests.train.kills import RECIPES, differences, killed_round, outcome, run_in_child, small_config
 
 pytestmark = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+
+
+LATE = list(RECIPES)[1]
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +48,27 @@ def test_runs_killed_at_random_end_the_same(straight: tuple[Path, float]) -> Non
     assert kills > 0
 
 
+def test_runs_that_cut_and_teach_end_the_same_too(straight: tuple[Path, float]) -> None:
+    """Killed in the training of the gates, just after the cut, and in the training of what is left."""
+    folder, _ = straight
+    config = small_config(folder / "blobs.npz", **RECIPES[LATE])
+    assert run_in_child(config, folder / "late")
+    expected = outcome(folder / "late")
+    assert [line["phase"] for line in expected["lines"]] == ["gated", "gated", "cut", "cut"]
+    assert bool(expected["states"]["gated"]["shutter"]["shut"].any())  # else there was nothing to get wrong
+    for number, call in enumerate((14, 17, 9)):  # each time so many more
+        assert not run_in_child(config, folder / "late killed", kill_in_call=call), number
+    assert run_in_child(config, folder / "late killed")
+    assert not differences(expected, outcome(folder / "late killed"))
+
+
 def test_differences_are_found(straight: tuple[Path, float]) -> None:
     folder, _ = straight
     left, right = outcome(folder / "run"), outcome(folder / "run")
     assert not differences(left, right)
-    right["state"]["model"]["conv1.weight"][0, 0, 0, 0] += 1e-7
+    right["states"]["gated"]["model"]["conv1.weight"][0, 0, 0, 0] += 1e-7
     right["lines"][1]["train_loss"] += 1e-12
-    assert differences(left, right) == ["/state/model/conv1.weight", "/lines/1/train_loss"]
+    assert differences(left, right) == ["/states/gated/model/conv1.weight", "/lines/1/train_loss"]
 
 
 def test_a_killed_write_leaves_nothing_behind_once_resumed(straight: tuple[Path, float]) -> None:
