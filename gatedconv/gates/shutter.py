@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Shutter(nn.Module):
         self.register_buffer("costs", torch.cat([costs[name] for name in gates]).float(), persistent=False)
         ends = torch.tensor(self._sizes).cumsum(0).tolist()
         self._hooks = [
-            gate.register_forward_hook(self._watch(slice(end - size, end)))
+            gate.register_forward_hook(self._watch(slice(end - size, end), gate.running_open_rate.device))
             for gate, size, end in zip(gates.values(), self._sizes, ends, strict=True)
         ]
 
@@ -68,6 +69,11 @@ class Shutter(nn.Module):
         """Watch no longer."""
         for hook in self._hooks:
             hook.remove()
+
+    def join(self) -> None:
+        """Give every process the mean of the sensitivities, of which a checkpoint holds one; a collective."""
+        if world_size() > 1:
+            self.sensitivity.copy_(global_mean(self.sensitivity, 1))
 
     def get_extra_state(self) -> int:
         """Steps so far; part of the state dict."""
@@ -121,16 +127,51 @@ class Shutter(nn.Module):
         named = dict(zip(self._gates, rates.split(self._sizes), strict=True))
         return float(expected_macs(self._model[0], named))
 
-    def _watch(self, place: slice) -> Callable[[nn.Module, object, Tensor], None]:
-        def on_gradient(slope: Tensor) -> None:
-            # Of a mean over the batch each sample sees 1/N.
-            square = slope.detach().float().square().mean(0) * len(slope) ** 2
+    def _watch(self, place: slice, device: torch.device) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
+        # A leaf of the graph brings the squares out of it: a compiled backward pass may change no buffer.
+        probe = torch.zeros(place.stop - place.start, device=device, requires_grad=True)
+
+        def take_in(square: Tensor) -> None:
             running = self.sensitivity[place]
             square = torch.where(square.isfinite(), square.to(running.device), running)  # fp16 may overflow
             running.lerp_(square, MOMENTUM)
 
-        def on_forward(gate: nn.Module, arguments: object, decision: Tensor) -> None:
-            if gate.training and decision.requires_grad:
-                decision.register_hook(on_gradient)
+        def on_gradient(slope: Tensor) -> None:
+            take_in(_mean_square(slope.detach()))
 
+        def on_squares(probe: Tensor) -> None:
+            square, probe.grad = probe.grad, None
+            assert square is not None  # it has just been added
+            take_in(square)
+
+        def on_forward(gate: nn.Module, arguments: object, decision: Tensor) -> Tensor | None:
+            if not (gate.training and decision.requires_grad):
+                return None
+            if not torch.compiler.is_compiling():
+                decision.register_hook(on_gradient)
+                return None
+            watched: Tensor = _Watched.apply(decision, probe)
+            if isinstance(gate, LearnedGate) and gate.logits is not None and gate.logits.dtype == watched.dtype:
+                gate.open_rate = watched.mean(dim=0)  # as without a compiler, losses on it arrive at the decision
+            return watched
+
+        probe.register_post_accumulate_grad_hook(on_squares)
         return on_forward
+
+
+class _Watched(torch.autograd.Function):
+    """A decision (N, G), and for the gradient of its probe (G,) the mean square of each sample's own."""
+
+    @staticmethod
+    def forward(ctx: Any, decision: Tensor, probe: Tensor) -> Tensor:
+        ctx.device = probe.device
+        return decision.view_as(decision)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        return slope, _mean_square(slope).to(ctx.device)
+
+
+def _mean_square(slope: Tensor) -> Tensor:
+    # Of a mean over the batch each sample sees 1/N.
+    return slope.float().square().mean(0) * len(slope) ** 2

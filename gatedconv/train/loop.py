@@ -280,7 +280,7 @@ class _Training:
         """Write a checkpoint, of the end of an epoch or of the middle of one; a collective."""
         if self.checkpoint is None:
             return
-        self.ranks.average_buffers(self.model, self.weight)
+        self.stepper.join(self.weight)
         state = pack_state(self.stepper.parts, self.batches, self.config, self.phase, self.history, self.ranks)
         state["guard"] = self.stepper.guard.state_dict()
         if self.batches.position:

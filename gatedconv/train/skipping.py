@@ -19,7 +19,9 @@ from gatedconv.train.step_macs import StepMacs
 class BlockSkipping:
     """Chooses the blocks that a step leaves out; `gatedconv.nn.skipping` says why that is exact.
 
-    On the CPU each block decides when its gate has seen the batch. On a GPU that would make the host wait in
+    On the CPU each block decides when its gate has seen the batch, on each rank for itself: to agree would take a
+    message per block. The statistics of a rank that left a block out enter the ranks' mean as they stood; they are
+    used in evaluation only, and catch up like those of all. On a GPU deciding at once would make the host wait in
     every block: there the step before decides, and `verified` checks once the backward pass is in the queue,
     from a copy made after the forward pass, so that the device is never idle. If a gate opened after all, the
     step is to be done again with nothing left out.

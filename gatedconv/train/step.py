@@ -119,6 +119,18 @@ class Stepper:
                 stack.enter_context(recomputing(self.model))
             yield
 
+    def join(self, weight: float) -> None:
+        """Make the running statistics the same on every rank, as they go into a checkpoint; a collective.
+
+        Args:
+            weight: of this rank's images among its fellows', 1 on average.
+        """
+        self.ranks.average_buffers(self.model, weight)
+        if self.shutter is not None:
+            self.shutter.join()
+        if self.teacher is not None:
+            self.teacher.join()
+
     def __call__(self, images: Tensor, labels: Tensor, epoch: float) -> StepResult:
         """Make a step at `epoch` (a step within an epoch is a fraction of one) on (B, C, H, W) and int64 (B,)."""
         set_learning_rate(self.optimizer, learning_rate(self.config, epoch))

@@ -55,6 +55,11 @@ class Teacher:
         self._model, self.macs_per_image = model, macs_per_image
         self._average = {name: weight.clone() for name, weight in self._weights().items()}
 
+    def join(self) -> None:
+        """Give every process the mean of the statistics so far, of which a checkpoint holds one; a collective."""
+        if self._network is not None and self._lessons < SETTLING:  # all have the same ones from then on
+            current().average_buffers(self._network)
+
     def state_dict(self) -> dict[str, Any]:
         """The average, the progress up to which it goes, the lessons given and the statistics made in them."""
         return {

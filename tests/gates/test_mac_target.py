@@ -209,6 +209,26 @@ def test_the_shutter_can_take_the_same_share_of_every_gate() -> None:
         before = shutter.shut.clone()
 
 
+def test_the_sensitivity_is_the_mean_square_of_what_arrives_at_each_sample() -> None:
+    """Twice over: the running mean takes in a hundredth of each batch; both batches alone, too."""
+    model, arrived = network().train(), {}
+    shutter = Shutter(model)
+    for name, gate in find_gates(model).items():
+
+        def keep(gate: torch.nn.Module, arguments: object, decision: torch.Tensor, name: str = name) -> None:
+            decision.retain_grad()
+            arrived[name] = decision
+
+        gate.register_forward_hook(keep)
+    expected = torch.zeros_like(shutter.sensitivity)
+    for count in (8, 5):
+        functional.cross_entropy(model(torch.randn(count, *SIZE)), torch.arange(count) % 4).backward()
+        found = torch.cat([count * decision.grad for decision in arrived.values()], dim=1)
+        expected = 0.99 * expected + 0.01 * (found**2).sum(dim=0) / count
+        assert (found != 0).any(dim=0).all()
+        torch.testing.assert_close(shutter.sensitivity, expected, rtol=1e-5, atol=1e-12)
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_sensitivity_alone() -> None:
     model = network().train()
     shutter = Shutter(model)

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import math
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv.data import ImageData
-from gatedconv.gates import forget
+from gatedconv.gates import Shutter, forget, shutter
 from gatedconv.gates.losses import accumulating, global_open_rates
 from gatedconv.gates.window import RateWindow
 from gatedconv.models.resnet import ResNet
@@ -59,15 +60,17 @@ def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], 
 
 
 @pytest.mark.parametrize(
-    ("gate", "position"),
-    [("layer", "after"), ("channel", "after"), ("both", "middle")],
+    ("gate", "position", "watched"),
+    [("layer", "after", False), ("channel", "after", False), ("both", "middle", False), ("both", "middle", True)],
 )
-def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position: str) -> None:
+def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position: str, watched: bool) -> None:
     torch._dynamo.reset()
     eager, compiled = network(gate, position), network(gate, position)
+    shutters = [Shutter(compiled)] if watched else []
     explained = torch._dynamo.explain(compiled)(IMAGES)
     assert explained.graph_break_count == 0 and explained.graph_count == 1, explained.break_reasons
     compiled = network(gate, position)  # the explanation has moved its running statistics
+    shutters = [Shutter(model) for model in (eager, compiled) if watched]
     whole = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for model, called in ((eager, eager), (compiled, whole)):
         loss, _ = total_loss(model, called(IMAGES), LABELS, CONFIG, 0.5)
@@ -76,6 +79,33 @@ def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position
     for (name, ours), (_, expected) in zip(compiled.named_parameters(), eager.named_parameters(), strict=True):
         assert expected.grad is not None and ours.grad is not None, name
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+    if watched:
+        expected, found = (each.sensitivity for each in shutters)
+        assert (expected > 0).all()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_training_shuts_the_gates_that_a_plain_one_shuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(shutter, "EVERY", 2)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = dataclasses.replace(
+        CONFIG, gate="channel", mac_weight=0.0, mac_control="rank", mac_ramp=(0.0, 0.3), accumulate=2
+    )
+    shutters, states = [], []
+    for whole in (False, True):
+        stepper = Stepper(network("channel", "middle"), dataclasses.replace(config, compile=whole), CPU)
+        with stepper.active():
+            for number in range(4):
+                stepper(IMAGES, LABELS, 0.3 + number / 10)
+        assert stepper.shutter is not None
+        shutters.append(stepper.shutter)
+        states.append(stepper.model.state_dict())
+    plain, compiled = shutters
+    assert 0 < int(plain.shut.sum()) < len(plain.shut) and torch.equal(plain.shut, compiled.shut)
+    torch.testing.assert_close(compiled.sensitivity, plain.sensitivity, rtol=1e-3, atol=1e-9)
+    assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
