@@ -87,7 +87,7 @@ def test_a_config_file_with_a_fault_is_named(gatedconv: Call, tmp_path: Path) ->
 @pytest.fixture
 def one_epoch(gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run stopped after its first epoch of two."""
-    monkeypatch.setattr("gatedconv.train.loop._Training._would_miss_deadline", lambda self: len(self.history) == 1)
+    monkeypatch.setattr("gatedconv.train.loop._Training._late", lambda self: len(self.history) == 1)
     assert gatedconv("train", *quick, "--run", tmp_path / "run", "--max-minutes", 9).code == 3
     monkeypatch.undo()
     return RunFolder(tmp_path / "run")
