@@ -267,7 +267,8 @@ def test_a_folder_that_holds_a_run(gatedconv: Call, quick: list[object], one_epo
 
 def test_a_full_disk(gatedconv: Call, one_epoch: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if "gated.pt" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = one_epoch.checkpoint("gated").read_bytes()
     monkeypatch.setattr(os, "fsync", full)
