@@ -14,11 +14,10 @@ from gatedconv.convert.canonical import canonicalize, free_path, set_module, set
 from gatedconv.convert.conversion import Choice, Conversion, Selection
 from gatedconv.convert.costs import graph_mac_terms, reachable_share
 from gatedconv.convert.flow import Flow
-from gatedconv.convert.sites import Site, SiteFinder
+from gatedconv.convert.sites import Site, SiteFinder, open_gate
 from gatedconv.convert.swap import swap_modules
 from gatedconv.convert.trace import TraceFailure, evaluate_shapes, fixed_to_eval, trace
-from gatedconv.gates import ESTIMATORS, ChannelGate, Gate, LayerGate, find_gates, unwrap
-from gatedconv.gates.gate import LearnedGate
+from gatedconv.gates import ESTIMATORS, ChannelGate, LayerGate, find_gates, unwrap
 from gatedconv.nn import AddBranch, GraphNet, SelectOpen
 from gatedconv.nn.graph import require_size
 
@@ -110,20 +109,6 @@ def _require_runs(model: nn.Module, example_input: Tensor) -> None:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-def open_gate(gate: LearnedGate) -> Gate:
-    """Set a new gate to open whatever it reads: its logits are 0.5, inside the estimators' windows.
-
-    Features of a pretrained network can be of any magnitude, so the last layer's weights start at zero.
-    ``batch_mean`` compares logits with each other and would find all of them equal: it gets tiny ones.
-    """
-    if gate.estimator.name == "batch_mean":
-        with torch.no_grad():
-            gate.fc2.weight.mul_(1e-3)
-    else:
-        nn.init.zeros_(gate.fc2.weight)
-    return gate
 
 
 def _finish(

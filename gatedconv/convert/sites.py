@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -14,6 +15,8 @@ from gatedconv.convert.computed import has_own_hooks, is_conv
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATIONS, MIXING_NORMS, NORMS, Flow
 from gatedconv.convert.trace import attribute
+from gatedconv.gates import Gate
+from gatedconv.gates.gate import LearnedGate
 
 
 @dataclass(eq=False)
@@ -242,3 +245,17 @@ def _is_global_pool(node: fx.Node) -> bool:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return isinstance(dim, (tuple, list)) and {d for d in dim if isinstance(d, int)} in ({2, 3}, {-1, -2}, {1})
     return False
+
+
+def open_gate(gate: LearnedGate) -> Gate:
+    """Set a new gate to open whatever it reads: its logits are 0.5, inside the estimators' windows.
+
+    Features of a pretrained network can be of any magnitude, so the last layer's weights start at zero.
+    ``batch_mean`` compares logits with each other and would find all of them equal: it gets tiny ones.
+    """
+    if gate.estimator.name == "batch_mean":
+        with torch.no_grad():
+            gate.fc2.weight.mul_(1e-3)
+    else:
+        nn.init.zeros_(gate.fc2.weight)
+    return gate

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert.canonical import set_module
 from gatedconv.convert.conversion import Conversion, Selection
+from gatedconv.convert.sites import open_gate
 from gatedconv.gates import ChannelGate
 from gatedconv.nn import Conv2d
 
@@ -27,8 +28,6 @@ def swap_modules(
     Raises:
         ValueError: where a layer gate was asked for, or nothing can be swapped.
     """
-    from gatedconv.convert.gate_model import open_gate
-
     if gate == "layer":
         raise ValueError(f"gate_model: layer gates need the model's graph, which cannot be had ({why})")
     conversion = Conversion("modules", note=f"no graph, Conv2d layers are gated one by one: {why}")
@@ -46,7 +45,7 @@ def swap_modules(
         if reason:
             conversion.skipped[name] = reason
             continue
-        set_module(model, name, _gated(module, estimator, open_gate))
+        set_module(model, name, _gated(module, estimator))
         conversion.gated[f"{name}.gate"] = f"the output channels of {name}"
     if not conversion.gated:
         raise ValueError(f"gate_model: nothing to gate: {conversion}")
@@ -54,9 +53,9 @@ def swap_modules(
     return model
 
 
-def _gated(module: nn.Conv2d, estimator: str, open_gate: object) -> Conv2d:
+def _gated(module: nn.Conv2d, estimator: str) -> Conv2d:
     gate = ChannelGate(module.out_channels, estimator=estimator)
-    open_gate(gate)  # type: ignore[operator]
+    open_gate(gate)
     gated = Conv2d(
         module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,  # type: ignore[arg-type]
         module.dilation, module.groups, False, module.padding_mode, device="meta", gate=None,  # type: ignore[arg-type]
