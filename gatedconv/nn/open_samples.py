@@ -37,20 +37,8 @@ def residual_branch(x: Tensor, shortcut: Tensor, is_open: Tensor, first: ConvNor
         last: Its last ones.
     """
     for i, (conv, norm) in enumerate((first, last)):
-        weight, bias = folded(conv, norm)
         mask = is_open[:, None].expand(-1, conv.out_channels)
-        x = ops.masked_conv2d(
-            x,
-            weight,
-            bias,
-            mask,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            residual=shortcut if i else None,
-            relu=True,
-        )
+        x = _conv_relu(x, conv, norm, mask, None, shortcut if i else None)
     return x
 
 
@@ -70,21 +58,29 @@ def gated_input_branch(
         last: Its last ones.
     """
     for i, (conv, norm) in enumerate((first, last)):
-        weight, bias = folded(conv, norm)
-        x = ops.masked_conv2d(
-            x,
-            weight,
-            bias,
-            torch.ones(conv.out_channels, dtype=torch.bool, device=x.device),
-            gate(x) > 0 if position == ("before", "middle")[i] else None,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            residual=shortcut if i else None,
-            relu=True,
-        )
+        everything = torch.ones(conv.out_channels, dtype=torch.bool, device=x.device)
+        in_open = gate(x) > 0 if position == ("before", "middle")[i] else None
+        x = _conv_relu(x, conv, norm, everything, in_open, shortcut if i else None)
     return x
+
+
+def _conv_relu(
+    x: Tensor, conv: Conv2d, norm: nn.BatchNorm2d, out_open: Tensor, in_open: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    weight, bias = folded(conv, norm)
+    return ops.masked_conv2d(
+        x,
+        weight,
+        bias,
+        out_open,
+        in_open,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        residual=residual,
+        relu=True,
+    )
 
 
 def decides_on_device(x: Tensor, first: ConvNorm, last: ConvNorm) -> bool:

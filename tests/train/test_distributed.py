@@ -24,6 +24,7 @@ from gatedconv.train import RunFolder, TrainConfig, train
 from gatedconv.train.distributed import current
 from gatedconv.train.step import Stepper
 from tests.image_files import write_npz
+from tests.train.still_norms import StillNorms, still_network
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 # 15 images on two ranks: 7 and 8.
@@ -35,27 +36,8 @@ CONFIG = TrainConfig(
 LINEAR: dict[str, Any] = {"batch_size": 16, "polar_weight": 0.0, "mac_weight": 0.0, "act_weight": 1.0}
 
 
-class StillNorms(ResNet):
-    """A gated network whose BatchNorm is in eval throughout: statistics of half a batch are others."""
-
-    def train(self, mode: bool = True) -> StillNorms:
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
-
-
-def network() -> StillNorms:
-    torch.manual_seed(1)
-    model = StillNorms(8, 3, "both", "middle", input_size=(1, 8, 8))
-    for gate in gatedconv.gates(model).values():
-        torch.nn.init.normal_(gate.fc2.weight)
-    return model
-
-
 def trained(archive: Path, **changes: Any) -> dict[str, Any]:
-    model, data = network(), load_data(f"npz:{archive}")
+    model, data = still_network("both"), load_data(f"npz:{archive}")
     config = dataclasses.replace(CONFIG, **changes)
     lines = list(train(model, data, config, checkpoint=archive.with_suffix(f".{current().world}.pt")))
     ranks = current()
@@ -77,7 +59,7 @@ def counted_step(archive: Path) -> list[str]:
         calls.append(f"{tensor.numel()} x {tensor.dtype}")
         return real(tensor, *rest, **options)
 
-    stepper = Stepper(network().train(), CONFIG, torch.device("cpu"), current())
+    stepper = Stepper(still_network("both").train(), CONFIG, torch.device("cpu"), current())
     with pytest.MonkeyPatch.context() as patch, stepper.active():
         patch.setattr(dist, "all_reduce", counting)
         stepper(torch.randn(7 + current().rank, 1, 8, 8), torch.zeros(7 + current().rank, dtype=torch.int64), 0.0)
@@ -155,15 +137,15 @@ def rank(index: int, folder: str) -> None:
     found["shut"] = step_with_shut_images(slice(8) if index == 0 else slice(8, 16))
     found["broken"] = broken_step(index)
     too_small = dataclasses.replace(CONFIG, batch_size=3)
-    gates = gatedconv.gates(network())
+    gates = gatedconv.gates(still_network("both"))
     masks = {name: torch.ones(gate.num_gates, dtype=torch.bool) for name, gate in gates.items()}
     masks["layer2.0.layer_gate"][0] = index == 0
     for name, call in (
-        ("freeze", lambda: gatedconv.freeze(network(), masks=masks)),
+        ("freeze", lambda: gatedconv.freeze(still_network("both"), masks=masks)),
         ("masks", lambda: require_same_masks(masks, "here")),
         (
             "small",
-            lambda: list(train(network(), load_data(f"npz:{archive}"), too_small)),
+            lambda: list(train(still_network("both"), load_data(f"npz:{archive}"), too_small)),
         ),
     ):
         try:
@@ -206,7 +188,7 @@ def test_the_parts_of_two_ranks_train_the_network_that_one_trains_at_once(
 ) -> None:
     """Its weights; running statistics move with every part."""
     ranks, archive = both
-    whole, names = trained(archive, **LINEAR), [name for name, _ in network().named_parameters()]
+    whole, names = trained(archive, **LINEAR), [name for name, _ in still_network("both").named_parameters()]
     for found in (part["parts"] for part in ranks):
         for name in names:
             torch.testing.assert_close(found["weights"][name], whole["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
@@ -223,7 +205,7 @@ def test_a_rank_that_leaves_out_a_block_alone_changes_nothing(both: tuple[list[d
 
 def test_the_gates_of_a_step_take_one_message_and_one_backward(both: tuple[list[dict[str, Any]], Path]) -> None:
     """48 open rates, 3 of layers, and the batch's size; then their gradient."""
-    gates = sum(gate.num_gates for gate in gatedconv.gates(network()).values())
+    gates = sum(gate.num_gates for gate in gatedconv.gates(still_network("both")).values())
     for found in both[0]:
         assert found["calls"] == [f"{gates + 1} x torch.float32", f"{gates} x torch.float32"]
 

@@ -12,41 +12,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional
 
-import gatedconv
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.gates import fisher_information, mean_logits
 from gatedconv.gates.sync_norm import synchronised
-from gatedconv.models.resnet import ResNet
 from gatedconv.train import Listener, RunFolder, TrainConfig, finish
 from gatedconv.train.consensus import settle
 from gatedconv.train.distributed import ALONE, Ranks, current
 from gatedconv.train.recipe import train_batches
 from tests.image_files import write_npz
+from tests.train.still_norms import still_network
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 CONFIG = TrainConfig(
     batch_size=15, gate="channel", position="middle", consensus_by="logit", device="cpu", augment=False,
     bn_reestimate=False,
 )  # fmt: skip
-
-
-class StillNorms(ResNet):
-    """A gated network whose BatchNorm is in eval throughout: statistics of half a batch are others."""
-
-    def train(self, mode: bool = True) -> StillNorms:
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
-
-
-def network() -> StillNorms:
-    torch.manual_seed(1)
-    model = StillNorms(8, 3, "channel", "middle", input_size=(1, 8, 8))
-    for gate in gatedconv.gates(model).values():
-        torch.nn.init.normal_(gate.fc2.weight)
-    return model
 
 
 def small_spread() -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +37,7 @@ def small_spread() -> tuple[torch.Tensor, torch.Tensor]:
 
 def decided(data: ImageData, folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Scores and masks by logits and by Fisher information, and the figures of the consensus."""
-    model = network()
+    model = still_network("channel")
     share = EvalBatches(data, "train", batch_size=10, rank=ranks.rank, world=ranks.world)
     found: dict[str, Any] = {
         "logit": mean_logits(model, share),
