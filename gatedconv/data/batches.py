@@ -102,8 +102,11 @@ class TrainBatches:
         taken = [chosen[self.share] for chosen in batches]
         pixels = self.images.batches(taken) if isinstance(self.images, FileImages) else None
         for number, chosen in enumerate(taken, start=first + 1):
-            crops = self._crops[chosen] if pixels is None else self._all_crops(next(pixels))
-            images = self.normalize(self._augmented(crops))
+            if pixels is None:
+                images = self._augmented(self._crops, chosen)
+            else:
+                images = self._augmented(self._all_crops(next(pixels)), torch.arange(len(chosen)))
+            images = self.normalize(images)
             self.position = number % len(self)
             yield images, self.labels[chosen]
 
@@ -133,10 +136,11 @@ class TrainBatches:
         padded = functional.pad(images.to(self.labels.device, non_blocking=True), (pad, pad, pad, pad))
         return padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
 
-    def _augmented(self, crops: Tensor) -> Tensor:
+    def _augmented(self, crops: Tensor, chosen: Tensor) -> Tensor:
+        """A random crop, maybe flipped, of each chosen image; only these crops are read."""
         places = 2 * self.augment.pad + 1
         top, left = (self._random(self.batch_size, below=places)[self.share] for _ in range(2))
-        images = crops[torch.arange(len(crops), device=crops.device), :, top, left]
+        images = crops[chosen.to(crops.device), :, top, left]
         if self.augment.flip:
             flipped = self._random(self.batch_size, below=2)[self.share].bool().view(-1, 1, 1, 1)
             images = torch.where(flipped, images.flip(3), images)
