@@ -57,7 +57,6 @@ def cifar10() -> str:
         net = found[kind]
         config = read_toml(path.with_name("config.toml"))
         gates = "none (dense)" if kind == "dense" else f"{config['gate']}, {config['position']}"
-        commit, _, changes = found["commit"].partition("+")
         agreement = "" if kind == "dense" else f"{found['agreement']:.2%}"
         epochs = str(max(found["epochs"].values()))
         rows.append(
@@ -69,7 +68,7 @@ def cifar10() -> str:
                 f"{net['macs'] / 1e6:.2f}",
                 f"{net['params'] / 1e3:.1f}",
                 agreement,
-                f"`{commit[:10]}`" + (" with changes" if changes else ""),
+                _commit(found["commit"]),
             ]
         )
     header = ["gates", "seed", "epochs", "top-1 (%)", "MACs (M)", "parameters (k)", "agreement", "commit"]
@@ -102,20 +101,30 @@ def experiments() -> str:
 
 
 def recipe_search() -> str:
-    """The runs that the recipe was chosen by."""
+    """The runs that the recipe was chosen by.
+
+    A row may carry `settings`, the fields of its config that differ from those that the file gives for all rows, and
+    `commit`, of the source; the first rows do not.
+    """
     found = json.loads((RESULTS / "recipe-search.json").read_text())
     rows = [
         [
             row["label"],
+            _settings(row.get("settings", {})),
             str(row["seed"]),
             row["evaluated_on"],
             f"{row['top1']:.2f}",
             f"{row['macs_share']:.1%}",
             "" if row["agreement"] is None else f"{row['agreement']:.2%}",
+            _commit(row["commit"]) if row.get("commit") else "",
         ]
         for row in found["rows"]
     ]
-    return _markdown(["run", "seed", "judged on", "top-1 (%)", "MACs left", "agreement"], rows)
+    header = ["run", "settings", "seed", "judged on", "top-1 (%)", "MACs left", "agreement", "commit"]
+    used = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    table = _markdown([header[c] for c in used], [[row[c] for c in used] for row in rows])
+    common = found.get("settings")
+    return f"{table}\n\nOf all rows that tell their settings: {_settings(common)}." if common else table
 
 
 def training_speed() -> str:
@@ -161,6 +170,15 @@ def written(path: Path) -> str:
 def _summary(name: str) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((RESULTS / name / "summary.json").read_text())
     return summary
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name} = {json.dumps(value)}`" for name, value in settings.items())
+
+
+def _commit(commit: str) -> str:
+    name, _, changes = commit.partition("+")
+    return f"`{name[:10]}`" + (" with changes" if changes else "")
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
