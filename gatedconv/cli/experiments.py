@@ -36,6 +36,7 @@ class Bench:
         device: as in `TrainConfig`; "" for the recipe's own.
         threads: the same; 0 for the recipe's own.
         deadline: `time.monotonic()` by which to stop; None for never.
+        command: what runs `gatedconv` in a process of its own.
     """
 
     runs: Path
@@ -44,6 +45,7 @@ class Bench:
     device: str = ""
     threads: int = 0
     deadline: float | None = None
+    command: tuple[str, ...] = (sys.executable, "-m", "gatedconv")
 
     @property
     def ledger(self) -> Path:
@@ -260,20 +262,25 @@ def _with_needs(keys: Iterable[Key], done: set[Key]) -> list[Key]:
 
 def _side_by_side(bench: Bench, queue: list[Key], jobs: int) -> int:
     running: dict[Key, subprocess.Popen[bytes]] = {}
-    code = DONE
+    code, broken = DONE, set[Key]()
     try:
         while queue or running:
             late = bench.deadline is not None and time.monotonic() > bench.deadline
-            for key in [] if late or code else list(queue):
-                needs = find_experiment(key[0]).needs
-                if len(running) < jobs and not (needs and {(needs, key[1])} & {*queue, *running}):
+            for key in [] if late else list(queue):
+                needs = find_experiment(key[0]).needs, key[1]
+                if needs in broken:  # a run that ends early takes along only what is made from it
+                    queue.remove(key)
+                    broken.add(key)
+                elif len(running) < jobs and needs not in {*queue, *running}:
                     queue.remove(key)
                     running[key] = _start(bench, key)
             for key, process in list(running.items()):
                 if process.poll() is not None:
                     del running[key]
-                    code = code or process.returncode
-            if (late or code) and not running:
+                    if process.returncode:
+                        broken.add(key)
+                        code = process.returncode if code in (DONE, TIME_LIMIT) else code
+            if late and not running:
                 return code or TIME_LIMIT
             time.sleep(0.2)
     finally:
@@ -283,7 +290,7 @@ def _side_by_side(bench: Bench, queue: list[Key], jobs: int) -> int:
 
 
 def _start(bench: Bench, key: Key) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "gatedconv", "report", "run", key[0], "--seed", str(key[1])]
+    command = [*bench.command, "report", "run", key[0], "--seed", str(key[1])]
     command += ["--runs", str(bench.runs), "--results", str(bench.results)]
     for name, source in bench.sources.items():
         command += ["--source", f"{name}={source}"]

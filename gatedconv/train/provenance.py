@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -36,11 +37,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that this package's source stands at, with "+changes" if files differ from it."""
+    """The commit that this package's source stands at, with "+changes" if files differ from it.
+
+    Where git does not tell, as in a copy without its history, GATEDCONV_COMMIT of the environment does.
+    """
     folder = Path(__file__).parent
     head = _git(folder, "rev-parse", "HEAD")
     if head is None or _git(folder, "ls-files", "--error-unmatch", __file__) is None:
-        return None
+        return os.environ.get("GATEDCONV_COMMIT") or None
     return head + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
 
 

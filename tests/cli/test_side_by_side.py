@@ -1,0 +1,40 @@
+"""Runs in processes of their own: what one that fails takes along, and what it is called by."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gatedconv.cli import experiments as cli
+
+GATED, CONTROL = ("table4-c10-r110-layer", 0), ("table4-c10-r110-layer-fixed-at-init", 0)
+OTHER = ("headline-r56-c10", 0)
+
+
+def ending(codes: dict[cli.Key, int], started: list[cli.Key]) -> object:
+    def start(bench: cli.Bench, key: cli.Key) -> subprocess.Popen[bytes]:
+        started.append(key)
+        return subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({codes.get(key, 0)})"])
+
+    return start
+
+
+@pytest.mark.parametrize(("codes", "code"), [({}, 0), ({GATED: 2}, 2), ({GATED: 3}, 3), ({GATED: 3, OTHER: 2}, 2)])
+def test_a_run_that_fails_takes_along_only_what_is_made_from_it(
+    codes: dict[cli.Key, int], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[cli.Key] = []
+    monkeypatch.setattr(cli, "_start", ending(codes, started))
+    bench = cli.Bench(tmp_path / "runs", tmp_path / "results", {})
+    assert cli._side_by_side(bench, [GATED, CONTROL, OTHER], 1) == code
+    assert started == [GATED, *([] if GATED in codes else [CONTROL]), OTHER]
+
+
+def test_the_command_is_that_of_the_bench(tmp_path: Path) -> None:
+    program = "import sys; print(sys.argv[1:4])"
+    bench = cli.Bench(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
+    assert cli._start(bench, OTHER).wait() == 0
+    assert (tmp_path / "runs" / "headline-r56-c10-seed0.log").read_text() == "['report', 'run', 'headline-r56-c10']\n"
