@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 POWERCAP = Path("/sys/class/powercap")
+SHARED = "other work ran on the device"
 
 
 class Counter(Protocol):
@@ -92,6 +93,7 @@ class EnergyMeter:
         device: that the work runs on.
         host: also count this machine's CPUs; one process per machine should.
         counters: what to read; None for what this machine has.
+        shared: other work runs on the device: counters of whole devices tell nothing of this one.
 
     Attributes:
         source: the devices that are counted, for people; "" where none is.
@@ -99,9 +101,18 @@ class EnergyMeter:
         elsewhere: whether another process counts all that this one uses.
     """
 
-    def __init__(self, device: torch.device, *, host: bool = True, counters: Sequence[Counter] | None = None) -> None:
-        reason = ""
-        if counters is None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        host: bool = True,
+        counters: Sequence[Counter] | None = None,
+        shared: bool = False,
+    ) -> None:
+        reason = SHARED if shared else ""
+        if shared:
+            counters = []
+        elif counters is None:
             counters, reason = find_counters(device, host=host)
         self._counters = list(counters)
         self.source = ", ".join(counter.name for counter in self._counters)

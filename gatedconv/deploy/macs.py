@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.gates import unwrap
+
+_CONV_AND_LINEAR = ("conv", "masked_conv2d", "linear", "addmm", "matmul")
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
@@ -31,6 +33,15 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
     Raises:
         TypeError: for arguments of another kind.
     """
+    return sum(count_macs_by_operator(model, example_input).values())
+
+
+def count_macs_by_operator(model: nn.Module, example_input: Tensor) -> Counter[str]:
+    """What `count_macs` adds up, by fvcore's names of the operators; see `conv_macs`.
+
+    Raises:
+        TypeError: for arguments of another kind than `count_macs` takes.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"count_macs: the model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(example_input, Tensor):
@@ -39,13 +50,13 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return _fvcore_total(model, example_input)
+        return _fvcore_counts(model, example_input)
     finally:
         for module, flag in training.items():
             module.training = flag
 
 
-def _fvcore_total(model: nn.Module, example_input: Tensor) -> int:
+def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
     with _quiet():  # fvcore compiles a script at import, which recent PyTorch calls deprecated
         from fvcore.nn import FlopCountAnalysis
 
@@ -60,7 +71,12 @@ def _fvcore_total(model: nn.Module, example_input: Tensor) -> int:
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     with _quiet(), torch.no_grad():  # with gradients the trace holds an autograd function, and no operator
-        return int(analysis.total())
+        return Counter({name: int(macs) for name, macs in analysis.by_operator().items()})
+
+
+def conv_macs(operators: Mapping[str, int]) -> int:
+    """MACs of convolutions and linear layers alone, which is what most others count, from `count_macs_by_operator`."""
+    return sum(operators.get(name, 0) for name in _CONV_AND_LINEAR)
 
 
 def _named_padding_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

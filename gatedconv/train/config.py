@@ -143,14 +143,14 @@ class TrainConfig:
     # ---- the teacher
     teacher_at: float = option(
         1.0,
-        "share of the run after which the average of the whole network's weights so far teaches; 1 for no teacher",
-        above=0.0,
+        "share of the run from which the whole network trains on beside what is pruned, and teaches it; 1 for never",
+        low=0.0,
         high=1.0,
     )
     teacher_weight: float = option(
-        0.5, "weight of the teacher in the loss when it begins; falls to 0 at the end of the run", above=0.0, high=1.0
+        0.5, "weight of the teacher in the loss, that of the labels being the rest", above=0.0, high=1.0
     )
-    teacher_temperature: float = option(2.0, "temperature that softens teacher and pupil", above=0.0)
+    teacher_temperature: float = option(4.0, "temperature that softens teacher and pupil", above=0.0)
 
     # ---- after training
     bn_reestimate: bool = option(True, "work out BatchNorm statistics again on the frozen network")
@@ -160,6 +160,7 @@ class TrainConfig:
     seed: int = option(0, "seed of initial weights, order, augmentation and gates", low=0, high=_SEED_LIMIT)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 for PyTorch's default", low=0, high=MAX_THREADS)
+    shared_device: bool = option(False, "other work runs on the device: energy and latency are not measured")
     amp: str = option("off", "mixed precision", choices=("off", "bf16", "fp16"))
     channels_last: bool = option(True, "channels-last memory format")
     compile: bool = option(False, "torch.compile the network for training")
@@ -195,11 +196,20 @@ class TrainConfig:
                 raise ValueError(f"{field}: expected a gate, got gate 'none'")
         if self.consensus_at < 1 and self.epochs < 2:
             raise ValueError(f"consensus_at: expected at least 2 epochs, one on either side, got {self.epochs}")
+        if self.teacher_at < 1 and self.gate == "none":
+            raise ValueError("teacher_at: expected a gate, the whole network has nothing to teach; got gate 'none'")
+        if self.teacher_at < 1 and self.mac_control == "rank" and self.teacher_at > self.mac_ramp[0]:
+            raise ValueError(
+                f"teacher_at: expected at most {self.mac_ramp[0]:g}, where mac_ramp begins to shut gates and the "
+                f"network is whole no more; got {self.teacher_at:g}"
+            )
         if self.consensus_at < self.teacher_at < 1:
             raise ValueError(
                 f"teacher_at: expected at most consensus_at {self.consensus_at:g}, the whole network is gone by then; "
                 f"got {self.teacher_at:g}"
             )
+        if self.teacher_at < 1 and self.dense_baseline:
+            raise ValueError("teacher_at: expected dense_baseline off, the teacher is that network; got both")
         if self.subnetwork and self.consensus_at < 1:
             raise ValueError("subnetwork: expected consensus_at 1, a sub-network has no gates left; got both")
         if self.subnetwork and self.dense_baseline:
@@ -236,7 +246,7 @@ def epoch_range(config: TrainConfig, phase: str) -> tuple[int, int]:
 # elsewhere by then: the checkpoint loads into no other one.
 FREE_ON_RESUME = frozenset(
     {
-        "name", "data_root", "device", "threads", "latency", "max_minutes", "tensorboard",
+        "name", "data_root", "device", "threads", "shared_device", "latency", "max_minutes", "tensorboard",
         "subnetwork", "compile", "cuda_graph", "recompute", "skip_blocks", "workers", "checkpoint_minutes",
     }
 )  # fmt: skip

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.data import EvalBatches, ImageData
-from gatedconv.deploy import Engine, compact, count_macs, export, save
+from gatedconv.deploy import Engine, compact, export, save
 from gatedconv.deploy.blocks import block_figures
 from gatedconv.deploy.energy import EnergyMeter, energy_per_call
 from gatedconv.deploy.latency import measure_latency
+from gatedconv.deploy.macs import conv_macs, count_macs_by_operator
+from gatedconv.train.build import build_model
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.consensus import consensus_figures, settle
 from gatedconv.train.distributed import ALONE, Ranks, current
@@ -59,18 +61,21 @@ def finish(
     if "gated" in trained:
         nets["frozen"] = trained["cut"]
         outcome |= read_consensus(folder.consensus)[1]
+        dense = build_model(config, data, gated=False)
+        outcome["macs_conv_dense"] = conv_macs(count_macs_by_operator(dense, torch.zeros(1, *data.image_shape)))
         save(trained["gated"], folder.model("gated"))
     for name, net in nets.items():
         outcome[name] = figures(net.eval(), config, data)
         save(net, folder.model("compact" if name == "frozen" else name))
-    if config.latency:
+    alone = config.latency and not config.shared_device
+    if alone:
         for name, times in latencies(nets, config, data).items():
             outcome[name] |= times
     for name, net in nets.items():
-        outcome[name] |= energies(net, config, data) if config.latency else _NO_ENERGY
+        outcome[name] |= energies(net, config, data) if alone else _NO_ENERGY
     if "frozen" in nets:
         masks, one = read_consensus(folder.consensus)[0], example_images(data, config, 1)
-        outcome["blocks"] = block_figures(nets["frozen"], masks, one, rounds=9 if config.latency else 0)
+        outcome["blocks"] = block_figures(nets["frozen"], masks, one, rounds=9 if alone else 0)
         outcome["exports"] = write_exports(nets["frozen"], config, data, folder, listener)
     return outcome
 
@@ -94,10 +99,12 @@ def cut_out(frozen: nn.Module, config: TrainConfig, data: ImageData) -> nn.Modul
 
 
 def figures(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Any]:
-    """Top-1 (percent) on the test split, MACs per image (fvcore's count) and parameters of a network."""
+    """Top-1 (percent) on the test split, MACs per image (fvcore's count, and without norms) and parameters."""
+    operators = count_macs_by_operator(net, example_images(data, config, 1))
     return {
         "top1": round(evaluate(net, _test_batches(config, data))[1], 4),
-        "macs": count_macs(net, example_images(data, config, 1)),
+        "macs": sum(operators.values()),
+        "macs_conv": conv_macs(operators),
         "params": sum(parameter.numel() for parameter in net.parameters()),
     }
 

@@ -18,6 +18,7 @@ _LATENCY = {"1?": NUMBER, "32?": NUMBER}
 _FIGURES = {
     "top1": NUMBER,
     "macs": NUMBER,
+    "macs_conv?": NUMBER,
     "params": NUMBER,
     "latency_ms?": _LATENCY,
     "engine_latency_ms?": _LATENCY,
@@ -25,7 +26,7 @@ _FIGURES = {
     "energy_j_image?": (*NUMBER, type(None)),
 }
 # What reports read of summary.json.
-_SUMMARY = {"dense?": _FIGURES, "frozen?": _FIGURES, "agreement?": NUMBER}
+_SUMMARY = {"dense?": _FIGURES, "frozen?": _FIGURES, "agreement?": NUMBER, "macs_conv_dense?": NUMBER}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from gatedconv.train.recipe import learning_rate, place, placement, polar_weight
 from gatedconv.train.state import pack_state, restore_part, restore_state
 from gatedconv.train.step import Stepper
 from gatedconv.train.step_macs import PASSES_PER_STEP
-from gatedconv.train.teacher import Teacher
+from gatedconv.train.teacher import Teacher, teacher_of
 
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.
 _SYNC_EVERY = 20
@@ -88,7 +88,7 @@ def train(
             so that a run that is resumed often enough comes to its end.
         stop: asked after each step, with several processes about once a second, and between epochs; True from any
             process ends the iterator after a checkpoint.
-        teacher: goes on teaching; None for a new one, if `config` asks for it.
+        teacher: goes on teaching; None for a new one, if `config` asks for it: of the network that `config` names.
 
     Yields:
         The metrics of each epoch, after its checkpoint is on the disk.
@@ -104,7 +104,7 @@ def train(
     test_batches = EvalBatches(data, **placement(config), rank=ranks.rank, world=ranks.world)
     place(model, config)
     listeners = _Listeners(on_step or (lambda report: None), on_note, stop or (lambda: False))
-    teacher = teacher or (Teacher(config) if config.teacher_at < 1 else None)
+    teacher = teacher or teacher_of(config, data, phase, ranks)
     training = _Training(model, batches, test_batches, config, phase, checkpoint, ranks, listeners, deadline, teacher)
     return training.epochs(resume and checkpoint is not None)
 
@@ -145,7 +145,7 @@ class _Training:
         self.weight = (share.stop - share.start) * ranks.world / config.batch_size  # ranks differ by an image
         self.history: list[EpochMetrics] = []
         self.meter = EpochMeter(model, self.device)
-        self.energy = EnergyMeter(self.device, host=ranks.local == 0)
+        self.energy = EnergyMeter(self.device, host=ranks.local == 0, shared=config.shared_device)
         self.questions = Questions(ranks, self.device)
         self._earlier, self._energy_before = dict(_NOTHING), Energy()  # of this epoch, before a restart
         self._started = self._written = time.monotonic()
@@ -155,9 +155,9 @@ class _Training:
         # What is left of a network after a cut carries no costs of its pieces.
         is_cut = self.phase == "cut" or bool(self.config.subnetwork)
         cut = float(count_macs(self.model, self.test_batches.first(1))) if is_cut else 0.0
-        self.stepper = Stepper(
-            self.model, self.config, self.device, self.ranks, macs_per_image=cut, teacher=self.teacher
-        )
+        self.stepper = Stepper(self.model, self.config, self.device, self.ranks, macs_per_image=cut)
+        if self.teacher is not None:
+            self.teacher.begin(self.stepper)
         if resume:
             self._restore()
             yield from self.history
@@ -183,7 +183,9 @@ class _Training:
         with self.stepper.active():
             for images, labels in self.batches:
                 step = self.batches.position or steps
-                result = self.stepper(images, labels, epoch + (step - 1) / steps)
+                now = epoch + (step - 1) / steps
+                taught = None if self.teacher is None else self.teacher(images, labels, now)
+                result = self.stepper(images, labels, now, taught)
                 self.meter.add(result.logits, labels, result.loss, result.polarization, result.bad, self.weight)
                 now_and_then = step % _SYNC_EVERY == 0 or step == steps
                 if now_and_then:
@@ -210,8 +212,18 @@ class _Training:
         steps = len(self.batches)
         step = self.batches.position or steps
         report = StepReport(self.phase, epoch + 1, step, steps, self.meter.mean_loss, self.meter.top1)
-        self._require_finite(self.stepper.guard.settle(), report)
+        for stepper in self._steppers():
+            self._require_finite(stepper.guard.settle(), report)
         return report
+
+    def _steppers(self) -> list[Stepper]:
+        """Of the network, and of the one that teaches it, if there is one by now."""
+        beside = None if self.teacher is None else self.teacher.stepper
+        return [self.stepper] if beside is None else [self.stepper, beside]
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state, by name."""
+        return self.stepper.parts | ({} if self.teacher is None else {"teacher": self.teacher})
 
     def _evaluated(self, epoch: int) -> EpochMetrics:
         """The metrics of an epoch whose steps are done; begins to count the next one."""
@@ -252,8 +264,9 @@ class _Training:
 
     def _new_epoch(self) -> None:
         self.meter = EpochMeter(self.model, self.device)
-        self.stepper.guard.new_epoch()
-        self.stepper.macs.new_epoch()
+        for stepper in self._steppers():
+            stepper.guard.new_epoch()
+            stepper.macs.new_epoch()
         self._earlier, self._energy_before = dict(_NOTHING), Energy()
 
     def _macs(self, executed: float, saved: float) -> dict[str, Any]:
@@ -272,7 +285,7 @@ class _Training:
         """Time and MACs of the epoch so far, what passed before a restart included."""
         return {
             "seconds": self._earlier["seconds"] + time.monotonic() - self._started,
-            "executed": self._earlier["executed"] + self.stepper.macs.executed,
+            "executed": self._earlier["executed"] + sum(stepper.macs.executed for stepper in self._steppers()),
             "saved": self._earlier["saved"] + self.stepper.macs.saved,
         }
 
@@ -281,7 +294,9 @@ class _Training:
         if self.checkpoint is None:
             return
         self.stepper.join(self.weight)
-        state = pack_state(self.stepper.parts, self.batches, self.config, self.phase, self.history, self.ranks)
+        if self.teacher is not None:
+            self.teacher.join(self.weight)
+        state = pack_state(self._parts(), self.batches, self.config, self.phase, self.history, self.ranks)
         state["guard"] = self.stepper.guard.state_dict()
         if self.batches.position:
             within, energy = self._within(), self._all_energy()
@@ -295,7 +310,7 @@ class _Training:
         assert self.checkpoint is not None
         path = self.checkpoint
         state: State = self.ranks.agree(load_checkpoint(path, self.listeners.note) if self.ranks.main else {})
-        self.history = restore_state(state, path, self.stepper.parts, self.batches, self.config, self.phase, self.ranks)
+        self.history = restore_state(state, path, self._parts(), self.batches, self.config, self.phase, self.ranks)
         self.stepper.guard.buffers.keep()
         if "guard" in state:
             restore_part(state, path, "guard", self.stepper.guard)

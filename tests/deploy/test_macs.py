@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import gatedconv
+from gatedconv import count_macs, models
+from gatedconv.deploy.macs import conv_macs, count_macs_by_operator
 from tests.oracle import random_masks
 
 
@@ -66,3 +68,13 @@ def test_bad_arguments_are_named():
         gatedconv.count_macs("resnet", torch.zeros(1))
     with pytest.raises(TypeError, match="example_input must be a tensor"):
         gatedconv.count_macs(nn.Identity(), (1, 3, 8, 8))
+
+
+def test_convolutions_and_linear_layers_are_counted_apart() -> None:
+    counts = count_macs_by_operator(models.resnet20(), torch.zeros(1, 3, 32, 32))
+    # Inputs, outputs and side of the output of every 3x3 convolution of ResNet-20.
+    stages = [(3, 16, 32), *[(16, 16, 32)] * 6, (16, 32, 16), *[(32, 32, 16)] * 5, (32, 64, 8), *[(64, 64, 8)] * 5]
+    three = [3 * 3 * inputs * outputs * side**2 for inputs, outputs, side in stages]
+    projections = 16 * 32 * 16**2 + 32 * 64 * 8**2
+    assert conv_macs(counts) == sum(three) + projections + 64 * 10
+    assert conv_macs(counts) < sum(counts.values()) == count_macs(models.resnet20(), torch.zeros(1, 3, 32, 32))

@@ -46,6 +46,16 @@ def test_a_run_has_the_first_reason_of_its_epochs() -> None:
     assert of_run([]).joules is None and of_run([]).reason
 
 
+def test_a_device_that_others_use_too_tells_nothing_and_says_so(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meters, "find_counters", lambda device, host=True: ([Scripted(*range(1, 99))], ""))
+    for shared, expected in ((False, (True, "", "fake")), (True, (False, meters.SHARED, ""))):
+        config = TrainConfig(epochs=1, batch_size=16, gate="none", device="cpu", shared_device=shared)
+        (line,) = train(ResNet(8, 3, None, input_size=(1, 8, 8)), data, config, checkpoint=tmp_path / f"{shared}.pt")
+        assert (line.energy_j is not None, line.energy_reason, line.energy_source) == expected
+
+
 class Scripted:
     name, span = "fake", None
 
