@@ -11,7 +11,7 @@ from torch import nn
 
 from gatedconv.data import ImageData
 from gatedconv.deploy import freeze
-from gatedconv.train.build import load_images, phases, starting_network
+from gatedconv.train.build import build_model, load_images, phases, starting_network
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import Ranks, by_torchrun, current, joined
@@ -26,7 +26,7 @@ from gatedconv.train.provenance import provenance
 from gatedconv.train.recipe import place, resolve_device, train_batches
 from gatedconv.train.state import restore_part
 from gatedconv.train.stopping import StopRequest
-from gatedconv.train.teacher import Teacher
+from gatedconv.train.teacher import Teacher, teacher_of
 from gatedconv.train.tensorboard import TensorBoard, require_tensorboard
 
 # Gates that are all stuck further than this from the wanted MACs, relatively, deserve a word. A single layer
@@ -114,7 +114,7 @@ def conclude(
         "data": config.data,
         "evaluated_on": config.evaluate_on,
         "seed": config.seed,
-        "epochs": {phase: sum(line.phase == phase for line in history) for phase in trained},
+        "epochs": {phase: sum(line.phase == phase for line in history) for phase in phases(config)},
         **outcome,
         "energy_j": energy.joules,
         "energy_source": energy.source,
@@ -142,8 +142,13 @@ def load_trained(folder: RunFolder, config: TrainConfig, data: ImageData, listen
                 network = cut_out(freeze(trained["gated"], masks=masks), config, data)
             else:
                 network = starting_network(config, data, phase)
-            restore_part(load_checkpoint(path, listener.note), path, "model", network)
+            state = load_checkpoint(path, listener.note)
+            restore_part(state, path, "model", network)
             trained[phase] = place(network, config)
+            if "gated" in trained and state.get("teacher"):  # the whole network, which taught
+                whole = build_model(config, data, gated=False)
+                restore_part(state["teacher"], path, "model", whole)
+                trained["dense"] = place(whole, config)
     return trained
 
 
@@ -170,7 +175,7 @@ def _train_phases(
             last = None
             again = ranks.agree(resume and has_checkpoint(checkpoint))
             if phase != "cut":  # which is taught by what it was cut from
-                teacher = Teacher(config) if config.teacher_at < 1 else None
+                teacher = teacher_of(config, data, phase, ranks)
             if network is None:
                 network = _cut_network(config, data, folder, trained["gated"], again, listener)
             for metrics in train(
@@ -205,6 +210,8 @@ def _train_phases(
             if last is not None:
                 _note_stuck_gates(config, last, listener)
             trained[phase] = network
+    if "gated" in trained and teacher is not None and teacher.stepper is not None:
+        trained["dense"] = teacher.stepper.model
     return trained
 
 

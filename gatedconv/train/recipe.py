@@ -56,6 +56,23 @@ def task_loss(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
     return functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
 
 
+def lesson(task: Tensor, logits: Tensor, taught: Tensor, config: TrainConfig) -> Tensor:
+    """The loss of a taught step, a scalar: (1 - w) task + w T^2 KL(teacher || pupil), both softened by T.
+
+    From Hinton et al. 2015.
+
+    Args:
+        task: loss on the labels, a scalar.
+        logits: of the pupil (B, classes).
+        taught: of the teacher (B, classes); no gradient goes there.
+        config: has the weight w and the temperature T.
+    """
+    soft, weight = config.teacher_temperature, config.teacher_weight
+    mine, theirs = (functional.log_softmax(each.float() / soft, 1) for each in (logits, taught.detach()))
+    divergence = functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+    return (1 - weight) * task + weight * soft**2 * divergence
+
+
 def gate_loss(
     model: nn.Module, config: TrainConfig, progress: float, controller: MacController | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from gatedconv.train.guard import Buffers, StepGuard, judged_at_once
 from gatedconv.train.recipe import (
     gate_loss,
     learning_rate,
+    lesson,
     make_controller,
     make_optimizer,
     make_shutter,
@@ -30,7 +31,6 @@ from gatedconv.train.recompute import recomputing
 from gatedconv.train.skipping import BlockSkipping
 from gatedconv.train.step_macs import StepMacs
 from gatedconv.train.sync_norm import synchronised_norms
-from gatedconv.train.teacher import Teacher
 
 
 class StepResult(NamedTuple):
@@ -50,13 +50,12 @@ class Stepper:
         config: the recipe.
         device: of the network.
         ranks: the processes that train it together.
-        teacher: one that begins with this network, or that goes on teaching what was cut from its own.
         predict_skips: for tests: let the step before decide what is left out, as on a GPU.
         macs_per_image: of a network that was cut: it carries no ``mac_terms``, and has no blocks to recompute.
 
     Attributes:
-        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, shutter, window
-            and teacher.
+        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, shutter and
+            window.
         guard: counts the bad steps.
         skipping: leaves out blocks that are shut.
         macs: counts what was executed, and what was left out.
@@ -69,7 +68,6 @@ class Stepper:
         device: torch.device,
         ranks: Ranks = ALONE,
         *,
-        teacher: Teacher | None = None,
         predict_skips: bool | None = None,
         macs_per_image: float = 0.0,
     ) -> None:
@@ -96,11 +94,6 @@ class Stepper:
         skips = config.skip_blocks and not (config.compile or config.cuda_graph)
         self._recompute = config.recompute and not macs_per_image
         self.macs = StepMacs(model, recompute=self._recompute, per_image=macs_per_image)
-        self.teacher = teacher
-        if teacher is not None:
-            if not teacher.begun:
-                teacher.begin(model, self.macs.per_image)
-            self.parts["teacher"] = teacher
         self.skipping = BlockSkipping(
             model if skips else nn.Module(), device, predict=predict_skips, ranks=ranks, macs=self.macs
         )
@@ -128,49 +121,49 @@ class Stepper:
         self.ranks.average_buffers(self.model, weight)
         if self.shutter is not None:
             self.shutter.join()
-        if self.teacher is not None:
-            self.teacher.join()
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: float) -> StepResult:
-        """Make a step at `epoch` (a step within an epoch is a fraction of one) on (B, C, H, W) and int64 (B,)."""
+    def __call__(self, images: Tensor, labels: Tensor, epoch: float, taught: Tensor | None = None) -> StepResult:
+        """Make a step at `epoch` (a step within an epoch is a fraction of one) on (B, C, H, W) and int64 (B,).
+
+        ``taught`` are a teacher's logits (B, classes) on the images.
+        """
         set_learning_rate(self.optimizer, learning_rate(self.config, epoch))
         if judged_at_once(self.device):
             self.guard.buffers.keep()
         if self._before is not None:
             self._before.keep()
-        result = self._forward_backward(images, labels, epoch / self.config.epochs)
+        result = self._forward_backward(images, labels, epoch / self.config.epochs, taught)
         if not self.skipping.verified(len(images)) and self._before is not None:
             self._before.put_back()
-            result = self._forward_backward(images, labels, epoch / self.config.epochs)
+            result = self._forward_backward(images, labels, epoch / self.config.epochs, taught)
             self.skipping.verified(len(images))
         result = self._update(result)
         progress = epoch / self.config.epochs
         if self.shutter is not None:
             shut_gates(self.shutter, self.config, progress)
-        if self.teacher is not None and not self.teacher.teaches(progress):
-            self.teacher.follow(progress)
         return result
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, progress: float) -> StepResult:
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor, progress: float, taught: Tensor | None
+    ) -> StepResult:
         count = self.config.accumulate
         # DistributedDataParallel gives each rank the same say; ranks may hold one image more or less.
         weight = len(images) * self.ranks.world / self.config.batch_size
         shown, loss, polarization = [], torch.zeros((), device=self.device), None
-        teacher = self.teacher if self.teacher is not None and self.teacher.teaches(progress) else None
+        lessons = [None] * count if taught is None else taught.tensor_split(count)
         self.optimizer.zero_grad(set_to_none=True)
-        for index, (x, y) in enumerate(zip(images.tensor_split(count), labels.tensor_split(count), strict=True)):
+        parts = zip(images.tensor_split(count), labels.tensor_split(count), lessons, strict=True)
+        for index, (x, y, theirs) in enumerate(parts):
             wait = self.ranks.world > 1 and index < count - 1
             if self.config.cuda_graph:
                 torch.compiler.cudagraph_mark_step_begin()
             with self.network.no_sync() if wait else nullcontext():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.network(x)
-                    taught = None if teacher is None else teacher(x)
                 self.skipping.note_forward(len(x), first=index == 0)
                 task, share = task_loss(logits, y, self.config), len(x) / len(images)
-                if teacher is not None and taught is not None:
-                    task = teacher.lesson(task, logits, taught, progress)
-                    self.macs.executed += len(x) * teacher.macs_per_image
+                if theirs is not None:
+                    task = lesson(task, logits, theirs, self.config)
                 whole = task if share * weight == 1 else task * (share * weight)
                 loss += task.detach() * share
                 if self._gated:

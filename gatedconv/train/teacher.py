@@ -1,144 +1,123 @@
-"""Self-distillation within one run: the average of the whole network's weights teaches what is left of it."""
+"""Distillation within one run: the whole network trains on beside what is pruned from it, and teaches it."""
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from gatedconv.deploy import compact
-from gatedconv.deploy.freeze import freeze_gates
-from gatedconv.gates import find_gates
+from gatedconv.data import ImageData
+from gatedconv.train.build import build_model
+from gatedconv.train.captured import make_stepper
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.distributed import current
+from gatedconv.train.distributed import ALONE, Ranks
+from gatedconv.train.recipe import place
+from gatedconv.train.step import Stepper
 
-SPAN = 0.05  # of the run: how far back the average remembers
-SETTLING = 40  # lessons over which the teacher's BatchNorm statistics are worked out
-_Norm = nn.modules.batchnorm._BatchNorm
+
+def teacher_of(config: TrainConfig, data: ImageData, phase: str, ranks: Ranks = ALONE) -> Teacher | None:
+    """The teacher that `config` asks for in a training of a run; None for a dense baseline, which is whole."""
+    if config.teacher_at == 1 or (phase == "dense" and not config.subnetwork):
+        return None
+    return Teacher(config, lambda: build_model(config, data, gated=False), ranks)
 
 
 class Teacher:
-    """Follows a network's weights up to `teacher_at`, then teaches with their average, every gate open.
+    """The whole network from `teacher_at` on: a copy of the pupil before its gates shut, trained like it, beside it.
 
-    At a high learning rate the average of the weights is much better than the weights of any step (Polyak and
-    Juditsky 1992), and nothing was trained for it. Its BatchNorm statistics are worked out over its first lessons,
-    which it gives with those of each batch: running statistics of the training are those of other weights. A lesson
-    is the teacher's softened answer (Hinton et al. 2015), with a weight that falls from `teacher_weight` to 0 at the
-    end of the run: by then the pupil knows better.
+    Its logits are a part of what the pupil is asked for (`recipe.lesson`). They cost no pass of their own: they come
+    from the whole network's own training step, on the same batch. A run ends with both, the whole network and what was
+    cut out of it.
 
     Args:
         config: of the run.
+        make_whole: a network without gates and with the initial weights of the run. A pupil that is a part of it from
+            the start (`subnetwork`) is taught by one that trains from the start.
+        ranks: the processes of the run.
 
     Attributes:
-        macs_per_image: multiply-accumulates of one lesson, a forward pass of the whole network; 0 where unknown.
+        stepper: what trains the whole network; None before there is one.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.macs_per_image = 0.0
-        self._config = config
-        self._model: nn.Module | None = None
-        self._average: dict[str, Tensor] = {}
-        self._progress, self._lessons = 0.0, 0
-        self._network: nn.Module | None = None
-        self._statistics: dict[str, Tensor] = {}  # of a state dict, until there is a network again
+    def __init__(self, config: TrainConfig, make_whole: Callable[[], nn.Module], ranks: Ranks = ALONE) -> None:
+        self.stepper: Stepper | None = None
+        self._at, self._epochs, self._ranks = config.teacher_at, config.epochs, ranks
+        self._from_start = bool(config.subnetwork)
+        self._config = dataclasses.replace(
+            config, gate="none", mac_control="none", consensus_at=1.0, subnetwork="", teacher_at=1.0
+        )
+        self._make_whole = make_whole
+        self._pupil: Stepper | None = None
 
-    @property
-    def begun(self) -> bool:
-        """Whether there is a network that it follows, or has followed."""
-        return self._model is not None
+    def begin(self, pupil: Stepper) -> None:
+        """Be there for a pupil: the whole network, whose copy it becomes, or what was cut out of it since."""
+        self._pupil = pupil
+        if self._from_start and self.stepper is None:
+            self.stepper = self._whole()
 
-    def begin(self, model: nn.Module, macs_per_image: float = 0.0) -> None:
-        """Follow a network that lies where it is trained; ``macs_per_image`` are those of its forward pass."""
-        self._model, self.macs_per_image = model, macs_per_image
-        self._average = {name: weight.clone() for name, weight in self._weights().items()}
+    def __call__(self, images: Tensor, labels: Tensor, epoch: float) -> Tensor | None:
+        """Train on a batch (B, C, H, W), int64 (B,), at `epoch`; the logits (B, classes), None before `teacher_at`."""
+        teaches = epoch / self._epochs >= self._at
+        if self.stepper is None and teaches:
+            self.stepper = self._copied()
+        if self.stepper is None:
+            return None
+        with self.stepper.active():
+            logits = self.stepper(images, labels, epoch).logits
+        return logits if teaches else None
 
-    def join(self) -> None:
-        """Give every process the mean of the statistics so far, of which a checkpoint holds one; a collective."""
-        if self._network is not None and self._lessons < SETTLING:  # all have the same ones from then on
-            current().average_buffers(self._network)
+    def join(self, weight: float) -> None:
+        """As `Stepper.join`; a collective."""
+        if self.stepper is not None:
+            self.stepper.join(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, the progress up to which it goes, the lessons given and the statistics made in them."""
-        return {
-            "average": dict(self._average),
-            "progress": self._progress,
-            "lessons": self._lessons,
-            "statistics": self._statistics if self._network is None else dict(self._network.named_buffers()),
-        }
+        """The parts of its training by name; none before `teacher_at`."""
+        if self.stepper is None:
+            return {}
+        parts = self.stepper.parts | {"guard": self.stepper.guard}
+        return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state dict.
 
         Raises:
-            KeyError, RuntimeError: it is that of another network.
+            KeyError, RuntimeError, ValueError: it is that of another network.
         """
-        for name, average in self._average.items():
-            average.copy_(state["average"][name])
-        self._progress, self._lessons = float(state["progress"]), int(state["lessons"])
-        self._statistics, self._network = dict(state["statistics"]), None
+        if not state:
+            return
+        if self.stepper is None:
+            self.stepper = self._whole()
+        for name, part in self.stepper.parts.items():
+            part.load_state_dict(state[name])
+        self.stepper.guard.buffers.keep()
+        self.stepper.guard.load_state_dict(state["guard"])
 
-    def teaches(self, progress: float) -> bool:
-        """Whether a step at a progress in [0, 1] is taught; steps before are followed."""
-        return progress >= self._config.teacher_at
+    def _whole(self) -> Stepper:
+        device = self._pupil.device if self._pupil is not None else torch.device("cpu")
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's own numbers go on
+            network = place(self._make_whole(), self._config).train()
+        return make_stepper(network, self._config, device, self._ranks)
 
-    @torch.no_grad()
-    def follow(self, progress: float) -> None:
-        """Take in the weights after a step at a progress in [0, 1]."""
-        share = min(1.0, (progress - self._progress) / SPAN)
-        self._progress = progress
-        torch._foreach_lerp_(list(self._average.values()), list(self._weights().values()), share)
+    def _copied(self) -> Stepper:
+        """The pupil as it is now, without its gates; its momentum goes on too.
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """The teacher's logits (B, classes) on training images (B, C, H, W)."""
-        if self._network is None:
-            # A resumed run makes it once more; new layers draw initial weights, which nobody reads.
-            with torch.random.fork_rng([images.device] if images.is_cuda else []):
-                self._network = self._whole(images[:1])
-        logits: Tensor = self._network(images)
-        self._lessons += 1
-        if self._lessons == SETTLING:
-            current().average_buffers(self._network)
-            self._network.eval()
-        return logits
-
-    def lesson(self, task: Tensor, logits: Tensor, taught: Tensor, progress: float) -> Tensor:
-        """The loss of a taught step, a scalar: (1 - w) task + w T^2 KL(teacher || pupil), both softened by T.
-
-        Args:
-            task: loss on the labels, a scalar.
-            logits: of the pupil (B, classes).
-            taught: of the teacher (B, classes).
-            progress: in [0, 1].
+        Raises:
+            ValueError: the pupil is not a gated form of the network that `make_whole` makes.
         """
-        config = self._config
-        weight = config.teacher_weight * (1 - progress) / (1 - config.teacher_at)
-        soft = config.teacher_temperature
-        mine, theirs = (functional.log_softmax(each.float() / soft, 1) for each in (logits, taught))
-        divergence = functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
-        return (1 - weight) * task + weight * soft**2 * divergence
-
-    def _weights(self) -> dict[str, Tensor]:
-        assert self._model is not None
-        of_gates = {id(weight) for gate in find_gates(self._model).values() for weight in gate.parameters()}
-        return {name: w.detach() for name, w in self._model.named_parameters() if id(w) not in of_gates}
-
-    def _whole(self, example: Tensor) -> nn.Module:
-        """The network of the averaged weights: without gates, nothing cut; images (1, C, H, W) for an example."""
-        assert self._model is not None
-        gates = find_gates(self._model)
-        open_all = {name: gate.running_open_rate.new_ones(gate.num_gates).bool() for name, gate in gates.items()}
-        network = freeze_gates(self._model, open_all) if gates else copy.deepcopy(self._model)
-        network.load_state_dict(self._average, strict=False)
-        network = compact(network.eval(), example) if gates else network.eval()
-        for norm in network.modules():
-            if isinstance(norm, _Norm):
-                norm.reset_running_stats()
-                norm.momentum = None  # a cumulative mean
-                norm.train(self._lessons < SETTLING)
-        if self._statistics:
-            network.load_state_dict(self._statistics, strict=False)
-        return network
+        assert self._pupil is not None
+        stepper, pupil = self._whole(), self._pupil
+        found = pupil.model.state_dict()
+        missing = stepper.model.state_dict().keys() - found.keys()
+        if missing:
+            raise ValueError(f"teacher: expected a gated network around the whole one, it lacks {sorted(missing)[0]!r}")
+        stepper.model.load_state_dict({name: found[name] for name in stepper.model.state_dict()})
+        before = dict(pupil.model.named_parameters())
+        for name, parameter in stepper.model.named_parameters():
+            for key, value in pupil.optimizer.state[before[name]].items():
+                if isinstance(value, Tensor):
+                    stepper.optimizer.state[parameter][key].copy_(value)
+        return stepper

@@ -33,9 +33,9 @@ _SERVER.set_forkserver_preload(["tests.train.imported"])
 # rank, a teacher, and a cut within the run after which the rest trains on.
 RECIPES: dict[str, dict[str, Any]] = {
     "layer gates": {},
-    "channel gates, accumulate 2, mac_control rank, consensus_at 0.5, teacher_at 0.3": {
+    "channel gates, accumulate 2, mac_control rank, consensus_at 0.5, teacher_at 0.1": {
         "gate": "channel", "position": "middle", "accumulate": 2, "mac_weight": 0.0, "mac_control": "rank",
-        "mac_ramp": (0.0, 0.3), "consensus_at": 0.5, "teacher_at": 0.3, "epochs": 4,
+        "mac_ramp": (0.1, 0.3), "consensus_at": 0.5, "teacher_at": 0.1, "epochs": 4,
     },
 }  # fmt: skip
 

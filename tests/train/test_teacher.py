@@ -1,4 +1,4 @@
-"""The teacher within a run: what it averages, what it says, what that adds to the loss; a resumed run keeps it."""
+"""The teacher within a run: the whole network beside the pupil, what it adds to the loss; a resumed run keeps it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+import gatedconv
 from gatedconv.data import ImageData
-from gatedconv.models.resnet import ResNet
+from gatedconv.gates import find_gates
 from gatedconv.train import RunFolder, TrainConfig, run, train
 from gatedconv.train.listener import Listener
+from gatedconv.train.recipe import lesson
 from gatedconv.train.stopping import StopRequest
-from gatedconv.train.teacher import SPAN, Teacher
+from gatedconv.train.teacher import Teacher
 from tests.train.test_loop import assert_same_state, comparable, network
 
 CONFIG = TrainConfig(
@@ -26,85 +28,97 @@ CONFIG = TrainConfig(
     latency=False,
 )  # fmt: skip
 ALONE = dataclasses.replace(CONFIG, mac_control="none", consensus_at=1.0)
+DENSE = dataclasses.replace(ALONE, gate="none", teacher_at=1.0)
 
 
-def test_the_average_forgets_over_its_span() -> None:
-    model, teacher = nn.Linear(1, 1, bias=False), Teacher(CONFIG)
-    nn.init.constant_(model.weight, 1.0)
-    teacher.begin(model)
-    expected, before = 1.0, 0.0
-    for progress, weight in ((0.01, 2.0), (0.03, -1.0), (0.035, 5.0)):
-        nn.init.constant_(model.weight, weight)
-        teacher.follow(progress)
-        expected += (weight - expected) * (progress - before) / SPAN
-        before = progress
-    assert teacher.state_dict()["average"]["weight"].item() == pytest.approx(expected)
-    nn.init.constant_(model.weight, 7.0)
-    teacher.follow(0.9)  # longer ago than the span: nothing is left of what was before
-    assert teacher.state_dict()["average"]["weight"].item() == 7.0
+def teacher(config: TrainConfig, seed: int = 7) -> Teacher:
+    """One whose network has weights of its own until it becomes a copy."""
+    return Teacher(config, lambda: network(DENSE, seed))
 
 
-def test_it_answers_like_the_whole_network_with_the_averaged_weights(data: ImageData) -> None:
-    """The oracle is a network that never had gates, in training mode: the statistics are the batch's."""
-    torch.manual_seed(3)
-    model, teacher = network(CONFIG), Teacher(CONFIG)
-    teacher.begin(model)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            (weight.fill_(-30.0) if "gate" in name else weight.add_(torch.randn_like(weight), alpha=0.1))
-    teacher.follow(0.4 * SPAN)
-    dense, start = ResNet(8, 3, input_size=(1, 8, 8)).train(), network(CONFIG)
-    with torch.no_grad():
-        mine, before = dict(model.named_parameters()), dict(start.named_parameters())
-        for name, weight in dense.named_parameters():
-            weight.copy_(0.6 * before[name] + 0.4 * mine[name])
-    images = torch.randn(9, 1, 8, 8)
-    answer = teacher(images)
-    torch.testing.assert_close(answer, dense(images).detach(), rtol=1e-4, atol=1e-5)
-    assert not answer.requires_grad
-    torch.testing.assert_close(teacher(images), answer)  # nothing in it moves
+@pytest.mark.parametrize(
+    "changes", [{}, {"accumulate": 2}, {"amp": "bf16"}, {"momentum": 0.0, "nesterov": False}], ids=lambda c: "-".join(c)
+)
+@pytest.mark.parametrize("at", [0.0, 0.4, 0.5])
+def test_the_whole_network_trains_as_if_there_were_no_pupil(data: ImageData, at: float, changes: dict[str, Any]) -> None:
+    """The oracle is a training without gates; up to `teacher_at` it is the pupil's, whose gates stay open.
+
+    A teacher that forgets momentum, sees other images or another learning rate, or has the pupil's lesson in its own
+    loss ends elsewhere.
+    """
+    config = dataclasses.replace(ALONE, teacher_at=at, polar_weight=0.0, **changes)
+    pupil, dense, beside = network(config), network(DENSE), teacher(config)
+    pupil.load_state_dict(dense.state_dict(), strict=False)
+    for gate in find_gates(pupil).values():
+        for parameter in gate.parameters():
+            nn.init.constant_(parameter, 0.0 if parameter.dim() > 1 else 30.0).requires_grad_(False)
+    list(train(pupil, data, config, teacher=beside))
+    list(train(dense, data, dataclasses.replace(DENSE, **changes)))
+    assert beside.stepper is not None
+    assert_same_state(beside.stepper.model.state_dict(), dense.state_dict())
+    assert not torch.equal(pupil.fc.weight, dense.fc.weight)
 
 
-def test_the_loss_is_that_of_the_formula_and_the_lesson_ends_with_the_run() -> None:
+def test_a_part_that_never_was_whole_is_taught_by_one_that_trains_from_the_start(data: ImageData) -> None:
+    config = dataclasses.replace(ALONE, teacher_at=0.5, subnetwork="even")
+    beside, pupil, dense = Teacher(config, lambda: network(DENSE)), network(DENSE, 3), network(DENSE)
+    lines = list(train(pupil, data, config, phase="dense", teacher=beside))
+    list(train(dense, data, DENSE))
+    assert beside.stepper is not None
+    assert_same_state(beside.stepper.model.state_dict(), dense.state_dict())
+    alone = list(train(network(DENSE, 3), data, DENSE, phase="dense"))
+    assert [a.train_loss == b.train_loss for a, b in zip(lines, alone, strict=True)] == [True, True, False, False]
+
+
+def test_the_loss_is_that_of_the_formula_and_teaches_the_pupil_alone() -> None:
     random = np.random.default_rng(0)
     mine, theirs, task = random.normal(size=(5, 3)), random.normal(size=(5, 3)), 1.25
-    teacher, soft = Teacher(dataclasses.replace(CONFIG, teacher_temperature=4.0)), 4.0
-    p, q = (np.exp(z / soft) / np.exp(z / soft).sum(1, keepdims=True) for z in (theirs, mine))
+    p, q = (np.exp(z / 4) / np.exp(z / 4).sum(1, keepdims=True) for z in (theirs, mine))
     divergence = (p * np.log(p / q)).sum(1).mean()
-    for progress, weight in ((0.3, 0.6), (0.65, 0.3), (1.0, 0.0)):
-        found = teacher.lesson(torch.tensor(task), torch.tensor(mine), torch.tensor(theirs), progress)
-        assert found.item() == pytest.approx((1 - weight) * task + weight * soft**2 * divergence, rel=1e-5)
+    config = dataclasses.replace(CONFIG, teacher_temperature=4.0)
+    logits, taught = (torch.tensor(z, requires_grad=True) for z in (mine, theirs))
+    found = lesson(torch.tensor(task), logits, taught, config)
+    assert found.item() == pytest.approx(0.4 * task + 0.6 * 16 * divergence, rel=1e-5)
+    found.backward()
+    assert taught.grad is None
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.numpy(), 0.6 * 4 * (q - p) / 5, rtol=1e-4, atol=1e-6)
 
 
 def test_steps_before_it_begins_are_those_of_a_run_without_it(data: ImageData) -> None:
     runs = []
     for at in (0.5, 1.0):
         config = dataclasses.replace(ALONE, teacher_at=at)
-        runs.append(comparable(list(train(network(config), data, config))))
+        beside = teacher(config) if at < 1 else None
+        runs.append(comparable(list(train(network(config), data, config, teacher=beside))))
     assert runs[0][:2] == runs[1][:2]
     assert all(
         taught["train_loss"] != alone["train_loss"] for taught, alone in zip(*(r[2:] for r in runs), strict=True)
     )
 
 
-def test_its_lessons_are_counted(data: ImageData) -> None:
-    """Three steps of 16 images in an epoch; a forward pass each from half of the run on."""
+def test_its_steps_are_counted(data: ImageData) -> None:
+    """Three steps of 16 images in an epoch; from half of the run on two networks make them."""
     config = dataclasses.replace(ALONE, teacher_at=0.5)
     model = network(config)
-    lines = list(train(model, data, config))
-    per_image = sum(term.macs for term in model.mac_terms)
-    assert [line.train_macs for line in lines] == pytest.approx([48 * n * per_image for n in (3, 3, 4, 4)])
+    lines = list(train(model, data, config, teacher=teacher(config)))
+    mine, whole = (sum(term.macs for term in net.mac_terms) for net in (model, network(DENSE)))
+    assert [line.train_macs for line in lines] == pytest.approx([48 * 3 * n for n in (mine, mine, mine + whole, mine + whole)])
 
 
 @pytest.mark.parametrize("epochs_first", [1, 2, 3])
 def test_a_training_goes_on_with_its_teacher(tmp_path: Path, data: ImageData, epochs_first: int) -> None:
-    straight = network(ALONE)
-    whole = list(train(straight, data, ALONE))
+    straight, beside, again = network(ALONE), teacher(ALONE), teacher(ALONE, seed=8)
+    whole = list(train(straight, data, ALONE, teacher=beside))
     path = tmp_path / "part.pt"
-    list(itertools.islice(train(network(ALONE), data, ALONE, checkpoint=path), epochs_first))
+    list(itertools.islice(train(network(ALONE), data, ALONE, checkpoint=path, teacher=teacher(ALONE)), epochs_first))
     resumed = network(ALONE, seed=9)
-    assert comparable(list(train(resumed, data, ALONE, checkpoint=path, resume=True))) == comparable(whole)
+    lines = list(train(resumed, data, ALONE, checkpoint=path, resume=True, teacher=again))
+    assert comparable(lines) == comparable(whole)
     assert_same_state(straight.state_dict(), resumed.state_dict())
+    assert beside.stepper is not None
+    assert again.stepper is not None
+    assert_same_state(beside.state_dict(), again.state_dict())
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -128,15 +142,29 @@ def test_what_is_cut_is_taught_by_what_it_was_cut_from(
                 stop.make()
 
     assert run(config, part, listener=Stopping(), stop=stop) is None
-    assert run(config, part, resume=True) is not None
+    found = run(config, part, resume=True)
+    assert found is not None
     assert comparable(part.read_metrics()) == comparable(taught)
+    # The whole network is an outcome too.
+    assert found["dense"] == expected["dense"]
+    assert found["dense"]["macs"] > found["frozen"]["macs"]
+    nets = [gatedconv.load(folder.model("dense")) for folder in (whole, part)]
+    assert_same_state(nets[0].state_dict(), nets[1].state_dict())
+
+
+def test_a_pupil_of_another_network_is_refused(data: ImageData) -> None:
+    with pytest.raises(ValueError, match="teacher: expected a gated network around the whole one, it lacks"):
+        list(train(network(ALONE), data, ALONE, teacher=Teacher(ALONE, lambda: nn.Conv2d(3, 4, 1))))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher_at": 0.0}, "teacher_at: expected above 0.0 and at most 1.0, got 0.0"),
-        ({"teacher_at": 0.6}, "teacher_at: expected at most consensus_at 0.5, the whole network is gone by then"),
+        ({"teacher_at": -0.1}, "teacher_at: expected at least 0.0 and at most 1.0, got -0.1"),
+        ({"teacher_at": 0.4}, "teacher_at: expected at most 0.3, where mac_ramp begins to shut gates"),
+        ({"teacher_at": 0.6, "mac_control": "none"}, "teacher_at: expected at most consensus_at 0.5, the whole network"),
+        ({"gate": "none", "mac_control": "none", "consensus_at": 1.0}, "teacher_at: expected a gate"),
+        ({"dense_baseline": True}, "teacher_at: expected dense_baseline off"),
         ({"teacher_weight": 0.0}, "teacher_weight: expected above 0.0 and at most 1.0, got 0.0"),
         ({"teacher_weight": 1.5}, "teacher_weight: expected above 0.0 and at most 1.0, got 1.5"),
         ({"teacher_temperature": 0.0}, "teacher_temperature: expected above 0.0, got 0.0"),
