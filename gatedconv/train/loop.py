@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
 from gatedconv.deploy import count_macs
 from gatedconv.deploy.energy import EnergyMeter
+from gatedconv.train.captured import make_stepper
 from gatedconv.train.checkpoint import State, load_checkpoint, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import Ranks, current
@@ -28,7 +29,7 @@ from gatedconv.train.metrics import EpochMeter, EpochMetrics, evaluate
 from gatedconv.train.questions import Questions
 from gatedconv.train.recipe import learning_rate, place, placement, polar_weight, train_batches
 from gatedconv.train.state import pack_state, restore_part, restore_state
-from gatedconv.train.step import Stepper
+from gatedconv.train.step import Stepper, StepResult
 from gatedconv.train.step_macs import PASSES_PER_STEP
 from gatedconv.train.teacher import Teacher, teacher_of
 
@@ -155,7 +156,9 @@ class _Training:
         # What is left of a network after a cut carries no costs of its pieces.
         is_cut = self.phase == "cut" or bool(self.config.subnetwork)
         cut = float(count_macs(self.model, self.test_batches.first(1))) if is_cut else 0.0
-        self.stepper = Stepper(self.model, self.config, self.device, self.ranks, macs_per_image=cut)
+        self.stepper = make_stepper(
+            self.model, self.config, self.device, self.ranks, macs_per_image=cut, observe=self._observe
+        )
         if self.teacher is not None:
             self.teacher.begin(self.stepper)
         if resume:
@@ -185,8 +188,7 @@ class _Training:
                 step = self.batches.position or steps
                 now = epoch + (step - 1) / steps
                 taught = None if self.teacher is None else self.teacher(images, labels, now)
-                result = self.stepper(images, labels, now, taught)
-                self.meter.add(result.logits, labels, result.loss, result.polarization, result.bad, self.weight)
+                self.stepper(images, labels, now, taught)
                 now_and_then = step % _SYNC_EVERY == 0 or step == steps
                 if now_and_then:
                     self.energy.poll()
@@ -195,6 +197,9 @@ class _Training:
                 if self.questions.due() and step < steps and not self._go_on(epoch):
                     return False
         return True
+
+    def _observe(self, result: StepResult, labels: Tensor) -> None:
+        self.meter.add(result.logits, labels, result.loss, result.polarization, result.bad, self.weight)
 
     def _go_on(self, epoch: int) -> bool:
         """Write a checkpoint within the epoch if one is due; False if the run is to stop."""
@@ -263,7 +268,7 @@ class _Training:
         return metrics
 
     def _new_epoch(self) -> None:
-        self.meter = EpochMeter(self.model, self.device)
+        self.meter.new_epoch()
         for stepper in self._steppers():
             stepper.guard.new_epoch()
             stepper.macs.new_epoch()

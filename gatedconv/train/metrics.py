@@ -110,6 +110,11 @@ class EpochMeter:
         self._sizes = [gate.num_gates for gate in self.gates.values()]
         # Steps, images, loss, right answers, polarization, then the open rate of every gate.
         self._sums = torch.zeros(5 + sum(self._sizes), dtype=torch.float64, device=device)
+        self._one = torch.ones((), dtype=torch.float64, device=device)
+
+    def new_epoch(self) -> None:
+        """Begin again, in the same memory: a CUDA graph may add to it."""
+        self._sums.zero_()
 
     @torch.no_grad()
     def add(
@@ -126,16 +131,16 @@ class EpochMeter:
         ``bad``, bool (), leaves the step out; ``weight`` is that of this rank's images among its fellows', 1 on
         average.
         """
-        right = (logits.argmax(1) == labels).sum()
+        one, right = self._one, (logits.argmax(1) == labels).sum()
         rates = [gate.open_rate.detach() for gate in self.gates.values() if gate.open_rate is not None]
         shown = torch.cat(
             [
-                right.new_tensor([1, len(labels)]).double(),
-                torch.stack([weight * loss.detach().double(), right.double(), self._or_zero(polarization)]),
+                torch.stack([one, len(labels) * one, weight * loss.detach().double(), right.double()]),
+                self._or_zero(polarization)[None],
                 *(weight * rate.double() for rate in rates),
             ]
         )
-        self._sums += shown if bad is None else torch.where(bad, 0.0, shown)
+        self._sums += shown if bad is None else shown.masked_fill(bad, 0.0)
 
     def _or_zero(self, value: Tensor | None) -> Tensor:
         return self._sums.new_zeros(()) if value is None else value.detach().double()
@@ -203,11 +208,12 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: 
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
+    one = torch.ones((), dtype=torch.float64, device=device)  # a number from the host would make it wait
     for images, labels in batches:
         logits = model(images).float()
         loss = functional.cross_entropy(logits, labels, reduction="sum").double()
         right = (logits.argmax(1) == labels).sum()
-        sums += torch.stack([loss, right.double(), sums.new_tensor(len(labels))])
+        sums += torch.stack([loss, right.double(), len(labels) * one])
     model.train(was_training)
     loss_sum, correct, count = ranks.sum(sums).tolist()
     if count == 0:

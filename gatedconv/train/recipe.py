@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def total_loss(
     loss = task_loss(logits, labels, config)
     if not find_gates(model):
         return loss, None
-    of_gates, polarization = gate_loss(model, config, progress, controller)
+    of_gates, polarization = gate_loss(model, config, gate_weights(config, progress), controller)
     return loss + of_gates, polarization
 
 
@@ -73,20 +73,47 @@ def lesson(task: Tensor, logits: Tensor, taught: Tensor, config: TrainConfig) ->
     return (1 - weight) * task + weight * soft**2 * divergence
 
 
-def gate_loss(
-    model: nn.Module, config: TrainConfig, progress: float, controller: MacController | None = None
-) -> tuple[Tensor, Tensor]:
-    """What `config` asks of the gates at a progress in [0, 1]; and the polarization part before its weight."""
-    polarization = polarization_loss(model)
-    weight = polar_weight(config, progress)
-    loss = weight * polarization if weight else torch.zeros_like(polarization)
+class GateWeights(NamedTuple):
+    """What the losses on the gates depend on besides the network: floats, or float32 scalars () where it trains.
+
+    Attributes:
+        polar: λ of the polarization loss.
+        act: of the activation loss.
+        mac: of the MAC-target loss.
+        wanted: the controller's target, a share of all MACs; None before it begins.
+    """
+
+    polar: float | Tensor
+    act: float | Tensor
+    mac: float | Tensor
+    wanted: float | Tensor | None
+
+
+def gate_weights(config: TrainConfig, progress: float) -> GateWeights:
+    """The weights at a progress in [0, 1]."""
     ramp = schedules.linear_warmup(progress, 1.0, config.gate_warmup)
+    controls = config.mac_control == "price" and progress >= config.mac_ramp[0]
+    return GateWeights(
+        polar_weight(config, progress),
+        ramp * config.act_weight,
+        ramp * config.mac_weight,
+        macs_wanted(config, progress) if controls else None,
+    )
+
+
+def gate_loss(
+    model: nn.Module, config: TrainConfig, weights: GateWeights, controller: MacController | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `config` asks of the gates at these weights; and the polarization part before its weight."""
+    polarization = polarization_loss(model)
+    weighs = isinstance(weights.polar, Tensor) or weights.polar  # a scalar on a device is not looked at
+    loss = weights.polar * polarization if weighs else torch.zeros_like(polarization)
     if config.act_weight:
-        loss = loss + ramp * config.act_weight * activation_loss(model, weight=config.act_weighting)
+        loss = loss + weights.act * activation_loss(model, weight=config.act_weighting)
     if config.mac_weight:
-        loss = loss + ramp * config.mac_weight * mac_target_loss(model, target=config.mac_target)
-    if controller is not None and progress >= config.mac_ramp[0]:
-        loss = loss + controller(model, macs_wanted(config, progress))
+        loss = loss + weights.mac * mac_target_loss(model, target=config.mac_target)
+    if controller is not None and weights.wanted is not None:
+        loss = loss + controller(model, weights.wanted)
     return loss, polarization
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import ALONE, Ranks, parallel
 from gatedconv.train.guard import Buffers, StepGuard, judged_at_once
 from gatedconv.train.recipe import (
+    GateWeights,
     gate_loss,
+    gate_weights,
     learning_rate,
     lesson,
     make_controller,
@@ -42,6 +44,10 @@ class StepResult(NamedTuple):
     bad: Tensor
 
 
+# Sees what a step showed, and its labels; on the device, without looking at values.
+Observer = Callable[[StepResult, Tensor], None]
+
+
 class Stepper:
     """Makes steps on a network, in place.
 
@@ -52,6 +58,7 @@ class Stepper:
         ranks: the processes that train it together.
         predict_skips: for tests: let the step before decide what is left out, as on a GPU.
         macs_per_image: of a network that was cut: it carries no ``mac_terms``, and has no blocks to recompute.
+        observe: called at the end of each step.
 
     Attributes:
         parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, shutter and
@@ -70,8 +77,11 @@ class Stepper:
         *,
         predict_skips: bool | None = None,
         macs_per_image: float = 0.0,
+        observe: Observer | None = None,
     ) -> None:
         self.model, self.config, self.device, self.ranks = model, config, device, ranks
+        self.observe: Observer = observe or (lambda result, labels: None)
+        self._at_once = judged_at_once(device)
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         half = torch.bfloat16 if config.amp == "bf16" else torch.float16
@@ -87,11 +97,11 @@ class Stepper:
         self.window = RateWindow(model, config.accumulate) if self._gated and config.accumulate > 1 else None
         if self.window is not None:
             self.parts["window"] = self.window
-        self.network = parallel(_compiled(model, config, device), ranks)
+        self.network = parallel(_compiled(model, config), ranks)
         movable = (model, self.controller, self.shutter, self.window)
         moving = nn.ModuleList([part for part in movable if part is not None])
         self.guard = StepGuard(moving, device)
-        skips = config.skip_blocks and not (config.compile or config.cuda_graph)
+        skips = config.skip_blocks and not config.compile
         self._recompute = config.recompute and not macs_per_image
         self.macs = StepMacs(model, recompute=self._recompute, per_image=macs_per_image)
         self.skipping = BlockSkipping(
@@ -128,7 +138,7 @@ class Stepper:
         ``taught`` are a teacher's logits (B, classes) on the images.
         """
         set_learning_rate(self.optimizer, learning_rate(self.config, epoch))
-        if judged_at_once(self.device):
+        if self._at_once:
             self.guard.buffers.keep()
         if self._before is not None:
             self._before.keep()
@@ -138,6 +148,7 @@ class Stepper:
             result = self._forward_backward(images, labels, epoch / self.config.epochs, taught)
             self.skipping.verified(len(images))
         result = self._update(result)
+        self.observe(result, labels)
         progress = epoch / self.config.epochs
         if self.shutter is not None:
             shut_gates(self.shutter, self.config, progress)
@@ -155,8 +166,6 @@ class Stepper:
         parts = zip(images.tensor_split(count), labels.tensor_split(count), lessons, strict=True)
         for index, (x, y, theirs) in enumerate(parts):
             wait = self.ranks.world > 1 and index < count - 1
-            if self.config.cuda_graph:
-                torch.compiler.cudagraph_mark_step_begin()
             with self.network.no_sync() if wait else nullcontext():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.network(x)
@@ -167,14 +176,17 @@ class Stepper:
                 whole = task if share * weight == 1 else task * (share * weight)
                 loss += task.detach() * share
                 if self._gated:
-                    of_gates, polar = gate_loss(self.model, self.config, progress, self.controller)
+                    of_gates, polar = gate_loss(self.model, self.config, self._weights(progress), self.controller)
                     whole = whole + of_gates
                     loss += of_gates.detach() / count
                     polarization = polar.detach() / count + (0 if polarization is None else polarization)
                 self.scaler.scale(whole).backward()
-            # A CUDA graph writes the next part's logits over these.
+            # A CUDA graph of the network writes the next part's logits over these.
             shown.append(logits.detach().clone() if count > 1 else logits.detach())
         return StepResult(shown[0] if count == 1 else torch.cat(shown), loss, polarization, loss)
+
+    def _weights(self, progress: float) -> GateWeights:
+        return gate_weights(self.config, progress)
 
     def _update(self, result: StepResult) -> StepResult:
         """Change the weights, unless the loss or the gradient is not finite."""
@@ -191,7 +203,7 @@ class Stepper:
         else:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the fused kernel
             self.optimizer.step()
-        if judged_at_once(self.device) and bool(bad):
+        if self._at_once and bool(bad):
             self.guard.buffers.put_back()
         self.guard.count(bad)
         return result._replace(bad=bad)
@@ -207,16 +219,9 @@ class Stepper:
         return (finite | overflowed) & (broken == 0)
 
 
-def _compiled(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """The network as `compile` and `cuda_graph` want it run; always one graph.
-
-    Raises:
-        ValueError: CUDA graphs without a GPU.
-    """
-    if config.cuda_graph and device.type != "cuda":
-        raise ValueError(f"cuda_graph: expected a GPU, got device {device.type!r}")
-    if not (config.compile or config.cuda_graph):
+def _compiled(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """The network as `compile` wants it run; always one graph."""
+    if not config.compile:
         return model
-    mode = "reduce-overhead" if config.cuda_graph else None
-    compiled: nn.Module = torch.compile(model, fullgraph=True, mode=mode)  # type: ignore[assignment]
+    compiled: nn.Module = torch.compile(model, fullgraph=True)  # type: ignore[assignment]
     return compiled

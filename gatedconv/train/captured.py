@@ -1,0 +1,203 @@
+"""Training steps as CUDA graphs: forward, losses, backward, optimiser and metrics in one launch.
+
+A CIFAR ResNet is made of thousands of small kernels; launched one by one they keep a GPU waiting for the host. A
+captured step is launched as a whole. It computes what `Stepper` computes: the same operations on the same numbers,
+but for the learning rate, which lies on the device and is rounded to float32 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gates import find_gates
+from gatedconv.gates.gate import Gate
+from gatedconv.gates.registry import joined_rates, unwrap
+from gatedconv.train.config import TrainConfig
+from gatedconv.train.distributed import ALONE, Ranks
+from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate, shut_gates
+from gatedconv.train.step import Observer, Stepper, StepResult
+
+# Steps made op by op before a capture: kernels are compiled, cuDNN chooses, caches are filled.
+WARM_UP = 3
+
+
+def make_stepper(
+    model: nn.Module,
+    config: TrainConfig,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    *,
+    macs_per_image: float = 0.0,
+    observe: Observer | None = None,
+) -> Stepper:
+    """The kind of `Stepper` that `config` asks for; arguments are its own.
+
+    Raises:
+        ValueError: `cuda_graph` without a GPU, or with several processes.
+    """
+    kind: Callable[..., Stepper] = CapturedStepper if config.cuda_graph else Stepper
+    return kind(model, config, device, ranks, macs_per_image=macs_per_image, observe=observe)
+
+
+class CapturedStepper(Stepper):
+    """A `Stepper` whose step is a function of tensors that stay where they are, and looks at none of their values.
+
+    Images, labels, a teacher's logits, learning rates and the weights of the losses on the gates are copied there
+    before each step. What does look at values, shutting gates in order of rank and judging bad steps, comes between
+    steps and now and then, as on any GPU; blocks are not left out. A graph serves for as long as the step is made of
+    the same operations on the same shapes; otherwise another one is captured.
+
+    Args:
+        capture: replay CUDA graphs; False runs the same function op by op, on any device.
+
+    Raises:
+        ValueError: no GPU to capture on, or several processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        *,
+        macs_per_image: float = 0.0,
+        observe: Observer | None = None,
+        capture: bool = True,
+    ) -> None:
+        if capture and device.type != "cuda":
+            raise ValueError(f"cuda_graph: expected a GPU, got device {device.type!r}")
+        if ranks.world > 1:
+            raise ValueError(f"cuda_graph: expected one process, got {ranks.world}")
+        config = replace(config, skip_blocks=False)
+        super().__init__(model, config, device, ranks, macs_per_image=macs_per_image, observe=observe)
+        self._at_once = False
+        self._capture = capture
+        self._stream = torch.cuda.Stream(device) if capture else None
+        groups = self.optimizer.param_groups
+        self._rates = [_Scalar(device) for _ in groups]
+        self._scalars = {name: _Scalar(device) for name in GateWeights._fields}
+        self._inputs: tuple[Tensor, ...] = ()
+        self._replay: _Replay | None = None
+        self._kind: Any = None
+        self._warm = 0
+
+    def __call__(self, images: Tensor, labels: Tensor, epoch: float, taught: Tensor | None = None) -> StepResult:
+        """As `Stepper`; the result stands until the next step."""
+        progress = epoch / self.config.epochs
+        self._set(images, labels, taught, epoch)
+        if not self._capture:
+            result = self._step()
+        elif self._replay is None and self._warm < WARM_UP:
+            self._warm += 1
+            result = self._on_stream()
+        else:
+            if self._replay is None:
+                self._replay = self._captured()
+            else:
+                self.macs.add(len(images))
+            result = self._replay()
+        if self.shutter is not None:
+            shut_gates(self.shutter, self.config, progress)
+        return result
+
+    def _set(self, images: Tensor, labels: Tensor, taught: Tensor | None, epoch: float) -> None:
+        """Bring what a step depends on to where it looks for it."""
+        inputs = (images, labels) if taught is None else (images, labels, taught)
+        weights = gate_weights(self.config, epoch / self.config.epochs)
+        kind = [(each.shape, each.stride(), each.dtype) for each in inputs], weights.wanted is None
+        if kind != self._kind:
+            self._kind, self._replay, self._warm = kind, None, 0
+            self._inputs = tuple(torch.empty_like(each) for each in inputs)
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        rate = learning_rate(self.config, epoch)
+        for group, scalar in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * group["lr_factor"]
+            scalar.set(group["lr"])
+        for scalar, weight in zip(self._scalars.values(), weights, strict=True):
+            if weight is not None:
+                scalar.set(float(weight))
+        self._wanted = weights.wanted is not None
+
+    def _weights(self, progress: float) -> GateWeights:
+        found = GateWeights(*(scalar.value for scalar in self._scalars.values()))
+        return found if self._wanted else found._replace(wanted=None)
+
+    def _step(self) -> StepResult:
+        """The step itself: of the tensors that `_set` has filled, to tensors."""
+        images, labels, *taught = self._inputs
+        groups = self.optimizer.param_groups
+        before = [group["lr"] for group in groups]  # numbers, for checkpoints
+        for group, scalar in zip(groups, self._rates, strict=True):
+            group["lr"] = scalar.value
+        try:
+            # Schedules have been looked at by `_set`.
+            result = self._update(self._forward_backward(images, labels, 0.0, taught[0] if taught else None))
+        finally:
+            for group, rate in zip(groups, before, strict=True):
+                group["lr"] = rate
+        self.observe(result, labels)
+        return result
+
+    def _on_stream(self) -> StepResult:
+        """The step op by op, on the stream of the capture: autograd stays on that of the first backward pass."""
+        assert self._stream is not None
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = self._step()
+        current.wait_stream(self._stream)
+        return result
+
+    def _captured(self) -> _Replay:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._stream):
+                result = self._step()
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"cuda_graph: this step cannot be captured; train without it ({first})") from error
+        return _Replay(graph, result, self.model)
+
+
+class _Scalar:
+    """A number that lies on a device: float32 ()."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.zeros((), device=device)
+        self._last = 0.0
+
+    def set(self, number: float) -> None:
+        """Change it, if it is another one, without a copy from the host's memory."""
+        if number != self._last:
+            self.value.fill_(number)
+            self._last = number
+
+
+class _Replay:
+    """A captured step.
+
+    What gates and losses hold of a batch are tensors of the graph; another pass, an evaluation say, takes them away.
+    """
+
+    def __init__(self, graph: Any, result: StepResult, model: nn.Module) -> None:
+        self._graph, self._result, self._model = graph, result, unwrap(model)
+        self._shown: list[tuple[Gate, Tensor | None, Tensor | None]] = [
+            (gate, gate.logits, gate.open_rate) for gate in find_gates(model).values() if gate.logits is not None
+        ]
+        self._joined = joined_rates.get(self._model)
+
+    def __call__(self) -> StepResult:
+        self._graph.replay()
+        if self._shown and self._shown[0][0].open_rate is not self._shown[0][2]:
+            for gate, logits, open_rate in self._shown:
+                gate.logits, gate.open_rate = logits, open_rate
+            if self._joined is not None:
+                joined_rates[self._model] = self._joined
+        return self._result

@@ -1,0 +1,225 @@
+"""The step that a GPU replays as one CUDA graph, run op by op on the CPU: the same numbers, and nothing that waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gatedconv.gates import find_gates, shutter
+from gatedconv.models.resnet import ResNet
+from gatedconv.train import TrainConfig
+from gatedconv.train.captured import CapturedStepper, make_stepper
+from gatedconv.train.distributed import Ranks
+from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.step import Stepper
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(epochs=4, batch_size=8, lr=0.05, gate="layer", warmup_epochs=1.0, device="cpu", skip_blocks=False)
+CASES: dict[str, dict[str, Any]] = {
+    "rank": {"gate": "channel", "position": "middle", "mac_control": "rank", "mac_ramp": (0.0, 0.6)},
+    "price": {"gate": "both", "position": "middle", "mac_control": "price", "mac_ramp": (0.2, 0.6)},
+    "weights": {"act_weight": 0.1, "mac_weight": 1.0, "gate_warmup": 0.5, "polar_schedule": "warmup"},
+    "rising": {"gate": "channel", "position": "after", "pool": "flatten", "grad_clip": 1.0},
+    "noise": {"gate": "both", "estimator": "gumbel", "label_smoothing": 0.1},
+    "dense": {"gate": "none", "schedule": "staged", "momentum": 0.0, "nesterov": False},
+    "bf16": {"amp": "bf16", "channels_last": True},
+    "fp16": {"amp": "fp16"},
+    "parts": {"gate": "channel", "position": "middle", "accumulate": 2, "mac_control": "rank", "mac_ramp": (0.0, 0.6)},
+    "taught": {"teacher_at": 0.0},
+}
+
+
+class Operations(TorchDispatchMode):
+    """Fails where an operation waits for what a device has computed, or copies from the host's own memory to it."""
+
+    NAMES = frozenset(
+        {
+            "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim",
+            "bincount", "lift_fresh", "lift", "_pin_memory", "repeat_interleave",
+        }
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.NAMES, f"{func} waits"
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        assert not any(index is not None and index.dtype == torch.bool for index in indices), f"{func} counts"
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """The same of what no operation shows while all is on the CPU."""
+
+    NAMES = frozenset({"tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        assert name not in self.NAMES, f"{name} waits"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_wait() -> Iterator[None]:
+    """Where the host would wait for a device, which ends the capture of a CUDA graph, there is an AssertionError."""
+    with Functions(), Operations():
+        yield
+
+
+def network(config: TrainConfig) -> ResNet:
+    torch.manual_seed(2)
+    gate = None if config.gate == "none" else config.gate
+    net = ResNet(8, 3, gate, config.position, estimator=config.estimator, pool=config.pool, input_size=(1, 8, 8))
+    return net.train()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    return torch.randn(8, 1, 8, 8, generator=draw), torch.arange(8) % 3, torch.randn(8, 3, generator=draw)
+
+
+def trained(kind: type[Stepper], config: TrainConfig, *, steps: int = 8, **options: Any) -> tuple[Stepper, EpochMeter]:
+    """Steps with an evaluation between them, and one that is not finite."""
+    model = network(config)
+    meter = EpochMeter(model)
+
+    def observe(result: Any, labels: Tensor) -> None:
+        meter.add(result.logits, labels, result.loss, result.polarization, result.bad)
+
+    stepper = kind(model, config, CPU, observe=observe, **options)
+    stepper._at_once = False  # bad steps are judged as on a GPU
+    torch.manual_seed(3)
+    with stepper.active():
+        for step in range(steps):
+            images, labels, taught = batch(step)
+            if step == 5:
+                images = images * math.nan
+            if step == 4:
+                model.eval()(images)
+                model.train()
+            stepper(images, labels, step / 2, taught if config.teacher_at < 1 else None)
+            stepper.guard.settle()
+    return stepper, meter
+
+
+def numbers(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.double().tolist()
+    if isinstance(state, dict):
+        return {key: numbers(value) for key, value in state.items()}
+    return [numbers(value) for value in state] if isinstance(state, list) else state
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_captured_function_makes_the_steps_of_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutter, "EVERY", 2)
+    config = dataclasses.replace(CONFIG, **CASES[name])
+    (plain, expected), (captured, found) = (
+        trained(Stepper, config),
+        trained(CapturedStepper, config, capture=False),
+    )
+    assert int(plain.guard.skipped) == 1 and plain.macs.executed == captured.macs.executed > 0
+    assert plain.parts.keys() == captured.parts.keys()
+    for part in plain.parts:
+        left, right = (numbers(stepper.parts[part].state_dict()) for stepper in (plain, captured))
+        assert left == right, part
+    assert numbers(plain.guard.state_dict()) == numbers(captured.guard.state_dict())
+    assert torch.equal(expected._sums, found._sums) and int(found._sums[0]) == 7
+    if plain.shutter is not None:
+        assert bool(plain.shutter.shut.any())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_in_it_waits_for_the_device(name: str) -> None:
+    config = dataclasses.replace(CONFIG, **CASES[name])
+    stepper, _ = trained(CapturedStepper, config, steps=4, capture=False)
+    assert isinstance(stepper, CapturedStepper)
+    with stepper.active(), no_wait():
+        stepper._step()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda t: t.sum().item(),
+        lambda t: t[t > 0],
+        lambda t: t.new_tensor([1.0]),
+        lambda t: t.tolist(),
+        bool,
+        lambda t: torch.tensor(1.0),
+        lambda t: t.nonzero(),
+        lambda t: float(t),
+        lambda t: t.cpu(),
+    ],  # fmt: skip
+)
+def test_the_trap_sees_what_waits(wait: Any) -> None:
+    with pytest.raises(AssertionError, match="waits|counts"), no_wait():
+        wait(torch.ones(1))
+
+
+def test_it_reads_its_inputs_where_they_were_first() -> None:
+    """Addresses of inputs, weights and metrics stay, and so do numbers in the optimiser's groups."""
+    stepper, meter = trained(CapturedStepper, dataclasses.replace(CONFIG, mac_weight=1.0), capture=False)
+    assert isinstance(stepper, CapturedStepper)
+
+    def places() -> list[int]:
+        tensors = [*stepper._inputs, *stepper.model.state_dict().values(), meter._sums, stepper.guard.skipped]
+        momenta = [state["momentum_buffer"] for state in stepper.optimizer.state.values()]
+        return [tensor.data_ptr() for tensor in [*tensors, *momenta]]
+
+    before = places()
+    meter.new_epoch()
+    stepper(*batch(9)[:2], 3.9)
+    assert places() == before
+    assert all(type(group["lr"]) is float for group in stepper.optimizer.param_groups)
+    assert stepper._rates[0].value.item() == pytest.approx(stepper.optimizer.param_groups[0]["lr"])
+
+
+def test_another_shape_and_the_beginning_of_a_price_are_other_steps() -> None:
+    config = dataclasses.replace(CONFIG, mac_control="price", mac_ramp=(0.5, 0.75))
+    stepper = CapturedStepper(network(config), config, CPU, capture=False)
+    images, labels, _ = batch(0)
+    kinds = []
+    for size, epoch in ((8, 0.0), (8, 1.0), (8, 2.0), (8, 3.0), (6, 3.0)):
+        stepper(images[:size], labels[:size], epoch)
+        kinds.append(stepper._kind)
+    assert [kinds[i] == kinds[i + 1] for i in range(4)] == [True, False, True, False]
+
+
+def test_what_gates_show_is_given_back_to_them_after_another_pass() -> None:
+    from gatedconv.train.captured import _Replay
+
+    model = network(CONFIG)
+    model(batch(0)[0])
+    shown = [(gate.logits, gate.open_rate) for gate in find_gates(model).values()]
+
+    class Graph:
+        replays = 0
+
+        def replay(self) -> None:
+            self.replays += 1
+
+    graph, result = Graph(), object()
+    replay = _Replay(graph, result, model)  # type: ignore[arg-type]
+    model.eval()(batch(1)[0])
+    assert all(gate.logits is not shown[0][0] for gate in find_gates(model).values())
+    assert replay() is result and graph.replays == 1  # type: ignore[comparison-overlap]
+    for gate, (logits, rate) in zip(find_gates(model).values(), shown, strict=True):
+        assert gate.logits is logits and gate.open_rate is rate
+
+
+def test_it_wants_a_gpu_and_one_process() -> None:
+    config = dataclasses.replace(CONFIG, device="auto", cuda_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph: expected a GPU, got device 'cpu'"):
+        make_stepper(network(CONFIG), config, CPU)
+    with pytest.raises(ValueError, match="cuda_graph: expected one process, got 2"):
+        CapturedStepper(network(CONFIG), CONFIG, CPU, Ranks(0, 2), capture=False)
+    assert type(make_stepper(network(CONFIG), CONFIG, CPU)) is Stepper
