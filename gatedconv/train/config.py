@@ -161,10 +161,14 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 for PyTorch's default", low=0, high=MAX_THREADS)
     shared_device: bool = option(False, "other work runs on the device: energy and latency are not measured")
-    amp: str = option("off", "mixed precision", choices=("off", "bf16", "fp16"))
+    amp: str = option(
+        "off",
+        "mixed precision; auto is bf16 on a GPU that computes in it, off elsewhere",
+        choices=("off", "auto", "bf16", "fp16"),
+    )
     channels_last: bool = option(True, "channels-last memory format")
     compile: bool = option(False, "torch.compile the network for training")
-    cuda_graph: bool = option(False, "compile, and replay forward and backward passes as CUDA graphs (needs a GPU)")
+    cuda_graph: bool = option(False, "replay each training step, metrics included, as one CUDA graph (needs a GPU)")
     accumulate: int = option(1, "parts that a batch is computed in, one after the other", low=1, high=4096)
     recompute: bool = option(False, "gradient checkpointing: recompute each block in backward, to save memory")
     skip_blocks: bool = option(True, "do not compute blocks that a layer gate shuts for the whole batch")
@@ -218,7 +222,7 @@ class TrainConfig:
             raise ValueError("nesterov: expected momentum above 0, got momentum 0.0")
         if self.recompute and (self.compile or self.cuda_graph):
             name = "compile" if self.compile else "cuda_graph"
-            raise ValueError(f"{name}: expected recompute off, torch.compile decides by itself what it keeps; got both")
+            raise ValueError(f"{name}: expected recompute off, what is kept is decided once for all steps; got both")
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("cuda_graph: expected a GPU, got device 'cpu'")
         if self.batch_size < 2 * self.accumulate:
@@ -253,7 +257,7 @@ FREE_ON_RESUME = frozenset(
 
 
 def require_same_recipe(stored: Mapping[str, Any], config: TrainConfig, where: str) -> None:
-    """Check that a run goes on with the recipe that it began with, fields of `FREE_ON_RESUME` aside.
+    """Check that a run goes on with its recipe, fields of `FREE_ON_RESUME` and the folder of an archive aside.
 
     Args:
         stored: fields of the run's beginning.
@@ -266,8 +270,15 @@ def require_same_recipe(stored: Mapping[str, Any], config: TrainConfig, where: s
     for name, spec in field_specs().items():
         # What a run says nothing of is younger than the run, and was then as its default is now.
         mine, theirs = getattr(config, name), stored.get(name, spec.default)
-        if name not in FREE_ON_RESUME and theirs != mine:
+        same = _unplaced(theirs) == _unplaced(mine) if name == "data" else theirs == mine
+        if name not in FREE_ON_RESUME and not same:
             raise ValueError(f"{where}: expected {name} {mine!r}, found {theirs!r}")
+
+
+def _unplaced(source: str) -> str:
+    """An archive may lie elsewhere by the time that a run goes on; its name, and how many images, stay."""
+    kind, _, path = source.partition(":")
+    return f"npz:{Path(path).name}" if kind == "npz" else source
 
 
 def field_specs() -> dict[str, dataclasses.Field[Any]]:

@@ -81,6 +81,7 @@ _BEST: Settings = {
     "mac_ramp": (0.2, 0.7),
     "mac_target": 0.48,
     "consensus_at": 0.7084,
+    "amp": "auto",
 }
 _DEPTHS = (20, 32, 44, 56, 110)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -236,6 +238,31 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: expected one that this machine has ({torch.cuda.device_count()} GPUs), got {name!r}")
     return device
+
+
+def mixed_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """What `amp` computes convolutions in on a device; None for the parameters' own dtype."""
+    if config.amp == "auto":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+
+
+@contextmanager
+def tuned_convolutions(device: torch.device) -> Iterator[None]:
+    """While it lasts, cuDNN measures which of its algorithms is fastest for each shape: for steps, whose shapes stay.
+
+    Not where the user wants the same ones every time.
+    """
+    before = torch.backends.cudnn.benchmark
+    if device.type == "cuda" and not (
+        torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    ):
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def train_batches(config: TrainConfig, data: ImageData, phase: str = "gated", ranks: Ranks = ALONE) -> TrainBatches:

@@ -25,9 +25,11 @@ from gatedconv.train.recipe import (
     make_controller,
     make_optimizer,
     make_shutter,
+    mixed_dtype,
     set_learning_rate,
     shut_gates,
     task_loss,
+    tuned_convolutions,
 )
 from gatedconv.train.recompute import recomputing
 from gatedconv.train.skipping import BlockSkipping
@@ -84,8 +86,8 @@ class Stepper:
         self._at_once = judged_at_once(device)
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        half = torch.bfloat16 if config.amp == "bf16" else torch.float16
-        self.autocast = torch.autocast(device.type, half, enabled=config.amp != "off")
+        half = mixed_dtype(config, device)
+        self.autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
         self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.controller = make_controller(model, config)
         if self.controller is not None:
@@ -114,6 +116,7 @@ class Stepper:
     def active(self) -> Iterator[None]:
         """While it lasts, the network behaves as the steps of `config` need it."""
         with ExitStack() as stack:
+            stack.enter_context(tuned_convolutions(self.device))
             stack.enter_context(accumulating(self.model, self.window))
             if self.ranks.world > 1:
                 stack.enter_context(synchronised_norms(self.model, self.config.sync_norm))
@@ -154,9 +157,7 @@ class Stepper:
             shut_gates(self.shutter, self.config, progress)
         return result
 
-    def _forward_backward(
-        self, images: Tensor, labels: Tensor, progress: float, taught: Tensor | None
-    ) -> StepResult:
+    def _forward_backward(self, images: Tensor, labels: Tensor, progress: float, taught: Tensor | None) -> StepResult:
         count = self.config.accumulate
         # DistributedDataParallel gives each rank the same say; ranks may hold one image more or less.
         weight = len(images) * self.ranks.world / self.config.batch_size

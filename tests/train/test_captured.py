@@ -20,6 +20,8 @@ from gatedconv.train import TrainConfig
 from gatedconv.train.captured import CapturedStepper, make_stepper
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.presets import preset_settings
+from gatedconv.train.recipe import mixed_dtype, tuned_convolutions
 from gatedconv.train.step import Stepper
 
 CPU = torch.device("cpu")
@@ -223,3 +225,28 @@ def test_it_wants_a_gpu_and_one_process() -> None:
     with pytest.raises(ValueError, match="cuda_graph: expected one process, got 2"):
         CapturedStepper(network(CONFIG), CONFIG, CPU, Ranks(0, 2), capture=False)
     assert type(make_stepper(network(CONFIG), CONFIG, CPU)) is Stepper
+
+
+def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, amp="auto")
+    assert mixed_dtype(config, CPU) is None
+    for capability, expected in (((7, 5), None), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert mixed_dtype(config, torch.device("cuda")) is expected
+    assert preset_settings("best-c10-r56")["amp"] == "auto" and "amp" not in preset_settings("paper-c10-r56-layer")
+
+
+@pytest.mark.parametrize(
+    ("device", "fixed", "during"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_convolutions_are_tuned_in_steps_alone(
+    device: str, fixed: bool, during: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", fixed)
+    with tuned_convolutions(torch.device(device)):
+        assert torch.backends.cudnn.benchmark is during
+    assert torch.backends.cudnn.benchmark is False
+    with pytest.raises(KeyError), tuned_convolutions(torch.device(device)):
+        raise KeyError
+    assert torch.backends.cudnn.benchmark is False
