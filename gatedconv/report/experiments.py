@@ -109,8 +109,8 @@ def controls(gated: Experiment) -> tuple[Experiment, Experiment]:
 
 
 def _taught(fixed: Experiment) -> Experiment:
-    """The control at its strongest: beside it a whole network trains from the start, and teaches it from the start."""
-    settings = {**fixed.settings, "teacher_at": 0.0}
+    """A control at its strongest: a whole network trains beside it from the start, and teaches it as the gated one is."""
+    settings = {name: value for name, value in fixed.settings.items() if name != "teacher_at"}
     return replace(fixed, name=f"{fixed.name}-taught", settings=settings, label=f"{fixed.label}, taught")
 
 
