@@ -109,7 +109,7 @@ def controls(gated: Experiment) -> tuple[Experiment, Experiment]:
 
 
 def _taught(fixed: Experiment) -> Experiment:
-    """A control at its strongest: a whole network trains beside it from the start, and teaches it as the gated one is."""
+    """A control at its strongest: a whole network trains beside it from the start, and teaches it like the gated."""
     settings = {name: value for name, value in fixed.settings.items() if name != "teacher_at"}
     return replace(fixed, name=f"{fixed.name}-taught", settings=settings, label=f"{fixed.label}, taught")
 
