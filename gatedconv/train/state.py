@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ _STATE = {
         "position?": int,
         "ranks?": list,
     },
-    "history": list,
+    "history": (torch.Tensor, list),  # a list where it was written before it was packed
     # In the middle of an epoch: what it has shown so far.
     "within?": {
         "seconds": NUMBER, "energy_j": (*NUMBER, type(None)), "executed?": NUMBER, "saved": NUMBER, "meter": dict,
@@ -67,7 +69,7 @@ def pack_state(
         "train_images": len(batches.labels),
         "config": dataclasses.asdict(config),
         "random": random,
-        "history": [metrics.as_dict() for metrics in history],
+        "history": pack_history(history),
         **{name: part.state_dict() for name, part in parts.items()},
     }
 
@@ -114,7 +116,29 @@ def restore_state(
         restore_part(state, path, name, part)
     batches.set_state(state["random"])
     _restore_random(state["random"], batches, ranks)
-    return [EpochMetrics.from_dict(line, f"{path}: history", CheckpointError) for line in state["history"]]
+    return unpack_history(state["history"], f"{path}: history")
+
+
+def pack_history(history: list[EpochMetrics]) -> torch.Tensor:
+    """The metrics as compressed JSON, uint8 (bytes,): hundreds of epochs would weigh half a megabyte."""
+    text = json.dumps([metrics.as_dict() for metrics in history])
+    return torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
+
+
+def unpack_history(packed: torch.Tensor | list[Any], where: str) -> list[EpochMetrics]:
+    """The metrics that `pack_history` took; a list holds them as they are.
+
+    Raises:
+        CheckpointError: they are damaged; begins with `where`.
+    """
+    lines: Any = packed
+    if isinstance(packed, torch.Tensor):
+        try:
+            lines = json.loads(zlib.decompress(packed.numpy().tobytes()))
+        except (zlib.error, ValueError) as error:
+            raise CheckpointError(f"{where}: damaged ({error})") from None
+    require_form(lines, list, where, CheckpointError)
+    return [EpochMetrics.from_dict(line, where, CheckpointError) for line in lines]
 
 
 def _restore_random(random: dict[str, Any], batches: TrainBatches, ranks: Ranks) -> None:

@@ -23,6 +23,7 @@ import gatedconv
 from gatedconv.gates import shutter
 from gatedconv.train import RunFolder, TrainConfig, finish, run
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
+from gatedconv.train.state import unpack_history
 
 _CALLS = ("fsync", "replace")
 _SERVER = multiprocessing.get_context("forkserver")
@@ -104,9 +105,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     states = {}
     for phase in filter(lambda name: has_checkpoint(found.checkpoint(name)), ("gated", "cut")):
         states[phase] = state = load_checkpoint(found.checkpoint(phase))
-        for line in state["history"]:
-            for key in varying:
-                line.pop(key)
+        history = [line.as_dict() for line in unpack_history(state["history"], phase)]
+        state["history"] = [{k: v for k, v in line.items() if k not in varying} for line in history]
         state.pop("config")
     passing = ("wall_s", "commit", *varying)
     summary = {key: value for key, value in found.read_summary().items() if key not in passing}

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
+from gatedconv.data import TrainBatches
+from gatedconv.data.image_data import Augment, make_image_data
 from gatedconv.deploy.atomic import write_atomic
+from gatedconv.models.resnet import ResNet
+from gatedconv.train import EpochMetrics
 from gatedconv.train.checkpoint import (
     CheckpointError,
     has_checkpoint,
@@ -15,6 +21,11 @@ from gatedconv.train.checkpoint import (
     previous_path,
     save_checkpoint,
 )
+from gatedconv.train.config import make_config
+from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.presets import preset_settings
+from gatedconv.train.state import pack_history, pack_state, unpack_history
+from gatedconv.train.step import Stepper
 
 
 def saved(path: Path, *epochs: int) -> None:
@@ -98,3 +109,47 @@ def test_write_atomic_replaces(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a.txt", b"one")
     write_atomic(tmp_path / "a.txt", b"two")
     assert (tmp_path / "a.txt").read_bytes() == b"two" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def epochs_of(count: int, gates: list[str]) -> list[EpochMetrics]:
+    """Metrics without two equal numbers, which is as long as they get."""
+    draw = random.Random(0)
+    return [
+        EpochMetrics(
+            "gated", number + 1, *(draw.random() for _ in range(6)), polar_weight=3.0, polarization=draw.random(),
+            macs=draw.random(), open_rate=draw.random(), gates_dead=draw.randrange(4000), num_gates=4032,
+            train_macs=1e15 * draw.random(), macs_saved=draw.random(), energy_j=1e4 * draw.random(),
+            energy_source="NVIDIA H200 (GPU-01234567-89ab-cdef-0123-456789abcdef), CPU package 0, CPU package 1",
+            gate_open_rates={name: round(draw.random(), 5) for name in gates},
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", ["channel", "both"])
+def test_a_checkpoint_of_resnet110_at_the_end_of_a_run_is_at_most_16_mb(tmp_path: Path, gate: str) -> None:
+    config = make_config({**preset_settings("best-c100-r110"), "gate": gate, "batch_size": 2, "device": "cpu"})
+    model = ResNet(110, 100, gate, config.position, shortcut=config.shortcut, input_size=(3, 32, 32))
+    stepper = Stepper(model, config, torch.device("cpu"))
+    split = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2)
+    history = epochs_of(config.epochs, list(EpochMeter(model).gates))
+    batches = TrainBatches(make_image_data("two", split, split, Augment()), 2)
+    state = pack_state(stepper.parts, batches, config, "gated", history)
+    save_checkpoint(tmp_path / "gated.pt", {**state, "guard": stepper.guard.state_dict()})
+    assert 14e6 < (tmp_path / "gated.pt").stat().st_size <= 16e6
+    assert unpack_history(load_checkpoint(tmp_path / "gated.pt")["history"], "history") == history
+
+
+def test_a_packed_history_is_exact_and_older_ones_are_read() -> None:
+    lines = [*epochs_of(3, ["a", "b"]), EpochMetrics("cut", 4, 1 / 3, 1e-300, 2**0.5, math.inf, 0.1, 5.0)]
+    assert unpack_history(pack_history(lines), "history") == lines
+    assert unpack_history([line.as_dict() for line in lines], "history") == lines
+    assert pack_history(lines).dtype == torch.uint8 and unpack_history(pack_history([]), "history") == []
+
+
+@pytest.mark.parametrize(
+    "found", [torch.zeros(4, dtype=torch.uint8), pack_history([])[:-1], torch.tensor([7, 7]), [{"epoch": 1}], [3]]
+)
+def test_a_damaged_history_is_one_clear_error(found: object) -> None:
+    with pytest.raises(CheckpointError, match=r"^gated\.pt: history: "):
+        unpack_history(found, "gated.pt: history")  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from gatedconv.models.resnet import ResNet
 from gatedconv.train import EpochMetrics, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint
 from gatedconv.train.energy import Energy, continued, joined, of_run
+from gatedconv.train.state import unpack_history
 
 LINE = EpochMetrics("gated", 1, 0.1, 1.0, 50.0, 1.0, 50.0, 1.0, energy_j=2.0, energy_source="GPU 0 (NVML)")
 
@@ -86,5 +87,5 @@ def test_the_energy_of_an_epoch_outlives_a_restart(
         torch.manual_seed(0)
         model = ResNet(8, 3, None, input_size=(1, 8, 8))
         lines = list(train(model, data, config, checkpoint=path, resume=path.exists(), deadline=deadline))
-    assert load_checkpoint(path)["history"] == [line.as_dict() for line in lines]
+    assert unpack_history(load_checkpoint(path)["history"], "history") == lines
     assert (lines[0].energy_j, lines[0].energy_reason, lines[0].energy_source) == (*expected, "fake")
