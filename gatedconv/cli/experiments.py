@@ -3,118 +3,112 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from gatedconv.deploy.atomic import write_atomic
+from gatedconv.cli.experiment_energy import measure_energy
+from gatedconv.cli.experiment_files import Bench, Key, dataset_name, find_consensus, keep_files
+from gatedconv.cli.experiment_rows import naive_row, recipe_settings, reference, require_present, training_row
 from gatedconv.report.experiments import Experiment, all_experiments, find_experiment
 from gatedconv.report.ledger import LedgerRow, append_row, read_ledger
-from gatedconv.train.checkpoint import naming_file
 from gatedconv.train.config import TrainConfig, make_config, require_same_recipe
 from gatedconv.train.folder import RunFolder
-from gatedconv.train.presets import preset_settings
 
-DONE, TIME_LIMIT = 0, 3
-Key = tuple[str, int]
+DONE, FAILED, TIME_LIMIT = 0, 1, 3
+# A dense net is needed by most of what comes after it, a gated one by its controls.
+_RANKS = {"dense": 0, "gated": 1, "equal_macs": 2, "fixed_at_init": 2, "naive_dropout": 3, "naive_layer": 3}
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where the runs of the table live.
+class Failures(dict[Key, str]):
+    """What went wrong, by run; told at once."""
 
-    Attributes:
-        runs: folder of run folders, a NAME-seedN each.
-        results: folder of ledger.jsonl and epochs/.
-        sources: where data sets lie that the table names: {"cifar10": "npz:data/cifar10.npz"}.
-        device: as in `TrainConfig`; "" for the recipe's own.
-        threads: the same; 0 for the recipe's own.
-        deadline: `time.monotonic()` by which to stop; None for never.
-        command: what runs `gatedconv` in a process of its own.
-    """
-
-    runs: Path
-    results: Path
-    sources: Mapping[str, str]
-    device: str = ""
-    threads: int = 0
-    deadline: float | None = None
-    command: tuple[str, ...] = (sys.executable, "-m", "gatedconv")
-
-    @property
-    def ledger(self) -> Path:
-        """The ledger of results."""
-        return self.results / "ledger.jsonl"
-
-    def folder(self, experiment: str, seed: int) -> RunFolder:
-        """The run folder of an experiment and a seed."""
-        return RunFolder(self.runs / f"{experiment}-seed{seed}")
-
-    def minutes_left(self) -> float:
-        """Minutes to the deadline, at least a hundredth; 0 for no deadline, as `max_minutes` has it."""
-        return 0.0 if self.deadline is None else max(0.01, (self.deadline - time.monotonic()) / 60)
+    def __setitem__(self, key: Key, message: str) -> None:
+        message = " ".join(message.split())
+        super().__setitem__(key, message)
+        print(f"{key[0]} seed {key[1]}: failed: {message}", file=sys.stderr, flush=True)
 
 
 def select(names: Sequence[str], seeds: Iterable[int] | None) -> list[Key]:
-    """The runs that are asked for, in the table's order; a name may be a pattern such as table4-*.
+    """The runs that are asked for; a name may be a pattern such as table4-*.
+
+    Table by table in the order of the experiment table. Within one of them the milestones as printed come before
+    the swapped ones, and seed after seed, so that wherever time ends there is a table with fewer seeds.
 
     Raises:
         ValueError: a name or pattern that fits no experiment, or a seed that one does not have.
     """
     known = all_experiments()
+    groups = list(dict.fromkeys(each.shown[0] for each in known.values()))
     wanted: set[str] = set()
     for name in names:
         found = fnmatch.filter(known, name) or [find_experiment(name).name]
         wanted.update(found)
     chosen = []
-    for name in known:
+    for place, (name, each) in enumerate(known.items()):
         if name in wanted:
-            own = known[name].seeds
-            for seed in own if seeds is None else seeds:
-                if seed not in own:
-                    raise ValueError(f"seed: {name} has the seeds {', '.join(map(str, own))}, got {seed}")
-                chosen.append((name, seed))
-    return chosen
+            group, swapped = groups.index(each.shown[0]), name.endswith("-swapped")
+            for seed in each.seeds if seeds is None else seeds:
+                if seed not in each.seeds:
+                    raise ValueError(f"seed: {name} has the seeds {', '.join(map(str, each.seeds))}, got {seed}")
+                chosen.append(((group, swapped, seed, _RANKS[each.kind], place), (name, seed)))
+    return [key for _, key in sorted(chosen)]
 
 
 def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
-    """Run what is missing, ``jobs`` processes side by side; 0 when all is done, 3 when time was up.
+    """Run what is missing, ``jobs`` processes side by side.
 
     What is begun goes on where it was cut off, what is in the ledger is skipped, and what another run is made
-    from comes before it, whether or not it was asked for.
+    from comes before it, whether or not it was asked for. A run that fails stops only what is made from it.
+
+    Returns:
+        0 when all is done, 1 when something failed, which is told at the end, 3 when time was up.
     """
-    queue = _with_needs(keys, set(read_ledger(bench.ledger)))
+    failures = Failures()
+    queue = _plan(keys, read_ledger(bench.ledger), failures)
     for name, seed in keys:
-        if (name, seed) not in queue:
+        if (name, seed) not in queue and (name, seed) not in failures:
             print(f"{name} seed {seed}: done already", flush=True)
-    if jobs == 1:
-        for key in queue:
-            if bench.deadline is not None and time.monotonic() > bench.deadline:
-                return TIME_LIMIT
-            if run_one(bench, *key) != DONE:
-                return TIME_LIMIT
-        return DONE
-    return _side_by_side(bench, queue, jobs)
+    if jobs == 1 or len(queue) < 2:
+        code = _one_by_one(bench, queue, failures)
+    else:
+        together = replace(bench, beside=max(bench.beside, min(jobs, len(queue)) - 1))
+        code = _side_by_side(together, queue, jobs, failures)
+    if jobs > 1 and not bench.beside:  # nothing else runs any more
+        measure_energy(bench, keys, failures)
+    return _told(failures) or code
+
+
+def energy_of_images(bench: Bench, keys: Sequence[Key]) -> int:
+    """Measure the joules per image that finished runs lack; 0, or 1 when something failed."""
+    failures = Failures()
+    measure_energy(bench, keys, failures)
+    return _told(failures)
 
 
 def run_one(bench: Bench, name: str, seed: int) -> int:
-    """Run one experiment with one seed and add its row; 0 when done, 3 when time was up."""
+    """Run one experiment with one seed and add its row; 0 when done, 3 when time was up.
+
+    Raises:
+        ValueError: the ledger, or the run folder, has it by another recipe; or what it is made from is missing.
+    """
     from gatedconv.cli.progress import make_listener
     from gatedconv.train.pipeline import run as run_training
 
     experiment = find_experiment(name)
     rows = read_ledger(bench.ledger)
     if (name, seed) in rows:
+        require_present(rows[name, seed])
         return DONE
     print(f"{name} seed {seed}", flush=True)
     if not experiment.trains:
-        append_row(bench.ledger, _naive_row(bench, experiment, seed, rows))
+        append_row(bench.ledger, naive_row(bench, experiment, seed, rows))
         return DONE
     config, folder = experiment_config(bench, experiment, seed, rows), bench.folder(name, seed)
     summary = None
@@ -126,8 +120,8 @@ def run_one(bench: Bench, name: str, seed: int) -> int:
             summary = run_training(config, folder, resume=folder.holds_run(), listener=listener)
     if summary is None:
         return TIME_LIMIT
-    _keep_epochs(bench, folder, name, seed)
-    append_row(bench.ledger, training_row(experiment, seed, folder, summary, rows))
+    keep_files(bench, name, seed)
+    append_row(bench.ledger, training_row(experiment, seed, folder, summary, rows, bench.beside + 1))
     return DONE
 
 
@@ -137,16 +131,17 @@ def experiment_config(bench: Bench, experiment: Experiment, seed: int, rows: Map
     Raises:
         ValueError: the run that a control is made from is not finished, or its consensus is not kept.
     """
-    settings = (preset_settings(experiment.preset) if experiment.preset else {}) | dict(experiment.settings)
+    settings = recipe_settings(experiment)
     settings |= {"name": experiment.name, "seed": seed, "max_minutes": bench.minutes_left()}
     if experiment.needs:
-        reference = _reference(experiment, seed, rows)
-        settings["mac_target"] = min(1.0, reference.macs / reference.macs_dense)
+        gated = reference(experiment, seed, rows)
+        settings["mac_target"] = min(1.0, gated.macs / gated.macs_dense)
         if experiment.kind == "fixed_at_init":
-            settings["subnetwork"] = str(bench.folder(experiment.needs, seed).consensus)
+            settings["subnetwork"] = str(find_consensus(bench, experiment.needs, seed))
     settings["data"] = bench.sources.get(dataset_name(settings["data"]), settings["data"])
     settings |= {"device": bench.device} if bench.device else {}
     settings |= {"threads": bench.threads} if bench.threads else {}
+    settings["shared_device"] = bench.beside > 0
     return make_config(settings, where=experiment.name)
 
 
@@ -163,158 +158,102 @@ def _require_recipe(folder: RunFolder, config: TrainConfig, name: str) -> None:
     require_same_recipe(vars(stored), config, where)
 
 
-def dataset_name(source: str) -> str:
-    """cifar10 -> cifar10, npz:data/digits.npz -> digits."""
-    kind, _, path = source.partition(":")
-    return Path(path).stem if path else kind
-
-
-def training_row(
-    experiment: Experiment, seed: int, folder: RunFolder, summary: Mapping[str, Any], rows: Mapping[Key, LedgerRow]
-) -> LedgerRow:
-    """The ledger's row of a finished training."""
-    recipe = (preset_settings(experiment.preset) if experiment.preset else {}) | dict(experiment.settings)
-    net = summary["frozen"] if experiment.kind == "gated" else summary["dense"]
-    gates: dict[str, Any] = {}
-    macs_dense = net["macs"]
-    if experiment.kind == "gated":
-        macs_dense = summary["macs_dense"]
-        gates = {
-            "open_ratio": summary["open_ratio"],
-            "pruning_rate": summary["pruning_rate"],
-            "polar": summary["polarization"],
-            "agreement": summary["agreement"],
-            "top1_dynamic": summary["dynamic"]["top1"],
-            "macs_dynamic": summary["dynamic"]["macs"],
-        }
-    elif experiment.needs:
-        macs_dense = _reference(experiment, seed, rows).macs_dense
-    energies = [getattr(line, "energy_j", None) for line in folder.read_metrics()]
-    known = [energy for energy in energies if energy is not None]
-    return LedgerRow(
-        experiment=experiment.name,
-        seed=seed,
-        dataset=dataset_name(recipe["data"]),
-        model=summary["model"],
-        kind=experiment.kind,
-        top1_last=net["top1"],
-        macs=net["macs"],
-        macs_dense=macs_dense,
-        epochs=sum(summary["epochs"].values()),
-        device=summary["device"],
-        commit=summary["commit"],
-        versions=summary["versions"],
-        wall_s=summary["wall_s"],
-        evaluated_on=summary["evaluated_on"],
-        params=net["params"],
-        energy_j=sum(known) if known and len(known) == len(energies) else None,
-        energy_j_image=net.get("energy_j_image"),
-        **gates,
-    )
-
-
-def _naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
-    from gatedconv.deploy import load
-    from gatedconv.train.build import load_images
-    from gatedconv.train.finish import figures
-    from gatedconv.train.naive import drop_layers, drop_parameters
-    from gatedconv.train.recipe import place
-
-    reference = _reference(experiment, seed, rows)
-    started = time.monotonic()
-    folder = bench.folder(experiment.needs, seed)
-    config = folder.read_config()
-    dense: Any = load(folder.model("dense"))
-    drop = drop_parameters if experiment.kind == "naive_dropout" else drop_layers
-    pruned = drop(dense, experiment.share / 100, seed).eval()
-    found = figures(place(pruned, config), config, load_images(config))
-    left = found["params"] / sum(parameter.numel() for parameter in dense.parameters())
-    return replace(
-        reference,
-        experiment=experiment.name,
-        kind=experiment.kind,
-        top1_last=found["top1"],
-        macs=found["macs"],
-        params=found["params"],
-        pruning_rate=experiment.share / 100 if experiment.kind == "naive_dropout" else 1 - left,
-        epochs=0,
-        wall_s=round(time.monotonic() - started, 2),
-        energy_j=None,
-        energy_j_image=None,
-    )
-
-
-def _reference(experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
-    if (experiment.needs, seed) not in rows:
-        raise ValueError(f"{experiment.name}: is made from {experiment.needs}, seed {seed}, which is not finished yet")
-    return rows[experiment.needs, seed]
-
-
-def _with_needs(keys: Iterable[Key], done: set[Key]) -> list[Key]:
+def _plan(keys: Iterable[Key], rows: Mapping[Key, LedgerRow], failures: Failures) -> list[Key]:
+    """What is missing, with what it is made from before it; rows of other recipes are failures."""
     queue: list[Key] = []
     for name, seed in keys:
         needs = find_experiment(name).needs
-        for key in ((needs, seed), (name, seed)) if needs else ((name, seed),):
-            if key not in done and key not in queue:
-                queue.append(key)
+        for key in ((needs, seed), (name, seed)) if needs and (name, seed) not in rows else ((name, seed),):
+            if key not in rows:
+                queue += [key] if key not in queue else []
+            elif key not in failures:
+                try:
+                    require_present(rows[key])
+                except ValueError as error:
+                    failures[key] = str(error)
     return queue
 
 
-def _side_by_side(bench: Bench, queue: list[Key], jobs: int) -> int:
+def _blocked(key: Key, failures: Failures, cut_short: Collection[Key] = ()) -> bool:
+    """Whether what a run is made from was cut short, or has failed: then so has this one."""
+    needs = find_experiment(key[0]).needs, key[1]
+    if needs in failures:
+        failures[key] = f"is made from {needs[0]}, seed {needs[1]}, which failed"
+    return needs in failures or needs in cut_short
+
+
+def _one_by_one(bench: Bench, queue: Sequence[Key], failures: Failures) -> int:
+    for key in queue:
+        if bench.late:
+            return TIME_LIMIT
+        if _blocked(key, failures):
+            continue
+        try:
+            if run_one(bench, *key) != DONE:
+                return TIME_LIMIT
+        except Exception as error:  # whatever is wrong with one run, the others go on
+            if not isinstance(error, _EXPECTED):
+                traceback.print_exc()
+            failures[key] = str(error) or type(error).__name__
+    return DONE
+
+
+def _told(failures: Failures) -> int:
+    if failures:
+        names = ", ".join(f"{name} seed {seed}" for name, seed in failures)
+        print(f"{len(failures)} failed: {names}", file=sys.stderr, flush=True)
+    return FAILED if failures else DONE
+
+
+def _side_by_side(bench: Bench, queue: list[Key], jobs: int, failures: Failures) -> int:
     running: dict[Key, subprocess.Popen[bytes]] = {}
-    code, broken = DONE, set[Key]()
+    cut_short: set[Key] = set()
     try:
-        while queue or running:
-            late = bench.deadline is not None and time.monotonic() > bench.deadline
-            for key in [] if late else list(queue):
-                needs = find_experiment(key[0]).needs, key[1]
-                if needs in broken:  # a run that ends early takes along only what is made from it
+        while running or (queue and not bench.late):
+            for key in [] if bench.late else list(queue):
+                if _blocked(key, failures, cut_short):
                     queue.remove(key)
-                    broken.add(key)
-                elif len(running) < jobs and needs not in {*queue, *running}:
+                    cut_short |= {key} - failures.keys()
+                elif len(running) < jobs and (find_experiment(key[0]).needs, key[1]) not in {*queue, *running}:
                     queue.remove(key)
                     running[key] = _start(bench, key)
             for key, process in list(running.items()):
                 if process.poll() is not None:
                     del running[key]
-                    if process.returncode:
-                        broken.add(key)
-                        code = process.returncode if code in (DONE, TIME_LIMIT) else code
-            if late and not running:
-                return code or TIME_LIMIT
+                    cut_short |= {key} if process.returncode == TIME_LIMIT else set()
+                    if process.returncode not in (DONE, TIME_LIMIT):
+                        failures[key] = _last_words(_log(bench, key), process.returncode)
             time.sleep(0.2)
     finally:
         for process in running.values():
             process.terminate()
-    return code
+        for process in running.values():
+            process.wait()
+    return TIME_LIMIT if queue or cut_short else DONE
 
 
 def _start(bench: Bench, key: Key) -> subprocess.Popen[bytes]:
     command = [*bench.command, "report", "run", key[0], "--seed", str(key[1])]
-    command += ["--runs", str(bench.runs), "--results", str(bench.results)]
+    command += ["--runs", str(bench.runs), "--results", str(bench.results), "--beside", str(bench.beside)]
     for name, source in bench.sources.items():
         command += ["--source", f"{name}={source}"]
     command += ["--device", bench.device] if bench.device else []
     command += ["--threads", str(bench.threads)] if bench.threads else []
     command += ["--max-minutes", f"{bench.minutes_left():.2f}"] if bench.deadline is not None else []
     bench.runs.mkdir(parents=True, exist_ok=True)
-    log = bench.runs / f"{key[0]}-seed{key[1]}.log"
+    log = _log(bench, key)
     print(f"{key[0]} seed {key[1]}: started, told in {log}", flush=True)
     with open(log, "ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ)
 
 
-def _keep_epochs(bench: Bench, folder: RunFolder, name: str, seed: int) -> None:
-    """Every epoch's metrics, rounded to what they are good for, beside the ledger."""
-    lines = [json.dumps(_rounded(metrics.as_dict())) for metrics in folder.read_metrics()]
-    path = bench.results / "epochs" / f"{name}-seed{seed}.jsonl"
-    with naming_file(path):
-        write_atomic(path, ("\n".join(lines) + "\n").encode())
+def _log(bench: Bench, key: Key) -> Path:
+    return bench.runs / f"{key[0]}-seed{key[1]}.log"
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items() if inner != {}}
-    return value
+def _last_words(log: Path, code: int) -> str:
+    """What a failed process told last, and where the rest is."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    told = next((line.partition(": failed: ")[2] for line in reversed(lines) if ": failed: " in line), "")
+    return f"{told or (lines[-1] if lines else 'nothing was told')} (exit code {code}, {log})"

@@ -15,12 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.epilog = (
         "run NAME...: run what is missing of the experiment table (patterns such as 'table4-*' too), exit code 3 when "
-        "--max-minutes ended it. tables, plots: rebuild docs/results.md and its figures from the ledger. list: every "
+        "--max-minutes ended it, 1 when a run failed. energy NAME...: measure the joules per image of finished runs, "
+        "alone on the device. tables, plots: rebuild docs/results.md and its figures from the ledger. list: every "
         "experiment and what is done. html RUN...: one page about run folders. A run folder that is called like one of "
         "them is ./run."
     )
     parser.add_argument(
-        "targets", nargs="+", metavar="TARGET", help="run folders; or html RUN..., run NAME..., tables, plots, list"
+        "targets",
+        nargs="+",
+        metavar="TARGET",
+        help="run folders; or html RUN..., run NAME..., energy NAME..., tables, plots, list",
     )
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw plots [on]")
     parser.add_argument(
@@ -29,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("experiments")
     group.add_argument("--seed", type=int, action="append", metavar="N", help="this seed alone; may be repeated")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side [1]")
+    group.add_argument(
+        "--beside", type=int, default=0, metavar="N", help="other runs on the device: energy is not measured [0]"
+    )
     group.add_argument("--max-minutes", type=float, default=0.0, metavar="X", help="stop after this; 0 never [0]")
     group.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders [runs]")
     group.add_argument(
@@ -45,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Report on run folders, or run and report the experiment table."""
     first, *rest = arguments.targets
-    if first == "run":
-        return _run_experiments(arguments, rest)
+    if first in ("run", "energy"):
+        return _run_experiments(arguments, first, rest)
     if first == "html":
         from gatedconv.cli.html_report import write_page
 
@@ -61,11 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
     return _report_folders([Path(target) for target in arguments.targets], arguments.plots)
 
 
-def _run_experiments(arguments: argparse.Namespace, names: list[str]) -> int:
-    from gatedconv.cli.experiments import Bench, run_experiments, select
+def _run_experiments(arguments: argparse.Namespace, what: str, names: list[str]) -> int:
+    from gatedconv.cli.experiment_files import Bench
+    from gatedconv.cli.experiments import energy_of_images, run_experiments, select
 
     if not names:
-        raise ValueError("report run: expected names of experiments; `gatedconv report list` has them")
+        raise ValueError(f"report {what}: expected names of experiments; `gatedconv report list` has them")
+    if arguments.beside < 0:
+        raise ValueError(f"beside: expected at least 0, got {arguments.beside}")
     if arguments.jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {arguments.jobs}")
     if not 0 <= arguments.max_minutes < float("inf"):
@@ -77,8 +87,11 @@ def _run_experiments(arguments: argparse.Namespace, names: list[str]) -> int:
             raise ValueError(f"source: expected NAME=SOURCE, got {text!r}")
         sources[name] = source
     deadline = time.monotonic() + 60 * arguments.max_minutes if arguments.max_minutes else None
-    bench = Bench(arguments.runs, arguments.results, sources, arguments.device, arguments.threads, deadline)
-    return run_experiments(bench, select(names, arguments.seed), arguments.jobs)
+    bench = Bench(
+        arguments.runs, arguments.results, sources, arguments.device, arguments.threads, deadline, arguments.beside
+    )
+    keys = select(names, arguments.seed)
+    return energy_of_images(bench, keys) if what == "energy" else run_experiments(bench, keys, arguments.jobs)
 
 
 def _tables(arguments: argparse.Namespace) -> int:

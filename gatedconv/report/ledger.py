@@ -6,8 +6,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ class LedgerRow:
         params: parameters of the deployed network.
         energy_j: joules of the training; None where the machine does not tell.
         energy_j_image: joules per image of the deployed network; None where it was not measured.
+        energy_reason: why `energy_j` is None; None where it is not, and in rows that are older than the field.
+        macs_conv: of `macs`, what convolutions and linear layers have, as most others count; None if not known.
+        macs_conv_dense: the same of `macs_dense`.
+        jobs: runs that shared the device when this one ended; None in rows that are older than the field.
+        recipe: short hash of the recipe; None in rows that are older than the field.
     """
 
     experiment: str
@@ -86,6 +91,11 @@ class LedgerRow:
     params: int | None = None
     energy_j: float | None = None
     energy_j_image: float | None = None
+    energy_reason: str | None = None
+    macs_conv: float | None = None
+    macs_conv_dense: float | None = None
+    jobs: int | None = None
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         """Check types and ranges; LedgerError names the field, what it allows and the value."""
@@ -103,6 +113,7 @@ class LedgerRow:
         _check_range(self, ("open_ratio", "pruning_rate", "agreement"), 1.0)
         _check_range(self, ("polar",), 0.25)
         _check_range(self, ("seed", "macs", "macs_dense", "epochs", "wall_s", "energy_j", "energy_j_image"), math.inf)
+        _check_range(self, ("macs_conv", "macs_conv_dense", "jobs"), math.inf)
         for field in ("experiment", "dataset"):
             if not getattr(self, field) or "/" in getattr(self, field):
                 raise LedgerError(f"{field}: expected a name, not a path, got {getattr(self, field)!r}")
@@ -156,18 +167,36 @@ def append_row(path: Path, row: LedgerRow) -> None:
         rows = read_ledger(path)
         if row.key in rows:
             raise LedgerError(f"{path}: has a row of {row.experiment}, seed {row.seed} already")
-        text = "".join(json.dumps(asdict(each), sort_keys=True) + "\n" for each in (*rows.values(), row))
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise OSError(f"{path}: could not be written ({error.strerror or error}); what was there is kept") from None
+        _write(path, (*rows.values(), row))
+
+
+def amend_row(path: Path, key: tuple[str, int], **changes: Any) -> None:
+    """Put what was measured later into the row of a run; otherwise as `append_row`.
+
+    Raises:
+        LedgerError: the ledger is damaged or has no such row, or a value does not belong there.
+        OSError: it cannot be written; what stood there is kept.
+    """
+    with _locked(path.parent):
+        rows = read_ledger(path)
+        if key not in rows:
+            raise LedgerError(f"{path}: has no row of {key[0]}, seed {key[1]}")
+        _write(path, [replace(each, **changes) if each.key == key else each for each in rows.values()])
+
+
+def _write(path: Path, rows: Iterable[LedgerRow]) -> None:
+    text = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error.strerror or error}); what was there is kept") from None
 
 
 def _parse(line: str, where: str) -> LedgerRow:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from gatedconv.cli import experiment_energy, experiment_rows, main
 from gatedconv.cli import experiments as cli
-from gatedconv.cli import main
-from gatedconv.report.experiments import Experiment, all_experiments
+from gatedconv.report.experiments import all_experiments
 from gatedconv.report.ledger import read_ledger
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.config import TrainConfig
@@ -24,61 +22,17 @@ TINY = {
     "epochs": 2, "batch_size": 16, "model": "resnet20", "latency": False, "device": "cpu", "amp": "off", "threads": 1,
     "warmup_epochs": 0.0, "lr": 0.05,
 }  # fmt: skip
-# What tells rows apart by a number, or only at full size: one of them stands for the others.
-ALIKE = (
-    "name", "data", "milestones", "seed", "act_weight", "polar_weight", "evaluate_on", "val_fraction", "mac_ramp",
-    "mac_ramp_power", "mac_target", "gate_weight_decay", "bn_reestimate",
-)  # fmt: skip
-
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cli.Bench:
     """A bench whose rows are tiny: two epochs of ResNet-20 on a few images of 8x8."""
     archive = write_npz(tmp_path / "blobs.npz")
     tiny = {name: replace(each, settings={**each.settings, **TINY}) for name, each in EXPERIMENTS.items()}
-    monkeypatch.setattr(cli, "find_experiment", tiny.__getitem__)
+    for module in (cli, experiment_rows, experiment_energy):
+        monkeypatch.setattr(module, "find_experiment", tiny.__getitem__)
     monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
     names = ("cifar10", "cifar100", "cifar10-16x16-25k")
     return cli.Bench(tmp_path / "runs", tmp_path / "results", {name: f"npz:{archive}" for name in names})
-
-
-def effective(experiment: Experiment) -> tuple[Any, ...]:
-    settings = {**preset_settings(experiment.preset), **experiment.settings, **TINY}
-    kept = sorted((key, str(value)) for key, value in settings.items() if key not in ALIKE)
-    needs = effective(EXPERIMENTS[experiment.needs]) if experiment.needs else ()
-    return experiment.kind, needs, tuple(kept)
-
-
-def distinct() -> list[str]:
-    """The first row of each kind; every other row is one of these with other numbers."""
-    return list({effective(each): name for name, each in reversed(EXPERIMENTS.items())}.values())[::-1]
-
-
-@pytest.mark.timeout(900)
-def test_every_kind_of_row_runs_and_leaves_a_row(bench: cli.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = distinct()
-    assert len(names) > 20
-    torch.set_num_threads(1)
-    assert cli.run_experiments(bench, [(name, 0) for name in names], 1) == cli.DONE
-    rows = read_ledger(bench.ledger)
-    for name in names:
-        row, experiment = rows[name, 0], EXPERIMENTS[name]
-        assert row.kind == experiment.kind and row.epochs == (2 if experiment.trains else 0)
-        assert 0 < row.macs <= row.macs_dense * 1.0001 and row.energy_j is None or row.energy_j > 0
-        if experiment.kind == "gated":
-            assert row.agreement is not None and row.top1_dynamic is not None and row.macs_dynamic is not None
-        if experiment.kind == "naive_dropout":
-            assert row.macs == row.macs_dense and row.pruning_rate == experiment.share / 100
-        if experiment.kind == "naive_layer":
-            assert row.macs < row.macs_dense
-        if experiment.kind == "fixed_at_init":
-            assert row.macs == rows[experiment.needs, 0].macs and row.params == rows[experiment.needs, 0].params
-        if experiment.kind == "equal_macs":
-            assert row.macs == pytest.approx(rows[experiment.needs, 0].macs, rel=0.15)
-        if experiment.trains:
-            lines = (bench.results / "epochs" / f"{name}-seed0.jsonl").read_text().splitlines()
-            assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
-    assert str(bench.runs) not in bench.ledger.read_text()
 
 
 @pytest.mark.parametrize("name", sorted({each.preset for each in EXPERIMENTS.values()}))
@@ -143,7 +97,8 @@ def test_a_control_without_its_run_is_refused_by_name(bench: cli.Bench) -> None:
 
 
 def test_what_a_run_is_made_from_is_run_first() -> None:
-    queue = cli._with_needs([("table4-c10-r110-layer-fixed-at-init", 1), ("figure2-c10-r56-naive-layers-20", 2)], set())
+    keys = [("table4-c10-r110-layer-fixed-at-init", 1), ("figure2-c10-r56-naive-layers-20", 2)]
+    queue = cli._plan(keys, {}, cli.Failures())
     assert queue == [
         ("table4-c10-r110-layer", 1), ("table4-c10-r110-layer-fixed-at-init", 1), ("table1-c10-r56-dense", 2),
         ("figure2-c10-r56-naive-layers-20", 2),
@@ -155,6 +110,26 @@ def test_patterns_choose_rows_in_the_order_of_the_table() -> None:
         "headline-r56-c10", "table6-c10-r110-lambda-0",
     ]  # fmt: skip
     assert cli.select(["headline-r56-c10"], None) == [("headline-r56-c10", seed) for seed in range(5)]
+
+
+def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_last() -> None:
+    found = cli.select(["*"], None)
+    assert len(found) == len(set(found)) == sum(len(each.seeds) for each in EXPERIMENTS.values())
+    assert found[:5] == [
+        ("headline-r56-c10-dense", 0), ("headline-r56-c10", 0), ("headline-r56-c10-equal-macs", 0),
+        ("headline-r56-c10-fixed-at-init", 0), ("headline-r56-c10-dense", 1),
+    ]  # fmt: skip
+    groups = [EXPERIMENTS[name].shown[0] for name, _ in found]
+    assert list(dict.fromkeys(groups))[:7] == [
+        "headline", "table4", "table1", "cifar100", "table6", "table3", "table5"
+    ]  # fmt: skip
+    assert sum(before != after for before, after in zip(groups, groups[1:], strict=False)) == len(set(groups)) - 1
+    table4 = [key for key, group in zip(found, groups, strict=True) if group == "table4"]
+    assert [name.endswith("-swapped") for name, _ in table4] == [False] * 42 + [True] * 42
+    assert [seed for _, seed in table4] == 2 * [*[0] * 14, *[1] * 14, *[2] * 14]
+    for name, seed in found:
+        needs = EXPERIMENTS[name].needs
+        assert not needs or found.index((needs, seed)) < found.index((name, seed))
 
 
 @pytest.mark.parametrize(

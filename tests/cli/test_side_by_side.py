@@ -22,14 +22,19 @@ def ending(codes: dict[cli.Key, int], started: list[cli.Key]) -> object:
     return start
 
 
-@pytest.mark.parametrize(("codes", "code"), [({}, 0), ({GATED: 2}, 2), ({GATED: 3}, 3), ({GATED: 3, OTHER: 2}, 2)])
+@pytest.mark.parametrize(
+    ("codes", "code", "failed"),
+    [({}, 0, []), ({GATED: 2}, 0, [GATED, CONTROL]), ({GATED: 3}, 3, []), ({GATED: 3, OTHER: 2}, 3, [OTHER])],
+)
 def test_a_run_that_fails_takes_along_only_what_is_made_from_it(
-    codes: dict[cli.Key, int], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codes: dict[cli.Key, int], code: int, failed: list[cli.Key], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[cli.Key] = []
+    failures = cli.Failures()
     monkeypatch.setattr(cli, "_start", ending(codes, started))
     bench = cli.Bench(tmp_path / "runs", tmp_path / "results", {})
-    assert cli._side_by_side(bench, [GATED, CONTROL, OTHER], 1) == code
+    assert cli._side_by_side(bench, [GATED, CONTROL, OTHER], 1, failures) == code
+    assert list(failures) == failed
     assert started == [GATED, *([] if GATED in codes else [CONTROL]), OTHER]
 
 

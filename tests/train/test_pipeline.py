@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import gatedconv
-from gatedconv.cli.experiments import training_row
+from gatedconv.cli.experiment_rows import training_row
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
 from gatedconv.report.experiments import find_experiment
 from gatedconv.train import EpochMetrics, Listener, RunFolder, TrainConfig, run
