@@ -12,7 +12,7 @@ SOURCES  := setup.py pyproject.toml gatedconv/_build.py $(wildcard csrc/*.* csrc
 CPP      := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
 PYTHON_FILES := gatedconv kernels tests benchmarks docs setup.py
 
-.PHONY: demo test lint format build coverage bench bench-all bench-docs clean gpu gpu-experiments
+.PHONY: demo test lint format build coverage bench bench-all bench-docs clean gpu gpu-experiments gpu-data gpu-merge
 
 demo: $(VENV)/.build
 	$(BIN)/gatedconv train --preset demo --seed $(SEED)
@@ -56,8 +56,15 @@ gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(STAGE)
 
 # Training runs of the experiment table, nine minutes at a time; benchmarks/gpu/experiments.py tells the settings.
+# gpu-data takes DATA, a part of a data set, before; gpu-merge takes FROM, what came back, into results/ after.
 gpu-experiments:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.experiments
+
+gpu-data:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.data
+
+gpu-merge:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.merge $(FROM)
 
 # Each stamp stands for a finished step, so a second run does nothing and a broken one goes on where it stopped.
 $(VENV)/bin/python:
