@@ -1,0 +1,163 @@
+"""Training steps captured as CUDA graphs on a GPU: the plain steps, replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gatedconv.data.image_data import Augment, ImageData, make_image_data
+from gatedconv.gates import find_gates, shutter
+from gatedconv.models.resnet import ResNet
+from gatedconv.train import TrainConfig, train
+from gatedconv.train.captured import WARM_UP, CapturedStepper
+from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.step import Stepper
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+CONFIG = TrainConfig(
+    epochs=4, batch_size=16, lr=0.02, gate="layer", device="cuda", skip_blocks=False, polar_schedule="constant"
+)
+CASES: dict[str, dict[str, Any]] = {
+    "rank": {"gate": "channel", "position": "middle", "mac_control": "rank", "mac_ramp": (0.0, 0.6)},
+    "rank-bf16": {
+        "gate": "channel",
+        "position": "middle",
+        "mac_control": "rank",
+        "mac_ramp": (0.0, 0.6),
+        "amp": "bf16",
+    },
+    "price": {"gate": "both", "position": "middle", "mac_control": "price", "mac_ramp": (0.2, 0.6)},
+    "weights": {"act_weight": 0.1, "mac_weight": 1.0, "gate_warmup": 0.5, "grad_clip": 5.0},
+    "flatten": {"gate": "channel", "position": "after", "pool": "flatten"},
+    "dense": {"gate": "none", "amp": "bf16"},
+    "fp16": {"amp": "fp16"},
+    "parts": {"gate": "channel", "position": "middle", "accumulate": 2},
+    "compiled": {"gate": "channel", "position": "middle", "compile": True},
+}
+STEPS = WARM_UP + 8
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Convolutions in fp32, so that two orders of adding differ by rounding alone."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    monkeypatch.setattr(shutter, "EVERY", 2)
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def network(config: TrainConfig) -> ResNet:
+    torch.manual_seed(2)
+    gate = None if config.gate == "none" else config.gate
+    net = ResNet(8, 3, gate, config.position, estimator=config.estimator, pool=config.pool, input_size=(3, 16, 16))
+    for gate_ in find_gates(net).values():  # far from where a rounding opens or shuts them
+        torch.nn.init.zeros_(gate_.fc2.weight)
+    return net.cuda().to(memory_format=torch.channels_last).train()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    images = torch.randn(16, 3, 16, 16, generator=draw).cuda().contiguous(memory_format=torch.channels_last)
+    return images, (torch.arange(16) % 3).cuda()
+
+
+def trained(kind: type[Stepper], config: TrainConfig) -> tuple[Stepper, EpochMeter]:
+    """Steps with an evaluation between them, and one that is not finite."""
+    model, device = network(config), torch.device("cuda")
+    meter = EpochMeter(model, device)
+
+    def observe(result: Any, labels: Tensor) -> None:
+        meter.add(result.logits, labels, result.loss, result.polarization, result.bad)
+
+    stepper = kind(model, config, device, observe=observe)
+    with stepper.active():
+        for step in range(STEPS):
+            images, labels = batch(step)
+            if step == WARM_UP + 3:
+                with torch.no_grad():
+                    model.eval()(images)
+                model.train()
+            if step == WARM_UP + 5 and config.amp != "fp16":
+                images = images * math.nan
+            stepper(images, labels, step / 4)
+            stepper.guard.settle()
+    return stepper, meter
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replayed_steps_are_the_plain_ones(name: str) -> None:
+    config = dataclasses.replace(CONFIG, **CASES[name])
+    (plain, expected), (captured, found) = trained(Stepper, config), trained(CapturedStepper, config)
+    assert isinstance(captured, CapturedStepper) and captured._replay is not None
+    assert int(plain.guard.skipped) == int(captured.guard.skipped) == (config.amp != "fp16")
+    assert plain.macs.executed == captured.macs.executed
+    rounding = 3e-2 if config.amp != "off" else 2e-3
+    torch.testing.assert_close(found._sums, expected._sums, rtol=rounding, atol=rounding)
+    for (key, mine), theirs in zip(captured.model.named_parameters(), plain.model.parameters(), strict=True):
+        scale = float(theirs.detach().abs().max())
+        assert float((mine - theirs).abs().max()) <= rounding * max(scale, 0.1), key
+    if plain.shutter is not None and captured.shutter is not None:
+        assert bool(plain.shutter.shut.any())
+        torch.testing.assert_close(
+            captured.shutter.sensitivity, plain.shutter.sensitivity, rtol=0.1, atol=rounding * 0.1
+        )
+
+
+def test_a_replay_makes_the_host_wait_for_nothing() -> None:
+    config = dataclasses.replace(CONFIG, **CASES["weights"])
+    stepper, _ = trained(CapturedStepper, config)
+    images, labels = batch(99)
+    torch.cuda.synchronize()
+    with stepper.active():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            stepper(images, labels, 3.9)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_noise_is_drawn_anew_in_every_replay() -> None:
+    config = dataclasses.replace(CONFIG, estimator="bernoulli", lr=1e-6)
+    model = network(config)
+    gate = next(iter(find_gates(model).values()))
+    stepper, rates = CapturedStepper(model, config, torch.device("cuda")), []
+    images, labels = batch(0)
+    with stepper.active():
+        for _ in range(WARM_UP + 12):
+            stepper(images, labels, 0.5)
+            assert gate.open_rate is not None
+            rates.append(float(gate.open_rate.mean()))
+    assert len(set(rates[WARM_UP:])) > 2
+
+
+def images() -> ImageData:
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (128, 3, 16, 16), dtype=torch.uint8, generator=draw)
+    split = pixels, torch.arange(128) % 3
+    return make_image_data("noise", split, split, Augment(pad=2, flip=True))
+
+
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, **CASES["rank"], cuda_graph=True)
+    data = images()
+    straight, path = network(config), tmp_path / "cut.pt"
+    whole = list(train(straight, data, config))
+    list(itertools.islice(train(network(config), data, config, checkpoint=path), 2))
+    resumed = network(config)
+    joined = list(train(resumed, data, config, checkpoint=path, resume=True))
+    assert [line.epoch for line in joined] == [1, 2, 3, 4]
+    assert joined[-1].train_loss == pytest.approx(whole[-1].train_loss, rel=0.05)
+    assert joined[-1].train_macs == whole[-1].train_macs
+    assert not torch.backends.cudnn.benchmark
