@@ -1,7 +1,8 @@
 """Every row of the experiment table runs: two epochs on a few images of 8x8, all else as the row says.
 
-The headline and ResNet-20 keep their depth. Other networks have one block a stage, that the whole table takes a minute;
-that each row's own network can be built is shown in test_experiments. Rows that differ in what is shrunk alone run once.
+The headline and ResNet-20 keep their depth. Other networks have one block a stage, that the whole table takes a
+minute; that each row's own network can be built is shown in test_experiments. Rows that differ in what is shrunk alone
+run once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The experiment table runs: every kind of row, skipped when done, resumed when cut short, refused when damaged."""
+"""The experiment table: in which order it is run, skipped when done, resumed when cut short, refused when damaged."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from gatedconv.cli import experiment_energy, experiment_rows, main
 from gatedconv.cli import experiments as cli
+from gatedconv.cli import main
+from gatedconv.cli.experiment_files import Bench
+from gatedconv.deploy.energy import SHARED
 from gatedconv.report.experiments import all_experiments
 from gatedconv.report.ledger import read_ledger
 from gatedconv.train.build import build_model, load_images
@@ -18,21 +20,6 @@ from gatedconv.train.presets import preset_settings
 from tests.image_files import blobs, write_npz
 
 EXPERIMENTS = all_experiments()
-TINY = {
-    "epochs": 2, "batch_size": 16, "model": "resnet20", "latency": False, "device": "cpu", "amp": "off", "threads": 1,
-    "warmup_epochs": 0.0, "lr": 0.05,
-}  # fmt: skip
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cli.Bench:
-    """A bench whose rows are tiny: two epochs of ResNet-20 on a few images of 8x8."""
-    archive = write_npz(tmp_path / "blobs.npz")
-    tiny = {name: replace(each, settings={**each.settings, **TINY}) for name, each in EXPERIMENTS.items()}
-    for module in (cli, experiment_rows, experiment_energy):
-        monkeypatch.setattr(module, "find_experiment", tiny.__getitem__)
-    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
-    names = ("cifar10", "cifar100", "cifar10-16x16-25k")
-    return cli.Bench(tmp_path / "runs", tmp_path / "results", {name: f"npz:{archive}" for name in names})
 
 
 @pytest.mark.parametrize("name", sorted({each.preset for each in EXPERIMENTS.values()}))
@@ -49,7 +36,7 @@ def test_every_row_has_a_config_and_a_network_at_its_own_depth(name: str, tmp_pa
 
 
 def test_what_is_done_is_skipped_and_what_was_cut_short_goes_on(
-    bench: cli.Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "cpu-r20-c10"
     late = replace(bench, deadline=0.0)
@@ -75,7 +62,7 @@ def test_what_is_done_is_skipped_and_what_was_cut_short_goes_on(
     assert bench.ledger.read_bytes() == before
 
 
-def test_a_finished_run_of_another_recipe_is_refused(bench: cli.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_of_another_recipe_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "cpu-r20-c10-dense"
     assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
     bench.ledger.unlink()
@@ -91,7 +78,7 @@ def test_a_finished_run_of_another_recipe_is_refused(bench: cli.Bench, monkeypat
     assert read_ledger(bench.ledger) == {}
 
 
-def test_a_control_without_its_run_is_refused_by_name(bench: cli.Bench) -> None:
+def test_a_control_without_its_run_is_refused_by_name(bench: Bench) -> None:
     with pytest.raises(ValueError, match="cpu-r20-c10-fixed-at-init: is made from cpu-r20-c10, seed 0, which is not"):
         cli.run_one(bench, "cpu-r20-c10-fixed-at-init", 0)
 
@@ -185,4 +172,7 @@ def test_processes_side_by_side_fill_one_ledger(tmp_path: Path) -> None:
     arguments = ["report", "run", *names, "--seed", "0", "--jobs", "2", "--source", f"cifar10-16x16-25k=npz:{archive}"]
     arguments += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert main(arguments) == 0
-    assert {name for name, _ in read_ledger(tmp_path / "results" / "ledger.jsonl")} == set(names)
+    rows = read_ledger(tmp_path / "results" / "ledger.jsonl")
+    assert {name for name, _ in rows} == set(names)
+    for row in rows.values():
+        assert (row.jobs, row.energy_j, row.energy_reason, row.energy_j_image) == (2, None, SHARED, None)
