@@ -94,6 +94,7 @@ def training_row(
             "agreement": summary["agreement"],
             "top1_dynamic": summary["dynamic"]["top1"],
             "macs_dynamic": summary["dynamic"]["macs"],
+            "top1_whole": summary["dense"]["top1"] if "dense" in summary else None,
         }
     elif experiment.needs:
         whole = reference(experiment, seed, rows)
@@ -117,6 +118,7 @@ def training_row(
         wall_s=summary["wall_s"],
         evaluated_on=summary["evaluated_on"],
         params=net["params"],
+        train_macs=summary.get("train_macs") or None,
         energy_j=energy.joules,
         energy_reason=energy.reason or None,
         energy_j_image=net.get("energy_j_image"),
@@ -151,6 +153,7 @@ def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key
         macs=found["macs"],
         macs_conv=found["macs_conv"],
         params=found["params"],
+        train_macs=None,
         pruning_rate=experiment.share / 100 if experiment.kind == "naive_dropout" else 1 - left,
         epochs=0,
         wall_s=round(time.monotonic() - started, 2),

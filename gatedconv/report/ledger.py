@@ -58,6 +58,8 @@ class LedgerRow:
         agreement: share of the samples' decisions that are those of the consensus, 0 to 1.
         top1_dynamic: percent, before the freeze, gates deciding per sample.
         macs_dynamic: expected MACs of the same.
+        top1_whole: percent, of the whole network that taught, after the last epoch; None without a teacher.
+        train_macs: multiply-accumulates that the training executed, a teacher's included; None if not known.
         params: parameters of the deployed network.
         energy_j: joules of the training; None where the machine does not tell.
         energy_j_image: joules per image of the deployed network; None where it was not measured.
@@ -88,6 +90,8 @@ class LedgerRow:
     agreement: float | None = None
     top1_dynamic: float | None = None
     macs_dynamic: float | None = None
+    top1_whole: float | None = None
+    train_macs: float | None = None
     params: int | None = None
     energy_j: float | None = None
     energy_j_image: float | None = None
@@ -109,11 +113,11 @@ class LedgerRow:
                 raise LedgerError(f"{spec.name}: expected a finite number, got {value!r}")
         if self.kind not in KINDS:
             raise LedgerError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        _check_range(self, ("top1_last", "top1_dynamic"), 100.0)
+        _check_range(self, ("top1_last", "top1_dynamic", "top1_whole"), 100.0)
         _check_range(self, ("open_ratio", "pruning_rate", "agreement"), 1.0)
         _check_range(self, ("polar",), 0.25)
         _check_range(self, ("seed", "macs", "macs_dense", "epochs", "wall_s", "energy_j", "energy_j_image"), math.inf)
-        _check_range(self, ("macs_conv", "macs_conv_dense", "jobs"), math.inf)
+        _check_range(self, ("macs_conv", "macs_conv_dense", "train_macs", "jobs"), math.inf)
         for field in ("experiment", "dataset"):
             if not getattr(self, field) or "/" in getattr(self, field):
                 raise LedgerError(f"{field}: expected a name, not a path, got {getattr(self, field)!r}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -47,21 +48,36 @@ PRINTED = {
     "table3-c10-r110-2fc-middle": "82.94",
 }
 _HEADER = (
-    "run", "top-1, last epoch (%)", "seeds", "MACs (M)", "of dense", "gates open", "pruned (eq. 11)", "polar",
-    "agreement", "before the freeze (%)", "its MACs (M)", "Wh", "J / image", "the paper",
+    "run", "top-1, last epoch (%)", "seeds", "MACs (M)", "of dense", "conv and fc alone", "gates open", "pruned (eq. 11)", "polar",
+    "agreement", "before the freeze (%)", "its MACs (M)", "the whole network (%)", "training (TMACs)", "Wh",
+    "J / image", "gated less this, seed by seed", "the paper",
 )  # fmt: skip
 _NOT_RUN = "not run yet"
+_CONTROLS = ("equal_macs", "fixed_at_init")
+FIGURES = {"figure2": {"figure2.png": "Figure 2", "figure3.png": "Figure 3"}}  # by section; table6 has Figure 6
 
 
-def results_text(rows: Rows) -> str:
-    """Every section as Markdown; rows that have no run in the ledger say so."""
-    sections = []
+def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: Collection[str] = ()) -> str:
+    """Every section as Markdown; rows that have no run in the ledger say so.
+
+    Args:
+        rows: of the ledger.
+        recipes: each experiment's recipe of today; runs of another one are left out, and that is said.
+        images: names of the figures that are drawn.
+    """
+    present, sections = present_rows(rows, recipes or {}), []
     for shown, title in TITLES.items():
         members = [each for each in all_experiments().values() if shown in each.shown]
         if members:
-            parts = [f"### {title}", _table(members, rows), *_verdicts(members, rows), *_unmeasured(members, rows)]
+            parts = [f"### {title}", _table(members, present), *_verdicts(members, present)]
+            parts += [*_unmeasured(members, present), *_outdated(members, rows, present), *_figures(shown, images)]
             sections.append("\n\n".join(parts))
     return "\n\n".join(sections)
+
+
+def present_rows(rows: Rows, recipes: Mapping[str, str]) -> dict[tuple[str, int], LedgerRow]:
+    """The rows but for those that tell of another recipe than their experiment has in ``recipes``."""
+    return {key: row for key, row in rows.items() if row.recipe in (None, recipes.get(key[0], row.recipe))}
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -96,12 +112,13 @@ def mean_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 def _table(members: Sequence[Experiment], rows: Rows) -> str:
     """Without the columns that nothing has a figure for."""
-    lines = [_line(each, runs_of(each, rows)) for each in members]
+    lines = [_line(each, rows) for each in members]
     used = [column for column in range(len(_HEADER)) if column < 3 or any(line[column] for line in lines)]
     return markdown_table([_HEADER[c] for c in used], [[line[c] for c in used] for line in lines])
 
 
-def _line(experiment: Experiment, runs: Sequence[LedgerRow]) -> list[str]:
+def _line(experiment: Experiment, rows: Rows) -> list[str]:
+    runs = runs_of(experiment, rows)
     printed = PRINTED.get(experiment.name.removesuffix("-swapped"), "")
     seeds = f"{len(runs)} of {len(experiment.seeds)}"
     if not runs:
@@ -112,16 +129,40 @@ def _line(experiment: Experiment, runs: Sequence[LedgerRow]) -> list[str]:
         seeds,
         _shown([run.macs / 1e6 for run in runs], 2),
         f"{100 * fmean(run.macs / run.macs_dense for run in runs):.1f} %",
+        _share_of_convolutions(runs),
         _shown([run.open_ratio for run in runs], 1, 100, " %"),
         _shown([run.pruning_rate for run in runs], 1, 100, " %"),
         _shown([run.polar for run in runs], 4),
         _shown([run.agreement for run in runs], 2, 100, " %"),
         _shown([run.top1_dynamic for run in runs], 2),
         _shown([None if run.macs_dynamic is None else run.macs_dynamic / 1e6 for run in runs], 2),
+        _shown([run.top1_whole for run in runs], 2),
+        _shown([None if run.train_macs is None else run.train_macs / 1e12 for run in runs], 2),
         _shown([None if run.energy_j is None else run.energy_j / 3600 for run in runs], 2),
         _shown([run.energy_j_image for run in runs], 5),
+        _paired(experiment, rows),
         printed,
     ]
+
+
+def _share_of_convolutions(runs: Sequence[LedgerRow]) -> str:
+    """MACs over the dense network's where only convolutions and linear layers count, as in OCSPruner."""
+    known = [run.macs_conv / run.macs_conv_dense for run in runs if run.macs_conv and run.macs_conv_dense]
+    return f"{100 * fmean(known):.1f} %" if known else ""
+
+
+def _paired(control: Experiment, rows: Rows) -> str:
+    """By how much the gated run of the same seed is ahead of a control: the seed's own luck drops out."""
+    ahead = _differences(control, rows) if control.kind in _CONTROLS else []
+    if not ahead:
+        return ""
+    mean, spread = mean_spread(ahead)
+    return f"{mean:+.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+
+
+def _differences(control: Experiment, rows: Rows) -> list[float]:
+    pairs = [((control.needs, seed), (control.name, seed)) for seed in control.seeds]
+    return [rows[mine].top1_last - rows[theirs].top1_last for mine, theirs in pairs if {mine, theirs} <= rows.keys()]
 
 
 def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit: str = "") -> str:
@@ -135,8 +176,35 @@ def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit
 def _unmeasured(members: Sequence[Experiment], rows: Rows) -> list[str]:
     """A sentence where energy was not measurable; the columns then lack it, or are not there."""
     runs = [run for each in members for run in runs_of(each, rows) if each.trains]
-    silent = sum(run.energy_j is None for run in runs)
-    return [f"Energy: not measurable on the machine of {silent} of these {len(runs)} runs."] if silent else []
+    silent = Counter(run.energy_reason or "not measurable on the machine" for run in runs if run.energy_j is None)
+    told = "; ".join(f"{reason} of {count} of these {len(runs)} runs" for reason, count in silent.items())
+    return [f"Energy: {told}."] if told else []
+
+
+def _outdated(members: Sequence[Experiment], rows: Rows, present: Rows) -> list[str]:
+    """Sentences on rows of other recipes, and on those that do not tell theirs."""
+    lines = []
+    for each in members:
+        gone = len(runs_of(each, rows)) - len(runs_of(each, present))
+        if gone:
+            lines.append(f"{each.label}: {gone} runs by an earlier recipe are left out.")
+    runs = [run for each in members for run in runs_of(each, present)]
+    silent = sum(run.recipe is None for run in runs)
+    if silent:
+        lines.append(f"Recipe: not in the ledger for {silent} of these {len(runs)} runs, which are older than its hash.")
+    return ["\n".join(lines)] if lines else []
+
+
+def _figures(shown: str, images: Collection[str]) -> list[str]:
+    """Links to what is drawn of a section's rows, or that it is not."""
+    wanted = dict(FIGURES.get(shown, {}))
+    if shown == "table6":
+        gated = [each for each in all_experiments().values() if "figure6" in each.shown]
+        wanted |= {f"figure6-{each.name}.png": f"Figure 6, {each.label}" for each in gated}
+    if not wanted:
+        return []
+    drawn = [f"![{title}](images/{name})" for name, title in wanted.items() if name in images]
+    return drawn or [f"{' and '.join(dict.fromkeys(title.split(',')[0] for title in wanted.values()))}: not drawn yet."]
 
 
 def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
@@ -144,7 +212,7 @@ def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
     known = all_experiments()
     lines = []
     for control in members:
-        if control.kind not in ("equal_macs", "fixed_at_init"):
+        if control.kind not in _CONTROLS:
             continue
         gated = known[control.needs]
         seeds = [seed for seed in gated.seeds if {(gated.name, seed), (control.name, seed)} <= rows.keys()]
@@ -154,8 +222,10 @@ def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
         theirs = mean_spread([rows[control.name, seed].top1_last for seed in seeds])
         ahead, spread = mine[0] - theirs[0], max(mine[1] or 0.0, theirs[1] or 0.0)
         verdict = "a win" if ahead > spread else "a loss" if ahead < -spread else "a tie, within the spread"
+        agreed = _shown([rows[gated.name, seed].agreement for seed in seeds], 2, 100, " %")
+        agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
         lines.append(
             f"- {gated.label} against {control.label.rpartition(', ')[2]}: {ahead:+.2f} points, {len(seeds)} seeds, "
-            f"larger spread {spread:.2f}: {verdict}."
+            f"larger spread {spread:.2f}: {verdict}. Seed by seed: {_paired(control, rows)}.{agreement}"
         )
     return ["\n".join(lines)] if lines else []

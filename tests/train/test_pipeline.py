@@ -125,11 +125,24 @@ def test_the_ledger_takes_over_the_energy_of_an_image(tmp_path: Path, joules: fl
     net = {"top1": 93.0, "macs": 1e8, "params": 5, "energy_j": None, "energy_j_image": joules}
     summary = {
         "dense": net, "model": "resnet56", "epochs": {"dense": 3}, "device": "cpu", "commit": None, "versions": {},
-        "wall_s": 1.0, "evaluated_on": "test",
+        "wall_s": 1.0, "evaluated_on": "test", "train_macs": 3e15,
     }  # fmt: skip
     experiment = find_experiment("headline-r56-c10-dense")
     row = training_row(experiment, 0, RunFolder(tmp_path), summary, {})
     assert row.energy_j_image == joules
+    assert (row.train_macs, row.top1_whole) == (3e15, None)
+
+
+def test_a_row_of_the_recipe_tells_of_the_whole_network_too(tmp_path: Path) -> None:
+    net = {"top1": 76.0, "macs": 5e6, "params": 5}
+    summary = {
+        "dense": net | {"top1": 78.0, "macs": 1e7}, "frozen": net, "model": "resnet20",
+        "epochs": {"gated": 17, "cut": 7}, "device": "cpu", "commit": None, "versions": {}, "wall_s": 1.0, "evaluated_on": "test", "train_macs": 1e12,
+        "macs_dense": 1e7, "open_ratio": 0.5, "pruning_rate": 0.5, "polarization": 0.0, "agreement": 1.0,
+        "dynamic": {"top1": 70.0, "macs": 5e6},
+    }  # fmt: skip
+    row = training_row(find_experiment("cpu-r20-c10"), 0, RunFolder(tmp_path), summary, {})
+    assert (row.top1_last, row.top1_whole, row.macs, row.macs_dense, row.epochs) == (76.0, 78.0, 5e6, 1e7, 24)
 
 
 def test_a_run_counts_what_it_trains_after_the_cut(tmp_path: Path, archive: Path) -> None:

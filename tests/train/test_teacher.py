@@ -40,7 +40,7 @@ def teacher(config: TrainConfig, seed: int = 7) -> Teacher:
     "changes", [{}, {"accumulate": 2}, {"amp": "bf16"}, {"momentum": 0.0, "nesterov": False}], ids=lambda c: "-".join(c)
 )
 @pytest.mark.parametrize("at", [0.0, 0.4, 0.5])
-def test_the_whole_network_trains_as_if_there_were_no_pupil(data: ImageData, at: float, changes: dict[str, Any]) -> None:
+def test_the_whole_trains_as_if_there_were_no_pupil(data: ImageData, at: float, changes: dict[str, Any]) -> None:
     """The oracle is a training without gates; up to `teacher_at` it is the pupil's, whose gates stay open.
 
     A teacher that forgets momentum, sees other images or another learning rate, or has the pupil's lesson in its own
@@ -103,7 +103,8 @@ def test_its_steps_are_counted(data: ImageData) -> None:
     model = network(config)
     lines = list(train(model, data, config, teacher=teacher(config)))
     mine, whole = (sum(term.macs for term in net.mac_terms) for net in (model, network(DENSE)))
-    assert [line.train_macs for line in lines] == pytest.approx([48 * 3 * n for n in (mine, mine, mine + whole, mine + whole)])
+    expected = [48 * 3 * macs for macs in (mine, mine, mine + whole, mine + whole)]
+    assert [line.train_macs for line in lines] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("epochs_first", [1, 2, 3])
@@ -162,7 +163,7 @@ def test_a_pupil_of_another_network_is_refused(data: ImageData) -> None:
     [
         ({"teacher_at": -0.1}, "teacher_at: expected at least 0.0 and at most 1.0, got -0.1"),
         ({"teacher_at": 0.4}, "teacher_at: expected at most 0.3, where mac_ramp begins to shut gates"),
-        ({"teacher_at": 0.6, "mac_control": "none"}, "teacher_at: expected at most consensus_at 0.5, the whole network"),
+        ({"teacher_at": 0.6, "mac_control": "none"}, "teacher_at: expected at most consensus_at 0.5, the whole"),
         ({"gate": "none", "mac_control": "none", "consensus_at": 1.0}, "teacher_at: expected a gate"),
         ({"dense_baseline": True}, "teacher_at: expected dense_baseline off"),
         ({"teacher_weight": 0.0}, "teacher_weight: expected above 0.0 and at most 1.0, got 0.0"),
