@@ -26,6 +26,7 @@ from gatedconv.train.metrics import EpochMeter
 from gatedconv.train.presets import preset_settings
 from gatedconv.train.state import pack_history, pack_state, unpack_history
 from gatedconv.train.step import Stepper
+from gatedconv.train.teacher import Teacher
 
 
 def saved(path: Path, *epochs: int) -> None:
@@ -126,17 +127,25 @@ def epochs_of(count: int, gates: list[str]) -> list[EpochMetrics]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("gate", ["channel", "both"])
-def test_a_checkpoint_of_resnet110_at_the_end_of_a_run_is_at_most_16_mb(tmp_path: Path, gate: str) -> None:
-    config = make_config({**preset_settings("best-c100-r110"), "gate": gate, "batch_size": 2, "device": "cpu"})
-    model = ResNet(110, 100, gate, config.position, shortcut=config.shortcut, input_size=(3, 32, 32))
+@pytest.mark.parametrize(
+    ("depth", "gate", "taught"), [(110, "channel", False), (110, "both", False), (56, "channel", True)]
+)
+def test_a_checkpoint_at_the_end_of_a_run_is_at_most_16_mb(tmp_path: Path, depth: int, gate: str, taught: bool) -> None:
+    config = make_config({**preset_settings(f"best-c100-r{depth}"), "gate": gate, "batch_size": 2, "device": "cpu"})
+    assert (config.teacher_at < 1) is taught
+    model = ResNet(depth, 100, gate, config.position, shortcut=config.shortcut, input_size=(3, 32, 32))
     stepper = Stepper(model, config, torch.device("cpu"))
+    if taught:
+        whole = Teacher(config, lambda: ResNet(depth, 100, shortcut=config.shortcut, input_size=(3, 32, 32)))
+        whole.begin(stepper)
+        whole(torch.randn(2, 3, 32, 32), torch.arange(2), float(config.epochs))
+        stepper.parts["teacher"] = whole
     split = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2)
     history = epochs_of(config.epochs, list(EpochMeter(model).gates))
     batches = TrainBatches(make_image_data("two", split, split, Augment()), 2)
     state = pack_state(stepper.parts, batches, config, "gated", history)
     save_checkpoint(tmp_path / "gated.pt", {**state, "guard": stepper.guard.state_dict()})
-    assert 14e6 < (tmp_path / "gated.pt").stat().st_size <= 16e6
+    assert 13e6 < (tmp_path / "gated.pt").stat().st_size <= 16e6
     assert unpack_history(load_checkpoint(tmp_path / "gated.pt")["history"], "history") == history
 
 

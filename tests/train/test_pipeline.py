@@ -137,7 +137,8 @@ def test_a_row_of_the_recipe_tells_of_the_whole_network_too(tmp_path: Path) -> N
     net = {"top1": 76.0, "macs": 5e6, "params": 5}
     summary = {
         "dense": net | {"top1": 78.0, "macs": 1e7}, "frozen": net, "model": "resnet20",
-        "epochs": {"gated": 17, "cut": 7}, "device": "cpu", "commit": None, "versions": {}, "wall_s": 1.0, "evaluated_on": "test", "train_macs": 1e12,
+        "epochs": {"gated": 17, "cut": 7}, "device": "cpu", "commit": None, "versions": {}, "wall_s": 1.0,
+        "evaluated_on": "test", "train_macs": 1e12,
         "macs_dense": 1e7, "open_ratio": 0.5, "pruning_rate": 0.5, "polarization": 0.0, "agreement": 1.0,
         "dynamic": {"top1": 70.0, "macs": 5e6},
     }  # fmt: skip
