@@ -15,6 +15,7 @@ from typing import Any
 
 from scaling_tables import TABLES
 
+from gatedconv.cli.experiment_rows import present_recipes
 from gatedconv.report.ledger import read_ledger
 from gatedconv.report.results import results_text
 from gatedconv.report.tables import comparison_table
@@ -97,7 +98,8 @@ def finetune() -> str:
 
 def experiments() -> str:
     """The experiment table: what the ledger has, and what was not run yet."""
-    return results_text(read_ledger(RESULTS / "ledger.jsonl"))
+    images = [path.name for path in (ROOT / "docs" / "images").glob("*.png")]
+    return results_text(read_ledger(RESULTS / "ledger.jsonl"), present_recipes(), images)
 
 
 def recipe_search() -> str:

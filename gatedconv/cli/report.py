@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="", help="auto, cpu, cuda or cuda:N [the recipe's]")
     group.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads [the recipe's]")
+    group.add_argument("--amp", default="", help="mixed precision: off, auto, bf16 or fp16 [the recipe's]")
+    group.add_argument("--cuda-graph", action="store_true", help="replay each training step as one CUDA graph")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,13 +90,15 @@ def _run_experiments(arguments: argparse.Namespace, what: str, names: list[str])
         sources[name] = source
     deadline = time.monotonic() + 60 * arguments.max_minutes if arguments.max_minutes else None
     bench = Bench(
-        arguments.runs, arguments.results, sources, arguments.device, arguments.threads, deadline, arguments.beside
-    )
+        arguments.runs, arguments.results, sources, arguments.device, arguments.threads, deadline, arguments.beside,
+        amp=arguments.amp, cuda_graph=arguments.cuda_graph,
+    )  # fmt: skip
     keys = select(names, arguments.seed)
     return energy_of_images(bench, keys) if what == "energy" else run_experiments(bench, keys, arguments.jobs)
 
 
 def _tables(arguments: argparse.Namespace) -> int:
+    from gatedconv.cli.experiment_rows import present_recipes
     from gatedconv.report.ledger import read_ledger
     from gatedconv.report.results import results_text, write_block
 
@@ -102,16 +106,20 @@ def _tables(arguments: argparse.Namespace) -> int:
     path = arguments.docs / "results.md"
     if not path.is_file():
         raise ValueError(f"{path}: expected the results page, found nothing there")
-    write_atomic(path, write_block(path, "experiments", lambda: results_text(rows)).encode())
+    images = [image.name for image in (arguments.docs / "images").glob("*.png")]
+    text = write_block(path, "experiments", lambda: results_text(rows, present_recipes(), images))
+    write_atomic(path, text.encode())
     print(f"written: {path}")
     return 0
 
 
 def _plots(arguments: argparse.Namespace) -> int:
+    from gatedconv.cli.experiment_rows import present_recipes
     from gatedconv.report.figures import draw_figures
     from gatedconv.report.ledger import read_ledger
+    from gatedconv.report.results import present_rows
 
-    rows = read_ledger(arguments.results / "ledger.jsonl")
+    rows = present_rows(read_ledger(arguments.results / "ledger.jsonl"), present_recipes())
     folder = arguments.docs / "images"
     with naming_file(folder):
         for path in draw_figures(rows, arguments.results / "epochs", folder):
@@ -120,15 +128,19 @@ def _plots(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    from gatedconv.cli.experiment_rows import present_recipes
     from gatedconv.report.experiments import all_experiments
     from gatedconv.report.ledger import read_ledger
+    from gatedconv.report.results import present_rows, runs_of
     from gatedconv.report.tables import text_table
 
     rows = read_ledger(arguments.results / "ledger.jsonl")
+    present = present_rows(rows, present_recipes())
     lines = []
     for each in all_experiments().values():
-        done = sum((each.name, seed) in rows for seed in each.seeds)
-        lines.append([each.name, each.kind, f"{done} of {len(each.seeds)}"])
+        done, outdated = len(runs_of(each, present)), len(runs_of(each, rows)) - len(runs_of(each, present))
+        told = f"{done} of {len(each.seeds)}" + (f", {outdated} by an earlier recipe" if outdated else "")
+        lines.append([each.name, each.kind, told])
     print(text_table(["experiment", "kind", "seeds done"], lines))
     return 0
 

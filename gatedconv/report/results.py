@@ -48,9 +48,9 @@ PRINTED = {
     "table3-c10-r110-2fc-middle": "82.94",
 }
 _HEADER = (
-    "run", "top-1, last epoch (%)", "seeds", "MACs (M)", "of dense", "conv and fc alone", "gates open", "pruned (eq. 11)", "polar",
-    "agreement", "before the freeze (%)", "its MACs (M)", "the whole network (%)", "training (TMACs)", "Wh",
-    "J / image", "gated less this, seed by seed", "the paper",
+    "run", "top-1, last epoch (%)", "seeds", "MACs (M)", "of dense", "conv and fc alone", "gates open",
+    "pruned (eq. 11)", "polar", "agreement", "before the freeze (%)", "its MACs (M)", "the whole network (%)",
+    "training (TMACs)", "Wh", "J / image", "gated less this, seed by seed", "the paper",
 )  # fmt: skip
 _NOT_RUN = "not run yet"
 _CONTROLS = ("equal_macs", "fixed_at_init")
@@ -176,9 +176,9 @@ def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit
 def _unmeasured(members: Sequence[Experiment], rows: Rows) -> list[str]:
     """A sentence where energy was not measurable; the columns then lack it, or are not there."""
     runs = [run for each in members for run in runs_of(each, rows) if each.trains]
-    silent = Counter(run.energy_reason or "not measurable on the machine" for run in runs if run.energy_j is None)
-    told = "; ".join(f"{reason} of {count} of these {len(runs)} runs" for reason, count in silent.items())
-    return [f"Energy: {told}."] if told else []
+    silent = Counter(run.energy_reason or "no counter on the machine" for run in runs if run.energy_j is None)
+    told = "; ".join(f"{reason} ({count} of these {len(runs)} runs)" for reason, count in silent.items())
+    return [f"Energy not measured: {told}."] if told else []
 
 
 def _outdated(members: Sequence[Experiment], rows: Rows, present: Rows) -> list[str]:
@@ -191,7 +191,7 @@ def _outdated(members: Sequence[Experiment], rows: Rows, present: Rows) -> list[
     runs = [run for each in members for run in runs_of(each, present)]
     silent = sum(run.recipe is None for run in runs)
     if silent:
-        lines.append(f"Recipe: not in the ledger for {silent} of these {len(runs)} runs, which are older than its hash.")
+        lines.append(f"Recipe: {silent} of these {len(runs)} runs are older than its record in the ledger.")
     return ["\n".join(lines)] if lines else []
 
 

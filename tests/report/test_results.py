@@ -53,11 +53,54 @@ def test_a_control_is_beaten_only_by_more_than_the_spread(ahead: float, verdict:
 def test_energy_that_was_not_measurable_is_said_and_no_zero() -> None:
     rows = [row(seed=0), row(seed=1), row(seed=2, energy_j=7200.0, energy_j_image=0.00125)]
     text = results_text({each.key: each for each in rows}).split("###")[1]
-    assert "Energy: not measurable on the machine of 2 of these 3 runs." in text
+    assert "Energy not measured: no counter on the machine (2 of these 3 runs)." in text
     line = cells(text, "ResNet-56 CIFAR-10 gated")
     assert "2.00" in line and "0.00125" in line
     text = results_text({each.key: each for each in rows[:2]}).split("###")[1]
-    assert "not measurable on the machine of 2 of these 2 runs" in text and "Wh" not in text
+    assert "no counter on the machine (2 of these 2 runs)" in text and "Wh" not in text
+    shared = row(energy_reason="other work ran on the device")
+    text = results_text({shared.key: shared}).split("###")[1]
+    assert "Energy not measured: other work ran on the device (1 of these 1 runs)." in text
+
+
+def test_what_pairs_of_seeds_differ_by_is_told_beside_the_control() -> None:
+    """Seeds that move both alike: the spread of the means hides what every pair shows."""
+    tops = {"headline-r56-c10": (92.0, 93.0, 94.0), "headline-r56-c10-fixed-at-init": (91.6, 92.4, 93.5)}
+    kinds = {"headline-r56-c10": "gated", "headline-r56-c10-fixed-at-init": "fixed_at_init"}
+    rows = [row(name, seed, top1_last=top, kind=kinds[name]) for name in tops for seed, top in enumerate(tops[name])]
+    rows.append(row("headline-r56-c10", 4, top1_last=50.0))  # without its partner
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    line = cells(text, "ResNet-56 CIFAR-10 gated, fixed at epoch 0")
+    header = cells(text, "run")
+    assert line[header.index("gated less this, seed by seed")] == "+0.50 ± 0.10"
+    assert cells(text, "ResNet-56 CIFAR-10 gated")[header.index("gated less this, seed by seed")] == ""
+    (verdict,) = [line for line in text.splitlines() if line.startswith("- ")]
+    assert "+0.50 points, 3 seeds, larger spread 1.00: a tie, within the spread. Seed by seed: +0.50 ± 0.10." in verdict
+    assert verdict.endswith("Agreement at the freeze: 99.90 ± 0.00 %.")
+
+
+def test_macs_without_norms_are_told_where_rows_know_them() -> None:
+    known = row(macs_conv=5.8e7, macs_conv_dense=1.16e8)
+    text = results_text({known.key: known, ("headline-r56-c10", 1): row(seed=1)}).split("###")[1]
+    line, header = cells(text, "ResNet-56 CIFAR-10 gated"), cells(text, "run")
+    assert line[header.index("conv and fc alone")] == "50.0 %"
+    assert "conv and fc alone" not in results_text({("headline-r56-c10", 1): row(seed=1)})
+
+
+def test_runs_by_an_earlier_recipe_are_left_out_and_that_is_said() -> None:
+    rows = [row(recipe="new"), row(seed=1, recipe="old", top1_last=50.0), row(seed=2, top1_last=93.5)]
+    text = results_text({each.key: each for each in rows}, {"headline-r56-c10": "new"}).split("###")[1]
+    assert cells(text, "ResNet-56 CIFAR-10 gated")[1:3] == ["93.50 ± 0.00", "2 of 5"]
+    assert "ResNet-56 CIFAR-10 gated: 1 runs by an earlier recipe are left out." in text
+    assert "Recipe: 1 of these 2 runs are older than its record in the ledger." in text
+
+
+def test_figures_are_linked_where_they_are_drawn() -> None:
+    text = results_text({}, images=["figure3.png", "figure6-table6-c10-r110-lambda-0.png", "cpu-bench.png"])
+    assert "![Figure 3](images/figure3.png)" in text and "images/figure2.png" not in text
+    assert "![Figure 6, λ 0](images/figure6-table6-c10-r110-lambda-0.png)" in text and "cpu-bench" not in text
+    text = results_text({})
+    assert "Figure 2 and Figure 3: not drawn yet." in text and "Figure 6: not drawn yet." in text
 
 
 def test_seeds_that_the_other_lacks_are_not_compared() -> None:
