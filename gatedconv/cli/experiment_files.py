@@ -30,6 +30,8 @@ class Bench:
         threads: the same; 0 for the recipe's own.
         deadline: `time.monotonic()` by which to stop; None for never.
         beside: other runs that the device is shared with.
+        amp: as in `TrainConfig`; "" for the recipe's own.
+        cuda_graph: as in `TrainConfig`.
         command: what runs `gatedconv` in a process of its own.
     """
 
@@ -40,6 +42,8 @@ class Bench:
     threads: int = 0
     deadline: float | None = None
     beside: int = 0
+    amp: str = ""
+    cuda_graph: bool = False
     command: tuple[str, ...] = (sys.executable, "-m", "gatedconv")
 
     @property

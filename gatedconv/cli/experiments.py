@@ -141,6 +141,8 @@ def experiment_config(bench: Bench, experiment: Experiment, seed: int, rows: Map
     settings["data"] = bench.sources.get(dataset_name(settings["data"]), settings["data"])
     settings |= {"device": bench.device} if bench.device else {}
     settings |= {"threads": bench.threads} if bench.threads else {}
+    settings |= {"amp": bench.amp} if bench.amp else {}
+    settings["cuda_graph"] = bench.cuda_graph
     settings["shared_device"] = bench.beside > 0
     return make_config(settings, where=experiment.name)
 
@@ -239,6 +241,8 @@ def _start(bench: Bench, key: Key) -> subprocess.Popen[bytes]:
         command += ["--source", f"{name}={source}"]
     command += ["--device", bench.device] if bench.device else []
     command += ["--threads", str(bench.threads)] if bench.threads else []
+    command += ["--amp", bench.amp] if bench.amp else []
+    command += ["--cuda-graph"] if bench.cuda_graph else []
     command += ["--max-minutes", f"{bench.minutes_left():.2f}"] if bench.deadline is not None else []
     bench.runs.mkdir(parents=True, exist_ok=True)
     log = _log(bench, key)

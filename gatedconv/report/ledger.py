@@ -68,6 +68,7 @@ class LedgerRow:
         macs_conv_dense: the same of `macs_dense`.
         jobs: runs that shared the device when this one ended; None in rows that are older than the field.
         recipe: short hash of the recipe; None in rows that are older than the field.
+        amp: mixed precision of the training, which may be another than the recipe's; None in older rows.
     """
 
     experiment: str
@@ -100,6 +101,7 @@ class LedgerRow:
     macs_conv_dense: float | None = None
     jobs: int | None = None
     recipe: str | None = None
+    amp: str | None = None
 
     def __post_init__(self) -> None:
         """Check types and ranges; LedgerError names the field, what it allows and the value."""

@@ -78,6 +78,30 @@ def test_a_finished_run_of_another_recipe_is_refused(bench: Bench, monkeypatch: 
     assert read_ledger(bench.ledger) == {}
 
 
+def test_what_the_machine_is_asked_for_reaches_the_training_and_its_processes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, started = "cpu-r20-c10-dense", []
+    assert cli.run_one(replace(bench, amp="bf16"), name, 0) == cli.DONE
+    assert read_ledger(bench.ledger)[name, 0].amp == bench.folder(name, 0).read_config().amp == "bf16"
+    assert cli.run_one(bench, name, 1) == cli.DONE and read_ledger(bench.ledger)[name, 1].amp == "off"
+    graphs = replace(bench, cuda_graph=True, device="cuda", amp="off")
+    experiment = EXPERIMENTS["headline-r56-c10"]
+    config = cli.experiment_config(graphs, experiment, 0, {})
+    assert config.cuda_graph and config.amp == "off"
+    assert not cli.experiment_config(bench, experiment, 0, {}).cuda_graph
+    assert cli.experiment_config(bench, experiment, 0, {}).amp == "auto"
+    with pytest.raises(ValueError, match="cuda_graph: expected a GPU, got device 'cpu'"):
+        cli.run_one(replace(bench, cuda_graph=True), name, 2)
+    monkeypatch.setattr(cli.subprocess, "Popen", lambda command, **_: started.extend(command))
+    cli._start(graphs, (name, 0))
+    assert started[started.index("--amp") + 1] == "off" and "--cuda-graph" in started
+    chosen: list[Bench] = []
+    monkeypatch.setattr(cli, "run_experiments", lambda bench, keys, jobs: chosen.append(bench) or 0)
+    assert main(["report", *started[started.index("run") :]]) == 0
+    assert (chosen[0].amp, chosen[0].cuda_graph, chosen[0].device) == ("off", True, "cuda")
+
+
 def test_a_control_without_its_run_is_refused_by_name(bench: Bench) -> None:
     with pytest.raises(ValueError, match="cpu-r20-c10-fixed-at-init: is made from cpu-r20-c10, seed 0, which is not"):
         cli.run_one(bench, "cpu-r20-c10-fixed-at-init", 0)
