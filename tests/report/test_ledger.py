@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gatedconv.report.ledger import LedgerError, append_row, read_ledger
+from gatedconv.report.ledger import LedgerError, amend_row, append_row, read_ledger
 from tests.report.ledger_rows import row
 
 REQUIRED = (
@@ -71,6 +71,21 @@ def test_damage_is_told_by_line_and_field_and_nothing_is_written(tmp_path: Path,
         read_ledger(path)
     with pytest.raises(LedgerError, match=message):
         append_row(path, row(seed=4))
+    assert path.read_bytes() == before
+
+
+def test_what_is_measured_later_goes_into_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    rows = [row(), row(seed=1)]
+    for each in rows:
+        append_row(path, each)
+    amend_row(path, rows[1].key, energy_j_image=0.25)
+    assert list(read_ledger(path).values()) == [rows[0], row(seed=1, energy_j_image=0.25)]
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="has no row of headline-r56-c10, seed 7"):
+        amend_row(path, ("headline-r56-c10", 7), energy_j_image=0.25)
+    with pytest.raises(LedgerError, match="energy_j_image: expected at least 0, got -1.0"):
+        amend_row(path, rows[1].key, energy_j_image=-1.0)
     assert path.read_bytes() == before
 
 

@@ -120,6 +120,12 @@ def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pyt
     assert energies(net, config, data) == {"energy_j": None, "energy_j_image": None}
 
 
+def begun(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.begin(TrainConfig(), resume=False)
+    return folder
+
+
 @pytest.mark.parametrize("joules", [0.0021, None])
 def test_the_ledger_takes_over_the_energy_of_an_image(tmp_path: Path, joules: float | None) -> None:
     net = {"top1": 93.0, "macs": 1e8, "params": 5, "energy_j": None, "energy_j_image": joules}
@@ -128,7 +134,7 @@ def test_the_ledger_takes_over_the_energy_of_an_image(tmp_path: Path, joules: fl
         "wall_s": 1.0, "evaluated_on": "test", "train_macs": 3e15,
     }  # fmt: skip
     experiment = find_experiment("headline-r56-c10-dense")
-    row = training_row(experiment, 0, RunFolder(tmp_path), summary, {})
+    row = training_row(experiment, 0, begun(tmp_path), summary, {})
     assert row.energy_j_image == joules
     assert (row.train_macs, row.top1_whole) == (3e15, None)
 
@@ -142,7 +148,7 @@ def test_a_row_of_the_recipe_tells_of_the_whole_network_too(tmp_path: Path) -> N
         "macs_dense": 1e7, "open_ratio": 0.5, "pruning_rate": 0.5, "polarization": 0.0, "agreement": 1.0,
         "dynamic": {"top1": 70.0, "macs": 5e6},
     }  # fmt: skip
-    row = training_row(find_experiment("cpu-r20-c10"), 0, RunFolder(tmp_path), summary, {})
+    row = training_row(find_experiment("cpu-r20-c10"), 0, begun(tmp_path), summary, {})
     assert (row.top1_last, row.top1_whole, row.macs, row.macs_dense, row.epochs) == (76.0, 78.0, 5e6, 1e7, 24)
 
 
