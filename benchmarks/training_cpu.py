@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.roofline import epoch_ms, layer_work, measured_rates
 from gatedconv.data import ImageData
 from gatedconv.data.image_data import Augment, make_image_data
 from gatedconv.train import TrainConfig, train
@@ -164,6 +165,10 @@ def measure(case: tuple[str, int, bool, str, bool], rounds: int, steps: int) -> 
             next(epochs)
             if turn:  # the first one warms up, and compiles
                 times[name].append(1000 * (time.perf_counter() - started) / steps)
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    work = layer_work(plain_resnet(int(network.removeprefix("resnet"))), torch.zeros(1, *data.image_shape))
+    rates = measured_rates(torch.device("cpu"), dtype)
+    ideal = epoch_ms(work, BATCH, steps, len(data.test_images), dtype.itemsize, rates) / steps
     ratios = [ours / plain for plain, ours in zip(times["plain"], times["ours"], strict=True)]
     return {
         "network": f"{network}, {side}x{side}" + (", gated" if gated else "") + (", compiled" if compiled else ""),
@@ -172,6 +177,7 @@ def measure(case: tuple[str, int, bool, str, bool], rounds: int, steps: int) -> 
         "plain_ms": round(min(times["plain"]), 3),
         "ours_ms": round(min(times["ours"]), 3),
         "ratio": round(statistics.median(ratios), 4),
+        "roofline": round(ideal / min(times["ours"]), 4),
         "rounds": rounds,
     }
 

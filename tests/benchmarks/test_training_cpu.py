@@ -76,4 +76,4 @@ def test_it_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     found = json.loads(output.read_text())
     assert found["rows"] == shown and "2 steps" in found["what"]
     assert [row["network"] for row in shown] == ["resnet20, 8x8", "resnet20, 8x8, gated"]
-    assert all(row["ours_ms"] > 0 and row["plain_ms"] > 0 and row["ratio"] > 0 for row in shown)
+    assert all(row["ours_ms"] > 0 and row["plain_ms"] > 0 and row["ratio"] > 0 < row["roofline"] for row in shown)
