@@ -149,6 +149,8 @@ def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_
         (["run"], "expected names of experiments"),
         (["run", "headline-r56-c11"], "unknown experiment 'headline-r56-c11'; did you mean headline-r56-c10"),
         (["run", "headline-r56-c10", "--seed", "7"], "has the seeds 0, 1, 2, 3, 4, got 7"),
+        (["energy"], "report energy: expected names of experiments"),
+        (["run", "headline-r56-c10", "--beside", "-1"], "beside: expected at least 0, got -1"),
         (["run", "headline-r56-c10", "--jobs", "0"], "jobs: expected at least 1, got 0"),
         (["run", "headline-r56-c10", "--max-minutes", "-1"], "max_minutes: expected at least 0, got -1.0"),
         (["run", "headline-r56-c10", "--source", "cifar10"], "source: expected NAME=SOURCE, got 'cifar10'"),
