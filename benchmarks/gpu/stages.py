@@ -36,6 +36,7 @@ MODULES = {
     "check": ("check",),
     "gates": ("bench-gates",),
     "training": ("bench-resnet56", "bench-resnet110"),
+    "epochs": ("bench-epochs",),
     "engine": ("check-engine", "bench-engine-layers", "bench-engine-cifar", "bench-engine-imagenet"),
 }
 _stages: dict[str, tuple[Stage, str]] = {}
