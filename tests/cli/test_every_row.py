@@ -1,8 +1,8 @@
 """Every row of the experiment table runs: two epochs on a few images of 8x8, all else as the row says.
 
-The headline and ResNet-20 keep their depth. Other networks have one block a stage, that the whole table takes a
-minute; that each row's own network can be built is shown in test_experiments. Rows that differ in what is shrunk alone
-run once.
+The headline, ResNet-20 and two rows of ResNet-110 keep their depth. Other networks have one block a stage, that the
+whole table takes a minute; that each row's own network can be built is shown in test_experiments. Rows that differ in
+what is shrunk alone run once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.image_files import write_npz
 
 EXPERIMENTS = all_experiments()
 EPOCHS, BATCH = 2, 16
+DEEP = ("table6-c10-r110-lambda-1", "table3-c10-r110-2fc-middle")  # layer gates, and channel gates that flatten
 SHALLOW = "resnet32"  # stands for the shallow network in configs, which know no other names
 DATA = ("cifar10", "cifar100", "cifar10-16x16-25k")
 
@@ -37,7 +38,7 @@ def shrunk(experiment: Experiment) -> Experiment:
     whole = experiment_rows.recipe_settings(experiment)
     warmup = EPOCHS * whole.get("warmup_epochs", 0.0) / whole["epochs"]
     tiny = {"epochs": EPOCHS, "warmup_epochs": warmup, "batch_size": BATCH, "device": "cpu", "threads": 1}
-    deep = "headline" in experiment.shown or whole["model"] == "resnet20"
+    deep = "headline" in experiment.shown or whole["model"] == "resnet20" or experiment.name in DEEP
     model = whole["model"] if deep else SHALLOW
     return replace(experiment, settings={**experiment.settings, **tiny, "model": model, "latency": False})
 
