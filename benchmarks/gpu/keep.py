@@ -12,8 +12,6 @@ from gatedconv.report.ledger import read_ledger
 from gatedconv.train.checkpoint import previous_path
 from gatedconv.train.folder import RunFolder
 
-PHASES = ("dense", "gated", "cut")
-
 
 def groups(work: Path, committed: Rows) -> Iterator[Group]:
     """What a work folder has to hand on, the most important first.
@@ -45,8 +43,9 @@ def epochs_done(folder: RunFolder) -> int:
 
 def _checkpoints(folder: RunFolder) -> Iterator[tuple[Path, Path]]:
     """The newest checkpoint of each training, and where it lies: the moment between two renames is short, but there."""
-    for phase in PHASES:
-        path = folder.checkpoint(phase)
+    files = [path for path in folder.checkpoint("any").parent.glob("*.pt") if not path.name.startswith(".")]
+    phases = {path.name.removesuffix(".pt").removesuffix(".previous") for path in files}
+    for path in map(folder.checkpoint, sorted(phases)):
         yield path, path if path.is_file() else previous_path(path)
 
 

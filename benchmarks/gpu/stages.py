@@ -37,6 +37,7 @@ MODULES = {
     "gates": ("bench-gates",),
     "training": ("bench-resnet56", "bench-resnet110"),
     "epochs": ("bench-epochs",),
+    "check_train": ("check-train",),
     "engine": ("check-engine", "bench-engine-layers", "bench-engine-cifar", "bench-engine-imagenet"),
 }
 _stages: dict[str, tuple[Stage, str]] = {}
