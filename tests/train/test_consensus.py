@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gatedconv
-from gatedconv.train import RunFolder, TrainConfig, run
+from gatedconv.train import RunFolder, TrainConfig, finish, run
 from gatedconv.train.build import build_model, load_images, starting_network
 from gatedconv.train.masks import even_masks, read_consensus, write_consensus
 
@@ -150,3 +150,31 @@ def test_masks_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert figures == {"agreement": 0.5} and found.keys() == masks.keys()
     assert all(torch.equal(found[name], masks[name]) for name in masks)
     assert json.loads((tmp_path / "consensus.json").read_text())["masks"]["a"] == "101"
+
+
+def test_a_cut_has_no_more_channels_on_a_device_that_likes_multiples(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`compact` fills channels up where its example is on a GPU; here everywhere."""
+    config = early(archive, bn_reestimate=False)
+    data = load_images(config)
+    torch.manual_seed(0)
+    gated = build_model(config, data).eval()
+    masks = {name: torch.arange(gate.num_gates) % 3 == 0 for name, gate in gatedconv.gates(gated).items()}
+    frozen = gatedconv.freeze(gated, masks=masks)
+    exact = finish.cut_out(frozen, config, data)
+    assert [layer.out_channels for name, layer in exact.named_modules() if name.endswith("conv1") and "." in name] == [
+        int(mask.sum()) for mask in masks.values()
+    ]
+    real, asked = finish.compact, []
+
+    def on_a_gpu(*arguments: Any, channel_multiple: int | None = None) -> torch.nn.Module:
+        asked.append(channel_multiple)
+        return real(*arguments, channel_multiple=8 if channel_multiple is None else channel_multiple)
+
+    monkeypatch.setattr(finish, "compact", on_a_gpu)
+    again = finish.cut_out(frozen, config, data)
+    assert asked == [1]
+    assert [value.shape for value in again.state_dict().values()] == [
+        value.shape for value in exact.state_dict().values()
+    ]
