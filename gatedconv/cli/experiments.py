@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from gatedconv.report.experiments import Experiment, all_experiments, find_exper
 from gatedconv.report.ledger import LedgerRow, append_row, read_ledger
 from gatedconv.train.config import TrainConfig, make_config, require_same_recipe
 from gatedconv.train.folder import RunFolder
+from gatedconv.train.stopping import StopRequest, stop_on_sigterm
 
 DONE, FAILED, TIME_LIMIT = 0, 1, 3
 # A dense net is needed by most of what comes after it, a gated one by its controls.
@@ -68,7 +70,8 @@ def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
     from comes before it, whether or not it was asked for. A run that fails stops only what is made from it.
 
     Returns:
-        0 when all is done, 1 when something failed, which is told at the end, 3 when time was up.
+        0 when all is done, 1 when something failed, which is told at the end, 3 when time was up or SIGTERM came:
+        runs leave their checkpoints, and the same command goes on.
     """
     failures = Failures()
     queue = _plan(keys, read_ledger(bench.ledger), failures)
@@ -79,7 +82,10 @@ def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
         code = _one_by_one(bench, queue, failures)
     else:
         together = replace(bench, beside=max(bench.beside, min(jobs, len(queue)) - 1))
-        code = _side_by_side(together, queue, jobs, failures)
+        with stop_on_sigterm() as stop, stop.patiently():
+            code = _side_by_side(together, queue, jobs, failures, stop)
+        if stop.made:
+            return _told(failures) or TIME_LIMIT
     if jobs > 1 and not bench.beside:  # nothing else runs any more
         measure_energy(bench, keys, failures)
     return _told(failures) or code
@@ -116,8 +122,8 @@ def run_one(bench: Bench, name: str, seed: int) -> int:
         _require_recipe(folder, config, name)
         summary = folder.read_summary()
     if summary is None:
-        with make_listener() as listener:
-            summary = run_training(config, folder, resume=folder.holds_run(), listener=listener)
+        with make_listener() as listener, stop_on_sigterm() as stop:
+            summary = run_training(config, folder, resume=folder.holds_run(), listener=listener, stop=stop)
     if summary is None:
         return TIME_LIMIT
     keep_files(bench, name, seed)
@@ -207,12 +213,16 @@ def _told(failures: Failures) -> int:
     return FAILED if failures else DONE
 
 
-def _side_by_side(bench: Bench, queue: list[Key], jobs: int, failures: Failures) -> int:
+def _side_by_side(
+    bench: Bench, queue: list[Key], jobs: int, failures: Failures, stop: StopRequest | None = None
+) -> int:
+    stop = stop or StopRequest()
     running: dict[Key, subprocess.Popen[bytes]] = {}
     cut_short: set[Key] = set()
+    told: set[Key] = set()  # of SIGTERM
     try:
-        while running or (queue and not bench.late):
-            for key in [] if bench.late else list(queue):
+        while running or (queue and not bench.late and not stop.made):
+            for key in [] if bench.late or stop.made else list(queue):
                 if _blocked(key, failures, cut_short):
                     queue.remove(key)
                     cut_short |= {key} - failures.keys()
@@ -222,9 +232,13 @@ def _side_by_side(bench: Bench, queue: list[Key], jobs: int, failures: Failures)
             for key, process in list(running.items()):
                 if process.poll() is not None:
                     del running[key]
-                    cut_short |= {key} if process.returncode == TIME_LIMIT else set()
-                    if process.returncode not in (DONE, TIME_LIMIT):
+                    if process.returncode == TIME_LIMIT or (stop.made and process.returncode == -signal.SIGTERM):
+                        cut_short.add(key)
+                    elif process.returncode != DONE:
                         failures[key] = _last_words(_log(bench, key), process.returncode)
+                elif stop.made and key not in told:
+                    told.add(key)
+                    process.terminate()
             time.sleep(0.2)
     finally:
         for process in running.values():
