@@ -72,8 +72,9 @@ def work(settings: Settings) -> int:
     sources = {name: f"npz:data/{name}.npz" if _is_archive(source) else source for name, source in _sources(settings)}
     deadline = time.monotonic() + 60 * float(os.environ["GATEDCONV_MINUTES_LEFT"])
     bench = Bench(
-        Path("runs"), Path("results"), sources, settings.device, deadline=deadline, command=(*_SELF, "--child")
-    )
+        Path("runs"), Path("results"), sources, settings.device, deadline=deadline, amp=settings.amp,
+        cuda_graph=settings.cuda_graph, command=(*_SELF, "--child"),
+    )  # fmt: skip
     return run_experiments(bench, settings.keys, settings.jobs)
 
 

@@ -15,6 +15,8 @@ FROM              folders of archives of earlier calls, or archives
 OUT               folder for archives (default runs/gpu-packs): at most 7 files of 16 MB, 60 MB together
 WORK              folder of run folders and ledger (default runs/gpu); goes on from what is there
 DEVICE            default cuda
+AMP               mixed precision of all runs (default: each recipe's own; ours take bf16, the paper's none)
+CUDA_GRAPH        1: replay each training step as one CUDA graph, which ``check-train`` checks first (default 0)
 GATEDCONV_COMMIT  commit of the source, for the ledger, where there is no .git
 """
 

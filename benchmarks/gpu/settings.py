@@ -28,6 +28,8 @@ class Settings:
         before: archives of earlier calls, or folders of them.
         out: folder for archives.
         work: folder of run folders and ledger.
+        amp: as in `TrainConfig`; "" for each recipe's own.
+        cuda_graph: as in `TrainConfig`.
     """
 
     keys: list[Key]
@@ -38,6 +40,8 @@ class Settings:
     before: list[Path]
     out: Path
     work: Path
+    amp: str = ""
+    cuda_graph: bool = False
 
     @classmethod
     def read(cls, environment: Mapping[str, str], folder: Path) -> Settings:
@@ -61,7 +65,11 @@ class Settings:
             before=[folder / place for place in (environment.get("FROM") or "").split()],
             out=path("OUT", "runs/gpu-packs"),
             work=path("WORK", "runs/gpu"),
+            amp=environment.get("AMP") or "",
+            cuda_graph=(environment.get("CUDA_GRAPH") or "0") != "0",
         )
+        if settings.amp not in ("", "off", "auto", "bf16", "fp16"):
+            raise ValueError(f"AMP: expected off, auto, bf16 or fp16, got {settings.amp!r}")
         if settings.jobs < 1:
             raise ValueError(f"JOBS: expected at least 1, got {settings.jobs}")
         if settings.work.resolve().is_relative_to(settings.out.resolve()):

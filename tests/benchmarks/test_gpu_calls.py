@@ -239,6 +239,7 @@ def test_rows_that_contradict_each_other_stop_a_call_before_it_begins(settings: 
         ({"SEEDS": "one"}, "SEEDS: expected whole numbers, got 'one'"),
         ({"JOBS": "0"}, "JOBS: expected at least 1, got 0"),
         ({"MINUTES": "-1"}, "MINUTES: expected a number above 0, got '-1'"),
+        ({"AMP": "half"}, "AMP: expected off, auto, bf16 or fp16, got 'half'"),
         ({"MINUTES": "nan"}, "MINUTES: expected a number above 0, got 'nan'"),
         ({"SOURCES": "cifar10"}, "SOURCES: expected NAME=SOURCE, got 'cifar10'"),
         ({"SOURCES": "cifar10=npz:nowhere.npz"}, "SOURCES: cifar10: found nothing at .*nowhere.npz"),
@@ -260,6 +261,20 @@ def test_settings_have_defaults_and_absolute_paths(tmp_path: Path) -> None:
     assert wanted <= {name for name, _ in found.keys} <= {name for name in all_experiments() if name[:8] == "headline"}
     assert found.sources == {"cifar10": f"npz:{tmp_path / 'cifar10.npz'}"} and found.out == tmp_path / "out"
     assert found.work.is_absolute() and found.device == "cuda" and (found.jobs, found.minutes) == (4, 7.5)
+    assert (found.amp, found.cuda_graph) == ("", False)
+
+
+def test_amp_and_graphs_reach_the_runs(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"SOURCES": "cifar10=cifar10", "AMP": "bf16", "CUDA_GRAPH": "1"}
+    found = Settings.read(environment, settings.work)
+    assert (found.amp, found.cuda_graph) == ("bf16", True)
+    seen: list[Any] = []
+    monkeypatch.setattr(calls, "run_experiments", lambda bench, keys, jobs: seen.append(bench) or 0)
+    monkeypatch.setenv("GATEDCONV_MINUTES_LEFT", "1")
+    settings.work.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(settings.work)
+    assert calls.work(replace(settings, amp="bf16", cuda_graph=True)) == 0
+    assert (seen[0].amp, seen[0].cuda_graph) == ("bf16", True)
 
 
 def test_a_call_without_its_device_is_told(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
