@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,9 @@ from gatedconv.cli.experiment_files import Bench
 from gatedconv.cli.experiment_rows import present_recipes, recipe_of
 from gatedconv.report.experiments import Experiment, find_experiment
 from gatedconv.report.ledger import append_row, read_ledger
-from gatedconv.train.config import field_specs
+from gatedconv.train.config import TrainConfig, field_specs
+from gatedconv.train.folder import RunFolder
+from gatedconv.train.stopping import StopRequest
 from tests.report.ledger_rows import row
 
 GATED, FIXED, DENSE = "cpu-r20-c10", "cpu-r20-c10-fixed-at-init", "cpu-r20-c10-dense"
@@ -102,6 +106,20 @@ def test_a_run_that_fails_lets_the_others_go_on(
     assert asked == [GATED, DENSE] and set(read_ledger(bench.ledger)) == {(DENSE, 0)}
     told = capsys.readouterr().err
     assert "Traceback" in told and f"{GATED} seed 0: failed: no such luck at all\n" in told
+
+
+def test_sigterm_ends_a_run_that_can_go_on_and_starts_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run(config: TrainConfig, folder: RunFolder, *, stop: StopRequest, **_: Any) -> None:
+        asked.append(config.name)
+        with stop.patiently():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.made
+
+    monkeypatch.setattr("gatedconv.train.pipeline.run", run)
+    assert cli.run_experiments(bench, [(DENSE, 0), (GATED, 0)], 1) == cli.TIME_LIMIT
+    assert asked == [DENSE] and read_ledger(bench.ledger) == {}
 
 
 def test_what_controls_need_outlives_the_run_folder(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
