@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.gpu.keep import epochs_done, groups
-from benchmarks.gpu.packs import Limits, find_packs, put_back, read_packs, write_packs
+from benchmarks.gpu.keep import epochs_done, groups, unpacked
+from benchmarks.gpu.packs import Limits, find_packs, read_packs, write_packs
 from benchmarks.gpu.rows import LEDGER, Key, Rows, joined, ledger_text, rows_of, stem
 from benchmarks.gpu.session import ROOT
 from benchmarks.gpu.settings import Settings
@@ -103,7 +103,7 @@ def _go_on_from(settings: Settings, committed: Rows, results: Path) -> None:
         pieces, notes = read_packs(packs)
         ledgers.append((str(packs[0].parent), rows_of(pieces, settings.work)))
         joined(ledgers)  # before anything of it is written
-        put_back(settings.work, [piece for name, piece in pieces.items() if name != LEDGER])
+        unpacked(settings.work, pieces.values())
         for note in notes:
             print(note)
     for path in (results / "consensus").glob("*.json"):  # of runs whose controls may come now

@@ -46,7 +46,7 @@ STEPS_DRIFT = 1e-5  # relative, and at least: kernels that are made another way 
 CUT_ERROR = 1e-4  # of a cut network against the frozen one, relative: the same sums in another order
 _RECIPE: dict[str, Any] = {
     "model": "resnet20", "gate": "channel", "position": "middle", "epochs": 2, "lr": 0.05, "mac_control": "rank",
-    "mac_ramp": (0.0, 0.35), "mac_target": 0.5, "consensus_at": 0.5, "amp": "off",
+    "mac_ramp": (0.02, 0.35), "mac_target": 0.5, "consensus_at": 0.5, "teacher_at": 0.02, "amp": "off",
 }  # fmt: skip
 
 
@@ -98,15 +98,26 @@ class Bench:
         return folder
 
     def resumed(self) -> str:
-        """A run that is stopped within an epoch, before the consensus and after it, and goes on."""
-        folder = RunFolder(self.folder / "runs" / "pieces-seed0")
+        """A run that is stopped within an epoch, before the consensus and after it, and goes on from archives."""
+        folder = RunFolder(self.folder / "first" / "runs" / "pieces-seed0")
         for phase in ("gated", "cut"):
             if run(self.config, folder, resume=folder.holds_run(), **_stopping(phase)) is not None:
                 raise RuntimeError(f"the run was not stopped in phase {phase!r}")
+            folder = self._moved(folder, self.folder / f"after-{phase}")
         if run(self.config, folder, resume=True) is None:
             raise RuntimeError("the run did not come to its end")
         drift = difference(self.straight(0), self.straight(1))
         return require_same(difference(self.straight(0), folder), drift)
+
+    def _moved(self, folder: RunFolder, work: Path) -> RunFolder:
+        """The run in another work folder, where its archives have brought it."""
+        out, before = work / "packs", folder.path.parent.parent
+        packs.write_packs(out, keep.groups(before, {}), packs.Limits(), before)
+        pieces, notes = packs.read_packs(packs.find_packs([out])[0])
+        if notes:
+            raise RuntimeError(f"archives bring back less: {notes}")
+        keep.unpacked(work, pieces.values())
+        return RunFolder(work / "runs" / folder.path.name)
 
     def cut(self) -> str:
         """What is cut computes what is frozen, with the MACs that were asked for."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks.gpu.packs import Group, Piece, read_piece
+from benchmarks.gpu.packs import Group, Piece, put_back, read_piece
 from benchmarks.gpu.rows import LEDGER, Rows, beside_ledger, ledger_text, stem
+from benchmarks.gpu.slim import AFTER, BEFORE, made_whole, slimmed
 from gatedconv.report.experiments import all_experiments
 from gatedconv.report.ledger import read_ledger
 from gatedconv.train.checkpoint import previous_path
@@ -33,7 +34,8 @@ def groups(work: Path, committed: Rows) -> Iterator[Group]:
         yield _group(work, folder, [(path, path) for path in (*told, *weights)])
     for folder in sorted(begun, key=lambda folder: -epochs_done(folder)):
         told = folder.config, folder.metrics, folder.consensus
-        yield _group(work, folder, [*((path, path) for path in told), *_checkpoints(folder)])
+        group = _group(work, folder, [*((path, path) for path in told), *_checkpoints(folder)])
+        yield Group(group.label, [_slimmed(work, folder, piece, group.pieces) for piece in group.pieces])
 
 
 def epochs_done(folder: RunFolder) -> int:
@@ -52,6 +54,21 @@ def _checkpoints(folder: RunFolder) -> Iterator[tuple[Path, Path]]:
 def _group(work: Path, folder: RunFolder, files: Iterable[tuple[Path, Path]]) -> Group:
     found = [read_piece(work, str(path.relative_to(work)), place) for path, place in files]
     return Group(folder.path.name, [piece for piece in found if piece])
+
+
+def _slimmed(work: Path, folder: RunFolder, piece: Piece, pieces: list[Piece]) -> Piece:
+    before, after = (str(folder.checkpoint(phase).relative_to(work)) for phase in (BEFORE, AFTER))
+    if piece.name != before or after not in [each.name for each in pieces]:
+        return piece
+    return slimmed(piece, folder.checkpoint(BEFORE), work)
+
+
+def unpacked(work: Path, pieces: Iterable[Piece]) -> None:
+    """Put the files of archives into a work folder, as they were before they were packed."""
+    put_back(work, [piece for piece in pieces if piece.name != LEDGER])
+    for path in (work / "runs").glob("*-seed*"):
+        if path.is_dir():
+            made_whole(RunFolder(path))
 
 
 def _weights_needed(name: str, rows: Rows) -> bool:

@@ -6,9 +6,11 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.gpu import data, keep, merge
@@ -16,6 +18,7 @@ from benchmarks.gpu.packs import Group, Limits, Piece, find_packs, put_back, rea
 from benchmarks.gpu.rows import joined, ledger_text, rows_of
 from gatedconv.report.experiments import all_experiments
 from gatedconv.report.ledger import LedgerRow, read_ledger
+from gatedconv.train.checkpoint import load_checkpoint, save_checkpoint
 from gatedconv.train.config import TrainConfig, to_toml
 from tests.benchmarks.test_gpu_calls import require_brought_back
 from tests.report.ledger_rows import row
@@ -54,7 +57,7 @@ def test_archives_keep_the_limits_and_bring_back_every_byte(tmp_path: Path) -> N
 
 def test_the_real_limits_are_those_of_the_machine(tmp_path: Path) -> None:
     groups = [run(f"{i}", 14_500_000, 1_000_000) for i in range(5)]
-    assert written(tmp_path / "out", groups, Limits()) == ["3", "4"]
+    assert written(tmp_path / "out", groups, Limits()) == ["4"]
     require_brought_back(tmp_path / "out")
 
 
@@ -141,6 +144,32 @@ def test_what_the_next_call_needs_is_kept_and_nothing_else(tmp_path: Path) -> No
     # Weights are of no more use once every naive row that is made from them is there.
     made = {(name, 0): new for name, each in all_experiments().items() if each.needs == dense}
     assert made and not keep._weights_needed(f"{dense}-seed0", made)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_what_only_another_step_would_need_is_left_out_after_a_cut(tmp_path: Path, cut: bool) -> None:
+    """And comes back as the run needs it; before the cut, nothing is left out."""
+    work, name = tmp_path / "work", "runs/headline-r56-c10-seed0/checkpoint"
+    fill(work, "headline-r56-c10", "metrics.jsonl")
+
+    def state(number: float) -> dict[str, Any]:
+        parts = {each: {"weight": torch.full((10_000,), number)} for each in ("model", "teacher")}
+        groups = [{"lr": 0.1, "params": [0]}]
+        return {**parts, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(10_000)}}, "param_groups": groups}}
+
+    save_checkpoint(work / name / "gated.pt", state(1.0))
+    if cut:
+        save_checkpoint(work / name / "cut.pt", state(2.0))
+    written(tmp_path / "out", list(keep.groups(work, {})), Limits())
+    pieces, _ = read_packs(find_packs([tmp_path / "out"])[0])
+    assert (len(pieces[f"{name}/gated.pt"].content) < 50_000) == cut
+    keep.unpacked(tmp_path / "later", pieces.values())
+    found = load_checkpoint(tmp_path / "later" / name / "gated.pt")
+    assert float(found["model"]["weight"].mean()) == 1.0 and found["optimizer"]["param_groups"][0]["lr"] == 0.1
+    assert float(found["teacher"]["weight"].mean()) == (2.0 if cut else 1.0)
+    assert len(found["optimizer"]["state"]) == (0 if cut else 1)
+    assert sorted(path.name for path in (work / name).iterdir()) == ["cut.pt"] * cut + ["gated.pt"]
+    assert sorted(path.name for path in (tmp_path / "later" / name).iterdir()) == ["cut.pt"] * cut + ["gated.pt"]
 
 
 def test_runs_that_are_furthest_come_first(tmp_path: Path) -> None:
