@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: forward, losses, backward, optimiser and metrics in one launch.
+"""Training steps as CUDA graphs: forward, losses, backward, optimiser and metrics in one launch; evaluations, too.
 
 A CIFAR ResNet is made of thousands of small kernels; launched one by one they keep a GPU waiting for the host. A
 captured step is launched as a whole. It computes what `Stepper` computes: the same operations on the same numbers,
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gates import find_gates
+from gatedconv.gates import LayerGate, find_gates
 from gatedconv.gates.gate import Gate
 from gatedconv.gates.registry import joined_rates, unwrap
 from gatedconv.train.config import TrainConfig
@@ -156,14 +157,64 @@ class CapturedStepper(Stepper):
         return result
 
     def _captured(self) -> _Replay:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._stream):
-                result = self._step()
-        except RuntimeError as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"cuda_graph: this step cannot be captured; train without it ({first})") from error
+        graph, result = _captured(self._step, self.device, self._stream)
         return _Replay(graph, result, self.model)
+
+
+def make_forward(model: nn.Module, config: TrainConfig) -> Callable[[Tensor], Tensor]:
+    """What evaluates a network: itself, or with `cuda_graph` its replay.
+
+    In eval mode the host decides which samples a layer gate lets through: such a network is not captured.
+    """
+    decides = any(isinstance(gate, LayerGate) for gate in find_gates(model).values())
+    return CapturedForward(model) if config.cuda_graph and not decides else model
+
+
+class CapturedForward:
+    """A network in eval mode and without gradients, replayed for batches like the first; others go through it plainly.
+
+    Args:
+        model: the network, whose parameters and buffers stay where they are.
+        capture: replay a CUDA graph; False runs the same op by op, on any device.
+    """
+
+    def __init__(self, model: nn.Module, *, capture: bool = True) -> None:
+        self._model, self._capture = model, capture
+        self._images: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._graph: Any = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, classes), which stand until the next call."""
+        if self._images is None:  # compiles kernels, and lets cuDNN choose
+            self._images = torch.empty_like(images)
+            return self._step(images)
+        if images.shape != self._images.shape or images.stride() != self._images.stride():
+            return self._step(images)
+        self._images.copy_(images)
+        if not self._capture:
+            return self._step(self._images)
+        if self._graph is None:
+            self._graph, self._logits = _captured(partial(self._step, self._images), images.device)
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _step(self, images: Tensor) -> Tensor:
+        logits: Tensor = self._model(images)
+        return logits
+
+
+def _captured(call: Callable[[], Any], device: torch.device, stream: torch.cuda.Stream | None = None) -> Any:
+    """A graph of what the call launches, not run yet, and what the call returned."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+            found = call()
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"cuda_graph: this network cannot be captured; train without it ({first})") from error
+    return graph, found
 
 
 class _Scalar:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
 from gatedconv.deploy import count_macs
 from gatedconv.deploy.energy import EnergyMeter
-from gatedconv.train.captured import make_stepper
+from gatedconv.train.captured import make_forward, make_stepper
 from gatedconv.train.checkpoint import State, load_checkpoint, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import Ranks, current
@@ -146,6 +146,7 @@ class _Training:
         self.weight = (share.stop - share.start) * ranks.world / config.batch_size  # ranks differ by an image
         self.history: list[EpochMetrics] = []
         self.meter = EpochMeter(model, self.device)
+        self.forward = make_forward(model, config)
         self.energy = EnergyMeter(self.device, host=ranks.local == 0, shared=config.shared_device)
         self.questions = Questions(ranks, self.device)
         self._earlier, self._energy_before = dict(_NOTHING), Energy()  # of this epoch, before a restart
@@ -236,7 +237,7 @@ class _Training:
         self.ranks.average_buffers(self.model, self.weight)
         self.meter.load_state_dict(self.meter.joined(self.ranks))
         of_gates = self.meter.gate_metrics(self.ranks)  # before the evaluation, whose batches the gates would tell of
-        test_loss, test_top1 = evaluate(self.model, self.test_batches, self.ranks)
+        test_loss, test_top1 = evaluate(self.model, self.test_batches, self.ranks, self.forward)
         report = StepReport(self.phase, epoch + 1, steps, steps, self.meter.mean_loss, self.meter.top1)
         self._require_finite(None if math.isfinite(report.loss) else "every step", report)
         self._require_finite(None if math.isfinite(test_loss) else "the evaluation", report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -190,13 +190,19 @@ class EpochMeter:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = ALONE) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    ranks: Ranks = ALONE,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[float, float]:
     """Evaluate a classifier in eval mode; its mode is put back after.
 
     Args:
         model: images float (B, C, H, W) -> logits (B, classes).
         batches: (images, labels int64 (B,)).
         ranks: processes that evaluate a share of the images each; a collective.
+        forward: calls the model in its stead.
 
     Returns:
         Mean cross-entropy and top-1 in percent.
@@ -210,7 +216,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: 
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
     one = torch.ones((), dtype=torch.float64, device=device)  # a number from the host would make it wait
     for images, labels in batches:
-        logits = model(images).float()
+        logits = (forward or model)(images).float()
         loss = functional.cross_entropy(logits, labels, reduction="sum").double()
         right = (logits.argmax(1) == labels).sum()
         sums += torch.stack([loss, right.double(), len(labels) * one])

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.gates import find_gates, shutter
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import TrainConfig
-from gatedconv.train.captured import CapturedStepper, make_stepper
+from gatedconv.train import TrainConfig, captured
+from gatedconv.train.captured import CapturedForward, CapturedStepper, make_forward, make_stepper
 from gatedconv.train.distributed import Ranks
-from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.presets import preset_settings
 from gatedconv.train.recipe import mixed_dtype, tuned_convolutions
 from gatedconv.train.step import Stepper
@@ -124,16 +124,16 @@ def numbers(state: Any) -> Any:
 def test_the_captured_function_makes_the_steps_of_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutter, "EVERY", 2)
     config = dataclasses.replace(CONFIG, **CASES[name])
-    (plain, expected), (captured, found) = (
+    (plain, expected), (other, found) = (
         trained(Stepper, config),
         trained(CapturedStepper, config, capture=False),
     )
-    assert int(plain.guard.skipped) == 1 and plain.macs.executed == captured.macs.executed > 0
-    assert plain.parts.keys() == captured.parts.keys()
+    assert int(plain.guard.skipped) == 1 and plain.macs.executed == other.macs.executed > 0
+    assert plain.parts.keys() == other.parts.keys()
     for part in plain.parts:
-        left, right = (numbers(stepper.parts[part].state_dict()) for stepper in (plain, captured))
+        left, right = (numbers(stepper.parts[part].state_dict()) for stepper in (plain, other))
         assert left == right, part
-    assert numbers(plain.guard.state_dict()) == numbers(captured.guard.state_dict())
+    assert numbers(plain.guard.state_dict()) == numbers(other.guard.state_dict())
     assert torch.equal(expected._sums, found._sums) and int(found._sums[0]) == 7
     if plain.shutter is not None:
         assert bool(plain.shutter.shut.any())
@@ -250,3 +250,111 @@ def test_convolutions_are_tuned_in_steps_alone(
     with pytest.raises(KeyError), tuned_convolutions(torch.device(device)):
         raise KeyError
     assert torch.backends.cudnn.benchmark is False
+
+
+def split(count: int) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(count, 1, 8, 8, generator=draw), torch.arange(count) % 3
+    return list(zip(images.split(4), labels.split(4), strict=True))
+
+
+@pytest.mark.parametrize("position", ["before", "middle", "after", ""])
+def test_an_evaluation_by_replays_is_the_plain_one(position: str) -> None:
+    """The last batch is smaller; weights that change in place are seen."""
+    model = network(dataclasses.replace(CONFIG, gate="channel" if position else "none", position=position or "after"))
+    for gate in find_gates(model).values():
+        torch.nn.init.normal_(gate.fc2.weight, std=2.0)
+    forward = CapturedForward(model, capture=False)
+    for _ in range(2):
+        assert evaluate(model, split(14), forward=forward) == evaluate(model, split(14))
+        with torch.no_grad():
+            model.fc.weight.neg_()
+    model.eval()
+    with torch.no_grad(), no_wait():
+        forward(split(4)[0][0])
+
+
+def test_networks_whose_blocks_the_host_leaves_out_are_not_captured() -> None:
+    config = dataclasses.replace(CONFIG, device="auto", cuda_graph=True)
+    for gate, replayed in (("none", True), ("channel", True), ("layer", False), ("both", False)):
+        model = network(dataclasses.replace(CONFIG, gate=gate))
+        assert isinstance(make_forward(model, config), CapturedForward) is replayed
+        assert make_forward(model, CONFIG) is model
+
+
+class Recorded:
+    """A CUDA graph on the CPU: capturing changes nothing, a replay writes into the tensors of the capture."""
+
+    replays = 0
+
+    def __init__(self, call: Any, stepper: Stepper, meter: EpochMeter) -> None:
+        self.call, self.stepper = call, stepper
+        kept = [(tensor, tensor.clone()) for tensor in self.tensors(meter)]
+        noise = torch.get_rng_state()
+        self.result = call()
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+        torch.set_rng_state(noise)
+        self.shown = [(gate, gate.logits, gate.open_rate) for gate in find_gates(stepper.model).values()]
+
+    def tensors(self, meter: EpochMeter) -> Iterator[Tensor]:
+        for name, part in self.stepper.parts.items():
+            if name not in ("optimizer", "scaler"):
+                yield from (value for value in part.state_dict(keep_vars=True).values() if isinstance(value, Tensor))
+        for state in self.stepper.optimizer.state.values():
+            yield state["momentum_buffer"]
+        yield from self.stepper.guard.state_dict().values()
+        yield meter._sums
+
+    def replay(self) -> None:
+        Recorded.replays += 1
+        counted = self.stepper.macs.executed
+        found = self.call()
+        self.stepper.macs.executed = counted
+        with torch.no_grad():
+            for mine, new in zip(self.result, found, strict=True):
+                mine.copy_(new)
+            for gate, logits, rate in self.shown:
+                logits.data.copy_(gate.logits)
+                rate.data.copy_(gate.open_rate)
+                gate.logits, gate.open_rate = logits, rate
+
+
+@pytest.mark.parametrize("name", ["rank", "price", "weights", "noise"])
+def test_replays_make_the_steps_of_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is written on the host around a capture; the graph is one of the CPU."""
+    monkeypatch.setattr(shutter, "EVERY", 2)
+    monkeypatch.setattr(Recorded, "replays", 0)
+    meters: list[EpochMeter] = []
+    monkeypatch.setattr(EpochMeter, "__init__", _remembering(EpochMeter.__init__, meters))
+
+    class Replaying(CapturedStepper):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, capture=False, **options)
+            self._capture = True
+
+        def _on_stream(self) -> Any:
+            return self._step()
+
+    def capture(call: Any, *_: Any) -> Any:
+        graph = Recorded(call, call.__self__, meters[-1])
+        return graph, graph.result
+
+    monkeypatch.setattr(captured, "_captured", capture)
+    config = dataclasses.replace(CONFIG, **CASES[name])
+    (plain, expected), (other, found) = trained(Stepper, config), trained(Replaying, config)
+    # The price begins in the third step, and takes a graph of its own.
+    assert Recorded.replays == 8 - captured.WARM_UP - (2 if name == "price" else 0)
+    assert plain.macs.executed == other.macs.executed and torch.equal(expected._sums, found._sums)
+    for part in plain.parts:
+        left, right = (numbers(stepper.parts[part].state_dict()) for stepper in (plain, other))
+        assert left == right, part
+
+
+def _remembering(make: Any, made: list[EpochMeter]) -> Any:
+    def init(self: EpochMeter, *given: Any, **options: Any) -> None:
+        make(self, *given, **options)
+        made.append(self)
+
+    return init

@@ -16,8 +16,8 @@ from gatedconv.data.image_data import Augment, ImageData, make_image_data
 from gatedconv.gates import find_gates, shutter
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import TrainConfig, train
-from gatedconv.train.captured import WARM_UP, CapturedStepper
-from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.captured import WARM_UP, CapturedForward, CapturedStepper
+from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.step import Stepper
 
 pytestmark = [
@@ -161,3 +161,16 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert joined[-1].train_loss == pytest.approx(whole[-1].train_loss, rel=0.05)
     assert joined[-1].train_macs == whole[-1].train_macs
     assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("position", ["before", "middle", "after", ""])
+def test_a_replayed_evaluation_is_the_plain_one(position: str) -> None:
+    model = network(dataclasses.replace(CONFIG, gate="channel" if position else "none", position=position or "after"))
+    forward = CapturedForward(model)
+    batches = [batch(0), batch(1), batch(2), tuple(each[:5] for each in batch(3))]
+    for _ in range(2):
+        expected, found = evaluate(model, batches), evaluate(model, batches, forward=forward)
+        assert forward._graph is not None
+        assert found == pytest.approx(expected, rel=1e-4)
+        with torch.no_grad():
+            model.fc.weight.neg_()
