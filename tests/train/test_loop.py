@@ -132,7 +132,7 @@ def test_it_learns_and_the_metrics_tell_so(data: ImageData) -> None:
 def test_gates_are_counted_on_training_batches(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation leaves its own logits in the gates; the counters must not see them."""
 
-    def shutting(model: nn.Module, batches: Any, ranks: Any) -> tuple[float, float]:
+    def shutting(model: nn.Module, batches: Any, *others: Any) -> tuple[float, float]:
         for gate in find_gates(model).values():
             gate.logits = torch.full_like(gate.logits, -50.0)
         return 1.0, 50.0
