@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import keep, packs, rows
+from benchmarks.gpu.preflight import require_all
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.stages import Case, stage
 from gatedconv.cli.experiments import training_row
@@ -56,6 +57,7 @@ def check_train(session: Session) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), session.dry)
         cases: dict[str, tuple[float, Callable[[], str]]] = {
+            "packages": (30.0, bench.packages),
             "interrupted and resumed": (120.0, bench.resumed),
             "cut": (60.0, bench.cut),
             "evaluation": (60.0, bench.evaluation),
@@ -96,6 +98,11 @@ class Bench:
         if not folder.summary.is_file():
             run(self.config, folder)
         return folder
+
+    def packages(self) -> str:
+        """All that a run imports at any time is here."""
+        require_all()
+        return "passed"
 
     def resumed(self) -> str:
         """A run that is stopped within an epoch, before the consensus and after it, and goes on from archives."""

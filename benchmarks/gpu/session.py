@@ -179,12 +179,12 @@ def text_of(error: BaseException) -> str:
 
 
 def commit() -> str:
-    """The first 8 digits of the checkout's commit, "unknown" outside a checkout."""
+    """The first 8 digits of the checkout's commit; outside a checkout those of GATEDCONV_COMMIT, or "unknown"."""
     command = ["git", "rev-parse", "--short=8", "HEAD"]
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GATEDCONV_COMMIT", "")[:8] or "unknown"
     return result.stdout.strip()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks.gpu import check_train
-from benchmarks.gpu.session import Session
+from benchmarks.gpu.session import Session, commit
 from benchmarks.gpu.stages import find_stage, run_cases
 
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"}
@@ -41,7 +42,8 @@ def test_every_case_passes_on_a_cpu(tmp_path: Path) -> None:
     notes = {row.case: row.note for row in session.rows}
     assert not any(row.failed for row in session.rows), notes
     assert list(notes) == [
-        "interrupted and resumed", "cut", "evaluation", "ledger and archives", "captured step", "compiled step",
+        "packages", "interrupted and resumed", "cut", "evaluation", "ledger and archives", "captured step",
+        "compiled step",
     ]  # fmt: skip
     assert notes["interrupted and resumed"] == "passed: equal, bit by bit"
 
@@ -91,6 +93,14 @@ def test_a_top1_that_is_not_that_of_the_saved_network_is_found(bench: check_trai
         summary["frozen"]["top1"] = told
         folder.write_summary(summary)
     assert "passed" in bench.evaluation()
+
+
+def test_rows_tell_the_commit_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.run", mock.Mock(side_effect=OSError))
+    monkeypatch.setenv("GATEDCONV_COMMIT", "0123456789abcdef")
+    assert commit() == "01234567"
+    monkeypatch.delenv("GATEDCONV_COMMIT")
+    assert commit() == "unknown"
 
 
 def test_steps_that_differ_are_found(bench: check_train.Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import calls, preflight
-from benchmarks.gpu.packs import Group
+from benchmarks.gpu.packs import Group, find_packs, read_packs
+from benchmarks.gpu.rows import ledger_text, rows_of
 from benchmarks.gpu.settings import Settings
 from gatedconv.report.experiments import all_experiments
 from gatedconv.report.ledger import read_ledger
 from gatedconv.train.config import TrainConfig, to_toml
 from tests.benchmarks.bare import Bare
+from tests.report.ledger_rows import row
 
 KEY = ("tiny", 0)
 
@@ -48,8 +50,8 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 def rows_and_epochs(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     lines = (results / "epochs" / "tiny-seed0.jsonl").read_text().splitlines()
-    row = asdict(read_ledger(results / "ledger.jsonl")[KEY])
-    return without_times(row), [without_times(json.loads(line)) for line in lines]
+    kept = asdict(read_ledger(results / "ledger.jsonl")[KEY])
+    return without_times(kept), [without_times(json.loads(line)) for line in lines]
 
 
 @pytest.mark.slow
@@ -78,8 +80,8 @@ def test_two_calls_make_the_row_of_an_uninterrupted_run(bare: Bare, tmp_path: Pa
     assert rows_and_epochs(results) == rows_and_epochs(whole)
     kept = (whole / "consensus" / "tiny-seed0.json").read_bytes()
     assert (results / "consensus" / "tiny-seed0.json").read_bytes() == kept
-    row = read_ledger(results / "ledger.jsonl")[KEY]
-    assert row.commit == "0123abc" and row.macs < row.macs_dense
+    kept_row = read_ledger(results / "ledger.jsonl")[KEY]
+    assert kept_row.commit == "0123abc" and kept_row.macs < kept_row.macs_dense
     assert not any(str(tmp_path) in path.read_text() for path in results.rglob("*.json*"))
 
 
@@ -220,10 +222,24 @@ def test_a_run_without_room_is_named(
     require_brought_back(settings.out)
 
 
-def test_rows_that_contradict_each_other_stop_a_call_before_it_begins(settings: Settings, tmp_path: Path) -> None:
-    from benchmarks.gpu.rows import ledger_text
-    from tests.report.ledger_rows import row
+def test_what_the_ledger_has_is_done_and_travels_no_more(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    (results / "consensus").mkdir(parents=True)
+    (results / "ledger.jsonl").write_bytes(ledger_text([row(seed=1)]))
+    (results / "consensus" / "headline-r56-c10-seed1.json").write_text("{}")
+    monkeypatch.setattr(calls, "_watched", lambda *_: 3)
+    assert calls.call(settings, results) == 3
+    assert "headline-r56-c10 seed 1: done\n" in capsys.readouterr().out
+    # The process that trains sees the row, and the gates that a control of that run is made from.
+    assert read_ledger(settings.work / "results" / "ledger.jsonl") == {("headline-r56-c10", 1): row(seed=1)}
+    assert (settings.work / "results" / "consensus" / "headline-r56-c10-seed1.json").read_text() == "{}"
+    pieces, _ = read_packs(find_packs([settings.out])[0])
+    assert rows_of(pieces, tmp_path) == {} and not [name for name in pieces if "consensus" in name]
 
+
+def test_rows_that_contradict_each_other_stop_a_call_before_it_begins(settings: Settings, tmp_path: Path) -> None:
     for place, top1 in ((tmp_path / "results", 93.0), (settings.work / "results", 94.0)):
         place.mkdir()
         (place / "ledger.jsonl").write_bytes(ledger_text([row(top1_last=top1)]))
