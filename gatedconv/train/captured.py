@@ -45,6 +45,14 @@ def make_stepper(
     return kind(model, config, device, ranks, macs_per_image=macs_per_image, observe=observe)
 
 
+def require_graphs(device: torch.device, ranks: Ranks = ALONE) -> None:
+    """Check that steps can be captured: ValueError without a GPU, or with several processes."""
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected a GPU, got device {device.type!r}")
+    if ranks.world > 1:
+        raise ValueError(f"cuda_graph: expected one process, got {ranks.world}")
+
+
 class CapturedStepper(Stepper):
     """A `Stepper` whose step is a function of tensors that stay where they are, and looks at none of their values.
 
@@ -71,10 +79,8 @@ class CapturedStepper(Stepper):
         observe: Observer | None = None,
         capture: bool = True,
     ) -> None:
-        if capture and device.type != "cuda":
-            raise ValueError(f"cuda_graph: expected a GPU, got device {device.type!r}")
-        if ranks.world > 1:
-            raise ValueError(f"cuda_graph: expected one process, got {ranks.world}")
+        if capture:
+            require_graphs(device, ranks)
         config = replace(config, skip_blocks=False)
         super().__init__(model, config, device, ranks, macs_per_image=macs_per_image, observe=observe)
         self._at_once = False

@@ -12,6 +12,7 @@ from torch import nn
 from gatedconv.data import ImageData
 from gatedconv.deploy import freeze
 from gatedconv.train.build import build_model, load_images, phases, starting_network
+from gatedconv.train.captured import require_graphs
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import Ranks, by_torchrun, current, joined
@@ -79,7 +80,9 @@ def _run(
         torch.set_num_threads(config.threads)
     if config.tensorboard:
         require_tensorboard()
-    resolve_device(config.device)
+    device = resolve_device(config.device)
+    if config.cuda_graph:
+        require_graphs(device, ranks)
     data = load_images(config)
     train_batches(config, data, ranks=ranks)  # raises where the recipe does not fit the data
     networks = {phase: starting_network(config, data, phase) for phase in phases(config) if phase != "cut"}

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.gates import find_gates, shutter
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import TrainConfig, captured
-from gatedconv.train.captured import CapturedForward, CapturedStepper, make_forward, make_stepper
+from gatedconv.train import RunFolder, TrainConfig, captured, run
+from gatedconv.train.captured import CapturedForward, CapturedStepper, make_forward, make_stepper, require_graphs
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.presets import preset_settings
@@ -218,12 +219,23 @@ def test_what_gates_show_is_given_back_to_them_after_another_pass() -> None:
         assert gate.logits is logits and gate.open_rate is rate
 
 
+def test_a_run_without_a_gpu_is_refused_before_it_claims_a_folder(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = TrainConfig(data=f"npz:{archive}", batch_size=16, cuda_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph: expected a GPU, got device 'cpu'"):
+        run(config, RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_it_wants_a_gpu_and_one_process() -> None:
     config = dataclasses.replace(CONFIG, device="auto", cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph: expected a GPU, got device 'cpu'"):
         make_stepper(network(CONFIG), config, CPU)
     with pytest.raises(ValueError, match="cuda_graph: expected one process, got 2"):
-        CapturedStepper(network(CONFIG), CONFIG, CPU, Ranks(0, 2), capture=False)
+        require_graphs(torch.device("cuda"), Ranks(0, 2))
+    require_graphs(torch.device("cuda"))
     assert type(make_stepper(network(CONFIG), CONFIG, CPU)) is Stepper
 
 
