@@ -8,11 +8,11 @@ Environment:
 
 EXPERIMENTS       names or patterns (default: the headline and its controls)
 SEEDS             of them (default: all)
-JOBS              processes side by side (default 4)
+JOBS              processes side by side (default 3)
 MINUTES           of training (default 7.5); a call takes up to 1.25 more
 SOURCES           such as ``cifar10=npz:data/cifar10.npz``; archives in STORE (`data`) are found without
 FROM              folders of archives of earlier calls, or archives
-OUT               folder for archives (default runs/gpu-packs): at most 7 files of 16 MB, 64 MB together
+OUT               folder for archives (default runs/gpu-packs): at most 7 files of 16 MB, 61.5 MB together
 WORK              folder of run folders and ledger (default runs/gpu); goes on from what is there
 DEVICE            default cuda
 AMP               mixed precision of all runs (default: each recipe's own; ours take bf16, the paper's none)

@@ -58,7 +58,7 @@ class Settings:
         keys = select((environment.get("EXPERIMENTS") or DEFAULT).split(), seeds or None)
         settings = cls(
             keys,
-            jobs=(_numbers(environment, "JOBS") or [4])[0],
+            jobs=(_numbers(environment, "JOBS") or [3])[0],
             minutes=_minutes(environment.get("MINUTES") or "7.5"),
             device=environment.get("DEVICE") or "cuda",
             sources=found_sources(store_folder(environment)) | _sources(environment.get("SOURCES") or "", folder),

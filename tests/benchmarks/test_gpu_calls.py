@@ -276,7 +276,7 @@ def test_settings_have_defaults_and_absolute_paths(tmp_path: Path) -> None:
     wanted = {"headline-r56-c10", *(f"headline-r56-c10-{kind}" for kind in ("dense", "equal-macs", "fixed-at-init"))}
     assert wanted <= {name for name, _ in found.keys} <= {name for name in all_experiments() if name[:8] == "headline"}
     assert found.sources == {"cifar10": f"npz:{tmp_path / 'cifar10.npz'}"} and found.out == tmp_path / "out"
-    assert found.work.is_absolute() and found.device == "cuda" and (found.jobs, found.minutes) == (4, 7.5)
+    assert found.work.is_absolute() and found.device == "cuda" and (found.jobs, found.minutes) == (3, 7.5)
     assert (found.amp, found.cuda_graph) == ("", False)
 
 

@@ -57,7 +57,7 @@ def test_archives_keep_the_limits_and_bring_back_every_byte(tmp_path: Path) -> N
 
 def test_the_real_limits_are_those_of_the_machine(tmp_path: Path) -> None:
     groups = [run(f"{i}", 14_500_000, 1_000_000) for i in range(5)]
-    assert written(tmp_path / "out", groups, Limits()) == ["4"]
+    assert written(tmp_path / "out", groups, Limits()) == ["3", "4"]
     require_brought_back(tmp_path / "out")
 
 
