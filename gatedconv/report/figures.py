@@ -146,27 +146,34 @@ def _rates_beside_others(axes: Any, sweep: Sequence[Experiment], rows: Rows) -> 
     axes.set_title("Against the literature")
 
 
+_BENCH = "ResNet-20 CIFAR-10 "  # what every label of the bench begins with
+
+
 def _draw_bench(bench: Sequence[Experiment], rows: Rows, epochs: Path, path: Path) -> Path:
-    """Mean test accuracy per epoch of the rows of the CPU bench, and the MACs that training runs."""
-    curves = [
-        (each, [read_epochs(epochs / f"{row.experiment}-seed{row.seed}.jsonl") for row in runs_of(each, rows)])
+    """The CPU bench: accuracy per epoch of the recipe and its controls, and where every row of it ends."""
+    curves = {
+        each.name: [read_epochs(epochs / f"{row.experiment}-seed{row.seed}.jsonl") for row in runs_of(each, rows)]
         for each in bench
-    ]
+    }
     plt = plots._pyplot()
     with plt.rc_context(plots._STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-        kinds = [each.kind for each, _ in curves]
-        for place, (each, runs) in enumerate(curves):
-            length = min(len(lines) for lines in runs)
-            mean = [mean_spread([lines[epoch]["test_top1"] for lines in runs])[0] for epoch in range(length)]
-            last = mean_spread([row.top1_last for row in runs_of(each, rows)])[0]
-            style = "--" if each.kind in kinds[:place] else "-"  # a second recipe
-            label = f"{each.label}: {last:.2f} %"
-            axes.plot(range(1, length + 1), mean, style, color=_COLORS[each.kind], label=label)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("top-1 (%)")
-        axes.set_ylim(bottom=55)
-        axes.set_title("ResNet-20, 16x16, mean over seeds")
-        axes.grid(axis="y")
-        axes.legend(loc="lower right")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        for each in bench:
+            runs, style = curves[each.name], "--" if each.name.endswith("-taught") else "-"
+            if each.name.startswith(bench[0].name):
+                length = min(len(lines) for lines in runs)
+                mean = [mean_spread([lines[epoch]["test_top1"] for lines in runs])[0] for epoch in range(length)]
+                left.plot(range(1, length + 1), mean, style, color=_COLORS[each.kind])
+        for place, each in enumerate(bench):
+            last, spread = mean_spread([row.top1_last for row in runs_of(each, rows)])
+            right.errorbar([last], [place], xerr=spread, color=_COLORS[each.kind], marker="o", markersize=4)
+        left.set_xlabel("epoch")
+        left.set_ylabel("top-1 (%)")
+        left.set_ylim(bottom=55)
+        left.set_title("ResNet-20, 16x16, mean over seeds")
+        left.grid(axis="y")
+        right.set_xlabel("top-1, last epoch (%), mean and spread")
+        right.set_yticks(range(len(bench)), [each.label.removeprefix(_BENCH) for each in bench])
+        right.invert_yaxis()
+        right.set_title("Where each ends")
         return plots._save(figure, path, plt)
