@@ -124,7 +124,7 @@ def training_row(
         energy_j_image=net.get("energy_j_image"),
         jobs=jobs,
         recipe=recipe_of(experiment),
-        amp=folder.read_config().amp,
+        amp=summary.get("amp", folder.read_config().amp),
         **gates,
     )
 

@@ -68,7 +68,7 @@ class LedgerRow:
         macs_conv_dense: the same of `macs_dense`.
         jobs: runs that shared the device when this one ended; None in rows that are older than the field.
         recipe: short hash of the recipe; None in rows that are older than the field.
-        amp: mixed precision of the training, which may be another than the recipe's; None in older rows.
+        amp: what the training's mixed precision came to, off, bf16 or fp16; None in older rows.
     """
 
     experiment: str

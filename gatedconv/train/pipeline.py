@@ -24,7 +24,7 @@ from gatedconv.train.loop import train
 from gatedconv.train.masks import read_consensus
 from gatedconv.train.metrics import EpochMetrics
 from gatedconv.train.provenance import provenance
-from gatedconv.train.recipe import place, resolve_device, train_batches
+from gatedconv.train.recipe import mixed_dtype, place, resolve_device, train_batches
 from gatedconv.train.state import restore_part
 from gatedconv.train.stopping import StopRequest
 from gatedconv.train.teacher import Teacher, teacher_of
@@ -106,7 +106,7 @@ def conclude(
 ) -> dict[str, Any]:
     """Freeze, cut and measure trained networks, and write summary.json; returns its content."""
     listener.phase("finish")
-    started = time.monotonic()
+    started, device = time.monotonic(), resolve_device(config.device)
     outcome = finish(config, data, folder, trained, listener)
     history = folder.read_metrics()
     energy = of_run(history)
@@ -122,9 +122,10 @@ def conclude(
         "energy_j": energy.joules,
         "energy_source": energy.source,
         "energy_reason": energy.reason or None,
+        "amp": {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[mixed_dtype(config, device)],
         "train_macs": sum(line.train_macs for line in history),
         "wall_s": round(sum(line.seconds for line in history) + time.monotonic() - started, 2),
-        **provenance(resolve_device(config.device)),
+        **provenance(device),
     }
     folder.write_summary(summary)
     return summary

@@ -85,6 +85,8 @@ def test_what_the_machine_is_asked_for_reaches_the_training_and_its_processes(
     assert cli.run_one(replace(bench, amp="bf16"), name, 0) == cli.DONE
     assert read_ledger(bench.ledger)[name, 0].amp == bench.folder(name, 0).read_config().amp == "bf16"
     assert cli.run_one(bench, name, 1) == cli.DONE and read_ledger(bench.ledger)[name, 1].amp == "off"
+    assert cli.run_one(replace(bench, amp="auto"), name, 3) == cli.DONE
+    assert bench.folder(name, 3).read_config().amp == "auto" and read_ledger(bench.ledger)[name, 3].amp == "off"
     graphs = replace(bench, cuda_graph=True, device="cuda", amp="off")
     experiment = EXPERIMENTS["headline-r56-c10"]
     config = cli.experiment_config(graphs, experiment, 0, {})
