@@ -28,11 +28,11 @@ _END_BYTES = tarfile.RECORDSIZE
 
 @dataclass(frozen=True)
 class Limits:
-    """What may come back from a machine that is lent: bytes of a file, files, and bytes of all of them."""
+    """What a call may leave: bytes of an archive, archives, and bytes of all of them."""
 
     file_bytes: int = 16_000_000
     files: int = 7
-    total_bytes: int = 61_500_000  # so that the source travels beside them within 64 MiB
+    total_bytes: int = 61_500_000
 
 
 class Piece(NamedTuple):
