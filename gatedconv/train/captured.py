@@ -7,6 +7,7 @@ but for the learning rate, which lies on the device and is rounded to float32 th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -163,29 +164,41 @@ class CapturedStepper(Stepper):
         return result
 
     def _captured(self) -> _Replay:
-        graph, result = _captured(self._step, self.device, self._stream)
+        try:
+            graph, result = _captured(self._step, self.device, self._stream)
+        except RuntimeError as error:
+            raise ValueError(
+                f"cuda_graph: this network cannot be captured; train without it ({_first_line(error)})"
+            ) from error
         return _Replay(graph, result, self.model)
 
 
-def make_forward(model: nn.Module, config: TrainConfig) -> Callable[[Tensor], Tensor]:
+def make_forward(
+    model: nn.Module, config: TrainConfig, on_note: Callable[[str], object] = warnings.warn
+) -> Callable[[Tensor], Tensor]:
     """What evaluates a network: itself, or with `cuda_graph` its replay.
 
     In eval mode the host decides which samples a layer gate lets through: such a network is not captured.
     """
     decides = any(isinstance(gate, LayerGate) for gate in find_gates(model).values())
-    return CapturedForward(model) if config.cuda_graph and not decides else model
+    return CapturedForward(model, on_note=on_note) if config.cuda_graph and not decides else model
 
 
 class CapturedForward:
     """A network in eval mode and without gradients, replayed for batches like the first; others go through it plainly.
 
+    So do all where it cannot be captured: an evaluation is no reason to end a run.
+
     Args:
         model: the network, whose parameters and buffers stay where they are.
         capture: replay a CUDA graph; False runs the same op by op, on any device.
+        on_note: told, once, that the network cannot be captured.
     """
 
-    def __init__(self, model: nn.Module, *, capture: bool = True) -> None:
-        self._model, self._capture = model, capture
+    def __init__(
+        self, model: nn.Module, *, capture: bool = True, on_note: Callable[[str], object] = warnings.warn
+    ) -> None:
+        self._model, self._capture, self._on_note = model, capture, on_note
         self._images: Tensor | None = None
         self._logits: Tensor | None = None
         self._graph: Any = None
@@ -198,13 +211,20 @@ class CapturedForward:
         if images.shape != self._images.shape or images.stride() != self._images.stride():
             return self._step(images)
         self._images.copy_(images)
+        if self._capture and self._graph is None:
+            self._try_capture(self._images)
         if not self._capture:
             return self._step(self._images)
-        if self._graph is None:
-            self._graph, self._logits = _captured(partial(self._step, self._images), images.device)
         self._graph.replay()
         assert self._logits is not None
         return self._logits
+
+    def _try_capture(self, images: Tensor) -> None:
+        try:
+            self._graph, self._logits = _captured(partial(self._step, images), images.device)
+        except RuntimeError as error:
+            self._capture = False
+            self._on_note(f"cuda_graph: evaluations cannot be captured and go on without ({_first_line(error)})")
 
     def _step(self, images: Tensor) -> Tensor:
         logits: Tensor = self._model(images)
@@ -212,15 +232,21 @@ class CapturedForward:
 
 
 def _captured(call: Callable[[], Any], device: torch.device, stream: torch.cuda.Stream | None = None) -> Any:
-    """A graph of what the call launches, not run yet, and what the call returned."""
+    """A graph of what the call launches, not run yet, and what the call returned.
+
+    Other threads may do what a capture forbids: one that loads images takes pinned memory meanwhile.
+
+    Raises:
+        RuntimeError: it launches what cannot be captured.
+    """
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
-            found = call()
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"cuda_graph: this network cannot be captured; train without it ({first})") from error
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        found = call()
     return graph, found
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Scalar:

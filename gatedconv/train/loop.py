@@ -146,7 +146,7 @@ class _Training:
         self.weight = (share.stop - share.start) * ranks.world / config.batch_size  # ranks differ by an image
         self.history: list[EpochMetrics] = []
         self.meter = EpochMeter(model, self.device)
-        self.forward = make_forward(model, config)
+        self.forward = make_forward(model, config, listeners.note)
         self.energy = EnergyMeter(self.device, host=ranks.local == 0, shared=config.shared_device)
         self.questions = Questions(ranks, self.device)
         self._earlier, self._energy_before = dict(_NOTHING), Energy()  # of this epoch, before a restart

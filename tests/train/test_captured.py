@@ -286,6 +286,23 @@ def test_an_evaluation_by_replays_is_the_plain_one(position: str) -> None:
         forward(split(4)[0][0])
 
 
+def test_an_evaluation_that_cannot_be_captured_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(call: Any, *_: Any) -> Any:
+        raise RuntimeError("not permitted when stream is capturing\nSearch for it")
+
+    monkeypatch.setattr(captured, "_captured", refuse)
+    notes = list[str]()
+    model = network(dataclasses.replace(CONFIG, gate="channel"))
+    forward = make_forward(model, dataclasses.replace(CONFIG, device="auto", cuda_graph=True), notes.append)
+    for _ in range(2):
+        assert evaluate(model, split(14), forward=forward) == evaluate(model, split(14))
+    assert notes == [
+        "cuda_graph: evaluations cannot be captured and go on without (not permitted when stream is capturing)"
+    ]
+    with pytest.raises(ValueError, match=r"cannot be captured; train without it \(not permitted when"):
+        CapturedStepper(model, CONFIG, CPU, capture=False)._captured()
+
+
 def test_networks_whose_blocks_the_host_leaves_out_are_not_captured() -> None:
     config = dataclasses.replace(CONFIG, device="auto", cuda_graph=True)
     for gate, replayed in (("none", True), ("channel", True), ("layer", False), ("both", False)):
