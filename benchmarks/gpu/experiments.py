@@ -1,4 +1,4 @@
-"""Training runs of the experiment table on a GPU that is lent for minutes: ``python -m benchmarks.gpu.experiments``.
+"""Training runs of the experiment table on a GPU, for minutes at a time: ``python -m benchmarks.gpu.experiments``.
 
 Nothing has to be installed but the packages of `preflight`. A call ends within nine minutes; what it leaves in OUT is
 FROM of the next one, which goes on exactly there; ``python -m benchmarks.gpu.merge OUT`` takes rows into ``results/``.
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
             return gatedconv(arguments[1:])
         from benchmarks.gpu.preflight import require_all
 
-        require_all()
+        require_all(os.environ.get("DEVICE") or "cuda")
         from benchmarks.gpu.calls import call, work
         from benchmarks.gpu.settings import Settings
 

@@ -11,7 +11,6 @@ import sys
 PACKAGES = {
     "torch": "torch",
     "numpy": "numpy",
-    "triton": "triton",
     "safetensors": "safetensors",
     "fvcore": "fvcore",
     "iopath": "iopath",
@@ -26,32 +25,34 @@ PACKAGES = {
     "tomli_w": "tomli-w",
     **({} if sys.version_info >= (3, 11) else {"tomli": "tomli"}),
 }
+GPU_PACKAGES = {"triton": "triton"}
 # What is imported late: by config.toml, the count of MACs, saved models, progress, and the run itself.
 MODULES = (
     "tomli_w",
     "fvcore.nn",
     "safetensors.torch",
     "rich.progress",
-    "gatedconv.kernels",
-    "gatedconv.kernels.gate_launch",
     "gatedconv.cli.experiments",
     "gatedconv.cli.progress",
     "gatedconv.cli.report",
     "gatedconv.train.pipeline",
     "gatedconv.train.naive",
 )
+GPU_MODULES = ("gatedconv.kernels", "gatedconv.kernels.gate_launch")
 
 
-def require_all() -> None:
-    """Import what runs need.
+def require_all(device: str = "cuda") -> None:
+    """Import what runs need; on the device "cpu" they need no Triton.
 
     Raises:
         ImportError: some of it is missing; the message names all packages, and how to bring them.
     """
-    missing = [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
+    on_cpu = device == "cpu"
+    packages = PACKAGES | ({} if on_cpu else GPU_PACKAGES)
+    missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(_how_to_bring(missing))
-    for name in MODULES:
+    for name in (*MODULES, *(() if on_cpu else GPU_MODULES)):
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -34,7 +34,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
 
 
 def require_brought_back(out: Path) -> None:
-    """What a machine that is lent lets through: 8 files of 16 MiB, 64 MiB in all, two folders deep, plain names."""
+    """As archives have to be: at most 8 files of 16 MiB, 64 MiB in all, two folders deep, plain names."""
     files = [path for path in out.rglob("*") if not path.is_dir()]
     assert 0 < len(files) <= 8 and sum(path.stat().st_size for path in files) <= 64 * 2**20
     for path in files:
@@ -87,7 +87,7 @@ def test_two_calls_make_the_row_of_an_uninterrupted_run(bare: Bare, tmp_path: Pa
 
 @pytest.mark.slow
 def test_what_is_missing_is_told_before_anything_runs(bare: Bare, tmp_path: Path) -> None:
-    absent = "import sys; sys.modules |= dict.fromkeys(('fvcore', 'iopath', 'tomli_w'))"
+    absent = "import sys; sys.modules |= dict.fromkeys(('fvcore', 'iopath', 'tomli_w', 'triton'))"
     (tmp_path / "sitecustomize.py").write_text(absent)
     code, told = bare.call("experiments", packages=tmp_path, EXPERIMENTS="tiny", WORK=tmp_path / "work")
     assert code == 2 and len(told.splitlines()) == 1
@@ -128,6 +128,11 @@ def test_packages_that_cannot_be_imported_are_named(monkeypatch: pytest.MonkeyPa
     preflight.require_all()
     monkeypatch.setitem(sys.modules, "yacs", None)
     with pytest.raises(ImportError, match="missing here: yacs. Where nothing can be installed"):
+        preflight.require_all()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    preflight.require_all("cpu")
+    with pytest.raises(ImportError, match="missing here: triton. Where nothing can be installed"):
         preflight.require_all()
     monkeypatch.undo()
     monkeypatch.setattr(preflight, "MODULES", ("not_there.at_all",))
