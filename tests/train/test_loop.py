@@ -16,8 +16,6 @@ from gatedconv.gates import find_gates
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint, previous_path, save_checkpoint
-from gatedconv.train.distributed import Ranks
-from gatedconv.train.recipe import make_optimizer, resolve_device, total_loss, train_batches
 from gatedconv.train.state import pack_state
 from gatedconv.train.step import Stepper
 
@@ -354,62 +352,3 @@ def test_a_deadline_that_has_passed_still_leaves_a_step(tmp_path: Path, data: Im
     assert found == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
     assert comparable(lines) == comparable(whole)
     assert_same_state(straight.state_dict(), model.state_dict())
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_parts_of_a_share_that_are_too_small_are_refused_on_every_process(data: ImageData, rank: int) -> None:
-    ranks = Ranks(rank, 2, rank)
-    config = dataclasses.replace(CONFIG, batch_size=7, accumulate=2)  # 3 and 4 images: a part of one
-    with pytest.raises(ValueError, match="batch_size: expected at least 8, .* 2 parts .* 2 processes, got 7"):
-        train_batches(config, data, ranks=ranks)
-    batches = train_batches(dataclasses.replace(config, batch_size=8), data, ranks=ranks)
-    images, _ = next(iter(batches))
-    assert [len(part) for part in images.tensor_split(2)] == [2, 2]
-
-
-def test_optimizer_groups_decay_what_they_should() -> None:
-    config = TrainConfig(weight_decay=0.01, norm_weight_decay=False, gate_lr_factor=0.5)
-    model = network()
-    optimizer = make_optimizer(model, config)
-    groups = {id(p): (g["weight_decay"], g["lr_factor"]) for g in optimizer.param_groups for p in g["params"]}
-    assert len(groups) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        if "gate" in name:
-            assert groups[id(parameter)] == (0.0, 0.5), name
-        elif "bn" in name or "downsample.1" in name or name == "fc.bias":
-            assert groups[id(parameter)] == (0.0, 1.0), name
-        else:
-            assert groups[id(parameter)] == (0.01, 1.0), name
-
-
-def test_total_loss_is_the_sum_of_its_parts() -> None:
-    """Against the equations, written out on the open rates."""
-    config = TrainConfig(
-        polar_weight=2.0,
-        polar_schedule="constant",
-        act_weight=0.5,
-        mac_weight=3.0,
-        mac_target=0.5,
-        gate_warmup=0.5,
-    )
-    model = network().train()
-    images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 3
-    logits = model(images)
-    loss, polarization = total_loss(model, logits, labels, config, progress=0.25)
-    rates = [gate.open_rate.item() for gate in find_gates(model).values()]
-    polar = sum(rate * (1 - rate) for rate in rates) / 3
-    dense = sum(term.macs for term in model.mac_terms)
-    macs = sum(
-        term.macs * math.prod(find_gates(model)[name].open_rate.item() for name in term.gates)
-        for term in model.mac_terms
-    )
-    entropy = -logits.log_softmax(1)[torch.arange(16), labels].mean().item()
-    expected = entropy + 2 * polar + 0.5 * (0.5 * sum(rates) / 3 + 3 * (macs / (0.5 * dense) - 1) ** 2)
-    assert polarization.item() == pytest.approx(polar, abs=1e-6)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_devices() -> None:
-    assert resolve_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="device: expected one that this machine has"):
-        resolve_device("cuda:99")
