@@ -51,7 +51,7 @@ bench-docs: $(VENV)/.build
 	$(BIN)/python -m benchmarks.tables
 
 # Needs a GPU, and a Python with torch, triton and the package's dependencies; installs nothing. STAGE is one or more of
-# the stages, each of which ends within nine minutes; without it, all of them.
+# the stages, each of which ends within nine minutes; without it, all of them. Rows go to benchmarks/results and to OUT.
 gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(STAGE)
 

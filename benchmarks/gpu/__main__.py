@@ -4,13 +4,17 @@
 after eight and a half minutes; rows are in a file by then, and the table is printed last. Exit code 1 where rows
 failed, 124 where a stage was ended, 2, with one line, for an unknown stage or where there is no GPU. ``--dry`` walks
 through all of it on a CPU with the smallest cases and keeps nothing.
+
+Rows are kept in benchmarks/results; where the environment has OUT, in that folder, too.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.session import LIMIT_S, ROOT, Session, short_name
@@ -25,7 +29,7 @@ def main(arguments: list[str]) -> int:
     dry = "--dry" in arguments
     names = [argument for argument in arguments if argument != "--dry"]
     if names[:1] == ["--child"]:
-        return child(names[1], Path(names[2]), Path(names[3]), dry)
+        return child(names[1], Path(names[2]), [Path(name) for name in names[3:]], dry)
     unknown = [name for name in names if not matching(name)]
     if unknown:
         return fail(f"no stage {unknown[0]!r}; there are: {', '.join(stage_names())}")
@@ -55,15 +59,21 @@ def run_stage(name: str, dry: bool) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "progress"
-        results = Path(folder) if dry else ROOT / "benchmarks" / "results"
+        results = [Path(folder)] if dry else result_folders()
         session = open_session(results, progress, dry)
-        command = [sys.executable, "-m", "benchmarks.gpu", "--child", name, str(results), str(progress)]
+        command = [sys.executable, "-m", "benchmarks.gpu", "--child", name, str(progress), *map(str, results)]
         code = watch([*command, *(["--dry"] if dry else [])], session, found[1])
     sys.stdout.flush()
     return code
 
 
-def child(name: str, results: Path, progress: Path, dry: bool) -> int:
+def result_folders() -> list[Path]:
+    """Where rows are kept; first where those of earlier runs are looked for."""
+    out = os.environ.get("OUT")
+    return [ROOT / "benchmarks" / "results", *([Path(out).absolute()] if out else [])]
+
+
+def child(name: str, progress: Path, results: Sequence[Path], dry: bool) -> int:
     """Run a stage's cases, in the process that is watched."""
     prepare()
     found = find_stage(name)
@@ -73,14 +83,15 @@ def child(name: str, results: Path, progress: Path, dry: bool) -> int:
     return 0
 
 
-def open_session(results: Path, progress: Path, dry: bool) -> Session:
+def open_session(results: Sequence[Path], progress: Path, dry: bool) -> Session:
     """A session on the GPU that is there."""
     import torch
     import triton
 
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
     device = "dry" if dry else short_name(torch.cuda.get_device_name())
-    return Session(device, versions, results, DRY_LIMIT_S if dry else LIMIT_S, progress, dry)
+    limit_s = DRY_LIMIT_S if dry else LIMIT_S
+    return Session(device, versions, results[0], limit_s, progress, dry, copies=results[1:])
 
 
 def prepare() -> None:

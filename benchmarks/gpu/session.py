@@ -71,6 +71,7 @@ class Session:
         limit_s: seconds after which nothing new begins.
         progress: a file that gets a line as a case begins, ends or is left out; for whoever watches.
         dry: walk through everything on a CPU, with the smallest cases.
+        copies: folders that get the result file, too.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Session:
         limit_s: float = LIMIT_S,
         progress: Path | None = None,
         dry: bool = False,
+        copies: Sequence[Path] = (),
     ) -> None:
         self.started = time.monotonic()
         self.limit_s, self.device, self.progress, self.dry = limit_s, device, progress, dry
@@ -93,7 +95,7 @@ class Session:
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         }
         name = f"{device}-{versions['torch']}-{self.header['commit']}".replace("+", "-")
-        self.path = folder / f"{name}.json"
+        self.path, *self.copies = (place / f"{name}.json" for place in (folder, *copies))
         self.rows: list[Row] = []
 
     @property
@@ -129,10 +131,12 @@ class Session:
         kept = [] if not self.path.exists() else json.loads(self.path.read_text())["rows"]
         new = asdict(row)
         kept = [old for old in kept if any(old[field] != new[field] for field in KEY)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_suffix(".tmp")
-        whole.write_text(json.dumps({**self.header, "rows": [*kept, new], "failures": []}, indent=1) + "\n")
-        os.replace(whole, self.path)
+        text = json.dumps({**self.header, "rows": [*kept, new], "failures": []}, indent=1) + "\n"
+        for path in (self.path, *self.copies):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = path.with_suffix(".tmp")
+            whole.write_text(text)
+            os.replace(whole, path)
         self._tell("row", new)
 
     def _tell(self, kind: str, what: Any) -> None:

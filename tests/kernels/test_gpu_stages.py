@@ -209,6 +209,29 @@ def test_stages_have_one_name_and_a_missing_one_says_so(monkeypatch, capsys):
     assert "bench-nothing: nothing to run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("out", ["", "out"])
+def test_rows_are_left_in_out_too(out, tmp_path, monkeypatch):
+    """The stage's own process has another working directory."""
+
+    def started(words, *_):
+        monkeypatch.chdir(ROOT)
+        return command.main(words[3:])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OUT", out)
+    monkeypatch.setattr(command, "ROOT", tmp_path / "copy")
+    monkeypatch.setattr(command, "watch", started)
+    monkeypatch.setattr(command, "find_stage", lambda name: (lambda _: iter([case("a"), case("b")]), "eager"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert command.run_stage("any", dry=False) == 0
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    folders = {tmp_path / "copy" / "benchmarks" / "results"} | ({tmp_path / "out"} if out else set())
+    assert {path.parent for path in found} == folders and len(found) == len(folders)
+    assert len({path.name for path in found}) == 1 and found[0].name.startswith("h100-")
+    for path in found:
+        assert [each["case"] for each in json.loads(path.read_text())["rows"]] == ["a", "b"]
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["bench-gates", "bench-resnet56"])
 def test_a_dry_run_walks_through_a_stage(name, run, capsys):
