@@ -24,7 +24,7 @@ def recipe_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def recipe_of(experiment: Experiment) -> str:
-    """A short hash of the recipe as the table has it now, and of what the run is made from.
+    """A short hash of the recipe as the table has it now, of its kind, and of what the run is made from.
 
     Fields at their defaults do not count, so that a recipe keeps its hash when `TrainConfig` gets new ones. Neither
     do seeds and what is free to change on resume; of the images their name counts, not their place.
@@ -37,7 +37,7 @@ def recipe_of(experiment: Experiment) -> str:
     }
     told["data"] = dataset_name(config.data)
     made_from = recipe_of(find_experiment(experiment.needs)) if experiment.needs else ""
-    text = json.dumps([told, experiment.share, made_from], sort_keys=True)
+    text = json.dumps([told, experiment.kind, experiment.share, made_from], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -58,12 +58,12 @@ def all_experiments() -> dict[str, Experiment]:
         *_table4(),
         *_table1(),
         *_with_controls("ours-r56-c100", "best-c100-r56", "cifar100"),
-        *_with_controls("ours-r110-c100", "best-c100-r110", "cifar100"),
+        *_with_controls("ours-r110-c100", "best-c100-r110", "cifar100", taught=False),
         *_table6(),
         *_table3(),
         *_table5(),
         *_figures(),
-        *_with_controls("ours-r110-c10", "best-c10-r110", "recipes"),
+        *_with_controls("ours-r110-c10", "best-c10-r110", "recipes", taught=False),
         *(
             row
             for depth in (20, 32, 44)
@@ -115,12 +115,15 @@ def _taught(fixed: Experiment) -> Experiment:
 
 
 def _with_controls(
-    name: str, preset: str, shown: str, seeds: tuple[int, ...] = _THREE, settings: Settings | None = None
-) -> Iterator[Experiment]:
+    name: str, preset: str, shown: str, seeds: tuple[int, ...] = _THREE, settings: Settings | None = None,
+    taught: bool = True,
+) -> Iterator[Experiment]:  # fmt: skip
+    """A gated run, its dense network and its controls, one of them taught where the preset has a teacher."""
     gated = Experiment(name, "gated", preset, settings or {}, seeds, (shown,), f"{_net(name)} gated")
     yield gated
     yield _dense(gated, f"{name}-dense")
-    yield from controls(gated)
+    even, fixed = controls(gated)
+    yield from (even, fixed, _taught(fixed)) if taught else (even, fixed)
 
 
 def _dense(gated: Experiment, name: str) -> Experiment:
@@ -283,8 +286,7 @@ _ABLATIONS: dict[str, Settings] = {
 
 
 def _cpu_bench() -> Iterator[Experiment]:
-    bench = list(_with_controls("cpu-r20-c10", "best-c10-r20", "cpu", settings=_CPU_BENCH))
-    yield from (*bench, _taught(bench[-1]))
+    yield from _with_controls("cpu-r20-c10", "best-c10-r20", "cpu", settings=_CPU_BENCH)
     for name, change, label in (
         ("cpu-untaught-r20-c10", {}, "no teacher"),
         ("cpu-early-r20-c10", _EARLY, "no teacher, most gates early"),

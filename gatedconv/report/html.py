@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from gatedconv.report.svg import Point, heat_map, legend, scatter
-from gatedconv.report.tables import joules_text
+from gatedconv.report.tables import joules_text, network_name
 
 _ABSENT = "–"
 _STYLE = """
@@ -209,7 +209,9 @@ def _is_network(value: Any) -> bool:
 def _mark_kind(run: RunView, kind: str) -> str:
     """A control, which trains a part of the network alone from the start, has a mark of its own."""
     part = run.config.get("subnetwork")
-    return kind if not part else "control: equal MACs" if part == "even" else "control: fixed at epoch 0"
+    if not part:
+        return network_name(kind, run.summary or {})
+    return "control: equal MACs" if part == "even" else "control: fixed at epoch 0"
 
 
 def _point(run: RunView, kind: str, net: Mapping[str, Any], x: float, unit: str) -> Point:

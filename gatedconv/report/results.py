@@ -148,7 +148,12 @@ def _line(experiment: Experiment, rows: Rows) -> list[str]:
 def _share_of_convolutions(runs: Sequence[LedgerRow]) -> str:
     """MACs over the dense network's where only convolutions and linear layers count, as in OCSPruner."""
     known = [run.macs_conv / run.macs_conv_dense for run in runs if run.macs_conv and run.macs_conv_dense]
-    return f"{100 * fmean(known):.1f} %" if known else ""
+    return f"{100 * fmean(known):.1f} %{_of(known, runs)}" if known else ""
+
+
+def _of(known: Sequence[object], runs: Sequence[object]) -> str:
+    """Says so where a figure is that of some of the runs alone."""
+    return f" ({len(known)} of {len(runs)})" if len(known) < len(runs) else ""
 
 
 def _paired(control: Experiment, rows: Rows) -> str:
@@ -170,7 +175,7 @@ def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit
     if not known:
         return ""
     mean, spread = mean_spread(known)
-    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "") + unit
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "") + unit + _of(known, values)
 
 
 def _unmeasured(members: Sequence[Experiment], rows: Rows) -> list[str]:
@@ -225,7 +230,8 @@ def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
         agreed = _shown([rows[gated.name, seed].agreement for seed in seeds], 2, 100, " %")
         agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
         lines.append(
-            f"- {gated.label} against {control.label.rpartition(', ')[2]}: {ahead:+.2f} points, {len(seeds)} seeds, "
-            f"larger spread {spread:.2f}: {verdict}. Seed by seed: {_paired(control, rows)}.{agreement}"
+            f"- {gated.label} against {control.label.removeprefix(gated.label + ', ')}: {ahead:+.2f} points, "
+            f"{len(seeds)} seeds, larger spread {spread:.2f}: {verdict}. "
+            f"Seed by seed: {_paired(control, rows)}.{agreement}"
         )
     return ["\n".join(lines)] if lines else []

@@ -10,7 +10,8 @@ from typing import NamedTuple
 INK, MUTED, GRID, OPEN = "#1f2430", "#6b7280", "#e5e7eb", (11, 93, 86)
 SHAPES = {
     "dense": ("circle", "#64748b"), "frozen": ("circle", "#0f766e"), "dynamic": ("ring", "#0f766e"),
-    "control: equal MACs": ("diamond", "#b45309"), "control: fixed at epoch 0": ("square", "#7c3aed"),
+    "whole, teacher": ("ring", "#64748b"), "control: equal MACs": ("diamond", "#b45309"),
+    "control: fixed at epoch 0": ("square", "#7c3aed"),
 }  # fmt: skip
 OTHER = ("diamond", "#64748b")
 _NAME_HEIGHT, _NAME_WIDTH = 10, 5.0  # of a line, and of a letter, in units of the picture

@@ -56,7 +56,12 @@ def comparison_table(summary: Summary) -> str:
         rows.append(["training energy (J)", "", joules_text(summary["energy_j"]), ""])
     if frozen is not None:
         rows.append(["agreement (%)", _ABSENT, f"{100 * summary['agreement']:.2f}", ""])
-    return text_table(["", "dense", "frozen", "change"], rows)
+    return text_table(["", network_name("dense", summary), "frozen", "change"], rows)
+
+
+def network_name(kind: str, summary: Summary) -> str:
+    """What a network of a run is called: in a taught run "dense" is the whole network that taught, no baseline."""
+    return "whole, teacher" if kind == "dense" and summary.get("taught") else kind
 
 
 def joules_text(joules: float | None) -> str:
@@ -74,7 +79,7 @@ def runs_table(summaries: Mapping[str, Summary]) -> str:
                 rows.append(
                     [
                         run,
-                        kind,
+                        network_name(kind, summary),
                         *_figures(summary[kind]),
                         _ABSENT if agreement is None else f"{100 * agreement:.2f}",
                     ]

@@ -271,6 +271,8 @@ def require_same_recipe(stored: Mapping[str, Any], config: TrainConfig, where: s
         # What a run says nothing of is younger than the run, and was then as its default is now.
         mine, theirs = getattr(config, name), stored.get(name, spec.default)
         same = _unplaced(theirs) == _unplaced(mine) if name == "data" else theirs == mine
+        if name.startswith("teacher_") and config.teacher_at == 1 == stored.get("teacher_at", 1.0):
+            continue  # there is no teacher
         if name not in FREE_ON_RESUME and not same:
             raise ValueError(f"{where}: expected {name} {mine!r}, found {theirs!r}")
 

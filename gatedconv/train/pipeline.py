@@ -119,6 +119,7 @@ def conclude(
         "seed": config.seed,
         "epochs": {phase: sum(line.phase == phase for line in history) for phase in phases(config)},
         **outcome,
+        "taught": config.teacher_at < 1 and {"dense", "gated"} <= trained.keys(),  # then "dense" is the teacher
         "energy_j": energy.joules,
         "energy_source": energy.source,
         "energy_reason": energy.reason or None,
@@ -149,7 +150,7 @@ def load_trained(folder: RunFolder, config: TrainConfig, data: ImageData, listen
             state = load_checkpoint(path, listener.note)
             restore_part(state, path, "model", network)
             trained[phase] = place(network, config)
-            if "gated" in trained and state.get("teacher"):  # the whole network, which taught
+            if "gated" in trained and "model" in state.get("teacher", ()):  # the whole network, which taught
                 whole = build_model(config, data, gated=False)
                 restore_part(state["teacher"], path, "model", whole)
                 trained["dense"] = place(whole, config)

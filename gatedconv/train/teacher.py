@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gatedconv.data import ImageData
 from gatedconv.train.build import build_model
 from gatedconv.train.captured import make_stepper
-from gatedconv.train.config import TrainConfig
+from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import ALONE, Ranks
 from gatedconv.train.recipe import place
 from gatedconv.train.step import Stepper
@@ -27,6 +27,8 @@ def teacher_of(config: TrainConfig, data: ImageData, phase: str, ranks: Ranks = 
 
 class Teacher:
     """The whole network from `teacher_at` on: a copy of the pupil before its gates shut, trained like it, beside it.
+
+    It begins an epoch before the consensus at the latest.
 
     Its logits are a part of what the pupil is asked for (`recipe.lesson`). They cost no pass of their own: they come
     from the whole network's own training step, on the same batch. A run ends with both, the whole network and what was
@@ -44,7 +46,8 @@ class Teacher:
 
     def __init__(self, config: TrainConfig, make_whole: Callable[[], nn.Module], ranks: Ranks = ALONE) -> None:
         self.stepper: Stepper | None = None
-        self._at, self._epochs, self._ranks = config.teacher_at, config.epochs, ranks
+        last = epoch_range(config, "gated")[1] - 1  # what is left after the consensus is whole no more
+        self._at, self._epochs, self._ranks = min(config.teacher_at, last / config.epochs), config.epochs, ranks
         self._from_start = bool(config.subnetwork)
         self._config = dataclasses.replace(
             config, gate="none", mac_control="none", consensus_at=1.0, subnetwork="", teacher_at=1.0
@@ -89,6 +92,8 @@ class Teacher:
         """
         if not state:
             return
+        if "average" in state:
+            raise ValueError("its teacher is that of an earlier version, an average of weights")
         if self.stepper is None:
             self.stepper = self._whole()
         for name, part in self.stepper.parts.items():
@@ -110,6 +115,7 @@ class Teacher:
         """
         assert self._pupil is not None
         stepper, pupil = self._whole(), self._pupil
+        pupil.guard.settle()  # a bad step may not have been repaired yet
         found = pupil.model.state_dict()
         missing = stepper.model.state_dict().keys() - found.keys()
         if missing:
@@ -120,4 +126,5 @@ class Teacher:
             for key, value in pupil.optimizer.state[before[name]].items():
                 if isinstance(value, Tensor):
                     stepper.optimizer.state[parameter][key].copy_(value)
+        stepper.guard.buffers.keep()
         return stepper

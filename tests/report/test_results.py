@@ -55,7 +55,7 @@ def test_energy_that_was_not_measurable_is_said_and_no_zero() -> None:
     text = results_text({each.key: each for each in rows}).split("###")[1]
     assert "Energy not measured: no counter on the machine (2 of these 3 runs)." in text
     line = cells(text, "ResNet-56 CIFAR-10 gated")
-    assert "2.00" in line and "0.00125" in line
+    assert "2.00 (1 of 3)" in line and "0.00125 (1 of 3)" in line
     text = results_text({each.key: each for each in rows[:2]}).split("###")[1]
     assert "no counter on the machine (2 of these 2 runs)" in text and "Wh" not in text
     shared = row(energy_reason="other work ran on the device")
@@ -83,7 +83,7 @@ def test_macs_without_norms_are_told_where_rows_know_them() -> None:
     known = row(macs_conv=5.8e7, macs_conv_dense=1.16e8)
     text = results_text({known.key: known, ("headline-r56-c10", 1): row(seed=1)}).split("###")[1]
     line, header = cells(text, "ResNet-56 CIFAR-10 gated"), cells(text, "run")
-    assert line[header.index("conv and fc alone")] == "50.0 %"
+    assert line[header.index("conv and fc alone")] == "50.0 % (1 of 2)"
     assert "conv and fc alone" not in results_text({("headline-r56-c10", 1): row(seed=1)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import gatedconv
 from gatedconv.data import ImageData
 from gatedconv.gates import find_gates
 from gatedconv.train import RunFolder, TrainConfig, run, train
+from gatedconv.train.config import require_same_recipe
 from gatedconv.train.listener import Listener
 from gatedconv.train.recipe import lesson
+from gatedconv.train.step import Stepper
 from gatedconv.train.stopping import StopRequest
 from gatedconv.train.teacher import Teacher
 from tests.train.test_loop import assert_same_state, comparable, network
@@ -151,6 +154,40 @@ def test_what_is_cut_is_taught_by_what_it_was_cut_from(
     assert found["dense"]["macs"] > found["frozen"]["macs"]
     nets = [gatedconv.load(folder.model("dense")) for folder in (whole, part)]
     assert_same_state(nets[0].state_dict(), nets[1].state_dict())
+
+
+@pytest.mark.parametrize("at", [0.5, 0.49])
+def test_it_begins_an_epoch_before_the_consensus_at_the_latest(tmp_path: Path, archive: Path, at: float) -> None:
+    config = dataclasses.replace(CONFIG, data=f"npz:{archive}", teacher_at=at, mac_control="none")
+    found = run(config, RunFolder(tmp_path / "run"))
+    assert found is not None
+    assert found["taught"]
+    assert found["epochs"] == {"gated": 2, "cut": 2}
+    first, second = RunFolder(tmp_path / "run").read_metrics()[:2]
+    assert second.train_macs > 1.5 * first.train_macs
+
+
+def test_statistics_that_a_bad_step_broke_are_not_copied(data: ImageData) -> None:
+    """On a GPU bad steps are repaired now and then only; the copy may come in between."""
+    pupil, beside = Stepper(network(ALONE), ALONE, torch.device("cpu")), teacher(ALONE)
+    beside.begin(pupil)
+    pupil.guard.count(torch.tensor(True))
+    pupil.model.bn1.running_mean.fill_(math.nan)
+    beside(torch.randn(8, 1, 8, 8), torch.arange(8) % 3, 2.0)
+    assert beside.stepper is not None
+    assert all(value.isfinite().all() for value in beside.stepper.model.state_dict().values())
+
+
+def test_a_teacher_of_an_earlier_version_is_told() -> None:
+    with pytest.raises(ValueError, match="its teacher is that of an earlier version"):
+        teacher(ALONE).load_state_dict({"average": {}, "progress": 0.1, "lessons": 3, "statistics": {}})
+
+
+def test_settings_of_a_teacher_that_is_not_there_are_no_part_of_the_recipe() -> None:
+    now = dataclasses.replace(CONFIG, teacher_at=1.0)
+    require_same_recipe({**vars(now), "teacher_temperature": 2.0}, now, "here")
+    with pytest.raises(ValueError, match="here: expected teacher_temperature 4.0, found 2.0"):
+        require_same_recipe({**vars(CONFIG), "teacher_temperature": 2.0}, CONFIG, "here")
 
 
 def test_a_pupil_of_another_network_is_refused(data: ImageData) -> None:
