@@ -70,8 +70,8 @@ def test_a_cut_network_that_computes_something_else_is_found(
 ) -> None:
     real = check_train.compact
 
-    def wrong(*given: Any) -> Any:
-        net = real(*given)
+    def wrong(*given: Any, **options: Any) -> Any:
+        net = real(*given, **options)
         next(iter(net.parameters())).data[0] *= 1.01
         return net
 
