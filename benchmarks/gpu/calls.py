@@ -19,10 +19,11 @@ from types import FrameType
 
 from benchmarks.gpu.keep import epochs_done, groups, unpacked
 from benchmarks.gpu.packs import Limits, find_packs, read_packs, write_packs
-from benchmarks.gpu.rows import LEDGER, Key, Rows, joined, ledger_text, rows_of, stem
+from benchmarks.gpu.rows import LEDGER, Rows, joined, ledger_text, rows_of
 from benchmarks.gpu.session import ROOT
 from benchmarks.gpu.settings import Settings
-from gatedconv.cli.experiments import Bench, run_experiments
+from gatedconv.cli.experiment_files import Bench, Key, stem
+from gatedconv.cli.experiments import run_experiments
 from gatedconv.deploy.atomic import write_atomic
 from gatedconv.report.ledger import read_ledger
 from gatedconv.train.config import epoch_range

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.gpu.packs import Group, Piece, put_back, read_piece
-from benchmarks.gpu.rows import LEDGER, Rows, beside_ledger, ledger_text, stem
+from benchmarks.gpu.rows import LEDGER, Rows, beside_ledger, ledger_text
 from benchmarks.gpu.slim import AFTER, BEFORE, made_whole, slimmed
+from gatedconv.cli.experiment_files import stem
 from gatedconv.report.experiments import all_experiments
 from gatedconv.report.ledger import read_ledger
 from gatedconv.train.checkpoint import previous_path

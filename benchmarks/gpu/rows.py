@@ -9,18 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.gpu.packs import Piece, find_packs, read_packs
+from gatedconv.cli.experiment_files import Key, stem
 from gatedconv.deploy.atomic import write_atomic
 from gatedconv.report.ledger import LedgerError, LedgerRow, amend_row, append_row, read_ledger
 
-Key = tuple[str, int]
 Rows = Mapping[Key, LedgerRow]
 LEDGER = "results/ledger.jsonl"
 LATER = "energy_j_image"  # the one figure that may be measured after the row was written
-
-
-def stem(key: Key) -> str:
-    """What the files of a run are called."""
-    return f"{key[0]}-seed{key[1]}"
 
 
 def beside_ledger(key: Key) -> tuple[str, str]:

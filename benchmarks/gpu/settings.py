@@ -8,9 +8,10 @@ from pathlib import Path
 
 from benchmarks.gpu.data import found_sources, store_folder
 from benchmarks.gpu.session import ROOT
-from gatedconv.cli.experiments import Key, dataset_name, select
+from gatedconv.cli.experiment_files import Key, dataset_name
+from gatedconv.cli.experiment_rows import recipe_settings
+from gatedconv.cli.experiments import select
 from gatedconv.report.experiments import find_experiment
-from gatedconv.train.presets import preset_settings
 
 DEFAULT = "headline-r56-c10*"
 
@@ -79,17 +80,12 @@ class Settings:
 
     def require_data(self) -> None:
         """Check that every data set has a source; ValueError where one has none."""
-        for name in sorted({_dataset(experiment) for experiment, _ in self.keys}):
+        recipes = [recipe_settings(find_experiment(experiment)) for experiment, _ in self.keys]
+        for name in sorted({dataset_name(recipe["data"]) for recipe in recipes}):
             if name not in self.sources:
                 raise ValueError(
                     f"SOURCES: expected a source of {name}, such as {name}=npz:data/{name}.npz; none is in STORE either"
                 )
-
-
-def _dataset(name: str) -> str:
-    experiment = find_experiment(name)
-    recipe = (preset_settings(experiment.preset) if experiment.preset else {}) | dict(experiment.settings)
-    return dataset_name(recipe["data"])
 
 
 def _sources(text: str, folder: Path) -> dict[str, str]:

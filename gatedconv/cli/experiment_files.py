@@ -18,6 +18,11 @@ from gatedconv.train.folder import RunFolder
 Key = tuple[str, int]
 
 
+def stem(key: Key) -> str:
+    """What the files of a run are called."""
+    return f"{key[0]}-seed{key[1]}"
+
+
 @dataclass(frozen=True)
 class Bench:
     """Where the runs of the table live, and on what.
@@ -58,15 +63,15 @@ class Bench:
 
     def folder(self, experiment: str, seed: int) -> RunFolder:
         """The run folder of an experiment and a seed."""
-        return RunFolder(self.runs / f"{experiment}-seed{seed}")
+        return RunFolder(self.runs / stem((experiment, seed)))
 
     def epochs(self, experiment: str, seed: int) -> Path:
         """Where every epoch's metrics are kept."""
-        return self.results / "epochs" / f"{experiment}-seed{seed}.jsonl"
+        return self.results / "epochs" / f"{stem((experiment, seed))}.jsonl"
 
     def consensus(self, experiment: str, seed: int) -> Path:
         """Where the consensus of a gated run is kept."""
-        return self.results / "consensus" / f"{experiment}-seed{seed}.json"
+        return self.results / "consensus" / f"{stem((experiment, seed))}.json"
 
     def minutes_left(self) -> float:
         """Minutes to the deadline, at least a hundredth; 0 for no deadline, as `max_minutes` has it."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gatedconv.cli.experiment_energy import measure_energy
-from gatedconv.cli.experiment_files import Bench, Key, dataset_name, find_consensus, keep_files
+from gatedconv.cli.experiment_files import Bench, Key, dataset_name, find_consensus, keep_files, stem
 from gatedconv.cli.experiment_rows import naive_row, recipe_settings, reference, require_present, training_row
 from gatedconv.report.experiments import Experiment, all_experiments, find_experiment
 from gatedconv.report.ledger import LedgerRow, append_row, read_ledger
@@ -266,7 +266,7 @@ def _start(bench: Bench, key: Key) -> subprocess.Popen[bytes]:
 
 
 def _log(bench: Bench, key: Key) -> Path:
-    return bench.runs / f"{key[0]}-seed{key[1]}.log"
+    return bench.runs / f"{stem(key)}.log"
 
 
 def _last_words(log: Path, code: int) -> str:
