@@ -48,6 +48,7 @@ CUT_ERROR = 1e-4  # of a cut network against the frozen one, relative: the same 
 _RECIPE: dict[str, Any] = {
     "model": "resnet20", "gate": "channel", "position": "middle", "epochs": 2, "lr": 0.05, "mac_control": "rank",
     "mac_ramp": (0.02, 0.35), "mac_target": 0.5, "consensus_at": 0.5, "teacher_at": 0.02, "amp": "off",
+    "gate_lr_factor": 0.1,  # so few steps of so high a rate would shut gates that the ranks leave open
 }  # fmt: skip
 
 
