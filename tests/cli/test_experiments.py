@@ -128,9 +128,10 @@ def test_patterns_choose_rows_in_the_order_of_the_table() -> None:
 def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_last() -> None:
     found = cli.select(["*"], None)
     assert len(found) == len(set(found)) == sum(len(each.seeds) for each in EXPERIMENTS.values())
-    assert found[:5] == [
+    assert found[:6] == [
         ("headline-r56-c10-dense", 0), ("headline-r56-c10", 0), ("headline-r56-c10-equal-macs", 0),
-        ("headline-r56-c10-fixed-at-init", 0), ("headline-r56-c10-dense", 1),
+        ("headline-r56-c10-fixed-at-init", 0), ("headline-r56-c10-fixed-at-init-taught", 0),
+        ("headline-r56-c10-dense", 1),
     ]  # fmt: skip
     groups = [EXPERIMENTS[name].shown[0] for name, _ in found]
     assert list(dict.fromkeys(groups))[:7] == [
