@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 RUN_ID = "TORCHELASTIC_RUN_ID"
 
 
-# Of six steps to a consensus the last four may shut gates and are taught; six more of what is cut.
+# Of six steps to a consensus, all of them taught, the last four may shut gates; six more of what is cut.
 ALL_AT_ONCE: dict[str, Any] = {
     "mac_weight": 0.0, "mac_control": "rank", "mac_ramp": (0.1, 0.5), "teacher_at": 0.1, "consensus_at": 0.5,
 }  # fmt: skip
@@ -62,8 +62,9 @@ def process(rank: int, folder: str, ports: list[int]) -> None:
     made, real = [0], loop.Stepper.__call__
 
     def counted(self: Any, *arguments: Any) -> Any:
-        made[0] += len(arguments) == 4  # the teacher, which is taught nothing, makes steps beside them
-        if rank == 1 and made[0] == at:
+        taught = len(arguments) == 4  # not the teacher, which makes steps beside them
+        made[0] += taught
+        if rank == 1 and taught and made[0] == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *arguments)
 
