@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +22,7 @@ from benchmarks.gpu.packs import Limits, find_packs, read_packs, write_packs
 from benchmarks.gpu.rows import LEDGER, Rows, joined, ledger_text, rows_of
 from benchmarks.gpu.session import ROOT
 from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.watch import end
 from gatedconv.cli.experiment_files import Bench, Key, stem
 from gatedconv.cli.experiments import run_experiments
 from gatedconv.deploy.atomic import write_atomic
@@ -164,18 +165,7 @@ def _watched(packer: _Packer, kill_at: float) -> int:
                     return ENDED
                 packer.pack()
     finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process that trains and all that it started."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            return
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
+        end(process)
 
 
 @contextmanager

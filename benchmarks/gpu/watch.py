@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def _run(command: Sequence[str], session: Session, kill_s: float) -> Outcome:
     except subprocess.TimeoutExpired:
         late, code = True, 124
     finally:  # also where the watcher itself is interrupted
-        _end(process)
+        end(process)
     rows, begun, skipped = _read(session.progress)
     if begun is not None:  # what was going on when it ended
         seconds = time.monotonic() - started
@@ -62,17 +63,15 @@ def _run(command: Sequence[str], session: Session, kill_s: float) -> Outcome:
     return Outcome(rows, skipped, code, late)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the stage's process and all that it started."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that began a session of its own, and all that it started."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
         except ProcessLookupError:
             return
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(5)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _read(progress: Path) -> tuple[list[Row], list[Any] | None, int]:

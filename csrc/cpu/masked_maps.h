@@ -3,6 +3,7 @@
 // PyTorch.
 #pragma once
 
+#include "map_weights.h"
 #include "masked_pack.h"
 #include "masked_planes.h"
 #include "plan.h"
@@ -14,11 +15,6 @@ bool can_use_maps(const ConvShape& s, int64_t inputs, int64_t outputs);
 
 // Whether they are faster than planes for it; `kept`: its weights are packed already.
 bool prefer_maps(const ConvShape& s, int64_t inputs, int64_t outputs, int lanes, bool kept);
-
-// Weights of `inputs` by `outputs` open channels: panels of the direct convolution, then of Winograd's.
-int64_t map_weight_floats(int64_t inputs, int64_t outputs);
-void pack_map_weights(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,
-                      const PlaneKernels& kernels, bool winograd, float* to);
 
 // Runs a whole convolution; `weights` is what pack_map_weights wrote, or null for packing them here.
 void masked_conv2d_maps(const ConvShape& s, const ConvTensors<float>& t, const OpenOutputs& outputs,

@@ -16,6 +16,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 TESTS = {
     "masked_conv2d_test.cpp": [],
     "masked_planes_test.cpp": [
+        "cpu/map_weights.cpp",
         "cpu/masked_maps.cpp",
         "cpu/masked_pack.cpp",
         "cpu/masked_planes.cpp",
