@@ -210,7 +210,7 @@ def test_archives_are_written_while_runs_go_on(
         return real(out, found, *rest)
 
     monkeypatch.setattr(calls, "write_packs", write)
-    monkeypatch.setattr(calls, "_end", lambda process: (os.killpg(process.pid, signal.SIGKILL), written.append([])))
+    monkeypatch.setattr(calls, "end", lambda process: (os.killpg(process.pid, signal.SIGKILL), written.append([])))
     assert calls.call(settings, tmp_path / "results") == 3
     # Before the end, and not again at the end: nothing had changed.
     assert written == [["rows of the ledger", "headline-r56-c10-seed0"], []]
