@@ -254,15 +254,22 @@ def tuned_convolutions(device: torch.device) -> Iterator[None]:
 
     Not where the user wants the same ones every time.
     """
-    before = torch.backends.cudnn.benchmark
-    if device.type == "cuda" and not (
-        torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    ):
-        torch.backends.cudnn.benchmark = True
+    cudnn = torch.backends.cudnn
+    if device.type != "cuda" or cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    before = cudnn.benchmark
+    _set_benchmark(True)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        _set_benchmark(before)
+
+
+def _set_benchmark(on: bool) -> None:
+    # Set as an attribute, the flag is refused once `torch.backends.disable_global_flags` was called, which is for flags
+    # that stay. The precision has another default here than "as it is".
+    torch.backends.cudnn.set_flags(_benchmark=on, _fp32_precision=None)  # type: ignore[no-untyped-call]
 
 
 def train_batches(config: TrainConfig, data: ImageData, phase: str = "gated", ranks: Ranks = ALONE) -> TrainBatches:

@@ -248,20 +248,25 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
     assert preset_settings("best-c10-r56")["amp"] == "auto" and "amp" not in preset_settings("paper-c10-r56-layer")
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("device", "fixed", "during"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
 )
 def test_convolutions_are_tuned_in_steps_alone(
-    device: str, fixed: bool, during: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, fixed: bool, during: bool, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", fixed)
-    with tuned_convolutions(torch.device(device)):
-        assert torch.backends.cudnn.benchmark is during
-    assert torch.backends.cudnn.benchmark is False
-    with pytest.raises(KeyError), tuned_convolutions(torch.device(device)):
-        raise KeyError
-    assert torch.backends.cudnn.benchmark is False
+    """Also where a program has frozen the flags that stay, as PyTorch's own test support does when it is imported."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, deterministic=fixed, fp32_precision="ieee"):
+        monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", not frozen)
+        assert torch.backends.flags_frozen() is frozen
+        with tuned_convolutions(torch.device(device)):
+            assert cudnn.benchmark is during
+            assert (cudnn.enabled, cudnn.deterministic, cudnn.fp32_precision) == (True, fixed, "ieee")
+        assert cudnn.benchmark is False
+        with pytest.raises(KeyError), tuned_convolutions(torch.device(device)):
+            raise KeyError
+        assert (cudnn.benchmark, cudnn.fp32_precision) == (False, "ieee")
 
 
 def split(count: int) -> list[tuple[Tensor, Tensor]]:
