@@ -16,7 +16,7 @@ ROUNDS = 10
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does at best, measured: FLOP of a large matrix product, bytes of a large copy, read and written."""
+    """What a device does at best, measured: FLOP of large products, bytes of a large copy, read and written."""
 
     flop_per_ms: float
     bytes_per_ms: float
@@ -25,7 +25,8 @@ class Rates:
 def measured_rates(device: torch.device, dtype: torch.dtype, size: int = 0) -> Rates:
     """Measure both; ``size`` is the side of the matrices, 0 for 8192 on a GPU and 2048 on a CPU.
 
-    float32 multiplies as convolutions do by default: in TF32, where a GPU has it.
+    FLOP are those of a matrix product or of a 3x3 convolution, whichever is faster: not every library for matrices is
+    at its best on every CPU. float32 multiplies as convolutions do by default: in TF32, where a GPU has it.
     """
     side = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -33,11 +34,21 @@ def measured_rates(device: torch.device, dtype: torch.dtype, size: int = 0) -> R
     target, matmul = torch.empty_like(source), torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, True
     try:
-        product = _least_ms(lambda: a @ b, device)
+        product = 2 * side**3 / _least_ms(lambda: a @ b, device)
     finally:
         matmul.allow_tf32 = before
     copy = _least_ms(lambda: target.copy_(source), device)
-    return Rates(2 * side**3 / product, 2 * source.numel() * source.element_size() / copy)
+    return Rates(max(product, _convolved(side, device, dtype)), 2 * source.numel() * source.element_size() / copy)
+
+
+def _convolved(side: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per millisecond of a 3x3 convolution of as many channels and positions as fit into (side, side)."""
+    channels, edge = max(16, side // 16), 16
+    x = torch.randn(max(1, side // 32), channels, edge, edge, device=device, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    took = _least_ms(lambda: torch.nn.functional.conv2d(x, weight, padding=1), device)
+    return 2 * weight.numel() * len(x) * edge * edge / took
 
 
 def _least_ms(call: Callable[[], object], device: torch.device) -> float:

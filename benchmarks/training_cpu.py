@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "training-cpu.json"
 WHAT = """Milliseconds per step of whole epochs, evaluation included, in turns with the fastest plain loop that we could
 write, which shares no code with ours; {threads} threads, {steps} steps an epoch. A gated network is held against the
 plain loop of the network without gates. The roofline is what convolutions and linear layers multiply and move, at the
-rates of a large matrix product and a large copy on the same machine."""
+rates of large products and a large copy on the same machine."""
 # Network, side of the images, gated, amp, compiled.
 CASES = (
     ("resnet20", 32, False, "bf16", False),

@@ -159,7 +159,7 @@ class LearnedGate(Gate):
         exact = self.fc2.weight.dtype
         with torch.autocast(device_type=features.device.type, enabled=False):
             pooled = features.dim() == 4 and self.pool == "avg"
-            hidden = features.mean(dim=(2, 3), dtype=exact) if pooled else features.flatten(1).to(exact)
+            hidden = ops.global_average_pool(features, exact) if pooled else features.flatten(1).to(exact)
             logits = self.fc2(torch.relu(self.norm(self.fc1(hidden))))
             gate = self.estimator(logits)
             open_rate = gate.mean(dim=0)

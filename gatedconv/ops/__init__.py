@@ -19,6 +19,7 @@ from gatedconv.ops.gated_residual import (
     gated_residual_reference,
 )
 from gatedconv.ops.gated_scale import gated_scale, gated_scale_reference
+from gatedconv.ops.global_average_pool import global_average_pool
 from gatedconv.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from gatedconv.ops.ste import ste, ste_reference
 
@@ -39,6 +40,7 @@ __all__ = [
     "gated_residual_reference",
     "gated_scale",
     "gated_scale_reference",
+    "global_average_pool",
     "kernels_run_on",
     "masked_conv2d",
     "masked_conv2d_reference",

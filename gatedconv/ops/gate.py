@@ -9,6 +9,7 @@ from torch import Tensor
 from gatedconv.ops import _triton
 from gatedconv.ops._gate_arguments import GateOptions, GateOutput, GateParameters, GateStatistics, check_gate
 from gatedconv.ops.estimate import estimate
+from gatedconv.ops.global_average_pool import global_average_pool
 
 __all__ = [
     "GateOptions",
@@ -84,7 +85,7 @@ def _reference(
     with torch.autocast(device_type=x.device.type, enabled=False):
         # Half-precision logits would flip decisions near 0.
         if x.dim() == 4 and not options.flatten:
-            hidden = x.mean(dim=(2, 3), dtype=dtype)
+            hidden = global_average_pool(x, dtype)
         else:
             hidden = x.flatten(1).to(dtype)
         if parameters.weight1 is not None:
