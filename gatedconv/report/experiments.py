@@ -286,7 +286,7 @@ _ABLATIONS: dict[str, Settings] = {
 
 
 def _cpu_bench() -> Iterator[Experiment]:
-    yield from _with_controls("cpu-r20-c10", "best-c10-r20", "cpu", settings=_CPU_BENCH)
+    yield from _with_controls("cpu-r20-c10", "best-c10-r20", "cpu", _FIVE, _CPU_BENCH)
     for name, change, label in (
         ("cpu-untaught-r20-c10", {}, "no teacher"),
         ("cpu-early-r20-c10", _EARLY, "no teacher, most gates early"),
