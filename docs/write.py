@@ -135,13 +135,15 @@ def training_speed() -> str:
     found = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     rows = [
         [row["network"], str(row["batch"]), row["dtype"], f"{row['plain_ms']:.1f}", f"{row['ours_ms']:.1f}",
-         f"{row['ratio']:.2f}", *([f"{row['roofline']:.0%}"] if "roofline" in row else [])]
+         f"{row['ratio']:.2f}", f"{row['ungated_ratio']:.2f}" if "ungated_ratio" in row else "",
+         f"{row['roofline']:.0%}"]
         for row in found["rows"]
     ]  # fmt: skip
-    header = ["network", "batch", "dtype", "plain loop (ms)", "ours (ms)", "ours / plain", "share of the roofline"]
-    header = header[: len(rows[0])] if rows else header
-    what = found.get("what", "Milliseconds per step, forward to optimiser, in turns, 1 thread, batches made alike.")
-    return f"{what}\n\n{_markdown(header, rows)}"
+    header = [
+        "network", "batch", "dtype", "plain loop (ms)", "ours (ms)", "ours / plain", "ours / plain without gates",
+        "share of the roofline",
+    ]  # fmt: skip
+    return f"{found.get('what', '')}\n\n{_markdown(header, rows)}"
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {

@@ -11,6 +11,7 @@ import torch
 from benchmarks import training_cpu
 from gatedconv.data.image_data import Augment, make_image_data
 from gatedconv.deploy import count_macs
+from gatedconv.gates import polarization_loss
 from gatedconv.models.resnet import ResNet
 
 
@@ -24,6 +25,29 @@ def test_the_plain_network_is_ours(depth: int) -> None:
     plain.load_state_dict(dict(zip(plain.state_dict(), state, strict=True)))
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(plain(x), ours(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_plain_gates_are_ours() -> None:
+    """With the same weights the same answers on a training batch, gates and gradients the same."""
+    plain = training_cpu.plain_resnet(8, gated=True).to(memory_format=torch.channels_last)
+    ours = ResNet(8, 10, "channel", "middle", input_size=(3, 16, 16))
+    theirs = dict(zip(plain.parameters(), ours.parameters(), strict=True))
+    with torch.no_grad():
+        for parameter, other in theirs.items():
+            parameter.copy_(other)
+        for gate in (module for module in plain.modules() if isinstance(module, training_cpu.PlainGate)):
+            gate.fc2.bias.normal_()  # some open, some closed
+        for parameter, other in theirs.items():
+            other.copy_(parameter)
+    x = torch.randn(6, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    answers = plain(x), ours(x)
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+    polar = torch.stack([m.polar for m in plain.modules() if isinstance(m, training_cpu.PlainGate)]).mean()
+    (answers[0].logsumexp(1).sum() + polar).backward()
+    (answers[1].logsumexp(1).sum() + polarization_loss(ours)).backward()
+    for parameter, other in theirs.items():
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4)
+    assert 0 < polar
 
 
 def test_plain_batches_are_crops_and_their_mirror_images() -> None:
@@ -76,4 +100,5 @@ def test_it_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     found = json.loads(output.read_text())
     assert found["rows"] == shown and "2 steps" in found["what"]
     assert [row["network"] for row in shown] == ["resnet20, 8x8", "resnet20, 8x8, gated"]
+    assert ["ungated_ratio" in row for row in shown] == [False, True] and shown[1]["ungated_ratio"] > 0
     assert all(row["ours_ms"] > 0 and row["plain_ms"] > 0 and row["ratio"] > 0 < row["roofline"] for row in shown)
