@@ -60,7 +60,7 @@ class PlainGate(nn.Module):
         self.polar = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) in channels_last -> the same, closed channels 0; keeps its term of the loss (equations 6 to 8)."""
+        """(N, C, H, W) in channels_last -> the same, closed channels 0; keeps its term of equations 6 to 8."""
         with torch.autocast("cpu", enabled=False):
             # Summed over dimensions that are neighbours in memory: the gradient of a mean comes in another order.
             pooled = x.permute(0, 2, 3, 1).sum((1, 2), dtype=torch.float32) / (x.shape[2] * x.shape[3])
