@@ -277,6 +277,7 @@ _ABLATIONS: dict[str, Settings] = {
         "consensus_by": "logit",
     },
     "a fixed weight on the MACs": {"mac_control": "none", "mac_weight": 4.0, "gate_warmup": 0.3, "consensus_at": 1.0},
+    "gates start undecided": {"gate_bias": 0.0},
     "polarization warmed up": {"polar_schedule": "warmup", "gate_warmup": 0.3},
     "gates decay": {"gate_weight_decay": 5e-4},
     "running BatchNorm statistics": {"bn_reestimate": False},

@@ -10,6 +10,8 @@ from torch import nn
 from gatedconv import models
 from gatedconv.data import ImageData, load_data, validation_view
 from gatedconv.deploy import compact, freeze
+from gatedconv.gates import find_gates
+from gatedconv.gates.gate import LearnedGate
 from gatedconv.models import ResNet
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.masks import even_masks, read_consensus
@@ -61,6 +63,9 @@ def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> 
         input_size=size,
     )
     network.load_state_dict(dense.state_dict(), strict=False)
+    for gate in find_gates(network).values():
+        assert isinstance(gate, LearnedGate)  # it is new
+        nn.init.constant_(gate.fc2.bias, config.gate_bias)
     return network
 
 

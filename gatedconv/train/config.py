@@ -66,6 +66,9 @@ class TrainConfig:
     temperature: float = option(2 / 3, "temperature of the gumbel estimator", above=0.0)
     hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0, high=4096)
     pool: str = option("avg", "how a channel gate reads its input", choices=("avg", "flatten"))
+    gate_bias: float = option(
+        0.5, "logit of every gate at the start: open above 0; ste can move what is within 1 of it", low=-10.0, high=10.0
+    )
     dense_baseline: bool = option(False, "first train the dense network, same seed and recipe")
 
     # ---- optimisation

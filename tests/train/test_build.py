@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import gatedconv
 from gatedconv.data import load_data
+from gatedconv.gates import open_rates
 from gatedconv.train.build import build_model
 from gatedconv.train.config import TrainConfig
 
@@ -21,6 +23,19 @@ def test_every_gate_setting_reaches_the_network():
     assert gate.estimator.temperature == 0.5 and gate.fc1.out_features == 8
     assert gate.fc1.in_features == 16 * 8 * 8 and network.layer1[0].position == "before"
     assert network.config["name"] == "resnet32" and network.config["shortcut"] == "A"
+
+
+@pytest.mark.parametrize("gate", ["layer", "channel", "both"])
+def test_gates_start_where_their_bias_says(gate: str):
+    data, images = load_data("digits"), torch.rand(64, 1, 8, 8)
+    opened = {}
+    for bias in (-2.0, 0.0, 0.5, 2.0):
+        network = build_model(TrainConfig(gate=gate, gate_bias=bias), data)
+        network(images)
+        opened[bias] = torch.cat(list(open_rates(network, "test").values())).mean().item()
+    assert opened[-2.0] == 0 and 0.2 < opened[0.0] < 0.8 and opened[0.5] > 0.95 and opened[2.0] == 1
+    default = build_model(TrainConfig(gate=gate), data).state_dict()  # as the gates themselves start
+    assert all(torch.equal(value, torch.full_like(value, 0.5)) for name, value in default.items() if "fc2.bias" in name)
 
 
 def test_dense_and_gated_networks_of_a_seed_start_from_the_same_weights():
