@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gatedconv.report import plots
 from gatedconv.report.experiments import Experiment, all_experiments
+from gatedconv.report.ledger import LedgerRow
 from gatedconv.report.results import Rows, mean_spread, runs_of
 
 # Table 1 of the paper: top-1 (%) before and after, and reduction of the FLOPs (%), ResNet-56 on CIFAR-10.
@@ -38,7 +40,8 @@ def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a file of metrics is damaged.
+        ValueError: a file of metrics is damaged, or one of the bench's is not there.
+        OSError: a figure cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = all_experiments()
@@ -48,10 +51,9 @@ def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
         drawn.append(_draw_rates(sweep, rows, folder / "figure2.png"))
         drawn.append(_draw_drops(sweep, rows, folder / "figure3.png"))
     for each in known.values():
-        path = epochs / f"{each.name}-seed{each.seeds[0]}.jsonl"
-        if "figure6" in each.shown and path.is_file():
-            target = folder / f"figure6-{each.name}.png"
-            drawn.append(plots.draw_gate_evolution(read_epochs(path), target, title=each.label))
+        kept = [path for run in runs_of(each, rows) if (path := _epochs_of(run, epochs)).is_file()]
+        if "figure6" in each.shown and kept:
+            drawn.append(_draw_gates(each, kept[0], folder / f"figure6-{each.name}.png"))
     bench = [each for each in known.values() if "cpu" in each.shown and runs_of(each, rows)]
     if bench:
         drawn.append(_draw_bench(bench, rows, epochs, folder / "cpu-bench.png"))
@@ -62,18 +64,57 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     """The metrics of a run, an epoch a line.
 
     Raises:
-        ValueError: a line is damaged; names file and line.
+        ValueError: it cannot be read or has no epoch, or a line is damaged or has other gates than those before it;
+            names file and line.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: expected the epochs of a run, could not read them ({told})") from None
     found: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    gates: set[str] = set()
+    for number, line in enumerate(text.splitlines(), start=1):
+        where = f"{path}: line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is damaged ({error})") from None
-        if not isinstance(record, dict) or not {"epoch", "phase", "test_top1"} <= record.keys():
-            raise ValueError(f"{path}: line {number}: expected the metrics of an epoch")
-        found.append({"gate_open_rates": {}} | record)
+            raise ValueError(f"{where} is damaged ({error})") from None
+        _check_epoch(record, where)
+        rates = record.setdefault("gate_open_rates", {})
+        gates = gates or set(rates)
+        if rates and set(rates) != gates:
+            other = min(gates ^ set(rates))
+            raise ValueError(f"{where}: gate_open_rates: expected the same gates as before, {other!r} is not in both")
+        found.append(record)
+    if not found:
+        raise ValueError(f"{path}: expected the metrics of at least one epoch, found none")
     return found
+
+
+def _check_epoch(record: Any, where: str) -> None:
+    """Check that a line has what the figures draw; an epoch without gates needs no λ."""
+    if not isinstance(record, dict) or not isinstance(record.get("phase"), str):
+        raise ValueError(f"{where}: expected the metrics of an epoch")
+    rates = record.get("gate_open_rates", {})
+    if not isinstance(rates, dict):
+        raise ValueError(f"{where}: gate_open_rates: expected an object, got {rates!r}")
+    names = ("epoch", "test_top1", *(("polar_weight",) if rates else ()))
+    for name, value in [(name, record.get(name)) for name in names] + list(rates.items()):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{where}: {name}: expected a number, got {value!r}")
+
+
+def _epochs_of(run: LedgerRow, epochs: Path) -> Path:
+    return epochs / f"{run.experiment}-seed{run.seed}.jsonl"
+
+
+def _draw_gates(experiment: Experiment, epochs: Path, path: Path) -> Path:
+    """Figure 6 of one run."""
+    lines = read_epochs(epochs)
+    if not any(line["gate_open_rates"] for line in lines):
+        raise ValueError(f"{epochs}: expected open rates of gates, found none")
+    return plots.draw_gate_evolution(lines, path, title=experiment.label)
 
 
 def _draw_rates(sweep: Sequence[Experiment], rows: Rows, path: Path) -> Path:
@@ -151,10 +192,7 @@ _BENCH = "ResNet-20 CIFAR-10 "  # what every label of the bench begins with
 
 def _draw_bench(bench: Sequence[Experiment], rows: Rows, epochs: Path, path: Path) -> Path:
     """The CPU bench: accuracy per epoch of the recipe and its controls, and where every row of it ends."""
-    curves = {
-        each.name: [read_epochs(epochs / f"{row.experiment}-seed{row.seed}.jsonl") for row in runs_of(each, rows)]
-        for each in bench
-    }
+    curves = {each.name: [read_epochs(_epochs_of(run, epochs)) for run in runs_of(each, rows)] for each in bench}
     plt = plots._pyplot()
     with plt.rc_context(plots._STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

@@ -25,6 +25,7 @@ def sweep() -> dict[tuple[str, int], LedgerRow]:
     found += [row(OURS, seed, top1_last=92.0 + seed) for seed in (0, 1)]
     found.append(row(NAIVE, 0, kind="naive_layer", top1_last=30.0, pruning_rate=0.5))
     found.append(row("table1-c10-r56-ours-swapped", 0, top1_last=10.0))
+    found.append(row("table4-c10-r110-layer", 0))
     return {each.key: each for each in found}
 
 
@@ -89,12 +90,31 @@ def test_figure_3_has_both_panels_beside_the_literature(drawn: dict[str, Any]) -
     assert "AMC, Importance" in {text.get_text() for text in left.texts}
 
 
-def test_figure_6_is_drawn_of_every_run_that_has_epochs(tmp_path: Path) -> None:
+def test_figure_6_is_drawn_of_every_run_that_has_a_row_and_epochs(tmp_path: Path) -> None:
     names = [each.name for each in all_experiments().values() if "figure6" in each.shown]
     for name in names:
         write_epochs(tmp_path / "epochs", name)
-    paths = figures.draw_figures({}, tmp_path / "epochs", tmp_path)
-    assert [path.name for path in paths] == [f"figure6-{name}.png" for name in names]
+    (tmp_path / "epochs" / f"{names[-1]}-seed0.jsonl").unlink()
+    rows = {(name, 0): row(name) for name in names[1:]}
+    paths = figures.draw_figures(rows, tmp_path / "epochs", tmp_path)
+    assert [path.name for path in paths] == [f"figure6-{name}.png" for name in names[1:-1]]
+
+
+def test_figure_6_is_of_the_first_seed_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, name = [], "table6-c10-r110-lambda-0"
+    real = figures.read_epochs
+
+    def reading(path: Path) -> list[dict[str, Any]]:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(figures, "read_epochs", reading)
+    for seed in (0, 2):
+        write_epochs(tmp_path / "epochs", name, seed)
+    rows = {(name, seed): row(name, seed) for seed in (2, 1)}
+    figures.draw_figures(rows, tmp_path / "epochs", tmp_path)
+    figures.draw_figures(rows | {(name, 0): row(name)}, tmp_path / "epochs", tmp_path)
+    assert read == [f"{name}-seed2.jsonl", f"{name}-seed0.jsonl"]
 
 
 def test_the_bench_is_drawn_from_all_its_seeds(tmp_path: Path) -> None:
@@ -106,15 +126,53 @@ def test_the_bench_is_drawn_from_all_its_seeds(tmp_path: Path) -> None:
     assert [path.name for path in figures.draw_figures(rows, tmp_path / "epochs", tmp_path)] == ["cpu-bench.png"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("cpu-r20-c10-dense", None, "could not read them .No such file"),
+        ("cpu-r20-c10-dense", "", "expected the metrics of at least one epoch, found none"),
+        ("table6-c10-r110-lambda-0", "", "expected the metrics of at least one epoch, found none"),
+        ("table6-c10-r110-lambda-0", '{"epoch": 1, "phase": "dense", "test_top1": 50.0}', "expected open rates"),
+    ],
+)
+def test_epochs_that_a_figure_lacks_are_told_by_file(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / f"{name}-seed0.jsonl").write_text(text)
+    kind = find_experiment(name).kind
+    with pytest.raises(ValueError, match=f"{name}-seed0.jsonl: .*{message}"):
+        figures.draw_figures({(name, 0): row(name, kind=kind)}, tmp_path, tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
     assert figures.draw_figures({}, tmp_path / "epochs", tmp_path) == []
 
 
-def test_damaged_epochs_are_told_by_file_and_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"epoch": 1, "phase": "gated", "test_top1": 50.0}\n{"epoch"\n')
-    with pytest.raises(ValueError, match="a.jsonl: line 2 is damaged"):
+GATED: dict[str, Any] = {
+    "epoch": 1, "phase": "gated", "test_top1": 50.0, "polar_weight": 1.0, "gate_open_rates": {"a": 1.0, "b": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ('{"epoch"', "is damaged"),
+        ("[]", "expected the metrics of an epoch"),
+        ('{"epoch": 1}', "expected the metrics of an epoch"),
+        (json.dumps(GATED | {"test_top1": None}), "test_top1: expected a number, got None"),
+        (json.dumps({name: value for name, value in GATED.items() if name != "epoch"}), "epoch: expected a number"),
+        (json.dumps(GATED | {"polar_weight": "1"}), "polar_weight: expected a number, got '1'"),
+        (json.dumps({name: value for name, value in GATED.items() if name != "polar_weight"}), "polar_weight: "),
+        (json.dumps(GATED | {"gate_open_rates": [1.0]}), "gate_open_rates: expected an object, got "),
+        (json.dumps(GATED | {"gate_open_rates": {"a": 1.0, "b": float("nan")}}), "b: expected a number, got nan"),
+        (json.dumps(GATED | {"gate_open_rates": {"a": 1.0}}), "gate_open_rates: expected the same gates .* 'b'"),
+        (json.dumps(GATED | {"gate_open_rates": {"a": 1, "b": 1, "c": 1}}), "gate_open_rates: .* 'c' is not in both"),
+    ],
+)  # fmt: skip
+def test_damaged_epochs_are_told_by_file_and_line(tmp_path: Path, damage: str, message: str) -> None:
+    path, after = tmp_path / "a.jsonl", '{"epoch": 3, "phase": "cut", "test_top1": 50.0}'
+    path.write_text(f"{json.dumps(GATED)}\n{after}\n{damage}\n")
+    with pytest.raises(ValueError, match=f"a.jsonl: line 3:? {message}"):
         figures.read_epochs(path)
-    path.write_text('{"epoch": 1}\n')
-    with pytest.raises(ValueError, match="a.jsonl: line 1: expected the metrics of an epoch"):
-        figures.read_epochs(path)
+    path.write_text(f"{json.dumps(GATED)}\n{after}\n")
+    assert [line["gate_open_rates"] for line in figures.read_epochs(path)] == [{"a": 1.0, "b": 0.5}, {}]
