@@ -87,7 +87,8 @@ def unpack(folder: Path, archive: Path) -> str:
     """
     import numpy as np
 
-    arrays: dict[str, Any] = {"class_names": np.array((folder / CLASSES).read_text(encoding="utf-8").split())}
+    names = [line.strip() for line in (folder / CLASSES).read_text(encoding="utf-8").splitlines() if line.strip()]
+    arrays: dict[str, Any] = {"class_names": np.array(names)}
     for split in ("train", "test"):
         labels = _labels(folder / f"{split}-labels.npy")
         sheets = [_sheet(folder / f"{split}-{i:02d}.webp") for i in range(-(-len(labels) // PER_SHEET))]

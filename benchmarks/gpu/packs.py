@@ -6,10 +6,10 @@ first one holds ``index.json``, which lists the files of all of them: what did n
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -138,23 +138,21 @@ def _archive(pieces: Sequence[Piece]) -> bytes:
 
 
 def find_packs(places: Iterable[Path]) -> list[list[Path]]:
-    """The archives of earlier calls, a list for each call: those of a folder are of one, and those given singly.
+    """The archives of earlier calls, a list for each call: those that lie in one folder, at whatever depth.
 
     Raises:
         ValueError: nothing there, or no archives.
     """
-    found, single = [], []
+    calls: dict[Path, set[Path]] = {}
     for place in places:
-        if place.is_dir():
-            packs = sorted(place.glob("**/pack-*.tar"))
-            if not packs:
-                raise ValueError(f"{place}: expected archives {NAME.format('*')}, found none")
-            found.append(packs)
-        elif place.is_file():
-            single.append(place)
-        else:
+        packs = [place] if place.is_file() else list(place.glob(f"**/{NAME.format('*')}"))
+        if not place.exists():
             raise ValueError(f"{place}: expected a folder of archives or an archive, found nothing there")
-    return [*found, *([single] if single else [])]
+        if not packs:
+            raise ValueError(f"{place}: expected archives {NAME.format('*')}, found none")
+        for pack in sorted(packs):
+            calls.setdefault(pack.parent, set()).add(pack)
+    return [sorted(packs) for packs in calls.values()]
 
 
 def read_packs(paths: Sequence[Path]) -> tuple[dict[str, Piece], list[str]]:
@@ -187,7 +185,7 @@ def read_packs(paths: Sequence[Path]) -> tuple[dict[str, Piece], list[str]]:
 
 def _read_archive(path: Path) -> Mapping[str, Piece]:
     found = {}
-    with tarfile.open(path) as archive:
+    with tarfile.open(path, "r:") as archive:
         for member in archive:
             file = archive.extractfile(member)
             first, *rest = PurePosixPath(member.name).parts
@@ -210,14 +208,31 @@ def _folder(name: str) -> str:
 
 
 def put_back(work: Path, pieces: Iterable[Piece]) -> None:
-    """Write files to the work folder, but for those that it has in a newer state."""
+    """Write files to the work folder, but for those that it has in a newer state.
+
+    The files of a run go together: where the work folder's run is as far as this one, or further, none is written.
+    """
+    groups: dict[str, list[Piece]] = {}
     for piece in pieces:
-        path = work / piece.name
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime >= piece.changed:
-                continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(piece.content)
-        os.utime(partial, (piece.changed, piece.changed))
-        os.replace(partial, path)
+        groups.setdefault(_folder(piece.name), []).append(piece)
+    for name, theirs in groups.items():
+        paths = [path for path in (work / name, *(work / name).rglob("*")) if path.is_file()]
+        mine = [read_piece(work, str(path.relative_to(work))) for path in paths]
+        if _standing(theirs) > _standing([piece for piece in mine if piece]):
+            for piece in theirs:
+                _write(work / piece.name, piece)
+
+
+def _standing(pieces: Sequence[Piece]) -> tuple[bool, int, float]:
+    """How far a run is: whether it is finished, the epochs that it tells of, and when it last changed."""
+    files = {PurePosixPath(piece.name).name: piece for piece in pieces}
+    epochs = files["metrics.jsonl"].content.count(b"\n") if "metrics.jsonl" in files else 0
+    return "summary.json" in files, epochs, max((piece.changed for piece in pieces), default=-math.inf)
+
+
+def _write(path: Path, piece: Piece) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(piece.content)
+    os.utime(partial, (piece.changed, piece.changed))
+    os.replace(partial, path)

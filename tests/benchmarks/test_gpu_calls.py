@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,9 +185,24 @@ def test_archives_are_there_when_a_call_had_to_be_ended(
     assert (later.work / name).read_bytes() == (settings.work / name).read_bytes()
 
 
-def test_archives_are_there_after_sigterm(
+def test_calls_in_one_folder_are_all_gone_on_from(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two calls, on two machines, of other runs: FROM names the folder above what they left."""
+    monkeypatch.setattr(calls, "_watched", lambda *_: 3)
+    begun = settings.work / "runs" / "headline-r56-c10-seed0"
+    for seed in (0, 1):
+        each = replace(settings, work=tmp_path / f"work{seed}", out=tmp_path / "calls" / str(seed))
+        shutil.copytree(begun, each.work / "runs" / f"headline-r56-c10-seed{seed}")
+        assert calls.call(each, tmp_path / "results") == 3
+    later = replace(settings, work=tmp_path / "later", before=[tmp_path / "calls"])
+    assert calls.call(later, tmp_path / "results") == 3
+    for seed in (0, 1):
+        path = later.work / "runs" / f"headline-r56-c10-seed{seed}" / "checkpoint" / "gated.pt"
+        assert path.read_bytes() == (begun / "checkpoint" / "gated.pt").read_bytes()
+
+
+def test_archives_are_there_after_sigterm(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging(monkeypatch, tmp_path / "pid", 60.0)
     threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(SystemExit) as leaving:
@@ -303,5 +319,3 @@ def test_a_call_without_its_device_is_told(settings: Settings, tmp_path: Path, m
     with pytest.raises(ValueError, match="no CUDA device is visible"):
         calls.call(replace(settings, device="cuda"), tmp_path / "results")
     assert not settings.out.exists()
-
-

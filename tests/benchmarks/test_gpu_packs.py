@@ -34,7 +34,7 @@ def run(name: str, *sizes: int) -> Group:
 
 def written(out: Path, groups: list[Group], limits: Limits = SMALL) -> list[str]:
     scratch = out.parent / "scratch"
-    scratch.mkdir(exist_ok=True)
+    scratch.mkdir(parents=True, exist_ok=True)
     left_out = [each.label for each in write_packs(out, groups, limits, scratch)]
     assert list(scratch.iterdir()) == []
     return left_out
@@ -69,6 +69,36 @@ def test_newer_files_stay(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["config.toml"]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("name", "more"), [("metrics.jsonl", b"{}\n" * 9), ("summary.json", b"{}")])
+def test_of_two_states_of_a_run_the_further_one_comes_back_whole(
+    name: str, more: bytes, order: tuple[int, int], tmp_path: Path
+) -> None:
+    """Whichever is read first, and though the other was written later: two that went on from the same archives."""
+
+    def state(number: int, changes: dict[str, bytes]) -> list[Piece]:
+        files = {"metrics.jsonl": b"{}\n" * 8, "config.toml": b"", "checkpoint/gated.pt": bytes(number), **changes}
+        return [Piece(f"runs/a/{place}", content, 1e9 + number) for place, content in files.items()]
+
+    states = state(1, {name: more}), state(2, {})
+    for each in order:
+        put_back(tmp_path, [*states[each], Piece(f"runs/b/checkpoint/{each}.pt", b"", 1e9)])
+    for piece in states[0]:
+        path = tmp_path / piece.name
+        assert (path.read_bytes(), path.stat().st_mtime) == (piece.content, piece.changed)
+    assert len(list((tmp_path / "runs/b/checkpoint").iterdir())) == 1  # as far as the one that came first
+
+
+def test_folders_of_several_calls_are_several_calls(tmp_path: Path) -> None:
+    """However they are named; archives given singly, too, belong with those beside them."""
+    for name, runs in (("a", [run("a", 40_000), run("b", 40_000)]), ("deep/b", [run("c", 100)])):
+        written(tmp_path / "out" / name, runs)
+    first, second = tmp_path / "out" / "a", tmp_path / "out" / "deep" / "b"
+    calls = [[first / "pack-0.tar", first / "pack-1.tar"], [second / "pack-0.tar"]]
+    assert find_packs([tmp_path / "out"]) == calls == find_packs([first, second]) == find_packs([first, first.parent])
+    assert find_packs([calls[0][1], calls[1][0], calls[0][0]]) == calls
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut off", "other"])
 def test_a_run_that_lacks_a_file_is_left_out_and_named(tmp_path: Path, damage: str) -> None:
     out = tmp_path / "out"
@@ -94,9 +124,10 @@ def test_archives_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     ((first, second),) = find_packs([tmp_path / "out"])
     with pytest.raises(ValueError, match="expected pack-0.tar with index.json; found pack-1.tar"):
         read_packs([second])
-    first.write_bytes(first.read_bytes()[:700])
-    with pytest.raises(ValueError, match="expected pack-0.tar with index.json; .*a damaged archive"):
-        read_packs([first, second])
+    for content in (first.read_bytes()[:700], b"", b"x" * 2000):
+        first.write_bytes(content)
+        with pytest.raises(ValueError, match=r"expected pack-0.tar with index.json; .*a damaged archive .*\Z"):
+            read_packs([first, second])
 
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/escape", "runs/../../escape", "elsewhere/file", "runs"])
@@ -209,6 +240,15 @@ def test_merging_adds_what_is_new_once(tmp_path: Path, capsys: pytest.CaptureFix
         assert read_ledger(results / "ledger.jsonl")[KEY].energy_j_image == 0.5
 
 
+def test_merging_a_folder_of_calls_takes_the_rows_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results"
+    for seed in (0, 1):
+        brought(tmp_path / "calls" / str(seed), row(seed=seed))
+    assert merge.main([str(tmp_path / "calls"), "--results", str(results)]) == 0
+    assert capsys.readouterr().out.count("added") == len(list((results / "epochs").iterdir())) == 2
+    assert list(read_ledger(results / "ledger.jsonl").values()) == [row(), row(seed=1)]
+
+
 @pytest.mark.parametrize(
     ("other", "epochs", "message"),
     [
@@ -262,7 +302,7 @@ class Parts:
                 sheet = np.concatenate([np.concatenate(list(line), axis=1) for line in rows], axis=0)
                 Image.fromarray(sheet).save(place / f"{each}.webp", lossless=True, quality=0)
             elif each == "classes":
-                (place / "classes.txt").write_text("a\nb\nc\n")
+                (place / "classes.txt").write_text("sea lion\nb\nc\n\n")
             else:
                 np.save(place / f"{each}-labels.npy", self.labels[each])
         return place.parent
@@ -286,7 +326,7 @@ def test_a_data_set_arrives_in_parts(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert np.array_equal(archive["train_images"], images) and images.dtype == archive["train_images"].dtype
         assert np.array_equal(archive["test_images"], parts.images["test-00"])
         assert np.array_equal(archive["train_labels"], parts.labels["train"])
-        assert list(archive["class_names"]) == ["a", "b", "c"]
+        assert list(archive["class_names"]) == ["sea lion", "b", "c"]
     assert not [path for path in store.rglob("*") if "partial" in path.name]
 
 
