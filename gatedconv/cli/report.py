@@ -102,15 +102,23 @@ def _tables(arguments: argparse.Namespace) -> int:
     from gatedconv.report.ledger import read_ledger
     from gatedconv.report.results import results_text, write_block
 
-    rows = read_ledger(arguments.results / "ledger.jsonl")
     path = arguments.docs / "results.md"
     if not path.is_file():
         raise ValueError(f"{path}: expected the results page, found nothing there")
+    rows = read_ledger(_results(arguments) / "ledger.jsonl")
     images = [image.name for image in (arguments.docs / "images").glob("*.png")]
     text = write_block(path, "experiments", lambda: results_text(rows, present_recipes(), images))
     write_atomic(path, text.encode())
     print(f"written: {path}")
     return 0
+
+
+def _results(arguments: argparse.Namespace) -> Path:
+    """The folder of the ledger; a name that is mistyped shall not make a page of nothing."""
+    folder: Path = arguments.results
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected the folder of the ledger, found none")
+    return folder
 
 
 def _plots(arguments: argparse.Namespace) -> int:
@@ -119,7 +127,7 @@ def _plots(arguments: argparse.Namespace) -> int:
     from gatedconv.report.ledger import read_ledger
     from gatedconv.report.results import present_rows
 
-    rows = present_rows(read_ledger(arguments.results / "ledger.jsonl"), present_recipes())
+    rows = present_rows(read_ledger(_results(arguments) / "ledger.jsonl"), present_recipes())
     folder = arguments.docs / "images"
     with naming_file(folder):
         for path in draw_figures(rows, arguments.results / "epochs", folder):
@@ -131,16 +139,16 @@ def _list(arguments: argparse.Namespace) -> int:
     from gatedconv.cli.experiment_rows import present_recipes
     from gatedconv.report.experiments import all_experiments
     from gatedconv.report.ledger import read_ledger
-    from gatedconv.report.results import present_rows, runs_of
+    from gatedconv.report.results import left_out, present_rows, runs_of
     from gatedconv.report.tables import text_table
 
-    rows = read_ledger(arguments.results / "ledger.jsonl")
-    present = present_rows(rows, present_recipes())
+    rows, recipes = read_ledger(arguments.results / "ledger.jsonl"), present_recipes()
+    present = present_rows(rows, recipes)
     lines = []
     for each in all_experiments().values():
-        done, outdated = len(runs_of(each, present)), len(runs_of(each, rows)) - len(runs_of(each, present))
-        told = f"{done} of {len(each.seeds)}" + (f", {outdated} by an earlier recipe" if outdated else "")
-        lines.append([each.name, each.kind, told])
+        told = [f"{len(runs_of(each, present))} of {len(each.seeds)}"]
+        told += [f"{count} {reason}" for reason, count in left_out(each, rows, recipes).items()]
+        lines.append([each.name, each.kind, ", ".join(told)])
     print(text_table(["experiment", "kind", "seeds done"], lines))
     return 0
 

@@ -120,6 +120,8 @@ class LedgerRow:
         _check_range(self, ("polar",), 0.25)
         _check_range(self, ("seed", "macs", "macs_dense", "epochs", "wall_s", "energy_j", "energy_j_image"), math.inf)
         _check_range(self, ("macs_conv", "macs_conv_dense", "train_macs", "jobs"), math.inf)
+        if self.macs_dense == 0:
+            raise LedgerError(f"macs_dense: expected more than 0, got {self.macs_dense!r}")
         for field in ("experiment", "dataset"):
             if not getattr(self, field) or "/" in getattr(self, field):
                 raise LedgerError(f"{field}: expected a name, not a path, got {getattr(self, field)!r}")
@@ -139,7 +141,7 @@ def _check_range(row: LedgerRow, names: tuple[str, ...], high: float) -> None:
 
 
 def read_ledger(path: Path) -> dict[tuple[str, int], LedgerRow]:
-    """Every row by (experiment, seed), in the file's order; empty where there is no file.
+    """Every row by (experiment, seed), in the file's order; empty where there is no file. Blank lines do not count.
 
     Raises:
         LedgerError: a line is damaged or stands for a run that an earlier line has; names file and line.
@@ -153,6 +155,8 @@ def read_ledger(path: Path) -> dict[tuple[str, int], LedgerRow]:
         raise LedgerError(f"{path}: expected UTF-8 text, found a damaged or different file ({error})") from None
     rows: dict[tuple[str, int], LedgerRow] = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         where = f"{path}: line {number}"
         row = _parse(line, where)
         if row.key in rows:

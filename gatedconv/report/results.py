@@ -65,19 +65,42 @@ def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: C
         recipes: each experiment's recipe of today; runs of another one are left out, and that is said.
         images: names of the figures that are drawn.
     """
-    present, sections = present_rows(rows, recipes or {}), []
+    recipes = recipes or {}
+    present, sections = present_rows(rows, recipes), []
     for shown, title in TITLES.items():
         members = [each for each in all_experiments().values() if shown in each.shown]
         if members:
             parts = [f"### {title}", _table(members, present), *_verdicts(members, present)]
-            parts += [*_unmeasured(members, present), *_outdated(members, rows, present), *_figures(shown, images)]
+            parts += [*_unmeasured(members, present), *_remarks(members, rows, recipes), *_figures(shown, images)]
             sections.append("\n\n".join(parts))
-    return "\n\n".join(sections)
+    return "\n\n".join([*sections, *_unknown(rows)])
 
 
 def present_rows(rows: Rows, recipes: Mapping[str, str]) -> dict[tuple[str, int], LedgerRow]:
-    """The rows but for those that tell of another recipe than their experiment has in ``recipes``."""
-    return {key: row for key, row in rows.items() if row.recipe in (None, recipes.get(key[0], row.recipe))}
+    """The rows that belong into the tables: of an experiment as the table has it, and as ``recipes`` has its recipe."""
+    known = all_experiments()
+    return {
+        key: row
+        for key, row in rows.items()
+        if row.experiment in known and not _why_left_out(known[row.experiment], row, recipes)
+    }
+
+
+def left_out(experiment: Experiment, rows: Rows, recipes: Mapping[str, str]) -> Counter[str]:
+    """How many rows of an experiment `present_rows` leaves out, by the reason, as in "1 by an earlier recipe"."""
+    reasons = (_why_left_out(experiment, row, recipes) for row in rows.values() if row.experiment == experiment.name)
+    return Counter(reason for reason in reasons if reason)
+
+
+def _why_left_out(experiment: Experiment, row: LedgerRow, recipes: Mapping[str, str]) -> str:
+    split = experiment.settings.get("evaluate_on", "test")
+    if row.seed not in experiment.seeds:
+        return "of seeds that the table does not have"
+    if row.kind != experiment.kind:
+        return f"of kind {row.kind} (not {experiment.kind})"
+    if row.evaluated_on != split:
+        return f"judged on {row.evaluated_on} (not {split})"
+    return "" if row.recipe in (None, recipes.get(row.experiment, row.recipe)) else "by an earlier recipe"
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -186,18 +209,30 @@ def _unmeasured(members: Sequence[Experiment], rows: Rows) -> list[str]:
     return [f"Energy not measured: {told}."] if told else []
 
 
-def _outdated(members: Sequence[Experiment], rows: Rows, present: Rows) -> list[str]:
-    """Sentences on rows of other recipes, and on those that do not tell theirs."""
-    lines = []
-    for each in members:
-        gone = len(runs_of(each, rows)) - len(runs_of(each, present))
-        if gone:
-            lines.append(f"{each.label}: {gone} runs by an earlier recipe are left out.")
+def _remarks(members: Sequence[Experiment], rows: Rows, recipes: Mapping[str, str]) -> list[str]:
+    """Sentences on rows that are left out, on those that do not tell their recipe, and on changed sources."""
+    lines = [
+        f"{each.label}: {count} runs {reason} are left out."
+        for each in members
+        for reason, count in left_out(each, rows, recipes).items()
+    ]
+    present = present_rows(rows, recipes)
     runs = [run for each in members for run in runs_of(each, present)]
     silent = sum(run.recipe is None for run in runs)
     if silent:
         lines.append(f"Recipe: {silent} of these {len(runs)} runs are older than its record in the ledger.")
+    changed = sum((run.commit or "").endswith("+changes") for run in runs)
+    if changed:
+        lines.append(f"Source: {changed} of these {len(runs)} runs are from sources with changes.")
     return ["\n".join(lines)] if lines else []
+
+
+def _unknown(rows: Rows) -> list[str]:
+    """A sentence on rows of experiments that the table does not have."""
+    known = all_experiments()
+    names = Counter(row.experiment for row in rows.values() if row.experiment not in known)
+    told = ", ".join(f"{name} ({count})" for name, count in names.items())
+    return [f"Left out, of experiments that the table does not have (runs): {told}."] if told else []
 
 
 def _figures(shown: str, images: Collection[str]) -> list[str]:

@@ -50,13 +50,13 @@ def test_a_run_has_one_row(tmp_path: Path) -> None:
     [
         ('{"experiment": "a', "line 2: damaged: expected a JSON object"),
         ("[1, 2]", "line 2: expected a JSON object, found list"),
-        ("", "line 2: damaged"),
         (json.dumps({"experiment": "a"}), "line 2: missing .* required .*'seed'"),
         (json.dumps(asdict(row()) | {"acuracy": 3}), "line 2: unknown field 'acuracy'"),
         (json.dumps(asdict(row()) | {"kind": "dance"}), "line 2: kind: expected one of gated, dense"),
         (json.dumps(asdict(row()) | {"top1_last": "93"}), "line 2: top1_last: expected int or float, got '93'"),
         (json.dumps(asdict(row()) | {"top1_last": float("nan")}), "line 2: top1_last: expected a finite number"),
         (json.dumps(asdict(row()) | {"top1_last": 930}), "line 2: top1_last: expected at most 100, got 930"),
+        (json.dumps(asdict(row()) | {"macs_dense": 0}), "line 2: macs_dense: expected more than 0, got 0"),
         (json.dumps(asdict(row()) | {"agreement": -0.1}), "line 2: agreement: expected at most 1"),
         (json.dumps(asdict(row()) | {"seed": True}), "line 2: seed: expected int, got True"),
         (json.dumps(asdict(row()) | {"dataset": "data/c10.npz"}), "line 2: dataset: expected a name, not a path"),
@@ -72,6 +72,18 @@ def test_damage_is_told_by_line_and_field_and_nothing_is_written(tmp_path: Path,
     with pytest.raises(LedgerError, match=message):
         append_row(path, row(seed=4))
     assert path.read_bytes() == before
+
+
+def test_blank_lines_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append_row(path, row())
+    path.write_text(f"\n{path.read_text()}  \n\n")
+    append_row(path, row(seed=1))
+    assert list(read_ledger(path)) == [row().key, row(seed=1).key]
+    assert len(path.read_text().splitlines()) == 2
+    path.write_text(path.read_text() + "\n{\n")
+    with pytest.raises(LedgerError, match="line 4: damaged"):
+        read_ledger(path)
 
 
 def test_what_is_measured_later_goes_into_the_row(tmp_path: Path) -> None:

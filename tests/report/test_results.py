@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gatedconv.report.experiments import all_experiments
-from gatedconv.report.results import TITLES, results_text, write_block
+from gatedconv.report.results import TITLES, present_rows, results_text, write_block
 from tests.report.ledger_rows import row
 
 
@@ -93,6 +94,42 @@ def test_runs_by_an_earlier_recipe_are_left_out_and_that_is_said() -> None:
     assert cells(text, "ResNet-56 CIFAR-10 gated")[1:3] == ["93.50 ± 0.00", "2 of 5"]
     assert "ResNet-56 CIFAR-10 gated: 1 runs by an earlier recipe are left out." in text
     assert "Recipe: 1 of these 2 runs are older than its record in the ledger." in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seed": 17}, "of seeds that the table does not have"),
+        ({"kind": "dense"}, "of kind dense (not gated)"),
+        ({"evaluated_on": "val"}, "judged on val (not test)"),
+    ],
+)
+def test_rows_that_do_not_fit_the_table_are_left_out_and_that_is_said(changes: dict[str, Any], reason: str) -> None:
+    rows = [row(seed=1, top1_last=93.5), row(top1_last=50.0, **changes)]
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    assert cells(text, "ResNet-56 CIFAR-10 gated")[1:3] == ["93.50", "1 of 5"]
+    assert f"ResNet-56 CIFAR-10 gated: 1 runs {reason} are left out." in text
+
+
+def test_runs_on_held_out_images_belong_into_the_table_that_says_so() -> None:
+    name = "cpu-r20-c10-ablation-recipe"
+    rows = {(name, 0): row(name, evaluated_on="val")}
+    assert cells(results_text(rows), "recipe")[1:3] == ["93.50", "1 of 1"] and "left out" not in results_text(rows)
+    assert "recipe: 1 runs judged on test (not val) are left out." in results_text({(name, 0): row(name)})
+
+
+def test_rows_of_experiments_that_the_table_does_not_have_are_told() -> None:
+    rows = [row(), row("future-thing"), row("future-thing", 1)]
+    text = results_text({each.key: each for each in rows})
+    assert text.endswith("\n\nLeft out, of experiments that the table does not have (runs): future-thing (2).")
+    assert present_rows({each.key: each for each in rows}, {}) == {rows[0].key: rows[0]}
+
+
+def test_runs_from_sources_with_changes_are_counted() -> None:
+    rows = [row(commit="aa+changes"), row(seed=1, commit="aa"), row(seed=2), row(seed=9, commit="aa+changes")]
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    assert "Source: 1 of these 3 runs are from sources with changes." in text
+    assert "Source:" not in results_text({rows[1].key: rows[1]})
 
 
 def test_figures_are_linked_where_they_are_drawn() -> None:
