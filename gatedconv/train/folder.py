@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gatedconv.deploy.atomic import remove_leftovers, write_atomic
 from gatedconv.train.checkpoint import has_checkpoint, naming_file
+from gatedconv.train.claim import claimed
 from gatedconv.train.config import TrainConfig, make_config, read_toml, require_same_recipe, to_toml
 from gatedconv.train.metrics import EpochMetrics
 from gatedconv.train.record import NUMBER, require_form
@@ -85,8 +87,12 @@ class RunFolder:
         """Whether an epoch of any training was finished here."""
         return any(has_checkpoint(self.checkpoint(phase)) for phase in ("dense", "gated"))
 
+    def claimed(self) -> AbstractContextManager[None]:
+        """Hold the folder against other processes while a run is trained and told of; see `claim.claimed`."""
+        return claimed(self.path)
+
     def begin(self, config: TrainConfig, *, resume: bool) -> None:
-        """Claim the folder for a run and write its config: config.toml always tells what is trained.
+        """Give the folder to a run and write its config: config.toml always tells what is trained.
 
         Raises:
             ValueError: it holds another run, or there is none to resume, or that has another recipe.
