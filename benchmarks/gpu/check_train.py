@@ -130,7 +130,7 @@ class Bench:
     def cut(self) -> str:
         """What is cut computes what is frozen, with the MACs that were asked for."""
         folder = self.straight()
-        masks, _ = read_consensus(folder.consensus)
+        masks = read_consensus(folder.consensus)[0].masks
         images = example_images(load_images(self.config), self.config, 32)
         frozen = place(freeze(self._loaded(folder, "gated"), masks=masks), self.config).eval()
         small = compact(frozen, images[:1], channel_multiple=1).eval()  # as the run does

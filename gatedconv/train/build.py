@@ -81,7 +81,7 @@ def starting_network(config: TrainConfig, data: ImageData, phase: str) -> nn.Mod
     if config.subnetwork == "even":
         masks = even_masks(gated, config.mac_target)
     else:
-        masks, _ = read_consensus(Path(config.subnetwork))
+        masks = read_consensus(Path(config.subnetwork))[0].masks
     try:
         frozen = freeze(gated, masks=masks)
     except (ValueError, TypeError) as error:

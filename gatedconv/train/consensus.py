@@ -49,6 +49,13 @@ def settle(
     return frozen, consensus
 
 
+def freeze_again(gated: nn.Module, consensus: Consensus) -> nn.Module:
+    """The frozen network of `settle`, from the consensus that was kept: a resumed run asks no image again."""
+    frozen = freeze(gated, masks=consensus.masks)
+    vars(frozen)["consensus"] = consensus
+    return frozen
+
+
 def _ranked(gated: nn.Module, config: TrainConfig, data: ImageData, ranks: Ranks) -> dict[str, Tensor]:
     """Masks of the gates that rank highest by what the whole training split says, each process asking its share."""
     if config.consensus_by == "logit":
@@ -72,7 +79,7 @@ def consensus_figures(gated: nn.Module, consensus: Consensus, dynamic_top1: floa
         "gate_agreement": consensus.gate_agreement,
         "open_ratio": float(masks.float().mean()),
         "open_rates": {name: round(float(rate.mean()), 5) for name, rate in rates.items()},
-        "pruning_rate": float(pruning_rate(gated, rates)),
+        "pruning_rate": float(pruning_rate(gated, {name: consensus.masks[name].to(rates[name]) for name in rates})),
         "polarization": float(polarization),
         "dynamic": {"top1": round(dynamic_top1, 4), "macs": round(float(expected_macs(gated, rates)))},
         "macs_dense": round(float(expected_macs(gated, everything))),

@@ -74,7 +74,7 @@ def finish(
     for name, net in nets.items():
         outcome[name] |= energies(net, config, data) if alone else _NO_ENERGY
     if "frozen" in nets:
-        masks, one = read_consensus(folder.consensus)[0], example_images(data, config, 1)
+        masks, one = read_consensus(folder.consensus)[0].masks, example_images(data, config, 1)
         outcome["blocks"] = block_figures(nets["frozen"], masks, one, rounds=9 if alone else 0)
         outcome["exports"] = write_exports(nets["frozen"], config, data, folder, listener)
     return outcome
@@ -88,7 +88,7 @@ def agree(
     _, top1 = evaluate(gated, _test_batches(config, data, ranks), ranks)
     if ranks.main:
         found = consensus_figures(gated, consensus, top1)
-        write_consensus(folder.consensus, consensus.masks, found)
+        write_consensus(folder.consensus, consensus, found)
     return cut_out(frozen, config, data)
 
 

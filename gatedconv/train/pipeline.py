@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from gatedconv.data import ImageData
-from gatedconv.deploy import freeze
 from gatedconv.train.build import build_model, load_images, phases, starting_network
 from gatedconv.train.captured import require_graphs
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
+from gatedconv.train.consensus import freeze_again
 from gatedconv.train.distributed import Ranks, by_torchrun, current, joined
 from gatedconv.train.energy import of_run
 from gatedconv.train.finish import agree, cut_out, finish
@@ -87,18 +87,19 @@ def _run(
     train_batches(config, data, ranks=ranks)  # raises where the recipe does not fit the data
     networks = {phase: starting_network(config, data, phase) for phase in phases(config) if phase != "cut"}
     # A run that is refused has claimed no folder: everything that can refuse it comes before.
-    if ranks.main:
-        folder.begin(config, resume=resume)
-    listener.start(config, data)
-    trained = _train_phases(config, data, folder, networks, resume, listener, deadline, stop)
-    if trained is None:
-        return None
-    if stop.made:  # after the last time that anybody looked
-        stop.make()
-    if not ranks.main:
-        finish(config, data, folder, trained, listener)
-        return {}
-    return conclude(config, data, folder, trained, listener)
+    with folder.claimed() if ranks.main else nullcontext():
+        if ranks.main:
+            folder.begin(config, resume=resume)
+        listener.start(config, data)
+        trained = _train_phases(config, data, folder, networks, resume, listener, deadline, stop)
+        if trained is None:
+            return None
+        if stop.made:  # after the last time that anybody looked
+            stop.make()
+        if not ranks.main:
+            finish(config, data, folder, trained, listener)
+            return {}
+        return conclude(config, data, folder, trained, listener)
 
 
 def conclude(
@@ -143,8 +144,8 @@ def load_trained(folder: RunFolder, config: TrainConfig, data: ImageData, listen
         path = folder.checkpoint(phase)
         if has_checkpoint(path) or phase == "gated":
             if phase == "cut":
-                masks, _ = read_consensus(folder.consensus)
-                network = cut_out(freeze(trained["gated"], masks=masks), config, data)
+                consensus, _ = read_consensus(folder.consensus)
+                network = cut_out(freeze_again(trained["gated"], consensus), config, data)
             else:
                 network = starting_network(config, data, phase)
             state = load_checkpoint(path, listener.note)
@@ -204,8 +205,9 @@ def _train_phases(
                 if _dead_share(metrics) > _DEAD_SHARE >= _dead_share(last):
                     listener.note(_dead_note(metrics))
                 last = metrics
-            done, asked = last.epoch if last else 0, ranks.any(stop.made)
-            if asked or done < epoch_range(config, phase)[1]:
+            begin, end = epoch_range(config, phase)
+            done, asked = last.epoch if last else begin, ranks.any(stop.made)
+            if asked or done < end:
                 why = "asked to stop" if asked else f"max_minutes is {config.max_minutes:g}"
                 listener.note(
                     f"stopped after {done} of {config.epochs} epochs ({phase}): {why}; go on with: "
@@ -234,8 +236,8 @@ def _cut_network(
     """What the gates agree on, cut out to be trained on; a resumed run keeps the consensus that it had."""
     ranks = current()
     if resume:
-        masks, _ = ranks.agree(read_consensus(folder.consensus) if ranks.main else None)
-        return cut_out(freeze(gated, masks=masks), config, data)
+        consensus, _ = ranks.agree(read_consensus(folder.consensus) if ranks.main else None)
+        return cut_out(freeze_again(gated, consensus), config, data)
     return agree(gated, config, data, folder, listener, ranks)
 
 

@@ -42,11 +42,14 @@ def test_what_is_left_trains_on_and_lands_on_the_target(tmp_path: Path, archive:
     small, gated = gatedconv.load(folder.model("compact")), gatedconv.load(folder.model("gated"))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gated.parameters())
     # It has been trained since it was cut out.
-    masks, figures = read_consensus(folder.consensus)
-    untrained = gatedconv.compact(gatedconv.freeze(gated, masks=masks).eval(), torch.zeros(1, 1, 8, 8))
+    consensus, figures = read_consensus(folder.consensus)
+    untrained = gatedconv.compact(gatedconv.freeze(gated, masks=consensus.masks).eval(), torch.zeros(1, 1, 8, 8))
     assert not torch.equal(untrained.conv1.weight, small.conv1.weight)
     assert untrained.state_dict().keys() == small.state_dict().keys()
     assert figures["agreement"] == summary["agreement"]
+    # Of the network that is left, not of the samples' open rates; a BatchNorm whose channels are all closed goes, too.
+    dense = sum(p.numel() for p in build_model(early(archive), load_images(early(archive)), gated=False).parameters())
+    assert summary["pruning_rate"] == pytest.approx(1 - summary["frozen"]["params"] / dense, abs=1e-3)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -69,8 +72,8 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(tmp_path: Path, ar
     assert expected is not None and found is not None
     for key in ("frozen", "agreement", "open_rates", "macs_dense"):
         assert found[key] == expected[key]
-    new, old = (gatedconv.load(each.model("compact")).state_dict() for each in (part, whole))
-    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in new)
+    for file in ("compact.safetensors", "gated.safetensors", "consensus.json"):  # the consensus is in the first, too
+        assert (part.path / file).read_bytes() == (whole.path / file).read_bytes()
 
 
 def test_a_sub_network_of_another_run_is_trained_from_the_start(tmp_path: Path, archive: Path) -> None:
@@ -79,7 +82,7 @@ def test_a_sub_network_of_another_run_is_trained_from_the_start(tmp_path: Path, 
     alone = early(archive, consensus_at=1.0, mac_control="none", subnetwork=str(first.consensus))
     network = starting_network(alone, load_images(alone), "dense")
     dense = build_model(alone, load_images(alone), gated=False).state_dict()
-    masks, _ = read_consensus(first.consensus)
+    masks = read_consensus(first.consensus)[0].masks
     partly = [name.removesuffix(".channel_gate") for name, mask in masks.items() if 0 < mask.sum() < len(mask)]
     assert partly
     for block in partly:  # the same weights as the dense net begins with
@@ -130,6 +133,13 @@ def test_settings_that_cannot_be(archive: Path, changes: dict[str, Any], message
         ("[]", "expected dict, found list"),
         ('{"masks": {}}', "missing key 'figures'"),
         ('{"masks": {"layer1.0.channel_gate": "10a"}, "figures": {}}', "expected zeros and ones, found '10a'"),
+        (
+            '{"masks": {"a": "1"}, "figures": {"agreement": "1"}}',
+            "agreement: expected int or float or NoneType, found str",
+        ),
+        ('{"masks": {"a": "1"}, "figures": {}, "open_rates": {"a": [1]}}', "open_rates: a: expected numbers, found"),
+        ('{"masks": {"a": "1"}, "figures": {}, "open_rates": {"a": "1 x"}}', "open_rates: a: expected numbers, found"),
+        ('{"masks": {"a": "1"}, "figures": {}, "open_rates": {"a": "1 0"}}', "a number for each of the masks"),
         ('{"masks": {"layer1.0.channel_gate": "101"}, "figures": {}}', "not a part of resnet20 with these gates"),
     ],
 )
@@ -143,13 +153,23 @@ def test_a_sub_network_that_cannot_be_read(tmp_path: Path, archive: Path, conten
     assert not (tmp_path / "run").exists()
 
 
-def test_masks_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_a_consensus_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "consensus.json"
     masks = {"a": torch.tensor([True, False, True]), "b.c": torch.tensor([False])}
-    write_consensus(tmp_path / "consensus.json", masks, {"agreement": 0.5})
-    found, figures = read_consensus(tmp_path / "consensus.json")
-    assert figures == {"agreement": 0.5} and found.keys() == masks.keys()
-    assert all(torch.equal(found[name], masks[name]) for name in masks)
-    assert json.loads((tmp_path / "consensus.json").read_text())["masks"]["a"] == "101"
+    rates = {"a": torch.tensor([1 / 3, 1e-9, 0.59512347]), "b.c": torch.zeros(1)}
+    figures = {"agreement": 1 / 3, "gate_agreement": {"a": 0.1, "b.c": 1.0}, "open_ratio": 0.5}
+    write_consensus(path, gatedconv.Consensus(masks, 1 / 3, {"a": 0.1, "b.c": 1.0}, rates), figures)
+    found, told = read_consensus(path)
+    assert told == figures and (found.agreement, found.gate_agreement) == (1 / 3, {"a": 0.1, "b.c": 1.0})
+    for new, old in ((found.masks, masks), (found.open_rates, rates)):
+        assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in old)
+    kept = json.loads(path.read_text())
+    assert kept["masks"]["a"] == "101"
+    # As they were written before open rates were kept.
+    path.write_text(json.dumps({"masks": kept["masks"], "figures": {"agreement": 0.5}}))
+    found, _ = read_consensus(path)
+    assert (found.agreement, found.gate_agreement, found.open_rates) == (0.5, {}, {})
+    assert found.masks.keys() == masks.keys() and torch.equal(found.masks["a"], masks["a"])
 
 
 def test_a_cut_has_no_more_channels_on_a_device_that_likes_multiples(
