@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gatedconv.report import plots
@@ -23,7 +24,12 @@ LITERATURE = {
     "PFEC": (93.04, 91.31, 27.60),
     "VCP": (93.04, 92.26, 20.30),
 }
-_SERIES = {"naive_dropout": "naive dropout", "naive_layer": "naive layers", "dense": "dense"}
+_SERIES = {"gated": "ours", "dense": "dense", "naive_dropout": "naive dropout", "naive_layer": "naive layers"}
+_SERIES_COLORS = {
+    "ours": plots.GATED, "dense": plots.DENSE, "naive dropout": plots.POLAR, "naive layers": plots.STAGE,
+}  # fmt: skip
+_SWAPPED = ", swapped"  # the other reading of the paper's milestones, drawn hollow
+_Series = Mapping[str, Sequence[Sequence[LedgerRow]]]  # by name, the runs of each of its experiments
 _COLORS = {"gated": plots.GATED, "dense": plots.DENSE, "equal_macs": plots.POLAR, "fixed_at_init": plots.STAGE}
 
 
@@ -46,10 +52,10 @@ def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     known = all_experiments()
     drawn = []
-    sweep = [each for each in known.values() if "figure2" in each.shown and not each.name.endswith("-swapped")]
-    if any(runs_of(each, rows) for each in sweep):
-        drawn.append(_draw_rates(sweep, rows, folder / "figure2.png"))
-        drawn.append(_draw_drops(sweep, rows, folder / "figure3.png"))
+    sweep = _sweep(rows)
+    if sweep:
+        drawn.append(_draw_rates(sweep, folder / "figure2.png"))
+        drawn.append(_draw_drops(sweep, folder / "figure3.png"))
     for each in known.values():
         kept = [path for run in runs_of(each, rows) if (path := _epochs_of(run, epochs)).is_file()]
         if "figure6" in each.shown and kept:
@@ -117,22 +123,42 @@ def _draw_gates(experiment: Experiment, epochs: Path, path: Path) -> Path:
     return plots.draw_gate_evolution(lines, path, title=experiment.label)
 
 
-def _draw_rates(sweep: Sequence[Experiment], rows: Rows, path: Path) -> Path:
+def _sweep(rows: Rows) -> _Series:
+    """The runs of Figures 2 and 3, those of each reading of the milestones by themselves."""
+    series: dict[str, list[list[LedgerRow]]] = {}
+    for each in all_experiments().values():
+        runs = runs_of(each, rows) if "figure2" in each.shown else []
+        if runs:
+            name = _SERIES[each.kind] + (_SWAPPED if each.name.endswith("-swapped") else "")
+            series.setdefault(name, []).append(runs)
+    return series
+
+
+def _look(name: str) -> dict[str, str]:
+    """Color and filling of a series' marks."""
+    color = _SERIES_COLORS[name.removesuffix(_SWAPPED)]
+    return {"edgecolor": color, "facecolor": "none" if name.endswith(_SWAPPED) else color}
+
+
+def _pruned(runs: Iterable[LedgerRow]) -> list[float]:
+    return [100 * (run.pruning_rate or 0.0) for run in runs]
+
+
+def _saved(runs: Iterable[LedgerRow]) -> list[float]:
+    return [100 * (1 - run.macs / run.macs_dense) for run in runs]
+
+
+def _draw_rates(sweep: _Series, path: Path) -> Path:
     """Figure 2: pruning rate, and reduction of the MACs, against top-1."""
-    series: dict[str, list[tuple[float, float, float]]] = {}
-    for each in sweep:
-        for row in runs_of(each, rows):
-            kind = _SERIES.get(row.kind, "ours")
-            saved = 100 * (1 - row.macs / row.macs_dense)
-            series.setdefault(kind, []).append((100 * (row.pruning_rate or 0.0), saved, row.top1_last))
-    colors = {"ours": plots.GATED, "dense": plots.DENSE, "naive dropout": plots.POLAR, "naive layers": plots.STAGE}
     plt = plots._pyplot()
     with plt.rc_context(plots._STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.2), layout="constrained", sharey=True)
-        for kind, points in series.items():
-            left.scatter([p[0] for p in points], [p[2] for p in points], color=colors[kind], label=kind, s=14)
-            if kind != "naive dropout":  # zeros are multiplied like other numbers
-                right.scatter([p[1] for p in points], [p[2] for p in points], color=colors[kind], s=14)
+        for name, experiments in sweep.items():
+            runs = [run for each in experiments for run in each]
+            top1 = [run.top1_last for run in runs]
+            left.scatter(_pruned(runs), top1, s=14, label=name, **_look(name))
+            if not name.startswith("naive dropout"):  # zeros are multiplied like other numbers
+                right.scatter(_saved(runs), top1, s=14, **_look(name))
         left.set_xlabel("pruning rate, eq. 11 (%)")
         right.set_xlabel("MACs saved (%)")
         left.set_ylabel("top-1 (%)")
@@ -141,30 +167,34 @@ def _draw_rates(sweep: Sequence[Experiment], rows: Rows, path: Path) -> Path:
         return plots._save(figure, path, plt)
 
 
-def _draw_drops(sweep: Sequence[Experiment], rows: Rows, path: Path) -> Path:
-    """Figure 3: pruning rate against top-1, and MACs saved against the drop, beside what others print."""
-    dense = [row.top1_last for each in sweep if each.kind == "dense" for row in runs_of(each, rows)]
+def _draw_drops(sweep: _Series, path: Path) -> Path:
+    """Figure 3: pruning rate against top-1, and MACs saved against the drop, beside what others print.
+
+    The drop is that from the mean of the dense runs of the same reading.
+    """
     plt = plots._pyplot()
     with plt.rc_context(plots._STYLE):
-        figure, (left, axes) = plt.subplots(1, 2, figsize=(8.8, 3.4), layout="constrained")
-        _rates_beside_others(left, sweep, rows)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.4), layout="constrained")
+        _rates_beside_others(left, sweep)
         for name, (before, after, saved) in LITERATURE.items():
-            axes.scatter([saved], [before - after], color=plots.MUTED, s=14)
-            axes.annotate(name, (saved, before - after), xytext=(4, 2), textcoords="offset points", fontsize=7)
-        for each in sweep:
-            runs = runs_of(each, rows) if each.kind == "gated" else []
-            if runs and dense:
-                saved = mean_spread([100 * (1 - row.macs / row.macs_dense) for row in runs])[0]
-                top1, spread = mean_spread([row.top1_last for row in runs])
-                drop = mean_spread(dense)[0] - top1
-                axes.errorbar([saved], [drop], yerr=spread, color=plots.GATED, marker="o", markersize=4)
-        axes.set_xlabel("MACs saved (%)")
-        axes.set_ylabel("drop of top-1 (points)")
-        axes.set_title("Against the literature")
+            right.scatter([saved], [before - after], color=plots.MUTED, s=14)
+            right.annotate(name, (saved, before - after), xytext=(4, 2), textcoords="offset points", fontsize=7)
+        for suffix in ("", _SWAPPED):
+            name, whole = "ours" + suffix, sweep.get("dense" + suffix, ())
+            dense = [run.top1_last for runs in whole for run in runs]
+            if dense and name in sweep:
+                _mark(right, name, [(_saved(runs), _drops(fmean(dense), runs)) for runs in sweep[name]])
+        right.set_xlabel("MACs saved (%)")
+        right.set_ylabel("drop of top-1 (points)")
+        right.set_title("Against the literature")
         return plots._save(figure, path, plt)
 
 
-def _rates_beside_others(axes: Any, sweep: Sequence[Experiment], rows: Rows) -> None:
+def _drops(dense: float, runs: Iterable[LedgerRow]) -> list[float]:
+    return [dense - run.top1_last for run in runs]
+
+
+def _rates_beside_others(axes: Any, sweep: _Series) -> None:
     """Ours as points; others as lines: their share of pruned parameters is not in the paper's table."""
     names: dict[float, list[str]] = {}
     for name, (_, after, _) in LITERATURE.items():
@@ -175,16 +205,24 @@ def _rates_beside_others(axes: Any, sweep: Sequence[Experiment], rows: Rows) -> 
             ", ".join(those), (1, after), xycoords=("axes fraction", "data"), xytext=(0, 1),
             textcoords="offset points", ha="right", fontsize=7, color=plots.MUTED,
         )  # fmt: skip
-    for each in sweep:
-        runs = runs_of(each, rows) if each.kind in ("gated", "dense") else []
-        if runs:
-            rate = mean_spread([100 * (row.pruning_rate or 0.0) for row in runs])[0]
-            top1, spread = mean_spread([row.top1_last for row in runs])
-            color = plots.GATED if each.kind == "gated" else plots.DENSE
-            axes.errorbar([rate], [top1], yerr=spread, color=color, marker="o", markersize=4)
+    for name, experiments in sweep.items():
+        if not name.startswith("naive"):
+            _mark(axes, name, [(_pruned(runs), [run.top1_last for run in runs]) for runs in experiments])
     axes.set_xlabel("pruning rate, eq. 11 (%)")
     axes.set_ylabel("top-1 (%)")
     axes.set_title("Against the literature")
+    if axes.containers:
+        axes.legend(fontsize=7)
+
+
+def _mark(axes: Any, name: str, experiments: Iterable[tuple[Sequence[float], Sequence[float]]]) -> None:
+    """A mark for each experiment of a series at the means over its runs, with the spread of what is upright."""
+    across, upright = zip(*((fmean(x), mean_spread(y)) for x, y in experiments), strict=True)
+    look = _look(name)
+    axes.errorbar(
+        across, [mean for mean, _ in upright], yerr=[spread or 0.0 for _, spread in upright], label=name,
+        color=look["edgecolor"], markerfacecolor=look["facecolor"], marker="o", markersize=4, linestyle="none",
+    )  # fmt: skip
 
 
 _BENCH = "ResNet-20 CIFAR-10 "  # what every label of the bench begins with
