@@ -11,7 +11,8 @@ SEEDS             of them (default: all)
 JOBS              processes side by side (default 3)
 MINUTES           of training (default 7.5); a call takes up to 1.25 more
 SOURCES           such as ``cifar10=npz:data/cifar10.npz``; archives in STORE (`data`) are found without
-FROM              folders of archives of earlier calls, or archives
+FROM              folders of archives of earlier calls, at whatever depth, or archives; a run that is in several goes on
+                  from where it is furthest
 OUT               folder for archives (default runs/gpu-packs): at most 7 files of 16 MB, 61.5 MB together
 WORK              folder of run folders and ledger (default runs/gpu); goes on from what is there
 DEVICE            default cuda

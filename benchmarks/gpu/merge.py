@@ -1,8 +1,9 @@
 """Takes what calls of training brought back into ``results/``: ``python -m benchmarks.gpu.merge PLACE ...``.
 
-A place is a folder of archives, or an archive. Rows go into ``ledger.jsonl``, epochs into ``epochs/``, what the gates
-agreed on into ``consensus/``. What is there already is skipped; if anything of a run is there and differs, nothing is
-written, and the exit code is 2. ``--results FOLDER`` is for another folder than ``results``.
+A place is a folder of archives, one above several such, or an archive. Rows go into ``ledger.jsonl``, epochs into
+``epochs/``, what the gates agreed on into ``consensus/``. What is there already is skipped; if anything of a run is
+there and differs, nothing is written, and the exit code is 2. ``--results FOLDER`` is for another folder than
+``results``.
 """
 
 from __future__ import annotations
