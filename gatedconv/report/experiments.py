@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 Settings = Mapping[str, Any]
@@ -50,8 +52,9 @@ class Experiment:
         return not self.kind.startswith("naive")
 
 
-def all_experiments() -> dict[str, Experiment]:
-    """Every experiment by name, best first."""
+@cache
+def all_experiments() -> Mapping[str, Experiment]:
+    """Every experiment by name, best first; made once."""
     found: dict[str, Experiment] = {}
     for experiment in (
         *_with_controls("headline-r56-c10", "best-c10-r56", "headline", _FIVE),
@@ -74,7 +77,7 @@ def all_experiments() -> dict[str, Experiment]:
         if experiment.name in found:
             raise ValueError(f"experiments: {experiment.name!r} is listed twice")
         found[experiment.name] = experiment
-    return found
+    return MappingProxyType(found)
 
 
 def find_experiment(name: str) -> Experiment:

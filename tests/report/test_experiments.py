@@ -71,3 +71,9 @@ def test_what_an_experiment_needs_comes_before_it() -> None:
         assert not each.needs or names.index(each.needs) < names.index(each.name)
         assert each.trains != each.name.startswith("figure2-c10-r56-naive")
         assert each.shown and each.label
+
+
+def test_the_table_is_made_once_and_nobody_changes_it() -> None:
+    assert all_experiments() is EXPERIMENTS and find_experiment("headline-r56-c10") is EXPERIMENTS["headline-r56-c10"]
+    with pytest.raises(TypeError):
+        EXPERIMENTS["mine"] = EXPERIMENTS["headline-r56-c10"]  # type: ignore[index]
