@@ -38,6 +38,9 @@ class Bench:
         amp: as in `TrainConfig`; "" for the recipe's own.
         cuda_graph: as in `TrainConfig`.
         command: what runs `gatedconv` in a process of its own.
+
+    Raises:
+        ValueError: a device, a number of threads or a mixed precision that no `TrainConfig` takes.
     """
 
     runs: Path
@@ -50,6 +53,12 @@ class Bench:
     amp: str = ""
     cuda_graph: bool = False
     command: tuple[str, ...] = (sys.executable, "-m", "gatedconv")
+
+    def __post_init__(self) -> None:
+        """Check what every run would be refused for."""
+        TrainConfig(
+            device=self.device or "auto", threads=self.threads, amp=self.amp or "off", cuda_graph=self.cuda_graph
+        )
 
     @property
     def ledger(self) -> Path:
@@ -83,7 +92,7 @@ class Bench:
         return replace(config, data=data, device=self.device or config.device)
 
 
-_AGAIN = "bring it back, or take that run's line out of the ledger and run it again"
+_AGAIN = "bring it back, or take that run's line out of the ledger, move its run folder away and run it again"
 
 
 def dataset_name(source: str) -> str:

@@ -9,13 +9,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from gatedconv.cli.experiment_checks import known_images, require_macs
 from gatedconv.cli.experiment_files import Bench, Key, dataset_name, find_weights
 from gatedconv.report.experiments import Experiment, all_experiments, find_experiment
-from gatedconv.report.ledger import LedgerRow
+from gatedconv.report.ledger import LedgerError, LedgerRow
 from gatedconv.train.config import FREE_ON_RESUME, field_specs, make_config
 from gatedconv.train.energy import of_run
 from gatedconv.train.folder import RunFolder
 from gatedconv.train.presets import preset_settings
+from gatedconv.train.record import NUMBER, Form, require_form
+
+_NET: Form = {"top1": NUMBER, "macs": NUMBER, "params": int}
+_SUMMARY: dict[str, Form] = {
+    "model": str, "epochs": dict, "device": str, "commit": (str, type(None)), "versions": dict, "wall_s": NUMBER,
+    "evaluated_on": str,
+}  # fmt: skip
+_GATES: dict[str, Form] = {
+    "frozen": _NET, "macs_dense": NUMBER, "open_ratio": NUMBER, "pruning_rate": NUMBER, "polarization": NUMBER,
+    "agreement": NUMBER, "dynamic": {"top1": NUMBER, "macs": NUMBER},
+}  # fmt: skip
 
 
 def recipe_settings(experiment: Experiment) -> dict[str, Any]:
@@ -81,11 +93,17 @@ def training_row(
     experiment: Experiment, seed: int, folder: RunFolder, summary: Mapping[str, Any], rows: Mapping[Key, LedgerRow],
     jobs: int = 1,
 ) -> LedgerRow:  # fmt: skip
-    """The ledger's row of a finished training."""
-    net = summary["frozen"] if experiment.kind == "gated" else summary["dense"]
+    """The ledger's row of a finished training.
+
+    Raises:
+        ValueError: the summary lacks something, or has it in another form; or see `reference`, `require_macs`.
+    """
+    gated = experiment.kind == "gated"
+    require_form(summary, _SUMMARY | (_GATES if gated else {"dense": _NET}), str(folder.summary))
+    net = summary["frozen" if gated else "dense"]
     gates: dict[str, Any] = {}
     macs_dense, macs_conv_dense = net["macs"], net.get("macs_conv")
-    if experiment.kind == "gated":
+    if gated:
         macs_dense, macs_conv_dense = summary["macs_dense"], summary.get("macs_conv_dense")
         gates = {
             "open_ratio": summary["open_ratio"],
@@ -98,44 +116,48 @@ def training_row(
         }
     elif experiment.needs:
         whole = reference(experiment, seed, rows)
+        require_macs(experiment, net["macs"], whole)
         macs_dense, macs_conv_dense = whole.macs_dense, whole.macs_conv_dense
     energy = of_run(folder.read_metrics())
-    return LedgerRow(
-        experiment=experiment.name,
-        seed=seed,
-        dataset=dataset_name(recipe_settings(experiment)["data"]),
-        model=summary["model"],
-        kind=experiment.kind,
-        top1_last=net["top1"],
-        macs=net["macs"],
-        macs_dense=macs_dense,
-        macs_conv=net.get("macs_conv"),
-        macs_conv_dense=macs_conv_dense,
-        epochs=sum(summary["epochs"].values()),
-        device=summary["device"],
-        commit=summary["commit"],
-        versions=summary["versions"],
-        wall_s=summary["wall_s"],
-        evaluated_on=summary["evaluated_on"],
-        params=net["params"],
-        train_macs=summary.get("train_macs") or None,
-        energy_j=energy.joules,
-        energy_reason=energy.reason or None,
-        energy_j_image=net.get("energy_j_image"),
-        jobs=jobs,
-        recipe=recipe_of(experiment),
-        amp=summary.get("amp", folder.read_config().amp),
-        **gates,
-    )
+    try:
+        return LedgerRow(
+            experiment=experiment.name,
+            seed=seed,
+            dataset=dataset_name(recipe_settings(experiment)["data"]),
+            model=summary["model"],
+            kind=experiment.kind,
+            top1_last=net["top1"],
+            macs=net["macs"],
+            macs_dense=macs_dense,
+            macs_conv=net.get("macs_conv"),
+            macs_conv_dense=macs_conv_dense,
+            epochs=sum(summary["epochs"].values()),
+            device=summary["device"],
+            commit=summary["commit"],
+            versions=summary["versions"],
+            wall_s=summary["wall_s"],
+            evaluated_on=summary["evaluated_on"],
+            params=net["params"],
+            train_macs=summary.get("train_macs") or None,
+            energy_j=energy.joules,
+            energy_reason=energy.reason or None,
+            energy_j_image=net.get("energy_j_image"),
+            jobs=jobs,
+            recipe=recipe_of(experiment),
+            amp=summary.get("amp", folder.read_config().amp),
+            **gates,
+        )
+    except LedgerError as error:
+        raise ValueError(f"{folder.summary}: {error}") from None
 
 
 def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
     """The ledger's row of a dense network that parts are left out of when it is tested."""
     from gatedconv.deploy import load
-    from gatedconv.train.build import load_images
     from gatedconv.train.finish import figures
     from gatedconv.train.naive import drop_layers, drop_parameters
-    from gatedconv.train.recipe import place
+    from gatedconv.train.provenance import provenance
+    from gatedconv.train.recipe import place, resolve_device
 
     whole = reference(experiment, seed, rows)
     started = time.monotonic()
@@ -144,7 +166,9 @@ def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key
     dense: Any = load(weights)
     drop = drop_parameters if experiment.kind == "naive_dropout" else drop_layers
     pruned = drop(dense, experiment.share / 100, seed).eval()
-    found = figures(place(pruned, config), config, load_images(config))
+    images = known_images(recipe_settings(experiment)["data"], config)
+    found = figures(place(pruned, config), config, images)
+    here = provenance(resolve_device(config.device))
     left = found["params"] / sum(parameter.numel() for parameter in dense.parameters())
     return replace(
         whole,
@@ -157,6 +181,9 @@ def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key
         train_macs=None,
         pruning_rate=experiment.share / 100 if experiment.kind == "naive_dropout" else 1 - left,
         epochs=0,
+        device=here["device"],
+        commit=here["commit"],
+        versions=here["versions"],
         wall_s=round(time.monotonic() - started, 2),
         energy_j=None,
         energy_reason=None,

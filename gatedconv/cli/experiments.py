@@ -10,9 +10,12 @@ import sys
 import time
 import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from gatedconv.cli.experiment_checks import known_images, require_fit, require_whole, require_writable
 from gatedconv.cli.experiment_energy import measure_energy
 from gatedconv.cli.experiment_files import Bench, Key, dataset_name, find_consensus, keep_files, stem
 from gatedconv.cli.experiment_rows import naive_row, recipe_settings, reference, require_present, training_row
@@ -44,23 +47,27 @@ def select(names: Sequence[str], seeds: Iterable[int] | None) -> list[Key]:
     the swapped ones, and seed after seed, so that wherever time ends there is a table with fewer seeds.
 
     Raises:
-        ValueError: a name or pattern that fits no experiment, or a seed that one does not have.
+        ValueError: a name or pattern that fits no experiment, or a seed that the named one, or none of those that fit
+            the pattern, has.
     """
     known = all_experiments()
     groups = list(dict.fromkeys(each.shown[0] for each in known.values()))
-    wanted: set[str] = set()
+    chosen: set[Key] = set()
     for name in names:
-        found = fnmatch.filter(known, name) or [find_experiment(name).name]
-        wanted.update(found)
-    chosen = []
-    for place, (name, each) in enumerate(known.items()):
-        if name in wanted:
-            group, swapped = groups.index(each.shown[0]), name.endswith("-swapped")
-            for seed in each.seeds if seeds is None else seeds:
-                if seed not in each.seeds:
-                    raise ValueError(f"seed: {name} has the seeds {', '.join(map(str, each.seeds))}, got {seed}")
-                chosen.append(((group, swapped, seed, _RANKS[each.kind], place), (name, seed)))
-    return [key for _, key in sorted(chosen)]
+        fitting = [known[found] for found in fnmatch.filter(known, name)] or [find_experiment(name)]
+        present = sorted({seed for each in fitting for seed in each.seeds})
+        asked = present if seeds is None else list(seeds)
+        for seed in asked:
+            if seed not in present:
+                raise ValueError(f"seed: {name} has the seeds {', '.join(map(str, present))}, got {seed}")
+        chosen |= {(each.name, seed) for each in fitting for seed in asked if seed in each.seeds}
+    places = {name: place for place, name in enumerate(known)}
+
+    def order(key: Key) -> tuple[int, bool, int, int, int]:
+        (name, seed), each = key, known[key[0]]
+        return groups.index(each.shown[0]), name.endswith("-swapped"), seed, _RANKS[each.kind], places[name]
+
+    return sorted(chosen, key=order)
 
 
 def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
@@ -72,12 +79,18 @@ def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
     Returns:
         0 when all is done, 1 when something failed, which is told at the end, 3 when time was up or SIGTERM came:
         runs leave their checkpoints, and the same command goes on.
+
+    Raises:
+        ValueError: a damaged ledger, or no such device.
+        OSError: a folder cannot be written to.
     """
     failures = Failures()
     queue = _plan(keys, read_ledger(bench.ledger), failures)
     for name, seed in keys:
         if (name, seed) not in queue and (name, seed) not in failures:
             print(f"{name} seed {seed}: done already", flush=True)
+    if queue:
+        _require_machine(bench)
     if jobs == 1 or len(queue) < 2:
         code = _one_by_one(bench, queue, failures)
     else:
@@ -102,33 +115,45 @@ def run_one(bench: Bench, name: str, seed: int) -> int:
     """Run one experiment with one seed and add its row; 0 when done, 3 when time was up.
 
     Raises:
-        ValueError: the ledger, or the run folder, has it by another recipe; or what it is made from is missing.
+        ValueError: the ledger, or the run folder, has it by another recipe; another process trains it; or what it is
+            made from is missing.
     """
+    experiment, folder = find_experiment(name), bench.folder(name, seed)
+    with stop_on_sigterm() as stop, folder.claimed() if experiment.trains else nullcontext():
+        rows = read_ledger(bench.ledger)  # now: another process may have run it
+        if (name, seed) in rows:
+            require_present(rows[name, seed])
+            return DONE
+        print(f"{name} seed {seed}", flush=True)
+        if not experiment.trains:
+            append_row(bench.ledger, naive_row(bench, experiment, seed, rows))
+            return DONE
+        summary = _trained(bench, experiment, seed, rows, stop)
+        if summary is None:
+            return TIME_LIMIT
+        require_whole(folder, folder.read_config())
+        row = training_row(experiment, seed, folder, summary, rows, bench.beside + 1)
+        keep_files(bench, name, seed)
+        append_row(bench.ledger, row)
+    return DONE
+
+
+def _trained(
+    bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow], stop: StopRequest
+) -> dict[str, Any] | None:
+    """The summary of a run that is finished already, or is now; None when time was up."""
     from gatedconv.cli.progress import make_listener
     from gatedconv.train.pipeline import run as run_training
 
-    experiment = find_experiment(name)
-    rows = read_ledger(bench.ledger)
-    if (name, seed) in rows:
-        require_present(rows[name, seed])
-        return DONE
-    print(f"{name} seed {seed}", flush=True)
-    if not experiment.trains:
-        append_row(bench.ledger, naive_row(bench, experiment, seed, rows))
-        return DONE
-    config, folder = experiment_config(bench, experiment, seed, rows), bench.folder(name, seed)
-    summary = None
+    config, folder = experiment_config(bench, experiment, seed, rows), bench.folder(experiment.name, seed)
     if folder.summary.is_file():
-        _require_recipe(folder, config, name)
-        summary = folder.read_summary()
-    if summary is None:
-        with make_listener() as listener, stop_on_sigterm() as stop:
-            summary = run_training(config, folder, resume=folder.holds_run(), listener=listener, stop=stop)
-    if summary is None:
-        return TIME_LIMIT
-    keep_files(bench, name, seed)
-    append_row(bench.ledger, training_row(experiment, seed, folder, summary, rows, bench.beside + 1))
-    return DONE
+        _require_recipe(folder, config, experiment.name)
+        return folder.read_summary()
+    images = known_images(recipe_settings(experiment)["data"], config)
+    require_fit(experiment, config, images, rows.get((experiment.needs, seed)))
+    del images  # they are read once more
+    with make_listener() as listener:
+        return run_training(config, folder, resume=folder.holds_run(), listener=listener, stop=stop)
 
 
 def experiment_config(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> TrainConfig:
@@ -182,6 +207,16 @@ def _plan(keys: Iterable[Key], rows: Mapping[Key, LedgerRow], failures: Failures
     return queue
 
 
+def _require_machine(bench: Bench) -> None:
+    """Check what every run would trip over, each by itself, and after hours."""
+    from gatedconv.train.recipe import resolve_device
+
+    if bench.device:
+        resolve_device(bench.device)
+    for folder in (bench.runs, bench.results):
+        require_writable(folder)
+
+
 def _blocked(key: Key, failures: Failures, cut_short: Collection[Key] = ()) -> bool:
     """Whether what a run is made from was cut short, or has failed: then so has this one."""
     needs = find_experiment(key[0]).needs, key[1]
@@ -217,35 +252,45 @@ def _side_by_side(
     bench: Bench, queue: list[Key], jobs: int, failures: Failures, stop: StopRequest | None = None
 ) -> int:
     stop = stop or StopRequest()
-    running: dict[Key, subprocess.Popen[bytes]] = {}
+    running: dict[Key, _Running] = {}
     cut_short: set[Key] = set()
-    told: set[Key] = set()  # of SIGTERM
     try:
         while running or (queue and not bench.late and not stop.made):
-            for key in [] if bench.late or stop.made else list(queue):
+            for key in list(queue) if len(running) < jobs and not bench.late and not stop.made else []:
                 if _blocked(key, failures, cut_short):
                     queue.remove(key)
                     cut_short |= {key} - failures.keys()
                 elif len(running) < jobs and (find_experiment(key[0]).needs, key[1]) not in {*queue, *running}:
                     queue.remove(key)
-                    running[key] = _start(bench, key)
-            for key, process in list(running.items()):
-                if process.poll() is not None:
+                    told = _size(_log(bench, key))
+                    running[key] = _Running(_start(bench, key), told)
+            for key, each in list(running.items()):
+                code = each.process.poll()
+                if code is not None:
                     del running[key]
-                    if process.returncode == TIME_LIMIT or (stop.made and process.returncode == -signal.SIGTERM):
+                    if code == TIME_LIMIT or (stop.made and code == -signal.SIGTERM):
                         cut_short.add(key)
-                    elif process.returncode != DONE:
-                        failures[key] = _last_words(_log(bench, key), process.returncode)
-                elif stop.made and key not in told:
-                    told.add(key)
-                    process.terminate()
+                    elif code != DONE:
+                        failures[key] = _last_words(_log(bench, key), code, each.told)
+                elif stop.made and not each.asked:
+                    each.asked = True
+                    each.process.terminate()
             time.sleep(0.2)
     finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
+        for each in running.values():
+            each.process.terminate()
+        for each in running.values():
+            each.process.wait()
     return TIME_LIMIT if queue or cut_short else DONE
+
+
+@dataclass
+class _Running:
+    """A process, what its log had told before (bytes), and whether it was asked to stop."""
+
+    process: subprocess.Popen[bytes]
+    told: int
+    asked: bool = False
 
 
 def _start(bench: Bench, key: Key) -> subprocess.Popen[bytes]:
@@ -269,9 +314,13 @@ def _log(bench: Bench, key: Key) -> Path:
     return bench.runs / f"{stem(key)}.log"
 
 
-def _last_words(log: Path, code: int) -> str:
-    """What a failed process told last, and where the rest is."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.is_file() else 0
+
+
+def _last_words(log: Path, code: int, begin: int) -> str:
+    """What a failed process told last, of what stands in its log from byte ``begin``; and where the rest is."""
+    text = log.read_bytes()[begin:].decode(errors="replace") if log.is_file() else ""
     lines = [line for line in text.splitlines() if line.strip()]
     told = next((line.partition(": failed: ")[2] for line in reversed(lines) if ": failed: " in line), "")
     return f"{told or (lines[-1] if lines else 'nothing was told')} (exit code {code}, {log})"

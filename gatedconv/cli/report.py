@@ -15,8 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.epilog = (
         "run NAME...: run what is missing of the experiment table (patterns such as 'table4-*' too), exit code 3 when "
-        "--max-minutes or SIGTERM ended it, 1 when a run failed. energy NAME...: measure the joules per image of "
-        "finished runs, alone on the device. tables, plots: rebuild docs/results.md and its figures from the ledger. "
+        "--max-minutes or SIGTERM ended it (143 where SIGTERM came before it had begun), 1 when a run failed. "
+        "energy NAME...: measure the joules per image of finished runs, alone on the device. "
+        "tables, plots: rebuild docs/results.md and its figures from the ledger. "
         "list: every experiment and what is done. html RUN...: one page about run folders. A run folder that is called "
         "like one of them is ./run."
     )

@@ -24,6 +24,7 @@ from gatedconv.models.resnet import ResNet
 from gatedconv.report.experiments import Experiment, all_experiments
 from gatedconv.report.ledger import LedgerRow, read_ledger
 from gatedconv.train.folder import RunFolder
+from tests.cli.conftest import stand_ins
 from tests.image_files import write_npz
 
 EXPERIMENTS = all_experiments()
@@ -80,6 +81,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
             patch.setattr(models, name, shallow, raising=False)
             patch.setitem(BUILDERS, name, shallow)  # type: ignore[arg-type]
         patch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+        stand_ins(patch)
         yield Bench(folder / "runs", folder / "results", {name: f"npz:{archive}" for name in DATA})
     torch.set_num_threads(threads)
 

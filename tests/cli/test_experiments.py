@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,14 @@ def test_patterns_choose_rows_in_the_order_of_the_table() -> None:
     assert cli.select(["headline-r56-c10"], None) == [("headline-r56-c10", seed) for seed in range(5)]
 
 
+def test_a_seed_is_run_once_by_those_that_have_it() -> None:
+    assert cli.select(["headline-r56-c10", "headline-*c10"], [3, 0, 3]).count(("headline-r56-c10", 3)) == 1
+    fourth = cli.select(["*"], [3])
+    assert {name for name, _ in fourth} == {name for name, each in EXPERIMENTS.items() if 3 in each.seeds}
+    with pytest.raises(ValueError, match="seed: table6-c10-r110-lambda-0 has the seeds 0, 1, 2, got 3"):
+        cli.select(["table6-c10-r110-lambda-0"], [3])
+
+
 def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_last() -> None:
     found = cli.select(["*"], None)
     assert len(found) == len(set(found)) == sum(len(each.seeds) for each in EXPERIMENTS.values())
@@ -155,6 +164,11 @@ def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_
         (["energy"], "report energy: expected names of experiments"),
         (["run", "headline-r56-c10", "--beside", "-1"], "beside: expected at least 0, got -1"),
         (["run", "headline-r56-c10", "--jobs", "0"], "jobs: expected at least 1, got 0"),
+        (["run", "*", "--seed", "0", "--seed", "5"], "seed: * has the seeds 0, 1, 2, 3, 4, got 5"),
+        (["run", "headline-r56-c10", "--device", "foo"], "device: expected auto, cpu, cuda or cuda:N, got 'foo'"),
+        (["run", "headline-r56-c10", "--threads", "-1"], "threads: expected at least 0 and at most 4096, got -1"),
+        (["run", "headline-r56-c10", "--amp", "xyz"], "amp: expected one of off, auto, bf16, fp16, got 'xyz'"),
+        (["run", "headline-r56-c10", "--device", "cuda:99"], "device: expected one that this machine has"),
         (["run", "headline-r56-c10", "--max-minutes", "-1"], "max_minutes: expected at least 0, got -1.0"),
         (["run", "headline-r56-c10", "--source", "cifar10"], "source: expected NAME=SOURCE, got 'cifar10'"),
         (["tables", "more"], "report tables: expected nothing after it, got 'more'"),
@@ -198,9 +212,11 @@ def test_processes_side_by_side_fill_one_ledger(tmp_path: Path) -> None:
     arrays = {"train_images": train[0], "train_labels": train[1], "test_images": test[0], "test_labels": test[1]}
     archive = write_npz(tmp_path / "blobs.npz", **arrays)
     names = ["cpu-r20-c10-dense", "cpu-r20-c10-ablation-recipe"]
-    arguments = ["report", "run", *names, "--seed", "0", "--jobs", "2", "--source", f"cifar10-16x16-25k=npz:{archive}"]
-    arguments += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    assert main(arguments) == 0
+    program = "import sys; from gatedconv.cli import experiment_checks, main; experiment_checks.KNOWN_IMAGES.clear(); "
+    program += "sys.exit(main(sys.argv[1:]))"
+    sources = {"cifar10-16x16-25k": f"npz:{archive}"}
+    bench = Bench(tmp_path / "runs", tmp_path / "results", sources, command=(sys.executable, "-c", program))
+    assert cli.run_experiments(bench, [(name, 0) for name in names], 2) == cli.DONE
     rows = read_ledger(tmp_path / "results" / "ledger.jsonl")
     assert {name for name, _ in rows} == set(names)
     for row in rows.values():

@@ -70,3 +70,28 @@ def test_the_command_is_that_of_the_bench(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
     assert cli._start(bench, OTHER).wait() == 0
     assert (tmp_path / "runs" / "headline-r56-c10-seed0.log").read_text() == "['report', 'run', 'headline-r56-c10']\n"
+
+
+def test_a_failure_is_told_in_the_words_of_this_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The log is that of all starts; one that is killed says nothing of its own."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    log = runs / "headline-r56-c10-seed0.log"
+    log.write_text("headline-r56-c10 seed 0: failed: no such images\n")
+    for program, told in (("import os; os.kill(os.getpid(), 9)", "nothing was told"), ("print('ended')", "")):
+        failures = cli.Failures()
+        bench = Bench(runs, tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
+        cli._side_by_side(bench, [OTHER], 1, failures)
+        assert [words.partition(" (")[0] for words in failures.values()] == [told] * bool(told)
+    assert log.read_text().splitlines()[0].endswith("no such images")
+
+
+def test_the_queue_is_looked_at_when_a_process_may_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not five times a second: of hundreds of runs that is work."""
+    looks: list[cli.Key] = []
+    blocked = cli._blocked
+    monkeypatch.setattr(cli, "_blocked", lambda key, *rest: looks.append(key) or blocked(key, *rest))
+    program = "import time; time.sleep(1.5)"
+    bench = Bench(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
+    assert cli._side_by_side(bench, [GATED, CONTROL, OTHER], 2, cli.Failures()) == cli.DONE
+    assert looks[:3] == [GATED, CONTROL, OTHER] and len(looks) <= 6
