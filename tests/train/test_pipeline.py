@@ -198,6 +198,16 @@ def test_a_time_limit_ends_a_run_that_can_be_resumed(tmp_path: Path, archive: Pa
     assert run(dataclasses.replace(config, max_minutes=0.0), folder, resume=True) is not None
 
 
+def test_a_run_that_is_stopped_after_the_cut_tells_the_epochs_of_all_of_it(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(archive, dense_baseline=False, latency=False, consensus_at=0.5, max_minutes=9.0)
+    monkeypatch.setattr("gatedconv.train.loop._Training._late", lambda self: self.phase == "cut")
+    heard = Recorder()
+    assert run(config, RunFolder(tmp_path / "run"), listener=heard) is None
+    assert "stopped after 1 of 2 epochs (cut)" in heard.notes[-1]
+
+
 def test_a_run_with_a_small_time_limit_is_resumed_to_its_end(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
