@@ -39,6 +39,10 @@ KNOWN_IMAGES = {
 # How far a control's MACs may be from its gated network's, relatively. The same gates have the same MACs; an even share
 # of layer gates, 54 in ResNet-110, comes as close as half of one.
 MACS_APART = {"fixed_at_init": 0.01, "equal_macs": 0.03}
+_WHY_APART = {
+    "fixed_at_init": "the consensus, or the row, is another run's",
+    "equal_macs": "the row is another run's, or no even share of these gates comes closer",
+}
 
 
 def require_writable(folder: Path) -> None:
@@ -113,7 +117,7 @@ def require_macs(experiment: Experiment, macs: float, whole: LedgerRow) -> None:
     if apart is not None and abs(macs - whole.macs) > apart * whole.macs:
         raise ValueError(
             f"{experiment.name}: expected the MACs of {experiment.needs}, seed {whole.seed}, within {apart:.0%}: "
-            f"{whole.macs:,.0f} in the ledger; found {macs:,.0f}: the consensus, or the row, is another run's"
+            f"{whole.macs:,.0f} in the ledger; found {macs:,.0f}: {_WHY_APART[experiment.kind]}"
         )
 
 
