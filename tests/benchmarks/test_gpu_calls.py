@@ -310,7 +310,7 @@ def test_amp_and_graphs_reach_the_runs(settings: Settings, monkeypatch: pytest.M
     monkeypatch.setenv("GATEDCONV_MINUTES_LEFT", "1")
     settings.work.mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(settings.work)
-    assert calls.work(replace(settings, amp="bf16", cuda_graph=True)) == 0
+    assert calls.work(replace(settings, amp="bf16", cuda_graph=True, device="cuda")) == 0
     assert (seen[0].amp, seen[0].cuda_graph) == ("bf16", True)
 
 
