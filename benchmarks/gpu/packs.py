@@ -22,6 +22,7 @@ from typing import NamedTuple
 NAME = "pack-{}.tar"
 INDEX = "index.json"
 _TEXT = (".jsonl", ".json", ".toml")
+_TELLING = {"summary.json": 1, "metrics.jsonl": 2}  # how far a run is; the epochs last
 _MEMBER_BYTES = 4096  # of a member's headers and padding, at most
 _END_BYTES = tarfile.RECORDSIZE
 
@@ -219,8 +220,13 @@ def put_back(work: Path, pieces: Iterable[Piece]) -> None:
         paths = [path for path in (work / name, *(work / name).rglob("*")) if path.is_file()]
         mine = [read_piece(work, str(path.relative_to(work))) for path in paths]
         if _standing(theirs) > _standing([piece for piece in mine if piece]):
-            for piece in theirs:
+            # That comes last: where writing is cut off, the next call does it again.
+            for piece in sorted(theirs, key=_tells):
                 _write(work / piece.name, piece)
+
+
+def _tells(piece: Piece) -> int:
+    return _TELLING.get(PurePosixPath(piece.name).name, 0)
 
 
 def _standing(pieces: Sequence[Piece]) -> tuple[bool, int, float]:

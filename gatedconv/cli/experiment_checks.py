@@ -60,17 +60,17 @@ def require_writable(folder: Path) -> None:
         raise OSError(f"{folder}: expected a folder that files can be written to ({reason})") from None
 
 
-def known_images(experiment_data: str, config: TrainConfig) -> ImageData:
+def known_images(source: str, config: TrainConfig) -> ImageData:
     """The images of a run, which have to be those that the ledger names.
 
     Args:
-        experiment_data: `data` of the experiment, whose name the ledger tells.
+        source: `data` of the experiment, whose name the ledger tells.
         config: of the run, whose `data` may lie anywhere.
 
     Raises:
         DataError: there are other images under that name, or see `load_images`.
     """
-    data, name = load_images(replace(config, evaluate_on="test")), dataset_name(experiment_data)
+    data, name = load_images(replace(config, evaluate_on="test")), dataset_name(source)
     val = 0 if data.val_labels is None else len(data.val_labels)
     found = Images(data.image_shape, data.num_classes, len(data.train_labels), len(data.test_labels), val)
     wanted = KNOWN_IMAGES.get(name, found)
@@ -102,7 +102,7 @@ def require_fit(experiment: Experiment, config: TrainConfig, data: ImageData, wh
     Raises:
         ValueError: see `require_macs`, `starting_network`.
     """
-    if whole is not None:
+    if whole is not None and experiment.kind in MACS_APART:
         network = starting_network(config, data, phases(config)[0])
         require_macs(experiment, count_macs(network, torch.zeros(1, *data.image_shape)), whole)
 
@@ -130,9 +130,12 @@ def require_whole(folder: RunFolder, config: TrainConfig) -> None:
     wanted = [(phase, epoch + 1) for phase in phases(config) for epoch in range(*epoch_range(config, phase))]
     found = [(line.phase, line.epoch) for line in folder.read_metrics()]
     if sorted(found) != sorted(wanted):
+        # `gatedconv freeze` concludes a run that was cut short, too.
+        unfinished = len(set(found)) == len(found) and set(found) < set(wanted)
+        go_on = f"take {folder.summary.name} away to go on with it from its checkpoint, or " if unfinished else ""
         raise ValueError(
             f"{folder.metrics}: expected a line for each of {len(wanted)} epochs, found {len(found)} lines of "
-            f"{len(set(found) & set(wanted))} of them; {_AWAY}"
+            f"{len(set(found) & set(wanted))} of them; {go_on}{_AWAY}"
         )
     told = folder.read_summary().get("epochs")
     counts = {phase: sum(each == phase for each, _ in wanted) for phase in phases(config)}

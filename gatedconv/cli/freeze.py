@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("bn_reestimate", "latency")}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     data = load_images(config)
-    with make_listener() as listener:
+    with folder.claimed(), make_listener() as listener:
         summary = conclude(config, data, folder, load_trained(folder, config, data, listener), listener)
     print(comparison_table(summary))
     return 0

@@ -41,10 +41,12 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if made:
-            with contextlib.suppress(OSError):  # something was put into it
-                folder.rmdir()
-        os.close(_held.pop(key))
+        handle = _held.pop(key, None)
+        if handle is not None:  # a forked process has let go of it
+            if made:
+                with contextlib.suppress(OSError):  # something was put into it
+                    folder.rmdir()
+            os.close(handle)
 
 
 def _locked(folder: Path) -> int:

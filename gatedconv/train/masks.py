@@ -27,7 +27,9 @@ def write_consensus(path: Path, consensus: Consensus, figures: Figures) -> None:
     kept = {
         "masks": {name: "".join(str(int(open_)) for open_ in mask.tolist()) for name, mask in consensus.masks.items()},
         # Nine digits tell any float32 from every other.
-        "open_rates": {n: " ".join(f"{rate:.9g}" for rate in rates) for n, rates in consensus.open_rates.items()},
+        "open_rates": {
+            name: " ".join(f"{rate:.9g}" for rate in rates.tolist()) for name, rates in consensus.open_rates.items()
+        },
         "figures": figures,
     }
     write_atomic(path, (json.dumps(kept, indent=1) + "\n").encode())

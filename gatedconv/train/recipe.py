@@ -267,9 +267,9 @@ def tuned_convolutions(device: torch.device) -> Iterator[None]:
 
 
 def _set_benchmark(on: bool) -> None:
-    # Set as an attribute, the flag is refused once `torch.backends.disable_global_flags` was called, which is for flags
-    # that stay. The precision has another default here than "as it is".
-    torch.backends.cudnn.set_flags(_benchmark=on, _fp32_precision=None)  # type: ignore[no-untyped-call]
+    # As an attribute it is refused once `torch.backends.disable_global_flags` was called, which is for flags that stay;
+    # and cudnn.set_flags reads all flags, which raises where the precision was set for one kind of operator alone.
+    torch._C._set_cudnn_benchmark(on)
 
 
 def train_batches(config: TrainConfig, data: ImageData, phase: str = "gated", ranks: Ranks = ALONE) -> TrainBatches:

@@ -89,6 +89,29 @@ def test_of_two_states_of_a_run_the_further_one_comes_back_whole(
     assert len(list((tmp_path / "runs/b/checkpoint").iterdir())) == 1  # as far as the one that came first
 
 
+@pytest.mark.parametrize("files", [1, 2, 3])
+def test_a_run_whose_coming_back_was_cut_off_comes_back_at_the_next_call(
+    files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("metrics.jsonl", "summary.json", "checkpoint/gated.pt", "config.toml")
+    old, new = ([Piece(f"runs/a/{name}", content, 1e9) for name in names] for content in (b"{}\n", b"{}\n{}\n"))
+    put_back(tmp_path, old)
+    done, replace = [], os.replace
+
+    def replacing(source: Path, target: Path) -> None:
+        if len(done) == files:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    with pytest.raises(KeyboardInterrupt):
+        put_back(tmp_path, new)
+    monkeypatch.undo()
+    put_back(tmp_path, new)
+    assert all((tmp_path / piece.name).read_bytes() == piece.content for piece in new)
+
+
 def test_folders_of_several_calls_are_several_calls(tmp_path: Path) -> None:
     """However they are named; archives given singly, too, belong with those beside them."""
     for name, runs in (("a", [run("a", 40_000), run("b", 40_000)]), ("deep/b", [run("c", 100)])):

@@ -45,6 +45,7 @@ def in_a_thread(call: Any) -> list[str]:
 
 def test_two_at_once_make_one_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """From before its training to after its row a run is nobody else's; then it is done."""
+    pytest.importorskip("fcntl")
     told = []
 
     def second() -> None:
@@ -82,6 +83,9 @@ def test_metrics_that_are_not_those_of_the_run_make_no_row(bench: Bench) -> None
         folder.metrics.write_text(text)
         with pytest.raises(ValueError, match=f"metrics.jsonl: expected a line for each of 2 epochs, found {told} of"):
             cli.run_one(bench, GATED, 0)
+    folder.metrics.write_text(first)  # as of a run that was cut short and then frozen
+    with pytest.raises(ValueError, match="take summary.json away to go on with it from its checkpoint, or move the"):
+        cli.run_one(bench, GATED, 0)
     folder.metrics.write_text(metrics)
     folder.summary.write_text(json.dumps({**json.loads(summary), "epochs": {"gated": 1, "cut": 9}}))
     with pytest.raises(ValueError, match="summary.json: epochs: expected {'gated': 1, 'cut': 1}, found .*'cut': 9"):

@@ -28,6 +28,21 @@ def test_it_is_the_mean_of_each_map(layout: str, dtype: torch.dtype, shape: tupl
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_sum_may_be_beyond_what_the_dtype_holds(layout: str, dtype: torch.dtype) -> None:
+    x = LAYOUTS[layout](torch.full((2, 3, 64, 64), 30.0, dtype=dtype))
+    found = global_average_pool(x, dtype)
+    assert found.dtype == dtype and torch.equal(found, torch.full((2, 3), 30.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_it_can_be_mapped_over(layout: str) -> None:
+    x = torch.stack([LAYOUTS[layout](torch.randn(2, 3, 4, 5)) for _ in range(3)])
+    found = torch.vmap(lambda t: global_average_pool(t, torch.float32))(x)
+    torch.testing.assert_close(found, x.mean((3, 4)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_what_arrives_at_the_map_lies_in_memory_as_the_map_does(layout: str) -> None:
     """Else adding it to the gradient of the map's other use takes a pass across the grain of memory."""
     x = LAYOUTS[layout](torch.randn(4, 5, 3, 2)).to(torch.bfloat16).requires_grad_()

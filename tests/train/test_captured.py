@@ -248,6 +248,21 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
     assert preset_settings("best-c10-r56")["amp"] == "auto" and "amp" not in preset_settings("paper-c10-r56-layer")
 
 
+def test_convolutions_are_tuned_where_their_precision_is_set_alone() -> None:
+    """PyTorch then refuses to tell `allow_tf32`, for lack of one answer for all kinds of operators."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    try:
+        cudnn.conv.fp32_precision = "ieee" if cudnn.rnn.fp32_precision == "tf32" else "tf32"
+        with pytest.raises(RuntimeError):
+            assert cudnn.allow_tf32
+        with tuned_convolutions(torch.device("cuda")):
+            assert cudnn.benchmark
+        assert not cudnn.benchmark
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("device", "fixed", "during"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]

@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gatedconv.train import RunFolder, TrainConfig, run
+from gatedconv import cli
+from gatedconv.train import RunFolder, TrainConfig, pipeline, run
 from gatedconv.train.claim import claimed
 from gatedconv.train.listener import Listener
 from gatedconv.train.metrics import EpochMetrics
@@ -104,6 +106,42 @@ def test_nothing_is_left_behind_and_nothing_of_others_goes(tmp_path: Path) -> No
             if name == "used":
                 (tmp_path / name / "file").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "old", "used"]
+
+
+def test_a_fork_that_leaves_the_block_takes_nothing_with_it(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from gatedconv.train.claim import claimed
+path = Path(sys.argv[1])
+try:
+    with claimed(path):
+        fork = os.fork()
+        if not fork:
+            raise KeyboardInterrupt
+        _, status = os.waitpid(fork, 0)
+        assert path.is_dir()
+except KeyboardInterrupt:
+    os._exit(7)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")]).returncode == 7
+
+
+def test_a_run_is_frozen_by_who_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freezing writes the run's summary anew."""
+    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    archive, folder = write_npz(tmp_path / "blobs.npz"), RunFolder(tmp_path / "run")
+    run(TrainConfig(data=f"npz:{archive}", epochs=1, batch_size=16, latency=False, device="cpu"), folder)
+    told, conclude = [], pipeline.conclude
+
+    def concluding(*arguments: Any) -> dict[str, Any]:
+        told.append(told_to_another(folder.path))
+        return conclude(*arguments)
+
+    monkeypatch.setattr(pipeline, "conclude", concluding)
+    assert cli.main(["freeze", str(folder.path)]) == 0
+    assert len(told) == 1 and HELD in told[0]
 
 
 def test_a_folder_that_goes_while_it_is_claimed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
