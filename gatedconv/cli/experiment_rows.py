@@ -105,15 +105,7 @@ def training_row(
     macs_dense, macs_conv_dense = net["macs"], net.get("macs_conv")
     if gated:
         macs_dense, macs_conv_dense = summary["macs_dense"], summary.get("macs_conv_dense")
-        gates = {
-            "open_ratio": summary["open_ratio"],
-            "pruning_rate": summary["pruning_rate"],
-            "polar": summary["polarization"],
-            "agreement": summary["agreement"],
-            "top1_dynamic": summary["dynamic"]["top1"],
-            "macs_dynamic": summary["dynamic"]["macs"],
-            "top1_whole": summary["dense"]["top1"] if "dense" in summary else None,
-        }
+        gates = _of_gates(summary)
     elif experiment.needs:
         whole = reference(experiment, seed, rows)
         require_macs(experiment, net["macs"], whole)
@@ -149,6 +141,18 @@ def training_row(
         )
     except LedgerError as error:
         raise ValueError(f"{folder.summary}: {error}") from None
+
+
+def _of_gates(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "open_ratio": summary["open_ratio"],
+        "pruning_rate": summary["pruning_rate"],
+        "polar": summary["polarization"],
+        "agreement": summary["agreement"],
+        "top1_dynamic": summary["dynamic"]["top1"],
+        "macs_dynamic": summary["dynamic"]["macs"],
+        "top1_whole": summary["dense"]["top1"] if "dense" in summary else None,
+    }
 
 
 def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
