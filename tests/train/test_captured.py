@@ -251,7 +251,8 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
 def test_convolutions_are_tuned_where_their_precision_is_set_alone() -> None:
     """PyTorch then refuses to tell `allow_tf32`, for lack of one answer for all kinds of operators."""
     cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision
+    before, tuned = cudnn.conv.fp32_precision, cudnn.benchmark
+    torch._C._set_cudnn_benchmark(False)
     try:
         cudnn.conv.fp32_precision = "ieee" if cudnn.rnn.fp32_precision == "tf32" else "tf32"
         with pytest.raises(RuntimeError):
@@ -261,6 +262,7 @@ def test_convolutions_are_tuned_where_their_precision_is_set_alone() -> None:
         assert not cudnn.benchmark
     finally:
         cudnn.conv.fp32_precision = before
+        torch._C._set_cudnn_benchmark(tuned)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
