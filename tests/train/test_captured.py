@@ -251,18 +251,17 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
 def test_convolutions_are_tuned_where_their_precision_is_set_alone() -> None:
     """PyTorch then refuses to tell `allow_tf32`, for lack of one answer for all kinds of operators."""
     cudnn = torch.backends.cudnn
-    before, tuned = cudnn.conv.fp32_precision, cudnn.benchmark
-    torch._C._set_cudnn_benchmark(False)
-    try:
-        cudnn.conv.fp32_precision = "ieee" if cudnn.rnn.fp32_precision == "tf32" else "tf32"
-        with pytest.raises(RuntimeError):
-            assert cudnn.allow_tf32
-        with tuned_convolutions(torch.device("cuda")):
-            assert cudnn.benchmark
-        assert not cudnn.benchmark
-    finally:
-        cudnn.conv.fp32_precision = before
-        torch._C._set_cudnn_benchmark(tuned)
+    with cudnn.flags(enabled=True, benchmark=False, deterministic=False):
+        before = cudnn.conv.fp32_precision
+        try:
+            cudnn.conv.fp32_precision = "ieee" if cudnn.rnn.fp32_precision == "tf32" else "tf32"
+            with pytest.raises(RuntimeError):
+                assert cudnn.allow_tf32
+            with tuned_convolutions(torch.device("cuda")):
+                assert cudnn.benchmark
+            assert not cudnn.benchmark
+        finally:
+            cudnn.conv.fp32_precision = before
 
 
 @pytest.mark.parametrize("frozen", [False, True])
