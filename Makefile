@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SOURCES  := setup.py pyproject.toml gatedconv/_build.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP      := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
-PYTHON_FILES := gatedconv kernels tests benchmarks docs setup.py
+PYTHON_FILES := gatedconv kernels reproduce tests benchmarks examples docs setup.py
 
 .PHONY: demo test lint format build coverage bench bench-all bench-docs clean gpu gpu-experiments gpu-data gpu-merge
 

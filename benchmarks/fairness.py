@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.conftest import CACHE
 from benchmarks.networks import CUTS, NetworkCase
-from gatedconv.deploy.turns import Turns
+from gatedconv.measure.turns import Turns
 from gatedconv.report.bench import Contest, Entrant, best_rows, network_contest
 from gatedconv.report.tables import text_table
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gatedconv.deploy.atomic import write_atomic
+from gatedconv._io import write_atomic
 from gatedconv.report.bench import Row
 from gatedconv.report.peers import peer_versions
 from gatedconv.train.provenance import commit, versions

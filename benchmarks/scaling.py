@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import gatedconv
-from gatedconv.deploy.atomic import write_atomic
+from gatedconv._io import write_atomic
 from gatedconv.models import resnet20, resnet56
 from gatedconv.train import TrainConfig
 from gatedconv.train.checkpoint import save_checkpoint

@@ -15,11 +15,11 @@ from typing import Any
 
 from scaling_tables import TABLES
 
-from gatedconv.cli.experiment_rows import present_recipes
-from gatedconv.report.ledger import read_ledger
-from gatedconv.report.results import results_text
 from gatedconv.report.tables import comparison_table
 from gatedconv.train.config import read_toml
+from reproduce.ledger import read_ledger
+from reproduce.results import results_text
+from reproduce.rows import present_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

@@ -4,8 +4,9 @@ from typing import Any
 
 from gatedconv import models, ops
 from gatedconv.convert import gate_model
-from gatedconv.deploy import Consensus, Engine, compact, count_macs, export, freeze, load, save
-from gatedconv.gates import (
+from gatedconv.deploy import Consensus, compact, export, freeze, load, save
+from gatedconv.engine import Engine
+from gatedconv.gating import (
     ChannelGate,
     LayerGate,
     activation_loss,
@@ -14,9 +15,8 @@ from gatedconv.gates import (
     polarization_loss,
     pruning_rate,
 )
-
-# The public name of the lookup is the package's own name; `from gatedconv.gates import …` still works.
-from gatedconv.gates import find_gates as gates
+from gatedconv.gating import find_gates as gates
+from gatedconv.measure.macs import count_macs
 from gatedconv.nn import Conv2d
 
 __version__ = "0.1.0"

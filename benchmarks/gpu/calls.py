@@ -23,13 +23,13 @@ from benchmarks.gpu.rows import LEDGER, Rows, joined, ledger_text, rows_of
 from benchmarks.gpu.session import ROOT
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.watch import end
-from gatedconv.cli.experiment_files import Bench, Key, stem
-from gatedconv.cli.experiments import run_experiments
-from gatedconv.deploy.atomic import write_atomic
-from gatedconv.report.ledger import read_ledger
+from gatedconv._io import write_atomic
 from gatedconv.train.config import epoch_range
 from gatedconv.train.folder import RunFolder
 from gatedconv.train.provenance import commit
+from reproduce.files import Bench, Key, stem
+from reproduce.ledger import read_ledger
+from reproduce.runner import run_experiments
 
 LIMITS = Limits()
 FINISHING_S = 75.0  # beyond MINUTES, for runs that are being measured, and for archives

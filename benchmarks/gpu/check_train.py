@@ -24,10 +24,8 @@ from benchmarks.gpu import keep, packs, rows
 from benchmarks.gpu.preflight import require_all
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.stages import Case, stage
-from gatedconv.cli.experiments import training_row
-from gatedconv.deploy import compact, count_macs, freeze, load
-from gatedconv.report.experiments import Experiment
-from gatedconv.report.ledger import append_row
+from gatedconv.deploy import compact, freeze, load
+from gatedconv.measure.macs import count_macs
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.captured import CapturedStepper, make_stepper
 from gatedconv.train.config import TrainConfig
@@ -39,6 +37,9 @@ from gatedconv.train.masks import read_consensus
 from gatedconv.train.pipeline import run
 from gatedconv.train.recipe import place
 from gatedconv.train.stopping import StopRequest
+from reproduce.ledger import append_row
+from reproduce.runner import training_row
+from reproduce.table import Experiment
 
 DRIFTS = 10.0
 STEPS = 6  # of which a captured step is replayed for three

@@ -8,11 +8,11 @@ from pathlib import Path
 from benchmarks.gpu.packs import Group, Piece, put_back, read_piece
 from benchmarks.gpu.rows import LEDGER, Rows, beside_ledger, ledger_text
 from benchmarks.gpu.slim import AFTER, BEFORE, made_whole, slimmed
-from gatedconv.cli.experiment_files import stem
-from gatedconv.report.experiments import all_experiments
-from gatedconv.report.ledger import read_ledger
 from gatedconv.train.checkpoint import previous_path
 from gatedconv.train.folder import RunFolder
+from reproduce.files import stem
+from reproduce.ledger import read_ledger
+from reproduce.table import all_experiments
 
 
 def groups(work: Path, committed: Rows) -> Iterator[Group]:

@@ -32,11 +32,11 @@ MODULES = (
     "fvcore.nn",
     "safetensors.torch",
     "rich.progress",
-    "gatedconv.cli.experiments",
+    "reproduce.runner",
     "gatedconv.cli.progress",
     "gatedconv.cli.report",
     "gatedconv.train.pipeline",
-    "gatedconv.train.naive",
+    "reproduce.naive",
 )
 GPU_MODULES = ("gatedconv.kernels", "gatedconv.kernels.gate_launch")
 

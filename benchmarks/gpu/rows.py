@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.gpu.packs import Piece, find_packs, read_packs
-from gatedconv.cli.experiment_files import Key, stem
-from gatedconv.deploy.atomic import write_atomic
-from gatedconv.report.ledger import LedgerError, LedgerRow, amend_row, append_row, read_ledger
+from gatedconv._io import write_atomic
+from reproduce.files import Key, stem
+from reproduce.ledger import LedgerError, LedgerRow, amend_row, append_row, read_ledger
 
 Rows = Mapping[Key, LedgerRow]
 LEDGER = "results/ledger.jsonl"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from benchmarks.gpu.data import found_sources, store_folder
 from benchmarks.gpu.session import ROOT
-from gatedconv.cli.experiment_files import Key, dataset_name
-from gatedconv.cli.experiment_rows import recipe_settings
-from gatedconv.cli.experiments import select
-from gatedconv.report.experiments import find_experiment
+from reproduce.files import Key, dataset_name
+from reproduce.rows import recipe_settings
+from reproduce.runner import select
+from reproduce.table import find_experiment
 
 DEFAULT = "headline-r56-c10*"
 

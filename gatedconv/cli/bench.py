@@ -64,7 +64,7 @@ def _energy(name: str, network: Any, x: Any) -> str:
     """One line: the joules of a call in eager mode, or why nothing can be told."""
     import torch
 
-    from gatedconv.deploy.energy import EnergyMeter, energy_per_call
+    from gatedconv.measure.energy import EnergyMeter, energy_per_call
 
     meter = EnergyMeter(x.device)
     wait = torch.cuda.synchronize if x.is_cuda else None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gatedconv.deploy.atomic import write_atomic
+from gatedconv._io import write_atomic
 from gatedconv.report.html import RunView, html_page
 from gatedconv.train.folder import RunFolder
 

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from gatedconv.deploy.atomic import write_atomic
+from gatedconv._io import write_atomic
 from gatedconv.train.checkpoint import naming_file
 from gatedconv.train.folder import RunFolder
 
@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_experiments(arguments: argparse.Namespace, what: str, names: list[str]) -> int:
-    from gatedconv.cli.experiment_files import Bench
-    from gatedconv.cli.experiments import energy_of_images, run_experiments, select
+    from reproduce.files import Bench
+    from reproduce.runner import energy_of_images, run_experiments, select
 
     if not names:
         raise ValueError(f"report {what}: expected names of experiments; `gatedconv report list` has them")
@@ -99,9 +99,9 @@ def _run_experiments(arguments: argparse.Namespace, what: str, names: list[str])
 
 
 def _tables(arguments: argparse.Namespace) -> int:
-    from gatedconv.cli.experiment_rows import present_recipes
-    from gatedconv.report.ledger import read_ledger
-    from gatedconv.report.results import results_text, write_block
+    from reproduce.ledger import read_ledger
+    from reproduce.results import results_text, write_block
+    from reproduce.rows import present_recipes
 
     path = arguments.docs / "results.md"
     if not path.is_file():
@@ -123,10 +123,10 @@ def _results(arguments: argparse.Namespace) -> Path:
 
 
 def _plots(arguments: argparse.Namespace) -> int:
-    from gatedconv.cli.experiment_rows import present_recipes
-    from gatedconv.report.figures import draw_figures
-    from gatedconv.report.ledger import read_ledger
-    from gatedconv.report.results import present_rows
+    from reproduce.figures import draw_figures
+    from reproduce.ledger import read_ledger
+    from reproduce.results import present_rows
+    from reproduce.rows import present_recipes
 
     rows = present_rows(read_ledger(_results(arguments) / "ledger.jsonl"), present_recipes())
     folder = arguments.docs / "images"
@@ -137,11 +137,11 @@ def _plots(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from gatedconv.cli.experiment_rows import present_recipes
-    from gatedconv.report.experiments import all_experiments
-    from gatedconv.report.ledger import read_ledger
-    from gatedconv.report.results import left_out, present_rows, runs_of
     from gatedconv.report.tables import text_table
+    from reproduce.ledger import read_ledger
+    from reproduce.results import left_out, present_rows, runs_of
+    from reproduce.rows import present_recipes
+    from reproduce.table import all_experiments
 
     rows, recipes = read_ledger(arguments.results / "ledger.jsonl"), present_recipes()
     present = present_rows(rows, recipes)

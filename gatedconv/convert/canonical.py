@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatedconv.convert.trace import attribute, is_random_drop
-from gatedconv.gates import FrozenGate
+from gatedconv.gating import FrozenGate
 from gatedconv.nn import Conv2d, FrozenConv2d, StochasticDepth
 
 _PYTHON_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",

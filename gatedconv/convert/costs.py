@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from gatedconv.convert.canonical import op_name, submodule
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow
 from gatedconv.convert.trace import TRACED_BATCH
-from gatedconv.gates import Gate, MacTerm
+from gatedconv.gating import Gate, MacTerm
 from gatedconv.nn import AddBranch, SelectOpen
 
 ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that nobody reads

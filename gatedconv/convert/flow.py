@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from gatedconv.convert.canonical import op_name, submodule
 from gatedconv.convert.computed import has_own_hooks, is_conv, is_linear
 from gatedconv.convert.trace import attribute, is_random_drop
-from gatedconv.gates import Gate
+from gatedconv.gating import Gate
 from gatedconv.nn import AddBranch, GatherChannels, SelectOpen, StochasticDepth
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

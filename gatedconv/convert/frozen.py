@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from gatedconv.convert.canonical import op_name, set_module, submodule
 from gatedconv.convert.computed import has_own_hooks
-from gatedconv.gates import FrozenGate, find_gates
+from gatedconv.gating import FrozenGate, find_gates
 from gatedconv.nn import AddBranch, FrozenConv2d, GraphNet, SelectOpen
 
 

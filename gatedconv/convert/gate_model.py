@@ -17,7 +17,7 @@ from gatedconv.convert.flow import Flow
 from gatedconv.convert.sites import Site, SiteFinder, open_gate
 from gatedconv.convert.swap import swap_modules
 from gatedconv.convert.trace import TraceFailure, evaluate_shapes, fixed_to_eval, trace
-from gatedconv.gates import ESTIMATORS, ChannelGate, LayerGate, find_gates, unwrap
+from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, find_gates, unwrap
 from gatedconv.nn import AddBranch, GraphNet, SelectOpen
 from gatedconv.nn.graph import require_size
 

@@ -15,8 +15,8 @@ from gatedconv.convert.computed import has_own_hooks, is_conv
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATIONS, MIXING_NORMS, NORMS, Flow
 from gatedconv.convert.trace import attribute
-from gatedconv.gates import Gate
-from gatedconv.gates.gate import LearnedGate
+from gatedconv.gating import Gate
+from gatedconv.gating.gate import LearnedGate
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gatedconv.convert.canonical import set_module
 from gatedconv.convert.conversion import Conversion, Selection
 from gatedconv.convert.sites import open_gate
-from gatedconv.gates import ChannelGate
+from gatedconv.gating import ChannelGate
 from gatedconv.nn import Conv2d
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gatedconv.gates import Gate
+from gatedconv.gating import Gate
 from gatedconv.nn import (
     AddBranch,
     AppendOnes,

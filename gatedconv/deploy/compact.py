@@ -15,7 +15,7 @@ from gatedconv.convert.canonical import canonicalize
 from gatedconv.convert.computed import settle_weights
 from gatedconv.convert.trace import TraceFailure, evaluate_shapes, quiet, trace
 from gatedconv.deploy.cut import cut_graph
-from gatedconv.gates import FrozenGate, find_gates, unwrap
+from gatedconv.gating import FrozenGate, find_gates, unwrap
 from gatedconv.models import ResNet
 from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, GatherChannels, GraphNet
 from gatedconv.nn.graph import require_size

@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize
 
 from gatedconv import nn as gated_nn
 from gatedconv.convert.canonical import set_module
-from gatedconv.gates import ChannelGate, FrozenGate, Gate, LayerGate
-from gatedconv.gates.gate import LearnedGate
+from gatedconv.gating import ChannelGate, FrozenGate, Gate, LayerGate
+from gatedconv.gating.gate import LearnedGate
 from gatedconv.nn import FrozenConv2d, GraphNet
 
 _OPERATORS = ("add sub mul truediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ not_ is_ is_not iadd isub "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert.trace import quiet
 from gatedconv.deploy.compact import compact
-from gatedconv.gates import FrozenGate, find_gates, unwrap
+from gatedconv.gating import FrozenGate, find_gates, unwrap
 
 FORMATS = ("onnx", "torch", "aoti")
 ONNX_OPSET = 18

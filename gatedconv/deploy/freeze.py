@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert.frozen import settle_frozen
-from gatedconv.gates import FrozenGate, Gate, unwrap
-from gatedconv.gates.ranks import joined_rates, joined_votes, require_same_masks
-from gatedconv.gates.registry import find_gates, require_gates
+from gatedconv.gating import FrozenGate, Gate, unwrap
+from gatedconv.gating.ranks import joined_rates, joined_votes, require_same_masks
+from gatedconv.gating.registry import find_gates, require_gates
 from gatedconv.nn import GraphNet
 
 AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net is not the one that trained

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv._io import write_atomic
 from gatedconv.convert import Conversion
-from gatedconv.deploy.atomic import write_atomic
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.describe_graph import build_graph, describe_graph
 from gatedconv.deploy.freeze import Consensus, freeze_gates
-from gatedconv.gates import FrozenGate, MacTerm, find_gates, unwrap
+from gatedconv.gating import FrozenGate, MacTerm, find_gates, unwrap
 from gatedconv.models import BUILDERS, ResNet
 from gatedconv.nn import CompactBlock, GraphNet
 
@@ -42,7 +42,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save as to_bytes
 
-    from gatedconv.deploy.engine import Engine
+    from gatedconv.engine import Engine
 
     _require_path(path, "save")
     model = unwrap(model)
@@ -104,7 +104,7 @@ def _require_path(path: Any, where: str) -> None:
 
 
 def _engine(path: Path, model: nn.Module, example_size: Any) -> nn.Module:
-    from gatedconv.deploy.engine import Engine
+    from gatedconv.engine import Engine
 
     dtype = next((value.dtype for value in model.parameters()), torch.float32)
     try:

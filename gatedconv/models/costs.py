@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from gatedconv.gates import MacTerm
+from gatedconv.gating import MacTerm
 from gatedconv.nn.block import BasicBlock
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gates import ESTIMATORS, ChannelGate, LayerGate, MacTerm, forget
+from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, MacTerm, forget
 from gatedconv.models.costs import resnet_mac_terms
 from gatedconv.nn.block import GATES, POSITIONS, BasicBlock
 

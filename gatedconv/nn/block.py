@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
-from gatedconv.gates import ChannelGate, FrozenGate, LayerGate
-from gatedconv.gates.gate import Gate, LearnedGate
+from gatedconv.gating import ChannelGate, FrozenGate, LayerGate
+from gatedconv.gating.gate import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
 from gatedconv.nn.open_samples import decides_on_device, gated_input_branch, residual_branch
 from gatedconv.nn.shortcut import make_shortcut

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatedconv import ops
-from gatedconv.gates import ChannelGate, FrozenGate, Gate
+from gatedconv.gating import ChannelGate, FrozenGate, Gate
 
 
 class Conv2d(nn.Conv2d):

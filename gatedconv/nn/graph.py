@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gatedconv.gates import Gate, forget
+from gatedconv.gating import Gate, forget
 from gatedconv.nn.conv import Conv2d
 
 # What a converted network carries beside its graph and weights; torch.fx forgets such things when it copies.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
-from gatedconv.gates import Gate
+from gatedconv.gating import Gate
 from gatedconv.nn.conv import Conv2d
 from gatedconv.ops import cuda_conv
 

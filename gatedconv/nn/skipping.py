@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gates import Gate
-from gatedconv.gates.gate import LearnedGate
+from gatedconv.gating import Gate
+from gatedconv.gating.gate import LearnedGate
 
 
 class BlockSkip:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.deploy.turns import Turns
+from gatedconv.measure.turns import Turns
 from gatedconv.report.peers import OURS, SETTINGS, Run, Setting, fingerprint, quiet
 from gatedconv.report.tables import text_table
 

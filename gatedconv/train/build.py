@@ -10,8 +10,8 @@ from torch import nn
 from gatedconv import models
 from gatedconv.data import ImageData, load_data, validation_view
 from gatedconv.deploy import compact, freeze
-from gatedconv.gates import find_gates
-from gatedconv.gates.gate import LearnedGate
+from gatedconv.gating import find_gates
+from gatedconv.gating.gate import LearnedGate
 from gatedconv.models import ResNet
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.masks import even_masks, read_consensus

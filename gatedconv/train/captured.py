@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gates import LayerGate, find_gates
-from gatedconv.gates.gate import Gate
-from gatedconv.gates.registry import joined_rates, unwrap
+from gatedconv.gating import LayerGate, find_gates
+from gatedconv.gating.gate import Gate
+from gatedconv.gating.registry import joined_rates, unwrap
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import ALONE, Ranks
 from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate, shut_gates

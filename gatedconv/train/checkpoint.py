@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gatedconv.deploy.atomic import write_atomic
+from gatedconv._io import write_atomic
 
 State = dict[str, Any]
 _MAGIC = b"gatedconv checkpoint 1\n"

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from gatedconv.data import EvalBatches, ImageData
 from gatedconv.deploy import Consensus, freeze
-from gatedconv.gates import (
+from gatedconv.gating import (
     expected_macs,
     fisher_information,
     gate_macs,

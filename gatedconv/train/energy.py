@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from gatedconv.deploy.energy import EnergyMeter
+from gatedconv.measure.energy import EnergyMeter
 from gatedconv.train.metrics import EpochMetrics
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.data import EvalBatches, ImageData
-from gatedconv.deploy import Engine, compact, export, save
-from gatedconv.deploy.blocks import block_figures
-from gatedconv.deploy.energy import EnergyMeter, energy_per_call
-from gatedconv.deploy.latency import measure_latency
-from gatedconv.deploy.macs import conv_macs, count_macs_by_operator
+from gatedconv.deploy import compact, export, save
+from gatedconv.engine import Engine
+from gatedconv.measure.blocks import block_figures
+from gatedconv.measure.energy import EnergyMeter, energy_per_call
+from gatedconv.measure.latency import measure_latency
+from gatedconv.measure.macs import conv_macs, count_macs_by_operator
 from gatedconv.train.build import build_model
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.consensus import consensus_figures, settle

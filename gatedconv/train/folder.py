@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatedconv.deploy.atomic import remove_leftovers, write_atomic
+from gatedconv._io import remove_leftovers, write_atomic
 from gatedconv.train.checkpoint import has_checkpoint, naming_file
 from gatedconv.train.claim import claimed
 from gatedconv.train.config import TrainConfig, make_config, read_toml, require_same_recipe, to_toml

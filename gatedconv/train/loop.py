@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
-from gatedconv.deploy import count_macs
-from gatedconv.deploy.energy import EnergyMeter
+from gatedconv.measure.energy import EnergyMeter
+from gatedconv.measure.macs import count_macs
 from gatedconv.train.captured import make_forward, make_stepper
 from gatedconv.train.checkpoint import State, load_checkpoint, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv._io import write_atomic
 from gatedconv.deploy import Consensus
-from gatedconv.deploy.atomic import write_atomic
-from gatedconv.gates import find_gates, masks_for_target
+from gatedconv.gating import find_gates, masks_for_target
 from gatedconv.train.record import NUMBER, require_form
 
 Figures = dict[str, Any]

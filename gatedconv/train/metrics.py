@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gatedconv.gates import expected_macs, find_gates
+from gatedconv.gating import expected_macs, find_gates
 from gatedconv.train.distributed import ALONE, Ranks
 from gatedconv.train.record import NUMBER, require_form
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gatedconv.data import Augment, ImageData, TrainBatches
-from gatedconv.gates import (
+from gatedconv.gating import (
     MacController,
     Shutter,
     activation_loss,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gatedconv.gates import Gate
+from gatedconv.gating import Gate
 from gatedconv.nn import BasicBlock
 
 

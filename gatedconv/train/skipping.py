@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gatedconv.gates import MacTerm
-from gatedconv.gates.gate import LearnedGate
+from gatedconv.gating import MacTerm
+from gatedconv.gating.gate import LearnedGate
 from gatedconv.nn import BasicBlock
 from gatedconv.nn.skipping import BlockSkip, is_shut
 from gatedconv.train.distributed import ALONE, Ranks

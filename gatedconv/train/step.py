@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gatedconv.gates import find_gates
-from gatedconv.gates.losses import accumulating
-from gatedconv.gates.window import RateWindow
+from gatedconv.gating import find_gates
+from gatedconv.gating.losses import accumulating
+from gatedconv.gating.window import RateWindow
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import ALONE, Ranks, parallel
 from gatedconv.train.guard import Buffers, StepGuard, judged_at_once

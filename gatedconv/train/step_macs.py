@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gatedconv.gates import MacTerm
+from gatedconv.gating import MacTerm
 
 # A training step costs a forward pass and, backward, about two more.
 PASSES_PER_STEP = 3

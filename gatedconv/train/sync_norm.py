@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gatedconv.gates.gate import LearnedGate
-from gatedconv.gates.sync_norm import synchronised
+from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.sync_norm import synchronised
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from benchmarks.gpu import calls, preflight
 from benchmarks.gpu.packs import Group, find_packs, read_packs
 from benchmarks.gpu.rows import ledger_text, rows_of
 from benchmarks.gpu.settings import Settings
-from gatedconv.report.experiments import all_experiments
-from gatedconv.report.ledger import read_ledger
 from gatedconv.train.config import TrainConfig, to_toml
+from reproduce.ledger import read_ledger
+from reproduce.table import all_experiments
 from tests.benchmarks.bare import Bare
-from tests.report.ledger_rows import row
+from tests.reproduce.ledger_rows import row
 
 KEY = ("tiny", 0)
 

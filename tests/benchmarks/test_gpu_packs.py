@@ -16,12 +16,12 @@ from PIL import Image
 from benchmarks.gpu import data, keep, merge
 from benchmarks.gpu.packs import Group, Limits, Piece, find_packs, put_back, read_packs, write_packs
 from benchmarks.gpu.rows import joined, ledger_text, rows_of
-from gatedconv.report.experiments import all_experiments
-from gatedconv.report.ledger import LedgerRow, read_ledger
 from gatedconv.train.checkpoint import load_checkpoint, save_checkpoint
 from gatedconv.train.config import TrainConfig, to_toml
+from reproduce.ledger import LedgerRow, read_ledger
+from reproduce.table import all_experiments
 from tests.benchmarks.test_gpu_calls import require_brought_back
-from tests.report.ledger_rows import row
+from tests.reproduce.ledger_rows import row
 
 SMALL = Limits(file_bytes=60_000, files=3, total_bytes=150_000)
 KEY = ("headline-r56-c10", 0)

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import training_cpu
 from gatedconv.data.image_data import Augment, make_image_data
-from gatedconv.deploy import count_macs
-from gatedconv.gates import polarization_loss
+from gatedconv.gating import polarization_loss
+from gatedconv.measure.macs import count_macs
 from gatedconv.models.resnet import ResNet
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gatedconv.cli import experiment_checks, experiment_energy, experiment_rows, experiments, main
-from gatedconv.cli.experiment_files import Bench
-from gatedconv.report.experiments import all_experiments
+from gatedconv.cli import main
+from reproduce import checks as experiment_checks
+from reproduce import energy as experiment_energy
+from reproduce import rows as experiment_rows
+from reproduce import runner as experiments
+from reproduce.files import Bench
+from reproduce.table import all_experiments
 from tests.image_files import write_npz
 
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.deploy.engine.cuda_plan import CudaPlan
-from gatedconv.deploy.engine.fuse import fuse
-from gatedconv.deploy.engine.graph import trace
-from gatedconv.deploy.engine.partition import find_segments
-from gatedconv.deploy.engine.program import lay_out
+from gatedconv.engine.cuda_plan import CudaPlan
+from gatedconv.engine.fuse import fuse
+from gatedconv.engine.graph import trace
+from gatedconv.engine.partition import find_segments
+from gatedconv.engine.program import lay_out
 
 
 def make_plan(model: nn.Module, x: Tensor, dtype=torch.float32, device="cpu", **options) -> CudaPlan:

@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 import gatedconv
-from gatedconv.deploy.engine import cuda_graphs, cuda_tuner, cuda_ways
+from gatedconv.engine import cuda_graphs, cuda_tuner, cuda_ways
 from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.cuda.plans import always

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gatedconv
-from gatedconv.deploy.engine import cuda_runs, cuda_stream
-from gatedconv.deploy.engine.cuda_instructions import map_sizes
+from gatedconv.engine import cuda_runs, cuda_stream
+from gatedconv.engine.cuda_instructions import map_sizes
 from gatedconv.ops import cuda_resident
 from tests.cuda import plans
 from tests.cuda.gpu import test_resident as gpu_tests

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gatedconv
-from gatedconv.deploy.engine import program
+from gatedconv.engine import program
 from tests.engine.nets import ISAS, Residual, error, settle, supported
 
 LIMIT = 1e-5

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from gatedconv.deploy.latency import Latency
+from gatedconv.measure.latency import Latency
 from gatedconv.report import comparison_table, figures_table, latency_table, runs_table
 
 DENSE = {"top1": 99.5, "macs": 2_500_000, "params": 272_000, "latency_ms": {"1": 4.0, "32": 20.0}}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import gatedconv
-from gatedconv.gates import shutter
+from gatedconv.gating import shutter
 from gatedconv.train import RunFolder, TrainConfig, finish, run
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 from gatedconv.train.state import unpack_history

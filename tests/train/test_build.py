@@ -7,7 +7,7 @@ import torch
 
 import gatedconv
 from gatedconv.data import load_data
-from gatedconv.gates import open_rates
+from gatedconv.gating import open_rates
 from gatedconv.train.build import build_model
 from gatedconv.train.config import TrainConfig
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gatedconv.gates import find_gates, shutter
+from gatedconv.gating import find_gates, shutter
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import RunFolder, TrainConfig, captured, run
 from gatedconv.train.captured import CapturedForward, CapturedStepper, make_forward, make_stepper, require_graphs

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gatedconv._io import write_atomic
 from gatedconv.data import TrainBatches
 from gatedconv.data.image_data import Augment, make_image_data
-from gatedconv.deploy.atomic import write_atomic
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import EpochMetrics
 from gatedconv.train.checkpoint import (

@@ -16,9 +16,9 @@ import torch.multiprocessing as mp
 
 import gatedconv
 from gatedconv.data import EvalBatches, load_data
-from gatedconv.deploy import energy
-from gatedconv.gates.ranks import require_same_masks
-from gatedconv.gates.sync_norm import synchronised
+from gatedconv.gating.ranks import require_same_masks
+from gatedconv.gating.sync_norm import synchronised
+from gatedconv.measure import energy
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import RunFolder, TrainConfig, train
 from gatedconv.train.distributed import current

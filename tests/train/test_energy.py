@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gatedconv.data import ImageData
-from gatedconv.deploy import energy as meters
+from gatedconv.measure import energy as meters
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import EpochMetrics, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.data import ImageData, TrainBatches, validation_view
-from gatedconv.gates import find_gates
+from gatedconv.gating import find_gates
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint, previous_path, save_checkpoint

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import gatedconv
-from gatedconv.cli.experiment_rows import training_row
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
-from gatedconv.report.experiments import find_experiment
 from gatedconv.train import EpochMetrics, Listener, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.finish import energies, reestimate_batchnorm
 from gatedconv.train.stopping import StopRequest
 from gatedconv.train.tensorboard import TensorBoard
+from reproduce.rows import training_row
+from reproduce.table import find_experiment
 from tests.image_files import write_npz
 
 
@@ -109,14 +109,14 @@ def test_exports_compute_what_the_compact_network_computes(tmp_path: Path, archi
 def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     net, config, asked = nn.Identity(), small(Path("none")), []
     counter = SimpleNamespace(name="fake", span=None)
-    monkeypatch.setattr("gatedconv.deploy.energy.find_counters", lambda device, host=True: ([counter], ""))
+    monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
     monkeypatch.setattr(
         "gatedconv.train.finish.energy_per_call",
         lambda call, meter, synchronize: asked.append(len(call())) or 0.1 * len(call()),
     )
     found = energies(net, config, data)
     assert asked == [1, 32] and found == {"energy_j": {"1": 0.1, "32": 3.2}, "energy_j_image": pytest.approx(0.1)}
-    monkeypatch.setattr("gatedconv.deploy.energy.find_counters", lambda device, host=True: ([], "no RAPL zones"))
+    monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([], "no RAPL zones"))
     assert energies(net, config, data) == {"energy_j": None, "energy_j_image": None}
 
 
@@ -264,7 +264,7 @@ def test_a_summary_says_why_its_energy_is_unknown(
 ) -> None:
     """One epoch that could not be measured is enough; a meter asked at the end would have nothing to complain of."""
     counter = Tiring(reads, "CPU package-0 (RAPL)")
-    monkeypatch.setattr("gatedconv.deploy.energy.find_counters", lambda device, host=True: ([counter], ""))
+    monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
     config, folder = small(archive, gate="none", epochs=2, latency=False), RunFolder(tmp_path / "run")
     summary = run(config, folder)
     assert summary is not None and summary["energy_source"] == counter.name

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gatedconv.data import ImageData
-from gatedconv.gates import find_gates
+from gatedconv.gating import find_gates
 from gatedconv.train import TrainConfig
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.recipe import make_optimizer, resolve_device, total_loss, train_batches

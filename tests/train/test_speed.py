@@ -15,9 +15,9 @@ from torch import nn
 
 import gatedconv
 from gatedconv.data import ImageData
-from gatedconv.gates import Shutter, forget, shutter
-from gatedconv.gates.losses import accumulating, global_open_rates
-from gatedconv.gates.window import RateWindow
+from gatedconv.gating import Shutter, forget, shutter
+from gatedconv.gating.losses import accumulating, global_open_rates
+from gatedconv.gating.window import RateWindow
 from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
 from gatedconv.train import TrainConfig, train

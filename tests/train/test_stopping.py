@@ -51,7 +51,7 @@ def free_port() -> int:
 def process(rank: int, folder: str, ports: list[int]) -> None:
     """Runs that the second process is asked to end after some step, each gone on with; and one that nobody disturbs."""
     import gatedconv.train.loop as loop
-    from gatedconv.gates import shutter
+    from gatedconv.gating import shutter
     from gatedconv.train import finish, questions
 
     shutter.EVERY = 2

@@ -15,7 +15,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv.data import ImageData
-from gatedconv.gates import find_gates
+from gatedconv.gating import find_gates
 from gatedconv.train import RunFolder, TrainConfig, run, train
 from gatedconv.train.config import require_same_recipe
 from gatedconv.train.listener import Listener

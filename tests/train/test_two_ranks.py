@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch.nn import functional
 
 from gatedconv.data import EvalBatches, ImageData, load_data
-from gatedconv.gates import fisher_information, mean_logits
-from gatedconv.gates.sync_norm import synchronised
+from gatedconv.gating import fisher_information, mean_logits
+from gatedconv.gating.sync_norm import synchronised
 from gatedconv.train import Listener, RunFolder, TrainConfig, finish
 from gatedconv.train.consensus import settle
 from gatedconv.train.distributed import ALONE, Ranks, current

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from gatedconv.convert.canonical import op_name, submodule
 from gatedconv.convert.flow import Flow, constant_value
 from gatedconv.deploy.cut.sized import depends_on_size, is_uniform, rows_of
-from gatedconv.gates import FrozenGate
+from gatedconv.gating import FrozenGate
 
 
 @dataclass(eq=False)

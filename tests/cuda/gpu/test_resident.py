@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gatedconv
-from gatedconv.deploy.engine.cuda_runs import UNIT
+from gatedconv.engine.cuda_runs import UNIT
 from gatedconv.ops import cuda_conv, cuda_resident
 from tests.cuda import plans
 from tests.cuda.gpu.test_gpu import gated

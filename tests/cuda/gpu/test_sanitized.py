@@ -8,7 +8,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv import ops
-from gatedconv.deploy.engine.cuda_ways import ResidentWay
+from gatedconv.engine.cuda_ways import ResidentWay
 from gatedconv.ops import cuda_conv, cuda_resident
 from tests.engine.nets import Residual
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gatedconv.data.image_data import Augment, ImageData, make_image_data
-from gatedconv.gates import find_gates, shutter
+from gatedconv.gating import find_gates, shutter
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import TrainConfig, train
 from gatedconv.train.captured import WARM_UP, CapturedForward, CapturedStepper

@@ -1,0 +1,298 @@
+"""A segment of a network on a GPU: its instructions, each computed in the way that was fastest there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatedconv.engine.cuda_graphs import GraphCache
+from gatedconv.engine.cuda_instructions import Instruction, make_instructions, map_sizes, padded
+from gatedconv.engine.cuda_runs import Run, find_runs
+from gatedconv.engine.cuda_tuner import Tuner, tuner_for
+from gatedconv.engine.cuda_ways import ResidentWay, Way, activate, conv_ways
+from gatedconv.engine.program import Map, Step
+from gatedconv.ops import cuda_resident
+from gatedconv.ops.cuda_conv import allows_tf32, kernels_mode
+from gatedconv.ops.plan import plan_output_size
+
+Pick = Callable[[int, Tensor, Tensor | None], Way]  # instruction, source, residual -> how to compute it
+
+
+class CudaPlan(nn.Module):
+    """A segment of a network as a GPU runs it: (N, C, H, W) -> (N, C', H', W') or (N, C'), contiguous.
+
+    For every input shape the ways of its convolutions are measured once (`Tuner`), then, for each run of layers whose
+    maps fit into shared memory, one launch against those layers one by one; then the whole segment is captured in a
+    CUDA graph. Maps lie in memory with the channels last and padded to 16 bytes, zeros in the padding.
+
+    Args:
+        steps: Of `lay_out`.
+        maps: Of `lay_out`.
+        shape: How the output's size follows from the input's.
+        dtype: float16, bfloat16 or float32.
+        device: Where it runs; anything but CUDA runs the same instructions by PyTorch and without graphs.
+        mode: See `kernels_mode`; None reads the environment.
+        tuner: None for the device's own.
+    """
+
+    def __init__(
+        self,
+        steps: list[Step],
+        maps: list[Map],
+        shape: list[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        mode: str | None = None,
+        tuner: Tuner | None = None,
+    ) -> None:
+        super().__init__()
+        self.maps, self.shape, self.dtype, self.device = maps, shape, dtype, device
+        self.mode = kernels_mode() if mode is None else mode
+        self.first, self.last = steps[0].target, steps[-1].source
+        self.instructions = make_instructions(steps, maps)
+        self.tuner = tuner
+        # Input shape -> way of every instruction, "" for no choice; runs that one launch computes, by their first.
+        self.chosen: dict[tuple[int, ...], list[str]] = {}
+        self.runs: dict[tuple[int, ...], dict[int, tuple[Run, str]]] = {}
+        self._built: dict[tuple[int, str], Way] = {}
+        self._launches: dict[tuple[int, str, int, int], ResidentWay] = {}
+        # A graph that is being captured can take nothing from the host.
+        self._lists = {
+            at: torch.tensor(one.index, dtype=torch.int64, device=device)
+            for at, one in enumerate(self.instructions)
+            if one.index
+        }
+        self._graphs = GraphCache(self.run)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CudaPlan:
+        """Stay: a plan is packed for its device and dtype."""
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the plan: by its graph, or inside of the graph that the caller is capturing."""
+        plan_output_size(x.shape, self.shape)  # raises for an input that is too small
+        if x.shape[0] == 0:
+            return x.new_empty(plan_output_size(x.shape, self.shape))
+        if self.device.type != "cuda":
+            self.tune(x)
+            return self.run(x)
+        with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing():
+                if tuple(x.shape) not in self.chosen:
+                    raise RuntimeError(
+                        f"Engine: an input of shape {tuple(x.shape)} while a CUDA graph is captured; "
+                        "expected a shape that the engine was called with before, call it once with this one first"
+                    )
+                return self.run(x)
+            self.tune(x)
+            return self._graphs(x)
+
+    @torch.no_grad()
+    def tune(self, x: Tensor) -> None:
+        """Choose the ways for inputs of this shape, unless that is done."""
+        shape = tuple(x.shape)
+        if shape in self.chosen:
+            return
+        tuner = self.tuner
+        if tuner is None and self.device.type == "cuda":
+            tuner = tuner_for(self.device)
+        chosen = [""] * len(self.instructions)
+
+        def pick(at: int, source: Tensor, residual: Tensor | None) -> Way:
+            one = self.instructions[at]
+            ways = conv_ways(one, self.dtype, self.device, self.mode)
+            chosen[at] = next(iter(ways))
+            if tuner is not None:
+                trials = {name: _trial(build, source, residual) for name, build in ways.items()}
+                key = _key(one, source, self.mode)
+                # "on": ours wherever there is one, whatever is faster.
+                chosen[at] = tuner.choose(key, trials, "gatedconv" if self.mode == "on" else "")
+            return self._way(at, chosen[at])
+
+        runs = self._find_runs(x) if tuner is not None else []
+        sources = dict.fromkeys((run.start for run in runs), x)
+        self._execute(x, pick, {}, sources)
+        if tuner is not None:
+            self.runs[shape] = self._choose_runs(runs, sources, chosen, tuner)
+        self.chosen[shape] = chosen
+
+    def _find_runs(self, x: Tensor) -> list[Run]:
+        """The runs of layers that one launch could compute for inputs of this size."""
+        limits = cuda_resident.limits(self.device, self.dtype) if self.mode in ("on", "auto") else None
+        if limits is None:
+            return []
+        sizes = map_sizes(self.instructions, self.first, (x.shape[2], x.shape[3]))
+        return find_runs(self.instructions, sizes, self.last, self.dtype, limits.shared_bytes)
+
+    def _choose_runs(
+        self, runs: list[Run], sources: dict[int, Tensor], chosen: list[str], tuner: Tuner
+    ) -> dict[int, tuple[Run, str]]:
+        """Measure each run's layers one by one, by the ways chosen, against one launch; keep those that gain."""
+        limits = cuda_resident.limits(self.device, self.dtype)
+        gains: dict[int, tuple[Run, str]] = {}
+        for run in runs if limits is not None else ():
+            assert limits is not None
+            source = sources[run.start]
+            builds: dict[str, Callable[[], Way]] = {"layers": lambda run=run: self._layers(run, chosen)}  # type: ignore[misc]
+            for ranks in limits.ranks:
+                name = f"resident x{ranks}"
+                builds[name] = lambda run=run, name=name: self._resident(run, name)  # type: ignore[misc]
+            # Layers may work in place: they are given a copy.
+            trials = {name: _trial(build, source, None, spoils=True) for name, build in builds.items()}
+            keys = [_key(one, source, self.mode) for one in self.instructions[run.start : run.end]]
+            digest = hashlib.sha256(f"{limits} {keys}".encode()).hexdigest()[:16]
+            name = tuner.choose(f"run of {len(keys)} {digest}", trials, "resident" if self.mode == "on" else "")
+            if name != "layers":
+                gains[run.start] = (run, name)
+        return gains
+
+    def _layers(self, run: Run, chosen: list[str]) -> Way:
+        def compute(source: Tensor, _: Tensor | None) -> Tensor:
+            maps = {run.source: source}
+            for at in range(run.start, run.end):
+                self._step(at, maps, lambda at, *_: self._way(at, chosen[at]))
+            return maps[run.result]
+
+        return compute
+
+    def _resident(self, run: Run, name: str) -> Way:
+        first = run.maps[run.source]
+        key = (run.start, name, first.height, first.width)
+        if key not in self._launches:
+            limits = cuda_resident.limits(self.device, self.dtype)
+            if limits is None:
+                raise RuntimeError("the resident driver does not serve this device and dtype any more")
+            ranks = int(name.rpartition("x")[2])
+            self._launches[key] = ResidentWay(run, self.dtype, self.device, ranks, limits.shared_bytes)
+        return self._launches[key]
+
+    def _way(self, at: int, name: str) -> Way:
+        if (at, name) not in self._built:
+            self._built[at, name] = conv_ways(self.instructions[at], self.dtype, self.device, self.mode)[name]()
+        return self._built[at, name]
+
+    @torch.no_grad()
+    def run(self, x: Tensor) -> Tensor:
+        """Run the instructions one by one on the current stream, by the ways chosen for this shape, or the safest."""
+        chosen = self.chosen.get(tuple(x.shape))
+        runs = self.runs.get(tuple(x.shape), {})
+        return self._execute(x, lambda at, *_: self._way(at, chosen[at] if chosen else "cudnn"), runs, {})
+
+    def _execute(
+        self, x: Tensor, pick: Pick, runs: dict[int, tuple[Run, str]], sources: dict[int, Tensor]
+    ) -> Tensor:
+        """Run everything; at the positions in `sources` the map that is read there is copied into it."""
+        maps = {self.first: self._enter(x)}
+        at = 0
+        while at < len(self.instructions):
+            if at in sources:
+                sources[at] = maps[self.instructions[at].source].clone(memory_format=torch.preserve_format)
+            if at in runs:
+                run, name = runs[at]
+                maps[run.result] = self._resident(run, name)(maps[run.source], None)
+                for dead in {i for one in self.instructions[run.start : run.end] for i in one.dead} & set(maps):
+                    del maps[dead]
+                at = run.end
+            else:
+                self._step(at, maps, pick)
+                at += 1
+        out = maps[self.last][:, : self.shape[0]]
+        return (out.flatten(1) if self.shape[1] == 2 else out).contiguous(memory_format=torch.contiguous_format)
+
+    def _step(self, at: int, maps: dict[int, Tensor], pick: Pick) -> None:
+        """Run one instruction; maps that nobody reads any more are dropped."""
+        one = self.instructions[at]
+        source = maps[one.source]
+        residual = maps[one.residual] if one.residual >= 0 else None
+        if one.op == "conv":
+            maps[one.target] = pick(at, source, residual)(source, residual)
+        else:
+            maps[one.target] = self._simple(at, source, residual)
+        del source, residual
+        for dead in one.dead:
+            del maps[dead]
+
+    def _enter(self, x: Tensor) -> Tensor:
+        channels = padded(x.shape[1], self.dtype)
+        size = (x.shape[0], channels, *x.shape[2:])
+        entered = torch.zeros(size, dtype=self.dtype, device=x.device).to(memory_format=torch.channels_last)
+        entered[:, : x.shape[1]].copy_(x)
+        return entered
+
+    def _simple(self, at: int, x: Tensor, residual: Tensor | None) -> Tensor:
+        """What is not a convolution, by PyTorch."""
+        one = self.instructions[at]
+        top, left = one.padding[:2]
+        channels = padded(one.channels[1], self.dtype)
+        if one.op == "max_pool":
+            out = F.max_pool2d(x, one.kernel, one.stride, (top, left))
+        elif one.op == "avg_pool":
+            out = F.avg_pool2d(x, one.kernel, one.stride, (top, left), count_include_pad=bool(one.option))
+        elif one.op == "mean_pool":
+            out = x.mean((2, 3), keepdim=True)
+        elif one.op == "gather":
+            out = F.pad(x.index_select(1, self._lists[at]), (0, 0, 0, 0, 0, channels - len(one.index)))
+        elif one.op == "subsample":
+            thin = x[:, : one.channels[0], :: one.stride[0], :: one.stride[1]]
+            behind = channels - one.option - one.channels[0]
+            out = F.pad(thin, (0, 0, 0, 0, one.option, behind))
+        else:
+            assert residual is not None
+            if one.op == "scatter_add":
+                out = residual.index_add(1, self._lists[at], x[:, : len(one.index)])
+            else:
+                out = residual + x
+        return activate(out, one.act).contiguous(memory_format=torch.channels_last)
+
+    def describe(self, batch: int) -> list[str]:
+        """One line for each instruction: its layer, maps and way, for an input of the example's size."""
+        first = self.maps[self.first]
+        size = (batch, first.channels, first.height, first.width)
+        chosen, runs = self.chosen.get(size), self.runs.get(size, {}).values()
+        lines = []
+        for at, one in enumerate(self.instructions):
+            source, target = self.maps[one.source], self.maps[one.target]
+            shape = " -> ".join(f"{m.channels}x{m.height}x{m.width}" for m in (source, target))
+            launch = next((f"{name}, one launch" for run, name in runs if run.start <= at < run.end), "")
+            way = launch or ("PyTorch" if one.op != "conv" else chosen[at] if chosen else "not measured yet")
+            kernel = f"conv {one.kernel[0]}x{one.kernel[1]}" if one.op == "conv" else one.op
+            extras = [f"stride {one.stride[0]}"] if one.stride != (1, 1) else []
+            extras += [f"{one.groups} groups"] if one.groups > 1 else []
+            extras += [f"from {len(one.in_index)} channels"] if one.in_index is not None else []
+            extras += [f"into {len(one.out_index)} channels"] if one.out_index is not None else []
+            extras += ["+ residual"] if one.residual >= 0 and one.op == "conv" else []
+            extras += [f"+ {one.act}"] if one.act else []
+            lines.append(f"{one.name:<28} {shape:<28} {' '.join([kernel, *extras])} [{way}]")
+        return lines
+
+
+def _trial(
+    build: Callable[[], Way], source: Tensor, residual: Tensor | None, spoils: bool = False
+) -> Callable[[], Callable[[], Tensor]]:
+    """A call to be timed; one that works in place spoils a copy of the residual, and its first result is right.
+
+    With `spoils` the same holds of the source.
+    """
+
+    def make() -> Callable[[], Tensor]:
+        way = build()
+        own = None if residual is None else residual.clone(memory_format=torch.preserve_format)
+        given = source.clone(memory_format=torch.preserve_format) if spoils else source
+        return lambda: way(given, own)
+
+    return make
+
+
+def _key(one: Instruction, source: Tensor, mode: str) -> str:
+    """All that the time of a convolution depends on, on one device."""
+    weight = tuple(one.weight.shape) if one.weight is not None else ()
+    lists = [None if index is None else len(index) for index in (one.in_index, one.out_index)]
+    size = "x".join(map(str, source.shape))
+    precision = "tf32" if source.dtype == torch.float32 and allows_tf32() else str(source.dtype).removeprefix("torch.")
+    parts = [size, weight, one.channels, one.stride, one.padding, one.dilation, one.groups, lists, one.residual >= 0]
+    return f"{mode} {precision} {' '.join(map(str, parts))} {one.act} {one.keeps_closed and one.in_place}"

@@ -1,0 +1,196 @@
+"""Chooses the fastest way of each convolution on the GPU at hand, and remembers it from process to process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedconv import _build, _native
+from gatedconv._io import write_atomic
+
+FORMAT = 1
+# Against the first way, relative to its largest value: rounding of two orders of summation, no more.
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 5e-3}
+
+Timer = Callable[[Callable[[], Tensor]], float]
+
+
+class Tuner:
+    """Measures ways of computing the same thing and keeps the choices in a file.
+
+    The file is JSON: {"format", "device", "torch", "cudnn", "sources", "choices": {key: {"way", "ms": {way: time}}}}.
+    One of another format, device, torch, cuDNN or of other sources is not read, and written over. A file that
+    cannot be read or written costs the measurement again, nothing else.
+
+    Args:
+        path: The file, None to keep nothing.
+        header: What must agree for its choices to hold; see `header_of`.
+        timer: Milliseconds of a call.
+    """
+
+    def __init__(self, path: Path | None, header: Mapping[str, Any], timer: Timer) -> None:
+        self.path, self.timer = path, timer
+        self.header = {"format": FORMAT, **header}
+        self.choices: dict[str, dict[str, Any]] = self._read()
+        self._lock = threading.Lock()
+
+    def choose(self, key: str, ways: Mapping[str, Callable[[], Callable[[], Tensor]]], prefer: str = "") -> str:
+        """Return the name of the fastest way whose result agrees with the first one's.
+
+        Args:
+            key: What is computed: equal keys get equal answers.
+            ways: name -> builds a call; the first is trusted. One that raises RuntimeError is left out.
+                Where the first one's result is not finite, the choice is made but not kept.
+            prefer: Of those that are left, the ways whose names begin so go before the others.
+        """
+        with self._lock:
+            known = self.choices.get(key)
+            if known is not None and set(known["ms"]) | set(known["out"]) == set(ways):
+                return str(known["way"])
+            if len(ways) == 1:
+                return next(iter(ways))
+            times, out, sound = self._measure(ways)
+            way = min(times, key=lambda name: (not name.startswith(prefer), times[name]))
+            if sound:
+                self.choices[key] = {"way": way, "ms": times, "out": out}
+                self._write()
+            return way
+
+    def _measure(
+        self, ways: Mapping[str, Callable[[], Callable[[], Tensor]]]
+    ) -> tuple[dict[str, float], dict[str, str], bool]:
+        """Return each way's time, what is wrong with the others, and whether the first one's result is finite."""
+        trusted: Tensor | None = None
+        times: dict[str, float] = {}
+        out: dict[str, str] = {}
+        errors: list[RuntimeError] = []
+        for name, build in ways.items():
+            try:
+                call = build()
+                result = call()
+                if trusted is None:
+                    trusted = result.clone()
+                    if trusted.numel() and not trusted.isfinite().any():
+                        return {name: 0.0}, {}, False  # nothing that another way could be compared with
+                elif not agrees(result, trusted):
+                    out[name] = "wrong result"
+                    warnings.warn(f"gatedconv: {name} differs from {next(iter(ways))}; it is not used", stacklevel=2)
+                    continue
+                times[name] = self.timer(call)
+            except RuntimeError as error:
+                if trusted is None:
+                    raise
+                wait_for_device()  # raises where the error was the device's: every later way would get it too
+                errors.append(error)
+                out[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if not times:
+            raise errors[0]
+        return times, out, trusted is not None and bool(trusted.isfinite().all())
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            body = json.loads(self.path.read_text()) if self.path is not None else {}
+            choices = body.pop("choices", {})
+            sound = all({"way", "ms", "out"} <= set(c) and c["way"] in c["ms"] for c in choices.values())
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+        return choices if body == self.header and sound else {}
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        try:
+            # Another process may have measured other layers in the meantime.
+            self.choices = {**self._read(), **self.choices}
+            write_atomic(self.path, json.dumps({**self.header, "choices": self.choices}, indent=1).encode())
+        except OSError as error:
+            warnings.warn(f"gatedconv: measured choices are not kept: {error}", stacklevel=2)
+            self.path = None
+
+
+def agrees(result: Tensor, trusted: Tensor) -> bool:
+    """Whether two results differ by no more than rounding, and are not finite at the same places."""
+    if result.shape != trusted.shape or result.dtype != trusted.dtype:
+        return False
+    finite = trusted.isfinite()
+    if not torch.equal(result.isfinite(), finite):
+        return False
+    mine, theirs = (torch.where(finite, t, 0).float() for t in (result, trusted))
+    if not theirs.numel():
+        return True
+    return bool((mine - theirs).abs().max() <= TOLERANCE[result.dtype] * theirs.abs().max() + 1e-6)
+
+
+def wait_for_device() -> None:
+    """Wait until the GPU, if this process uses one, has done everything; RuntimeError where something of it failed."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def header_of(device: torch.device) -> dict[str, Any]:
+    """Return what choices on a device depend on beside the shapes."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": f"{properties.name}, {properties.multi_processor_count} processors",
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "sources": f"{_build.source_hash(_native.source_folder())} {planner_hash(Path(__file__).parent)}",
+    }
+
+
+def planner_hash(folder: Path) -> str:
+    """Hash the Python files that decide what a way computes."""
+    files = sorted(folder.glob("cuda_*.py"))
+    return hashlib.sha256(b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def cache_path(header: Mapping[str, Any]) -> Path:
+    """Return the file for a header: one for each device and version, in the folder of GATEDCONV_CACHE."""
+    digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode()).hexdigest()[:12]
+    return _native.cache_folder() / f"tuned-{digest}.json"
+
+
+def time_on_gpu(call: Callable[[], Tensor], rounds: int = 7, repeats: int = 10) -> float:
+    """Median milliseconds of a call as part of a CUDA graph, which is how a plan runs it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # what is allocated or chosen once is so by now
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(repeats):
+                call()
+        graph.replay()
+        times = []
+        for _ in range(rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(start.elapsed_time(end) / repeats)
+    torch.cuda.current_stream().wait_stream(stream)
+    return statistics.median(times)
+
+
+_tuners: dict[str, Tuner] = {}
+_tuners_lock = threading.Lock()
+
+
+def tuner_for(device: torch.device) -> Tuner:
+    """Return this process's tuner of a CUDA device."""
+    with _tuners_lock:
+        header = header_of(device)
+        path = cache_path(header)
+        if str(path) not in _tuners:
+            _tuners[str(path)] = Tuner(path, header, time_on_gpu)
+        return _tuners[str(path)]

@@ -1,0 +1,167 @@
+"""The ways to compute one convolution of a plan on a GPU; a tuner takes the fastest that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatedconv.engine.cuda_instructions import Instruction, output_size, pad_bias, pad_weight, padded
+from gatedconv.engine.cuda_runs import RECORD_AT, TABLE_AT, UNIT, Run
+from gatedconv.engine.cuda_stream import write_stream
+from gatedconv.ops import cuda_conv, cuda_resident
+
+# (source map, residual map or None) -> target map
+Way = Callable[[Tensor, Tensor | None], Tensor]
+
+_ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "relu": torch.relu_, "relu6": F.relu6}
+_ACT_NUMBERS = {None: 0, "relu": 1, "relu6": 2}
+
+
+def activate(x: Tensor, act: str | None) -> Tensor:
+    """Apply the activation, in place where that is possible; x belongs to the caller."""
+    return _ACTS[act](x)
+
+
+def conv_ways(one: Instruction, dtype: torch.dtype, device: torch.device, mode: str) -> dict[str, Callable[[], Way]]:
+    """Return the ways of an instruction by name, the safest first; what they keep is packed when one is built.
+
+    Args:
+        one: A "conv".
+        dtype: Of maps and weights.
+        device: Where they are.
+        mode: As `cuda_conv.kernels_mode` returns it.
+    """
+    ways: dict[str, Callable[[], Way]] = {"cudnn": lambda: _CutConv(one, dtype, device)}
+    symmetric = one.padding[:2] == one.padding[2:]
+    plain = one.groups == 1 and one.in_index is None and one.out_index is None and symmetric
+    if device.type == "cuda" and plain and one.act == "relu":
+        ways["cudnn fused"] = lambda: _FusedConv(one, dtype, device)
+    probe = torch.empty(0, dtype=dtype, device=device)
+    if mode != "off" and cuda_conv.takes(probe, one.kernel, one.dilation, one.groups):
+        for tile in cuda_conv.TILES:
+            if _worth_trying(one, tile):
+                ways[f"gatedconv {tile[0]}x{tile[1]}"] = partial(_TiledConv, one, dtype, device, tile)
+    return ways
+
+
+def _worth_trying(one: Instruction, tile: tuple[int, int]) -> bool:
+    """Tiles much wider than the outputs only compute zeros; the narrowest that holds them all is the widest tried."""
+    columns = len(one.out_index) if one.out_index is not None else one.channels[1]
+    return tile[1] == 1 or 8 * tile[1] < 2 * columns
+
+
+class _CutConv:
+    """PyTorch's convolution of the open channels, then what is left to do, one kernel each."""
+
+    def __init__(self, one: Instruction, dtype: torch.dtype, device: torch.device) -> None:
+        assert one.weight is not None
+        self.one = one
+        grouped = one.groups > 1
+        weight = one.weight if grouped else pad_weight(one, dtype)
+        bias = pad_bias(one, dtype)[: weight.shape[0]]
+        self.weight = weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
+        self.bias = bias.to(device, dtype)
+        self.inputs = _index(one.in_index, device)
+        self.outputs = _index(one.out_index, device)
+        self.target = padded(one.channels[1], dtype)
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        one = self.one
+        if one.groups > 1:
+            x = x[:, : one.channels[0]]
+        elif self.inputs is not None:
+            x = x.index_select(1, self.inputs)
+        top, left, bottom, right = one.padding
+        if (top, left) != (bottom, right):
+            x, (top, left) = F.pad(x, (left, right, top, bottom)), (0, 0)
+        out = F.conv2d(x, self.weight, self.bias, one.stride, (top, left), one.dilation, one.groups)
+        if self.outputs is not None:
+            assert residual is not None
+            out = residual.index_add(1, self.outputs, out)
+        else:
+            if out.shape[1] != self.target:
+                out = F.pad(out, (0, 0, 0, 0, 0, self.target - out.shape[1]))
+            out = out if residual is None else out.add_(residual)
+        return activate(out, one.act).contiguous(memory_format=torch.channels_last)
+
+
+class _FusedConv(_CutConv):
+    """cuDNN's convolution with bias, residual and ReLU in one call."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        one = self.one
+        geometry = (one.stride, one.padding[:2], one.dilation, 1)
+        if residual is None:
+            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)  # type: ignore[no-any-return]
+        return torch.ops.aten.cudnn_convolution_add_relu(  # type: ignore[no-any-return]
+            x, self.weight, residual, 1.0, self.bias, *geometry
+        )
+
+
+class _TiledConv:
+    """Our own kernel: gather, convolution, bias, residual, activation and scatter in one launch."""
+
+    def __init__(self, one: Instruction, dtype: torch.dtype, device: torch.device, tile: tuple[int, int]) -> None:
+        self.one, self.tile, self.tf32 = one, tile, cuda_conv.allows_tf32()
+        self.target = padded(one.channels[1], dtype)
+        weight, bias = pad_weight(one, dtype), pad_bias(one, dtype)
+        self.inputs = self.outputs = None
+        if one.in_index is not None:
+            self.inputs = torch.tensor(one.in_index, dtype=torch.int32, device=device)
+        if one.out_index is not None:
+            weight, bias = (spread(t, one.out_index, self.target) for t in (weight, bias))
+            closed = sorted(set(range(self.target)) - set(one.out_index))
+            order = [*one.out_index, *closed, len(one.out_index)]
+            self.outputs = torch.tensor(order, dtype=torch.int32, device=device)
+        self.bias = bias.to(device, torch.float32)
+        self.packed = cuda_conv.conv_pack(weight.to(device, dtype), self.inputs, self.tf32)
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        one = self.one
+        skip = self.outputs is not None and one.in_place and one.keeps_closed
+        if skip and residual is not None:
+            output = residual
+        else:
+            size = output_size(one, x.shape[2:])
+            output = torch.empty(
+                (x.shape[0], self.target, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+            )
+        geometry = [*one.kernel, *one.stride, *one.padding[:2], *one.dilation]
+        return cuda_conv.conv_run(
+            x, self.packed, self.bias, self.inputs, self.outputs, residual, output, geometry,
+            _ACT_NUMBERS[one.act], skip, self.tf32, self.tile,
+        )  # fmt: skip
+
+
+class ResidentWay:
+    """A run of layers in one launch, an image's maps in shared memory."""
+
+    def __init__(self, run: Run, dtype: torch.dtype, device: torch.device, ranks: int, budget: int) -> None:
+        pieces = run.ring(budget, ranks)
+        if not pieces:
+            raise RuntimeError(f"the run's maps do not fit into {budget} bytes of shared memory")
+        self.tf32 = dtype == torch.float32
+        self.stream = write_stream(run, dtype, ranks, pieces).to(device)
+        source, result = run.maps[run.source], run.maps[run.result]
+        self.layout = [ranks, pieces, RECORD_AT, TABLE_AT, run.ring_at, run.shared_bytes(pieces)]
+        self.layout += [number for made in (source, result) for number in (made.units, made.height, made.width)]
+        self.size = (result.units * UNIT // dtype.itemsize, result.height, result.width)
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Take x (N, C padded, H, W), channels last, through the run."""
+        size = (x.shape[0], *self.size)
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        return cuda_resident.resident_run(x, self.stream, out, self.layout, self.tf32)
+
+
+def spread(values: Tensor, index: Sequence[int], size: int) -> Tensor:
+    """Put the rows of `values` at `index` of `size` rows, zeros elsewhere."""
+    return values.new_zeros((size, *values.shape[1:])).index_copy(0, torch.tensor(index, dtype=torch.int64), values)
+
+
+def _index(index: list[int] | None, device: torch.device) -> Tensor | None:
+    return None if index is None else torch.tensor(index, dtype=torch.int64, device=device)

@@ -1,0 +1,184 @@
+"""The engine: a cut network packed into a native plan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatedconv.deploy.compact import compact
+from gatedconv.engine.cuda_plan import CudaPlan
+from gatedconv.engine.describe import describe
+from gatedconv.engine.fuse import fuse
+from gatedconv.engine.graph import trace
+from gatedconv.engine.layers import Layer
+from gatedconv.engine.partition import find_segments
+from gatedconv.engine.plan_module import PlanModule
+from gatedconv.engine.program import lay_out, write_program
+from gatedconv.gating import FrozenGate, find_gates, unwrap
+from gatedconv.ops.plan import unavailable
+
+
+class Engine(nn.Module):
+    """A frozen or compact network, packed once and run natively, eval.
+
+    On the CPU it computes in float32; on CUDA in the model's float32, float16 or bfloat16, every layer in the way
+    measured fastest, as one CUDA graph for each input shape.
+
+    What no plan can run (see `describe`) runs in PyTorch, in between; a model that cannot be traced runs
+    there as a whole. The result equals the model's up to rounding: max|a - b| / max|b| <= 1e-5 in float32, in other
+    types at most twice PyTorch's own error against float32.
+
+    Args:
+        model: A frozen, compact or plain model; a frozen one is cut first. It is copied, and not changed.
+        example_input: (N, C, H, W): a size that the model accepts. Any other batch, height and width that the
+            model accepts may follow, on the CPU up to 2^18 pixels a side; the algorithms are chosen for this one.
+
+    Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
+
+    Raises:
+        TypeError: `model` is no module, or `example_input` no dense tensor of the model's dtype.
+        ValueError: `example_input` has another rank or device, or the model has gates that are not frozen.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Engine: the model must be a torch.nn.Module, got {type(model).__name__}")
+        model = unwrap(model)
+        dtype, device = _kind(model)
+        _check_input(example_input, "example_input", None, dtype, device)
+        learning = [name for name, gate in find_gates(model).items() if not isinstance(gate, FrozenGate)]
+        if learning:
+            raise ValueError(f"Engine: freeze the model first; gate {learning[0]!r} is still learning")
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            source = compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
+            source = source.eval().requires_grad_(False)
+            # Kept out of the submodules: it is what save and pickle keep, and what runs is packed from it.
+            self.__dict__["source"] = source
+            self.example_size = tuple(example_input.shape)
+            self.dtype, self.device = dtype, device
+            self.reason = _why_not(source)
+            self.body: nn.Module = source
+            if self.reason is None:
+                self._build(source, example_input)
+        self.eval()
+
+    def _build(self, source: nn.Module, example_input: Tensor) -> None:
+        # Shapes are worked out, and weights read, in float32 on the CPU, whatever they are to run in.
+        plain = copy.deepcopy(source).to("cpu", torch.float32) if self.device.type == "cuda" else source
+        try:
+            traced = trace(plain, example_input)
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            self.reason = f"torch.fx cannot trace the model: {type(error).__name__}: {error}"
+            return
+        calls: dict[fx.Node, fx.Node] = {}  # the result of a segment -> the call that makes it now
+        for i, segment in enumerate(find_segments(traced)):
+            name = f"plan{i}"
+            layers = fuse(segment.layers, segment.result)
+            traced.add_submodule(name, self._plan(segment.source, layers, segment.result, example_input.shape[0]))
+            with traced.graph.inserting_after(segment.nodes[-1]):
+                call = traced.graph.call_module(name, (calls.get(segment.source, segment.source),))
+            calls[segment.result] = call
+            segment.result.replace_all_uses_with(call)
+            for node in reversed(segment.nodes):
+                traced.graph.erase_node(node)
+        traced.graph.lint()
+        traced.recompile()
+        traced.delete_all_unused_submodules()
+        self.body = traced.to(self.device, self.dtype) if self.device.type == "cuda" else traced
+
+    def _plan(self, source: fx.Node, layers: list[Layer], result: fx.Node, batch: int) -> nn.Module:
+        if self.device.type == "cuda":
+            return CudaPlan(*lay_out(source, layers, result, batch), self.dtype, self.device)
+        return PlanModule(write_program(source, layers, result, batch))
+
+    @property
+    def plans(self) -> list[PlanModule | CudaPlan]:
+        """The packed segments, in order."""
+        return [module for module in self.body.modules() if isinstance(module, (PlanModule, CudaPlan))]
+
+    def forward(self, x: Tensor) -> Any:
+        """Compute the model's output.
+
+        Raises:
+            TypeError: `x` is no dense tensor of the model's dtype.
+            ValueError: `x` has another rank, device or number of channels, or is too small, or too large for
+                the plans or the memory.
+        """
+        _check_input(x, "input", self.example_size[1], self.dtype, self.device)
+        if torch.is_autocast_enabled(self.device.type):
+            # Plans are float32; what PyTorch computes between them has to be, too.
+            with torch.autocast(self.device.type, enabled=False):
+                return self.body(x.detach())
+        return self.body(x.detach())
+
+    def describe(self) -> str:
+        """Say what runs where: layers, kernels, MACs, bytes, instruction set, workspace."""
+        return describe(self)
+
+    def train(self, mode: bool = True) -> Engine:
+        """Stay in eval: a packed network cannot be trained."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Engine:
+        """Stay on the device and in the dtype that everything was packed for."""
+        there = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if there.dtype != self.dtype or there.device != self.device:
+            raise TypeError(
+                f"Engine: it is packed for {self.dtype} on {self.device} and cannot become {there.dtype} on "
+                f"{there.device}; build a new Engine from the converted model"
+            )
+        super()._apply(fn, recurse)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Engine, (self.source, torch.zeros(self.example_size, dtype=self.dtype, device=self.device))
+
+
+def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype and device of a model's inputs: those of its first floating point tensor."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype, tensor.device
+    return torch.float32, torch.device("cpu")
+
+
+def _why_not(model: nn.Module) -> str | None:
+    """Say why no plan can be made of a model, None if one may."""
+    dtype, device = _kind(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device != device:
+            return f"{name} is on {tensor.device}, other tensors on {device}"
+        if device.type not in ("cpu", "cuda"):
+            return f"{name} is on {tensor.device}, and plans run on CPU and CUDA"
+        if not tensor.is_floating_point():
+            continue
+        if device.type == "cpu" and tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype}, and plans on the CPU compute in float32"
+        if tensor.dtype != dtype:
+            return f"{name} is {tensor.dtype}, other tensors {dtype}"
+    if device.type == "cuda":
+        types = (torch.float16, torch.bfloat16, torch.float32)
+        return None if dtype in types else f"plans on CUDA compute in float16, bfloat16 or float32, not in {dtype}"
+    return unavailable()
+
+
+def _check_input(
+    x: Tensor, what: str, channels: int | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"Engine: {what} must be a tensor (N, C, H, W), got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"Engine: {what} must be a dense tensor (torch.strided), got {x.layout}")
+    if x.dtype != dtype:
+        raise TypeError(f"Engine: {what} must have the model's dtype {dtype}, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"Engine: {what} must be (N, C, H, W), got shape {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"Engine: {what} must be on the model's device {device}, got {x.device}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"Engine: {what} must have {channels} channels, got shape {tuple(x.shape)}")

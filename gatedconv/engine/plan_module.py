@@ -1,0 +1,28 @@
+"""A packed segment as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gatedconv.engine.program import Program
+from gatedconv.ops.plan import plan_check, plan_run
+
+
+class PlanModule(nn.Module):
+    """A segment of a network, packed: (N, C, H, W) float32 -> (N, C', H', W') or (N, C')."""
+
+    program: Tensor
+    weights: Tensor
+
+    def __init__(self, packed: Program) -> None:
+        super().__init__()
+        self.register_buffer("program", packed.code)
+        self.register_buffer("weights", packed.weights)
+        self.shape = packed.shape
+        self.steps = packed.steps
+        self.maps = packed.maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the plan in one operator call."""
+        plan_check(x.shape, self.shape)
+        return plan_run(x, self.program, self.weights, self.shape)

@@ -1,0 +1,78 @@
+"""What gates cost and save: MACs and parameters of a model as a function of its open rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gating.closed_form import Multilinear, cached, multilinear
+from gatedconv.gating.registry import open_rates, unwrap
+
+
+@dataclass(frozen=True)
+class MacTerm:
+    """A piece of work that runs in proportion to the mean open rate of each gate named.
+
+    Attributes:
+        macs: multiply-accumulates per image when everything is open, by fvcore's rules
+            (a BatchNorm counts 2 per element, a pool 1).
+        params: parameters that belong to it.
+        gates: paths of the gates that scale it; empty for work that always runs.
+        channels: for each of them the channels that count, None for all; empty: all of every gate.
+    """
+
+    macs: float
+    params: int = 0
+    gates: tuple[str, ...] = ()
+    channels: tuple[tuple[int, ...] | None, ...] = ()
+
+
+def mac_terms(model: nn.Module, owner: str) -> Sequence[MacTerm]:
+    """The model's terms; ValueError, naming ``owner``, for a model that carries none."""
+    terms: Sequence[MacTerm] | None = getattr(unwrap(model), "mac_terms", None)
+    if not terms:
+        raise ValueError(
+            f"{owner}: the MACs of {type(unwrap(model)).__name__} are unknown; models of gatedconv.models "
+            "and gatedconv.gate_model carry them"
+        )
+    return terms
+
+
+def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -> Tensor:
+    """MACs per image at the given open rates (default: those of the last batch), a differentiable scalar.
+
+    sum over terms of macs * prod over its gates of mean(open rate): exact when every gate is polarised,
+    and on average when a layer gate and the channel gates inside it are independent.
+    """
+    terms = mac_terms(model, "expected_macs")
+    return _expected(terms, [term.macs for term in terms], model, rates)
+
+
+def pruning_rate(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Eq. 11: expected share (0 to 1) of the model's parameters, gates aside, whose gate is closed."""
+    terms = mac_terms(model, "pruning_rate")
+    total = sum(term.params for term in terms)
+    return 1 - _expected(terms, [float(term.params) for term in terms], model, rates) / total
+
+
+def _expected(
+    terms: Sequence[MacTerm], amounts: list[float], model: nn.Module, rates: Mapping[str, Tensor] | None
+) -> Tensor:
+    rates = open_rates(model, "expected_macs") if rates is None else rates
+    missing = {gate for term in terms for gate in term.gates} - rates.keys()
+    if missing:
+        raise ValueError(f"expected_macs: no open rate for the gates {sorted(missing)}")
+    joined = torch.cat(list(rates.values())) if rates else torch.zeros(0)
+    sizes = {name: rate.numel() for name, rate in rates.items()}
+    key = ("expected", tuple(amounts), tuple(sizes.items()), joined.device, joined.dtype)
+    form = cached(
+        unwrap(model), key, lambda: Multilinear.build(amounts, [_factors(t) for t in terms], sizes, joined)
+    )
+    return multilinear(joined, form)
+
+
+def _factors(term: MacTerm) -> list[tuple[str, tuple[int, ...] | None]]:
+    return list(zip(term.gates, term.channels or [None] * len(term.gates), strict=True))

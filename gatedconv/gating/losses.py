@@ -1,0 +1,133 @@
+"""The regularisers of the method: each a differentiable scalar made of the gates' open rates.
+
+With more than one process they are functions of the global batch: the open rates are averaged over all
+ranks, the gradient included, before anything nonlinear happens to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gating.closed_form import cached, gate_average, polarization
+from gatedconv.gating.costs import expected_macs, mac_terms
+from gatedconv.gating.ranks import global_mean, world_size
+from gatedconv.gating.registry import find_gates, joined_rates, open_rates, unwrap
+from gatedconv.gating.window import RateWindow
+
+
+def polarization_loss(model: nn.Module) -> Tensor:
+    """Eqs. 6-8: mean over gates of mean over channels of (1 - g) * g, g the batch's open rate.
+
+    0 when every sample agrees on every gate, at most 1/4. Scalar, dtype of the gates.
+    """
+    rates = global_open_rates(model, "polarization_loss")
+    joined = torch.cat(list(rates.values()))
+    return polarization(joined, _gate_weights(model, rates, joined))
+
+
+def activation_loss(model: nn.Module, weight: str = "uniform") -> Tensor:
+    """Eq. 10: the mean open rate over gates, 0 to 1.
+
+    Args:
+        model: a gated model that has seen a batch.
+        weight: "uniform" weighs each gate alike (the paper); "macs" by the MACs that it controls.
+    """
+    if weight not in ("uniform", "macs"):
+        raise ValueError(f"activation_loss: weight must be 'uniform' or 'macs', got {weight!r}")
+    rates = global_open_rates(model, "activation_loss")
+    joined = torch.cat(list(rates.values()))
+    if weight == "uniform":
+        return torch.dot(joined, _gate_weights(model, rates, joined))
+    return torch.dot(joined, _mac_weights(model, rates, joined))
+
+
+def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
+    """(MACs / target MACs - 1)^2: the pull towards ``target`` times the dense model's MACs, 0 < target <= 1.
+
+    Polarization alone is content with everything open, and with everything closed; this is what chooses.
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"mac_target_loss: target must be in (0, 1], got {target!r}")
+    total = sum(term.macs for term in mac_terms(model, "mac_target_loss"))
+    expected = expected_macs(model, global_open_rates(model, "mac_target_loss"))
+    return (expected / (target * total) - 1) ** 2
+
+
+def _gate_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Weights of the joined rates that give every gate the same say."""
+    sizes = tuple(rate.numel() for rate in rates.values())
+    return cached(unwrap(model), ("gates", sizes, like.device, like.dtype), lambda: gate_average(sizes, like.detach()))
+
+
+def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Weights of the joined rates by the MACs that each gate controls."""
+    controlled = dict.fromkeys(rates, 0.0)
+    for term in mac_terms(model, "activation_loss"):
+        for gate in term.gates:
+            controlled[gate] += term.macs
+    total = sum(controlled.values())
+    shares = tuple((macs / total / rates[gate].numel(), rates[gate].numel()) for gate, macs in controlled.items())
+    return cached(
+        unwrap(model),
+        ("macs", shares, like.device, like.dtype),
+        lambda: torch.cat([like.new_full((size,), share) for share, size in shares]),
+    )
+
+
+def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
+    """Open rates of the last batch averaged over the samples of all ranks, differentiable.
+
+    One collective a step for all gates and all losses, and only in training: an evaluation may run on a
+    single rank. Under `accumulating` they are those of a whole step instead of its last part.
+    """
+    rates = open_rates(model, owner)
+    window = _windows.get(unwrap(model))
+    if not model.training or (world_size() == 1 and window is None):
+        return rates
+    if torch.compiler.is_compiling():
+        return _joined(model, rates, window)
+    last = joined_rates.get(unwrap(model))
+    # The same tensors: the same batch, whichever loss asks.
+    if last is None or any(old is not new for old, new in zip(last[0], rates.values(), strict=True)):
+        last = joined_rates[unwrap(model)] = (tuple(rates.values()), _joined(model, rates, window))
+    return last[1]
+
+
+def _joined(model: nn.Module, rates: dict[str, Tensor], window: RateWindow | None) -> dict[str, Tensor]:
+    joined = torch.cat(list(rates.values()))
+    if world_size() > 1:
+        joined = global_mean(joined, _batch_size(model))
+    if window is not None:
+        joined = window.mix(joined)
+    return dict(zip(rates, joined.split([rate.numel() for rate in rates.values()]), strict=True))
+
+
+def _batch_size(model: nn.Module) -> int:
+    """Samples of the last batch on this rank: a layer gate is asked by all of them in training."""
+    logits = (gate.logits for gate in find_gates(model).values())
+    return next((found.shape[0] for found in logits if found is not None), 1)
+
+
+_windows: WeakKeyDictionary[nn.Module, RateWindow] = WeakKeyDictionary()
+
+
+@contextmanager
+def accumulating(model: nn.Module, window: RateWindow | None) -> Iterator[None]:
+    """While it lasts, the losses see open rates averaged over the last batches of training, as ``window`` does.
+
+    For gradient accumulation: a step made of several batches. The value of a loss is that at the average;
+    its gradient goes through the current batch alone, with the weight 1 / parts that it has there, so that
+    the gradients of a step's parts add up to that of the whole. None changes nothing.
+    """
+    if window is not None:
+        _windows[unwrap(model)] = window
+    try:
+        yield
+    finally:
+        _windows.pop(unwrap(model), None)
+        joined_rates.pop(unwrap(model), None)

@@ -1,0 +1,48 @@
+"""BatchNorm over the batches of all processes, for the hidden layer of a gate; on CPUs as on GPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gating.ranks import global_mean, world_size
+
+
+class SynchronisedNorm(nn.BatchNorm1d):
+    """BatchNorm1d whose statistics in training are those of the global batch: one collective, and one backward.
+
+    Ranks may hold different numbers of samples. In eval, and with a single process, it is BatchNorm1d. Sums are of
+    fp64: E[x^2] - E[x]^2 in fp32 leaves nothing of a variance that is small against the mean.
+
+    Shape: (N, C) -> (N, C).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise: x (N, C) -> (N, C)."""
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        count, features = x.shape
+        exact = x.double()
+        means = global_mean(torch.cat([exact.mean(dim=0), (exact * exact).mean(dim=0)]), count)
+        mean, square = means[:features], means[features:]
+        var = (square - mean * mean).clamp_min(0)
+        self._track(mean.detach(), var.detach(), count)
+        normed = ((exact - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
+        return normed if self.weight is None else normed * self.weight + self.bias
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        total = count * world_size()  # ranks differ by a sample at most: the factor n / (n - 1) hardly notices
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_((var * (total / (total - 1))).to(self.running_var), momentum)
+
+
+def synchronised(norm: nn.BatchNorm1d) -> SynchronisedNorm:
+    """A norm over all processes that shares a norm's parameters, buffers and mode."""
+    twin = SynchronisedNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    twin._parameters, twin._buffers, twin.training = norm._parameters, norm._buffers, norm.training
+    return twin

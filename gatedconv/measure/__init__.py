@@ -1,0 +1,1 @@
+"""MACs, latency, interleaved timing and energy."""

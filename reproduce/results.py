@@ -1,0 +1,272 @@
+"""docs/results.md from the ledger: a table for each of the paper's tables and figures, and for our own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from reproduce.ledger import LedgerRow
+from reproduce.table import Experiment, all_experiments
+
+Rows = Mapping[tuple[str, int], LedgerRow]
+
+TITLES = {
+    "headline": "Headline: ResNet-56 on CIFAR-10, one pass",
+    "table4": "Table 4: layer and channel pruning of ResNet-110",
+    "table1": 'Table 1: "Ours", ResNet-56 on CIFAR-10',
+    "cifar100": "CIFAR-100",
+    "table6": "Table 6: λ of the polarization loss, ResNet-110 on CIFAR-10",
+    "table3": "Table 3: channel gates by design and position, ResNet-110 on CIFAR-10",
+    "table5": "Table 5: gradient estimators, ResNet-110 on CIFAR-10, λ 3",
+    "figure2": "Figures 2 and 3: sweep of λ_act and naive baselines, ResNet-56 on CIFAR-10",
+    "recipes": "Our recipe at other depths, CIFAR-10",
+    "cpu": "Two CPU cores: ResNet-20 on 25,000 CIFAR-10 images averaged to 16x16, 24 epochs",
+    "ablations": "Ablations of the recipe on held-out training images",
+}
+# What the paper prints: top-1 (%), and MACs (M) where it gives them.
+PRINTED = {
+    "table1-c10-r56-dense": "93.43",
+    "table1-c10-r56-ours": "92.42 ± 0.14 at 58 %",
+    "table4-c10-r110-dense": "93.68 at 255.3 M",
+    "table4-c10-r110-layer": "92.82 at 137.7 M; Table 6: 93.18",
+    "table4-c10-r110-channel": "91.01 at 189.9 M",
+    "table4-c100-r110-dense": "71.85 at 255.3 M",
+    "table4-c100-r110-layer": "70.01 at 171.1 M",
+    "table4-c100-r110-channel": "66.91 at 135.4 M",
+    "table6-c10-r110-lambda-0": "90.79",
+    "table6-c10-r110-lambda-1": "92.44",
+    "table6-c10-r110-lambda-2": "91.67",
+    "table6-c10-r110-lambda-3": "91.85; Table 5: 92.86",
+    "table5-c10-r110-gumbel": "94.05",
+    "table5-c10-r110-batch-mean": "91.96",
+    "table3-c10-r110-1fc-before": "69.71",
+    "table3-c10-r110-1fc-middle": "90.60",
+    "table3-c10-r110-1fc-after": "83.89",
+    "table3-c10-r110-2fc-before": "85.39",
+    "table3-c10-r110-2fc-middle": "82.94",
+}
+_HEADER = (
+    "run", "top-1, last epoch (%)", "seeds", "MACs (M)", "of dense", "conv and fc alone", "gates open",
+    "pruned (eq. 11)", "polar", "agreement", "before the freeze (%)", "its MACs (M)", "the whole network (%)",
+    "training (TMACs)", "Wh", "J / image", "gated less this, seed by seed", "the paper",
+)  # fmt: skip
+_NOT_RUN = "not run yet"
+_CONTROLS = ("equal_macs", "fixed_at_init")
+FIGURES = {"figure2": {"figure2.png": "Figure 2", "figure3.png": "Figure 3"}}  # by section; table6 has Figure 6
+
+
+def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: Collection[str] = ()) -> str:
+    """Every section as Markdown; rows that have no run in the ledger say so.
+
+    Args:
+        rows: of the ledger.
+        recipes: each experiment's recipe of today; runs of another one are left out, and that is said.
+        images: names of the figures that are drawn.
+    """
+    recipes = recipes or {}
+    present, sections = present_rows(rows, recipes), []
+    for shown, title in TITLES.items():
+        members = [each for each in all_experiments().values() if shown in each.shown]
+        if members:
+            parts = [f"### {title}", _table(members, present), *_verdicts(members, present)]
+            parts += [*_unmeasured(members, present), *_remarks(members, rows, recipes), *_figures(shown, images)]
+            sections.append("\n\n".join(parts))
+    return "\n\n".join([*sections, *_unknown(rows)])
+
+
+def present_rows(rows: Rows, recipes: Mapping[str, str]) -> dict[tuple[str, int], LedgerRow]:
+    """The rows that belong into the tables: of an experiment as the table has it, and as ``recipes`` has its recipe."""
+    known = all_experiments()
+    return {
+        key: row
+        for key, row in rows.items()
+        if row.experiment in known and not _why_left_out(known[row.experiment], row, recipes)
+    }
+
+
+def left_out(experiment: Experiment, rows: Rows, recipes: Mapping[str, str]) -> Counter[str]:
+    """How many rows of an experiment `present_rows` leaves out, by the reason, as in "1 by an earlier recipe"."""
+    reasons = (_why_left_out(experiment, row, recipes) for row in rows.values() if row.experiment == experiment.name)
+    return Counter(reason for reason in reasons if reason)
+
+
+def _why_left_out(experiment: Experiment, row: LedgerRow, recipes: Mapping[str, str]) -> str:
+    split = experiment.settings.get("evaluate_on", "test")
+    if row.seed not in experiment.seeds:
+        return "of seeds that the table does not have"
+    if row.kind != experiment.kind:
+        return f"of kind {row.kind} (not {experiment.kind})"
+    if row.evaluated_on != split:
+        return f"judged on {row.evaluated_on} (not {split})"
+    return "" if row.recipe in (None, recipes.get(row.experiment, row.recipe)) else "by an earlier recipe"
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Header and lines of equal length as a Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+
+
+def write_block(path: Path, name: str, make: Callable[[], str]) -> str:
+    """The file's text with the block of that name made anew.
+
+    Raises:
+        ValueError: the file has no such block.
+    """
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: begin, written by docs/write.py -->", f"<!-- {name}: end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path}: no block {begin} ... {end}")
+    return f"{before}{begin}\n\n{make()}\n\n{end}{after}"
+
+
+def runs_of(experiment: Experiment, rows: Rows) -> list[LedgerRow]:
+    """The finished runs of an experiment, by seed."""
+    return [rows[experiment.name, seed] for seed in experiment.seeds if (experiment.name, seed) in rows]
+
+
+def mean_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and sample standard deviation where there are two values or more."""
+    return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def _table(members: Sequence[Experiment], rows: Rows) -> str:
+    """Without the columns that nothing has a figure for."""
+    lines = [_line(each, rows) for each in members]
+    used = [column for column in range(len(_HEADER)) if column < 3 or any(line[column] for line in lines)]
+    return markdown_table([_HEADER[c] for c in used], [[line[c] for c in used] for line in lines])
+
+
+def _line(experiment: Experiment, rows: Rows) -> list[str]:
+    runs = runs_of(experiment, rows)
+    printed = PRINTED.get(experiment.name.removesuffix("-swapped"), "")
+    seeds = f"{len(runs)} of {len(experiment.seeds)}"
+    if not runs:
+        return [experiment.label, _NOT_RUN, seeds, *[""] * (len(_HEADER) - 4), printed]
+    return [
+        experiment.label,
+        _shown([run.top1_last for run in runs], 2),
+        seeds,
+        _shown([run.macs / 1e6 for run in runs], 2),
+        f"{100 * fmean(run.macs / run.macs_dense for run in runs):.1f} %",
+        _share_of_convolutions(runs),
+        _shown([run.open_ratio for run in runs], 1, 100, " %"),
+        _shown([run.pruning_rate for run in runs], 1, 100, " %"),
+        _shown([run.polar for run in runs], 4),
+        _shown([run.agreement for run in runs], 2, 100, " %"),
+        _shown([run.top1_dynamic for run in runs], 2),
+        _shown([None if run.macs_dynamic is None else run.macs_dynamic / 1e6 for run in runs], 2),
+        _shown([run.top1_whole for run in runs], 2),
+        _shown([None if run.train_macs is None else run.train_macs / 1e12 for run in runs], 2),
+        _shown([None if run.energy_j is None else run.energy_j / 3600 for run in runs], 2),
+        _shown([run.energy_j_image for run in runs], 5),
+        _paired(experiment, rows),
+        printed,
+    ]
+
+
+def _share_of_convolutions(runs: Sequence[LedgerRow]) -> str:
+    """MACs over the dense network's where only convolutions and linear layers count, as in OCSPruner."""
+    known = [run.macs_conv / run.macs_conv_dense for run in runs if run.macs_conv and run.macs_conv_dense]
+    return f"{100 * fmean(known):.1f} %{_of(known, runs)}" if known else ""
+
+
+def _of(known: Sequence[object], runs: Sequence[object]) -> str:
+    """Says so where a figure is that of some of the runs alone."""
+    return f" ({len(known)} of {len(runs)})" if len(known) < len(runs) else ""
+
+
+def _paired(control: Experiment, rows: Rows) -> str:
+    """By how much the gated run of the same seed is ahead of a control: the seed's own luck drops out."""
+    ahead = _differences(control, rows) if control.kind in _CONTROLS else []
+    if not ahead:
+        return ""
+    mean, spread = mean_spread(ahead)
+    return f"{mean:+.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+
+
+def _differences(control: Experiment, rows: Rows) -> list[float]:
+    pairs = [((control.needs, seed), (control.name, seed)) for seed in control.seeds]
+    return [rows[mine].top1_last - rows[theirs].top1_last for mine, theirs in pairs if {mine, theirs} <= rows.keys()]
+
+
+def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit: str = "") -> str:
+    known = [value * scale for value in values if value is not None]
+    if not known:
+        return ""
+    mean, spread = mean_spread(known)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "") + unit + _of(known, values)
+
+
+def _unmeasured(members: Sequence[Experiment], rows: Rows) -> list[str]:
+    """A sentence where energy was not measurable; the columns then lack it, or are not there."""
+    runs = [run for each in members for run in runs_of(each, rows) if each.trains]
+    silent = Counter(run.energy_reason or "no counter on the machine" for run in runs if run.energy_j is None)
+    told = "; ".join(f"{reason} ({count} of these {len(runs)} runs)" for reason, count in silent.items())
+    return [f"Energy not measured: {told}."] if told else []
+
+
+def _remarks(members: Sequence[Experiment], rows: Rows, recipes: Mapping[str, str]) -> list[str]:
+    """Sentences on rows that are left out, on those that do not tell their recipe, and on changed sources."""
+    lines = [
+        f"{each.label}: {count} runs {reason} are left out."
+        for each in members
+        for reason, count in left_out(each, rows, recipes).items()
+    ]
+    present = present_rows(rows, recipes)
+    runs = [run for each in members for run in runs_of(each, present)]
+    silent = sum(run.recipe is None for run in runs)
+    if silent:
+        lines.append(f"Recipe: {silent} of these {len(runs)} runs are older than its record in the ledger.")
+    changed = sum((run.commit or "").endswith("+changes") for run in runs)
+    if changed:
+        lines.append(f"Source: {changed} of these {len(runs)} runs are from sources with changes.")
+    return ["\n".join(lines)] if lines else []
+
+
+def _unknown(rows: Rows) -> list[str]:
+    """A sentence on rows of experiments that the table does not have."""
+    known = all_experiments()
+    names = Counter(row.experiment for row in rows.values() if row.experiment not in known)
+    told = ", ".join(f"{name} ({count})" for name, count in names.items())
+    return [f"Left out, of experiments that the table does not have (runs): {told}."] if told else []
+
+
+def _figures(shown: str, images: Collection[str]) -> list[str]:
+    """Links to what is drawn of a section's rows, or that it is not."""
+    wanted = dict(FIGURES.get(shown, {}))
+    if shown == "table6":
+        gated = [each for each in all_experiments().values() if "figure6" in each.shown]
+        wanted |= {f"figure6-{each.name}.png": f"Figure 6, {each.label}" for each in gated}
+    if not wanted:
+        return []
+    drawn = [f"![{title}](images/{name})" for name, title in wanted.items() if name in images]
+    return drawn or [f"{' and '.join(dict.fromkeys(title.split(',')[0] for title in wanted.values()))}: not drawn yet."]
+
+
+def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
+    """A sentence for every control of a gated run: by how much it is beaten, or beats."""
+    known = all_experiments()
+    lines = []
+    for control in members:
+        if control.kind not in _CONTROLS:
+            continue
+        gated = known[control.needs]
+        seeds = [seed for seed in gated.seeds if {(gated.name, seed), (control.name, seed)} <= rows.keys()]
+        if len(seeds) < 2:
+            continue
+        mine = mean_spread([rows[gated.name, seed].top1_last for seed in seeds])
+        theirs = mean_spread([rows[control.name, seed].top1_last for seed in seeds])
+        ahead, spread = mine[0] - theirs[0], max(mine[1] or 0.0, theirs[1] or 0.0)
+        verdict = "a win" if ahead > spread else "a loss" if ahead < -spread else "a tie, within the spread"
+        agreed = _shown([rows[gated.name, seed].agreement for seed in seeds], 2, 100, " %")
+        agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
+        lines.append(
+            f"- {gated.label} against {control.label.removeprefix(gated.label + ', ')}: {ahead:+.2f} points, "
+            f"{len(seeds)} seeds, larger spread {spread:.2f}: {verdict}. "
+            f"Seed by seed: {_paired(control, rows)}.{agreement}"
+        )
+    return ["\n".join(lines)] if lines else []

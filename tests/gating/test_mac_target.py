@@ -1,0 +1,256 @@
+"""Consensus of a given size, the price of MACs, and gates shut in order of rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from gatedconv.deploy import compact, freeze
+from gatedconv.gating import (
+    MacController,
+    Shutter,
+    expected_macs,
+    find_gates,
+    fisher_information,
+    gate_macs,
+    masks_for_target,
+    mean_logits,
+    polarization_loss,
+    schedules,
+)
+from gatedconv.measure.macs import count_macs
+from gatedconv.models import resnet20
+
+SIZE = (3, 8, 8)
+
+
+def network(gate: str = "channel", **options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return resnet20(4, gate, "middle", input_size=SIZE, **options)
+
+
+def random_scores(model: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(gate.num_gates, generator=generator) for name, gate in find_gates(model).items()}
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.75, 0.9])
+def test_masks_meet_the_target_by_the_count_of_the_cut_network(target: float) -> None:
+    model, image = network(), torch.zeros(1, *SIZE)
+    masks = masks_for_target(model, random_scores(model), target)
+    dense = count_macs(resnet20(4, input_size=SIZE).eval(), image)
+    small = compact(freeze(model, masks=masks).eval(), image)
+    assert count_macs(small, image) == pytest.approx(target * dense, rel=0.02)
+
+
+def test_what_scores_least_is_closed() -> None:
+    model = network()
+    scores = random_scores(model)
+    masks = masks_for_target(model, scores, 0.5)
+    opened = torch.cat([scores[name][mask] for name, mask in masks.items()])
+    closed = torch.cat([scores[name][~mask] for name, mask in masks.items()])
+    assert closed.max() < opened.min()
+
+
+def test_everything_may_stay_open() -> None:
+    model = network()
+    assert all(mask.all() for mask in masks_for_target(model, random_scores(model), 1.0).values())
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, 1.5])
+def test_a_target_outside_its_range(target: float) -> None:
+    with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
+        masks_for_target(network(), {}, target)
+
+
+def test_scores_that_do_not_fit() -> None:
+    model = network()
+    scores = random_scores(model)
+    name = next(iter(scores))
+    with pytest.raises(ValueError, match=r"expected scores \(16,\) of 'layer1.0.channel_gate', got \(3,\)"):
+        masks_for_target(model, scores | {name: torch.zeros(3)}, 0.5)
+    with pytest.raises(ValueError, match="not finite"):
+        masks_for_target(model, scores | {name: torch.full((16,), torch.nan)}, 0.5)
+
+
+def test_gate_macs_are_what_closing_one_gate_saves() -> None:
+    model = network("both")
+    costs = gate_macs(model)
+    full = {name: torch.ones(gate.num_gates) for name, gate in find_gates(model).items()}
+    for name in ("layer1.0.channel_gate", "layer2.0.layer_gate", "layer3.2.channel_gate"):
+        rates = full | {name: full[name].clone()}
+        rates[name][0] = 0
+        saved = float(expected_macs(model, full)) - float(expected_macs(model, rates))
+        assert float(costs[name][0]) == pytest.approx(saved, rel=1e-3)
+
+
+def test_fisher_information_is_the_mean_square_of_each_samples_gradient() -> None:
+    model = network()
+    images, labels = torch.randn(6, *SIZE), torch.randint(4, (6,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = fisher_information(model, [(images, labels)], functional.cross_entropy)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    # By hand: scale the gated map of the last block by ones and differentiate each sample's loss.
+    model.train()
+    ones = torch.ones(6, 64, requires_grad=True)
+    block = model.layer3[2]
+    block.conv2.register_forward_pre_hook(lambda _, inputs: (inputs[0] * ones[:, :, None, None],))
+    for gate in find_gates(model).values():
+        torch.nn.init.constant_(gate.fc2.bias, 5.0)  # all open
+    losses = functional.cross_entropy(model(images), labels, reduction="sum")
+    (slope,) = torch.autograd.grad(losses, ones)
+    torch.testing.assert_close(found["layer3.2.channel_gate"].float(), slope.square().mean(0), rtol=1e-3, atol=1e-7)
+
+
+def test_mean_logits_are_those_of_all_batches() -> None:
+    model = network().eval()
+    batches = [(torch.randn(3, *SIZE), torch.zeros(3)), (torch.randn(1, *SIZE), torch.zeros(1))]
+    found = mean_logits(model, batches)
+    model(torch.cat([images for images, _ in batches]))
+    for name, gate in find_gates(model).items():
+        assert gate.logits is not None
+        torch.testing.assert_close(found[name].float(), gate.logits.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def train_steps(model: torch.nn.Module, loss: object, steps: int) -> list[float]:
+    """Train on noise; the MACs after each step as a share of the dense ones."""
+    full = float(expected_macs(model, {n: torch.ones(g.num_gates) for n, g in find_gates(model).items()}))
+    gates = [p for gate in find_gates(model).values() for p in gate.parameters()]
+    optimizer = torch.optim.SGD(gates, lr=0.05, momentum=0.9)
+    shares = []
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        model(torch.randn(16, *SIZE, generator=generator))
+        shares.append(float(expected_macs(model).detach()) / full)
+        optimizer.zero_grad()
+        loss(step).backward()  # type: ignore[operator]
+        optimizer.step()
+    return shares
+
+
+def test_the_price_lands_on_the_target_against_a_steady_pull() -> None:
+    target = 0.7
+
+    def pull(model: torch.nn.Module) -> torch.Tensor:  # a task that wants every gate open
+        rates = torch.cat([gate.open_rate for gate in find_gates(model).values()])
+        return 0.02 * (1 - rates).sum()
+
+    model = network().train()
+    controller = MacController(0.2)
+    shares = train_steps(model, lambda _: controller(model, target) + pull(model), 250)
+    assert sum(shares[-50:]) / 50 == pytest.approx(target, rel=0.05)
+    assert controller.price > 0 and set(controller.state_dict()) == {"price"}
+    with pytest.raises(ValueError, match=r"wanted must be in \(0, 1\]"):
+        controller(model, 0.0)
+    with pytest.raises(ValueError, match="gain must be above 0"):
+        MacController(0.0)
+
+
+def test_the_shutter_follows_the_target_and_what_is_shut_stays_shut() -> None:
+    model = network().train()
+    shutter = Shutter(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    full = float(expected_macs(model, {n: torch.ones(g.num_gates) for n, g in find_gates(model).items()}))
+    shut = torch.zeros_like(shutter.shut)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(30):
+        images, labels = torch.randn(16, *SIZE, generator=generator), torch.randint(4, (16,), generator=generator)
+        loss = functional.cross_entropy(model(images), labels) + 3 * polarization_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        wanted = schedules.falling(min(1.0, step / 20), 0.5, 0.2, 1.0)
+        shutter.settle(wanted)
+        assert (shutter.shut | ~shut).all()  # nothing opens again
+        shut = shutter.shut.clone()
+        model(images)
+        assert float(expected_macs(model)) <= wanted * full * 1.001
+    assert float(expected_macs(model)) >= 0.48 * full
+    model.eval()
+    gates = torch.cat([gate(images_of(gate)) for gate in find_gates(model).values()], dim=1)
+    assert torch.equal(gates.mean(0) == 0, shut) or (gates[:, shut] == 0).all()
+    assert (gates[:, shut] == 0).all() and 0 < int(shut.sum()) < len(shut)
+
+
+def images_of(gate: torch.nn.Module) -> torch.Tensor:
+    return torch.randn(32, gate.in_channels, 4, 4, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_shutter_ranks_by_sensitivity_per_mac() -> None:
+    model = network().train()
+    shutter = Shutter(model)
+    model(torch.randn(8, *SIZE))
+    shutter.sensitivity.copy_(torch.rand(len(shutter.sensitivity), generator=torch.Generator().manual_seed(0)))
+    costs = torch.cat(list(gate_macs(model).values())).float()
+    shutter.settle(0.6)
+    score = shutter.sensitivity / costs
+    assert score[shutter.shut].max() < score[~shutter.shut].min()
+    other = Shutter(network())
+    other.load_state_dict(shutter.state_dict())
+    assert torch.equal(other.shut, shutter.shut)
+
+
+def test_the_shutter_can_take_the_same_share_of_every_gate() -> None:
+    """In two goes, and with sensitivities that change between them: within each gate the least are shut."""
+    model = network().train()
+    shutter = Shutter(model, even=True)
+    sizes = [gate.num_gates for gate in find_gates(model).values()]
+    first = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(0)).mul(10).pow(3)
+    before = torch.zeros_like(shutter.shut)
+    for wanted, sensitivity in ((0.7, first), (0.5, first.flip(0))):
+        model(torch.randn(8, *SIZE))
+        shutter.sensitivity.copy_(sensitivity)
+        shutter.settle(wanted)
+        parts = zip(*(each.split(sizes) for each in (sensitivity, shutter.shut, before)), strict=True)
+        for values, shut, earlier in parts:
+            assert values[shut & ~earlier].max() < values[~shut].min() and (shut | ~earlier).all()
+        shares = [float(part.float().mean()) for part in shutter.shut.split(sizes)]
+        assert max(shares) - min(shares) <= 1 / min(sizes)
+        before = shutter.shut.clone()
+
+
+def test_the_sensitivity_is_the_mean_square_of_what_arrives_at_each_sample() -> None:
+    """Twice over: the running mean takes in a hundredth of each batch; both batches alone, too."""
+    model, arrived = network().train(), {}
+    shutter = Shutter(model)
+    for name, gate in find_gates(model).items():
+
+        def keep(gate: torch.nn.Module, arguments: object, decision: torch.Tensor, name: str = name) -> None:
+            decision.retain_grad()
+            arrived[name] = decision
+
+        gate.register_forward_hook(keep)
+    expected = torch.zeros_like(shutter.sensitivity)
+    for count in (8, 5):
+        functional.cross_entropy(model(torch.randn(count, *SIZE)), torch.arange(count) % 4).backward()
+        found = torch.cat([count * decision.grad for decision in arrived.values()], dim=1)
+        expected = 0.99 * expected + 0.01 * (found**2).sum(dim=0) / count
+        assert (found != 0).any(dim=0).all()
+        torch.testing.assert_close(shutter.sensitivity, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_sensitivity_alone() -> None:
+    model = network().train()
+    shutter = Shutter(model)
+    (model(torch.randn(8, *SIZE)).sum() * torch.inf).backward()
+    assert shutter.sensitivity.isfinite().all()
+    shutter.detach()
+    model(torch.randn(8, *SIZE)).sum().backward()
+    assert not shutter.sensitivity.any()
+
+
+def test_the_shutter_needs_gates_that_learn() -> None:
+    model = network()
+    frozen = freeze(model, masks=masks_for_target(model, random_scores(model), 1.0))
+    with pytest.raises(ValueError, match="expected gates that learn, 'layer1.0.channel_gate' does not"):
+        Shutter(frozen)
+    with pytest.raises(ValueError, match="no gates"):
+        Shutter(resnet20(4))
+
+
+@pytest.mark.parametrize(("progress", "value"), [(0.0, 1.0), (0.2, 1.0), (0.45, 0.75), (0.7, 0.5), (1.0, 0.5)])
+def test_a_falling_target(progress: float, value: float) -> None:
+    assert schedules.falling(progress, 0.5, 0.2, 0.7) == pytest.approx(value)
+    with pytest.raises(ValueError, match="start must not come after end"):
+        schedules.falling(progress, 0.5, 0.8, 0.7)

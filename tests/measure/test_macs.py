@@ -1,0 +1,80 @@
+"""count_macs: fvcore's rules, and executed channels only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import gatedconv
+from gatedconv import count_macs, models
+from gatedconv.measure.macs import conv_macs, count_macs_by_operator
+from tests.oracle import random_masks
+
+
+def test_layers_by_hand():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, groups=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1, groups=4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+    pixels = 6 * 7
+    expected = pixels * (3 * 8 * 9 + 2 * 8 + 8 * 4 // 4 + 4) + 4 * 5
+    assert gatedconv.count_macs(net, torch.zeros(1, 3, 6, 7)) == expected
+    assert net.training  # left as it was
+
+
+@pytest.mark.parametrize("position", ["before", "middle", "after"])
+def test_a_frozen_net_executes_the_convolutions_of_its_cut_net(position):
+    model = gatedconv.models.resnet20(gate="both", position=position, input_size=(3, 8, 8)).eval()
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", 2)
+    x = torch.zeros(1, 3, 8, 8)
+    frozen = gatedconv.freeze(model, masks=masks)
+    small = gatedconv.compact(frozen, x)
+
+    def norms(net):  # a frozen norm runs at full width; the cut one does not
+        return sum(2 * m.num_features * size for m, size in norm_sizes(net, x))
+
+    assert gatedconv.count_macs(frozen, x) - norms(frozen) == gatedconv.count_macs(small, x) - norms(small)
+
+
+def norm_sizes(net, x):
+    sizes = []
+    hooks = [
+        m.register_forward_hook(lambda m, a, out: sizes.append((m, out.shape[2] * out.shape[3])))
+        for m in net.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
+def test_a_frozen_conv_counts_open_outputs_and_images():
+    conv = gatedconv.Conv2d(6, 8, 3, padding=1, groups=2, gate="channel")
+    net = gatedconv.freeze(
+        nn.Sequential(conv), masks={"0.gate": torch.tensor([1, 1, 0, 0, 0, 0, 0, 1]).bool()}
+    )
+    assert gatedconv.count_macs(net, torch.zeros(5, 6, 4, 4)) == 5 * 16 * 3 * (3 * 9)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        gatedconv.count_macs("resnet", torch.zeros(1))
+    with pytest.raises(TypeError, match="example_input must be a tensor"):
+        gatedconv.count_macs(nn.Identity(), (1, 3, 8, 8))
+
+
+def test_convolutions_and_linear_layers_are_counted_apart() -> None:
+    counts = count_macs_by_operator(models.resnet20(), torch.zeros(1, 3, 32, 32))
+    # Inputs, outputs and side of the output of every 3x3 convolution of ResNet-20.
+    stages = [(3, 16, 32), *[(16, 16, 32)] * 6, (16, 32, 16), *[(32, 32, 16)] * 5, (32, 64, 8), *[(64, 64, 8)] * 5]
+    three = [3 * 3 * inputs * outputs * side**2 for inputs, outputs, side in stages]
+    projections = 16 * 32 * 16**2 + 32 * 64 * 8**2
+    assert conv_macs(counts) == sum(three) + projections + 64 * 10
+    assert conv_macs(counts) < sum(counts.values()) == count_macs(models.resnet20(), torch.zeros(1, 3, 32, 32))

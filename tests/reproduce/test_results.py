@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reproduce.results import TITLES, present_rows, results_text, write_block
+from reproduce.table import all_experiments
+from tests.reproduce.ledger_rows import row
+
+
+def cells(text: str, label: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_every_experiment_has_a_row_and_says_that_it_was_not_run() -> None:
+    text = results_text({})
+    for title in TITLES.values():
+        if title != TITLES["ablations"]:
+            assert f"### {title}" in text
+    labels = {each.label for each in all_experiments().values()}
+    for label in labels:
+        assert cells(next(part for part in text.split("###") if f"| {label} |" in part), label)[1] == "not run yet"
+
+
+def test_mean_spread_and_shares_are_those_of_the_rows() -> None:
+    rows = [row(seed=seed, top1_last=93.0 + seed, energy_j=3600.0) for seed in range(3)]
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    line = cells(text, "ResNet-56 CIFAR-10 gated")
+    assert line[1:3] == ["94.00 ± 1.00", "3 of 5"]
+    assert line[3:5] == ["60.00 ± 0.00", "50.0 %"]
+    assert "1.00 ± 0.00" in line[5:]  # Wh
+    assert "99.90 ± 0.00 %" in line[5:]
+
+
+def test_one_run_has_no_spread() -> None:
+    text = results_text({("headline-r56-c10", 4): row(seed=4)}).split("###")[1]
+    assert cells(text, "ResNet-56 CIFAR-10 gated")[1:3] == ["93.50", "1 of 5"]
+
+
+@pytest.mark.parametrize(("ahead", "verdict"), [(2.0, "a win"), (0.5, "a tie, within the spread"), (-2.0, "a loss")])
+def test_a_control_is_beaten_only_by_more_than_the_spread(ahead: float, verdict: str) -> None:
+    rows = {}
+    for seed in range(3):
+        for name, top1 in (("headline-r56-c10", 93.0 + ahead), ("headline-r56-c10-equal-macs", 93.0)):
+            each = row(name, seed, top1_last=top1 + seed - 1, kind="gated" if name[-1] == "0" else "equal_macs")
+            rows[each.key] = each
+    (line,) = [line for line in results_text(rows).splitlines() if line.startswith("- ")]
+    assert f"against equal MACs: {ahead:+.2f} points, 3 seeds, larger spread 1.00: {verdict}." in line
+
+
+def test_energy_that_was_not_measurable_is_said_and_no_zero() -> None:
+    rows = [row(seed=0), row(seed=1), row(seed=2, energy_j=7200.0, energy_j_image=0.00125)]
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    assert "Energy not measured: no counter on the machine (2 of these 3 runs)." in text
+    line = cells(text, "ResNet-56 CIFAR-10 gated")
+    assert "2.00 (1 of 3)" in line and "0.00125 (1 of 3)" in line
+    text = results_text({each.key: each for each in rows[:2]}).split("###")[1]
+    assert "no counter on the machine (2 of these 2 runs)" in text and "Wh" not in text
+    shared = row(energy_reason="other work ran on the device")
+    text = results_text({shared.key: shared}).split("###")[1]
+    assert "Energy not measured: other work ran on the device (1 of these 1 runs)." in text
+
+
+def test_what_pairs_of_seeds_differ_by_is_told_beside_the_control() -> None:
+    """Seeds that move both alike: the spread of the means hides what every pair shows."""
+    tops = {"headline-r56-c10": (92.0, 93.0, 94.0), "headline-r56-c10-fixed-at-init": (91.6, 92.4, 93.5)}
+    kinds = {"headline-r56-c10": "gated", "headline-r56-c10-fixed-at-init": "fixed_at_init"}
+    rows = [row(name, seed, top1_last=top, kind=kinds[name]) for name in tops for seed, top in enumerate(tops[name])]
+    rows.append(row("headline-r56-c10", 4, top1_last=50.0))  # without its partner
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    line = cells(text, "ResNet-56 CIFAR-10 gated, fixed at epoch 0")
+    header = cells(text, "run")
+    assert line[header.index("gated less this, seed by seed")] == "+0.50 ± 0.10"
+    assert cells(text, "ResNet-56 CIFAR-10 gated")[header.index("gated less this, seed by seed")] == ""
+    (verdict,) = [line for line in text.splitlines() if line.startswith("- ")]
+    assert "+0.50 points, 3 seeds, larger spread 1.00: a tie, within the spread. Seed by seed: +0.50 ± 0.10." in verdict
+    assert verdict.endswith("Agreement at the freeze: 99.90 ± 0.00 %.")
+
+
+def test_macs_without_norms_are_told_where_rows_know_them() -> None:
+    known = row(macs_conv=5.8e7, macs_conv_dense=1.16e8)
+    text = results_text({known.key: known, ("headline-r56-c10", 1): row(seed=1)}).split("###")[1]
+    line, header = cells(text, "ResNet-56 CIFAR-10 gated"), cells(text, "run")
+    assert line[header.index("conv and fc alone")] == "50.0 % (1 of 2)"
+    assert "conv and fc alone" not in results_text({("headline-r56-c10", 1): row(seed=1)})
+
+
+def test_runs_by_an_earlier_recipe_are_left_out_and_that_is_said() -> None:
+    rows = [row(recipe="new"), row(seed=1, recipe="old", top1_last=50.0), row(seed=2, top1_last=93.5)]
+    text = results_text({each.key: each for each in rows}, {"headline-r56-c10": "new"}).split("###")[1]
+    assert cells(text, "ResNet-56 CIFAR-10 gated")[1:3] == ["93.50 ± 0.00", "2 of 5"]
+    assert "ResNet-56 CIFAR-10 gated: 1 runs by an earlier recipe are left out." in text
+    assert "Recipe: 1 of these 2 runs are older than its record in the ledger." in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seed": 17}, "of seeds that the table does not have"),
+        ({"kind": "dense"}, "of kind dense (not gated)"),
+        ({"evaluated_on": "val"}, "judged on val (not test)"),
+    ],
+)
+def test_rows_that_do_not_fit_the_table_are_left_out_and_that_is_said(changes: dict[str, Any], reason: str) -> None:
+    rows = [row(seed=1, top1_last=93.5), row(top1_last=50.0, **changes)]
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    assert cells(text, "ResNet-56 CIFAR-10 gated")[1:3] == ["93.50", "1 of 5"]
+    assert f"ResNet-56 CIFAR-10 gated: 1 runs {reason} are left out." in text
+
+
+def test_runs_on_held_out_images_belong_into_the_table_that_says_so() -> None:
+    name = "cpu-r20-c10-ablation-recipe"
+    rows = {(name, 0): row(name, evaluated_on="val")}
+    assert cells(results_text(rows), "recipe")[1:3] == ["93.50", "1 of 1"] and "left out" not in results_text(rows)
+    assert "recipe: 1 runs judged on test (not val) are left out." in results_text({(name, 0): row(name)})
+
+
+def test_rows_of_experiments_that_the_table_does_not_have_are_told() -> None:
+    rows = [row(), row("future-thing"), row("future-thing", 1)]
+    text = results_text({each.key: each for each in rows})
+    assert text.endswith("\n\nLeft out, of experiments that the table does not have (runs): future-thing (2).")
+    assert present_rows({each.key: each for each in rows}, {}) == {rows[0].key: rows[0]}
+
+
+def test_runs_from_sources_with_changes_are_counted() -> None:
+    rows = [row(commit="aa+changes"), row(seed=1, commit="aa"), row(seed=2), row(seed=9, commit="aa+changes")]
+    text = results_text({each.key: each for each in rows}).split("###")[1]
+    assert "Source: 1 of these 3 runs are from sources with changes." in text
+    assert "Source:" not in results_text({rows[1].key: rows[1]})
+
+
+def test_figures_are_linked_where_they_are_drawn() -> None:
+    text = results_text({}, images=["figure3.png", "figure6-table6-c10-r110-lambda-0.png", "cpu-bench.png"])
+    assert "![Figure 3](images/figure3.png)" in text and "images/figure2.png" not in text
+    assert "![Figure 6, λ 0](images/figure6-table6-c10-r110-lambda-0.png)" in text and "cpu-bench" not in text
+    text = results_text({})
+    assert "Figure 2 and Figure 3: not drawn yet." in text and "Figure 6: not drawn yet." in text
+
+
+def test_seeds_that_the_other_lacks_are_not_compared() -> None:
+    rows = {each.key: each for each in (row(), row(seed=1), row("headline-r56-c10-equal-macs", 3, kind="equal_macs"))}
+    assert "- ResNet" not in results_text(rows)
+
+
+def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a: begin, written by docs/write.py -->\nold\n<!-- a: end -->\nafter\n")
+    text = write_block(page, "a", lambda: "new")
+    assert text == "before\n<!-- a: begin, written by docs/write.py -->\n\nnew\n\n<!-- a: end -->\nafter\n"
+    with pytest.raises(ValueError, match="no block <!-- b"):
+        write_block(page, "b", lambda: "new")
