@@ -1,38 +1,77 @@
-# `make demo` and `make test` do all the set-up themselves: a virtual environment, torch, the package and its libraries.
-# Nothing but Python, a C++ compiler and make has to be there.
+# `make demo` and `make test` do all the set-up themselves, in one environment: torch, the package and its libraries.
+# They need Python, a C++ compiler and make. `make test TORCH=2.13.0` does the same in an environment with that torch.
 
 PYTHON ?= python3
-VENV   ?= .venv
-TORCH  ?= torch torchvision
+TORCH  ?=
+VENV   ?= .venv$(if $(TORCH),-$(TORCH))
 SEED   ?= 0
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-SOURCES  := setup.py pyproject.toml gatedconv/_build.py $(wildcard csrc/*.* csrc/*/*.*)
-CPP      := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
-PYTHON_FILES := gatedconv kernels reproduce tests benchmarks examples docs setup.py
+# What pip installs first. Another torch comes alone: torchvision and timm pin theirs, and their tests are skipped.
+TORCH_PACKAGES := $(if $(TORCH),torch==$(TORCH),torch torchvision)
+comma          := ,
+EXTRAS         := demo,test$(if $(TORCH),,$(comma)vision)
+LINT_TORCH     := 2.13.0
 
-.PHONY: demo test lint format build coverage bench bench-all bench-docs clean gpu gpu-experiments gpu-data gpu-merge
+# TESTS: what to test, a folder or a file. ARGS: more options of pytest.
+TESTS  ?= tests
+ARGS   ?=
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
+SOURCES := gatedconv/_build.py $(shell find csrc -type f)
+CPP     := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp tests/native/*.h)
+
+.PHONY: demo test test-slow test-all lint format build coverage docs wheel clean
+.PHONY: bench bench-all bench-docs gpu
 
 demo: $(VENV)/.build
 	$(BIN)/gatedconv train --preset demo --seed $(SEED)
 
-test: lint
-	$(BIN)/python -m pytest
+test: $(VENV)/.build
+	$(PYTEST) -m "not slow" $(TESTS) $(ARGS)
 
-lint: $(VENV)/.build
-	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
+# Compiles every kernel for every architecture, runs sanitizers, kills trainings, builds wheels, converts whole networks.
+test-slow: $(VENV)/.build
+	$(PYTEST) -m slow $(TESTS) $(ARGS)
+
+test-all: test test-slow
+
+coverage: $(VENV)/.build
+	$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+# The tools and the torch whose annotations mypy reads are pinned, so that the result depends on the code alone.
+lint:
+	$(MAKE) --no-print-directory TORCH=$(LINT_TORCH) .lint
+
+.PHONY: .lint
+.lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(VENV)/.build
-	$(BIN)/ruff check --fix $(wildcard $(PYTHON_FILES))
+format:
+	$(MAKE) --no-print-directory TORCH=$(LINT_TORCH) .format
+
+.PHONY: .format
+.format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
 build: $(VENV)/.build
 
-coverage: $(VENV)/.build
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+# dist/: a source distribution, and a wheel with the CPU library for every Python. The wheel's tag is the oldest
+# manylinux that its symbols allow: manylinux_2_28 where it is built in that image, as .github/workflows/wheels.yml does.
+wheel: $(VENV)/.dev
+	rm -rf build/wheel dist
+	FORCE_CUDA=0 GATEDCONV_BUILD=require $(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/wheel
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist/
 
 # A few minutes: the most telling cases, printed. BENCH="--results" keeps the rows in benchmarks/results/.
 bench: $(VENV)/.bench
@@ -66,26 +105,31 @@ gpu-data:
 gpu-merge:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.merge $(FROM)
 
-# Each stamp stands for a finished step, so a second run does nothing and a broken one goes on where it stopped.
+# Each stamp file marks a finished step: a second run does nothing, and an interrupted one continues where it stopped.
 $(VENV)/bin/python:
+	@test -w . || { echo "make: $(CURDIR) is read-only: clone it to a folder that can be written" >&2; exit 1; }
+	@echo "== 1 of 4: Python environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first: the libraries are compiled against the one that is there.
+# torch comes first: the libraries are compiled against it.
 $(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -c "import torch, torchvision" 2>/dev/null || $(PIP) install $(TORCH)
+	@echo "== 2 of 4: $(TORCH_PACKAGES) (a large download the first time)"
+	$(PIP) install $(TORCH_PACKAGES)
 	@touch $@
 
-$(VENV)/.packages: pyproject.toml $(VENV)/.torch
-	GATEDCONV_BUILD=off $(PIP) install --editable ".[demo,test]"
+$(VENV)/.packages: pyproject.toml setup.py $(VENV)/.torch
+	@echo "== 3 of 4: the packages that gatedconv and its tests need"
+	GATEDCONV_BUILD=off $(PIP) install --quiet --editable ".[$(EXTRAS)]"
 	@touch $@
 
 $(VENV)/.build: $(SOURCES) $(VENV)/.packages
-	$(PIP) install --no-deps --editable .
+	@echo "== 4 of 4: the native libraries"
+	$(BIN)/python gatedconv/_build.py
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.build
-	$(PIP) install --editable ".[bench]"
+$(VENV)/.dev $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.build
+	GATEDCONV_BUILD=off $(PIP) install --quiet --editable ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf build dist .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache gatedconv/*.so gatedconv/_build_info.json
+	rm -rf build dist site .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache gatedconv/*.so gatedconv/_build_info.json

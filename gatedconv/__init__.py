@@ -2,6 +2,11 @@
 
 from typing import Any
 
+import torch
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(f"gatedconv requires torch 2.11 or newer, found {torch.__version__}: pip install --upgrade torch")
+
 from gatedconv import models, ops
 from gatedconv.convert import gate_model
 from gatedconv.deploy import Consensus, compact, export, freeze, load, save

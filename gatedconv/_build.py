@@ -1,12 +1,17 @@
-"""Builds the native libraries: one list of sources and flags for installing and for first use.
+"""Builds the native libraries: one list of sources and flags for installing, for ``make`` and for first use.
 
-setup.py loads this file by its path, so it imports nothing but the standard library and asks PyTorch nothing:
-all it needs of the torch that the user has is its folder and its version file.
+setup.py loads this file by its path, and ``python gatedconv/_build.py`` runs it as a program, so it imports only
+the standard library. Of the installed torch it needs the folder and the version file, and never imports it.
 
-The libraries use PyTorch's stable ABI alone and no Python symbol, so one compiled file serves every Python
-and every torch from 2.11 on. Objects are kept by the hash of what went into them: a changed source rebuilds
+The libraries use PyTorch's stable ABI and no Python symbol, so one compiled file serves every Python
+and every torch from 2.11 on. Objects are cached by the hash of their sources and flags: a changed source rebuilds
 its own object, and two processes that build at once write the same bytes (each to a file of its own, then
 renamed).
+
+Variables: GATEDCONV_BUILD=auto (default) builds what this machine can build and records the reason for the rest;
+``off`` builds nothing; ``require`` fails where something cannot be built. The CUDA library is built where a GPU is
+visible, for that GPU; FORCE_CUDA=1 builds it without one, for TORCH_CUDA_ARCH_LIST or all supported architectures;
+FORCE_CUDA=0 never builds it. MAX_JOBS limits the number of compilers.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -22,7 +28,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +51,9 @@ ISA_FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0+PTX")
+
+# Memory that one compiler may take: the largest measured was 1.3 GB (g++ 12, csrc/cpu/plan_avx512.cpp).
+BYTES_PER_JOB = 2 * 2**30
 
 
 class BuildError(RuntimeError):
@@ -144,13 +154,14 @@ def find_toolkit() -> Toolkit:
 def check_cuda(torch: Torch) -> Toolkit:
     """Return the toolkit that can build the CUDA library for ``torch``.
 
-    Whether a GPU is visible does not matter.
-
     Raises:
-        BuildError: FORCE_CUDA=0, a torch without CUDA, no toolkit, or one of another major version.
+        BuildError: FORCE_CUDA=0, no visible GPU without FORCE_CUDA=1, a torch without CUDA, no toolkit, or a
+            toolkit of another major version.
     """
     if os.environ.get("FORCE_CUDA") == "0":
         raise BuildError("left out: FORCE_CUDA=0")
+    if os.environ.get("FORCE_CUDA") != "1" and not _visible_architectures():
+        raise BuildError("no GPU is visible; install with FORCE_CUDA=1 to build it for another machine")
     if torch.cuda is None:
         raise BuildError(f"torch {torch.version} is built without CUDA")
     toolkit = find_toolkit()
@@ -194,14 +205,17 @@ def source_hash(csrc: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(target: str, csrc: Path, output: Path, cache: Path) -> None:
+def build(
+    target: str, csrc: Path, output: Path, cache: Path, progress: Callable[[str], None] = lambda text: None
+) -> None:
     """Compile and link the library for ``target`` from ``csrc`` into the file ``output``.
 
     Args:
         target: "cpu" or "cuda".
         csrc: Folder of the sources.
-        output: The library file to write; it appears whole or not at all.
+        output: The library file to write; written to a temporary file, then renamed.
         cache: Folder that keeps the objects between builds.
+        progress: Called with a line of text for each finished object.
 
     Raises:
         BuildError: Something is missing here, or a command failed; the message names it.
@@ -215,7 +229,7 @@ def build(target: str, csrc: Path, output: Path, cache: Path) -> None:
     if not sources:
         raise BuildError(f"no sources for {target} in {csrc}")
     headers = b"".join(file.read_bytes() for file in sorted(csrc.rglob("*.h")) + sorted(csrc.rglob("*.cuh")))
-    jobs = int(os.environ.get("MAX_JOBS") or min(len(sources), os.cpu_count() or 1))
+    count, counting = 0, threading.Lock()
 
     def compile_one(source: Path) -> Path:
         command = _compile_command(source, csrc, torch, compiler, toolkit)
@@ -223,13 +237,115 @@ def build(target: str, csrc: Path, output: Path, cache: Path) -> None:
         key = "\0".join(command).replace(str(csrc), "csrc") + _compiler_version(command[0])
         digest = hashlib.sha256(key.encode() + headers + source.read_bytes())
         finished = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
-        if not finished.exists():
+        compiled = not finished.exists()
+        if compiled:
             _run_into(finished, command)
+        nonlocal count
+        with counting:
+            count += 1
+            done = f"{'compiled' if compiled else 'cached'} {count} of {len(sources)}"
+            progress(f"{target} library: {done}, {source.name}")
         return finished
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(parallel_jobs(len(sources))) as pool:
         objects = list(pool.map(compile_one, sources))
     _link(objects, output, torch, compiler, toolkit)
+
+
+def parallel_jobs(most: int) -> int:
+    """Return how many compilers may run at once: MAX_JOBS, else what the cores and the free memory allow, at least 1.
+
+    Raises:
+        BuildError: MAX_JOBS is no positive integer.
+    """
+    named = os.environ.get("MAX_JOBS")
+    if named:
+        if not named.isdecimal() or int(named) < 1:
+            raise BuildError(f"MAX_JOBS: expected a positive integer, got {named!r}")
+        return int(named)
+    try:
+        cores = len(os.sched_getaffinity(0))
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on macOS
+        cores, memory = os.cpu_count() or 1, BYTES_PER_JOB
+    return max(1, min(most, cores, memory // BYTES_PER_JOB))
+
+
+def build_all(
+    csrc: Path,
+    cache: Path,
+    output: Callable[[str], Path],
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, str]:
+    """Build every library that this machine can build, following GATEDCONV_BUILD.
+
+    Args:
+        csrc: Folder of the sources.
+        cache: Folder that keeps the objects between builds.
+        output: Returns the library file to write for a target.
+        progress: Called with a line of text for each step.
+
+    Returns:
+        Target to reason, for each library that was not built.
+
+    Raises:
+        BuildError: GATEDCONV_BUILD has an unknown value, or is "require" and a library cannot be built.
+    """
+    mode, reasons = build_mode(), {}
+    for target in TARGETS:
+        try:
+            if mode == "off":
+                raise BuildError("left out: GATEDCONV_BUILD=off")
+            if target == "cuda":
+                check_cuda(find_torch())
+            build(target, csrc, output(target), cache, progress)
+        except BuildError as error:
+            wanted = target == "cpu" or os.environ.get("FORCE_CUDA") == "1"
+            if mode == "require" and wanted:
+                raise
+            reasons[target] = str(error)
+            progress(f"{target} library: not built: {error}")
+    return reasons
+
+
+def build_mode() -> str:
+    """Return GATEDCONV_BUILD: "auto", "off" or "require".
+
+    Raises:
+        BuildError: It is something else.
+    """
+    mode = os.environ.get("GATEDCONV_BUILD", "auto")
+    if mode not in ("auto", "off", "require"):
+        raise BuildError(f"GATEDCONV_BUILD: expected auto, off or require, got {mode!r}")
+    return mode
+
+
+def write_build_info(folder: Path, csrc: Path, reasons: Mapping[str, str]) -> None:
+    """Record in ``folder`` what ``gatedconv env`` prints of a build; libraries that were not built are removed."""
+    try:
+        torch: str | None = find_torch().version
+    except BuildError:
+        torch = None
+    for target in reasons:
+        (folder / library_name(target)).unlink(missing_ok=True)
+    info = {"source_hash": source_hash(csrc), "torch": torch, "reasons": dict(reasons)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def main() -> int:
+    """Build the libraries of this checkout in place and print each step."""
+    package = Path(__file__).resolve().parent
+    csrc, cache = package.parent / "csrc", package.parent / "build" / "objects"
+    try:
+        reasons = build_all(
+            csrc, cache, lambda target: package / library_name(target), lambda text: print(text, flush=True)
+        )
+        write_build_info(package, csrc, reasons)
+    except (BuildError, OSError) as error:
+        print(f"gatedconv: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _isa_flags(source: Path) -> tuple[str, ...]:
@@ -323,3 +439,7 @@ def _run_into(output: Path, command: list[str]) -> None:
                 f"{shlex.join(command)}\nexit status {done.returncode}\n{done.stderr.strip()[-4000:]}"
             )
         os.replace(part, output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

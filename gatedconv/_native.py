@@ -1,7 +1,7 @@
 """Loads the native libraries: the built one, else one compiled on first use, else none (the references run).
 
-Nothing is loaded or compiled at import. The first native call decides, once per process and library, and what
-it found, a failure too, is kept, so that a broken compiler costs its seconds once and warns once.
+Nothing is loaded or compiled at import. The first native call decides, once per process and library. The outcome is
+kept, including a failure, so that a broken compiler costs its seconds once and warns once.
 
 ``GATEDCONV_NATIVE`` narrows the choice: ``auto`` (the default), ``aot`` (only the built library), ``jit``
 (only one compiled on first use) or ``off`` (the references).
@@ -9,21 +9,22 @@ it found, a failure too, is kept, so that a broken compiler costs its seconds on
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from gatedconv import _build
 
 _PACKAGE = Path(__file__).resolve().parent
+_log = logging.getLogger("gatedconv")
 _lock = threading.RLock()
 _loaded: dict[str, Library] = {}
 
@@ -144,22 +145,12 @@ def _compile(target: str) -> Path:
     folder = cache_folder() / f"{_build.source_hash(csrc)}-torch-{torch_version}"
     path = folder / _build.library_name(target)
     if not path.exists():
-        with _alone(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
             if not path.exists():  # another process may have built it in the meantime
-                _build.build(target, csrc, path, cache_folder() / "objects")
+                _log.warning("compiling the %s library on first use into %s; this takes minutes", target, folder)
+                _build.build(target, csrc, path, cache_folder() / "objects", _log.info)
     return path
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time build for a folder; where files cannot be locked, all of them, as that is safe too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(folder.suffix + ".lock"), "w") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl  # not on Windows
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _load_file(path: Path) -> str | None:

@@ -4,11 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md"]
@@ -56,7 +56,7 @@ def install(wheel: Path, target: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     # Folders that a .pth names are searched, but their own .pth files (this checkout, editable) are not read.
-    (site / "zz_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "zz_torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     return python
 
 

@@ -49,12 +49,52 @@ def test_cuda_home_wins_and_a_broken_one_is_named(no_toolkit, monkeypatch):
 
 def test_a_toolkit_of_another_major_version_is_refused(no_toolkit, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(make_toolkit(no_toolkit / "cuda", "12.8")))
+    monkeypatch.setenv("FORCE_CUDA", "1")
     torch = _build.Torch(Path("/torch"), "2.15.0", "13.2")
     with pytest.raises(_build.BuildError, match=r"nvcc 12\.8 .* CUDA 13\.2"):
         _build.check_cuda(torch)
     assert _build.check_cuda(_build.Torch(Path("/torch"), "2.15.0", "12.6")).version == "12.8"
     with pytest.raises(_build.BuildError, match="without CUDA"):
         _build.check_cuda(_build.Torch(Path("/torch"), "2.15.0+cpu", None))
+
+
+def test_without_a_visible_gpu_cuda_is_built_only_on_request(no_toolkit, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(make_toolkit(no_toolkit / "cuda")))
+    torch = _build.Torch(Path("/torch"), "2.15.0", "13.2")
+    with pytest.raises(_build.BuildError, match="no GPU is visible; install with FORCE_CUDA=1"):
+        _build.check_cuda(torch)
+    smi = no_toolkit / "path/nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 8.6\n")
+    smi.chmod(0o755)
+    assert _build.check_cuda(torch).version == "13.0"
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    with pytest.raises(_build.BuildError, match="left out: FORCE_CUDA=0"):
+        _build.check_cuda(torch)
+
+
+def test_compilers_run_in_parallel_as_cores_and_memory_allow(monkeypatch):
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(_build.os, "sched_getaffinity", lambda pid: set(range(8)))
+    pages = {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 3 * _build.BYTES_PER_JOB // 4096}
+    monkeypatch.setattr(_build.os, "sysconf", pages.__getitem__)
+    assert _build.parallel_jobs(16) == 3 and _build.parallel_jobs(2) == 2
+    pages["SC_AVPHYS_PAGES"] = 1
+    assert _build.parallel_jobs(16) == 1
+    monkeypatch.setenv("MAX_JOBS", "5")
+    assert _build.parallel_jobs(16) == 5
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(_build.BuildError, match="MAX_JOBS: expected a positive integer, got 'many'"):
+        _build.parallel_jobs(16)
+
+
+def test_a_build_reports_each_file(tmp_path):
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    for name in ("a", "b"):
+        (csrc / f"{name}.cpp").write_text(f'extern "C" int {name}() {{ return 1; }}\n')
+    lines = []
+    _build.build("cpu", csrc, tmp_path / "_C_cpu.so", tmp_path / "objects", lines.append)
+    assert sorted(line.split(",")[0] for line in lines) == [f"cpu library: compiled {i} of 2" for i in (1, 2)]
 
 
 def test_architecture_list(no_toolkit, monkeypatch):

@@ -104,7 +104,7 @@ def test_a_wheel_built_beside_torch_holds_a_library_that_runs(project, tmp_path)
     done = build_wheel(project, tmp_path / "dist", GATEDCONV_BUILD="require", FORCE_CUDA="0")
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert re.search(r"-cp310-abi3-\w+\.whl$", wheel.name)
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         assert "gatedconv/_C_cpu.so" in archive.namelist()
         info = json.loads(archive.read("gatedconv/_build_info.json"))
