@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from gatedconv._io import write_atomic
+from gatedconv.environment import commit, versions
 from gatedconv.report.bench import Row
 from gatedconv.report.peers import peer_versions
-from gatedconv.train.provenance import commit, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADER = ("device", "cpu", "isa", "threads", "torch", "triton", "cuda", "versions", "commit", "date")

@@ -23,11 +23,11 @@ import torch.multiprocessing as mp
 
 import gatedconv
 from gatedconv._io import write_atomic
+from gatedconv.environment import provenance
 from gatedconv.models import resnet20, resnet56
 from gatedconv.train import TrainConfig
 from gatedconv.train.checkpoint import save_checkpoint
 from gatedconv.train.distributed import current
-from gatedconv.train.provenance import provenance
 from gatedconv.train.recipe import total_loss
 from gatedconv.train.step import Stepper
 from gatedconv.train.sync_norm import synchronised_norms

@@ -23,11 +23,11 @@ from torch.nn import functional
 from benchmarks.roofline import epoch_ms, layer_work, measured_rates
 from gatedconv.data import ImageData
 from gatedconv.data.image_data import Augment, make_image_data
+from gatedconv.environment import commit, versions
 from gatedconv.train import TrainConfig, train
 from gatedconv.train.build import build_model
 from gatedconv.train.config import make_config
 from gatedconv.train.presets import preset_settings
-from gatedconv.train.provenance import commit, versions
 
 RESULTS = Path(__file__).parent / "results" / "training-cpu.json"
 WHAT = """Milliseconds per step of whole epochs, evaluation included, in turns with the fastest plain loop that we could

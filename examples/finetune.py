@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import gatedconv
 from gatedconv.data import EvalBatches, ImageData, load_data
+from gatedconv.environment import provenance
 from gatedconv.train import EpochMetrics, TrainConfig, evaluate, train
 from gatedconv.train.consensus import settle
 from gatedconv.train.finish import cut_out, reestimate_batchnorm
 from gatedconv.train.listener import Listener
-from gatedconv.train.provenance import provenance
 from gatedconv.train.recipe import train_batches
 
 

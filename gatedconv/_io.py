@@ -1,22 +1,27 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes, JSON lines and locks."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import filelock
 
 
 def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) -> None:
-    """Write to a temporary file beside ``path``, flush it to the disk, rename it.
+    """Write a file completely or not at all: to a temporary file in the same folder, which is then renamed.
 
     Args:
         path: the file; missing folders are made.
         content: all of it.
-        previous: where what stood at ``path`` is moved just before; None to replace it.
+        previous: where the present file is moved just before; None replaces it.
 
     Raises:
-        OSError: the disk is full or not writable, the file named; what stood at ``path`` is untouched.
+        OSError: the disk is full or not writable; names the file, whose present content is kept.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -36,10 +41,72 @@ def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) ->
     _sync_folder(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder and those inside it.
+@contextlib.contextmanager
+def naming_file(path: Path, rest: str = "") -> Iterator[None]:
+    """Make write errors name the file and the reason; ``rest`` ends the message."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror or error}){rest}") from None
 
-    Of processes of this machine that still run, the unfinished files stay.
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place ("PATH: line N") and the value of every line that is not blank.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8 text, or a line is not JSON; names file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found a damaged or different file ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path}: line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is damaged, expected JSON ({error})") from None
+            yield where, value
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]], *, sort_keys: bool = False) -> None:
+    """Write one JSON object per line, atomically; raises as `write_atomic`."""
+    write_atomic(path, "".join(json.dumps(record, sort_keys=sort_keys) + "\n" for record in records).encode())
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, held: str | None = None) -> Iterator[None]:
+    """Hold a lock file against other processes, and against other threads of this one.
+
+    The operating system releases the lock when the process ends, however that happens; the empty file stays. A forked
+    process does not inherit the lock.
+
+    Args:
+        path: the lock file; missing folders are made.
+        held: message of the error where another process holds the lock; None waits for that process.
+
+    Raises:
+        ValueError: another process holds the lock, and ``held`` is given.
+        OSError: the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=-1 if held is None else 0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(held) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder and in the folders inside it.
+
+    Files of processes that still run on this machine stay.
     """
     for file in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
         writer = file.name.split(".")[-2]

@@ -1,51 +1,51 @@
-"""What a bug report has to say: versions, devices, and which native library runs, or why none does."""
+"""The environment report and the provenance of results: versions, commit, devices, native libraries."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gatedconv import _native
 
-__all__ = ["collect"]
+__all__ = ["collect", "commit", "cpu_info", "provenance", "version", "versions"]
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "triton",
-    "numpy",
-    "safetensors",
-    "fvcore",
-    "scikit-learn",
-    "matplotlib",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-)
+# Packages that a result depends on; the environment report has the optional ones, too.
+_PACKAGES = ("gatedconv", "torch", "torchvision", "numpy", "fvcore", "scikit-learn", "onnx")
+_OPTIONAL = ("triton", "safetensors", "matplotlib", "onnxruntime", "openvino")
 
 # The instruction sets that the CPU kernels are built for.
-_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+
+_GET_CUDA = (
+    "install torch with CUDA and the CUDA toolkit (nvcc) of the same major version, then: "
+    "FORCE_CUDA=1 GATEDCONV_BUILD=require pip install --no-build-isolation --force-reinstall --no-deps gatedconv; "
+    "on a machine with a GPU the library is otherwise compiled on first use"
+)
 
 
 def collect() -> dict[str, Any]:
-    """Collect what ``gatedconv env`` shows; loads, or on first use compiles, the native libraries to tell.
+    """Collect what ``gatedconv env`` shows; loads the native libraries, or compiles them on first use.
 
     Returns:
         Dotted names, such as "packages.torch" or "native.cpu.reason", to strings, numbers, lists or None,
         ready for JSON. "native.*.source" is "ahead-of-time", "jit" or "none"; "native.*.reason" says why it
-        is not the first.
+        is not the first; "native.cuda.get", where the CUDA library is missing, how to get it.
     """
     found: dict[str, Any] = {
-        "gatedconv": _version("gatedconv"),
+        "gatedconv": version("gatedconv"),
+        "torch": torch.__version__,
+        "triton": version("triton"),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cpu.model": _cpu_info("model name") or platform.processor() or platform.machine(),
-        "cpu.features": [name for name in _CPU_FEATURES if name in (_cpu_info("flags") or "").split()],
+        "cpu.model": cpu_info("model name") or platform.processor() or platform.machine(),
+        "cpu.features": [name for name in _CPU_FEATURES if name in (cpu_info("flags") or "").split()],
         "cpu.cores": os.cpu_count(),
         "cpu.threads": torch.get_num_threads(),
         "cuda.version": torch.version.cuda,
@@ -56,20 +56,51 @@ def collect() -> dict[str, Any]:
         found[f"native.{target}.source"] = library.source
         found[f"native.{target}.path"] = None if library.path is None else str(library.path)
         found[f"native.{target}.reason"] = library.reason
+        if target == "cuda" and not library.available:
+            found["native.cuda.get"] = _GET_CUDA
     build = _native.build_info()
     found["build.torch"] = build.get("torch")
     found["build.sources"] = build.get("source_hash")
-    return found | {f"packages.{name}": _version(name) for name in _PACKAGES}
+    return found | {f"packages.{name}": version(name) for name in (*_PACKAGES[1:], *_OPTIONAL)}
 
 
-def _version(package: str) -> str | None:
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Versions, commit of the checkout (None for an installed package), device name and CPU threads."""
+    return {
+        "versions": versions(),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that results depend on, and of ``more``; only of those installed."""
+    found = {name: number for name in (*_PACKAGES, *more) if (number := version(name)) is not None}
+    return {"python": sys.version.split()[0], **found}
+
+
+def version(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_info(field: str) -> str | None:
+def commit() -> str | None:
+    """The commit of the checkout that this package is imported from, with "+changes" if files differ from it.
+
+    Outside of a git checkout: GATEDCONV_COMMIT of the environment, or None.
+    """
+    folder = Path(__file__).parent
+    head = _git(folder, "rev-parse", "HEAD")
+    if head is None or _git(folder, "ls-files", "--error-unmatch", __file__) is None:
+        return os.environ.get("GATEDCONV_COMMIT") or None
+    return head + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
+
+
+def cpu_info(field: str) -> str | None:
     """Return a field of the first processor in /proc/cpuinfo, None on systems without it."""
     try:
         with open("/proc/cpuinfo") as file:
@@ -80,6 +111,14 @@ def _cpu_info(field: str) -> str | None:
     except OSError:
         pass
     return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cuda_devices() -> list[str]:

@@ -50,10 +50,10 @@ def measure_energy(bench: Bench, keys: Sequence[Key], failures: dict[Key, str]) 
 def _measured(bench: Bench, row: LedgerRow, seen: dict[tuple[Any, ...], Any]) -> tuple[float | None, str]:
     """Joules of an image, or why there are none; ``seen`` keeps images that several networks are asked about."""
     from gatedconv.deploy import load
+    from gatedconv.environment import provenance
     from gatedconv.measure.energy import EnergyMeter
     from gatedconv.train.build import load_images
     from gatedconv.train.finish import energies
-    from gatedconv.train.provenance import provenance
     from gatedconv.train.recipe import place, resolve_device
 
     folder = bench.folder(row.experiment, row.seed)

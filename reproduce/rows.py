@@ -158,8 +158,8 @@ def _of_gates(summary: Mapping[str, Any]) -> dict[str, Any]:
 def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
     """The ledger's row of a dense network that parts are left out of when it is tested."""
     from gatedconv.deploy import load
+    from gatedconv.environment import provenance
     from gatedconv.train.finish import figures
-    from gatedconv.train.provenance import provenance
     from gatedconv.train.recipe import place, resolve_device
     from reproduce.naive import drop_layers, drop_parameters
 

@@ -24,9 +24,9 @@ from benchmarks.gpu.session import ROOT
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.watch import end
 from gatedconv._io import write_atomic
+from gatedconv.environment import commit
 from gatedconv.train.config import epoch_range
 from gatedconv.train.folder import RunFolder
-from gatedconv.train.provenance import commit
 from reproduce.files import Bench, Key, stem
 from reproduce.ledger import read_ledger
 from reproduce.runner import run_experiments

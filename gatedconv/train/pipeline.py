@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gatedconv.data import ImageData
+from gatedconv.environment import provenance
 from gatedconv.train.build import build_model, load_images, phases, starting_network
 from gatedconv.train.captured import require_graphs
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
@@ -23,7 +24,6 @@ from gatedconv.train.listener import Listener
 from gatedconv.train.loop import train
 from gatedconv.train.masks import read_consensus
 from gatedconv.train.metrics import EpochMetrics
-from gatedconv.train.provenance import provenance
 from gatedconv.train.recipe import mixed_dtype, place, resolve_device, train_batches
 from gatedconv.train.state import restore_part
 from gatedconv.train.stopping import StopRequest

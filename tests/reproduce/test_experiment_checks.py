@@ -131,7 +131,7 @@ def test_the_advice_on_weights_that_are_gone_helps(bench: Bench, capsys: pytest.
 def test_a_naive_row_tells_where_it_was_evaluated(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.run_one(bench, DENSE, 0) == cli.DONE
     here = {"versions": {"torch": "9.9"}, "commit": "abc", "device": "a later one", "threads": 1}
-    monkeypatch.setattr("gatedconv.train.provenance.provenance", lambda device: here)
+    monkeypatch.setattr("gatedconv.environment.provenance", lambda device: here)
     assert cli.run_one(bench, NAIVE, 0) == cli.DONE
     dense, naive = read_ledger(bench.ledger).values()
     assert (naive.versions, naive.commit, naive.device) == ({"torch": "9.9"}, "abc", "a later one")

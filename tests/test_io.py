@@ -1,0 +1,88 @@
+"""Atomic writes, JSON lines and locks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from gatedconv._io import locked, naming_file, read_json_lines, write_atomic, write_json_lines
+
+
+def test_json_lines_come_back_with_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.jsonl"
+    write_json_lines(path, [{"b": 1, "a": 2.5}, {"a": None}], sort_keys=True)
+    assert path.read_text().splitlines()[0] == '{"a": 2.5, "b": 1}'
+    path.write_text("\n" + path.read_text())
+    found = list(read_json_lines(path))
+    assert found == [(f"{path}: line 2", {"a": 2.5, "b": 1}), (f"{path}: line 3", {"a": None})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{}\n{\n", r"a: line 2 is damaged, expected JSON \("), (b"\xff", "a: expected UTF-8 text")],
+)
+def test_damaged_json_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_json_lines(tmp_path / "a"))
+
+
+def test_a_failed_write_keeps_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomic(tmp_path / "a", b"one")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"a: could not be written \(No space left on device\); what was there before"):
+        write_atomic(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_naming_file_names_the_file() -> None:
+    with pytest.raises(OSError, match=r"^here: could not be written \(Is a directory\); sorry$"):
+        with naming_file(Path("here"), "; sorry"):
+            open("/", "w")
+
+
+def test_a_lock_is_held_against_threads_and_processes(tmp_path: Path) -> None:
+    path, messages = tmp_path / "new" / ".lock", list[str]()
+
+    def attempt() -> None:
+        try:
+            with locked(path, held="taken"):
+                messages.append("free")
+        except ValueError as error:
+            messages.append(str(error))
+
+    with locked(path):
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+        code = "import sys; from pathlib import Path; from gatedconv._io import locked\n"
+        code += f"with locked(Path({str(path)!r}), held='taken elsewhere'): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1 and "ValueError: taken elsewhere" in done.stderr
+    attempt()
+    assert messages == ["taken", "free"]
+
+
+def test_a_lock_that_is_held_is_waited_for(tmp_path: Path) -> None:
+    order, waiting = list[str](), threading.Event()
+
+    def second() -> None:
+        waiting.set()
+        with locked(tmp_path / ".lock"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with locked(tmp_path / ".lock"):
+        thread.start()
+        waiting.wait()
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
