@@ -168,7 +168,7 @@ def test_processes_that_need_a_library_together_build_it_once(fresh, monkeypatch
 
     builds = []
 
-    def build(target, csrc, output, cache):
+    def build(target, csrc, output, cache, progress):
         builds.append(target)
         time.sleep(0.2)
         output.write_text("")
