@@ -20,8 +20,8 @@ __all__ = ["collect", "commit", "cpu_info", "provenance", "version", "versions"]
 _PACKAGES = ("gatedconv", "torch", "torchvision", "numpy", "fvcore", "scikit-learn", "onnx")
 _OPTIONAL = ("triton", "safetensors", "matplotlib", "onnxruntime", "openvino")
 
-# The instruction sets that the CPU kernels are built for.
-_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+# The instruction sets that the CPU kernels are built for, and those that make bf16 fast in PyTorch.
+_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16")
 
 _GET_CUDA = (
     "install torch with CUDA and the CUDA toolkit (nvcc) of the same major version, then: "

@@ -1,4 +1,5 @@
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -7,11 +8,50 @@ import pytest
 import torch
 from torch.utils.data._utils import signal_handling
 
+from gatedconv import environment
+
+# Read once by the native library: its workspaces begin as NaN.
+os.environ.setdefault("GATEDCONV_POISON", "1")
+
+_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GATEDCONV_ISA", "GATEDCONV_NATIVE")
+
+
+def pytest_configure() -> None:
+    """A worker of pytest-xdist, and what its tests start, keeps to one core."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_report_header() -> list[str]:
+    """What results may depend on."""
+    found = environment.collect()
+    isa = torch.ops.gatedconv.plan_isa() if found["native.cpu.path"] else "none"
+    limits = " ".join(f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ)
+    return [
+        f"torch {found['packages.torch']}, triton {found['packages.triton']}, "
+        f"GPU: {', '.join(found['cuda.devices']) or 'none'}",
+        f"CPU: {found['cpu.model']}, {torch.backends.cpu.get_cpu_capability()}, {' '.join(found['cpu.features'])}, "
+        f"{found['cpu.threads']} of {found['cpu.cores']} cores",
+        f"native library: {found['native.cpu.source']}, {isa} {limits}".rstrip(),
+    ]
+
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_run() -> None:
     torch.manual_seed(0)
 
+
+@pytest.fixture(autouse=True)
+def _uninitialized_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """PyTorch fills what torch.empty returns, in C++ too, while deterministic algorithms are asked for."""
+    if request.node.get_closest_marker("gpu"):  # there it would also change the algorithms
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 @pytest.fixture(autouse=True)
 def _no_handler_of_dead_children() -> Iterator[None]:

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <limits>
 
+#include "workspace.h"
+
 namespace gatedconv {
 namespace {
 
@@ -107,6 +109,7 @@ class Worker {
     // A register may be read beyond the last pixel.
     if (buffer_.size() < floats + scratch_floats_ + 2 * kPanel)
       buffer_.resize(floats + scratch_floats_ + 2 * kPanel);
+    poison(buffer_.data(), static_cast<int64_t>(buffer_.size()));
     if (!in_place_) spread_ = make_spread(s.out_channels, outputs);
     if (!is_winograd(s) && is_map(s, t)) inner_ = find_inner(s);
   }
@@ -346,6 +349,7 @@ const float* own_weights(const ConvShape& s, const ConvTensors<float>& t, const 
   static thread_local std::vector<float> own;
   const size_t floats = map_weight_floats(t.in_offset[1], static_cast<int64_t>(outputs.rows.size()));
   if (own.size() < floats) own.resize(floats);
+  poison(own.data(), static_cast<int64_t>(floats));
   pack_map_weights(s, t, outputs, kernels, is_winograd(s), own.data());
   return own.data();
 }

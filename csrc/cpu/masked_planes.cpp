@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "masked_pack.h"
+#include "workspace.h"
 
 namespace gatedconv {
 namespace {
@@ -48,6 +49,7 @@ struct Layout {
 
 void reserve(std::vector<float>& buffer, int64_t floats) {
   if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
+  poison(buffer.data(), floats);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) {

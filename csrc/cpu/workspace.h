@@ -3,12 +3,21 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <vector>
 
 namespace gatedconv {
+
+// With GATEDCONV_POISON set (the tests do), memory that a run has not written yet is NaN, so that reading it
+// shows in the result.
+inline void poison(float* data, int64_t floats) {
+  static const bool wanted = std::getenv("GATEDCONV_POISON") != nullptr;
+  if (wanted) std::fill_n(data, floats, std::numeric_limits<float>::quiet_NaN());
+}
 
 // One run's memory. At most kKept blocks wait for the next run, whatever the number of threads; `release`
 // frees them.
@@ -33,6 +42,7 @@ class Workspace {
       block_.data = static_cast<float*>(std::aligned_alloc(bytes < page ? 4096 : page, block_.bytes));
       if (block_.data) madvise(block_.data, block_.bytes, MADV_HUGEPAGE);
     }
+    if (block_.data) poison(block_.data, bytes / 4);
   }
   Workspace(const Workspace&) = delete;
   ~Workspace() {
