@@ -34,8 +34,7 @@ NETWORK_PROVIDERS: dict[str, tuple[str | None, str | None, bool]] = {
     "eager graph": (None, None, True),
     "cudnn-fused graph": ("off", None, False),
     "gatedconv": ("auto", None, False),
-    "gatedconv layers": ("layers", None, False),
-    "gatedconv resident": ("on", None, False),
+    "gatedconv resident": ("experimental", None, False),
     "compile reduce-overhead": (None, "reduce-overhead", False),
     "tensorrt": (None, None, False),
 }

@@ -161,10 +161,15 @@ GATEDCONV_HOST_DEVICE void write_tile(const ConvArgs& a, const ConvTile& t, cons
       const int64_t from = p.sample * a.res.n + channel * a.res.c + p.row * a.res.h + p.col * a.res.w;
       group = *reinterpret_cast<const Group*>(residual + from);
     }
+    // Four floats at a time: lanes that read one would be a vector apart and meet in the banks.
+    struct alignas(Wide < 4 ? 4 : 16) Sums {
+      float value[Wide];
+    };
+    const Sums row = open ? *reinterpret_cast<const Sums*>(sums + m * pitch + slot) : Sums{};
 #pragma unroll
     for (int i = 0; i < Wide; ++i) {
       float value = 0.0f;
-      if (open) value = sums[m * pitch + slot + i] + (a.bias == nullptr ? 0.0f : a.bias[channel + i]);
+      if (open) value = row.value[i] + (a.bias == nullptr ? 0.0f : a.bias[channel + i]);
       if (residual != nullptr) value += Math::load(group.value[i]);
       group.value[i] = Math::store(activate(value, a.act));
     }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gatedconv.engine.cuda_plan import CudaPlan
+from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.plan_module import PlanModule
 from gatedconv.engine.program import Map, Step
 from gatedconv.ops.plan import plan_isa, plan_workspace

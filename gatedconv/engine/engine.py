@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.deploy.compact import compact
-from gatedconv.engine.cuda_plan import CudaPlan
+from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.describe import describe
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.graph import trace

@@ -15,22 +15,23 @@ __all__ = ["TILES", "allows_tf32", "conv_pack", "conv_run", "kernels_mode", "tak
 # (16-row fragments of a warp, 8-column fragments of a block) that the library has kernels for.
 TILES = tuple((rows, columns) for rows in (1, 2) for columns in (1, 2, 4, 8))
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MODES = ("off", "on", "auto", "layers")
+_MODES = ("off", "on", "auto", "experimental")
 
 
 def kernels_mode() -> str:
     """Return what GATEDCONV_CUDA_KERNELS says of our own convolution kernels on CUDA.
 
-    "off" (the default: they have not run on a GPU yet): PyTorch convolves cut tensors. "on": they run wherever there
-    is one. "auto": an `Engine` measures both for every layer and takes the faster one that is right; single
-    operators stay with PyTorch.
+    "off" (the default: no speed has been measured on a GPU yet): PyTorch convolves compact tensors. "on": ours run
+    wherever there is one. "auto": an `Engine` measures both for every layer and takes the faster one that is right;
+    single operators stay with PyTorch. "experimental": as "auto", and runs of layers that fit into shared memory are
+    measured as one launch of the image-resident driver, too.
 
     Raises:
         ValueError: The variable has another value.
     """
     mode = os.environ.get("GATEDCONV_CUDA_KERNELS", "off")
     if mode not in _MODES:
-        raise ValueError(f"GATEDCONV_CUDA_KERNELS: expected off, on, auto or layers, got {mode!r}")
+        raise ValueError(f"GATEDCONV_CUDA_KERNELS: expected off, on, auto or experimental, got {mode!r}")
     return mode
 
 

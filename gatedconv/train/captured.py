@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gatedconv.gating import LayerGate, find_gates
 from gatedconv.gating.gate import Gate
 from gatedconv.gating.registry import joined_rates, unwrap
+from gatedconv.ops._cuda_graph import capture
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import ALONE, Ranks
 from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate, shut_gates
@@ -239,10 +240,7 @@ def _captured(call: Callable[[], Any], device: torch.device, stream: torch.cuda.
     Raises:
         RuntimeError: it launches what cannot be captured.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        found = call()
-    return graph, found
+    return capture(call, device, stream, retries=0)  # a step changes numbers on the host
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.engine.cuda_plan import CudaPlan
+from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.graph import trace
 from gatedconv.engine.partition import find_segments
@@ -83,10 +83,10 @@ def clear_cut(model: nn.Module, x: Tensor, count: int) -> Tensor:
 
 
 class always:
-    """A tuner that takes one way wherever there is one."""
+    """A tuner that takes one candidate wherever there is one."""
 
-    def __init__(self, way):
-        self.way = way
+    def __init__(self, candidate):
+        self.candidate = candidate
 
-    def choose(self, key, ways, prefer=""):
-        return self.way if self.way in ways else next(iter(ways))
+    def choose(self, key, candidates, prefer=""):
+        return self.candidate if self.candidate in candidates else next(iter(candidates))

@@ -180,6 +180,6 @@ def test_the_resident_driver_on_every_architecture(name):
     path = Path(_native.__file__).parent / _build.library_name("cuda")
     built = resources(path, "resident_kernel") if path.exists() else {}
     capabilities = tuple(c for c in CAPABILITIES if c not in built)
-    output = compiled(f"cuda/resident_{name}.cu", capabilities)
+    output = compiled(f"cuda/experimental/resident_{name}.cu", capabilities)
     for capability in capabilities:
         check_resident(output, capability, {RESIDENT[name]})

@@ -13,7 +13,8 @@ import torchvision
 from torch import nn
 
 import gatedconv
-from gatedconv.engine import cuda_graphs, cuda_tuner, cuda_ways
+from gatedconv.engine.cuda import candidates, graphs
+from gatedconv.engine.cuda import tuner as tuner_module
 from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.cuda.plans import always
@@ -122,16 +123,17 @@ def test_sizes_and_empty_batches():
 
 def tuner(tmp_path, times, header=None):
     names = iter(times)
-    return cuda_tuner.Tuner(tmp_path / "tuned.json", header or HEADER, lambda call: call() is not None and next(names))
+    timer = lambda call: call() is not None and next(names)  # noqa: E731
+    return tuner_module.Tuner(tmp_path / "tuned.json", header or HEADER, timer)
 
 
-def ways(**results):
+def offers(**results):
     return {name: (lambda r=result: lambda: r) for name, result in results.items()}
 
 
 def test_the_fastest_right_way_is_taken_and_remembered(tmp_path):
     right = torch.ones(4)
-    offered = ways(cudnn=right, wrong=right + 1, nan=right * float("nan"), ours=right + 1e-6, slow=right)
+    offered = offers(cudnn=right, wrong=right + 1, nan=right * float("nan"), ours=right + 1e-6, slow=right)
 
     def broken():
         raise RuntimeError("no tile fits")
@@ -145,52 +147,71 @@ def test_the_fastest_right_way_is_taken_and_remembered(tmp_path):
     body = json.loads((tmp_path / "tuned.json").read_text())
     assert body["choices"]["a"]["ms"] == {"cudnn": 3.0, "ours": 1.0, "slow": 2.0}
     assert set(body["choices"]["a"]["out"]) == {"wrong", "nan", "broken"}
-    # New ways are measured, not ignored.
-    assert tuner(tmp_path, [3.0, 4.0]).choose("a", ways(cudnn=right, other=right)) == "cudnn"
+    # New candidates are measured, not ignored.
+    assert tuner(tmp_path, [3.0, 4.0]).choose("a", offers(cudnn=right, other=right)) == "cudnn"
+
+
+@pytest.mark.parametrize("written", [0, 100])
+def test_memory_that_a_candidate_leaves_unwritten_is_noticed(written, tmp_path):
+    """An allocator gives it the block of an earlier right result: what it does not write would be right by chance."""
+
+    def right():
+        return torch.arange(120.0)
+
+    def lazy():
+        result = torch.empty(120)
+        result[:written] = torch.arange(120.0)[:written]
+        return result
+
+    offered = {"cudnn": lambda: right, "other": lambda: right, "lazy": lambda: lazy}
+    with pytest.warns(UserWarning, match="lazy differs from cudnn"):
+        assert tuner(tmp_path, [3.0, 2.0]).choose("a", offered) == "other"
 
 
 def test_what_is_preferred_goes_before_what_is_faster(tmp_path):
     right = torch.ones(4)
     offered = {"cudnn": right, "gatedconv 1x1": right, "gatedconv 1x2": right}
-    chosen = tuner(tmp_path, [1.0, 3.0, 2.0]).choose("a", ways(**offered), "gatedconv")
+    chosen = tuner(tmp_path, [1.0, 3.0, 2.0]).choose("a", offers(**offered), "gatedconv")
     assert chosen == "gatedconv 1x2"
     offered |= {"gatedconv 1x1": right + 1, "gatedconv 1x2": right + 1}
     with pytest.warns(UserWarning, match="differs from cudnn"):
-        assert tuner(tmp_path, [1.0]).choose("b", ways(**offered), "gatedconv") == "cudnn"
+        assert tuner(tmp_path, [1.0]).choose("b", offers(**offered), "gatedconv") == "cudnn"
 
 
 @pytest.mark.parametrize("field", [*HEADER, "format"])
 def test_choices_of_another_machine_or_version_do_not_hold(field, tmp_path, monkeypatch):
-    offered = ways(cudnn=torch.ones(2), ours=torch.ones(2))
+    offered = offers(cudnn=torch.ones(2), ours=torch.ones(2))
     assert tuner(tmp_path, [2.0, 1.0]).choose("a", offered) == "ours"
     header = dict(HEADER)
     if field == "format":
-        monkeypatch.setattr(cuda_tuner, "FORMAT", 99)
+        monkeypatch.setattr(tuner_module, "FORMAT", 99)
     else:
         header[field] = "other"
     assert tuner(tmp_path, [1.0, 2.0], header).choose("a", offered) == "cudnn"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"choices": {"a": {"way": "ours"}}}', "null"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": 1}', '{"choices": {"a": {"candidate": "ours"}}}', "null"]
+)
 def test_a_damaged_file_costs_a_measurement(content, tmp_path):
     (tmp_path / "tuned.json").write_text(content)
-    offered = ways(cudnn=torch.ones(2), ours=torch.ones(2))
+    offered = offers(cudnn=torch.ones(2), ours=torch.ones(2))
     assert tuner(tmp_path, [1.0, 2.0]).choose("a", offered) == "cudnn"
     assert tuner(tmp_path, []).choose("a", offered) == "cudnn"
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(tmp_path):
     (tmp_path / "file").write_text("")
-    made = cuda_tuner.Tuner(tmp_path / "file" / "tuned.json", HEADER, lambda call: 1.0)
+    made = tuner_module.Tuner(tmp_path / "file" / "tuned.json", HEADER, lambda call: 1.0)
     with pytest.warns(UserWarning, match="choices are not kept"):
-        made.choose("a", ways(cudnn=torch.ones(1), ours=torch.ones(1)))
+        made.choose("a", offers(cudnn=torch.ones(1), ours=torch.ones(1)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made.choose("b", ways(cudnn=torch.ones(1), ours=torch.ones(1)))
+        made.choose("b", offers(cudnn=torch.ones(1), ours=torch.ones(1)))
 
 
 def test_two_processes_keep_each_others_choices(tmp_path):
-    offered = ways(cudnn=torch.ones(2), ours=torch.ones(2))
+    offered = offers(cudnn=torch.ones(2), ours=torch.ones(2))
     first, second = tuner(tmp_path, [1.0, 2.0]), tuner(tmp_path, [2.0, 1.0])
     first.choose("a", offered)
     second.choose("b", offered)
@@ -198,15 +219,15 @@ def test_two_processes_keep_each_others_choices(tmp_path):
 
 
 def test_what_breaks_the_device_is_raised_and_not_kept(tmp_path, monkeypatch):
-    """After such an error every way fails, the right ones too."""
+    """After such an error every candidate fails, the right ones too."""
     def broken():
         raise RuntimeError("launch failed")
 
     def wait():
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(cuda_tuner, "wait_for_device", wait)
-    offered = ways(cudnn=torch.ones(2)) | {"guilty": broken} | ways(later=torch.ones(2))
+    monkeypatch.setattr(tuner_module, "wait_for_device", wait)
+    offered = offers(cudnn=torch.ones(2)) | {"guilty": broken} | offers(later=torch.ones(2))
     made = tuner(tmp_path, [1.0, 2.0])
     with pytest.raises(RuntimeError, match="illegal memory access"):
         made.choose("a", offered)
@@ -217,33 +238,33 @@ def test_where_no_way_can_be_timed_the_first_error_is_raised(tmp_path):
     def timer(call):
         raise RuntimeError(f"no events for {call()[0]:g}")
 
-    made = cuda_tuner.Tuner(tmp_path / "tuned.json", HEADER, timer)
+    made = tuner_module.Tuner(tmp_path / "tuned.json", HEADER, timer)
     with pytest.raises(RuntimeError, match="no events for 5"):
-        made.choose("a", ways(cudnn=torch.full((2,), 5.0), ours=torch.full((2,), 5.001)))
+        made.choose("a", offers(cudnn=torch.full((2,), 5.0), ours=torch.full((2,), 5.001)))
     assert not (tmp_path / "tuned.json").exists()
 
 
 def test_a_map_that_is_not_finite_condemns_nobody_for_good(tmp_path):
     inf, nan = float("inf"), float("nan")
-    offered = ways(cudnn=torch.tensor([1.0, inf]), same=torch.tensor([1.0, nan]), wrong=torch.tensor([2.0, inf]))
+    offered = offers(cudnn=torch.tensor([1.0, inf]), same=torch.tensor([1.0, nan]), wrong=torch.tensor([2.0, inf]))
     made = tuner(tmp_path, [2.0, 1.0, 3.0, 4.0, 5.0])
     with pytest.warns(UserWarning, match="wrong differs from cudnn"):
         assert made.choose("a", offered) == "same"
-    assert made.choose("b", ways(cudnn=torch.full((2,), nan), ours=torch.ones(2))) == "cudnn"
+    assert made.choose("b", offers(cudnn=torch.full((2,), nan), ours=torch.ones(2))) == "cudnn"
     assert not (tmp_path / "tuned.json").exists()
     right = torch.ones(2)
-    assert made.choose("a", ways(cudnn=right, same=right, wrong=right)) == "cudnn"  # measured anew: 3, 4 and 5 ms
-    assert not cuda_tuner.agrees(torch.tensor([1.0, 2.0]), torch.tensor([1.0, inf]))
+    assert made.choose("a", offers(cudnn=right, same=right, wrong=right)) == "cudnn"  # measured anew: 3, 4 and 5 ms
+    assert not tuner_module.agrees(torch.tensor([1.0, 2.0]), torch.tensor([1.0, inf]))
 
 
 def test_choices_depend_on_the_python_that_packs(tmp_path):
-    for name, text in (("cuda_ways.py", "a = 1"), ("cuda_runs.py", "b = 1"), ("other.py", "c = 1")):
+    for name, text in (("candidates.py", "a = 1"), ("experimental.py", "b = 1"), ("other.md", "c = 1")):
         (tmp_path / name).write_text(text)
-    before = cuda_tuner.planner_hash(tmp_path)
-    (tmp_path / "other.py").write_text("c = 2")
-    assert cuda_tuner.planner_hash(tmp_path) == before
-    (tmp_path / "cuda_runs.py").write_text("b = 2")
-    assert cuda_tuner.planner_hash(tmp_path) != before
+    before = tuner_module.planner_hash(tmp_path)
+    (tmp_path / "other.md").write_text("c = 2")
+    assert tuner_module.planner_hash(tmp_path) == before
+    (tmp_path / "experimental.py").write_text("b = 2")
+    assert tuner_module.planner_hash(tmp_path) != before
 
 
 def test_a_capture_of_a_size_that_was_never_tuned_says_so(monkeypatch):
@@ -261,9 +282,9 @@ def test_a_plan_asks_once_for_each_shape(tmp_path, kernel):
     asked = []
 
     class Asked(always):
-        def choose(self, key, ways, prefer=""):
+        def choose(self, key, candidates, prefer=""):
             asked.append(key)
-            return super().choose(key, ways)
+            return super().choose(key, candidates)
 
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
     plan = plans.make_plan(model, torch.zeros(1, 3, 16, 16), mode="auto", tuner=Asked("gatedconv 1x1"))
@@ -281,12 +302,12 @@ def test_graphs_are_kept_by_use_and_bounded():
         captured.append(tuple(x.shape))
         return lambda given: function(given)
 
-    graphs = cuda_graphs.GraphCache(lambda x: x + 1, limit=2, capture=capture)
+    cache = graphs.GraphCache(lambda x: x + 1, limit=2, make=capture)
     for batch in (1, 2, 1, 3, 1, 2):
-        assert torch.equal(graphs(torch.zeros(batch)), torch.ones(batch))
-    assert captured == [(1,), (2,), (3,), (2,)] and len(graphs) == 2
-    graphs.clear()
-    assert len(graphs) == 0
+        assert torch.equal(cache(torch.zeros(batch)), torch.ones(batch))
+    assert captured == [(1,), (2,), (3,), (2,)] and len(cache) == 2
+    cache.clear()
+    assert len(cache) == 0
 
 
 def test_what_was_captured_in_inference_mode_serves_outside_of_it():
@@ -299,17 +320,17 @@ def test_what_was_captured_in_inference_mode_serves_outside_of_it():
 
         return replay
 
-    graphs = cuda_graphs.GraphCache(lambda x: x + 1, capture=capture)
+    cache = graphs.GraphCache(lambda x: x + 1, make=capture)
     with torch.inference_mode():
-        assert torch.equal(graphs(torch.zeros(3)), torch.ones(3))
-    result = graphs(torch.ones(3, requires_grad=True))
+        assert torch.equal(cache(torch.zeros(3)), torch.ones(3))
+    result = cache(torch.ones(3, requires_grad=True))
     assert torch.equal(result, torch.full((3,), 2.0)) and not result.requires_grad
 
 
 def test_a_graph_is_given_up_after_its_last_call():
     waits = []
 
-    class Graph(cuda_graphs.CapturedGraph):
+    class Graph(graphs.CapturedGraph):
         def __init__(self, function, x):
             self.shape, self.done = tuple(x.shape), self
 
@@ -319,11 +340,11 @@ def test_a_graph_is_given_up_after_its_last_call():
         def __call__(self, x):
             return x
 
-    graphs = cuda_graphs.GraphCache(lambda x: x, limit=1, capture=Graph)
+    cache = graphs.GraphCache(lambda x: x, limit=1, make=Graph)
     for batch in (1, 1, 2):
-        graphs(torch.zeros(batch))
+        cache(torch.zeros(batch))
     assert waits == [(1,)]
-    graphs.clear()
+    cache.clear()
     assert waits == [(1,), (2,)]
 
 
@@ -340,10 +361,10 @@ def test_threads_take_turns_at_a_graph():
 
         return replay
 
-    graphs = cuda_graphs.GraphCache(lambda x: x * 2, capture=capture)
+    cache = graphs.GraphCache(lambda x: x * 2, make=capture)
     x = torch.arange(1000.0)
     results = []
-    threads = [threading.Thread(target=lambda: results.append(graphs(x))) for _ in range(16)]
+    threads = [threading.Thread(target=lambda: results.append(cache(x))) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -364,7 +385,7 @@ def test_without_the_switch_no_kernel_of_ours_is_among_the_ways(kernel):
     plan = plans.make_plan(gated("middle", 0.5), torch.zeros(1, 3, 8, 8), mode="off")
     for one in plan.instructions:
         if one.op == "conv":
-            assert set(cuda_ways.conv_ways(one, torch.float16, torch.device("cpu"), "off")) == {"cudnn"}
+            assert set(candidates.conv_candidates(one, torch.float16, torch.device("cpu"), "off")) == {"cudnn"}
 
 
 def test_pytorchs_own_setting_decides_about_tf32():

@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gatedconv
-from gatedconv.engine import cuda_runs, cuda_stream
-from gatedconv.engine.cuda_instructions import map_sizes
-from gatedconv.ops import cuda_resident
+from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda.instructions import map_sizes
 from tests.cuda import plans
 from tests.cuda.gpu import test_resident as gpu_tests
 from tests.cuda.gpu.test_sanitized import sanitized_network
 from tests.cuda.plans import always
 from tests.cuda.test_plan import gated
 from tests.engine.nets import Residual, error, settle
-from tests.native import resident
+from tests.native import resident_twin
 from tests.native.test_sanitizers import SANITIZE
 
 LOW = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -32,14 +31,14 @@ H100, T4 = 232448, 65536
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory):
-    program = resident.Twin(tmp_path_factory.mktemp("resident"), SANITIZE)
+    program = resident_twin.Twin(tmp_path_factory.mktemp("resident"), SANITIZE)
     yield program
     program.close()
 
 
 @pytest.fixture(scope="module")
 def racing_twin(tmp_path_factory):
-    program = resident.Twin(tmp_path_factory.mktemp("racing"), resident.RACES)
+    program = resident_twin.Twin(tmp_path_factory.mktemp("racing"), resident_twin.RACES)
     yield program
     program.close()
 
@@ -47,14 +46,14 @@ def racing_twin(tmp_path_factory):
 def served(monkeypatch, twin, budget=H100, ranks=(1, 2, 4, 8)):
     """Let plans on the CPU believe in a GPU, whose launches the twin runs."""
     twin.layouts.clear()
-    monkeypatch.setattr(cuda_resident, "limits", lambda device, dtype: cuda_resident.Limits(budget, ranks))
-    monkeypatch.setattr(cuda_resident, "resident_run", twin.run)
+    monkeypatch.setattr(experimental, "limits", lambda device, dtype: experimental.Limits(budget, ranks))
+    monkeypatch.setattr(experimental, "resident_run", twin.run)
 
 
 def compare(model, x, dtype, ranks, tuner=None):
     """The plan's error against float64, at most twice PyTorch's in that type."""
     low, given_ = copy.deepcopy(model).to(dtype), x.to(dtype)
-    plan = plans.make_plan(model, given_, dtype=dtype, mode="auto", tuner=tuner or always(f"resident x{ranks}"))
+    plan = plans.make_plan(model, given_, dtype=dtype, mode="experimental", tuner=tuner or always(f"resident x{ranks}"))
     mine = plan(given_)
     with torch.no_grad():
         theirs = low(given_)
@@ -160,7 +159,7 @@ def test_no_two_warps_touch_a_byte_without_a_barrier(ranks, racing_twin, monkeyp
 def whole(model, size, dtype=torch.float16):
     plan = plans.make_plan(model, torch.zeros(1, 3, *size), dtype=dtype, mode="off")
     sizes = map_sizes(plan.instructions, plan.first, size)
-    return plan, lambda budget: cuda_runs.find_runs(plan.instructions, sizes, plan.last, dtype, budget)
+    return plan, lambda budget: experimental.find_runs(plan.instructions, sizes, plan.last, dtype, budget)
 
 
 def mid_50(model):
@@ -223,23 +222,23 @@ def test_places_never_overlap_while_they_are_needed(model):
 @pytest.mark.parametrize("fragments", [1, 2, 3, 4, 7, 16, 49, 64, 200])
 @pytest.mark.parametrize("blocks", range(1, 9))
 def test_tiles_cover_everything(fragments, blocks):
-    tile = cuda_stream.choose_tile(fragments, blocks)
-    assert (tile.mt, tile.nt) in cuda_stream.TILES and tile.groups <= 8
+    tile = experimental.choose_tile(fragments, blocks)
+    assert (tile.mt, tile.nt) in experimental.TILES and tile.groups <= 8
     assert tile.groups * tile.nt >= blocks and tile.groups * tile.nt <= 8
     assert tile.passes * tile.fragments >= fragments > (tile.passes - 1) * tile.fragments
 
 
 class Times:
-    """A tuner that is told how long each way takes."""
+    """A tuner that is told how long each candidate takes."""
 
     def __init__(self, **ms):
         self.ms, self.asked = ms, []
 
-    def choose(self, key, ways, prefer=""):
-        if "layers" not in ways:
-            return next(iter(ways))
-        self.asked.append((key, {name: build()() for name, build in ways.items()}))
-        return min(ways, key=lambda name: self.ms.get(name.replace(" ", "_"), 9.0))
+    def choose(self, key, candidates, prefer=""):
+        if "layers" not in candidates:
+            return next(iter(candidates))
+        self.asked.append((key, {name: build()() for name, build in candidates.items()}))
+        return min(candidates, key=lambda name: self.ms.get(name.replace(" ", "_"), 9.0))
 
 
 def test_the_faster_of_launch_and_layers_is_taken(twin, monkeypatch):
@@ -257,7 +256,7 @@ def test_the_faster_of_launch_and_layers_is_taken(twin, monkeypatch):
         torch.testing.assert_close(result, results["layers"], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("mode", ["off", "layers"])
+@pytest.mark.parametrize("mode", ["off", "on", "auto"])
 def test_it_is_left_out_where_it_is_not_wanted(mode, twin, monkeypatch):
     served(monkeypatch, twin)
     model, x = gated("middle", 0.5), torch.randn(1, 3, 9, 9)
@@ -269,7 +268,7 @@ def test_sizes_and_batches_have_launches_of_their_own(twin, monkeypatch):
     served(monkeypatch, twin)
     model = gated("middle", 0.5)
     x = torch.zeros(1, 3, 8, 8)
-    plan = plans.make_plan(model, x, dtype=torch.float16, mode="auto", tuner=always("resident x1"))
+    plan = plans.make_plan(model, x, dtype=torch.float16, mode="experimental", tuner=always("resident x1"))
     low = copy.deepcopy(model).half()
     for shape in ((1, 3, 8, 8), (3, 3, 8, 8), (1, 3, 5, 13), (1, 3, 8, 8)):
         x = torch.randn(shape).half()

@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "shared/resident_body.h"
+#include "cuda/experimental/resident_body.h"
 
 namespace host {
 

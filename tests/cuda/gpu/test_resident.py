@@ -1,4 +1,4 @@
-"""The resident driver on a GPU: parity, repeats bit for bit, graphs, streams, and the choice of the faster way."""
+"""The resident driver on a GPU: parity, repeats bit for bit, graphs, streams, and the choice of the faster."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import gatedconv
-from gatedconv.engine.cuda_runs import UNIT
-from gatedconv.ops import cuda_conv, cuda_resident
+from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda.experimental import UNIT
+from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.cuda.gpu.test_gpu import gated
 from tests.cuda.plans import always
@@ -35,7 +36,7 @@ def dtype(request, monkeypatch):
 
 def resident_plan(model, x, ranks):
     """The plan of a model, rounded to the dtype of x, with every run of layers as one launch; nothing has run yet."""
-    limits = cuda_resident.limits(x.device, x.dtype)
+    limits = experimental.limits(x.device, x.dtype)
     assert limits is not None
     if limits.shared_bytes < 99 * 1024:
         pytest.skip("the maps do not fit into this GPU's shared memory")
@@ -43,12 +44,12 @@ def resident_plan(model, x, ranks):
         pytest.skip("clusters of blocks need compute capability 9.0")
     low = copy.deepcopy(model).to(x.dtype)
     return plans.make_plan(
-        low, x.cpu().float(), dtype=x.dtype, device="cuda", mode="auto", tuner=always(f"resident x{ranks}")
+        low, x.cpu().float(), dtype=x.dtype, device="cuda", mode="experimental", tuner=always(f"resident x{ranks}")
     )
 
 
 def launches(plan, x):
-    """What one launch computes of inputs like x: [(run, way)]."""
+    """What one launch computes of inputs like x: [(run, candidate)]."""
     plan.tune(x)
     found = [(run, plan._resident(run, name)) for run, name in plan.runs[tuple(x.shape)].values()]
     assert found
@@ -120,7 +121,7 @@ def test_a_graph_of_the_users_own():
 def test_the_engine_measures_both_and_takes_one(monkeypatch, tmp_path):
     monkeypatch.setenv("GATEDCONV_CACHE", str(tmp_path))
     x = torch.randn(1, 3, 32, 32, device="cuda").half()
-    for mode, launches in (("auto", None), ("on", True), ("layers", False), ("off", False)):
+    for mode, launches in (("experimental", None), ("on", False), ("auto", False), ("off", False)):
         monkeypatch.setenv("GATEDCONV_CUDA_KERNELS", mode)
         engine = gatedconv.Engine(gated().cuda().half(), x)
         engine(x)
@@ -133,16 +134,16 @@ def test_the_engine_measures_both_and_takes_one(monkeypatch, tmp_path):
 ], ids=str)  # fmt: skip
 def test_a_layout_that_does_not_fit_is_refused(change):
     x = torch.randn(1, 3, 32, 32, device="cuda").half()
-    (run, way), *_ = launches(resident_plan(gated(), x, 1), x)
-    layout = [change.get(at, number) for at, number in enumerate(way.layout)]
+    (run, candidate), *_ = launches(resident_plan(gated(), x, 1), x)
+    layout = [change.get(at, number) for at, number in enumerate(candidate.layout)]
     source = run.maps[run.source]
     size = (1, source.units * UNIT // x.itemsize, source.height, source.width)
     given = torch.zeros(size, dtype=x.dtype, device="cuda").to(memory_format=torch.channels_last)
-    out = torch.empty(1, *way.size, dtype=x.dtype, device="cuda", memory_format=torch.channels_last)
+    out = torch.empty(1, *candidate.size, dtype=x.dtype, device="cuda", memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="resident_run"):
-        cuda_resident.resident_run(given, way.stream, out, layout, False)
+        experimental.resident_run(given, candidate.stream, out, layout, False)
     with pytest.raises(RuntimeError, match="whole pieces"):
-        cuda_resident.resident_run(given, way.stream[:-1], out, way.layout, False)
+        experimental.resident_run(given, candidate.stream[:-1], out, candidate.layout, False)
 
 
 def test_kept_weights_follow_the_layers(monkeypatch):

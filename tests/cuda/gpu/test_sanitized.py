@@ -8,8 +8,9 @@ from torch import nn
 
 import gatedconv
 from gatedconv import ops
-from gatedconv.engine.cuda_ways import ResidentWay
-from gatedconv.ops import cuda_conv, cuda_resident
+from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda.experimental import ResidentLaunch
+from gatedconv.ops import cuda_conv
 from tests.engine.nets import Residual
 
 pytestmark = [
@@ -63,7 +64,7 @@ def test_resident(ranks, dtype, monkeypatch):
     """Every kind of step, several passes, and a cluster where there are any."""
     from tests.cuda.gpu.test_resident import resident_plan
 
-    limits = cuda_resident.limits(torch.device("cuda"), dtype)
+    limits = experimental.limits(torch.device("cuda"), dtype)
 
     if dtype == torch.float32 and torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("tf32 needs compute capability 8.0")
@@ -72,5 +73,5 @@ def test_resident(ranks, dtype, monkeypatch):
     x = torch.randn(2, 3, 12, 12).to(dtype).cuda()
     plan = resident_plan(sanitized_network(), x, ranks)
     (run,) = plan._find_runs(x)
-    way = ResidentWay(run, dtype, x.device, ranks, limits.shared_bytes)  # neither a graph nor cuDNN
-    assert bool(way(plan._enter(x), None).cpu().isfinite().all())
+    candidate = ResidentLaunch(run, dtype, x.device, ranks, limits.shared_bytes)  # neither a graph nor cuDNN
+    assert bool(candidate(plan._enter(x), None).cpu().isfinite().all())

@@ -1,8 +1,8 @@
 // The kernels and their launch for one number format.
 #pragma once
 
-#include "cuda/device_resident.cuh"
-#include "cuda/resident.h"
+#include "cuda/experimental/resident_device.cuh"
+#include "cuda/experimental/resident_launch.h"
 
 namespace gatedconv {
 
@@ -15,6 +15,8 @@ __global__ void __launch_bounds__(kResidentThreads, 2)
     extern __shared__ __align__(16) uint8_t shared[];
     DeviceResident<Cluster> warp(shared, args.ranks);
     run_resident<Math>(warp, args);
+  } else {
+    __trap();  // an empty kernel would leave its output as it was, without an error
   }
 #endif
 }

@@ -1,4 +1,4 @@
-"""CUDA graphs of one function, one for each input shape, the least recently used given up first."""
+"""CUDA graphs of one function, one for each input shape; the least recently used is dropped first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from gatedconv.ops._cuda_graph import capture
 
 LIMIT = 8  # graphs kept: each holds its own memory for the maps of its batch
 
@@ -24,34 +26,37 @@ class Replay(Protocol):
 class GraphCache:
     """Runs a function of one tensor through captured graphs; any number of threads and streams may call.
 
+    Captures of a device wait for each other (`gatedconv.ops._cuda_graph`). A thread that calls
+    `torch.cuda.synchronize()` while another one's first call captures invalidates that capture; it is repeated once.
+
     Args:
-        function: Of one input; it must neither wait for the device nor look at values.
+        function: Of one input; it must neither synchronize nor depend on values.
         limit: Graphs kept.
-        capture: Makes a `Replay` of the function for inputs like this one.
+        make: Makes a `Replay` of the function for inputs like this one.
     """
 
     def __init__(
         self,
         function: Callable[[Tensor], Tensor],
         limit: int = LIMIT,
-        capture: Callable[[Callable[[Tensor], Tensor], Tensor], Replay] | None = None,
+        make: Callable[[Callable[[Tensor], Tensor], Tensor], Replay] | None = None,
     ) -> None:
         self.function, self.limit = function, limit
-        self.capture = capture or CapturedGraph
+        self._make = make or CapturedGraph
         self._kept: OrderedDict[tuple[Any, ...], Replay] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return function(x). Outside of the lock nothing of a graph is touched, so calls take turns on the host."""
+        """Return function(x). A graph is touched under the lock alone, so calls are serialized on the host."""
         key = (tuple(x.shape), x.dtype, x.device)
         with self._lock:
             replay = self._kept.get(key)
             if replay is None:
                 while len(self._kept) >= self.limit:
-                    _give_up(self._kept.popitem(last=False)[1])
+                    _drop(self._kept.popitem(last=False)[1])
                 # An inference tensor, which this call may be allowed to make, could not be written outside of it.
                 with torch.inference_mode(False), torch.no_grad():
-                    replay = self._kept[key] = self.capture(self.function, x)
+                    replay = self._kept[key] = self._make(self.function, x)
             self._kept.move_to_end(key)
             with torch.no_grad():
                 return replay(x)
@@ -60,14 +65,14 @@ class GraphCache:
         return len(self._kept)
 
     def clear(self) -> None:
-        """Give up all graphs and their memory."""
+        """Drop all graphs and free their memory."""
         with self._lock:
             while self._kept:
-                _give_up(self._kept.popitem()[1])
+                _drop(self._kept.popitem()[1])
 
 
-def _give_up(replay: Replay) -> None:
-    """Wait for the last call, on whichever stream it is: its memory is about to be another's."""
+def _drop(replay: Replay) -> None:
+    """Wait for the last call, on whichever stream it is: its memory is about to be reused."""
     if isinstance(replay, CapturedGraph):
         replay.done.synchronize()
 
@@ -80,11 +85,9 @@ class CapturedGraph:
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
-            function(self.input)  # cuDNN chooses, libraries load
+            function(self.input)  # cuDNN chooses its algorithms, libraries load
         torch.cuda.current_stream(x.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.output = function(self.input)
+        self.graph, self.output = capture(lambda: function(self.input), x.device, stream)
         self.done = torch.cuda.Event()
         self.done.record(torch.cuda.current_stream(x.device))
 

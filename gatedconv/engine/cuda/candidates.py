@@ -1,4 +1,4 @@
-"""The ways to compute one convolution of a plan on a GPU; a tuner takes the fastest that is right."""
+"""The candidates for one convolution of a plan on a GPU; a tuner takes the fastest that is right."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedconv.engine.cuda_instructions import Instruction, output_size, pad_bias, pad_weight, padded
-from gatedconv.engine.cuda_runs import RECORD_AT, TABLE_AT, UNIT, Run
-from gatedconv.engine.cuda_stream import write_stream
-from gatedconv.ops import cuda_conv, cuda_resident
+from gatedconv.engine.cuda.instructions import Instruction, output_size, pad_bias, pad_weight, padded
+from gatedconv.ops import cuda_conv
 
 # (source map, residual map or None) -> target map
-Way = Callable[[Tensor, Tensor | None], Tensor]
+Candidate = Callable[[Tensor, Tensor | None], Tensor]
 
 _ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "relu": torch.relu_, "relu6": F.relu6}
 _ACT_NUMBERS = {None: 0, "relu": 1, "relu6": 2}
@@ -26,8 +24,10 @@ def activate(x: Tensor, act: str | None) -> Tensor:
     return _ACTS[act](x)
 
 
-def conv_ways(one: Instruction, dtype: torch.dtype, device: torch.device, mode: str) -> dict[str, Callable[[], Way]]:
-    """Return the ways of an instruction by name, the safest first; what they keep is packed when one is built.
+def conv_candidates(
+    one: Instruction, dtype: torch.dtype, device: torch.device, mode: str
+) -> dict[str, Callable[[], Candidate]]:
+    """Return the candidates of an instruction by name, the safest first; what they keep is packed when one is built.
 
     Args:
         one: A "conv".
@@ -35,17 +35,17 @@ def conv_ways(one: Instruction, dtype: torch.dtype, device: torch.device, mode: 
         device: Where they are.
         mode: As `cuda_conv.kernels_mode` returns it.
     """
-    ways: dict[str, Callable[[], Way]] = {"cudnn": lambda: _CutConv(one, dtype, device)}
+    candidates: dict[str, Callable[[], Candidate]] = {"cudnn": lambda: _CutConv(one, dtype, device)}
     symmetric = one.padding[:2] == one.padding[2:]
     plain = one.groups == 1 and one.in_index is None and one.out_index is None and symmetric
     if device.type == "cuda" and plain and one.act == "relu":
-        ways["cudnn fused"] = lambda: _FusedConv(one, dtype, device)
+        candidates["cudnn fused"] = lambda: _FusedConv(one, dtype, device)
     probe = torch.empty(0, dtype=dtype, device=device)
     if mode != "off" and cuda_conv.takes(probe, one.kernel, one.dilation, one.groups):
         for tile in cuda_conv.TILES:
             if _worth_trying(one, tile):
-                ways[f"gatedconv {tile[0]}x{tile[1]}"] = partial(_TiledConv, one, dtype, device, tile)
-    return ways
+                candidates[f"gatedconv {tile[0]}x{tile[1]}"] = partial(_TiledConv, one, dtype, device, tile)
+    return candidates
 
 
 def _worth_trying(one: Instruction, tile: tuple[int, int]) -> bool:
@@ -135,27 +135,6 @@ class _TiledConv:
             x, self.packed, self.bias, self.inputs, self.outputs, residual, output, geometry,
             _ACT_NUMBERS[one.act], skip, self.tf32, self.tile,
         )  # fmt: skip
-
-
-class ResidentWay:
-    """A run of layers in one launch, an image's maps in shared memory."""
-
-    def __init__(self, run: Run, dtype: torch.dtype, device: torch.device, ranks: int, budget: int) -> None:
-        pieces = run.ring(budget, ranks)
-        if not pieces:
-            raise RuntimeError(f"the run's maps do not fit into {budget} bytes of shared memory")
-        self.tf32 = dtype == torch.float32
-        self.stream = write_stream(run, dtype, ranks, pieces).to(device)
-        source, result = run.maps[run.source], run.maps[run.result]
-        self.layout = [ranks, pieces, RECORD_AT, TABLE_AT, run.ring_at, run.shared_bytes(pieces)]
-        self.layout += [number for made in (source, result) for number in (made.units, made.height, made.width)]
-        self.size = (result.units * UNIT // dtype.itemsize, result.height, result.width)
-
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Take x (N, C padded, H, W), channels last, through the run."""
-        size = (x.shape[0], *self.size)
-        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        return cuda_resident.resident_run(x, self.stream, out, self.layout, self.tf32)
 
 
 def spread(values: Tensor, index: Sequence[int], size: int) -> Tensor:

@@ -1,3 +1,3 @@
-#include "cuda/resident_kernel.cuh"
+#include "cuda/experimental/resident_kernel.cuh"
 
 template cudaError_t gatedconv::launch_resident<gatedconv::Half>(const ResidentArgs&, int64_t, cudaStream_t);

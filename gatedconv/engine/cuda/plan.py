@@ -1,4 +1,4 @@
-"""A segment of a network on a GPU: its instructions, each computed in the way that was fastest there."""
+"""A segment of a network on a GPU: its instructions, each computed by the candidate that was fastest there."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatedconv.engine.cuda_graphs import GraphCache
-from gatedconv.engine.cuda_instructions import Instruction, make_instructions, map_sizes, padded
-from gatedconv.engine.cuda_runs import Run, find_runs
-from gatedconv.engine.cuda_tuner import Tuner, tuner_for
-from gatedconv.engine.cuda_ways import ResidentWay, Way, activate, conv_ways
+from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda.candidates import Candidate, activate, conv_candidates
+from gatedconv.engine.cuda.experimental import ResidentLaunch, Run, find_runs
+from gatedconv.engine.cuda.graphs import GraphCache
+from gatedconv.engine.cuda.instructions import Instruction, make_instructions, map_sizes, padded
+from gatedconv.engine.cuda.tuner import Tuner, tuner_for
 from gatedconv.engine.program import Map, Step
-from gatedconv.ops import cuda_resident
 from gatedconv.ops.cuda_conv import allows_tf32, kernels_mode
 from gatedconv.ops.plan import plan_output_size
 
-Pick = Callable[[int, Tensor, Tensor | None], Way]  # instruction, source, residual -> how to compute it
+Pick = Callable[[int, Tensor, Tensor | None], Candidate]  # instruction, source, residual -> how to compute it
 
 
 class CudaPlan(nn.Module):
     """A segment of a network as a GPU runs it: (N, C, H, W) -> (N, C', H', W') or (N, C'), contiguous.
 
-    For every input shape the ways of its convolutions are measured once (`Tuner`), then, for each run of layers whose
-    maps fit into shared memory, one launch against those layers one by one; then the whole segment is captured in a
-    CUDA graph. Maps lie in memory with the channels last and padded to 16 bytes, zeros in the padding.
+    For every input shape the candidates for each convolution are measured once (`Tuner`); with mode "experimental"
+    also, for each run of layers whose maps fit into shared memory, one launch against those layers one by one. Then
+    the segment is captured in a CUDA graph. Maps are channels last in memory, padded to 16 bytes, zeros in the padding.
 
     Args:
         steps: Of `lay_out`.
@@ -56,11 +56,11 @@ class CudaPlan(nn.Module):
         self.first, self.last = steps[0].target, steps[-1].source
         self.instructions = make_instructions(steps, maps)
         self.tuner = tuner
-        # Input shape -> way of every instruction, "" for no choice; runs that one launch computes, by their first.
+        # Input shape -> candidate for every instruction, "" for no choice; runs of one launch, by their first.
         self.chosen: dict[tuple[int, ...], list[str]] = {}
         self.runs: dict[tuple[int, ...], dict[int, tuple[Run, str]]] = {}
-        self._built: dict[tuple[int, str], Way] = {}
-        self._launches: dict[tuple[int, str, int, int], ResidentWay] = {}
+        self._built: dict[tuple[int, str], Candidate] = {}
+        self._launches: dict[tuple[int, str, int, int], ResidentLaunch] = {}
         # A graph that is being captured can take nothing from the host.
         self._lists = {
             at: torch.tensor(one.index, dtype=torch.int64, device=device)
@@ -94,7 +94,7 @@ class CudaPlan(nn.Module):
 
     @torch.no_grad()
     def tune(self, x: Tensor) -> None:
-        """Choose the ways for inputs of this shape, unless that is done."""
+        """Choose the candidates for inputs of this shape, unless that is done."""
         shape = tuple(x.shape)
         if shape in self.chosen:
             return
@@ -103,16 +103,16 @@ class CudaPlan(nn.Module):
             tuner = tuner_for(self.device)
         chosen = [""] * len(self.instructions)
 
-        def pick(at: int, source: Tensor, residual: Tensor | None) -> Way:
+        def pick(at: int, source: Tensor, residual: Tensor | None) -> Candidate:
             one = self.instructions[at]
-            ways = conv_ways(one, self.dtype, self.device, self.mode)
-            chosen[at] = next(iter(ways))
+            candidates = conv_candidates(one, self.dtype, self.device, self.mode)
+            chosen[at] = next(iter(candidates))
             if tuner is not None:
-                trials = {name: _trial(build, source, residual) for name, build in ways.items()}
+                trials = {name: _trial(build, source, residual) for name, build in candidates.items()}
                 key = _key(one, source, self.mode)
                 # "on": ours wherever there is one, whatever is faster.
                 chosen[at] = tuner.choose(key, trials, "gatedconv" if self.mode == "on" else "")
-            return self._way(at, chosen[at])
+            return self._candidate(at, chosen[at])
 
         runs = self._find_runs(x) if tuner is not None else []
         sources = dict.fromkeys((run.start for run in runs), x)
@@ -123,7 +123,7 @@ class CudaPlan(nn.Module):
 
     def _find_runs(self, x: Tensor) -> list[Run]:
         """The runs of layers that one launch could compute for inputs of this size."""
-        limits = cuda_resident.limits(self.device, self.dtype) if self.mode in ("on", "auto") else None
+        limits = experimental.limits(self.device, self.dtype) if self.mode == "experimental" else None
         if limits is None:
             return []
         sizes = map_sizes(self.instructions, self.first, (x.shape[2], x.shape[3]))
@@ -132,13 +132,13 @@ class CudaPlan(nn.Module):
     def _choose_runs(
         self, runs: list[Run], sources: dict[int, Tensor], chosen: list[str], tuner: Tuner
     ) -> dict[int, tuple[Run, str]]:
-        """Measure each run's layers one by one, by the ways chosen, against one launch; keep those that gain."""
-        limits = cuda_resident.limits(self.device, self.dtype)
+        """Measure each run's layers one by one, by the candidates chosen, against one launch; keep those that gain."""
+        limits = experimental.limits(self.device, self.dtype)
         gains: dict[int, tuple[Run, str]] = {}
         for run in runs if limits is not None else ():
             assert limits is not None
             source = sources[run.start]
-            builds: dict[str, Callable[[], Way]] = {"layers": lambda run=run: self._layers(run, chosen)}  # type: ignore[misc]
+            builds: dict[str, Callable[[], Candidate]] = {"layers": lambda run=run: self._layers(run, chosen)}  # type: ignore[misc]
             for ranks in limits.ranks:
                 name = f"resident x{ranks}"
                 builds[name] = lambda run=run, name=name: self._resident(run, name)  # type: ignore[misc]
@@ -146,42 +146,42 @@ class CudaPlan(nn.Module):
             trials = {name: _trial(build, source, None, spoils=True) for name, build in builds.items()}
             keys = [_key(one, source, self.mode) for one in self.instructions[run.start : run.end]]
             digest = hashlib.sha256(f"{limits} {keys}".encode()).hexdigest()[:16]
-            name = tuner.choose(f"run of {len(keys)} {digest}", trials, "resident" if self.mode == "on" else "")
+            name = tuner.choose(f"run of {len(keys)} {digest}", trials)
             if name != "layers":
                 gains[run.start] = (run, name)
         return gains
 
-    def _layers(self, run: Run, chosen: list[str]) -> Way:
+    def _layers(self, run: Run, chosen: list[str]) -> Candidate:
         def compute(source: Tensor, _: Tensor | None) -> Tensor:
             maps = {run.source: source}
             for at in range(run.start, run.end):
-                self._step(at, maps, lambda at, *_: self._way(at, chosen[at]))
+                self._step(at, maps, lambda at, *_: self._candidate(at, chosen[at]))
             return maps[run.result]
 
         return compute
 
-    def _resident(self, run: Run, name: str) -> Way:
+    def _resident(self, run: Run, name: str) -> Candidate:
         first = run.maps[run.source]
         key = (run.start, name, first.height, first.width)
         if key not in self._launches:
-            limits = cuda_resident.limits(self.device, self.dtype)
+            limits = experimental.limits(self.device, self.dtype)
             if limits is None:
                 raise RuntimeError("the resident driver does not serve this device and dtype any more")
             ranks = int(name.rpartition("x")[2])
-            self._launches[key] = ResidentWay(run, self.dtype, self.device, ranks, limits.shared_bytes)
+            self._launches[key] = ResidentLaunch(run, self.dtype, self.device, ranks, limits.shared_bytes)
         return self._launches[key]
 
-    def _way(self, at: int, name: str) -> Way:
+    def _candidate(self, at: int, name: str) -> Candidate:
         if (at, name) not in self._built:
-            self._built[at, name] = conv_ways(self.instructions[at], self.dtype, self.device, self.mode)[name]()
+            self._built[at, name] = conv_candidates(self.instructions[at], self.dtype, self.device, self.mode)[name]()
         return self._built[at, name]
 
     @torch.no_grad()
     def run(self, x: Tensor) -> Tensor:
-        """Run the instructions one by one on the current stream, by the ways chosen for this shape, or the safest."""
+        """Run the instructions one by one on the current stream, by the candidates chosen for this shape."""
         chosen = self.chosen.get(tuple(x.shape))
         runs = self.runs.get(tuple(x.shape), {})
-        return self._execute(x, lambda at, *_: self._way(at, chosen[at] if chosen else "cudnn"), runs, {})
+        return self._execute(x, lambda at, *_: self._candidate(at, chosen[at] if chosen else "cudnn"), runs, {})
 
     def _execute(
         self, x: Tensor, pick: Pick, runs: dict[int, tuple[Run, str]], sources: dict[int, Tensor]
@@ -218,9 +218,11 @@ class CudaPlan(nn.Module):
             del maps[dead]
 
     def _enter(self, x: Tensor) -> Tensor:
-        channels = padded(x.shape[1], self.dtype)
-        size = (x.shape[0], channels, *x.shape[2:])
-        entered = torch.zeros(size, dtype=self.dtype, device=x.device).to(memory_format=torch.channels_last)
+        """Return x (N, C, H, W) as a map: channels last, zeros in the padding."""
+        size = (x.shape[0], padded(x.shape[1], self.dtype), *x.shape[2:])
+        entered = torch.empty(size, dtype=self.dtype, device=x.device, memory_format=torch.channels_last)
+        if size[1] > x.shape[1]:
+            entered.zero_()  # all of it: contiguous, where the padding alone is strided
         entered[:, : x.shape[1]].copy_(x)
         return entered
 
@@ -250,7 +252,7 @@ class CudaPlan(nn.Module):
         return activate(out, one.act).contiguous(memory_format=torch.channels_last)
 
     def describe(self, batch: int) -> list[str]:
-        """One line for each instruction: its layer, maps and way, for an input of the example's size."""
+        """One line for each instruction: its layer, maps and candidate, for an input of the example's size."""
         first = self.maps[self.first]
         size = (batch, first.channels, first.height, first.width)
         chosen, runs = self.chosen.get(size), self.runs.get(size, {}).values()
@@ -259,7 +261,7 @@ class CudaPlan(nn.Module):
             source, target = self.maps[one.source], self.maps[one.target]
             shape = " -> ".join(f"{m.channels}x{m.height}x{m.width}" for m in (source, target))
             launch = next((f"{name}, one launch" for run, name in runs if run.start <= at < run.end), "")
-            way = launch or ("PyTorch" if one.op != "conv" else chosen[at] if chosen else "not measured yet")
+            candidate = launch or ("PyTorch" if one.op != "conv" else chosen[at] if chosen else "not measured yet")
             kernel = f"conv {one.kernel[0]}x{one.kernel[1]}" if one.op == "conv" else one.op
             extras = [f"stride {one.stride[0]}"] if one.stride != (1, 1) else []
             extras += [f"{one.groups} groups"] if one.groups > 1 else []
@@ -267,12 +269,12 @@ class CudaPlan(nn.Module):
             extras += [f"into {len(one.out_index)} channels"] if one.out_index is not None else []
             extras += ["+ residual"] if one.residual >= 0 and one.op == "conv" else []
             extras += [f"+ {one.act}"] if one.act else []
-            lines.append(f"{one.name:<28} {shape:<28} {' '.join([kernel, *extras])} [{way}]")
+            lines.append(f"{one.name:<28} {shape:<28} {' '.join([kernel, *extras])} [{candidate}]")
         return lines
 
 
 def _trial(
-    build: Callable[[], Way], source: Tensor, residual: Tensor | None, spoils: bool = False
+    build: Callable[[], Candidate], source: Tensor, residual: Tensor | None, spoils: bool = False
 ) -> Callable[[], Callable[[], Tensor]]:
     """A call to be timed; one that works in place spoils a copy of the residual, and its first result is right.
 
@@ -280,10 +282,10 @@ def _trial(
     """
 
     def make() -> Callable[[], Tensor]:
-        way = build()
+        candidate = build()
         own = None if residual is None else residual.clone(memory_format=torch.preserve_format)
         given = source.clone(memory_format=torch.preserve_format) if spoils else source
-        return lambda: way(given, own)
+        return lambda: candidate(given, own)
 
     return make
 

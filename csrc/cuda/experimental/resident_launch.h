@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "shared/resident.h"
+#include "cuda/experimental/resident.h"
 
 namespace gatedconv {
 

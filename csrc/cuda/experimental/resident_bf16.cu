@@ -1,4 +1,4 @@
-#include "cuda/resident_kernel.cuh"
+#include "cuda/experimental/resident_kernel.cuh"
 
 template cudaError_t gatedconv::launch_resident<gatedconv::BFloat16>(const ResidentArgs&, int64_t,
                                                                      cudaStream_t);

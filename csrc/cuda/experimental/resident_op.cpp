@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cuda/op_support.h"
-#include "cuda/resident.h"
+#include "cuda/experimental/resident_launch.h"
 
 namespace {
 

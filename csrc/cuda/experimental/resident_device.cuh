@@ -1,8 +1,8 @@
-// How a GPU runs the body of the resident driver (shared/resident_body.h).
+// How a GPU runs the body of the resident driver (cuda/experimental/resident_body.h).
 #pragma once
 
 #include "cuda/device_cta.cuh"
-#include "shared/resident_body.h"
+#include "cuda/experimental/resident_body.h"
 
 namespace gatedconv {
 

@@ -1,4 +1,4 @@
-"""Chooses the fastest way of each convolution on the GPU at hand, and remembers it from process to process."""
+"""Chooses the fastest candidate of each convolution on the GPU at hand, and remembers it from process to process."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from torch import Tensor
 
 from gatedconv import _build, _native
 from gatedconv._io import write_atomic
+from gatedconv.ops._cuda_graph import capture
 
-FORMAT = 1
-# Against the first way, relative to its largest value: rounding of two orders of summation, no more.
+FORMAT = 2
+# Against the first candidate, relative to its largest value: rounding of two orders of summation, no more.
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 5e-3}
 
 Timer = Callable[[Callable[[], Tensor]], float]
 
 
 class Tuner:
-    """Measures ways of computing the same thing and keeps the choices in a file.
+    """Measures candidates for the same result and keeps the choices in a file.
 
-    The file is JSON: {"format", "device", "torch", "cudnn", "sources", "choices": {key: {"way", "ms": {way: time}}}}.
-    One of another format, device, torch, cuDNN or of other sources is not read, and written over. A file that
-    cannot be read or written costs the measurement again, nothing else.
+    The file is JSON: {"format", "device", "torch", "cudnn", "flags", "sources", "choices": {key: {"candidate", "ms":
+    {name: time}, "out": {name: reason}}}}. One of another format, device, torch, cuDNN, cuDNN flags or of other sources
+    is not read, and overwritten. A file that cannot be read or written costs the measurement again, nothing else.
 
     Args:
         path: The file, None to keep nothing.
@@ -43,53 +44,58 @@ class Tuner:
         self.choices: dict[str, dict[str, Any]] = self._read()
         self._lock = threading.Lock()
 
-    def choose(self, key: str, ways: Mapping[str, Callable[[], Callable[[], Tensor]]], prefer: str = "") -> str:
-        """Return the name of the fastest way whose result agrees with the first one's.
+    def choose(self, key: str, candidates: Mapping[str, Callable[[], Callable[[], Tensor]]], prefer: str = "") -> str:
+        """Return the name of the fastest candidate whose result agrees with the first one's.
 
         Args:
             key: What is computed: equal keys get equal answers.
-            ways: name -> builds a call; the first is trusted. One that raises RuntimeError is left out.
+            candidates: name -> builds a call; the first is trusted. One that raises RuntimeError is left out.
                 Where the first one's result is not finite, the choice is made but not kept.
-            prefer: Of those that are left, the ways whose names begin so go before the others.
+            prefer: Of those that are left, the candidates whose names begin so go before the others.
         """
         with self._lock:
             known = self.choices.get(key)
-            if known is not None and set(known["ms"]) | set(known["out"]) == set(ways):
-                return str(known["way"])
-            if len(ways) == 1:
-                return next(iter(ways))
-            times, out, sound = self._measure(ways)
-            way = min(times, key=lambda name: (not name.startswith(prefer), times[name]))
+            if known is not None and set(known["ms"]) | set(known["out"]) == set(candidates):
+                return str(known["candidate"])
+            if len(candidates) == 1:
+                return next(iter(candidates))
+            times, out, sound = self._measure(candidates)
+            candidate = min(times, key=lambda name: (not name.startswith(prefer), times[name]))
             if sound:
-                self.choices[key] = {"way": way, "ms": times, "out": out}
+                self.choices[key] = {"candidate": candidate, "ms": times, "out": out}
                 self._write()
-            return way
+            return candidate
 
     def _measure(
-        self, ways: Mapping[str, Callable[[], Callable[[], Tensor]]]
+        self, candidates: Mapping[str, Callable[[], Callable[[], Tensor]]]
     ) -> tuple[dict[str, float], dict[str, str], bool]:
-        """Return each way's time, what is wrong with the others, and whether the first one's result is finite."""
+        """Return each candidate's time, what is wrong with the others, and whether the first one's result is finite."""
         trusted: Tensor | None = None
+        result: Tensor | None = None
         times: dict[str, float] = {}
         out: dict[str, str] = {}
         errors: list[RuntimeError] = []
-        for name, build in ways.items():
+        for name, build in candidates.items():
             try:
                 call = build()
+                result = None
+                if trusted is not None:
+                    poison(trusted)
                 result = call()
                 if trusted is None:
                     trusted = result.clone()
                     if trusted.numel() and not trusted.isfinite().any():
-                        return {name: 0.0}, {}, False  # nothing that another way could be compared with
+                        return {name: 0.0}, {}, False  # nothing that another candidate could be compared with
                 elif not agrees(result, trusted):
                     out[name] = "wrong result"
-                    warnings.warn(f"gatedconv: {name} differs from {next(iter(ways))}; it is not used", stacklevel=2)
+                    first = next(iter(candidates))
+                    warnings.warn(f"gatedconv: {name} differs from {first}; it is not used", stacklevel=2)
                     continue
                 times[name] = self.timer(call)
             except RuntimeError as error:
                 if trusted is None:
                     raise
-                wait_for_device()  # raises where the error was the device's: every later way would get it too
+                wait_for_device()  # raises where the error was the device's: every later candidate would get it too
                 errors.append(error)
                 out[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if not times:
@@ -100,7 +106,7 @@ class Tuner:
         try:
             body = json.loads(self.path.read_text()) if self.path is not None else {}
             choices = body.pop("choices", {})
-            sound = all({"way", "ms", "out"} <= set(c) and c["way"] in c["ms"] for c in choices.values())
+            sound = all({"candidate", "ms", "out"} <= set(c) and c["candidate"] in c["ms"] for c in choices.values())
         except (OSError, ValueError, AttributeError, TypeError):
             return {}
         return choices if body == self.header and sound else {}
@@ -115,6 +121,16 @@ class Tuner:
         except OSError as error:
             warnings.warn(f"gatedconv: measured choices are not kept: {error}", stacklevel=2)
             self.path = None
+
+
+def poison(like: Tensor) -> None:
+    """Leave NaN in the memory that the next `torch.empty` of this size gets.
+
+    A caching allocator hands out blocks that were freed before. Without this a candidate that writes nothing may be
+    given the block of an earlier candidate's right result, agree with it, and be the fastest.
+    """
+    held = [torch.full_like(like, float("nan")) for _ in range(4)]  # at once: as many blocks as results were freed
+    del held
 
 
 def agrees(result: Tensor, trusted: Tensor) -> bool:
@@ -137,19 +153,25 @@ def wait_for_device() -> None:
 
 
 def header_of(device: torch.device) -> dict[str, Any]:
-    """Return what choices on a device depend on beside the shapes."""
+    """Return what choices on a device depend on besides the shapes."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "device": f"{properties.name}, {properties.multi_processor_count} processors",
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
+        # The time and the result of cuDNN's candidates depend on them.
+        "flags": {
+            "benchmark": torch.backends.cudnn.benchmark,
+            "deterministic": torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
+            "precision": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        },
         "sources": f"{_build.source_hash(_native.source_folder())} {planner_hash(Path(__file__).parent)}",
     }
 
 
 def planner_hash(folder: Path) -> str:
-    """Hash the Python files that decide what a way computes."""
-    files = sorted(folder.glob("cuda_*.py"))
+    """Hash the Python files that decide what a candidate computes."""
+    files = sorted(folder.glob("*.py"))
     return hashlib.sha256(b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -160,15 +182,12 @@ def cache_path(header: Mapping[str, Any]) -> Path:
 
 
 def time_on_gpu(call: Callable[[], Tensor], rounds: int = 7, repeats: int = 10) -> float:
-    """Median milliseconds of a call as part of a CUDA graph, which is how a plan runs it."""
+    """Return the median milliseconds of a call as part of a CUDA graph, which is how a plan runs it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()  # what is allocated or chosen once is so by now
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(repeats):
-                call()
+        graph, _ = capture(lambda: [call() for _ in range(repeats)], stream.device, stream)
         graph.replay()
         times = []
         for _ in range(rounds):

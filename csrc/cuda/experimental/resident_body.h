@@ -1,5 +1,5 @@
 // The body of the resident driver, run by every warp. A `Warp` says how: on a GPU all at once
-// (cuda/device_resident.cuh), in the tests as threads of the host, lane by lane
+// (cuda/experimental/resident_device.cuh), in the tests as threads of the host, lane by lane
 // (tests/native/host_resident.h).
 //
 // Warp: shared(); index(); image(); rank() among ranks(), one unless kCluster; each_lane(f) calls f(lane);
@@ -10,7 +10,7 @@
 #pragma once
 
 #include "shared/conv_body.h"
-#include "shared/resident.h"
+#include "cuda/experimental/resident.h"
 
 namespace gatedconv {
 
@@ -84,22 +84,30 @@ GATEDCONV_HOST_DEVICE void clear_halo(Warp& warp, const ResidentMap& m) {
   });
 }
 
-// Copies the rows of the target that this block has computed to the blocks that read them.
+// Copies what this instruction has made, in the rows of the target that this block owns, to the blocks that
+// read them. A pass of a convolution makes some pixels and, unless it scatters, some units of them.
 template <class Math, class Warp>
 GATEDCONV_HOST_DEVICE void hand_over(Warp& warp, const ResidentRecord& r) {
   if constexpr (Warp::kCluster) {
     warp.sync();
     const ResidentMap& m = r.target;
     const Band own = band(m.height, warp.rank(), warp.ranks());
+    const bool conv = r.op == ResidentOp::kConv, some_units = conv && !r.scatters;
+    const int32_t first_unit = some_units ? r.channel / kVector<Math> : 0;
+    const int32_t units = some_units ? smaller(kPassOutputs / kVector<Math>, m.units - first_unit) : m.units;
+    const int32_t made = conv ? r.fragment * 16 : 0;
+    const int32_t made_end =
+        conv ? made + kResidentWarps / r.groups * r.mt * 16 : (own.end - own.first) * m.width;
     for (int32_t rank = 0; rank < warp.ranks(); ++rank) {
       if (rank == warp.rank()) continue;
       const Band wanted = needed(r, rank);
-      const int32_t first = larger(own.first, wanted.first),
-                    pixels = (smaller(own.end, wanted.end) - first) * m.width;
+      const int32_t first = larger((larger(own.first, wanted.first) - own.first) * m.width, made);
+      const int32_t end = smaller((smaller(own.end, wanted.end) - own.first) * m.width, made_end);
+      const int32_t pixels = larger(end - first, 0);
       warp.each_lane([&](int lane) {
-        for (int32_t item = warp.index() * 32 + lane; item < pixels * m.units; item += kResidentThreads) {
-          const int32_t unit = item / pixels, pixel = item % pixels;
-          const int32_t at = pixel_byte(m, first + pixel / m.width, pixel % m.width);
+        for (int32_t item = warp.index() * 32 + lane; item < pixels * units; item += kResidentThreads) {
+          const int32_t unit = first_unit + item / pixels, pixel = first + item % pixels;
+          const int32_t at = pixel_byte(m, own.first + pixel / m.width, pixel % m.width);
           warp.store_there(rank, m.at + unit * m.plane + at, unit_at<Math>(warp.shared(), m, unit, at));
         }
       });
