@@ -377,7 +377,7 @@ def test_the_switch(monkeypatch):
     monkeypatch.delenv("GATEDCONV_CUDA_KERNELS", raising=False)
     assert cuda_conv.kernels_mode() == "off"
     monkeypatch.setenv("GATEDCONV_CUDA_KERNELS", "always")
-    with pytest.raises(ValueError, match="expected off, on, auto or layers, got 'always'"):
+    with pytest.raises(ValueError, match="expected off, on, auto or experimental, got 'always'"):
         cuda_conv.kernels_mode()
 
 
