@@ -86,11 +86,8 @@ def run(
 ) -> tuple[Tensor, Machine]:  # fmt: skip
     """Launch a convolution; tensors are of the format's dtype, masks bool (C) or (N, C).
 
-    Args:
-        in_place: The output is the residual's memory, whose closed channels stay as they are.
-        last: Whether the output is channels_last.
-        kernel: What to launch instead of the compiled kernel: a changed copy.
-        edit: A change of the sources.
+    With `in_place` the output is the residual's memory, whose closed channels stay as they are; `last`: the output is
+    channels_last; `kernel`: a changed copy to launch instead of the compiled kernel; `edit`: a change of the sources.
 
     Returns:
         The output, and the machine with what it noted.

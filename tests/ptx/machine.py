@@ -13,7 +13,6 @@ from tests.ptx.opcodes import Program, translate
 from tests.ptx.parser import Kernel
 
 
-
 class Warp:
     """32 lanes: a value per register and lane, and for every group of lanes the instruction that is next.
 
@@ -36,11 +35,16 @@ class Warp:
 
     def where(self) -> str:
         """The instruction under way, for messages."""
-        return f"{self.block.machine.program.kernel.instructions[self.pc].text} (block {self.block.id}, warp {self.index})"
+        return f"{self.instruction} (block {self.block.id}, warp {self.index})"
+
+    @property
+    def instruction(self) -> str:
+        """The text of the instruction under way."""
+        return self.block.machine.program.kernel.instructions[self.pc].text
 
     def note(self, text: str) -> None:
         """Record a problem that does not end the run."""
-        self.block.machine.notes[f"{text}: {self.block.machine.program.kernel.instructions[self.pc].text}"] += 1
+        self.block.machine.notes[f"{text}: {self.instruction}"] += 1
 
     # ---- memory
 

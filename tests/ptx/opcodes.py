@@ -308,14 +308,19 @@ def insert_field(parts: list[str], args: tuple[str, ...], operands: Operands) ->
 
 @op("bfe")
 def extract_field(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
+    """Bits past the field, or past the register, are copies of the field's sign; 0 in `bfe.u32`."""
     put, x = operands.write(args[0]), operands.read(args[1], np.uint32)
     start, length = operands.read(args[2], np.uint32), operands.read(args[3], np.uint32)
-    if parts[1] == "s32":
-        raise NotImplementedError("bfe.s32")
 
     def run(warp: Warp, mask: np.ndarray) -> None:
-        bits = (np.uint64(1) << length(warp).astype(np.uint64)) - np.uint64(1)
-        put(warp, mask, (x(warp).astype(np.uint64) >> start(warp).astype(np.uint64) & bits).astype(np.uint32))
+        value, first, count = (read(warp).astype(np.uint64) for read in (x, start, length))
+        bits = (np.uint64(1) << np.minimum(count, 32)) - np.uint64(1)
+        field = value >> np.minimum(first, 63) & bits
+        if parts[1] == "s32":
+            sign = value >> np.minimum(first + count - np.uint64(1), 31) & np.uint64(1) & (count > 0)
+            inside = (np.uint64(1) << np.minimum(count, np.uint64(32) - np.minimum(first, 32))) - np.uint64(1)
+            field = field & inside | np.where(sign == 1, ~inside, np.uint64(0))
+        put(warp, mask, field.astype(np.uint32))
 
     return run
 

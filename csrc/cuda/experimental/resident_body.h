@@ -190,7 +190,11 @@ GATEDCONV_HOST_DEVICE void resident_move(Warp& warp, Ring<Warp>& ring, const Res
         const int32_t row = rows.first + pixel / r.target.width, col = pixel % r.target.width;
         const int32_t from = pixel_byte(r.source, row * r.stride_h, col * r.stride_w);
         const int32_t to = pixel_byte(r.target, row, col);
-        Vector16<Math> made = unit_at<Math>(shared, r.target, first + unit, to), added{};
+        Vector16<Math> made{}, added{};
+        bool keeps = false;  // the target's own values, which are there only where a channel is -2
+#pragma unroll
+        for (int i = 0; i < kVector<Math>; ++i) keeps |= list[unit * kVector<Math> + i] == -2;
+        if (keeps) made = unit_at<Math>(shared, r.target, first + unit, to);
         if (r.residual.units > 0) {
           added = unit_at<Math>(shared, r.residual, first + unit, pixel_byte(r.residual, row, col));
         }

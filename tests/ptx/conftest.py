@@ -1,0 +1,43 @@
+"""`-m slow` runs a few cases of every kernel, `-m ptx_all` the full matrix and all mutations.
+
+With GATEDCONV_PTX_RESULTS=FILE what ran is added to that file (benchmarks/results/ptx.json; see tests/ptx/ledger.py).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ptx.ledger import Ledger
+
+
+def pytest_collection_modifyitems(config, items):
+    """The full matrix takes half an hour: it runs only where it is asked for."""
+    if "ptx_all" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("ptx_all")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def ledger():
+    """What ran in this session."""
+    made = Ledger()
+    yield made
+    if path := os.environ.get("GATEDCONV_PTX_RESULTS"):
+        made.merge_into(Path(path))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Runs are compared with PyTorch on small tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
