@@ -19,7 +19,7 @@ from gatedconv.convert.swap import swap_modules
 from gatedconv.convert.trace import TraceFailure, evaluate_shapes, fixed_to_eval, trace
 from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, find_gates, unwrap
 from gatedconv.nn import AddBranch, GraphNet, SelectOpen
-from gatedconv.nn.graph import require_size
+from gatedconv.nn.graph_net import require_size
 
 GATES = ("layer", "channel", "both")
 POSITIONS = ("after", "middle", "before")

@@ -18,7 +18,7 @@ from gatedconv.deploy.cut import cut_graph
 from gatedconv.gating import FrozenGate, find_gates, unwrap
 from gatedconv.models import ResNet
 from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, GatherChannels, GraphNet
-from gatedconv.nn.graph import require_size
+from gatedconv.nn.graph_net import require_size
 
 
 def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int | None = None) -> nn.Module:

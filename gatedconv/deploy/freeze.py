@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert.frozen import settle_frozen
 from gatedconv.gating import FrozenGate, Gate, unwrap
-from gatedconv.gating.ranks import joined_rates, joined_votes, require_same_masks
+from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_votes
 from gatedconv.gating.registry import find_gates, require_gates
 from gatedconv.nn import GraphNet
 
@@ -75,7 +75,7 @@ def freeze(
     if loader is not None:
         rates, asked = _vote(model, gates, loader)
     else:
-        rates = joined_rates({name: gate.running_open_rate.detach().clone() for name, gate in gates.items()})
+        rates = mean_over_ranks({name: gate.running_open_rate.detach().clone() for name, gate in gates.items()})
         asked = dict.fromkeys(gates, 0 if masks is not None else 1)
     _require_finite(rates)
     masks = masks or {name: rate >= 0.5 for name, rate in rates.items()}
@@ -165,7 +165,7 @@ def _vote(
             hook.remove()
         for module, training in was_training.items():
             module.training = training
-    votes, asked = joined_votes(votes, asked)
+    votes, asked = sum_votes(votes, asked)
     if seen == 0 and not any(asked.values()):
         raise ValueError("freeze: the loader yielded no samples")
     rates = {

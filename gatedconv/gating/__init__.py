@@ -1,15 +1,15 @@
 """Gates: estimators, gate modules, the losses that polarise them, schedules, and what they cost."""
 
 from gatedconv.gating.channel_gate import ChannelGate
-from gatedconv.gating.controller import MacController
-from gatedconv.gating.costs import MacTerm, expected_macs, pruning_rate
 from gatedconv.gating.estimators import ESTIMATORS
 from gatedconv.gating.gate import FrozenGate, Gate
 from gatedconv.gating.layer_gate import LayerGate
 from gatedconv.gating.losses import activation_loss, mac_target_loss, polarization_loss
+from gatedconv.gating.mac_controller import MacController
+from gatedconv.gating.mac_terms import MacTerm, expected_macs, pruning_rate
+from gatedconv.gating.pruner import GatePruner
 from gatedconv.gating.ranking import fisher_information, gate_macs, masks_for_target, mean_logits
 from gatedconv.gating.registry import find_gates, forget, open_rates, unwrap
-from gatedconv.gating.shutter import Shutter
 
 __all__ = [
     "ESTIMATORS",
@@ -19,7 +19,7 @@ __all__ = [
     "LayerGate",
     "MacController",
     "MacTerm",
-    "Shutter",
+    "GatePruner",
     "activation_loss",
     "expected_macs",
     "find_gates",

@@ -21,6 +21,9 @@ class Gate(nn.Module):
         logits: (N, num_gates), of the last call; None before any call.
         open_rate: (num_gates,), mean of the gate over the last batch, differentiable in training;
             None before any call.
+        needs_gradient: whether something other than the gate's own parameters uses the gradient that arrives here, as
+            `GatePruner` does. In training a block is then skipped only where the gate is closed for good.
+        global_open_rate: ``open_rate``, and its mean over all ranks, once a loss has computed that mean; else None.
         running_open_rate: buffer (num_gates,), exponential mean of ``open_rate`` over training batches.
         mask: None while the gate learns; bool (num_gates,) once it is frozen.
     """
@@ -35,8 +38,10 @@ class Gate(nn.Module):
         if num_gates < 1:
             raise ValueError(f"{type(self).__name__}: num_gates must be at least 1, got {num_gates}")
         self.num_gates = num_gates
+        self.needs_gradient = False
         self.logits: Tensor | None = None
         self.open_rate: Tensor | None = None
+        self.global_open_rate: tuple[Tensor, Tensor] | None = None
         self.register_buffer("running_open_rate", torch.ones(num_gates, device=device, dtype=dtype))
 
     @property
@@ -51,11 +56,11 @@ class Gate(nn.Module):
 
     def forget(self) -> None:
         """Drop what belongs to the last call."""
-        self.logits = self.open_rate = None
+        self.logits = self.open_rate = self.global_open_rate = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
-        return {**self.__dict__, "logits": None, "open_rate": None}
+        return {**self.__dict__, "logits": None, "open_rate": None, "global_open_rate": None}
 
 
 class LearnedGate(Gate):

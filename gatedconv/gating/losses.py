@@ -13,11 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gating.closed_form import cached, gate_average, polarization
-from gatedconv.gating.costs import expected_macs, mac_terms
-from gatedconv.gating.ranks import global_mean, world_size
-from gatedconv.gating.registry import find_gates, joined_rates, open_rates, unwrap
-from gatedconv.gating.window import RateWindow
+from gatedconv.gating.collectives import global_mean, world_size
+from gatedconv.gating.mac_terms import expected_macs, mac_terms
+from gatedconv.gating.multilinear import cached, gate_average, polarization
+from gatedconv.gating.registry import find_gates, open_rates, require_gates, unwrap
 
 
 def polarization_loss(model: nn.Module) -> Tensor:
@@ -91,11 +90,13 @@ def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
         return rates
     if torch.compiler.is_compiling():
         return _joined(model, rates, window)
-    last = joined_rates.get(unwrap(model))
-    # The same tensors: the same batch, whichever loss asks.
-    if last is None or any(old is not new for old, new in zip(last[0], rates.values(), strict=True)):
-        last = joined_rates[unwrap(model)] = (tuple(rates.values()), _joined(model, rates, window))
-    return last[1]
+    gates = find_gates(model)
+    known = {name: gate.global_open_rate for name, gate in gates.items()}
+    # The same tensors are of the same batch: several losses share one collective.
+    if any(pair is None or pair[0] is not rates[name] for name, pair in known.items()):
+        for name, mean in _joined(model, rates, window).items():
+            known[name] = gates[name].global_open_rate = (rates[name], mean)
+    return {name: pair[1] for name, pair in known.items() if pair is not None}
 
 
 def _joined(model: nn.Module, rates: dict[str, Tensor], window: RateWindow | None) -> dict[str, Tensor]:
@@ -111,6 +112,43 @@ def _batch_size(model: nn.Module) -> int:
     """Samples of the last batch on this rank: a layer gate is asked by all of them in training."""
     logits = (gate.logits for gate in find_gates(model).values())
     return next((found.shape[0] for found in logits if found is not None), 1)
+
+
+class RateWindow(nn.Module):
+    """The open rates of the last ``parts`` batches of a model, of which only the current one has a gradient.
+
+    They are buffers: they belong into a checkpoint, and whoever undoes a step undoes them with the rest.
+
+    Args:
+        model: a gated model, where it trains.
+        parts: batches that count, at least 2.
+
+    Attributes:
+        before: buffer (parts - 1, G), the joined rates of the batches before, the oldest first, zeros where there
+            was none yet.
+        seen: buffer (), how many of them are filled.
+    """
+
+    before: Tensor
+    seen: Tensor
+
+    def __init__(self, model: nn.Module, parts: int) -> None:
+        super().__init__()
+        if parts < 2:
+            raise ValueError(f"RateWindow: parts must be at least 2, got {parts}")
+        like = torch.cat([gate.running_open_rate for gate in require_gates(model, "RateWindow").values()])
+        self.parts = parts
+        self.register_buffer("before", like.new_zeros(parts - 1, like.numel()))
+        self.register_buffer("seen", like.new_zeros(()))
+
+    def mix(self, joined: Tensor) -> Tensor:
+        """Take in the joined rates (G,) of a batch; returns their mean with those before, the gradient 1 / parts."""
+        now = joined.detach()
+        with torch.no_grad():
+            mean = (self.before.sum(dim=0) + now) / (self.seen + 1)
+            self.before.copy_(torch.cat([self.before[1:], now[None]]))
+            self.seen.add_(1).clamp_(max=len(self.before))
+        return mean + (joined - now) / self.parts
 
 
 _windows: WeakKeyDictionary[nn.Module, RateWindow] = WeakKeyDictionary()
@@ -130,4 +168,5 @@ def accumulating(model: nn.Module, window: RateWindow | None) -> Iterator[None]:
         yield
     finally:
         _windows.pop(unwrap(model), None)
-        joined_rates.pop(unwrap(model), None)
+        for gate in find_gates(model).values():
+            gate.global_open_rate = None

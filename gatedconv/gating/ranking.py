@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gating.costs import expected_macs
+from gatedconv.gating.collectives import sum_votes
 from gatedconv.gating.gate import Gate
-from gatedconv.gating.ranks import joined_votes
+from gatedconv.gating.mac_terms import expected_macs
 from gatedconv.gating.registry import find_gates, require_gates, unwrap
 
 RANKINGS = ("logit", "fisher")
@@ -99,7 +99,7 @@ def fisher_information(
         for name, slope in zip(taps, torch.autograd.grad(value, list(taps.values())), strict=True):
             totals[name] += slope.double().square().sum(0)
         count += len(labels)
-    totals, counts = joined_votes(totals, dict.fromkeys(gates, count))
+    totals, counts = sum_votes(totals, dict.fromkeys(gates, count))
     if not all(counts.values()):
         raise ValueError("fisher_information: expected at least one batch, got none")
     return {name: total.cpu() / counts[name] for name, total in totals.items()}
@@ -129,7 +129,7 @@ def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
                 totals[name] += gate.logits.double().sum(0)
                 counts[name] += len(gate.logits)
     model.train(was_training)
-    totals, counts = joined_votes(totals, counts)
+    totals, counts = sum_votes(totals, counts)
     return {name: total.cpu() / max(1, counts[name]) for name, total in totals.items()}
 
 

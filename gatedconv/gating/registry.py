@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gating.closed_form import cached
 from gatedconv.gating.gate import Gate
-
-# Of each model: the gates' open rates of the last batch, and what `gates.losses` made of them over all processes.
-joined_rates: WeakKeyDictionary[nn.Module, tuple[tuple[Tensor, ...], dict[str, Tensor]]] = WeakKeyDictionary()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -51,18 +45,23 @@ def require_gates(model: nn.Module, owner: str) -> dict[str, Gate]:
 
 
 def forget(model: nn.Module) -> None:
-    """Let all gates of a model drop what they hold of the last call: it keeps that call's autograd graph alive.
+    """Drop what the gates of a model keep of the last call, which holds that call's autograd graph in memory.
 
-    A network has to do so before its first layer runs. Where a CUDA graph is captured after eager steps, PyTorch would
-    otherwise go on with the gradient accumulators of those steps, which are bound to another stream. Our ResNets and
-    what `gate_model` returns do it by themselves in training.
+    A network calls this before its first layer runs. When a CUDA graph is captured after eager steps, PyTorch would
+    otherwise reuse the gradient accumulators of those steps, which are bound to another stream. The networks of
+    `gatedconv.models` and those that `gate_model` returns do it themselves in training.
     """
     if torch.compiler.is_compiling():  # a compiled graph has no such accumulators
         return
-    joined_rates.pop(unwrap(model), None)
-    # Looked for once: walking all modules takes milliseconds.
-    for gate in cached(model, "gates", lambda: [module for module in model.modules() if isinstance(module, Gate)]):
-        gate.forget()
+    # `modules()` takes milliseconds in a deep network. The list is not kept: gates may be replaced between calls.
+    waiting, seen = [unwrap(model)], set()
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, Gate):
+            module.forget()
+        elif module not in seen:
+            seen.add(module)
+            waiting.extend(child for child in module._modules.values() if child is not None)
 
 
 def open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gating.ranks import global_mean, world_size
+from gatedconv.gating.collectives import global_mean, world_size
 
 
 class SynchronisedNorm(nn.BatchNorm1d):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, MacTerm, forget
-from gatedconv.models.costs import resnet_mac_terms
+from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn.block import GATES, POSITIONS, BasicBlock
 
 WIDTHS = (16, 32, 64)
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.mac_terms: list[MacTerm] = resnet_mac_terms(self)
+        self.mac_terms: list[MacTerm] = _resnet_mac_terms(self)
 
     def _block(self, in_channels: int, channels: int, stride: int, size: tuple[int, int]) -> BasicBlock:
         options = self.config
@@ -109,6 +109,49 @@ class ResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
+
+
+def _resnet_mac_terms(model: ResNet) -> list[MacTerm]:
+    """Terms for one image of ``model.input_size``; gates' own dense layers are not part of them."""
+    _, height, width = model.input_size
+    terms = [
+        MacTerm(
+            conv_macs(model.conv1, height * width) + norm_macs(model.bn1, height * width),
+            params_of(model.conv1, model.bn1),
+        )
+    ]
+    for stage in ("layer1", "layer2", "layer3"):
+        for index, block in enumerate(getattr(model, stage)):
+            stride = block.conv1.stride[0]
+            height, width = -(-height // stride), -(-width // stride)
+            terms += _block_terms(f"{stage}.{index}", block, height * width)
+    pooled = model.fc.in_features * height * width
+    terms.append(MacTerm(pooled + model.fc.in_features * model.fc.out_features, params_of(model.fc)))
+    return terms
+
+
+def _block_terms(name: str, block: BasicBlock, pixels: int) -> list[MacTerm]:
+    layer = (f"{name}.layer_gate",) if block.layer_gate is not None else ()
+    channel = (f"{name}.channel_gate",) if block.channel_gate is not None else ()
+    gates = {
+        part: layer + (channel if block.position in positions else ())
+        for part, positions in {
+            "conv1": ("before", "middle"),
+            "bn1": ("middle",),
+            "conv2": ("middle", "after"),
+            "bn2": ("after",),
+        }.items()
+    }
+    terms = [
+        MacTerm(conv_macs(block.conv1, pixels), params_of(block.conv1), gates["conv1"]),
+        MacTerm(norm_macs(block.bn1, pixels), params_of(block.bn1), gates["bn1"]),
+        MacTerm(conv_macs(block.conv2, pixels), params_of(block.conv2), gates["conv2"]),
+        MacTerm(norm_macs(block.bn2, pixels), params_of(block.bn2), gates["bn2"]),
+    ]
+    if isinstance(block.downsample, nn.Sequential):
+        conv, norm = block.downsample
+        terms.append(MacTerm(conv_macs(conv, pixels) + norm_macs(norm, pixels), params_of(conv, norm)))
+    return terms
 
 
 def _check(

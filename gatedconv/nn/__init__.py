@@ -1,14 +1,14 @@
-"""Modules: the drop-in convolution, the gated residual block, and what it becomes when cut."""
+"""Modules: the drop-in convolution, the gated residual block, and the small modules that compacting leaves."""
 
 from gatedconv.nn.block import BasicBlock
 from gatedconv.nn.compact_block import ChannelBias, CompactBlock, ConstantMap, GatherChannels, ScatterAdd
 from gatedconv.nn.conv import Conv2d
-from gatedconv.nn.graph import (
+from gatedconv.nn.graph_net import GraphNet
+from gatedconv.nn.modules import (
     AddBranch,
     AppendOnes,
     Constant,
     FrozenConv2d,
-    GraphNet,
     ScatterChannels,
     SelectOpen,
     StochasticDepth,

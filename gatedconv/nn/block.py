@@ -13,7 +13,7 @@ from gatedconv.gating.gate import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
 from gatedconv.nn.open_samples import decides_on_device, gated_input_branch, residual_branch
 from gatedconv.nn.shortcut import make_shortcut
-from gatedconv.nn.skipping import BlockSkip, left_out
+from gatedconv.nn.skip import BlockSkip, skip_branch
 
 GATES = (None, "layer", "channel", "both")
 POSITIONS = ("before", "middle", "after")
@@ -87,7 +87,7 @@ class BasicBlock(nn.Module):
             return torch.relu(shortcut)  # not in place: an identity shortcut is the caller's tensor
         decision = gate(x)[:, :, None, None]
         if self.training and self.skip is not None and self.skip.applies(gate):
-            return left_out(shortcut, self)
+            return skip_branch(shortcut, self)
         if self.training or torch.compiler.is_compiling():  # a graph needs shapes that do not depend on data
             return self.relu(shortcut + decision * self.branch(x))
         convs = (self.conv1, self.bn1), (self.conv2, self.bn2)
@@ -155,7 +155,7 @@ class BasicBlock(nn.Module):
         pooled = handed_over(x)
         layer = None if self.layer_gate is None else self.layer_gate(x, pooled)
         if self.layer_gate is not None and self.skip is not None and self.skip.applies(self.layer_gate):
-            return left_out(shortcut, self)
+            return skip_branch(shortcut, self)
         branch = self._convolved(x, pooled)
         gate, inner = self.channel_gate, None
         if isinstance(gate, LearnedGate) and self.position == "after":

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gating import LayerGate, find_gates
-from gatedconv.gating.gate import Gate
-from gatedconv.gating.registry import joined_rates, unwrap
 from gatedconv.ops._cuda_graph import capture
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import ALONE, Ranks
-from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate, shut_gates
+from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate, prune_gates
 from gatedconv.train.step import Observer, Stepper, StepResult
 
 # Steps made op by op before a capture: kernels are compiled, cuDNN chooses, caches are filled.
@@ -111,8 +109,8 @@ class CapturedStepper(Stepper):
             else:
                 self.macs.add(len(images))
             result = self._replay()
-        if self.shutter is not None:
-            shut_gates(self.shutter, self.config, progress)
+        if self.pruner is not None:
+            prune_gates(self.pruner, self.config, progress)
         return result
 
     def _set(self, images: Tensor, labels: Tensor, taught: Tensor | None, epoch: float) -> None:
@@ -268,17 +266,16 @@ class _Replay:
     """
 
     def __init__(self, graph: Any, result: StepResult, model: nn.Module) -> None:
-        self._graph, self._result, self._model = graph, result, unwrap(model)
-        self._shown: list[tuple[Gate, Tensor | None, Tensor | None]] = [
-            (gate, gate.logits, gate.open_rate) for gate in find_gates(model).values() if gate.logits is not None
+        self._graph, self._result = graph, result
+        self._shown = [
+            (gate, gate.logits, gate.open_rate, gate.global_open_rate)
+            for gate in find_gates(model).values()
+            if gate.logits is not None
         ]
-        self._joined = joined_rates.get(self._model)
 
     def __call__(self) -> StepResult:
         self._graph.replay()
         if self._shown and self._shown[0][0].open_rate is not self._shown[0][2]:
-            for gate, logits, open_rate in self._shown:
-                gate.logits, gate.open_rate = logits, open_rate
-            if self._joined is not None:
-                joined_rates[self._model] = self._joined
+            for gate, logits, open_rate, global_open_rate in self._shown:
+                gate.logits, gate.open_rate, gate.global_open_rate = logits, open_rate, global_open_rate
         return self._result

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from gatedconv.data import Augment, ImageData, TrainBatches
 from gatedconv.gating import (
+    GatePruner,
     MacController,
-    Shutter,
     activation_loss,
     find_gates,
     mac_target_loss,
@@ -128,16 +128,16 @@ def make_controller(model: nn.Module, config: TrainConfig) -> MacController | No
     return MacController(config.mac_gain / config.accumulate) if wanted else None
 
 
-def make_shutter(model: nn.Module, config: TrainConfig) -> Shutter | None:
+def make_pruner(model: nn.Module, config: TrainConfig) -> GatePruner | None:
     """What shuts gates in order of rank, if `config` asks for it and the network has gates."""
     wanted = config.mac_control == "rank" and bool(find_gates(model))
-    return Shutter(model, even=config.mac_rank == "each") if wanted else None
+    return GatePruner(model, even=config.mac_rank == "each") if wanted else None
 
 
-def shut_gates(shutter: Shutter, config: TrainConfig, progress: float) -> None:
+def prune_gates(pruner: GatePruner, config: TrainConfig, progress: float) -> None:
     """After a step at a progress in [0, 1]: shut what the MACs wanted by then leave no room for."""
     if progress >= config.mac_ramp[0]:
-        shutter.step(macs_wanted(config, progress))
+        pruner.step(macs_wanted(config, progress))
 
 
 def macs_wanted(config: TrainConfig, progress: float) -> float:

@@ -11,13 +11,13 @@ from torch import nn
 from gatedconv.gating import MacTerm
 from gatedconv.gating.gate import LearnedGate
 from gatedconv.nn import BasicBlock
-from gatedconv.nn.skipping import BlockSkip, is_shut
+from gatedconv.nn.skip import BlockSkip, is_closed
 from gatedconv.train.distributed import ALONE, Ranks
 from gatedconv.train.step_macs import StepMacs
 
 
 class BlockSkipping:
-    """Chooses the blocks that a step leaves out; `gatedconv.nn.skipping` says why that is exact.
+    """Chooses the blocks that a step leaves out; `gatedconv.nn.skip` says why that is exact.
 
     On the CPU each block decides when its gate has seen the batch, on each rank for itself: to agree would take a
     message per block. The statistics of a rank that left a block out enter the ranks' mean as they stood; they are
@@ -84,7 +84,7 @@ class BlockSkipping:
         if not self.predict:
             self.macs.add(images, self._left_out())
             return
-        shut = torch.stack([is_shut(gate) for gate in self._gates()])
+        shut = torch.stack([is_closed(gate) for gate in self._gates()])
         self._shut = shut if first else self._shut & shut
         # Every rank has to leave out, or repeat, the same.
         agreed = self._ranks.sum(self._shut.int()) == self._ranks.world if self._ranks.world > 1 else self._shut
@@ -102,16 +102,16 @@ class BlockSkipping:
         if self._flags.is_pinned():
             self._copied.synchronize()
         flags = self._flags.tolist()
-        wrong = any(skip.shut and not shut for skip, shut in zip(self._skips, flags, strict=True))
+        wrong = any(skip.closed and not shut for skip, shut in zip(self._skips, flags, strict=True))
         self.repeated += wrong
         self.macs.add(images, self._left_out(), made_again=wrong)
         for skip, shut in zip(self._skips, flags, strict=True):
-            skip.shut = shut and not wrong
+            skip.closed = shut and not wrong
         return not wrong
 
     def _left_out(self) -> float:
         """Multiply-accumulates of one image that the last forward pass did without."""
-        return sum(cost for cost, skip in zip(self._costs, self._skips, strict=True) if skip.shut)
+        return sum(cost for cost, skip in zip(self._costs, self._skips, strict=True) if skip.closed)
 
     def _gates(self) -> list[LearnedGate]:
         return [block.layer_gate for block in self._blocks.values() if isinstance(block.layer_gate, LearnedGate)]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gatedconv.gating import find_gates
-from gatedconv.gating.losses import accumulating
-from gatedconv.gating.window import RateWindow
+from gatedconv.gating.losses import RateWindow, accumulating
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import ALONE, Ranks, parallel
 from gatedconv.train.guard import Buffers, StepGuard, judged_at_once
@@ -24,10 +23,10 @@ from gatedconv.train.recipe import (
     lesson,
     make_controller,
     make_optimizer,
-    make_shutter,
+    make_pruner,
     mixed_dtype,
+    prune_gates,
     set_learning_rate,
-    shut_gates,
     task_loss,
     tuned_convolutions,
 )
@@ -63,7 +62,7 @@ class Stepper:
         observe: called at the end of each step.
 
     Attributes:
-        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, shutter and
+        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, pruner and
             window.
         guard: counts the bad steps.
         skipping: leaves out blocks that are shut.
@@ -92,15 +91,15 @@ class Stepper:
         self.controller = make_controller(model, config)
         if self.controller is not None:
             self.parts["controller"] = self.controller.to(device)
-        self.shutter = make_shutter(model, config)
-        if self.shutter is not None:
-            self.parts["shutter"] = self.shutter.to(device)
+        self.pruner = make_pruner(model, config)
+        if self.pruner is not None:
+            self.parts["pruner"] = self.pruner.to(device)
         self._gated = bool(find_gates(model))
         self.window = RateWindow(model, config.accumulate) if self._gated and config.accumulate > 1 else None
         if self.window is not None:
             self.parts["window"] = self.window
         self.network = parallel(_compiled(model, config), ranks)
-        movable = (model, self.controller, self.shutter, self.window)
+        movable = (model, self.controller, self.pruner, self.window)
         moving = nn.ModuleList([part for part in movable if part is not None])
         self.guard = StepGuard(moving, device)
         skips = config.skip_blocks and not config.compile
@@ -132,8 +131,8 @@ class Stepper:
             weight: of this rank's images among its fellows', 1 on average.
         """
         self.ranks.average_buffers(self.model, weight)
-        if self.shutter is not None:
-            self.shutter.join()
+        if self.pruner is not None:
+            self.pruner.average_over_ranks()
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: float, taught: Tensor | None = None) -> StepResult:
         """Make a step at `epoch` (a step within an epoch is a fraction of one) on (B, C, H, W) and int64 (B,).
@@ -153,8 +152,8 @@ class Stepper:
         result = self._update(result)
         self.observe(result, labels)
         progress = epoch / self.config.epochs
-        if self.shutter is not None:
-            shut_gates(self.shutter, self.config, progress)
+        if self.pruner is not None:
+            prune_gates(self.pruner, self.config, progress)
         return result
 
     def _forward_backward(self, images: Tensor, labels: Tensor, progress: float, taught: Tensor | None) -> StepResult:

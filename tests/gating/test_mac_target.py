@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from gatedconv.deploy import compact, freeze
 from gatedconv.gating import (
+    GatePruner,
     MacController,
-    Shutter,
     expected_macs,
     find_gates,
     fisher_information,
@@ -147,12 +147,12 @@ def test_the_price_lands_on_the_target_against_a_steady_pull() -> None:
         MacController(0.0)
 
 
-def test_the_shutter_follows_the_target_and_what_is_shut_stays_shut() -> None:
+def test_the_pruner_follows_the_target_and_what_is_shut_stays_shut() -> None:
     model = network().train()
-    shutter = Shutter(model)
+    pruner = GatePruner(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     full = float(expected_macs(model, {n: torch.ones(g.num_gates) for n, g in find_gates(model).items()}))
-    shut = torch.zeros_like(shutter.shut)
+    shut = torch.zeros_like(pruner.pruned)
     generator = torch.Generator().manual_seed(1)
     for step in range(30):
         images, labels = torch.randn(16, *SIZE, generator=generator), torch.randint(4, (16,), generator=generator)
@@ -161,9 +161,9 @@ def test_the_shutter_follows_the_target_and_what_is_shut_stays_shut() -> None:
         loss.backward()
         optimizer.step()
         wanted = schedules.falling(min(1.0, step / 20), 0.5, 0.2, 1.0)
-        shutter.settle(wanted)
-        assert (shutter.shut | ~shut).all()  # nothing opens again
-        shut = shutter.shut.clone()
+        pruner.prune(wanted)
+        assert (pruner.pruned | ~shut).all()  # nothing opens again
+        shut = pruner.pruned.clone()
         model(images)
         assert float(expected_macs(model)) <= wanted * full * 1.001
     assert float(expected_macs(model)) >= 0.48 * full
@@ -177,43 +177,43 @@ def images_of(gate: torch.nn.Module) -> torch.Tensor:
     return torch.randn(32, gate.in_channels, 4, 4, generator=torch.Generator().manual_seed(3))
 
 
-def test_the_shutter_ranks_by_sensitivity_per_mac() -> None:
+def test_the_pruner_ranks_by_sensitivity_per_mac() -> None:
     model = network().train()
-    shutter = Shutter(model)
+    pruner = GatePruner(model)
     model(torch.randn(8, *SIZE))
-    shutter.sensitivity.copy_(torch.rand(len(shutter.sensitivity), generator=torch.Generator().manual_seed(0)))
+    pruner.sensitivity.copy_(torch.rand(len(pruner.sensitivity), generator=torch.Generator().manual_seed(0)))
     costs = torch.cat(list(gate_macs(model).values())).float()
-    shutter.settle(0.6)
-    score = shutter.sensitivity / costs
-    assert score[shutter.shut].max() < score[~shutter.shut].min()
-    other = Shutter(network())
-    other.load_state_dict(shutter.state_dict())
-    assert torch.equal(other.shut, shutter.shut)
+    pruner.prune(0.6)
+    score = pruner.sensitivity / costs
+    assert score[pruner.pruned].max() < score[~pruner.pruned].min()
+    other = GatePruner(network())
+    other.load_state_dict(pruner.state_dict())
+    assert torch.equal(other.pruned, pruner.pruned)
 
 
-def test_the_shutter_can_take_the_same_share_of_every_gate() -> None:
+def test_the_pruner_can_take_the_same_share_of_every_gate() -> None:
     """In two goes, and with sensitivities that change between them: within each gate the least are shut."""
     model = network().train()
-    shutter = Shutter(model, even=True)
+    pruner = GatePruner(model, even=True)
     sizes = [gate.num_gates for gate in find_gates(model).values()]
     first = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(0)).mul(10).pow(3)
-    before = torch.zeros_like(shutter.shut)
+    before = torch.zeros_like(pruner.pruned)
     for wanted, sensitivity in ((0.7, first), (0.5, first.flip(0))):
         model(torch.randn(8, *SIZE))
-        shutter.sensitivity.copy_(sensitivity)
-        shutter.settle(wanted)
-        parts = zip(*(each.split(sizes) for each in (sensitivity, shutter.shut, before)), strict=True)
+        pruner.sensitivity.copy_(sensitivity)
+        pruner.prune(wanted)
+        parts = zip(*(each.split(sizes) for each in (sensitivity, pruner.pruned, before)), strict=True)
         for values, shut, earlier in parts:
             assert values[shut & ~earlier].max() < values[~shut].min() and (shut | ~earlier).all()
-        shares = [float(part.float().mean()) for part in shutter.shut.split(sizes)]
+        shares = [float(part.float().mean()) for part in pruner.pruned.split(sizes)]
         assert max(shares) - min(shares) <= 1 / min(sizes)
-        before = shutter.shut.clone()
+        before = pruner.pruned.clone()
 
 
 def test_the_sensitivity_is_the_mean_square_of_what_arrives_at_each_sample() -> None:
     """Twice over: the running mean takes in a hundredth of each batch; both batches alone, too."""
     model, arrived = network().train(), {}
-    shutter = Shutter(model)
+    pruner = GatePruner(model)
     for name, gate in find_gates(model).items():
 
         def keep(gate: torch.nn.Module, arguments: object, decision: torch.Tensor, name: str = name) -> None:
@@ -221,32 +221,32 @@ def test_the_sensitivity_is_the_mean_square_of_what_arrives_at_each_sample() -> 
             arrived[name] = decision
 
         gate.register_forward_hook(keep)
-    expected = torch.zeros_like(shutter.sensitivity)
+    expected = torch.zeros_like(pruner.sensitivity)
     for count in (8, 5):
         functional.cross_entropy(model(torch.randn(count, *SIZE)), torch.arange(count) % 4).backward()
         found = torch.cat([count * decision.grad for decision in arrived.values()], dim=1)
         expected = 0.99 * expected + 0.01 * (found**2).sum(dim=0) / count
         assert (found != 0).any(dim=0).all()
-        torch.testing.assert_close(shutter.sensitivity, expected, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(pruner.sensitivity, expected, rtol=1e-5, atol=1e-12)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_sensitivity_alone() -> None:
     model = network().train()
-    shutter = Shutter(model)
+    pruner = GatePruner(model)
     (model(torch.randn(8, *SIZE)).sum() * torch.inf).backward()
-    assert shutter.sensitivity.isfinite().all()
-    shutter.detach()
+    assert pruner.sensitivity.isfinite().all()
+    pruner.detach()
     model(torch.randn(8, *SIZE)).sum().backward()
-    assert not shutter.sensitivity.any()
+    assert not pruner.sensitivity.any()
 
 
-def test_the_shutter_needs_gates_that_learn() -> None:
+def test_the_pruner_needs_gates_that_learn() -> None:
     model = network()
     frozen = freeze(model, masks=masks_for_target(model, random_scores(model), 1.0))
     with pytest.raises(ValueError, match="expected gates that learn, 'layer1.0.channel_gate' does not"):
-        Shutter(frozen)
+        GatePruner(frozen)
     with pytest.raises(ValueError, match="no gates"):
-        Shutter(resnet20(4))
+        GatePruner(resnet20(4))
 
 
 @pytest.mark.parametrize(("progress", "value"), [(0.0, 1.0), (0.2, 1.0), (0.45, 0.75), (0.7, 0.5), (1.0, 0.5)])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import gatedconv
-from gatedconv.gating import shutter
+from gatedconv.gating import pruner
 from gatedconv.train import RunFolder, TrainConfig, finish, run
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
 from gatedconv.train.state import unpack_history
@@ -77,7 +77,7 @@ def run_in_child(config: TrainConfig, folder: Path, *, kill_after: float = 0.0, 
 def _run(config: TrainConfig, folder: Path, kill_in_call: int) -> None:
     # Exports depend on what is saved alone, and take longer than all the rest.
     finish.write_exports = lambda *arguments: []
-    shutter.EVERY = 2  # a run so short has no twenty steps with gates
+    pruner.EVERY = 2  # a run so short has no twenty steps with gates
     if kill_in_call:
         _kill_in(kill_in_call)
     target = RunFolder(folder)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gatedconv.gating import find_gates, shutter
+from gatedconv.gating import find_gates, pruner
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import RunFolder, TrainConfig, captured, run
 from gatedconv.train.captured import CapturedForward, CapturedStepper, make_forward, make_stepper, require_graphs
@@ -123,7 +123,7 @@ def numbers(state: Any) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_captured_function_makes_the_steps_of_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutter, "EVERY", 2)
+    monkeypatch.setattr(pruner, "EVERY", 2)
     config = dataclasses.replace(CONFIG, **CASES[name])
     (plain, expected), (other, found) = (
         trained(Stepper, config),
@@ -136,8 +136,8 @@ def test_the_captured_function_makes_the_steps_of_the_plain_one(name: str, monke
         assert left == right, part
     assert numbers(plain.guard.state_dict()) == numbers(other.guard.state_dict())
     assert torch.equal(expected._sums, found._sums) and int(found._sums[0]) == 7
-    if plain.shutter is not None:
-        assert bool(plain.shutter.shut.any())
+    if plain.pruner is not None:
+        assert bool(plain.pruner.pruned.any())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -374,7 +374,7 @@ class Recorded:
 @pytest.mark.parametrize("name", ["rank", "price", "weights", "noise"])
 def test_replays_make_the_steps_of_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is written on the host around a capture; the graph is one of the CPU."""
-    monkeypatch.setattr(shutter, "EVERY", 2)
+    monkeypatch.setattr(pruner, "EVERY", 2)
     monkeypatch.setattr(Recorded, "replays", 0)
     meters: list[EpochMeter] = []
     monkeypatch.setattr(EpochMeter, "__init__", _remembering(EpochMeter.__init__, meters))

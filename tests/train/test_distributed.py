@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 import gatedconv
 from gatedconv.data import EvalBatches, load_data
-from gatedconv.gating.ranks import require_same_masks
+from gatedconv.gating.collectives import require_same_masks
 from gatedconv.gating.sync_norm import synchronised
 from gatedconv.measure import energy
 from gatedconv.models.resnet import ResNet

@@ -55,7 +55,7 @@ def test_runs_that_cut_and_teach_end_the_same_too(straight: tuple[Path, float]) 
     assert run_in_child(config, folder / "late")
     expected = outcome(folder / "late")
     assert [line["phase"] for line in expected["lines"]] == ["gated", "gated", "cut", "cut"]
-    assert bool(expected["states"]["gated"]["shutter"]["shut"].any())  # else there was nothing to get wrong
+    assert bool(expected["states"]["gated"]["pruner"]["pruned"].any())  # else there was nothing to get wrong
     for number, call in enumerate((14, 17, 9)):  # each time so many more
         assert not run_in_child(config, folder / "late killed", kill_in_call=call), number
     assert run_in_child(config, folder / "late killed")

@@ -15,9 +15,8 @@ from torch import nn
 
 import gatedconv
 from gatedconv.data import ImageData
-from gatedconv.gating import Shutter, forget, shutter
-from gatedconv.gating.losses import accumulating, global_open_rates
-from gatedconv.gating.window import RateWindow
+from gatedconv.gating import GatePruner, forget, pruner
+from gatedconv.gating.losses import RateWindow, accumulating, global_open_rates
 from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
 from gatedconv.train import TrainConfig, train
@@ -66,11 +65,11 @@ def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], 
 def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position: str, watched: bool) -> None:
     torch._dynamo.reset()
     eager, compiled = network(gate, position), network(gate, position)
-    shutters = [Shutter(compiled)] if watched else []
+    pruners = [GatePruner(compiled)] if watched else []
     explained = torch._dynamo.explain(compiled)(IMAGES)
     assert explained.graph_break_count == 0 and explained.graph_count == 1, explained.break_reasons
     compiled = network(gate, position)  # the explanation has moved its running statistics
-    shutters = [Shutter(model) for model in (eager, compiled) if watched]
+    pruners = [GatePruner(model) for model in (eager, compiled) if watched]
     whole = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for model, called in ((eager, eager), (compiled, whole)):
         loss, _ = total_loss(model, called(IMAGES), LABELS, CONFIG, 0.5)
@@ -80,7 +79,7 @@ def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position
         assert expected.grad is not None and ours.grad is not None, name
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
     if watched:
-        expected, found = (each.sensitivity for each in shutters)
+        expected, found = (each.sensitivity for each in pruners)
         assert (expected > 0).all()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
     torch._dynamo.reset()
@@ -88,22 +87,22 @@ def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position
 
 def test_a_compiled_training_shuts_the_gates_that_a_plain_one_shuts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(shutter, "EVERY", 2)
+    monkeypatch.setattr(pruner, "EVERY", 2)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = dataclasses.replace(
         CONFIG, gate="channel", mac_weight=0.0, mac_control="rank", mac_ramp=(0.0, 0.3), accumulate=2
     )
-    shutters, states = [], []
+    pruners, states = [], []
     for whole in (False, True):
         stepper = Stepper(network("channel", "middle"), dataclasses.replace(config, compile=whole), CPU)
         with stepper.active():
             for number in range(4):
                 stepper(IMAGES, LABELS, 0.3 + number / 10)
-        assert stepper.shutter is not None
-        shutters.append(stepper.shutter)
+        assert stepper.pruner is not None
+        pruners.append(stepper.pruner)
         states.append(stepper.model.state_dict())
-    plain, compiled = shutters
-    assert 0 < int(plain.shut.sum()) < len(plain.shut) and torch.equal(plain.shut, compiled.shut)
+    plain, compiled = pruners
+    assert 0 < int(plain.pruned.sum()) < len(plain.pruned) and torch.equal(plain.pruned, compiled.pruned)
     torch.testing.assert_close(compiled.sensitivity, plain.sensitivity, rtol=1e-3, atol=1e-9)
     assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()

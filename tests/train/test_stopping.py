@@ -51,10 +51,10 @@ def free_port() -> int:
 def process(rank: int, folder: str, ports: list[int]) -> None:
     """Runs that the second process is asked to end after some step, each gone on with; and one that nobody disturbs."""
     import gatedconv.train.loop as loop
-    from gatedconv.gating import shutter
+    from gatedconv.gating import pruner
     from gatedconv.train import finish, questions
 
-    shutter.EVERY = 2
+    pruner.EVERY = 2
     finish.write_exports = lambda *arguments: []  # type: ignore[assignment]
     questions.EVERY_S = 0.0  # after every step
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -107,8 +107,8 @@ def test_one_process_that_gets_sigterm_stops_all_and_the_run_ends_the_same(tmp_p
             assert_close(state["model"], expected["model"], atol=1e-5)
             assert_close(state["teacher"]["model"], expected["teacher"]["model"], atol=1e-5)
             if phase == "gated":
-                assert 0 < expected["shutter"]["shut"].sum() < len(expected["shutter"]["shut"])
-                assert_close(state["shutter"], expected["shutter"], atol=1e-9)
+                assert 0 < expected["pruner"]["pruned"].sum() < len(expected["pruner"]["pruned"])
+                assert_close(state["pruner"], expected["pruner"], atol=1e-9)
         lines = folder.read_metrics()
         for line, plain in zip(lines, straight.read_metrics(), strict=True):
             assert line.train_loss == pytest.approx(plain.train_loss, rel=1e-4)

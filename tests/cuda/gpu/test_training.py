@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gatedconv.data.image_data import Augment, ImageData, make_image_data
-from gatedconv.gating import find_gates, shutter
+from gatedconv.gating import find_gates, pruner
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import TrainConfig, train
 from gatedconv.train.captured import WARM_UP, CapturedForward, CapturedStepper
@@ -53,7 +53,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Convolutions in fp32, so that two orders of adding differ by rounding alone."""
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    monkeypatch.setattr(shutter, "EVERY", 2)
+    monkeypatch.setattr(pruner, "EVERY", 2)
     yield
     torch.backends.cudnn.conv.fp32_precision = before
 
@@ -108,10 +108,10 @@ def test_replayed_steps_are_the_plain_ones(name: str) -> None:
     for (key, mine), theirs in zip(captured.model.named_parameters(), plain.model.parameters(), strict=True):
         scale = float(theirs.detach().abs().max())
         assert float((mine - theirs).abs().max()) <= rounding * max(scale, 0.1), key
-    if plain.shutter is not None and captured.shutter is not None:
-        assert bool(plain.shutter.shut.any())
+    if plain.pruner is not None and captured.pruner is not None:
+        assert bool(plain.pruner.pruned.any())
         torch.testing.assert_close(
-            captured.shutter.sensitivity, plain.shutter.sensitivity, rtol=0.1, atol=rounding * 0.1
+            captured.pruner.sensitivity, plain.pruner.sensitivity, rtol=0.1, atol=rounding * 0.1
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gating.costs import expected_macs, mac_terms
 from gatedconv.gating.losses import global_open_rates
+from gatedconv.gating.mac_terms import expected_macs, mac_terms
 
 
 class MacController(nn.Module):

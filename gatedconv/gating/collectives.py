@@ -52,7 +52,7 @@ class _GlobalMean(torch.autograd.Function):
         return total * (share / dist.get_world_size()), None
 
 
-def joined_votes(votes: Mapping[str, Tensor], asked: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+def sum_votes(votes: Mapping[str, Tensor], asked: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Votes (num_gates,), or other sums over samples, and numbers of samples asked, added up over all ranks."""
     if world_size() == 1 or not votes:
         return dict(votes), dict(asked)
@@ -65,7 +65,7 @@ def joined_votes(votes: Mapping[str, Tensor], asked: Mapping[str, int]) -> tuple
     return dict(zip(votes, summed, strict=True)), total
 
 
-def joined_rates(rates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def mean_over_ranks(rates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mean over all ranks of running open rates (num_gates,)."""
     if world_size() == 1 or not rates:
         return dict(rates)

@@ -1,4 +1,8 @@
-"""What gates cost and save: MACs and parameters of a model as a function of its open rates."""
+"""MACs and parameters of a model as a function of its gates' open rates.
+
+MACs are counted by fvcore's rules: a convolution or linear layer by its multiply-accumulates, a BatchNorm in eval by 2
+per element, adaptive pooling by 1 per input element, ReLU and additions by nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gating.closed_form import Multilinear, cached, multilinear
+from gatedconv.gating.multilinear import Multilinear, cached, multilinear
 from gatedconv.gating.registry import open_rates, unwrap
 
 
 @dataclass(frozen=True)
 class MacTerm:
-    """A piece of work that runs in proportion to the mean open rate of each gate named.
+    """Work whose amount is proportional to the mean open rate of each of its gates.
 
     Attributes:
-        macs: multiply-accumulates per image when everything is open, by fvcore's rules
-            (a BatchNorm counts 2 per element, a pool 1).
-        params: parameters that belong to it.
+        macs: multiply-accumulates per image with everything open.
+        params: number of parameters that do this work.
         gates: paths of the gates that scale it; empty for work that always runs.
-        channels: for each of them the channels that count, None for all; empty: all of every gate.
+        channels: for each gate the channels whose mean counts, None for all; empty for all channels of every gate.
     """
 
     macs: float
@@ -39,6 +42,25 @@ def mac_terms(model: nn.Module, owner: str) -> Sequence[MacTerm]:
             "and gatedconv.gate_model carry them"
         )
     return terms
+
+
+def conv_macs(conv: nn.Module, pixels: int) -> float:
+    """MACs of a convolution, or of a linear layer with ``pixels`` 1, that makes ``pixels`` outputs per channel."""
+    return float(_weight_count(conv) * pixels)
+
+
+def norm_macs(norm: nn.Module, pixels: int) -> float:
+    """MACs of a BatchNorm in eval on maps of ``pixels`` elements per channel."""
+    return float(2 * _weight_count(norm) * pixels)
+
+
+def params_of(*modules: nn.Module) -> int:
+    """Number of parameters of modules, without those of gates inside them."""
+    return sum(p.numel() for module in modules for name, p in module.named_parameters() if "gate." not in name)
+
+
+def _weight_count(layer: nn.Module) -> int:
+    return dict(layer.named_parameters())["weight"].numel()
 
 
 def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -> Tensor:

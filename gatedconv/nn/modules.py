@@ -1,89 +1,11 @@
-"""Tiny modules of converted and cut networks, and the graph module that carries them."""
+"""Small modules that conversion and compacting leave in a network."""
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from gatedconv.gating import Gate, forget
 from gatedconv.nn.conv import Conv2d
-
-# What a converted network carries beside its graph and weights; torch.fx forgets such things when it copies.
-_CARRIED = ("mac_terms", "conversion", "consensus", "input_size", "fixed_size")
-
-
-class GraphNet(fx.GraphModule):
-    """A ``torch.fx.GraphModule`` that keeps gatedconv's attributes, and gates that its graph no longer calls.
-
-    ``fixed_size``, where there is one, is the (H, W) of the only images that its constants are right for; a call with
-    others raises ValueError.
-    """
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphNet") -> None:
-        graph._tracer_cls = None  # a pickle is traced again, by torch.fx's own tracer
-        super().__init__(root, graph, class_name)
-        present = {name for name, _ in self.named_modules()}
-        for name, module in root.named_modules():
-            if isinstance(module, Gate) and name not in present:
-                self.add_submodule(name, module)
-        self.register_forward_pre_hook(_before_call)
-
-    def _deepcopy_init(self) -> Any:
-        return GraphNet.__init__
-
-    def __reduce__(self) -> Any:
-        build, state = super().__reduce__()
-        return _unpickled, (build, *state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphNet:
-        result: GraphNet = super().__deepcopy__(memo)  # type: ignore[assignment]
-        for name in _CARRIED:
-            if name in self.__dict__:
-                setattr(result, name, copy.deepcopy(self.__dict__[name], memo))
-        result.training = self.training
-        return result
-
-
-def _unpickled(build: Any, *state: Any) -> nn.Module:
-    model: nn.Module = build(*state)
-    model.register_forward_pre_hook(_before_call)
-    return model
-
-
-def _before_call(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    if model.training:
-        forget(model)
-    size = vars(model).get("fixed_size")
-    if size is None or not args:
-        return None
-    if isinstance(args[0], fx.Proxy):  # a step of the graph that is traced
-        return args[0].tracer.create_proxy("call_function", _of_size, (args[0], size), {}), *args[1:]
-    return _of_size(args[0], size), *args[1:]
-
-
-def require_size(model: nn.Module, x: Tensor) -> None:
-    """Raise where a cut network's constants are not those of images like x (N, C, H, W).
-
-    Raises:
-        ValueError: naming both sizes.
-    """
-    size = vars(model).get("fixed_size")
-    if size is not None:
-        _of_size(x, size)
-
-
-def _of_size(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return x."""
-    if tuple(x.shape[2:]) != tuple(size):
-        found = " x ".join(str(n) for n in x.shape[2:])
-        raise ValueError(
-            f"this network was cut for images of {size[0]} x {size[1]}, got {found}: constants that closed channels "
-            f"left in it hold for that size alone; compact it with an example of the other size"
-        )
-    return x
 
 
 class SelectOpen(nn.Module):

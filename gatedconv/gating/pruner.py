@@ -1,0 +1,202 @@
+"""Closing gates for good, those that matter least for their MACs first, until the MACs reach a target."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.gating.collectives import global_mean, world_size
+from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.losses import global_open_rates
+from gatedconv.gating.mac_terms import expected_macs
+from gatedconv.gating.ranking import gate_macs
+from gatedconv.gating.registry import require_gates, unwrap
+
+EVERY = 20  # steps
+MOMENTUM = 0.01  # of the running sensitivity: about the last hundred batches
+CLOSED_LOGIT = -10.0  # outside the straight-through window, and too far for Gumbel noise
+
+
+class GatePruner(nn.Module):
+    """Measures how much the loss depends on each gate, and prunes the gates that matter least per MAC.
+
+    To second order, closing a gate raises the loss by half the curvature: the first order adds up to 0 over the gates
+    in front of a norm. The curvature is estimated by the Fisher information, the mean over samples of (dL/dg)^2, which
+    is a by-product of the backward pass (Theis et al. 2018, for channels without gates). A gate is pruned through its
+    own parameters: with zero weights and a bias far below the estimator's window it is closed for every sample,
+    receives no gradient and stays closed.
+
+    Create it before training starts, since it needs about a hundred steps of gradients; call `step` after each
+    optimizer step. It holds the model weakly.
+
+    Args:
+        model: a gated model that carries ``mac_terms``; forward hooks on its gates record gradients until `detach`.
+        even: rank the channels of each gate among themselves and prune the same share of every gate; by default all
+            gates are ranked together, so that the ranking also decides where in the network to prune.
+
+    Attributes:
+        sensitivity: float32 buffer (G,), running mean square of dL/dg of all gates of the model, in module order, for
+            the loss of a single sample.
+        pruned: bool buffer (G,), the gates closed so far.
+
+    Raises:
+        ValueError: if the model has no gates, carries no ``mac_terms``, or has a gate that is frozen.
+    """
+
+    sensitivity: Tensor
+    pruned: Tensor
+    costs: Tensor
+
+    def __init__(self, model: nn.Module, *, even: bool = False) -> None:
+        super().__init__()
+        self._even = even
+        gates = require_gates(model, "GatePruner")
+        fixed = [name for name, gate in gates.items() if not isinstance(gate, LearnedGate)]
+        if fixed:
+            raise ValueError(f"GatePruner: expected gates that learn, {fixed[0]!r} does not")
+        self._model = weakref.ref(unwrap(model))  # not strongly: whatever caches a gate would keep the model alive
+        self._gates = {name: gate for name, gate in gates.items() if isinstance(gate, LearnedGate)}
+        self._sizes = [gate.num_gates for gate in gates.values()]
+        self._steps = 0
+        costs = gate_macs(model)
+        self.register_buffer("sensitivity", torch.zeros(sum(self._sizes)))
+        self.register_buffer("pruned", torch.zeros(sum(self._sizes), dtype=torch.bool))
+        self.register_buffer("costs", torch.cat([costs[name] for name in gates]).float(), persistent=False)
+        ends = torch.tensor(self._sizes).cumsum(0).tolist()
+        self._hooks = [
+            gate.register_forward_hook(self._watch(slice(end - size, end), gate.running_open_rate.device))
+            for gate, size, end in zip(gates.values(), self._sizes, ends, strict=True)
+        ]
+        for gate in gates.values():
+            gate.needs_gradient = True
+
+    def detach(self) -> None:
+        """Remove the hooks from the gates; the sensitivities stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        for gate in self._gates.values():
+            gate.needs_gradient = False
+
+    def average_over_ranks(self) -> None:
+        """Replace the sensitivities by their mean over all ranks, as a checkpoint needs it; a collective."""
+        if world_size() > 1:
+            self.sensitivity.copy_(global_mean(self.sensitivity, 1))
+
+    def get_extra_state(self) -> int:
+        """Return the number of steps so far, which is part of the state dict."""
+        return self._steps
+
+    def set_extra_state(self, state: int) -> None:
+        """Restore the number of steps from a state dict."""
+        self._steps = int(state)
+
+    def step(self, target: float) -> None:
+        """Count a training step, and `prune` in every 20th: pruning synchronizes with the device.
+
+        Args:
+            target: share of the dense model's MACs, in (0, 1]; lower it step by step, for example by
+                `gatedconv.gating.schedules.falling`.
+        """
+        self._steps += 1
+        if self._steps % EVERY == 0:
+            self.prune(target)
+
+    @torch.no_grad()
+    def prune(self, target: float) -> None:
+        """Close gates until the MACs at the last batch's open rates are at most ``target`` of the dense model's.
+
+        Synchronizes with the device. Pruned gates are closed again if the optimizer's momentum moved them.
+
+        Args:
+            target: share of the dense model's MACs, in (0, 1].
+
+        Raises:
+            ValueError: for another target, or before any forward pass.
+        """
+        if not 0 < target <= 1:
+            raise ValueError(f"GatePruner: target must be in (0, 1], got {target!r}")
+        found = global_open_rates(self._pruned_model(), "GatePruner")
+        rates = torch.cat([rate.detach() for rate in found.values()]).float()
+        sensitivity = self.sensitivity if world_size() == 1 else global_mean(self.sensitivity, 1)
+        order = self._scores(sensitivity).masked_fill(self.pruned, torch.inf).argsort(stable=True).tolist()
+        full = self._macs(torch.ones_like(rates))
+        rates[self.pruned] = 0
+        for gate in order[: int((~self.pruned).sum()) - 1]:
+            if self._macs(rates) <= target * full:
+                break
+            rates[gate] = 0
+            self.pruned[gate] = True
+        for learned, mask in zip(self._gates.values(), self.pruned.split(self._sizes), strict=True):
+            learned.fc2.weight.masked_fill_(mask[:, None], 0)
+            learned.fc2.bias.masked_fill_(mask, CLOSED_LOGIT)
+
+    def _scores(self, sensitivity: Tensor) -> Tensor:
+        """Scores (G,), lowest pruned first: sensitivity per MAC or, if even, the rank (0 to 1) within the gate."""
+        if not self._even:
+            return sensitivity / self.costs
+        # Pruned channels rank lowest: their sensitivity no longer means anything.
+        parts = sensitivity.masked_fill(self.pruned, -1.0).split(self._sizes)
+        return torch.cat([(part.argsort().argsort() + 0.5) / len(part) for part in parts])
+
+    def _macs(self, rates: Tensor) -> float:
+        named = dict(zip(self._gates, rates.split(self._sizes), strict=True))
+        return float(expected_macs(self._pruned_model(), named))
+
+    def _pruned_model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("GatePruner: its model no longer exists")
+        return model
+
+    def _watch(self, place: slice, device: torch.device) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
+        # The squares leave the graph as the gradient of a leaf: a compiled backward pass must not change buffers.
+        probe = torch.zeros(place.stop - place.start, device=device, requires_grad=True)
+
+        def update(square: Tensor) -> None:
+            running = self.sensitivity[place]
+            square = torch.where(square.isfinite(), square.to(running.device), running)  # fp16 may overflow
+            running.lerp_(square, MOMENTUM)
+
+        def on_gradient(slope: Tensor) -> None:
+            update(_mean_square(slope.detach()))
+
+        def on_squares(probe: Tensor) -> None:
+            square, probe.grad = probe.grad, None
+            assert square is not None  # the hook runs after accumulation
+            update(square)
+
+        def on_forward(gate: nn.Module, arguments: object, decision: Tensor) -> Tensor | None:
+            if not (gate.training and decision.requires_grad):
+                return None
+            if not torch.compiler.is_compiling():
+                decision.register_hook(on_gradient)
+                return None
+            watched: Tensor = _Watched.apply(decision, probe)
+            if isinstance(gate, LearnedGate) and gate.logits is not None and gate.logits.dtype == watched.dtype:
+                gate.open_rate = watched.mean(dim=0)  # so that the losses reach the decision, as they do in eager mode
+            return watched
+
+        probe.register_post_accumulate_grad_hook(on_squares)
+        return on_forward
+
+
+class _Watched(torch.autograd.Function):
+    """The identity of a decision (N, G); ``probe`` (G,) receives the mean square of the samples' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, decision: Tensor, probe: Tensor) -> Tensor:
+        ctx.device = probe.device
+        return decision.view_as(decision)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        return slope, _mean_square(slope).to(ctx.device)
+
+
+def _mean_square(slope: Tensor) -> Tensor:
+    # The loss is a mean over the batch, so that each sample contributes 1/N.
+    return slope.float().square().mean(0) * len(slope) ** 2
