@@ -181,13 +181,23 @@ def test_blocks_that_are_computed_again_are_counted_again(shut: tuple[int, ...])
     assert stepper.macs.executed == pytest.approx(2 * 8 * once)
 
 
-def test_a_watched_gate_is_left_out_only_once_it_is_shut_for_good() -> None:
-    """Whoever hooks a gate wants its gradient, which a block that is left out cannot tell."""
+def test_a_gate_whose_gradient_is_needed_is_skipped_only_once_it_is_closed_for_good() -> None:
     model = network((1, 2))
     gates = list(gatedconv.gates(model).values())
     for gate in gates[1:3]:
-        gate.register_forward_hook(lambda *args: None)
+        gate.needs_gradient = True
     nn.init.zeros_(gates[2].fc2.weight)
     stepper = steps(model, CONFIG, count=1)
     cost = sum(term.macs for term in model.mac_terms if "layer1.2.layer_gate" in term.gates)
     assert stepper.macs.saved == pytest.approx(PASSES_PER_STEP * 8 * cost)
+
+
+def test_a_hook_on_a_gate_does_not_switch_skipping_off() -> None:
+    model = network((1, 2))
+    calls: list[nn.Module] = []
+    for gate in gatedconv.gates(model).values():
+        gate.register_forward_hook(lambda gate, *args: calls.append(gate))
+    stepper = steps(model, CONFIG, count=1)
+    closed = {"layer1.1.layer_gate", "layer1.2.layer_gate"}
+    cost = sum(term.macs for term in model.mac_terms if closed & set(term.gates))
+    assert stepper.macs.saved == pytest.approx(PASSES_PER_STEP * 8 * cost) and len(calls) == 9
