@@ -1,220 +1,499 @@
-"""Backward kernels of a gate; shapes, number formats and the order of sums as in ``gate_tail`` and ``gate_rows``.
+"""A gate's backward in two launches; shapes, number formats and the order of sums as in ``gate``.
 
-Two launches: ``gate_backward_rows`` (``gate_backward_logits`` where there is no hidden layer), then
-``gate_backward_dense``. What the norm's backward needs of the whole batch leaves the first launch as sums over row
-tiles, T of them, which every program of the second adds up for itself.
+``gate_backward_rows`` (``gate_backward_logits`` where there is no hidden layer), then ``gate_backward_dense``. What the
+norm's backward needs of the whole batch leaves the first launch as sums over row tiles, T of them, which every program
+of the second adds up for itself.
 
-CENTRE: the threshold was the batch mean of the logits, so dz - mean(dz) goes on. At the hidden layer that is a vector
-to subtract, mean(dz) @ weight2, which is another sum over row tiles.
+CENTER: the threshold was the batch mean of the logits, so the gradient of a logit is dz - mean(dz). At the hidden layer
+the mean is a vector to subtract, mean(dz) @ weight2, which is another sum over row tiles.
 """
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .gate_tail import logistic_noise, relu
+from .common import FIXED_ORDER, as_map, ceil_div, gradient_like, multiprocessors, on_device, power_of_two, relu
+from .gate import GateForward, logistic_noise, tail_tiles
 
 SUMS = 5  # rows of ``sums``: see gate_backward_rows
+# The two numbers below are unmeasured.
+PROGRAMS_PER_MULTIPROCESSOR = 2  # of the last launch, at least: two can hide each other's loads
+FEW_FEATURES = 1024  # up to which tiles of features are narrower, so that there are enough programs
+
+
+class GateGradients(NamedTuple):
+    """Gradients of what a gate returns: gate (N, O), rate (O,), logits (N, O); None where there is none."""
+
+    gate: Tensor | None
+    rate: Tensor | None
+    logits: Tensor | None
+
+
+class Decision(NamedTuple):
+    """What the gradient of the logits (N, O) is computed from: d_gate (N, O), d_rate (O,), d_logits (N, O), noise."""
+
+    d_gate: Tensor | None
+    d_rate: Tensor | None
+    d_logits: Tensor | None
+    logits: Tensor
+    threshold: Tensor
+    noise: Tensor | None
+    temperature: float
+
+
+class HiddenLayer(NamedTuple):
+    """The hidden layer before its norm (N, H), and the norm: stat (3, H), gamma (H,), beta (H,)."""
+
+    hidden: Tensor
+    stat: Tensor
+    gamma: Tensor
+    beta: Tensor
+
+
+class RowGradients(NamedTuple):
+    """What gate_backward_rows writes: da (N, H), sums (5, T, H), weight2 (O, H), bias2 (O,)."""
+
+    da: Tensor
+    sums: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+
+class DenseGradients(NamedTuple):
+    """Gradients of the first dense layer, weight (M, K), and, with a norm behind it, of bias1, gamma, beta (M,)."""
+
+    weight: Tensor
+    bias1: Tensor
+    gamma: Tensor
+    beta: Tensor
 
 
 @triton.jit
-def through_estimator(d, z, u, threshold, temperature, ESTIMATOR: tl.constexpr, NOISY: tl.constexpr):
-    """Gradient d of a gate as gradient of its logit z."""
+def through_estimator(d, z, u, threshold, temperature, ESTIMATOR: tl.constexpr):
+    """Gradient d of a gate as the gradient of its logit z; noise u or None."""
     if ESTIMATOR == "bernoulli":
         p = tl.sigmoid(z)
         result = d * (p * (1.0 - p))
     elif ESTIMATOR == "gumbel":
-        if NOISY:
-            z = z + logistic_noise(u)
+        if u is not None:
+            z += logistic_noise(u)
         s = tl.sigmoid(z / temperature)
         result = d * (s * (1.0 - s) / temperature)
     else:
-        # Eq. 4, ends included. Outside of the window 0, whatever d is.
+        # Eq. 4, ends included. Outside of the window the gradient is 0, whatever d is.
         result = tl.where(tl.abs(z - threshold) <= 1.0, d, 0.0)
     return result
 
 
 @triton.jit
-def logit_gradient(
-    d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, rows, o, mask, N, O, temperature,
-    HAS_GATE: tl.constexpr, HAS_RATE: tl.constexpr, HAS_LOGITS: tl.constexpr, ESTIMATOR: tl.constexpr,
-    NOISY: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the logits: through gate (N, O), through open rate (O,), and their own."""
+def gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR: tl.constexpr):
+    """Gradient of the logits through gates and open rates."""
     at = rows[:, None] * O + o[None, :]
-    in_o = o < O
     result = tl.zeros(mask.shape, tl.float32)
-    if HAS_GATE:
-        result += tl.load(d_gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RATE:
-        result += tl.load(d_rate_ptr + o, mask=in_o, other=0.0)[None, :] / N
-    if HAS_GATE or HAS_RATE:
-        z = tl.load(logits_ptr + at, mask=mask, other=0.0)
-        u = z
-        if NOISY:
-            u = tl.load(noise_ptr + at, mask=mask, other=0.5)
-        threshold = tl.load(threshold_ptr + o, mask=in_o, other=0.0)
-        result = through_estimator(result, z, u, threshold[None, :], temperature, ESTIMATOR, NOISY)
-    if HAS_LOGITS:
-        result += tl.load(d_logits_ptr + at, mask=mask, other=0.0)
+    if decision.d_gate is not None or decision.d_rate is not None:
+        if decision.d_gate is not None:
+            result += tl.load(decision.d_gate + at, mask=mask, other=0.0).to(tl.float32)
+        if decision.d_rate is not None:
+            result += tl.load(decision.d_rate + o, mask=o < O, other=0.0)[None, :] / N
+        z = tl.load(decision.logits + at, mask=mask, other=0.0)
+        u = None
+        if decision.noise is not None:
+            u = tl.load(decision.noise + at, mask=mask, other=0.5)
+        threshold = tl.load(decision.threshold + o, mask=o < O, other=0.0)
+        result = through_estimator(result, z, u, threshold[None, :], decision.temperature, ESTIMATOR)
     return tl.where(mask, result, 0.0)
 
 
 @triton.jit
-def centre_of_tile(
-    d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, o, N, O, temperature,
-    CENTRE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RATE: tl.constexpr, ESTIMATOR: tl.constexpr,
-    NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """CENTRE: the mean over the batch of what comes back through the gates of a tile; else 0."""
-    r = tl.arange(0, BLOCK_N)
+def own_gradient(decision, rows, o, mask, O):
+    """Gradient that arrives at the logits themselves."""
+    result = tl.zeros(mask.shape, tl.float32)
+    if decision.d_logits is not None:
+        result += tl.load(decision.d_logits + rows[:, None] * O + o[None, :], mask=mask, other=0.0)
+    return result
+
+
+@triton.jit
+def center_of_tile(
+    decision, o, N, O, ESTIMATOR: tl.constexpr, CENTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr
+):
+    """CENTER: the mean over the batch of the gradient through the gates of a tile; else 0."""
     mean = tl.zeros((BLOCK_O,), tl.float32)
-    if CENTRE:
+    if CENTER:
         for start in range(0, N, BLOCK_N):
-            mask = (start + r < N)[:, None] & (o < O)[None, :]
-            dz = logit_gradient(
-                d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, start + r, o, mask, N, O,
-                temperature, HAS_GATE, HAS_RATE, False, ESTIMATOR, NOISY,
-            )  # fmt: skip
-            mean += tl.sum(dz, 0)
+            rows = start + tl.arange(0, BLOCK_N)
+            mask = (rows < N)[:, None] & (o < O)[None, :]
+            mean += tl.sum(gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR), 0)
     return mean / N
 
 
 @triton.jit
 def gate_backward_logits(
-    dz_ptr, d_bias2_ptr, d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, N, O, temperature,
-    CENTRE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RATE: tl.constexpr, HAS_LOGITS: tl.constexpr,
-    ESTIMATOR: tl.constexpr, NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+    dz_ptr,
+    d_bias2_ptr,
+    decision,
+    N,
+    O,
+    ESTIMATOR: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
     """Write dz (N, O) and d bias2 (O,). Grid (O tiles,)."""
-    r = tl.arange(0, BLOCK_N)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    mean = centre_of_tile(
-        d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, o, N, O, temperature, CENTRE,
-        HAS_GATE, HAS_RATE, ESTIMATOR, NOISY, BLOCK_N, BLOCK_O,
-    )  # fmt: skip
+    center = center_of_tile(decision, o, N, O, ESTIMATOR, CENTER, BLOCK_N, BLOCK_O)
     d_bias = tl.zeros((BLOCK_O,), tl.float32)
     for start in range(0, N, BLOCK_N):
-        rows = start + r
+        rows = start + tl.arange(0, BLOCK_N)
         mask = (rows < N)[:, None] & (o < O)[None, :]
-        dz = logit_gradient(
-            d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, rows, o, mask, N, O,
-            temperature, HAS_GATE, HAS_RATE, HAS_LOGITS, ESTIMATOR, NOISY,
-        )  # fmt: skip
-        dz = tl.where(mask, dz - mean[None, :], 0.0)
+        dz = gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR) + own_gradient(decision, rows, o, mask, O)
+        dz = tl.where(mask, dz - center[None, :], 0.0)
         tl.store(dz_ptr + rows[:, None] * O + o[None, :], dz, mask=mask)
         d_bias += tl.sum(dz, 0)
     tl.store(d_bias2_ptr + o, d_bias, mask=o < O)
 
 
 @triton.jit
+def norm_terms(layer, j, H):
+    """Mean, 1 / sqrt(var + eps), weight and bias of the norm for hidden units j."""
+    mean = tl.load(layer.stat + j, mask=j < H, other=0.0)
+    rstd = tl.load(layer.stat + H + j, mask=j < H, other=0.0)
+    gamma = tl.load(layer.gamma + j, mask=j < H, other=0.0)
+    beta = tl.load(layer.beta + j, mask=j < H, other=0.0)
+    return mean, rstd, gamma, beta
+
+
+@triton.jit
+def gate_backward_rows(
+    out,
+    decision,
+    layer,
+    weight2_ptr,
+    N,
+    H,
+    O,
+    T,
+    ESTIMATOR: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """Write da (N, H), sums (5, T, H), d weight2 (O, H), d bias2 (O,). Grid (T row tiles + O tiles,).
+
+    sums: of da past the ReLU, and times the normed hidden layer; with CENTER also of dz @ weight2, and of ones past
+    the ReLU, and times the normed hidden layer.
+    """
+    i = tl.program_id(0)
+    if i < T:
+        rows_of_hidden(i, out, decision, layer, weight2_ptr, N, H, O, T, ESTIMATOR, CENTER, BLOCK_N, BLOCK_H, BLOCK_O)
+    else:
+        weights_of_gates(i - T, out, decision, layer, N, H, O, ESTIMATOR, CENTER, BLOCK_N, BLOCK_H, BLOCK_O)
+
+
+@triton.jit
 def rows_of_hidden(
-    tile, da_ptr, sums_ptr, hidden_ptr, stat_ptr, gamma_ptr, beta_ptr, weight2_ptr, d_gate_ptr, d_rate_ptr,
-    d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, N, H, O, T, temperature, CENTRE: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_RATE: tl.constexpr, HAS_LOGITS: tl.constexpr, ESTIMATOR: tl.constexpr,
-    NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """One row tile: da = dz @ weight2, not yet centred nor stopped by the ReLU, and its share of the sums."""
+    tile,
+    out,
+    decision,
+    layer,
+    weight2_ptr,
+    N,
+    H,
+    O,
+    T,
+    ESTIMATOR: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """One row tile: da = dz @ weight2, neither centered nor masked by the ReLU, and its part of the sums."""
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_H)
-    in_n, in_h = rows < N, j < H
-    mask_h = in_n[:, None] & in_h[None, :]
+    in_h = j < H
+    mask_h = (rows < N)[:, None] & in_h[None, :]
     da = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-    centre = tl.zeros((BLOCK_H,), tl.float32)
+    center = tl.zeros((BLOCK_H,), tl.float32)
     for start in range(0, O, BLOCK_O):
         o = start + tl.arange(0, BLOCK_O)
-        in_o = o < O
-        mask = in_n[:, None] & in_o[None, :]
-        weight2 = tl.load(weight2_ptr + o[:, None] * H + j[None, :], mask=in_o[:, None] & in_h[None, :], other=0.0)
-        dz = logit_gradient(
-            d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, rows, o, mask, N, O,
-            temperature, HAS_GATE, HAS_RATE, HAS_LOGITS and not CENTRE, ESTIMATOR, NOISY,
-        )  # fmt: skip
-        if CENTRE:
-            centre += tl.sum(tl.sum(dz, 0)[:, None] * weight2, 0)
-            if HAS_LOGITS:
-                dz += tl.load(d_logits_ptr + rows[:, None] * O + o[None, :], mask=mask, other=0.0)
+        mask = (rows < N)[:, None] & (o < O)[None, :]
+        at = weight2_ptr + o[:, None] * H + j[None, :]
+        weight2 = tl.load(at, mask=(o < O)[:, None] & in_h[None, :], other=0.0)
+        dz = gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR)
+        if CENTER:
+            center += tl.sum(tl.sum(dz, 0)[:, None] * weight2, 0)
+        dz += own_gradient(decision, rows, o, mask, O)
         da = tl.dot(dz, weight2, da, input_precision="ieee")
-    tl.store(da_ptr + rows[:, None] * H + j[None, :], da, mask=mask_h)
-    mean = tl.load(stat_ptr + j, mask=in_h, other=0.0)
-    rstd = tl.load(stat_ptr + H + j, mask=in_h, other=0.0)
-    gamma = tl.load(gamma_ptr + j, mask=in_h, other=0.0)
-    beta = tl.load(beta_ptr + j, mask=in_h, other=0.0)
-    h = tl.load(hidden_ptr + rows[:, None] * H + j[None, :], mask=mask_h, other=0.0)
+    tl.store(out.da + rows[:, None] * H + j[None, :], da, mask=mask_h)
+    mean, rstd, gamma, beta = norm_terms(layer, j, H)
+    h = tl.load(layer.hidden + rows[:, None] * H + j[None, :], mask=mask_h, other=0.0)
     normed = tl.where(mask_h, (h - mean[None, :]) * rstd[None, :], 0.0)
-    shut = normed * gamma[None, :] + beta[None, :] <= 0.0  # NaN is not shut, as in PyTorch
-    da = tl.where(shut | ~mask_h, 0.0, da)
-    at = sums_ptr + tile * H + j
+    blocked = (normed * gamma[None, :] + beta[None, :] <= 0.0) | ~mask_h  # NaN passes the ReLU, as in PyTorch
+    da = tl.where(blocked, 0.0, da)
+    at = out.sums + tile * H + j
     tl.store(at, tl.sum(da, 0), mask=in_h)
     tl.store(at + T * H, tl.sum(da * normed, 0), mask=in_h)
-    if CENTRE:
-        passed = tl.where(shut | ~mask_h, 0.0, 1.0)
-        tl.store(at + 2 * T * H, centre, mask=in_h)
+    if CENTER:
+        passed = tl.where(blocked, 0.0, 1.0)
+        tl.store(at + 2 * T * H, center, mask=in_h)
         tl.store(at + 3 * T * H, tl.sum(passed, 0), mask=in_h)
         tl.store(at + 4 * T * H, tl.sum(passed * normed, 0), mask=in_h)
 
 
 @triton.jit
 def weights_of_gates(
-    tile, d_weight2_ptr, d_bias2_ptr, hidden_ptr, stat_ptr, gamma_ptr, beta_ptr, d_gate_ptr, d_rate_ptr,
-    d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, N, H, O, temperature, CENTRE: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_RATE: tl.constexpr, HAS_LOGITS: tl.constexpr, ESTIMATOR: tl.constexpr,
-    NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+    tile,
+    out,
+    decision,
+    layer,
+    N,
+    H,
+    O,
+    ESTIMATOR: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
     """The second dense layer's gradients for one tile of gates."""
-    r = tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_H)
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     in_h, in_o = j < H, o < O
-    centre = centre_of_tile(
-        d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, o, N, O, temperature, CENTRE,
-        HAS_GATE, HAS_RATE, ESTIMATOR, NOISY, BLOCK_N, BLOCK_O,
-    )  # fmt: skip
-    mean = tl.load(stat_ptr + j, mask=in_h, other=0.0)
-    rstd = tl.load(stat_ptr + H + j, mask=in_h, other=0.0)
-    gamma = tl.load(gamma_ptr + j, mask=in_h, other=0.0)
-    beta = tl.load(beta_ptr + j, mask=in_h, other=0.0)
+    center = center_of_tile(decision, o, N, O, ESTIMATOR, CENTER, BLOCK_N, BLOCK_O)
+    mean, rstd, gamma, beta = norm_terms(layer, j, H)
     d_weight2 = tl.zeros((BLOCK_O, BLOCK_H), tl.float32)
     d_bias2 = tl.zeros((BLOCK_O,), tl.float32)
     for start in range(0, N, BLOCK_N):
-        rows = start + r
+        rows = start + tl.arange(0, BLOCK_N)
         mask = (rows < N)[:, None] & in_o[None, :]
         mask_h = (rows < N)[:, None] & in_h[None, :]
-        dz = logit_gradient(
-            d_gate_ptr, d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, rows, o, mask, N, O,
-            temperature, HAS_GATE, HAS_RATE, HAS_LOGITS, ESTIMATOR, NOISY,
-        )  # fmt: skip
-        dz = tl.where(mask, dz - centre[None, :], 0.0)
-        h = tl.load(hidden_ptr + rows[:, None] * H + j[None, :], mask=mask_h, other=0.0)
+        dz = gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR) + own_gradient(decision, rows, o, mask, O)
+        dz = tl.where(mask, dz - center[None, :], 0.0)
+        h = tl.load(layer.hidden + rows[:, None] * H + j[None, :], mask=mask_h, other=0.0)
         a = relu((h - mean[None, :]) * rstd[None, :] * gamma[None, :] + beta[None, :])
         d_weight2 = tl.dot(tl.trans(dz), tl.where(mask_h, a, 0.0), d_weight2, input_precision="ieee")
         d_bias2 += tl.sum(dz, 0)
-    at = d_weight2_ptr + o[:, None] * H + j[None, :]
-    tl.store(at, d_weight2, mask=in_o[:, None] & in_h[None, :])
-    tl.store(d_bias2_ptr + o, d_bias2, mask=in_o)
+    tl.store(out.weight2 + o[:, None] * H + j[None, :], d_weight2, mask=in_o[:, None] & in_h[None, :])
+    tl.store(out.bias2 + o, d_bias2, mask=in_o)
 
 
 @triton.jit
-def gate_backward_rows(
-    da_ptr, sums_ptr, d_weight2_ptr, d_bias2_ptr, hidden_ptr, stat_ptr, gamma_ptr, beta_ptr, weight2_ptr, d_gate_ptr,
-    d_rate_ptr, d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, N, H, O, T, temperature, CENTRE: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_RATE: tl.constexpr, HAS_LOGITS: tl.constexpr, ESTIMATOR: tl.constexpr,
-    NOISY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """Write da (N, H), sums (5, T, H), d weight2 (O, H), d bias2 (O,). Grid (T row tiles + O tiles,).
+def sum_of_tiles(sums_ptr, row, m, T, M, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr = 16):
+    """Add up one row of sums (5, T, M) over T, for units m."""
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        mask = (t < T)[:, None] & (m < M)[None, :]
+        total += tl.sum(tl.load(sums_ptr + (row * T + t)[:, None] * M + m[None, :], mask=mask, other=0.0), 0)
+    return total
 
-    sums: of da past the ReLU, and times the normed hidden layer; with CENTRE also of dz @ weight2, and of ones past
-    the ReLU, and times the normed hidden layer.
+
+@triton.jit
+def norm_sums(sums_ptr, m, N, M, T, CENTER: tl.constexpr, BLOCK_M: tl.constexpr):
+    """For units m: what to subtract from da, and the gradients of the norm's bias and weight."""
+    center = tl.zeros((BLOCK_M,), tl.float32)
+    d_beta = center
+    d_gamma = center
+    if sums_ptr is not None:
+        d_beta = sum_of_tiles(sums_ptr, 0, m, T, M, BLOCK_M)
+        d_gamma = sum_of_tiles(sums_ptr, 1, m, T, M, BLOCK_M)
+        if CENTER:
+            center = sum_of_tiles(sums_ptr, 2, m, T, M, BLOCK_M) / N
+            d_beta -= center * sum_of_tiles(sums_ptr, 3, m, T, M, BLOCK_M)
+            d_gamma -= center * sum_of_tiles(sums_ptr, 4, m, T, M, BLOCK_M)
+    return center, d_beta, d_gamma
+
+
+@triton.jit
+def dense_gradient(n, m, center, d_beta, d_gamma, dh_ptr, layer, N, M, BATCH_STATS: tl.constexpr):
+    """Gradient at the first dense layer's output, samples n by units m."""
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    at = n[:, None] * M + m[None, :]
+    dh = tl.load(dh_ptr + at, mask=mask, other=0.0)
+    if layer is not None:
+        mean, rstd, gamma, beta = norm_terms(layer, m, M)
+        h = tl.load(layer.hidden + at, mask=mask, other=0.0)
+        normed = (h - mean[None, :]) * rstd[None, :]
+        dh = tl.where(normed * gamma[None, :] + beta[None, :] <= 0.0, 0.0, dh - center[None, :])
+        if BATCH_STATS:
+            dh -= (d_beta / N)[None, :] + normed * (d_gamma / N)[None, :]
+        dh = tl.where(mask, dh * (gamma * rstd)[None, :], 0.0)
+    return dh
+
+
+@triton.jit
+def gate_backward_dense(
+    dx,
+    out,
+    dh_ptr,
+    sums_ptr,
+    layer,
+    x,
+    weight_ptr,
+    N,
+    K,
+    HW,
+    M,
+    T,
+    N_PER_GROUP,
+    scale,
+    BATCH_STATS: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write d weight (M, K) = dh.T @ x (N, K), dx = scale * dh @ weight, and the norm's gradients (M,).
+
+    Grid (K tiles, 1 + groups of samples): the first of a column computes d weight over the whole batch, the others dx
+    of their samples; there are none where dx is not needed. dh (N, M) is ``da`` of gate_backward_rows, or dz.
     """
-    i = tl.program_id(0)
-    if i < T:
-        rows_of_hidden(
-            i, da_ptr, sums_ptr, hidden_ptr, stat_ptr, gamma_ptr, beta_ptr, weight2_ptr, d_gate_ptr, d_rate_ptr,
-            d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, N, H, O, T, temperature, CENTRE, HAS_GATE, HAS_RATE,
-            HAS_LOGITS, ESTIMATOR, NOISY, BLOCK_N, BLOCK_H, BLOCK_O,
-        )  # fmt: skip
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_k = k < K
+    r = tl.arange(0, BLOCK_N)
+    if tl.program_id(1) == 0:
+        x_at = (k // HW) * x.stride_c + (k % HW) * x.stride_s
+        for m0 in range(0, M, BLOCK_M):
+            m = m0 + tl.arange(0, BLOCK_M)
+            in_m = m < M
+            center, d_beta, d_gamma = norm_sums(sums_ptr, m, N, M, T, CENTER, BLOCK_M)
+            d_weight = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            for n0 in range(0, N, BLOCK_N):
+                n = n0 + r
+                dh = dense_gradient(n, m, center, d_beta, d_gamma, dh_ptr, layer, N, M, BATCH_STATS)
+                at = x.ptr + n.to(tl.int64)[:, None] * x.stride_n + x_at[None, :]
+                value = tl.load(at, mask=(n < N)[:, None] & in_k[None, :], other=0.0)
+                d_weight = tl.dot(tl.trans(dh), value.to(tl.float32), d_weight, input_precision="ieee")
+            tl.store(out.weight + m[:, None] * K + k[None, :], d_weight, mask=in_m[:, None] & in_k[None, :])
+            if layer is not None:
+                if tl.program_id(0) == 0:
+                    tl.store(out.beta + m, d_beta, mask=in_m)
+                    tl.store(out.gamma + m, d_gamma, mask=in_m)
+                    d_bias1 = tl.zeros((BLOCK_M,), tl.float32)  # batch statistics remove a constant: exactly 0
+                    if not BATCH_STATS:
+                        mean, rstd, gamma, beta = norm_terms(layer, m, M)
+                        d_bias1 = gamma * rstd * d_beta
+                    tl.store(out.bias1 + m, d_bias1, mask=in_m)
     else:
-        weights_of_gates(
-            i - T, d_weight2_ptr, d_bias2_ptr, hidden_ptr, stat_ptr, gamma_ptr, beta_ptr, d_gate_ptr, d_rate_ptr,
-            d_logits_ptr, logits_ptr, noise_ptr, threshold_ptr, N, H, O, temperature, CENTRE, HAS_GATE, HAS_RATE,
-            HAS_LOGITS, ESTIMATOR, NOISY, BLOCK_N, BLOCK_H, BLOCK_O,
-        )  # fmt: skip
+        dx_at = (k // HW) * dx.stride_c + (k % HW) * dx.stride_s
+        begin = (tl.program_id(1) - 1) * N_PER_GROUP
+        for n0 in range(begin, tl.minimum(begin + N_PER_GROUP, N), BLOCK_N):
+            n = n0 + r
+            total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            for m0 in range(0, M, BLOCK_M):
+                m = m0 + tl.arange(0, BLOCK_M)
+                center, d_beta, d_gamma = norm_sums(sums_ptr, m, N, M, T, CENTER, BLOCK_M)
+                dh = dense_gradient(n, m, center, d_beta, d_gamma, dh_ptr, layer, N, M, BATCH_STATS)
+                mask = (m < M)[:, None] & in_k[None, :]
+                weight = tl.load(weight_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0)
+                total = tl.dot(dh, weight, total, input_precision="ieee")
+            at = dx.ptr + n.to(tl.int64)[:, None] * dx.stride_n + dx_at[None, :]
+            tl.store(at, (total * scale).to(dx.ptr.dtype.element_ty), mask=(n < N)[:, None] & in_k[None, :])
+
+
+def backward(
+    d: GateGradients,
+    features: Tensor,
+    saved: GateForward,
+    parameters: Any,
+    options: Any,
+    noise: Tensor | None,
+    *,
+    need_dx: bool,
+    pixels: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of features, weight1, bias1, norm_weight, norm_bias, weight2, bias2; empty where there is none.
+
+    Args:
+        d: gradients of the outputs.
+        features: (N, K), or the map (N, C, H, W) that was flattened.
+        saved: what the forward computed; its gate and rate are not read.
+        parameters: as in the forward; the biases of the dense layers are not read.
+        options: as in the forward.
+        noise: as in the forward.
+        need_dx: whether the gradient of features is needed; it has the layout of `gradient_like`.
+        pixels: where features (N, C) are the mean of so many positions, the gradient is that of one position.
+        dtype: of the gradient of features; None for that of features.
+    """
+    (gates, _), (batch, hidden) = parameters.weight2.shape, saved.hidden.shape
+    new: dict[str, Any] = {"device": saved.logits.device, "dtype": torch.float32}
+    incoming = [None if t is None else t.contiguous() for t in (*d, noise)]
+    decision = Decision(*incoming[:3], saved.logits, saved.threshold, incoming[3], options.temperature)
+    center = options.estimator == "batch_mean" and options.training and not (d.gate is None and d.rate is None)
+    flags = {"ESTIMATOR": options.estimator, "CENTER": center, **FIXED_ORDER}
+    layer, sums, d_bias2 = None, None, torch.empty(gates, **new)
+    with on_device(features):
+        if parameters.weight1 is None:
+            d_first = torch.empty(batch, gates, **new)
+            gate_backward_logits[(ceil_div(gates, 16),)](
+                d_first, d_bias2, decision, batch, gates, **flags, BLOCK_N=64, BLOCK_O=16
+            )
+        else:
+            layer = HiddenLayer(saved.hidden, saved.stat, parameters.norm_weight, parameters.norm_bias)
+            tiles = tail_tiles(hidden)
+            row_tiles = ceil_div(batch, tiles["BLOCK_N"])
+            d_first, sums = torch.empty(batch, hidden, **new), torch.empty(SUMS, row_tiles, hidden, **new)
+            d_weight2 = torch.empty(gates, hidden, **new)
+            gate_backward_rows[(row_tiles + ceil_div(gates, tiles["BLOCK_O"]),)](
+                RowGradients(d_first, sums, d_weight2, d_bias2),
+                decision,
+                layer,
+                parameters.weight2,
+                *(batch, hidden, gates, row_tiles),
+                **flags,
+                **tiles,
+            )
+        dx = gradient_like(features, dtype) if need_dx else None
+        weight = parameters.weight2 if layer is None else parameters.weight1
+        flags = {"BATCH_STATS": options.batch_stats, "CENTER": center, **FIXED_ORDER}
+        first = _dense(dx, d_first, sums, layer, features, weight, 1 / pixels, flags)
+    dx = torch.empty(0, **new) if dx is None else dx
+    if layer is None:
+        return dx, torch.empty(0, 0, **new), *first[1:], first.weight, d_bias2
+    return dx, *first, d_weight2, d_bias2
+
+
+def _dense(
+    dx: Tensor | None,
+    dh: Tensor,
+    sums: Tensor | None,
+    layer: HiddenLayer | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: float,
+    flags: dict[str, bool],
+) -> DenseGradients:
+    """Fill dx unless it is None; gradients of the first dense layer and of the norm behind it."""
+    (units, features), batch = weight.shape, x.shape[0]
+    pixels = 1 if x.dim() == 2 else x.shape[2] * x.shape[3]
+    out = DenseGradients(
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        *(torch.empty(0 if layer is None else units, device=x.device, dtype=torch.float32) for _ in range(3)),
+    )
+    block_n, block_k = (32, 16) if features <= FEW_FEATURES else (16, 32)
+    columns = ceil_div(features, block_k)
+    groups = min(ceil_div(batch, block_n), ceil_div(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x), columns))
+    per_group = ceil_div(ceil_div(batch, groups), block_n) * block_n
+    gate_backward_dense[(columns, 1 if dx is None else 1 + ceil_div(batch, per_group))](
+        as_map(x if dx is None else dx),
+        out,
+        dh,
+        sums,
+        layer,
+        as_map(x),
+        weight,
+        *(batch, features, pixels, units, 1 if sums is None else sums.shape[1], per_group, scale),
+        BLOCK_N=block_n,
+        BLOCK_M=power_of_two(units, 16, 32),
+        BLOCK_K=block_k,
+        num_stages=2,
+        **flags,
+    )
+    return out

@@ -1,6 +1,10 @@
-"""Whether Triton kernels run on a tensor: on CUDA, or, under Triton's interpreter, on the CPU for tests.
+"""Operators with Triton kernels: whether the kernels run on a tensor, and how operators are registered.
 
-``GATEDCONV_TRITON`` is ``auto`` (the default) or ``off`` (the PyTorch references run everywhere).
+Kernels run on CUDA, or, under Triton's interpreter, on the CPU for tests. ``GATEDCONV_TRITON`` is ``auto`` (the
+default) or ``off`` (the PyTorch references run everywhere).
+
+Eager code calls kernels behind a `torch.autograd.Function`, which costs a fraction of autograd through the dispatcher.
+A compiled graph sees them as functional operators ``gatedconv::...``, whose running buffers move in the graph.
 """
 
 from __future__ import annotations
@@ -8,18 +12,36 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import typing
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["kernels_run_on"]
+__all__ = ["KERNEL_DTYPES", "arguments_schema", "kernels_run_on"]
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+    torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
+}
 
 
 def kernels_run_on(x: Tensor) -> bool:
-    """Whether operators on tensors like x launch Triton kernels: wanted, and possible on the device of x.
-
-    In eager code behind an autograd function, in a compiled graph as functional operators.
-    """
+    """Whether operators on tensors like x launch Triton kernels: not turned off, and possible on the device of x."""
     return x.device.type in _devices()
+
+
+def arguments_schema(arguments: type[Any]) -> str:
+    """The arguments of an operator's schema from the fields of a NamedTuple, so that they are listed once."""
+    types = typing.get_type_hints(arguments)
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in types.items())
 
 
 def _devices() -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def _library_serves(device: int, bfloat16: bool) -> bool:
     return _native.load("cuda").available
 
 
-# A graph that is traced takes the answers as constants; see `_masked_conv2d_native.ready`.
+# A graph that is traced takes the answers as constants; see `_native_conv.ready`.
 for _answer in (kernels_mode, allows_tf32, _library_serves):
     vars(_answer)["_dynamo_marked_constant"] = True
 

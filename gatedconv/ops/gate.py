@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gatedconv.ops import _triton
-from gatedconv.ops._gate_arguments import GateOptions, GateOutput, GateParameters, GateStatistics, check_gate
-from gatedconv.ops.estimate import estimate
+from gatedconv.ops.estimate import ESTIMATORS, estimate
 from gatedconv.ops.global_average_pool import global_average_pool
 
 __all__ = [
@@ -16,13 +20,81 @@ __all__ = [
     "GateOutput",
     "GateParameters",
     "GateStatistics",
+    "check_gate",
     "gate",
     "gate_reference",
     "kernels_can",
+    "move_buffers",
+    "require_batch",
 ]
 
-_HALVES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_HIDDEN = 128
+_MAX_HIDDEN = 128  # units of the hidden layer that fit a kernel's tile
+
+
+class GateParameters(NamedTuple):
+    """Weights of a gate; the first four are None where it is a single dense layer (1FC).
+
+    weight1 (H, K), bias1 (H,), norm_weight (H,), norm_bias (H,), weight2 (O, H or K), bias2 (O,).
+    """
+
+    weight1: Tensor | None
+    bias1: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    weight2: Tensor
+    bias2: Tensor
+
+
+class GateStatistics(NamedTuple):
+    """Buffers that a call in training moves in place; None is not kept.
+
+    mean (H,), var (H,), batches int64 () of the norm; open_rate (O,); threshold (O,), the running batch mean
+    of the logits ("batch_mean" alone).
+    """
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batches: Tensor | None = None
+    open_rate: Tensor | None = None
+    threshold: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """How a gate decides.
+
+    Attributes:
+        estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
+        temperature: of the Gumbel-softmax.
+        flatten: take every position of a map as a feature, instead of pooling it.
+        training: move ``open_rate`` and ``threshold``, and threshold "batch_mean" at the batch's own mean.
+        batch_stats: normalize by the batch's statistics and move the running ones, instead of using those.
+        eps: added to the variance.
+        norm_momentum: of mean and var; None for a cumulative average.
+        momentum: of open_rate and threshold.
+        dtype: of the gate; None for x.dtype.
+    """
+
+    estimator: str = "ste"
+    temperature: float = 2 / 3
+    flatten: bool = False
+    training: bool = True
+    batch_stats: bool = True
+    eps: float = 1e-5
+    norm_momentum: float | None = 0.1
+    momentum: float = 0.1
+    dtype: torch.dtype | None = None
+
+
+class GateOutput(NamedTuple):
+    """What a gate decides.
+
+    gate (N, O), exactly 0 or 1; open_rate (O,), its mean over the batch; logits (N, O). All differentiable.
+    """
+
+    gate: Tensor
+    open_rate: Tensor
+    logits: Tensor
 
 
 def gate(
@@ -34,13 +106,12 @@ def gate(
 ) -> GateOutput:
     """Decide, per sample, which gates are open.
 
-    features -> dense -> BatchNorm -> ReLU -> dense -> estimator; in 1FC the second dense layer stands alone.
-    Runs as at most two kernels forward and two backward where Triton runs (CUDA, fp32 parameters), in PyTorch
-    elsewhere.
+    features -> dense -> BatchNorm -> ReLU -> dense -> estimator; in 1FC the second dense layer is the only one.
+    Runs as two kernels forward and two backward where Triton runs (CUDA, fp32 parameters), in PyTorch elsewhere.
 
     Args:
         x: (N, C, H, W), pooled over H and W or flattened; or features (N, K). fp16, bf16, fp32 or fp64.
-        parameters: the layers, in fp32 or fp64, which is what logits are computed in, autocast or not.
+        parameters: the layers, in fp32 or fp64, the dtype in which logits are computed, autocast or not.
         statistics: buffers, moved in place as `torch.nn.functional.batch_norm` moves them.
         options: how to decide.
         noise: (N, O), uniform on [0, 1), in the dtype of the parameters, for "gumbel" and "bernoulli"; None
@@ -51,15 +122,16 @@ def gate(
 
     Raises:
         TypeError: a tensor is not floating point, or parameters differ in dtype.
-        ValueError: shapes or devices do not fit, the estimator is unknown, or batch statistics are asked of one
-            sample.
+        ValueError: shapes or devices do not fit, the estimator is unknown, or batch statistics of a single sample
+            are needed.
     """
     check_gate(x, parameters, statistics, options, noise)
     if not kernels_can(x, parameters, statistics, options, noise):
         return _reference(x, parameters, statistics, options, noise)
-    from gatedconv.ops._gate_triton import fused_gate
-
-    return fused_gate(x, parameters, statistics, options, noise)
+    require_batch(x, parameters, options)
+    if torch.compiler.is_compiling():
+        return _compiled(x, parameters, statistics, options, noise)
+    return GateOutput(*_Gate.apply(x, *parameters, noise, statistics, options))
 
 
 def gate_reference(
@@ -75,11 +147,7 @@ def gate_reference(
 
 
 def _reference(
-    x: Tensor,
-    parameters: GateParameters,
-    statistics: GateStatistics,
-    options: GateOptions,
-    noise: Tensor | None,
+    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
 ) -> GateOutput:
     dtype = parameters.weight2.dtype
     with torch.autocast(device_type=x.device.type, enabled=False):
@@ -90,7 +158,7 @@ def _reference(
             hidden = x.flatten(1).to(dtype)
         if parameters.weight1 is not None:
             hidden = F.linear(hidden, parameters.weight1, parameters.bias1)
-            hidden = torch.relu(_normalise(hidden, parameters, statistics, options))
+            hidden = torch.relu(_normalize(hidden, parameters, statistics, options))
         logits = F.linear(hidden, parameters.weight2, parameters.bias2)
         gate = estimate(
             logits,
@@ -104,15 +172,11 @@ def _reference(
         open_rate = gate.mean(dim=0)
         if options.training and statistics.open_rate is not None:
             with torch.no_grad():
-                statistics.open_rate.lerp_(
-                    open_rate.detach().to(statistics.open_rate.dtype), options.momentum
-                )
+                statistics.open_rate.lerp_(open_rate.detach().to(statistics.open_rate.dtype), options.momentum)
     return GateOutput(gate.to(options.dtype or x.dtype), open_rate, logits)
 
 
-def _normalise(
-    hidden: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions
-) -> Tensor:
+def _normalize(hidden: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions) -> Tensor:
     momentum = options.norm_momentum
     if options.batch_stats and statistics.batches is not None:
         statistics.batches.add_(1)
@@ -129,6 +193,64 @@ def _normalise(
     )
 
 
+def check_gate(
+    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
+) -> None:
+    """Raise TypeError or ValueError with what was expected and what was given."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"gate: x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() not in (2, 4):
+        raise ValueError(f"gate: x must be (N, C, H, W) or features (N, K), got shape {tuple(x.shape)}")
+    if options.estimator not in ESTIMATORS:
+        raise ValueError(f"gate: estimator must be one of {', '.join(ESTIMATORS)}, got {options.estimator!r}")
+    weight1, weight2 = parameters.weight1, parameters.weight2
+    first = weight2 if weight1 is None else weight1
+    features = x.shape[1] * x.shape[2] * x.shape[3] if x.dim() == 4 and options.flatten else x.shape[1]
+    if first.dim() != 2 or first.shape[1] != features:
+        raise ValueError(f"gate: x gives {features} features, the first layer has weight {tuple(first.shape)}")
+    if weight2.dim() != 2 or (weight1 is not None and weight2.shape[1] != weight1.shape[0]):
+        raise ValueError(f"gate: weight2 must have shape (O, {first.shape[0]}), got {tuple(weight2.shape)}")
+    _check_tensors(x, parameters, statistics, noise)
+
+
+def _check_tensors(x: Tensor, parameters: GateParameters, statistics: GateStatistics, noise: Tensor | None) -> None:
+    """Check shape, dtype and device of everything but the weights' shapes."""
+    gates, device, dtype = (parameters.weight2.shape[0],), x.device, parameters.weight2.dtype
+    units = None if parameters.weight1 is None else (parameters.weight1.shape[0],)
+    named: list[tuple[str, Tensor | None, tuple[int, ...] | None]] = [
+        ("weight2", parameters.weight2, None),
+        ("bias2", parameters.bias2, gates),
+        ("open_rate", statistics.open_rate, gates),
+        ("threshold", statistics.threshold, gates),
+        ("noise", noise, (x.shape[0], *gates)),
+    ]
+    if units is not None:
+        named.append(("weight1", parameters.weight1, None))
+        named += [(name, getattr(parameters, name), units) for name in ("bias1", "norm_weight", "norm_bias")]
+        named += [(name, getattr(statistics, name), units) for name in ("mean", "var")]
+    for name, tensor, shape in named:
+        if tensor is None:
+            continue
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"gate: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"gate: {name} must be on {device}, as x is, got {tensor.device}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"gate: {name} must be floating point, got {tensor.dtype}")
+    for name, tensor in zip(GateParameters._fields, parameters, strict=True):
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"gate: {name} must be {dtype}, as weight2 is, got {tensor.dtype}")
+
+
+def require_batch(x: Tensor, parameters: GateParameters, options: GateOptions) -> None:
+    """Raise what PyTorch's BatchNorm raises where a single sample has no statistics."""
+    if parameters.weight1 is not None and options.batch_stats and x.shape[0] < 2:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{(x.shape[0], parameters.weight1.shape[0])}"
+        )
+
+
 def kernels_can(
     x: Tensor,
     parameters: GateParameters,
@@ -137,7 +259,8 @@ def kernels_can(
     noise: Tensor | None = None,
 ) -> bool:
     """Whether the kernels cover this call: every buffer kept, all in fp32, and no cumulative average."""
-    if not _triton.kernels_run_on(x) or x.dtype not in _HALVES or (options.dtype or x.dtype) not in _HALVES:
+    dtypes = _triton.KERNEL_DTYPES
+    if not _triton.kernels_run_on(x) or x.dtype not in dtypes or (options.dtype or x.dtype) not in dtypes:
         return False
     if x.numel() == 0 or statistics.open_rate is None or (noise is not None and noise.dtype != torch.float32):
         return False
@@ -145,14 +268,209 @@ def kernels_can(
     if options.estimator == "batch_mean":
         kept.append(statistics.threshold)
     if parameters.weight1 is not None:
-        if (
-            parameters.weight1.shape[0] > _MAX_HIDDEN
-            or options.norm_momentum is None
-            or statistics.batches is None
-            or statistics.batches.dtype != torch.int64
-        ):
+        if parameters.weight1.shape[0] > _MAX_HIDDEN or options.norm_momentum is None:
+            return False
+        if statistics.batches is None or statistics.batches.dtype != torch.int64:
             return False
         if options.batch_stats and not options.training:
             return False
         kept += [*parameters[:4], statistics.mean, statistics.var]
     return all(t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in kept)
+
+
+class ForwardArguments(NamedTuple):
+    """The arguments of ``gatedconv::gate_forward``; ``dtype`` is that of the gate."""
+
+    x: Tensor
+    weight1: Tensor | None
+    bias1: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    weight2: Tensor
+    bias2: Tensor
+    noise: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    running_threshold: Tensor | None
+    flatten: bool
+    eps: float
+    estimator: str
+    temperature: float
+    train: bool
+    batch_stats: bool
+    dtype: torch.dtype
+
+
+class BackwardArguments(NamedTuple):
+    """The arguments of ``gatedconv::gate_backward``; ``dtype`` is that of the gradient of features.
+
+    features (N, C) may be the mean of ``pixels`` positions; then their gradient is that of one position.
+    """
+
+    d_gate: Tensor | None
+    d_rate: Tensor | None
+    d_logits: Tensor | None
+    features: Tensor
+    logits: Tensor
+    hidden: Tensor
+    stat: Tensor
+    threshold: Tensor
+    weight1: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    weight2: Tensor
+    noise: Tensor | None
+    pixels: int
+    need_dx: bool
+    estimator: str
+    temperature: float
+    train: bool
+    batch_stats: bool
+    dtype: torch.dtype
+
+
+def _compiled(
+    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
+) -> GateOutput:
+    """Compute `gate` through the operators; the buffers move here, in the graph."""
+    arguments = ForwardArguments(
+        x,
+        *parameters,
+        noise,
+        statistics.mean,
+        statistics.var,
+        statistics.threshold,
+        options.flatten,
+        options.eps,
+        options.estimator,
+        options.temperature,
+        options.training,
+        options.batch_stats,
+        options.dtype or x.dtype,
+    )
+    gate, rate, logits, _, _, stat, threshold = torch.ops.gatedconv.gate_forward.default(*arguments)
+    move_buffers(statistics, options, rate, stat, threshold)
+    return GateOutput(gate, rate, logits)
+
+
+def move_buffers(
+    statistics: GateStatistics, options: GateOptions, rate: Tensor, stat: Tensor, threshold: Tensor
+) -> None:
+    """Move the running buffers by what an operator computed."""
+    with torch.no_grad():
+        if options.training and statistics.open_rate is not None:
+            statistics.open_rate.lerp_(rate.detach(), options.momentum)
+        if options.training and statistics.threshold is not None:
+            statistics.threshold.lerp_(threshold.detach(), options.momentum)
+        if options.batch_stats and statistics.mean is not None and options.norm_momentum is not None:
+            assert statistics.var is not None and statistics.batches is not None
+            statistics.mean.lerp_(stat[0].detach(), options.norm_momentum)
+            statistics.var.lerp_(stat[2].detach(), options.norm_momentum)
+            statistics.batches.add_(1)
+
+
+def _forward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
+    from gatedconv.kernels import gate as kernels
+
+    a = ForwardArguments(*arguments)
+    parameters = GateParameters(*a[1:7])
+    running = GateStatistics(a.running_mean, a.running_var, threshold=a.running_threshold)
+    options = GateOptions(a.estimator, a.temperature, a.flatten, a.train, a.batch_stats, a.eps)
+    return tuple(kernels.forward(a.x, parameters, running, options, a.noise, dtype=a.dtype, update=False))
+
+
+def _backward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
+    from gatedconv.kernels import gate as forward
+    from gatedconv.kernels import gate_backward as kernels
+
+    a = BackwardArguments(*arguments)
+    d = kernels.GateGradients(a.d_gate, a.d_rate, a.d_logits)
+    saved = forward.GateForward(None, None, a.logits, a.features, a.hidden, a.stat, a.threshold)
+    parameters = GateParameters(a.weight1, None, a.norm_weight, a.norm_bias, a.weight2, None)  # type: ignore[arg-type]
+    options = GateOptions(a.estimator, a.temperature, training=a.train, batch_stats=a.batch_stats)
+    needs = {"need_dx": a.need_dx, "pixels": a.pixels, "dtype": a.dtype}
+    return tuple(kernels.backward(d, a.features, saved, parameters, options, a.noise, **needs))
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    a = ForwardArguments(*arguments)
+    batch, gates, hidden = a.x.shape[0], a.weight2.shape[0], 0 if a.weight1 is None else a.weight1.shape[0]
+    new = a.weight2.new_empty
+    pooled = new(batch, a.x.shape[1]) if a.x.dim() == 4 and not a.flatten else new(0)
+    gate = new((batch, gates), dtype=a.dtype)
+    return gate, new(gates), new(batch, gates), pooled, new(batch, hidden), new(3, hidden), new(gates)
+
+
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    from gatedconv.kernels.common import gradient_like
+
+    a = BackwardArguments(*arguments)
+    new = a.weight2.new_empty
+    units, d_weight1 = (0, (0, 0)) if a.weight1 is None else (a.weight1.shape[0], tuple(a.weight1.shape))
+    dx = gradient_like(a.features, a.dtype) if a.need_dx else new(0)
+    return [dx, new(d_weight1), new(units), new(units), new(units), new(a.weight2.shape), new(a.weight2.shape[0])]
+
+
+def _save(ctx: Any, arguments: ForwardArguments, output: Sequence[Tensor]) -> None:
+    """Save for backward; ``output`` is what the kernels return."""
+    a, (_, _, logits, pooled, hidden, stat, threshold) = arguments, output
+    pooling = a.x.dim() == 4 and not a.flatten
+    weights = (a.weight1, a.norm_weight, a.norm_bias, a.weight2)
+    ctx.save_for_backward(pooled if pooling else a.x, logits, hidden, stat, threshold, *weights, a.noise)
+    ctx.shape, ctx.dtype = a.x.shape if pooling else None, a.x.dtype
+    ctx.options = (a.estimator, a.temperature, a.train, a.batch_stats)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, grads: Sequence[Tensor | None], backward: Callable[..., Sequence[Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the six parameters by ``backward``, which takes `BackwardArguments`."""
+    if all(grad is None for grad in grads[:3]):
+        return (None,) * 7
+    pixels = 1 if ctx.shape is None else ctx.shape[2] * ctx.shape[3]
+    need_dx: bool = ctx.needs_input_grad[0]
+    arguments = BackwardArguments(*grads[:3], *ctx.saved_tensors, pixels, need_dx, *ctx.options, ctx.dtype)
+    dx, *rest = backward(*arguments)
+    hidden = rest[:4] if arguments.weight1 is not None else (None,) * 4
+    if not need_dx:
+        return None, *hidden, *rest[4:]
+    if ctx.shape is not None:
+        dx = dx[:, :, None, None].expand(ctx.shape)  # the mean's gradient: no full-size tensor is written
+    return dx, *hidden, *rest[4:]
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from gatedconv.kernels import gate as kernels
+
+        parameters, (noise, statistics, o) = GateParameters(*rest[:6]), rest[6:]
+        dtype = o.dtype or x.dtype
+        out = kernels.forward(x, parameters, statistics, o, noise, dtype=dtype, update=o.training)
+        running = (statistics.mean, statistics.var, statistics.threshold)
+        numbers = (o.flatten, o.eps, o.estimator, o.temperature, o.training, o.batch_stats, dtype)
+        _save(ctx, ForwardArguments(x, *parameters, noise, *running, *numbers), out)
+        return out.gate, out.rate, out.logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grads, _backward_kernels), None, None, None
+
+
+torch.library.define(
+    "gatedconv::gate_forward",
+    f"({_triton.arguments_schema(ForwardArguments)}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, "
+    "Tensor hidden, Tensor stat, Tensor threshold)",
+)
+torch.library.define("gatedconv::gate_backward", f"({_triton.arguments_schema(BackwardArguments)}) -> Tensor[]")
+torch.library.impl("gatedconv::gate_forward", "CUDA", _forward_kernels)
+torch.library.impl("gatedconv::gate_backward", "CUDA", _backward_kernels)
+torch.library.register_fake("gatedconv::gate_forward", _forward_fake)
+torch.library.register_fake("gatedconv::gate_backward", _backward_fake)
+torch.library.register_autograd(
+    "gatedconv::gate_forward",
+    lambda ctx, *grads: (*_gradients(ctx, grads, torch.ops.gatedconv.gate_backward.default), *[None] * 11),
+    setup_context=lambda ctx, inputs, output: _save(ctx, ForwardArguments(*inputs), output),
+)

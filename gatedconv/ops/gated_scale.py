@@ -12,8 +12,6 @@ from gatedconv.ops import _triton
 
 __all__ = ["gated_scale", "gated_scale_reference"]
 
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def gated_scale(x: Tensor, gate: Tensor) -> Tensor:
     """Multiply the channels of x (N, C, H, W) by gate (N, C).
@@ -25,7 +23,7 @@ def gated_scale(x: Tensor, gate: Tensor) -> Tensor:
         ValueError: shapes do not fit.
     """
     _check(x, gate)
-    if not _triton.kernels_run_on(x) or {x.dtype, gate.dtype} - set(_KERNEL_DTYPES) or x.numel() == 0:
+    if not _triton.kernels_run_on(x) or {x.dtype, gate.dtype} - set(_triton.KERNEL_DTYPES) or x.numel() == 0:
         return x * gate[:, :, None, None]
     if torch.compiler.is_compiling():
         return torch.ops.gatedconv.gated_scale.default(x, gate)
@@ -72,25 +70,16 @@ def _backward_kernel(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Te
     return kernels.backward(d_out, x, gate)
 
 
-def _forward_cpu(x: Tensor, gate: Tensor) -> Tensor:
-    return _forward_fake(x, gate).copy_(x * gate[:, :, None, None])
-
-
-def _backward_cpu(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    dx, d_gate = _backward_fake(d_out, x, gate)
-    return dx.copy_(d_out * gate[:, :, None, None]), d_gate.copy_((d_out * x).sum((2, 3)))
-
-
 @torch.library.register_fake("gatedconv::gated_scale")
 def _forward_fake(x: Tensor, gate: Tensor) -> Tensor:
-    from gatedconv.kernels.launch import gradient_like
+    from gatedconv.kernels.common import gradient_like
 
     return gradient_like(x, torch.promote_types(x.dtype, gate.dtype))
 
 
 @torch.library.register_fake("gatedconv::gated_scale_backward")
 def _backward_fake(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    from gatedconv.kernels.launch import gradient_like
+    from gatedconv.kernels.common import gradient_like
 
     return gradient_like(x, x.dtype), torch.empty_like(gate, memory_format=torch.contiguous_format)
 
@@ -105,6 +94,4 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
 
 torch.library.impl("gatedconv::gated_scale", "CUDA", _forward_kernel)
 torch.library.impl("gatedconv::gated_scale_backward", "CUDA", _backward_kernel)
-torch.library.impl("gatedconv::gated_scale", "CPU", _forward_cpu)
-torch.library.impl("gatedconv::gated_scale_backward", "CPU", _backward_cpu)
 torch.library.register_autograd("gatedconv::gated_scale", _backward, setup_context=_setup)

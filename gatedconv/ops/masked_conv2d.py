@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gatedconv.ops import _masked_conv2d_native, cuda_conv
-from gatedconv.ops._conv_arguments import ConvArguments, IntPair, check_arguments, check_relu
-from gatedconv.ops._conv_cut import cut_backward, cut_forward, without_closed_samples
+from gatedconv.ops import _native_conv, cuda_conv
+from gatedconv.ops._conv_args import ConvArguments, IntPair, check_arguments, check_relu
+from gatedconv.ops._compact_conv import cut_backward, cut_forward, without_closed_samples
 from gatedconv.ops._memory_format import conv_memory_format
 from gatedconv.ops._packed_conv import PackedConv
 
@@ -93,10 +93,8 @@ def masked_conv2d(
                 residual=residual,
                 relu=relu,
             )
-    arguments = check_arguments(
-        input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
-    )
-    native = _has_kernel(input, weight, arguments) and _masked_conv2d_native.ready()
+    arguments = check_arguments(input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual)
+    native = _has_kernel(input, weight, arguments) and _native_conv.ready()
     if in_open is not None and in_open.dim() == 2 and not (native and _takes_sample_inputs(input)):
         input, in_open = _without_closed_inputs(input, in_open), None
     if not torch.compiler.is_compiling() and not meta:
@@ -107,16 +105,16 @@ def masked_conv2d(
         if dense and residual is None and not relu and not torch.is_grad_enabled():
             return _dense_forward(input, weight, bias, arguments)
         fast = native and input.dtype != torch.float64 and not dense
-        forward = _masked_conv2d_native.call if fast else cut_forward
+        forward = _native_conv.call if fast else cut_forward
         # Forward-mode derivatives pass through no_grad; the function below says that it has none.
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return _MaskedConv2d.apply(forward, *inputs)
         if fast and packed is not None:
             kept = packed.tensor(weight, out_open, in_open, arguments.groups)
-            return _masked_conv2d_native.call(*inputs, kept)
+            return _native_conv.call(*inputs, kept)
         return forward(*inputs)
     if native:
-        return _masked_conv2d_native.call(input, weight, bias, out_open, in_open, residual, arguments, relu)
+        return _native_conv.call(input, weight, bias, out_open, in_open, residual, arguments, relu)
     # How many channels are open is no size that a traced graph knows, so it cannot hold cut tensors.
     out = _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
     return out.contiguous(memory_format=conv_memory_format(input, weight))
@@ -138,9 +136,7 @@ def masked_conv2d_reference(
 ) -> Tensor:
     """Compute `masked_conv2d` in full, from PyTorch's own functions: what it means, not how fast."""
     check_relu(relu)
-    arguments = check_arguments(
-        input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual
-    )
+    arguments = check_arguments(input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual)
     return _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv import ops
-from gatedconv.ops import _masked_conv2d_native, _packed_conv
+from gatedconv.ops import _native_conv, _packed_conv
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -92,7 +92,7 @@ def test_a_layer_packs_once_until_its_weights_change(monkeypatch):
     """What a frozen layer does on a GPU, told by its keys."""
     OnDevice(monkeypatch)
     packs = []
-    monkeypatch.setattr(_masked_conv2d_native, "pack", lambda *arguments: packs.append(arguments) or torch.zeros(1))
+    monkeypatch.setattr(_native_conv, "pack", lambda *arguments: packs.append(arguments) or torch.zeros(1))
     monkeypatch.setattr(_packed_conv, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     capturing = False

@@ -1,8 +1,8 @@
 """Compiles what training launches for every GPU generation, without a GPU, and prints what each kernel needs.
 
-``python -m tests.kernels.cubins some|all 75 90 ...`` prints JSON lines. The launches are recorded from the library's
-own calls, so their types, constants and alignments are those that a GPU would be asked for. The process is one of
-its own, because one process has either interpreted kernels or compiled ones.
+``python -m tests.kernels.cubins few|some|all 75 90 ...`` prints JSON lines. The launches are recorded from the library's
+own calls, and Triton specializes them as it would on a GPU. The process is one of its own, because one process has
+either interpreted kernels or compiled ones.
 """
 
 from __future__ import annotations
@@ -15,29 +15,33 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import gatedconv
 from gatedconv import ops
 from tests.kernels.recording import Launch, gate_step, recorded
 
-TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"
-}  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 HALF = torch.float16
 
 
 def gate(
-    kind: str = "channel", channels: int = 64, size: int = 8, hidden: int | None = 16, estimator: str = "ste",
-    dtype: torch.dtype = HALF, layout: torch.memory_format = LAYOUTS[0], mode: str = "train", batch: int = 256,
-) -> list[Launch]:  # fmt: skip
+    kind: str = "channel",
+    channels: int = 64,
+    size: int = 8,
+    hidden: int | None = 16,
+    estimator: str = "ste",
+    dtype: torch.dtype = HALF,
+    layout: torch.memory_format = LAYOUTS[0],
+    mode: str = "train",
+    batch: int = 256,
+) -> list[Launch]:
     """A gate forward and, in training, backward."""
     options: dict[str, Any] = {"hidden": hidden, "estimator": estimator}
     if kind == "flatten":
@@ -57,10 +61,15 @@ def gate(
 
 
 def block(
-    gates: str = "both", channels: int = 16, size: int = 32, dtype: torch.dtype = HALF,
-    layout: torch.memory_format = LAYOUTS[0], shortcut: torch.dtype | None = None, hidden: int | None = 16,
-) -> list[Launch]:  # fmt: skip
-    """A block's end forward and backward, with the pooled sums that it hands on."""
+    gates: str = "both",
+    channels: int = 16,
+    size: int = 32,
+    dtype: torch.dtype = HALF,
+    layout: torch.memory_format = LAYOUTS[0],
+    shortcut: torch.dtype | None = None,
+    hidden: int | None = 16,
+) -> list[Launch]:
+    """A block's end forward and backward, with the gradient of its pooled output."""
     new = lambda kind: torch.zeros(256, channels, size, size, dtype=kind).contiguous(memory_format=layout)  # noqa: E731
     x, short = new(dtype).requires_grad_(), new(shortcut or dtype).requires_grad_()
     layer = torch.ones(256, 1, dtype=dtype).requires_grad_() if gates != "channel" else None
@@ -81,6 +90,16 @@ def scale(dtype: torch.dtype = HALF, layout: torch.memory_format = LAYOUTS[0]) -
     with recorded() as recording:
         ops.gated_scale(x, torch.ones(256, 32, dtype=dtype).requires_grad_()).sum().backward()
     return recording.launches
+
+
+def few() -> Iterator[list[Launch]]:
+    """Each kernel once, as a ResNet in mixed precision launches it."""
+    found: dict[str, Launch] = {}
+    for launch in itertools.chain(block(), gate(hidden=None), gate("flatten", 16, 32), gate(channels=1024, size=4)):
+        found.setdefault(launch.name, launch)
+    wide = gate(channels=1024, size=4, hidden=None)
+    found |= {launch.name: launch for launch in [*wide, *gate("layer", 16, 32)] if launch.name not in found}
+    yield [*found.values(), *scale(layout=LAYOUTS[1])]
 
 
 def some() -> Iterator[list[Launch]]:
@@ -121,45 +140,27 @@ def everything() -> Iterator[list[Launch]]:
     yield block(channels=1, size=1)
 
 
-def variants(sets: Iterator[list[Launch]]) -> dict[str, tuple[Launch, Any]]:
-    """Launches that differ in what is compiled, by a name for it, with their sources."""
-    found = {}
-    for launch in itertools.chain.from_iterable(sets):
-        source = _source(launch)
-        key = json.dumps([launch.name, source.signature, str(source.constants), str(source.attrs), launch.options])
-        found.setdefault(key, (launch, source))
-    return found
+def driver(capability: int) -> Any:
+    """A driver of a GPU that is not there: enough for Triton to specialize a launch and compile it."""
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,  # kernels are cached by device
+        get_current_stream=lambda device: 0,
+    )
 
 
-def _source(launch: Launch) -> ASTSource:
-    """As a launch specialises: numbers that are 1 and None are constants, multiples of 16 are known as such."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        constant = parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1)
-        if constant:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name], even = TYPES[value.dtype], value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name], even = "fp32", False
-        else:
-            signature[parameter.name], even = "i32" if abs(value) < 1 << 31 else "i64", value % 16 == 0
-        if even:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-
-
-def compiled(launch: Launch, source: Any, capability: int) -> dict[str, object]:
-    """Compile for one generation and return the kernel's name and resources."""
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+def compiled(launch: Launch) -> dict[str, object]:
+    """Compile for the active driver and return the kernel's name and resources."""
+    result = launch.kernel.warmup(*launch.arguments.values(), grid=launch.grid, **launch.options)
     constants = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
     return {
         "kernel": launch.name,
-        "capability": capability,
+        "capability": result.metadata.target.arch,
+        "hash": result.hash,
         "constants": str(constants),
         "shared": result.metadata.shared,
+        "reduces": "tt.reduce" in result.asm["ttir"],
+        "fused": result.metadata.enable_fp_fusion,
         **_resources(result.asm["cubin"]),
     }
 
@@ -176,11 +177,17 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def main(which: str, capabilities: list[str]) -> None:
-    """Print a JSON line for each variant and generation."""
-    sources = variants(some() if which == "some" else everything())
+    """Print a JSON line for each kernel that is compiled."""
+    sets = {"few": few, "some": some, "all": everything}[which]
+    launches = list(itertools.chain.from_iterable(sets()))
     for capability in capabilities:
-        for launch, source in sources.values():
-            print(json.dumps(compiled(launch, source, int(capability))), flush=True)
+        triton.runtime.driver.set_active(driver(int(capability)))
+        seen = set()
+        for launch in launches:
+            row = compiled(launch)
+            if row["hash"] not in seen:
+                seen.add(row["hash"])
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

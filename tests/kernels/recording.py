@@ -1,4 +1,4 @@
-"""Launchers run on CPU tensors, and what they launch is written down instead of being run.
+"""Launchers run on CPU tensors; their launches are recorded instead of being run.
 
 Outputs are what ``torch.empty`` found in memory; shapes, counts and arguments are those of a real launch.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -15,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.ops import _triton
 
+KERNELS = Path(__file__).parents[2] / "kernels"
+
 # What launches nothing: memory and views of it.
-FREE = {
-    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "view", "_unsafe_view", "expand",
-    "unsqueeze", "squeeze", "select", "slice", "alias", "detach", "as_strided", "permute", "transpose", "t", "split",
-    "split_with_sizes", "unbind", "_reshape_alias",
-}  # fmt: skip
+MEMORY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+VIEWS = {"view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "select", "slice", "alias", "detach", "as_strided"}
+VIEWS |= {"permute", "transpose", "t", "split", "split_with_sizes", "unbind", "_reshape_alias"}
 
 
 class Launch(NamedTuple):
@@ -76,7 +78,7 @@ def recorded():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             name = function.name().removeprefix("aten::").split(".")[0]
-            if name not in FREE:
+            if name not in MEMORY | VIEWS:
                 recording.operators.append(name)
             elif name.endswith(("empty", "empty_like", "empty_strided")) and result.device.type != "meta":
                 recording.allocated.append((name, result.numel() * result.element_size()))
@@ -101,3 +103,9 @@ def gate_step(gate, x, parts=("gate", "rate")):
         return torch.autograd.grad([outputs[p] for p in parts], leaves, [incoming[p] for p in parts])
 
     return step
+
+
+def kernel_names():
+    """Names of the kernels: what launchers launch as ``name[(grid)](...)``."""
+    sources = [path.read_text() for path in KERNELS.glob("*.py")]
+    return {name for source in sources for name in re.findall(r"^ +([a-z_]+)\[\(", source, re.MULTILINE)}

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.kernels.recording import kernel_names
+
 ROOT = Path(__file__).parents[2]
-# ptxas reports a stack of one or two spilled registers in some corners; anything above is a tile that is too
-# large.
-STACK_BYTES = 16
+# What a thread may spill: a fifth of the bytes of its 255 registers. ptxas keeps a register or two in local memory in
+# some corners, how many differs with its version; a tile that is too large spills hundreds.
+SPILL_BYTES = 255 * 4 // 5
+
+
+def test_every_kernel_compiles_and_fits():
+    rows = compiled("few", "90")
+    assert {row["kernel"] for row in rows} == kernel_names()
+    assert_fits(rows, 90)
 
 
 @pytest.mark.slow
@@ -36,11 +43,12 @@ def test_every_variant_compiles_and_fits(capability):
 
 
 def assert_fits(rows, capability):
-    """At most the shared memory that every generation has without asking, and no spills to speak of."""
+    """At most the shared memory that every generation has by default, no large spills, and sums in a fixed order."""
     for row in rows:
         assert row["capability"] == capability
         assert row["shared"] <= 48 * 1024, row
-        assert 0 < row["registers"] <= 255 and row["stack"] <= STACK_BYTES and row["local"] == 0, row
+        assert 0 < row["registers"] <= 255 and row["stack"] + row["local"] <= SPILL_BYTES, row
+        assert not (row["reduces"] and row["fused"]), row
 
 
 def compiled(which, capability):
@@ -51,9 +59,3 @@ def compiled(which, capability):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-def kernel_names():
-    """Kernels are what the launchers launch: ``name[(grid)](...)`` or ``name[grid](...)``."""
-    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
-    return {name for source in sources for name in re.findall(r"^ +([a-z_]+)\[\(", source, re.MULTILINE)}

@@ -11,9 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from gatedconv import ops
-from gatedconv.ops import _gate_library, _gated_residual_library
-from gatedconv.ops._gate_closed_form import DTYPES
 from tests.kernels.recording import recorded
+from tests.ops.gate_oracle import gate_op, residual_op
 from tests.ops.test_gate import make, operator_arguments
 from tests.ops.test_gated_residual import residual_arguments
 
@@ -56,26 +55,22 @@ def test_gate(layout, flatten, hidden, need_dx):
     parameters, statistics = make(features, hidden)
     options = ops.GateOptions("batch_mean", flatten=flatten)
     arguments = operator_arguments(x, parameters, statistics, options)
-    out = assert_promise_kept(_gate_library._forward_cuda, _gate_library._forward_fake, arguments)
+    out = assert_promise_kept(gate_op._forward_kernels, gate_op._forward_fake, arguments)
     gate, rate, logits, pooled, *saved = out
     weights = (parameters.weight1, parameters.norm_weight, parameters.norm_bias, parameters.weight2)
     backward = (
         gate, rate, None, x if flatten else pooled, logits, *saved, *weights, None, 1 if flatten else 15, need_dx,
-        "batch_mean", 1.0, True, True, DTYPES.index(x.dtype),
+        "batch_mean", 1.0, True, True, x.dtype,
     )  # fmt: skip
-    assert_promise_kept(_gate_library._backward_cuda, _gate_library._backward_fake, backward)
+    assert_promise_kept(gate_op._backward_kernels, gate_op._backward_fake, backward)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gates", ["layer", "1fc", "2fc", "both"])
 def test_gated_residual(layout, gates):
     arguments, backward = residual_arguments(gates, LAYOUTS[layout], torch.float32)
-    out = assert_promise_kept(
-        _gated_residual_library._forward_cuda, _gated_residual_library._forward_fake, arguments
-    )
-    assert_promise_kept(
-        _gated_residual_library._backward_cuda, _gated_residual_library._backward_fake, backward(out)
-    )
+    out = assert_promise_kept(residual_op._forward_kernels, residual_op._forward_fake, arguments)
+    assert_promise_kept(residual_op._backward_kernels, residual_op._backward_fake, backward(out))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

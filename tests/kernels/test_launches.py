@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import gatedconv
 from gatedconv import ops
 from gatedconv.models import ResNet
 from gatedconv.ops import _triton
-from tests.kernels.recording import gate_step, recorded
+from tests.kernels.recording import KERNELS, gate_step, kernel_names, recorded
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted here")
@@ -32,7 +34,7 @@ def make_gate(kind, hidden, estimator):
 
 def recording_of(step):
     with recorded():
-        step()  # counters are made once
+        step()  # constants of the losses are made in the first step
     with recorded() as recording:
         step()
     return recording
@@ -41,11 +43,11 @@ def recording_of(step):
 @pytest.mark.parametrize("estimator", ops.ESTIMATORS)
 @pytest.mark.parametrize("hidden", [16, None])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gate_takes_at_most_four_launches(kind, hidden, estimator):
+def test_a_gate_takes_two_launches_forward_and_two_backward(kind, hidden, estimator):
     gate, x = make_gate(kind, hidden, estimator)
     recording = recording_of(gate_step(gate, x))
-    assert 3 <= recording.count <= 4, recording
-    assert set(recording.operators) <= {"rand"}, recording
+    assert len(recording.launches) == 4, recording
+    assert recording.operators == (["rand"] if estimator in ("gumbel", "bernoulli") else []), recording
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,14 +60,6 @@ def test_a_gate_allocates_outputs_and_what_backward_needs(kind):
     assert allocated <= 4 * (gradients + rows)
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-def test_what_one_program_cannot_finish_soon_gets_a_launch(noisy):
-    gate = gatedconv.ChannelGate(1024, estimator="gumbel" if noisy else "ste").train()
-    recording = recording_of(gate_step(gate, torch.zeros(1024, 1024, 1, 1, requires_grad=True)))
-    assert [launch.name for launch in recording.launches][:2] == ["gate_pool_dense", "gate_tail"]
-    assert recording.count == 4 + noisy
-
-
 def test_no_program_of_a_backward_goes_through_more_than_its_share():
     """A thousand gates on a thousand samples: rows and gates are shared out, nothing is a program's alone."""
     gate = gatedconv.ChannelGate(1024).train()
@@ -76,7 +70,7 @@ def test_no_program_of_a_backward_goes_through_more_than_its_share():
     assert dense.grid[0] * dense.arguments["BLOCK_K"] >= 1024 and dense.grid[0] * dense.grid[1] >= 132
 
 
-@pytest.mark.parametrize(("gates", "launches"), [("layer", 3 + 3), ("channel", 3 + 3 + 1 + 2)])
+@pytest.mark.parametrize(("gates", "launches"), [("layer", 3 + 3), ("channel", 3 + 3 + 2 + 2)])
 def test_launches_of_a_block_end(gates, launches):
     block = ResNet(8, 3, gates).layer1[0].train()
     recording = recording_of(lambda: block(torch.zeros(256, 16, 32, 32)).sum().backward())
@@ -110,19 +104,50 @@ def test_a_repeated_step_launches_the_same():
     assert [launch.name for launch in first.launches] == [launch.name for launch in second.launches]
 
 
-def test_no_kernel_adds_floats_atomically():
-    """The one atomic is the integer counter: sums keep their order."""
-    import inspect
+def test_no_kernel_adds_atomically():
+    """Atomic additions would come in any order; sums keep theirs."""
+    sources = {path.name: path.read_text() for path in KERNELS.glob("*.py")}
+    assert len(sources) > 3 and not [name for name, text in sources.items() if "tl.atomic" in text]
 
-    import gatedconv.kernels as kernels
 
-    sources = {}
-    for path in os.listdir(os.path.dirname(inspect.getfile(kernels))):
-        if path.endswith(".py"):
-            with open(os.path.join(os.path.dirname(inspect.getfile(kernels)), path)) as file:
-                sources[path] = file.read()
-    found = {path: text.count("tl.atomic") for path, text in sources.items() if "tl.atomic" in text}
-    assert found == {"gate_tail.py": 1} and "tl.atomic_add(ticket_ptr, 1" in sources["gate_tail.py"]
+ELEMENTWISE = {"gated_scale_forward", "residual_backward"}
+
+
+def test_whatever_sums_is_launched_without_fused_multiply_adds():
+    """With them the lanes that hold copies of a sum disagree in the last bit: see ``FIXED_ORDER``."""
+    launches = []
+    for gate, position in (("both", "after"), ("channel", "middle")):
+        model = ResNet(8, 3, gate, position, input_size=(1, 8, 8)).train()
+        launches += recording_of(lambda model=model: model(torch.zeros(4, 1, 8, 8)).sum().backward()).launches
+    for kind, hidden in (("channel 256x2x2", None), ("flatten 32x16x16", 16)):
+        launches += recording_of(gate_step(*make_gate(kind, hidden, "ste"))).launches
+    assert {launch.name for launch in launches} == kernel_names()
+    for launch in launches:
+        sums = launch.name not in ELEMENTWISE
+        assert sums == any("tl.sum(" in source or "tl.dot(" in source for source in sources_of(launch.kernel))
+        assert launch.options.get("enable_fp_fusion", True) != sums, launch.name
+
+
+def sources_of(kernel, seen=None):
+    """Source of a kernel and of the functions that it calls."""
+    seen = {} if seen is None else seen
+    if kernel.fn not in seen:
+        seen[kernel.fn] = inspect.getsource(kernel.fn)
+        for name in re.findall(r"\b(\w+)\(", seen[kernel.fn]):
+            called = kernel.fn.__globals__.get(name)
+            if hasattr(called, "fn"):
+                sources_of(called, seen)
+    return seen.values()
+
+
+def test_programs_that_sum_over_the_batch_fill_the_device(monkeypatch):
+    """Four programs a multiprocessor, of 132 as on an H100 where no GPU can be asked, or of what the GPU has."""
+    from gatedconv.kernels import gated_residual as kernels
+
+    x = torch.zeros(1024, 16, 32, 32).contiguous(memory_format=torch.channels_last)
+    assert kernels._grid(x)[0] == 512  # two samples a program: 528 programs at most
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 40)
+    assert kernels._grid(x)[0] == 147  # seven samples a program: 160 at most
 
 
 @pytest.mark.parametrize(("variable", "devices"), [(None, ("cuda",)), ("auto", ("cuda",)), ("off", ())])

@@ -1,4 +1,4 @@
-"""The gate operator on a CPU: its reference, and the registered pair that compiled graphs see."""
+"""The gate operator on a CPU: its reference, and the registered pair that compiled graphs see, with oracles as bodies."""
 
 from __future__ import annotations
 
@@ -9,28 +9,22 @@ from torch.library import opcheck
 
 import gatedconv
 from gatedconv import ops
-from gatedconv.ops import _gate_closed_form, _gate_library
+from tests.ops.gate_oracle import gate_op
 
 
 def make(features=3, hidden=4, gates=5, dtype=torch.float32):
     torch.manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
-    first = (
-        (draw(hidden, features), draw(hidden), 1 + 0.1 * draw(hidden), draw(hidden))
-        if hidden
-        else (None,) * 4
-    )
+    first = (draw(hidden, features), draw(hidden), 1 + 0.1 * draw(hidden), draw(hidden)) if hidden else (None,) * 4
     parameters = ops.GateParameters(*first, draw(gates, hidden or features), draw(gates))
     norm = (draw(hidden), 1 + draw(hidden).abs(), torch.tensor(0)) if hidden else (None,) * 3
     return parameters, ops.GateStatistics(*norm, torch.ones(gates, dtype=dtype), draw(gates))
 
 
 def operator_arguments(x, parameters, statistics, options, noise=None):
-    return (
-        x, *parameters, noise, statistics.mean, statistics.var, statistics.threshold, options.flatten,
-        options.eps, options.estimator, options.temperature, options.training, options.batch_stats,
-        _gate_closed_form.DTYPES.index(options.dtype or x.dtype),
-    )  # fmt: skip
+    o, running = options, (statistics.mean, statistics.var, statistics.threshold)
+    numbers = (o.flatten, o.eps, o.estimator, o.temperature, o.training, o.batch_stats, o.dtype or x.dtype)
+    return gate_op.ForwardArguments(x, *parameters, noise, *running, *numbers)
 
 
 def gate(x, estimator="ste", noise=None):
@@ -43,9 +37,7 @@ def test_reference_is_table_2_written_out():
     out = ops.gate(x, parameters, statistics, ops.GateOptions())
     h = F.linear(x.sum((2, 3)) / 10, parameters.weight1, parameters.bias1)
     n = (h - h.mean(0)) / torch.sqrt(((h - h.mean(0)) ** 2).mean(0) + 1e-5)
-    z = F.linear(
-        (n * parameters.norm_weight + parameters.norm_bias).clamp(min=0), parameters.weight2, parameters.bias2
-    )
+    z = F.linear((n * parameters.norm_weight + parameters.norm_bias).clamp(min=0), parameters.weight2, parameters.bias2)
     torch.testing.assert_close(out.logits, z)
     assert torch.equal(out.gate, (z > 0).float()) and torch.equal(out.open_rate, out.gate.mean(0))
 
@@ -84,9 +76,7 @@ def test_registered_operators_equal_the_reference(estimator, hidden, flatten):
     weights = [torch.randn_like(t) for t in expected]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
-    pairs = zip(
-        torch.autograd.grad(got, leaves, weights), torch.autograd.grad(expected, leaves, weights), strict=True
-    )
+    pairs = zip(torch.autograd.grad(got, leaves, weights), torch.autograd.grad(expected, leaves, weights), strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b)
 
@@ -105,15 +95,13 @@ def test_opcheck(shape, hidden):
 def test_opcheck_of_a_permuted_input_and_of_backward():
     parameters, statistics = make(3)
     x = torch.randn(6, 3, 2, 4).contiguous(memory_format=torch.channels_last)
-    arguments = operator_arguments(
-        x, parameters, statistics, ops.GateOptions("batch_mean", dtype=torch.float16)
-    )
+    arguments = operator_arguments(x, parameters, statistics, ops.GateOptions("batch_mean", dtype=torch.float16))
     opcheck(torch.ops.gatedconv.gate_forward.default, arguments)
     gate, rate, logits, pooled, hidden, stat, threshold = torch.ops.gatedconv.gate_forward(*arguments)
     assert gate.dtype == torch.float16
     saved = (pooled, logits, hidden, stat, threshold)
     weights = (parameters.weight1, parameters.norm_weight, parameters.norm_bias, parameters.weight2)
-    options = ("batch_mean", 1.0, True, True, _gate_closed_form.DTYPES.index(torch.float32))
+    options = ("batch_mean", 1.0, True, True, torch.float32)
     opcheck(
         torch.ops.gatedconv.gate_backward.default,
         (gate, None, logits, *saved, *weights, None, 8, True, *options),
@@ -127,7 +115,7 @@ def test_compiled_operator_moves_buffers_in_one_graph():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def forward(x):
-        return _gate_library.compiled_gate(x, parameters, statistics, options, None)
+        return gate_op._compiled(x, parameters, statistics, options, None)
 
     x = torch.randn(6, 3, 2, 2, requires_grad=True)
     out, expected = forward(x), ops.gate_reference(x, parameters, reference, options)

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gatedconv.ops import _masked_conv2d_native, masked_conv2d, masked_conv2d_reference
-from gatedconv.ops._conv_arguments import check_arguments
+from gatedconv.ops import _native_conv, masked_conv2d, masked_conv2d_reference
+from gatedconv.ops._conv_args import check_arguments
 from tests.ops.conv_oracle import masked_conv2d_oracle
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -25,9 +25,9 @@ def mask_of(bits: list[int]) -> torch.Tensor:
 def backend(request, monkeypatch):
     """Run with the native library, and as if there were none."""
     if request.param == "cut":
-        monkeypatch.setattr(_masked_conv2d_native, "ready", lambda: False)
+        monkeypatch.setattr(_native_conv, "ready", lambda: False)
     else:
-        assert _masked_conv2d_native.ready(), "no native library: the tests of it would test nothing"
+        assert _native_conv.ready(), "no native library: the tests of it would test nothing"
     return request.param
 
 
@@ -78,9 +78,7 @@ def cases(draw):
 def check_case(case) -> None:
     tensors, numbers = case
     if tensors[0].shape[0] == 0:
-        expected = F.conv2d(
-            *tensors[:2], None, *(numbers[k] for k in ("stride", "padding", "dilation", "groups"))
-        )
+        expected = F.conv2d(*tensors[:2], None, *(numbers[k] for k in ("stride", "padding", "dilation", "groups")))
     else:
         expected = masked_conv2d_oracle(*tensors, **numbers)
     for function in (masked_conv2d, masked_conv2d_reference):
@@ -92,7 +90,7 @@ def check_case(case) -> None:
 @pytest.fixture(scope="module", params=["avx512", "avx2", "portable"])
 def instruction_set(request):
     with pytest.MonkeyPatch.context() as patch:
-        assert _masked_conv2d_native.ready()
+        assert _native_conv.ready()
         patch.setenv("GATEDCONV_ISA", request.param)
         try:
             masked_conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), None, mask_of([1]))
@@ -118,7 +116,7 @@ def test_the_native_fp64_body_equals_the_definition(case):
     tensors = [None if t is None else t.double() for t in tensors]
     residual = None if numbers["residual"] is None else numbers["residual"].double()
     checked = check_arguments(*tensors, out_open, in_open, *list(numbers.values())[:4], residual)
-    out = _masked_conv2d_native.call(*tensors, out_open, in_open, residual, checked, numbers["relu"])
+    out = _native_conv.call(*tensors, out_open, in_open, residual, checked, numbers["relu"])
     expected = masked_conv2d_oracle(*tensors, out_open, in_open, **numbers | {"residual": residual})
     assert relative_error(out, expected) <= 1e-12
 
@@ -154,7 +152,7 @@ def test_real_layers(instruction_set, channels, size, kernel, stride):
 @given(cases())
 def test_cut_tensors_equal_the_definition(case):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_masked_conv2d_native, "ready", lambda: False)
+        patch.setattr(_native_conv, "ready", lambda: False)
         check_case(case)
 
 
@@ -165,9 +163,7 @@ def test_gradients_equal_the_definitions(case, native):
     input, weight, bias, out_open, in_open = tensors
     if input.shape[0] == 0:
         return
-    leaves = [
-        None if t is None else t.double().requires_grad_() for t in (input, weight, bias, numbers["residual"])
-    ]
+    leaves = [None if t is None else t.double().requires_grad_() for t in (input, weight, bias, numbers["residual"])]
     wanted = [leaf for leaf in leaves if leaf is not None]
 
     def gradients(function):
@@ -182,7 +178,7 @@ def test_gradients_equal_the_definitions(case, native):
 
     with pytest.MonkeyPatch.context() as patch:
         if not native:
-            patch.setattr(_masked_conv2d_native, "ready", lambda: False)
+            patch.setattr(_native_conv, "ready", lambda: False)
         got = gradients(masked_conv2d)
     for ours, theirs, plain in zip(
         got, gradients(masked_conv2d_oracle), gradients(masked_conv2d_reference), strict=True
@@ -398,7 +394,7 @@ def test_autocast_computes_in_the_autocast_type(backend):
 
 
 def test_the_cut_convolution_multiplies_only_what_is_open(monkeypatch):
-    monkeypatch.setattr(_masked_conv2d_native, "ready", lambda: False)
+    monkeypatch.setattr(_native_conv, "ready", lambda: False)
     from torch.utils.flop_counter import FlopCounterMode
 
     x, w = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(10, 8, 3, 3, requires_grad=True)
@@ -415,7 +411,7 @@ def test_the_backward_operator_multiplies_only_what_is_open():
     x, w = torch.randn(2, 8, 6, 6), torch.randn(10, 8, 3, 3)
     out_open, in_open = torch.arange(10) % 2 == 0, torch.arange(8) % 4 == 0
     with FlopCounterMode(display=False) as counter:
-        made = _masked_conv2d_native._backward_op(
+        made = _native_conv._backward_op(
             torch.randn(2, 10, 6, 6), x, w, out_open, in_open, None, [1, 1], [1] * 4, [1, 1], 1, [True] * 4
         )
     assert made[0].shape == x.shape and made[1].shape == w.shape

@@ -11,11 +11,7 @@ def leaf(tensor, exact):
     """A copy of its own with a gradient, in fp64 for the exact run."""
     if tensor is None:
         return None
-    return (
-        (tensor.double() if exact else tensor.clone(memory_format=torch.preserve_format))
-        .detach()
-        .requires_grad_()
-    )
+    return (tensor.double() if exact else tensor.clone(memory_format=torch.preserve_format)).detach().requires_grad_()
 
 
 def buffer(tensor, exact):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gatedconv.kernels import gate_launch
+from gatedconv.kernels import gate as gate_kernels
 
 from gatedconv import ops
 from tests.kernels.interpreted.compare import Case, assert_close, buffer, leaf
@@ -21,9 +21,7 @@ def make(device, features, hidden, gates):
     return parameters, ops.GateStatistics(*norm, torch.rand(gates).to(device), draw(gates))
 
 
-def run(
-    function, exact, x, parameters, statistics, options, noise=None, parts=("gate", "open_rate", "logits")
-):
+def run(function, exact, x, parameters, statistics, options, noise=None, parts=("gate", "open_rate", "logits")):
     x, parameters = leaf(x, exact), ops.GateParameters(*(leaf(p, exact) for p in parameters))
     statistics = ops.GateStatistics(*(buffer(s, exact) for s in statistics))
     out = function(x, parameters, statistics, options, buffer(noise, exact))
@@ -73,9 +71,7 @@ def test_rows_beyond_one_tile(device):
     check(torch.randn(70, 5).to(device), *make(device, 5, None, 3), ops.GateOptions("batch_mean"))
 
 
-@pytest.mark.parametrize(
-    "layout", ["nchw", "channels_last", "every second channel", "crop", "one pixel", "transposed"]
-)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "every second channel", "crop", "one pixel", "transposed"])
 @pytest.mark.parametrize("flatten", [False, True])
 def test_layouts(device, layout, flatten):
     x = torch.randn(4, 6, 5, 7).to(device)
@@ -98,37 +94,8 @@ def test_many_features_are_split(device):
 
 
 def test_large_maps_are_split_by_channels(device, monkeypatch):
-    monkeypatch.setattr(gate_launch, "SPLIT_ABOVE", 1)
+    monkeypatch.setattr(gate_kernels, "SPLIT_ABOVE", 1)
     check(torch.randn(3, 70, 3, 3).to(device), *make(device, 70, 16, 2), ops.GateOptions())
-
-
-def test_one_launch_and_two_agree(device):
-    """Interpreted, bit for bit; compiled, they are two programs, each free to fuse a product into a sum."""
-    x = torch.randn(6, 5, 4, 4).to(device)
-    parameters, statistics = make(device, 5, 16, 3)
-    common = {
-        "estimator": "ste",
-        "train": True,
-        "batch_stats": True,
-        "update": False,
-        "flatten": False,
-        "eps": 1e-5,
-        "norm_momentum": 0.1,
-        "momentum": 0.1,
-        "dtype": torch.float32,
-    }
-    running = gate_launch.Running(*statistics)
-    one, two = (
-        gate_launch.forward(x, *parameters, None, running, **common, one_launch=choice)
-        for choice in (True, False)
-    )
-    for name in ("gate", "rate", "logits", "pooled", "hidden", "threshold"):
-        tolerance = 0.0 if device.type == "cpu" else 1e-6
-        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=tolerance, atol=tolerance, msg=name)
-    again = gate_launch.forward(
-        x, *parameters, None, running, **common, one_launch=True
-    )  # the counter is 0 again
-    assert torch.equal(one.logits, again.logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -140,9 +107,7 @@ def test_half_precision_maps(device, dtype):
     kernel = run(ops.gate, False, x, parameters, statistics, ops.GateOptions())
     assert kernel.outputs["gate"].dtype == dtype and kernel.gradients["x"].dtype == dtype
     largest = exact.gradients["x"].abs().max().item()
-    assert (kernel.gradients["x"].double() - exact.gradients["x"]).abs().max() <= torch.finfo(
-        dtype
-    ).eps * largest
+    assert (kernel.gradients["x"].double() - exact.gradients["x"]).abs().max() <= torch.finfo(dtype).eps * largest
     # What comes in through the gate is rounded to its dtype: weights of the loss about 2, so eps is the unit.
     assert_close(kernel, exact, gradient=2 * torch.finfo(dtype).eps)
 
@@ -159,9 +124,7 @@ def test_eval_and_frozen_norm(device, estimator):
 def test_boundaries_are_those_of_equations_3_and_4(device):
     """1FC with weight 1 and bias 0 makes the feature the logit."""
     z = torch.tensor([-1.5, -1.0000001, -1.0, 0.0, 1e-30, 1.0, 1.0000001, float("nan")], device=device)
-    parameters = ops.GateParameters(
-        None, None, None, None, *(t.to(device) for t in (torch.ones(1, 1), torch.zeros(1)))
-    )
+    parameters = ops.GateParameters(None, None, None, None, *(t.to(device) for t in (torch.ones(1, 1), torch.zeros(1))))
     statistics = ops.GateStatistics(open_rate=torch.zeros(1, device=device))
     x = z[:, None].clone().requires_grad_()
     out = ops.gate(x, parameters, statistics, ops.GateOptions())
@@ -174,9 +137,7 @@ def test_boundaries_are_those_of_equations_3_and_4(device):
 def test_each_output_alone_carries_its_gradient(device, parts):
     x = torch.randn(4, 3, 2, 2).to(device)
     arguments = (x, *make(device, 3, 16, 2), ops.GateOptions())
-    assert_close(
-        run(ops.gate, False, *arguments, parts=parts), run(ops.gate_reference, True, *arguments, parts=parts)
-    )
+    assert_close(run(ops.gate, False, *arguments, parts=parts), run(ops.gate_reference, True, *arguments, parts=parts))
 
 
 def test_repeats_are_equal_bit_for_bit(device):
@@ -188,9 +149,7 @@ def test_repeats_are_equal_bit_for_bit(device):
 
 
 def test_a_bias_before_the_norm_has_gradient_exactly_zero(device):
-    case = run(
-        ops.gate, False, torch.randn(4, 3, 2, 2).to(device), *make(device, 3, 16, 2), ops.GateOptions()
-    )
+    case = run(ops.gate, False, torch.randn(4, 3, 2, 2).to(device), *make(device, 3, 16, 2), ops.GateOptions())
     assert not case.gradients["bias1"].any()
 
 

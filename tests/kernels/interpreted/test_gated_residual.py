@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gatedconv.kernels import gated_residual_launch
+from gatedconv.kernels import gated_residual as residual_kernels
 
 from gatedconv import ops
 from tests.kernels.interpreted import test_gate
@@ -30,9 +30,7 @@ def run(function, exact, x, shortcut, layer, inner, estimator="ste", noise=None)
     if out.channel is not None:
         values |= {"open_rate": out.channel.open_rate, "logits": out.channel.logits}
     generator = torch.Generator().manual_seed(7)
-    loss = sum(
-        (v.double() * torch.randn(v.shape, generator=generator).to(v.device)).sum() for v in values.values()
-    )
+    loss = sum((v.double() * torch.randn(v.shape, generator=generator).to(v.device)).sum() for v in values.values())
     loss.backward()
     leaves = {"x": x, "shortcut": shortcut, "layer": layer, "weight": weight, "bias": bias}
     if inner:
@@ -87,7 +85,7 @@ def test_sizes_and_tile_edges(device, shape):
 
 
 def test_samples_share_programs(device, monkeypatch):
-    monkeypatch.setattr(gated_residual_launch, "GROUPS", 3)
+    monkeypatch.setattr(residual_kernels, "multiprocessors", lambda _: 1)
     x, shortcut, gate = draw(device, 7, 4, 3, 3)
     check(x, shortcut, gate, "2fc")
 
@@ -113,8 +111,7 @@ def test_half_precision_maps(device, dtype):
     for group in ("outputs", "gradients"):
         for name, expected in getattr(exact, group).items():
             ours, theirs = (
-                (getattr(case, group)[name].double() - expected).abs().max().item()
-                for case in (kernel, torch_)
+                (getattr(case, group)[name].double() - expected).abs().max().item() for case in (kernel, torch_)
             )
             assert ours <= allowed * theirs + 1e-5, (name, ours, theirs)
 

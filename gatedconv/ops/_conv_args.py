@@ -155,13 +155,9 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual:
         if tensor.dim() != rank:
             raise ValueError(f"masked_conv2d: {name} must be {rank}-D, got shape {tuple(tensor.shape)}")
         if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"masked_conv2d: {name} must have input's dtype {input.dtype}, got {tensor.dtype}"
-            )
+            raise TypeError(f"masked_conv2d: {name} must have input's dtype {input.dtype}, got {tensor.dtype}")
         if tensor.device != input.device:
-            raise ValueError(
-                f"masked_conv2d: {name} must be on input's device {input.device}, got {tensor.device}"
-            )
+            raise ValueError(f"masked_conv2d: {name} must be on input's device {input.device}, got {tensor.device}")
 
 
 def _check_masks(input: Tensor, weight: Tensor, out_open: Tensor, in_open: Tensor | None) -> None:
@@ -227,9 +223,7 @@ def _padding(
     if padding == "valid":
         return (0, 0, 0, 0)
     if isinstance(padding, str):
-        raise ValueError(
-            f"masked_conv2d: padding must be 'same', 'valid', an int or two of them, got {padding!r}"
-        )
+        raise ValueError(f"masked_conv2d: padding must be 'same', 'valid', an int or two of them, got {padding!r}")
     high, wide = _pair("padding", padding, 0)
     return (high, high, wide, wide)
 

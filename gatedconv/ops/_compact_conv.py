@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedconv.ops._conv_arguments import ConvArguments
+from gatedconv.ops._conv_args import ConvArguments
 from gatedconv.ops._memory_format import conv_memory_format
 
 __all__ = ["Gradients", "cut_backward", "cut_forward", "without_closed_samples"]
@@ -61,9 +61,7 @@ def cut_forward(
         out = input.new_zeros(arguments.output_shape) if residual is None else residual.clone()
     else:
         bias = None if bias is None else _take(bias, cut.rows, 0)
-        out = F.conv2d(
-            cut.input, cut.weight, bias, arguments.stride, cut.padding, arguments.dilation, cut.groups
-        )
+        out = F.conv2d(cut.input, cut.weight, bias, arguments.stride, cut.padding, arguments.dilation, cut.groups)
         if cut.partial or out_open.dim() == 2:
             out = torch.where(_take(_spread(out_open), cut.rows, 1), out, 0)
         if residual is None:
@@ -151,9 +149,7 @@ def _convolution_backward(
     return made[0], made[1], made[2]
 
 
-def _cut(
-    input: Tensor, weight: Tensor, out_open: Tensor, in_open: Tensor | None, arguments: ConvArguments
-) -> _Cut:
+def _cut(input: Tensor, weight: Tensor, out_open: Tensor, in_open: Tensor | None, arguments: ConvArguments) -> _Cut:
     rows_open = out_open if out_open.dim() == 1 else out_open.any(0)
     groups = arguments.groups
     nothing_read = in_open is not None and not bool(in_open.any())
