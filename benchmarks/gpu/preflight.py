@@ -38,7 +38,7 @@ MODULES = (
     "gatedconv.train.pipeline",
     "reproduce.naive",
 )
-GPU_MODULES = ("gatedconv.kernels", "gatedconv.kernels.gate_launch")
+GPU_MODULES = ("gatedconv.kernels", "gatedconv.kernels.gate")
 
 
 def require_all(device: str = "cuda") -> None:

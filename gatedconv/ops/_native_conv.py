@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gatedconv import _native
 from gatedconv.ops import cuda_conv
-from gatedconv.ops._conv_args import ConvArguments
 from gatedconv.ops._compact_conv import cut_backward
+from gatedconv.ops._conv_args import ConvArguments
 from gatedconv.ops._memory_format import conv_memory_format
 
 __all__ = ["call", "pack", "ready"]

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gatedconv.ops import _native_conv, cuda_conv
-from gatedconv.ops._conv_args import ConvArguments, IntPair, check_arguments, check_relu
 from gatedconv.ops._compact_conv import cut_backward, cut_forward, without_closed_samples
+from gatedconv.ops._conv_args import ConvArguments, IntPair, check_arguments, check_relu
 from gatedconv.ops._memory_format import conv_memory_format
 from gatedconv.ops._packed_conv import PackedConv
 

@@ -1,6 +1,6 @@
 """Compiles what training launches for every GPU generation, without a GPU, and prints what each kernel needs.
 
-``python -m tests.kernels.cubins few|some|all 75 90 ...`` prints JSON lines. The launches are recorded from the library's
+``python -m tests.kernels.cubins few|some|all 75 90 ...`` prints JSON lines. Launches are recorded from the library's
 own calls, and Triton specializes them as it would on a GPU. The process is one of its own, because one process has
 either interpreted kernels or compiled ones.
 """

@@ -1,4 +1,4 @@
-"""The gate operator on a CPU: its reference, and the registered pair that compiled graphs see, with oracles as bodies."""
+"""The gate operator on a CPU: its reference, and the registered pair that compiled graphs see, run by oracles."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def step(gate, x):
 @pytest.mark.parametrize("estimator", ops.ESTIMATORS)
 @pytest.mark.parametrize("hidden", [16, None])
 @pytest.mark.parametrize("kind", ["layer", "channel", "flatten"])
-def test_a_gate_takes_at_most_four_launches(kind, hidden, estimator):
+def test_a_gate_takes_two_launches_forward_and_two_backward(kind, hidden, estimator):
     options = {"hidden": hidden, "estimator": estimator}
     if kind == "flatten":
         options |= {"pool": "flatten", "feature_size": 64}
@@ -49,7 +49,8 @@ def test_a_gate_takes_at_most_four_launches(kind, hidden, estimator):
         decision = gate(x)
         torch.autograd.grad((decision, gate.open_rate), [x, *gate.parameters()], incoming)
 
-    assert 3 <= Machine().count_launches(one_step) <= 4
+    noise = estimator in ("gumbel", "bernoulli")  # drawn by PyTorch
+    assert Machine().count_launches(one_step) == 4 + noise
 
 
 @pytest.mark.parametrize("kind", ["layer", "channel"])
@@ -210,8 +211,7 @@ def test_a_compiled_network_equals_an_eager_one():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3)
 
 
-def test_streams_do_not_share_a_counter():
-    """The one-launch forward on two streams at once: each stream has a counter of its own."""
+def test_gates_run_on_several_streams_at_once():
     gates = [gate_and_input(batch=256)[0] for _ in range(2)]
     x = gate_and_input(batch=256)[1].detach()
     expected = [gate(x) for gate in gates]
