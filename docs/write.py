@@ -1,7 +1,6 @@
-"""Writes the measured parts of README.md and docs/results.md from the runs under results/.
+"""Writes the measured parts of README.md and docs/ from results/ and benchmarks/results/.
 
-``python docs/write.py`` writes them, ``--check`` says whether they are up to date. No number there is typed
-by hand.
+``python docs/write.py`` writes them, ``--check`` reports whether they are up to date. No number there is typed by hand.
 """
 
 from __future__ import annotations
@@ -13,15 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scaling_tables import TABLES
-
-from gatedconv.report.tables import comparison_table
-from gatedconv.train.config import read_toml
-from reproduce.ledger import read_ledger
-from reproduce.results import results_text
-from reproduce.rows import present_recipes
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
+
+from scaling_tables import TABLES  # noqa: E402
+
+from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
+from gatedconv.train.config import read_toml  # noqa: E402
+from reproduce.ledger import read_ledger  # noqa: E402
+from reproduce.rows import present_recipes  # noqa: E402
+from reproduce.tables import replace_block, results_text  # noqa: E402
+
 RESULTS = ROOT / "results"
 
 
@@ -31,7 +32,7 @@ def demo() -> str:
 
 
 def demo_seeds() -> str:
-    """The demo over several seeds, one row each: what the table above looks like on other numbers."""
+    """The demo over several seeds, one row each."""
     rows = []
     for path in sorted(RESULTS.glob("demo-seeds/*.json")):
         found = json.loads(path.read_text())
@@ -77,11 +78,13 @@ def cifar10() -> str:
 
 
 def finetune() -> str:
-    """The fine-tuning example: gated and cut, the same without gates, and without pretrained weights."""
+    """The fine-tuning example: gated and compact, the same without gates, and without pretrained weights."""
     rows = []
     for name, what in (
-        ("gated", "pretrained, gated, cut"), ("dense", "pretrained, no gates"), ("scratch", "from scratch, no gates")
-    ):  # fmt: skip
+        ("gated", "pretrained, gated, compact"),
+        ("dense", "pretrained, no gates"),
+        ("scratch", "from scratch, no gates"),
+    ):
         path = RESULTS / "finetune" / f"{name}.json"
         if path.is_file():
             found = json.loads(path.read_text())
@@ -97,16 +100,15 @@ def finetune() -> str:
 
 
 def experiments() -> str:
-    """The experiment table: what the ledger has, and what was not run yet."""
+    """The experiment table from the ledger."""
     images = [path.name for path in (ROOT / "docs" / "images").glob("*.png")]
     return results_text(read_ledger(RESULTS / "ledger.jsonl"), present_recipes(), images)
 
 
 def recipe_search() -> str:
-    """The runs that the recipe was chosen by.
+    """The runs that the recipe was chosen from.
 
-    A row may carry `settings`, the fields of its config that differ from those that the file gives for all rows, and
-    `commit`, of the source; the first rows do not.
+    A row may have `settings`, its config fields that differ from those that the file gives for all rows, and `commit`.
     """
     found = json.loads((RESULTS / "recipe-search.json").read_text())
     rows = [
@@ -122,27 +124,40 @@ def recipe_search() -> str:
         ]
         for row in found["rows"]
     ]
-    header = ["run", "settings", "seed", "judged on", "top-1 (%)", "MACs left", "agreement", "commit"]
+    header = ["run", "settings", "seed", "evaluated on", "top-1 (%)", "MACs left", "agreement", "commit"]
     used = [column for column in range(len(header)) if any(row[column] for row in rows)]
     table = _markdown([header[c] for c in used], [[row[c] for c in used] for row in rows])
     common = found.get("settings")
-    return f"{table}\n\nOf all rows that tell their settings: {_settings(common)}." if common else table
+    return f"{table}\n\nCommon settings of the rows with settings: {_settings(common)}." if common else table
 
 
 def training_speed() -> str:
-    """Our training loop beside a plain one on the CPU."""
+    """Our training loop compared with a plain one on the CPU."""
     path = ROOT / "benchmarks" / "results" / "training-cpu.json"
     found = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     rows = [
-        [row["network"], str(row["batch"]), row["dtype"], f"{row['plain_ms']:.1f}", f"{row['ours_ms']:.1f}",
-         f"{row['ratio']:.2f}", f"{row['ungated_ratio']:.2f}" if "ungated_ratio" in row else "",
-         f"{row['roofline']:.0%}"]
+        [
+            row["network"],
+            str(row["batch"]),
+            row["dtype"],
+            f"{row['plain_ms']:.1f}",
+            f"{row['ours_ms']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ungated_ratio']:.2f}" if "ungated_ratio" in row else "",
+            f"{row['roofline']:.0%}",
+        ]
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     header = [
-        "network", "batch", "dtype", "plain loop (ms)", "ours (ms)", "ours / plain", "ours / plain without gates",
+        "network",
+        "batch",
+        "dtype",
+        "plain loop (ms)",
+        "ours (ms)",
+        "ours / plain",
+        "ours / plain without gates",
         "share of the roofline",
-    ]  # fmt: skip
+    ]
     return f"{found.get('what', '')}\n\n{_markdown(header, rows)}"
 
 
@@ -162,15 +177,10 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 def written(path: Path) -> str:
-    """The file's text with every block made anew."""
-    text = path.read_text()
+    """The text of a document with every block made again."""
+    text = path.read_text(encoding="utf-8")
     for name, make in BLOCKS[path].items():
-        begin, end = f"<!-- {name}: begin, written by docs/write.py -->", f"<!-- {name}: end -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"{path}: no block {begin} ... {end}")
-        text = f"{before}{begin}\n\n{make()}\n\n{end}{after}"
+        text = replace_block(path, name, make(), text)
     return text
 
 
@@ -189,10 +199,7 @@ def _commit(commit: str) -> str:
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return "Not run yet."
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(header, rows) if rows else "Not run yet."
 
 
 def main() -> int:
@@ -203,7 +210,7 @@ def main() -> int:
     stale = [path for path in BLOCKS if written(path) != path.read_text()]
     for path in stale:
         if check:
-            print(f"{path.relative_to(ROOT)} does not match results/: run python docs/write.py", file=sys.stderr)
+            print(f"{path.relative_to(ROOT)} does not match the results: run python docs/write.py", file=sys.stderr)
         else:
             path.write_text(written(path))
     return 1 if check and stale else 0

@@ -1,1 +1,1 @@
-"""The paper's experiments: which runs, their controls, the ledger of results, tables and figures. Not installed."""
+"""The paper's experiments, their controls, the ledger of results, tables and figures. Not installed."""

@@ -7,50 +7,50 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from reproduce.files import Bench, Key
+from gatedconv.environment import provenance
+from reproduce.bench import Bench, Key
 from reproduce.ledger import LedgerRow, amend_row, read_ledger
 from reproduce.table import find_experiment
 
-# Beyond the deadline: networks of the runs that ended last, a few seconds each; a later call may lack their weights.
+# Seconds beyond the deadline, for the runs that ended last: a later call may not have their weights.
 _GRACE_S = 20.0
 
 
 def measure_energy(bench: Bench, keys: Sequence[Key], failures: dict[Key, str]) -> None:
-    """Put joules per image into the rows that lack them, of networks whose run folders are here.
+    """Add joules per image to the rows that lack them, for networks whose run folders are present.
 
     Args:
-        bench: whose ledger it is.
-        keys: the runs; others are left as they are.
-        failures: gets what went wrong, by run.
+        bench: of the ledger.
+        keys: the runs; other rows stay unchanged.
+        failures: receives the errors, by run.
     """
     rows = read_ledger(bench.ledger)
     until = None if bench.deadline is None else max(bench.deadline, time.monotonic() + _GRACE_S)
-    seen: dict[tuple[Any, ...], Any] = {}
-    silent: Counter[str] = Counter()
+    cache: dict[tuple[Any, ...], Any] = {}
+    skipped: Counter[str] = Counter()
     for key in keys:
         row = rows.get(key)
         if row is None or row.energy_j_image is not None or not find_experiment(row.experiment).trains:
             continue
         if until is not None and time.monotonic() > until:
-            silent["time is up; gatedconv report energy NAME... goes on"] += 1
+            skipped["time is up; continue with python -m reproduce energy NAME..."] += 1
             continue
         try:
-            joules, reason = _measured(bench, row, seen)
+            joules, reason = _measured(bench, row, cache)
             if joules is None:
-                silent[reason] += 1
+                skipped[reason] += 1
                 continue
             amend_row(bench.ledger, key, energy_j_image=joules)
-            print(f"{row.experiment} seed {row.seed}: {joules:.3g} J of an image", flush=True)
+            print(f"{row.experiment} seed {row.seed}: {joules:.3g} J per image", flush=True)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
-            failures[key] = f"energy of an image: {error}"
-    for reason, count in silent.items():
-        print(f"energy of an image, {count} runs: not measured: {reason}", flush=True)
+            failures[key] = f"energy per image: {error}"
+    for reason, count in skipped.items():
+        print(f"energy per image, {count} runs: not measured: {reason}", flush=True)
 
 
-def _measured(bench: Bench, row: LedgerRow, seen: dict[tuple[Any, ...], Any]) -> tuple[float | None, str]:
-    """Joules of an image, or why there are none; ``seen`` keeps images that several networks are asked about."""
+def _measured(bench: Bench, row: LedgerRow, cache: dict[tuple[Any, ...], Any]) -> tuple[float | None, str]:
+    """Joules per image, or None and the reason; ``cache`` keeps the images of the last data source."""
     from gatedconv.deploy import load
-    from gatedconv.environment import provenance
     from gatedconv.measure.energy import EnergyMeter
     from gatedconv.train.build import load_images
     from gatedconv.train.finish import energies
@@ -69,7 +69,7 @@ def _measured(bench: Bench, row: LedgerRow, seen: dict[tuple[Any, ...], Any]) ->
     if reason:
         return None, reason
     images = (config.data, config.evaluate_on, config.val_fraction, config.split_seed, config.image_size)
-    if images not in seen:
-        seen.clear()
-        seen[images] = load_images(config)
-    return energies(place(load(weights), config).eval(), config, seen[images])["energy_j_image"], "not measurable"
+    if images not in cache:
+        cache.clear()
+        cache[images] = load_images(config)
+    return energies(place(load(weights), config).eval(), config, cache[images])["energy_j_image"], "not measurable"

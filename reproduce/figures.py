@@ -1,18 +1,18 @@
-"""The paper's figures 2, 3 and 6, and the curves of the CPU bench, from the ledger and the epochs beside it."""
+"""The paper's figures 2, 3 and 6, and the curves of the CPU bench, from the ledger and the kept epochs."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from gatedconv._io import read_json_lines
 from gatedconv.report import plots
 from reproduce.ledger import LedgerRow
-from reproduce.results import Rows, mean_spread, runs_of
 from reproduce.table import Experiment, all_experiments
+from reproduce.tables import Rows, mean_spread, runs_of
 
 # Table 1 of the paper: top-1 (%) before and after, and reduction of the FLOPs (%), ResNet-56 on CIFAR-10.
 LITERATURE = {
@@ -26,8 +26,11 @@ LITERATURE = {
 }
 _SERIES = {"gated": "ours", "dense": "dense", "naive_dropout": "naive dropout", "naive_layer": "naive layers"}
 _SERIES_COLORS = {
-    "ours": plots.GATED, "dense": plots.DENSE, "naive dropout": plots.POLAR, "naive layers": plots.STAGE,
-}  # fmt: skip
+    "ours": plots.GATED,
+    "dense": plots.DENSE,
+    "naive dropout": plots.POLAR,
+    "naive layers": plots.STAGE,
+}
 _SWAPPED = ", swapped"  # the other reading of the paper's milestones, drawn hollow
 _Series = Mapping[str, Sequence[Sequence[LedgerRow]]]  # by name, the runs of each of its experiments
 _COLORS = {"gated": plots.GATED, "dense": plots.DENSE, "equal_macs": plots.POLAR, "fixed_at_init": plots.STAGE}
@@ -46,7 +49,7 @@ def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a file of metrics is damaged, or one of the bench's is not there.
+        ValueError: a file of metrics is damaged or missing.
         OSError: a figure cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,39 +70,32 @@ def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """The metrics of a run, an epoch a line.
+    """The metrics of a run, one mapping per epoch.
 
     Raises:
-        ValueError: it cannot be read or has no epoch, or a line is damaged or has other gates than those before it;
+        ValueError: the file cannot be read or is empty, or a line is damaged or has other gates than those before it;
             names file and line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        told = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path}: expected the epochs of a run, could not read them ({told})") from None
     found: list[dict[str, Any]] = []
     gates: set[str] = set()
-    for number, line in enumerate(text.splitlines(), start=1):
-        where = f"{path}: line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is damaged ({error})") from None
-        _check_epoch(record, where)
-        rates = record.setdefault("gate_open_rates", {})
-        gates = gates or set(rates)
-        if rates and set(rates) != gates:
-            other = min(gates ^ set(rates))
-            raise ValueError(f"{where}: gate_open_rates: expected the same gates as before, {other!r} is not in both")
-        found.append(record)
+    try:
+        for where, record in read_json_lines(path):
+            _check_epoch(record, where)
+            rates = record.setdefault("gate_open_rates", {})
+            gates = gates or set(rates)
+            if rates and set(rates) != gates:
+                other = min(gates ^ set(rates))
+                raise ValueError(f"{where}: gate_open_rates: expected the gates of the lines before, {other!r} differs")
+            found.append(record)
+    except OSError as error:
+        raise ValueError(f"{path}: expected the epochs of a run, could not read them ({error.strerror})") from None
     if not found:
         raise ValueError(f"{path}: expected the metrics of at least one epoch, found none")
     return found
 
 
 def _check_epoch(record: Any, where: str) -> None:
-    """Check that a line has what the figures draw; an epoch without gates needs no λ."""
+    """Check the fields that the figures draw; an epoch without gates needs no λ."""
     if not isinstance(record, dict) or not isinstance(record.get("phase"), str):
         raise ValueError(f"{where}: expected the metrics of an epoch")
     rates = record.get("gate_open_rates", {})
@@ -124,7 +120,7 @@ def _draw_gates(experiment: Experiment, epochs: Path, path: Path) -> Path:
 
 
 def _sweep(rows: Rows) -> _Series:
-    """The runs of Figures 2 and 3, those of each reading of the milestones by themselves."""
+    """The runs of Figures 2 and 3, separately for each reading of the milestones."""
     series: dict[str, list[list[LedgerRow]]] = {}
     for each in all_experiments().values():
         runs = runs_of(each, rows) if "figure2" in each.shown else []
@@ -149,62 +145,68 @@ def _saved(runs: Iterable[LedgerRow]) -> list[float]:
 
 
 def _draw_rates(sweep: _Series, path: Path) -> Path:
-    """Figure 2: pruning rate, and reduction of the MACs, against top-1."""
-    plt = plots._pyplot()
-    with plt.rc_context(plots._STYLE):
+    """Figure 2: top-1 over pruning rate and over the reduction of the MACs."""
+    plt = plots.pyplot()
+    with plt.rc_context(plots.STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.2), layout="constrained", sharey=True)
         for name, experiments in sweep.items():
             runs = [run for each in experiments for run in each]
             top1 = [run.top1_last for run in runs]
             left.scatter(_pruned(runs), top1, s=14, label=name, **_look(name))
-            if not name.startswith("naive dropout"):  # zeros are multiplied like other numbers
+            if not name.startswith("naive dropout"):  # its zeros are multiplied, too
                 right.scatter(_saved(runs), top1, s=14, **_look(name))
         left.set_xlabel("pruning rate, eq. 11 (%)")
         right.set_xlabel("MACs saved (%)")
         left.set_ylabel("top-1 (%)")
         left.set_title("Against the naive baselines")
         left.legend(loc="lower left")
-        return plots._save(figure, path, plt)
+        return plots.save(figure, path, plt)
 
 
 def _draw_drops(sweep: _Series, path: Path) -> Path:
-    """Figure 3: pruning rate against top-1, and MACs saved against the drop, beside what others print.
+    """Figure 3: top-1 over pruning rate, and its drop over the MACs saved, with the published results of others.
 
-    The drop is that from the mean of the dense runs of the same reading.
+    The drop is from the mean of the dense runs of the same reading.
     """
-    plt = plots._pyplot()
-    with plt.rc_context(plots._STYLE):
+    plt = plots.pyplot()
+    with plt.rc_context(plots.STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.4), layout="constrained")
-        _rates_beside_others(left, sweep)
+        _rates_and_literature(left, sweep)
         for name, (before, after, saved) in LITERATURE.items():
             right.scatter([saved], [before - after], color=plots.MUTED, s=14)
             right.annotate(name, (saved, before - after), xytext=(4, 2), textcoords="offset points", fontsize=7)
         for suffix in ("", _SWAPPED):
-            name, whole = "ours" + suffix, sweep.get("dense" + suffix, ())
-            dense = [run.top1_last for runs in whole for run in runs]
+            name, baselines = "ours" + suffix, sweep.get("dense" + suffix, ())
+            dense = [run.top1_last for runs in baselines for run in runs]
             if dense and name in sweep:
                 _mark(right, name, [(_saved(runs), _drops(fmean(dense), runs)) for runs in sweep[name]])
         right.set_xlabel("MACs saved (%)")
         right.set_ylabel("drop of top-1 (points)")
         right.set_title("Against the literature")
-        return plots._save(figure, path, plt)
+        return plots.save(figure, path, plt)
 
 
 def _drops(dense: float, runs: Iterable[LedgerRow]) -> list[float]:
     return [dense - run.top1_last for run in runs]
 
 
-def _rates_beside_others(axes: Any, sweep: _Series) -> None:
-    """Ours as points; others as lines: their share of pruned parameters is not in the paper's table."""
+def _rates_and_literature(axes: Any, sweep: _Series) -> None:
+    """Ours as points, others as lines: the paper's table lacks their share of pruned parameters."""
     names: dict[float, list[str]] = {}
     for name, (_, after, _) in LITERATURE.items():
         names.setdefault(after, []).append(name)
     for after, those in names.items():
         axes.axhline(after, color=plots.GRID, zorder=0)
         axes.annotate(
-            ", ".join(those), (1, after), xycoords=("axes fraction", "data"), xytext=(0, 1),
-            textcoords="offset points", ha="right", fontsize=7, color=plots.MUTED,
-        )  # fmt: skip
+            ", ".join(those),
+            (1, after),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 1),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
+            color=plots.MUTED,
+        )
     for name, experiments in sweep.items():
         if not name.startswith("naive"):
             _mark(axes, name, [(_pruned(runs), [run.top1_last for run in runs]) for runs in experiments])
@@ -216,23 +218,30 @@ def _rates_beside_others(axes: Any, sweep: _Series) -> None:
 
 
 def _mark(axes: Any, name: str, experiments: Iterable[tuple[Sequence[float], Sequence[float]]]) -> None:
-    """A mark for each experiment of a series at the means over its runs, with the spread of what is upright."""
-    across, upright = zip(*((fmean(x), mean_spread(y)) for x, y in experiments), strict=True)
+    """One mark per experiment at the means over its runs, with the spread in y."""
+    x_means, y_means = zip(*((fmean(x), mean_spread(y)) for x, y in experiments), strict=True)
     look = _look(name)
     axes.errorbar(
-        across, [mean for mean, _ in upright], yerr=[spread or 0.0 for _, spread in upright], label=name,
-        color=look["edgecolor"], markerfacecolor=look["facecolor"], marker="o", markersize=4, linestyle="none",
-    )  # fmt: skip
+        x_means,
+        [mean for mean, _ in y_means],
+        yerr=[spread or 0.0 for _, spread in y_means],
+        label=name,
+        color=look["edgecolor"],
+        markerfacecolor=look["facecolor"],
+        marker="o",
+        markersize=4,
+        linestyle="none",
+    )
 
 
-_BENCH = "ResNet-20 CIFAR-10 "  # what every label of the bench begins with
+_BENCH = "ResNet-20 CIFAR-10 "  # prefix of every label of the bench
 
 
 def _draw_bench(bench: Sequence[Experiment], rows: Rows, epochs: Path, path: Path) -> Path:
-    """The CPU bench: accuracy per epoch of the recipe and its controls, and where every row of it ends."""
+    """The CPU bench: accuracy per epoch of the recipe and its controls, and the final accuracy of every row."""
     curves = {each.name: [read_epochs(_epochs_of(run, epochs)) for run in runs_of(each, rows)] for each in bench}
-    plt = plots._pyplot()
-    with plt.rc_context(plots._STYLE):
+    plt = plots.pyplot()
+    with plt.rc_context(plots.STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         for each in bench:
             runs, style = curves[each.name], "--" if each.name.endswith("-taught") else "-"
@@ -251,5 +260,5 @@ def _draw_bench(bench: Sequence[Experiment], rows: Rows, epochs: Path, path: Pat
         right.set_xlabel("top-1, last epoch (%), mean and spread")
         right.set_yticks(range(len(bench)), [each.label.removeprefix(_BENCH) for each in bench])
         right.invert_yaxis()
-        right.set_title("Where each ends")
-        return plots._save(figure, path, plt)
+        right.set_title("Last epoch")
+        return plots.save(figure, path, plt)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: appends are still whole, but two at once may lose one
-    fcntl = None  # type: ignore[assignment]
+from gatedconv._io import locked, read_json_lines, write_json_lines
 
 KINDS = ("gated", "dense", "equal_macs", "fixed_at_init", "naive_dropout", "naive_layer")
 _NONE = type(None)
@@ -27,10 +20,21 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int | None": (int, _NONE),
     "float | None": (int, float, _NONE),
 }
-
-
-class LedgerError(ValueError):
-    """A ledger that is damaged, or a row that does not belong into it; the message is for the user."""
+_PERCENTS = ("top1_last", "top1_dynamic", "top1_whole")
+_SHARES = ("open_ratio", "pruning_rate", "agreement")
+_AMOUNTS = (
+    "seed",
+    "macs",
+    "macs_dense",
+    "epochs",
+    "wall_s",
+    "energy_j",
+    "energy_j_image",
+    "macs_conv",
+    "macs_conv_dense",
+    "train_macs",
+    "jobs",
+)
 
 
 @dataclass(frozen=True)
@@ -40,35 +44,38 @@ class LedgerRow:
     Attributes:
         experiment: name in the experiment table.
         seed: of the run.
-        dataset: name of the images; of a file its name, never its place.
+        dataset: name of the images; of a file its name, without its folder.
         model: network.
         kind: one of `KINDS`.
         top1_last: percent, of the network that would be deployed, after the last epoch.
         macs: of that network, per image (fvcore's count).
         macs_dense: of the same network without gates.
-        epochs: passes over the train split that the network was trained for, before the consensus and after.
-        device: what it ran on.
-        commit: of the source, "+changes" where files differed from it; None where unknown.
+        epochs: passes over the train split, before and after the consensus.
+        device: that it ran on.
+        commit: of the source, with "+changes" where files differed from it; None where unknown.
         versions: of Python and packages.
         wall_s: seconds of training and finishing.
-        evaluated_on: "test", or "val" for choices.
-        open_ratio: share of gates in the consensus that are open; None without gates.
-        pruning_rate: eq. 11, share of parameters pruned; None without gates.
-        polar: polarization (eqs. 6-8) over the training split when the consensus was made.
-        agreement: share of the samples' decisions that are those of the consensus, 0 to 1.
-        top1_dynamic: percent, before the freeze, gates deciding per sample.
+        evaluated_on: "test", or "val" for design choices.
+        open_ratio: share of gates that are open in the consensus; None without gates.
+        pruning_rate: eq. 11, share of parameters removed; None without gates.
+        polar: polarization (eqs. 6-8) over the train split at the consensus.
+        agreement: share of the samples' decisions that equal the consensus, 0 to 1.
+        top1_dynamic: percent, before the freeze, with gates deciding per sample.
         macs_dynamic: expected MACs of the same.
-        top1_whole: percent, of the whole network that taught, after the last epoch; None without a teacher.
-        train_macs: multiply-accumulates that the training executed, a teacher's included; None if not known.
+        top1_whole: percent, of the dense teacher after the last epoch; None without a teacher.
+        train_macs: multiply-accumulates of the training, the teacher's included; None if unknown.
         params: parameters of the deployed network.
-        energy_j: joules of the training; None where the machine does not tell.
-        energy_j_image: joules per image of the deployed network; None where it was not measured.
-        energy_reason: why `energy_j` is None; None where it is not, and in rows that are older than the field.
-        macs_conv: of `macs`, what convolutions and linear layers have, as most others count; None if not known.
-        macs_conv_dense: the same of `macs_dense`.
-        jobs: runs that shared the device when this one ended; None in rows that are older than the field.
-        recipe: short hash of the recipe; None in rows that are older than the field.
-        amp: what the training's mixed precision came to, off, bf16 or fp16; None in older rows.
+        energy_j: joules of the training; None where the machine has no counter.
+        energy_j_image: joules per image of the deployed network; None where not measured.
+        energy_reason: why `energy_j` is None; None where it is not, and in rows older than the field.
+        macs_conv: the part of `macs` in convolutions and linear layers, as most papers count; None if unknown.
+        macs_conv_dense: the same part of `macs_dense`.
+        jobs: runs that shared the device when this one ended; None in rows older than the field.
+        recipe: short hash of the recipe; None in rows older than the field.
+        amp: mixed precision in effect, off, bf16 or fp16; None in rows older than the field.
+
+    Raises:
+        ValueError: a field has the wrong type or is out of range.
     """
 
     experiment: str
@@ -104,31 +111,27 @@ class LedgerRow:
     amp: str | None = None
 
     def __post_init__(self) -> None:
-        """Check types and ranges; LedgerError names the field, what it allows and the value."""
+        """Check types and ranges; the error names the field, what it allows and the value."""
         for spec in fields(self):
-            value = getattr(self, spec.name)
-            allowed = _TYPES[str(spec.type)]
+            value, allowed = getattr(self, spec.name), _TYPES[str(spec.type)]
             if not isinstance(value, allowed) or isinstance(value, bool):
                 names = " or ".join("null" if kind is _NONE else kind.__name__ for kind in allowed)
-                raise LedgerError(f"{spec.name}: expected {names}, got {value!r}")
+                raise ValueError(f"{spec.name}: expected {names}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
-                raise LedgerError(f"{spec.name}: expected a finite number, got {value!r}")
+                raise ValueError(f"{spec.name}: expected a finite number, got {value!r}")
         if self.kind not in KINDS:
-            raise LedgerError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        _check_range(self, ("top1_last", "top1_dynamic", "top1_whole"), 100.0)
-        _check_range(self, ("open_ratio", "pruning_rate", "agreement"), 1.0)
-        _check_range(self, ("polar",), 0.25)
-        _check_range(self, ("seed", "macs", "macs_dense", "epochs", "wall_s", "energy_j", "energy_j_image"), math.inf)
-        _check_range(self, ("macs_conv", "macs_conv_dense", "train_macs", "jobs"), math.inf)
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        for names, high in ((_PERCENTS, 100.0), (_SHARES, 1.0), (("polar",), 0.25), (_AMOUNTS, math.inf)):
+            _check_range(self, names, high)
         if self.macs_dense == 0:
-            raise LedgerError(f"macs_dense: expected more than 0, got {self.macs_dense!r}")
-        for field in ("experiment", "dataset"):
-            if not getattr(self, field) or "/" in getattr(self, field):
-                raise LedgerError(f"{field}: expected a name, not a path, got {getattr(self, field)!r}")
+            raise ValueError(f"macs_dense: expected more than 0, got {self.macs_dense!r}")
+        for name in ("experiment", "dataset"):
+            if not getattr(self, name) or "/" in getattr(self, name):
+                raise ValueError(f"{name}: expected a name, not a path, got {getattr(self, name)!r}")
 
     @property
     def key(self) -> tuple[str, int]:
-        """What a row is found by: a run is finished once."""
+        """Experiment and seed; a ledger has one row of each."""
         return self.experiment, self.seed
 
 
@@ -137,106 +140,73 @@ def _check_range(row: LedgerRow, names: tuple[str, ...], high: float) -> None:
         value = getattr(row, name)
         if value is not None and not 0 <= value <= high * (1 + 1e-6):
             bound = f"at most {high:g}" if high < math.inf else "at least 0"
-            raise LedgerError(f"{name}: expected {bound}, got {value!r}")
+            raise ValueError(f"{name}: expected {bound}, got {value!r}")
 
 
-def read_ledger(path: Path) -> dict[tuple[str, int], LedgerRow]:
-    """Every row by (experiment, seed), in the file's order; empty where there is no file. Blank lines do not count.
+Rows = dict[tuple[str, int], LedgerRow]
+
+
+def read_ledger(path: Path) -> Rows:
+    """Every row by (experiment, seed), in file order; empty where there is no file.
 
     Raises:
-        LedgerError: a line is damaged or stands for a run that an earlier line has; names file and line.
+        ValueError: a line is damaged, or repeats the run of an earlier line; names file and line.
         OSError: the file cannot be read.
     """
-    if not path.exists():
-        return {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise LedgerError(f"{path}: expected UTF-8 text, found a damaged or different file ({error})") from None
-    rows: dict[tuple[str, int], LedgerRow] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        row = _parse(line, where)
+    rows: Rows = {}
+    for where, record in read_json_lines(path) if path.exists() else ():
+        row = _parse(record, where)
         if row.key in rows:
-            raise LedgerError(f"{where}: a second row of {row.experiment}, seed {row.seed}; remove one of them")
+            raise ValueError(f"{where}: a second row of {row.experiment}, seed {row.seed}; remove one of them")
         rows[row.key] = row
     return rows
 
 
 def append_row(path: Path, row: LedgerRow) -> None:
-    """Add a row. The file is whole at every moment, and processes that append at once wait for each other.
+    """Add a row, atomically; processes that append at the same time wait for each other.
 
     Raises:
-        LedgerError: the ledger is damaged, or has a row of this run already.
-        OSError: it cannot be written; what stood there is kept.
+        ValueError: the ledger is damaged, or has a row of this run.
+        OSError: it cannot be written; its present content is kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent):
+    with _locked(path):
         rows = read_ledger(path)
         if row.key in rows:
-            raise LedgerError(f"{path}: has a row of {row.experiment}, seed {row.seed} already")
-        _write(path, (*rows.values(), row))
+            raise ValueError(f"{path}: has a row of {row.experiment}, seed {row.seed} already")
+        _write(path, {**rows, row.key: row})
 
 
 def amend_row(path: Path, key: tuple[str, int], **changes: Any) -> None:
-    """Put what was measured later into the row of a run; otherwise as `append_row`.
+    """Add later measurements to the row of a run; otherwise as `append_row`.
 
     Raises:
-        LedgerError: the ledger is damaged or has no such row, or a value does not belong there.
-        OSError: it cannot be written; what stood there is kept.
+        ValueError: the ledger is damaged or has no such row, or a value is not allowed.
+        OSError: it cannot be written; its present content is kept.
     """
-    with _locked(path.parent):
+    with _locked(path):
         rows = read_ledger(path)
         if key not in rows:
-            raise LedgerError(f"{path}: has no row of {key[0]}, seed {key[1]}")
-        _write(path, [replace(each, **changes) if each.key == key else each for each in rows.values()])
+            raise ValueError(f"{path}: has no row of {key[0]}, seed {key[1]}")
+        _write(path, {**rows, key: replace(rows[key], **changes)})
 
 
-def _write(path: Path, rows: Iterable[LedgerRow]) -> None:
-    text = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written ({error.strerror or error}); what was there is kept") from None
+def _locked(path: Path) -> Any:
+    return locked(path.with_name(f".{path.name}.lock"))
 
 
-def _parse(line: str, where: str) -> LedgerRow:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LedgerError(f"{where}: damaged: expected a JSON object ({error})") from None
+def _write(path: Path, rows: Rows) -> None:
+    write_json_lines(path, [asdict(row) for row in rows.values()], sort_keys=True)
+
+
+def _parse(record: Any, where: str) -> LedgerRow:
     if not isinstance(record, dict):
-        raise LedgerError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    known = {spec.name for spec in fields(LedgerRow)}
-    unknown = sorted(record.keys() - known)
+        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    unknown = sorted(record.keys() - {spec.name for spec in fields(LedgerRow)})
     if unknown:
-        raise LedgerError(f"{where}: unknown field {unknown[0]!r}")
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}")
     try:
         return LedgerRow(**record)
     except TypeError as error:  # a field without a default is missing
-        raise LedgerError(f"{where}: {str(error).partition(') ')[2] or error}") from None
-    except LedgerError as error:
-        raise LedgerError(f"{where}: {error}") from None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes that append; the lock goes with the process, however it ends."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        raise ValueError(f"{where}: {str(error).partition(') ')[2] or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -1,4 +1,4 @@
-"""The paper's naive baselines: a trained dense network, parts of which are left out at random when it is tested."""
+"""The paper's naive baselines: a trained dense network with random parts left out when it is evaluated."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from gatedconv.models import ResNet
 
 
 def drop_parameters(dense: nn.Module, share: float, seed: int) -> nn.Module:
-    """A copy with ``share`` (0 to 1) of its weights and biases, drawn from all of them alike, set to 0.
-
-    MACs stay as they are: zeros are multiplied like any other number.
-    """
+    """A copy with ``share`` (0 to 1) of its weights and biases, drawn uniformly, set to 0; its MACs are unchanged."""
     _check_share(share, "drop_parameters")
     copied = copy.deepcopy(dense)
     generator = torch.Generator().manual_seed(seed)
@@ -31,10 +28,10 @@ def drop_parameters(dense: nn.Module, share: float, seed: int) -> nn.Module:
 
 
 def drop_layers(dense: ResNet, share: float, seed: int) -> nn.Module:
-    """A copy without ``share`` (0 to 1) of its residual branches, drawn at random; their shortcuts stay.
+    """A copy without ``share`` (0 to 1) of its residual branches, drawn at random; the shortcuts remain.
 
     Raises:
-        TypeError: for a network other than our ResNets.
+        TypeError: for a network other than the ResNets of gatedconv.models.
     """
     _check_share(share, "drop_layers")
     if not isinstance(dense, ResNet):

@@ -1,6 +1,6 @@
 """The experiment table: every run of the paper's tables and figures, our recipes, and their controls.
 
-In the order of what a minute of a GPU buys. Nothing here runs anything: `gatedconv report run` does.
+Ordered by what a GPU minute buys. Nothing here runs anything; `reproduce.runner` does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 Settings = Mapping[str, Any]
 
 PRUNED_SHARES = (20, 30, 50, 60, 80)  # percent, of the naive baselines
-ACT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # λ_act of Figures 2 and 3, in [0, 1]; the paper prints no values
-TABLE1_ACT_WEIGHT = 0.5  # of "Ours", which the paper does not print either
+ACT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # λ_act of Figures 2 and 3, in [0, 1]; not printed in the paper
+TABLE1_ACT_WEIGHT = 0.5  # of "Ours", not printed either
 _THREE, _FIVE = (0, 1, 2), (0, 1, 2, 3, 4)
 
 
@@ -25,14 +25,14 @@ class Experiment:
     """One row of the table.
 
     Attributes:
-        name: what `gatedconv report run` is given.
-        kind: as in the ledger.
-        preset: named settings to begin with; "" for the defaults.
-        settings: fields of the run's config, over the preset's.
-        seeds: a run each.
+        name: as `python -m reproduce run` takes it.
+        kind: one of `ledger.KINDS`.
+        preset: named settings to start from; "" for the defaults.
+        settings: config fields that override the preset.
+        seeds: one run each.
         shown: the tables and figures of docs/results.md that it belongs to.
-        label: its name within those.
-        needs: for controls and naive baselines, the experiment whose run of the same seed they are made from.
+        label: its name in them.
+        needs: for controls and naive baselines, the experiment whose run of the same seed they are derived from.
         share: percent that a naive baseline prunes.
     """
 
@@ -48,25 +48,25 @@ class Experiment:
 
     @property
     def trains(self) -> bool:
-        """Whether it is a training; the naive baselines only evaluate one."""
+        """Whether it trains; naive baselines only evaluate a trained network."""
         return not self.kind.startswith("naive")
 
 
 @cache
 def all_experiments() -> Mapping[str, Experiment]:
-    """Every experiment by name, best first; made once."""
+    """Every experiment by name, in table order; read-only."""
     found: dict[str, Experiment] = {}
     for experiment in (
         *_with_controls("headline-r56-c10", "best-c10-r56", "headline", _FIVE),
         *_table4(),
         *_table1(),
         *_with_controls("ours-r56-c100", "best-c100-r56", "cifar100"),
-        *_with_controls("ours-r110-c100", "best-c100-r110", "cifar100", taught=False),
+        *_with_controls("ours-r110-c100", "best-c100-r110", "cifar100"),
         *_table6(),
         *_table3(),
         *_table5(),
         *_figures(),
-        *_with_controls("ours-r110-c10", "best-c10-r110", "recipes", taught=False),
+        *_with_controls("ours-r110-c10", "best-c10-r110", "recipes"),
         *(
             row
             for depth in (20, 32, 44)
@@ -84,7 +84,7 @@ def find_experiment(name: str) -> Experiment:
     """The experiment of that name.
 
     Raises:
-        ValueError: there is none; the message has the nearest ones.
+        ValueError: there is none; the message lists the nearest names.
     """
     known = all_experiments()
     if name not in known:
@@ -94,17 +94,17 @@ def find_experiment(name: str) -> Experiment:
 
 
 def controls(gated: Experiment) -> tuple[Experiment, Experiment]:
-    """What a gated run has to beat: a dense net of its MACs, and its own sub-network fixed at epoch 0.
+    """What a gated run has to beat: a dense network of equal MACs, and its own sub-network fixed at epoch 0.
 
-    Both are trained like the gated one, for as many epochs, and alone: a network that never was whole has no whole
-    one to teach it. The first keeps the same share of every gate.
+    Both train by the same recipe and for as many epochs, without a teacher. The first keeps the same share of every
+    gate.
     """
-    alone = {"consensus_at": 1.0, "mac_control": "none", "teacher_at": 1.0}
-    settings = {**gated.settings, **alone, "subnetwork": "even"}
+    without_gates = {"consensus_at": 1.0, "mac_control": "none", "teacher_at": 1.0}
+    settings = {**gated.settings, **without_gates, "subnetwork": "even"}
     common = replace(gated, settings=settings, needs=gated.name)
     even, fixed = f"{gated.label}, equal MACs", f"{gated.label}, fixed at epoch 0"
     name = gated.name.removesuffix("-swapped")
-    suffix = gated.name.removeprefix(name)  # last, so that a pattern such as *-swapped means one reading
+    suffix = gated.name.removeprefix(name)  # at the end, so that the pattern *-swapped selects one reading
     return (
         replace(common, name=f"{name}-equal-macs{suffix}", kind="equal_macs", label=even),
         replace(common, name=f"{name}-fixed-at-init{suffix}", kind="fixed_at_init", label=fixed),
@@ -112,21 +112,20 @@ def controls(gated: Experiment) -> tuple[Experiment, Experiment]:
 
 
 def _taught(fixed: Experiment) -> Experiment:
-    """A control at its strongest: a whole network trains beside it from the start, and teaches it like the gated."""
+    """The control at its strongest: a dense teacher trains with it from the start, as with the gated network."""
     settings = {name: value for name, value in fixed.settings.items() if name != "teacher_at"}
     return replace(fixed, name=f"{fixed.name}-taught", settings=settings, label=f"{fixed.label}, taught")
 
 
 def _with_controls(
-    name: str, preset: str, shown: str, seeds: tuple[int, ...] = _THREE, settings: Settings | None = None,
-    taught: bool = True,
-) -> Iterator[Experiment]:  # fmt: skip
-    """A gated run, its dense network and its controls, one of them taught where the preset has a teacher."""
+    name: str, preset: str, shown: str, seeds: tuple[int, ...] = _THREE, settings: Settings | None = None
+) -> Iterator[Experiment]:
+    """A gated run, its dense network and its controls, the second of them also with a teacher."""
     gated = Experiment(name, "gated", preset, settings or {}, seeds, (shown,), f"{_net(name)} gated")
     yield gated
     yield _dense(gated, f"{name}-dense")
     even, fixed = controls(gated)
-    yield from (even, fixed, _taught(fixed)) if taught else (even, fixed)
+    yield from (even, fixed, _taught(fixed))
 
 
 def _dense(gated: Experiment, name: str) -> Experiment:
@@ -149,9 +148,15 @@ def _readings(make: Any) -> Iterator[Experiment]:
 
 
 def _paper(
-    name: str, preset: str, suffix: str, shown: tuple[str, ...], label: str, settings: Settings | None = None,
-    kind: str = "gated", seeds: tuple[int, ...] = _THREE,
-) -> Experiment:  # fmt: skip
+    name: str,
+    preset: str,
+    suffix: str,
+    shown: tuple[str, ...],
+    label: str,
+    settings: Settings | None = None,
+    kind: str = "gated",
+    seeds: tuple[int, ...] = _THREE,
+) -> Experiment:
     label = label + (", swapped" if suffix else "")
     return Experiment(name + suffix, kind, preset + suffix, settings or {}, seeds, shown, label)
 
@@ -162,19 +167,29 @@ def _table4() -> Iterator[Experiment]:
             also = ("table3", "table6") if data == "c10" else ("cifar100",)
             net = f"CIFAR-{data[1:]}"
             yield _paper(
-                f"table4-{data}-r110-dense", f"paper-{data}-r110-dense", suffix, ("table4", *also),
-                f"{net} baseline", kind="dense",
-            )  # fmt: skip
+                f"table4-{data}-r110-dense",
+                f"paper-{data}-r110-dense",
+                suffix,
+                ("table4", *also),
+                f"{net} baseline",
+                kind="dense",
+            )
             layer_also = ("table6", "figure6") if data == "c10" else ("cifar100",)
             layer = _paper(
-                f"table4-{data}-r110-layer", f"paper-{data}-r110-layer", suffix, ("table4", *layer_also),
+                f"table4-{data}-r110-layer",
+                f"paper-{data}-r110-layer",
+                suffix,
+                ("table4", *layer_also),
                 f"{net} layer pruned" + (", λ rising" if data == "c10" else ""),
-            )  # fmt: skip
+            )
             channel_also = ("table3",) if data == "c10" else ("cifar100",)
             channel = _paper(
-                f"table4-{data}-r110-channel", f"paper-{data}-r110-channel", suffix, ("table4", *channel_also),
+                f"table4-{data}-r110-channel",
+                f"paper-{data}-r110-channel",
+                suffix,
+                ("table4", *channel_also),
                 f"{net} channel pruned" + (", 2FC-after" if data == "c10" else ""),
-            )  # fmt: skip
+            )
             for gated in (layer, channel):
                 yield gated
                 for control in controls(gated):
@@ -186,9 +201,14 @@ def _table4() -> Iterator[Experiment]:
 def _table1() -> Iterator[Experiment]:
     def rows(suffix: str) -> Iterator[Experiment]:
         yield _paper(
-            "table1-c10-r56-dense", "paper-c10-r56-dense", suffix, ("table1", "figure2", "figure3"), "unpruned",
-            kind="dense", seeds=_FIVE,
-        )  # fmt: skip
+            "table1-c10-r56-dense",
+            "paper-c10-r56-dense",
+            suffix,
+            ("table1", "figure2", "figure3"),
+            "unpruned",
+            kind="dense",
+            seeds=_FIVE,
+        )
         yield _act_run("table1-c10-r56-ours", TABLE1_ACT_WEIGHT, suffix, ("table1", "figure2", "figure3"), _FIVE)
 
     return _readings(rows)
@@ -207,10 +227,13 @@ def _table6() -> Iterator[Experiment]:
         for weight in (0, 1, 2, 3):
             shown = ("table6", "figure6", *(("table5",) if weight == 3 else ()))
             yield _paper(
-                f"table6-c10-r110-lambda-{weight}", "paper-c10-r110-layer", suffix, shown,
+                f"table6-c10-r110-lambda-{weight}",
+                "paper-c10-r110-layer",
+                suffix,
+                shown,
                 f"λ {weight}" + (" (STE)" if weight == 3 else ""),
                 {"polar_weight": float(weight), "polar_schedule": "constant"},
-            )  # fmt: skip
+            )
 
     return _readings(rows)
 
@@ -221,23 +244,31 @@ def _table3() -> Iterator[Experiment]:
             for position in ("before", "middle", "after"):
                 if (layers, position) != (2, "after"):  # that one is Table 4's
                     yield _paper(
-                        f"table3-c10-r110-{layers}fc-{position}", "paper-c10-r110-channel", suffix, ("table3",),
-                        f"{layers}FC-{position}", {"hidden": hidden, "position": position},
-                    )  # fmt: skip
+                        f"table3-c10-r110-{layers}fc-{position}",
+                        "paper-c10-r110-channel",
+                        suffix,
+                        ("table3",),
+                        f"{layers}FC-{position}",
+                        {"hidden": hidden, "position": position},
+                    )
 
     return _readings(rows)
 
 
 def _table5() -> Iterator[Experiment]:
-    """The paper's "Bernoulli" is a threshold at the batch's mean logit; a real Bernoulli sample stands beside it."""
+    """The paper's "Bernoulli" is a threshold at the batch's mean logit; the table also has a real Bernoulli sample."""
 
     def rows(suffix: str) -> Iterator[Experiment]:
         estimators = {"gumbel": "Gumbel-softmax", "batch_mean": "batch mean, their Bernoulli", "bernoulli": "Bernoulli"}
         for estimator, label in estimators.items():
             yield _paper(
-                f"table5-c10-r110-{estimator.replace('_', '-')}", "paper-c10-r110-layer", suffix, ("table5",), label,
+                f"table5-c10-r110-{estimator.replace('_', '-')}",
+                "paper-c10-r110-layer",
+                suffix,
+                ("table5",),
+                label,
                 {"estimator": estimator, "polar_schedule": "constant"},
-            )  # fmt: skip
+            )
 
     return _readings(rows)
 
@@ -251,23 +282,36 @@ def _figures() -> Iterator[Experiment]:
         for kind, label in (("naive_dropout", "dropout"), ("naive_layer", "layers")):
             for share in PRUNED_SHARES:
                 yield Experiment(
-                    f"figure2-c10-r56-naive-{label}-{share}{suffix}", kind, f"paper-c10-r56-dense{suffix}", {}, _FIVE,
-                    ("figure2",), f"naive {label} {share} %" + (", swapped" if suffix else ""),
-                    f"table1-c10-r56-dense{suffix}", share,
-                )  # fmt: skip
+                    f"figure2-c10-r56-naive-{label}-{share}{suffix}",
+                    kind,
+                    f"paper-c10-r56-dense{suffix}",
+                    {},
+                    _FIVE,
+                    ("figure2",),
+                    f"naive {label} {share} %" + (", swapped" if suffix else ""),
+                    f"table1-c10-r56-dense{suffix}",
+                    share,
+                )
 
     return _readings(rows)
 
 
 # ResNet-20 on 25,000 CIFAR-10 images averaged to 16x16: what two CPU cores can afford.
 _CPU_BENCH: Settings = {
-    "data": "npz:cifar10-16x16-25k.npz", "model": "resnet20", "epochs": 24, "warmup_epochs": 1.0, "amp": "bf16",
-    "threads": 1, "latency": False, "device": "cpu", "mac_target": 0.5,
-}  # fmt: skip
+    "data": "npz:cifar10-16x16-25k.npz",
+    "model": "resnet20",
+    "epochs": 24,
+    "warmup_epochs": 1.0,
+    "amp": "bf16",
+    "threads": 1,
+    "latency": False,
+    "device": "cpu",
+    "mac_target": 0.5,
+}
 _EARLY: Settings = {"mac_ramp": (0.125, 0.6), "mac_ramp_power": 3.0, "consensus_at": 0.625}
 _TAUGHT: Settings = {"teacher_at": 0.2}
-# One factor away from the recipe each, one seed, judged on 15,000 training images of CIFAR-10 that the bench leaves
-# out. Of the gates, without a teacher, which would cost as much again in each; then of the teacher.
+# Each changes one factor of the recipe, with one seed, evaluated on 15,000 held-out CIFAR-10 training images. Those of
+# the gates run without a teacher, which would double their cost; the last two are of the teacher.
 _ABLATIONS: dict[str, Settings] = {
     "no teacher": {},
     "most gates early": _EARLY,
@@ -276,7 +320,9 @@ _ABLATIONS: dict[str, Settings] = {
     "late consensus": {"mac_ramp": (0.3, 0.85), "consensus_at": 0.875},
     "at once, by Fisher information": {"mac_control": "none", "consensus_at": 0.5, "consensus_by": "fisher"},
     "a price on the MACs": {
-        "mac_control": "price", "mac_ramp": (0.15, 0.45), "consensus_at": 0.5,
+        "mac_control": "price",
+        "mac_ramp": (0.15, 0.45),
+        "consensus_at": 0.5,
         "consensus_by": "logit",
     },
     "a fixed weight on the MACs": {"mac_control": "none", "mac_weight": 4.0, "gate_warmup": 0.3, "consensus_at": 1.0},
@@ -286,8 +332,8 @@ _ABLATIONS: dict[str, Settings] = {
     "running BatchNorm statistics": {"bn_reestimate": False},
     "recipe": _TAUGHT,
     "recipe, the teacher's word for nearly all": {**_TAUGHT, "teacher_weight": 0.9},
-}  # fmt: skip
-# When the consensus comes, one seed did not tell.
+}
+# One seed did not decide when the consensus should come.
 _OF_THREE_SEEDS = ("no teacher", "early consensus", "late consensus")
 
 

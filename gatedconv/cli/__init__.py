@@ -6,16 +6,17 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 COMMANDS = {
-    "train": "train a network with gates, freeze it, cut it, measure it",
+    "train": "train a gated network, freeze it, compact it, measure it",
     "eval": "top-1, MACs and parameters of a run or a saved model",
-    "freeze": "freeze and cut a run from its newest checkpoint",
-    "export": "write a cut network for ONNX Runtime, torch.export or AOTInductor",
-    "bench": "latency of a network, dense against cut",
+    "freeze": "freeze and compact a run from its latest checkpoint",
+    "export": "export a compact network for ONNX Runtime, torch.export or AOTInductor",
+    "bench": "latency of a network in our engine and in other runtimes",
     "report": "plots and tables of runs",
+    "report html": "one self-contained HTML page about runs",
     "env": "versions, devices and native libraries of this installation",
 }
 USER_ERROR = 2
@@ -27,62 +28,83 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print one line on stderr and leave with exit code 2."""
+        """Print one line on stderr and exit with code 2."""
         self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    0: done. 2: the user asked for something that cannot be, told in one line on stderr. 3: a run reached
-    its time limit, or got SIGTERM, and can be resumed. 130: interrupted.
+    """Run one command and return its exit code; see `run_command`.
 
     Args:
         arguments: without the program's name; default: those of this process.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if not arguments or arguments[0] not in COMMANDS:
-            return _top_level(arguments)
-        name, *rest = arguments
-        command = importlib.import_module(f"gatedconv.cli.{name}")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = 2 if " ".join(given[:2]) in COMMANDS else 1
+    name, rest = " ".join(given[:words]), given[words:]
+
+    def call() -> int:
+        if name not in COMMANDS:
+            return _top_level(given)
+        command = importlib.import_module(f"gatedconv.cli.{name.replace(' ', '_')}")
         parser = Parser(prog=f"gatedconv {name}", description=COMMANDS[name])
         command.add_arguments(parser)
         code: int = command.run(parser.parse_args(rest))
         return code
-    except SystemExit as leaving:  # argparse: --help, or an error that it has told already
+
+    return run_command(f"gatedconv {name}".strip(), call)
+
+
+def run_command(name: str, call: Callable[[], int]) -> int:
+    """Call a command and report its errors in one line on stderr.
+
+    Args:
+        name: of the command, for the line.
+        call: returns the exit code.
+
+    Returns:
+        0 when done; 2 for a user error; 3 when a run reached its time limit, or got SIGTERM, and can be resumed; 130
+        when interrupted.
+    """
+    try:
+        return call()
+    except SystemExit as leaving:  # argparse: --help, or an error that it has printed
         return leaving.code if isinstance(leaving.code, int) else USER_ERROR
-    except KeyboardInterrupt as stop:  # a command may bring words of its own
-        return _tell(arguments, str(stop) or "interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stop:  # a command may give it a message
+        return _print_line(name, str(stop) or "interrupted", INTERRUPTED)
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
-        return _tell_error(arguments, error, str(error) or type(error).__name__)
+        return _print_error(name, error, str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        return _tell_error(arguments, error, "out of memory: " + str(error).partition("\n")[0])
+        return _print_error(name, error, "out of memory: " + str(error).partition("\n")[0])
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocator gave up; PyTorch's for the CPU has no exception class of its own."""
+    """Whether an allocation failed; PyTorch's CPU allocator has no exception class of its own."""
     from torch import OutOfMemoryError
 
     signs = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
     return isinstance(error, (MemoryError, OutOfMemoryError)) or any(sign in str(error) for sign in signs)
 
 
-def _tell_error(arguments: list[str], error: Exception, message: str) -> int:
+def _print_error(name: str, error: Exception, message: str) -> int:
     if os.environ.get(TRACEBACK_VARIABLE):
         raise error
-    return _tell(arguments, f"{message} ({TRACEBACK_VARIABLE}=1 shows where)", USER_ERROR)
+    return _print_line(name, f"{message} ({TRACEBACK_VARIABLE}=1 shows the traceback)", USER_ERROR)
+
+
+def _print_line(name: str, message: str, code: int) -> int:
+    print(f"{name}: {'error: ' if code == USER_ERROR else ''}{' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def _top_level(arguments: list[str]) -> int:
-    listing = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())
     parser = Parser(
         prog="gatedconv",
         usage="gatedconv COMMAND [options]",
         description="Train once with gates, ship the part that matters.",
-        epilog=f"commands:\n{listing}\n\ngatedconv COMMAND --help tells the options of a command.",
+        epilog=f"commands:\n{listing}\n\ngatedconv COMMAND --help lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version")
@@ -97,10 +119,3 @@ def _top_level(arguments: list[str]) -> int:
     else:
         parser.error(f"unknown command {found.command!r}; expected one of {', '.join(COMMANDS)}")
     return 0
-
-
-def _tell(arguments: list[str], message: str, code: int) -> int:
-    """One line on stderr, whatever line breaks the message had."""
-    command = " ".join(["gatedconv", *arguments[:1]])
-    print(f"{command}: {'error: ' if code == USER_ERROR else ''}{' '.join(message.split())}", file=sys.stderr)
-    return code

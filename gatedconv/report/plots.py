@@ -10,7 +10,7 @@ History = Sequence[Mapping[str, Any]]
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 DENSE, GATED, POLAR, STAGE = "#64748b", "#0f766e", "#b45309", "#db2777"
-_STYLE = {
+STYLE = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "font.family": "sans-serif",
@@ -61,11 +61,11 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
 
     A vertical line marks each epoch at which λ of the polarization loss jumps.
     """
-    plt = _pyplot()
+    plt = pyplot()
     lines = [line for line in history if line["gate_open_rates"]]
     names = list(lines[0]["gate_open_rates"])
     rates = [[line["gate_open_rates"][name] for line in lines] for name in names]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         height = min(9.0, 1.5 + 0.22 * len(names))
         figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
         # Edges, not centres, so that epoch e fills the column from e - 0.5 to e + 0.5.
@@ -98,22 +98,22 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
         bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 0.5, 1])
         bar.ax.set_yticklabels(["closed", "half", "open"])
         bar.outline.set_visible(False)
-        return _save(figure, path, plt)
+        return save(figure, path, plt)
 
 
 def draw_curves(history: History, path: Path, *, title: str = "") -> Path:
     """Two panels over the epochs: accuracy of every training, and open rate, MACs and polarization."""
-    plt = _pyplot()
+    plt = pyplot()
     gated = [line for line in history if line["phase"] == "gated"]
     cut = [line for line in history if line["phase"] == "cut"]  # goes on where the gates agreed
     trainings = {"dense": [line for line in history if line["phase"] == "dense"], "gated": gated + cut}
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         panels = 2 if gated else 1
         figure, grid = plt.subplots(1, panels, figsize=(4.4 * panels, 3.2), layout="constrained", squeeze=False)
         _accuracy_panel(grid[0][0], trainings, title)
         if gated:
             _gates_panel(grid[0][1], gated)
-        return _save(figure, path, plt)
+        return save(figure, path, plt)
 
 
 def _accuracy_panel(axes: Any, trainings: Mapping[str, History], title: str) -> None:
@@ -176,18 +176,24 @@ def _heading(what: str, title: str) -> str:
     return f"{what}  ({title})" if title else what
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib's pyplot, without a display.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
         raise ImportError("plots need matplotlib: pip install 'gatedconv[demo]'") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt
 
 
-def _save(figure: Any, path: Path, plt: Any) -> Path:
+def save(figure: Any, path: Path, plt: Any) -> Path:
+    """Write a figure and close it; returns the path."""
     figure.savefig(path)
     plt.close(figure)
     return path

@@ -25,6 +25,18 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([laid_out(lines[0]), rule, *(laid_out(line) for line in lines[1:])])
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], texts: int | None = None) -> str:
+    """Header and rows of equal length as a Markdown table.
+
+    Args:
+        header: names of the columns.
+        rows: cells as text.
+        texts: columns after this many are aligned to the right; None aligns none.
+    """
+    rule = ["---" if texts is None or column < texts else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
 def comparison_table(summary: Summary) -> str:
     """Dense against frozen, from a run's summary: top-1, MACs, parameters, latency, agreement.
 

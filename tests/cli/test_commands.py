@@ -96,8 +96,8 @@ def test_every_field_is_a_flag(gatedconv: Call) -> None:
 def test_flag_beats_file_beats_preset(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("epochs = 7\nlr = 0.5\nmilestones = [0.25]\n")
-    config = merge_settings("paper-c10-r56-layer", file, {"lr": 0.7})
-    assert (config.batch_size, config.epochs, config.lr, config.milestones) == (256, 7, 0.7, (0.25,))
+    config = merge_settings("best-c10-r56", file, {"lr": 0.7})
+    assert (config.batch_size, config.epochs, config.lr, config.milestones) == (128, 7, 0.7, (0.25,))
     assert merge_settings(None, None, {}) == TrainConfig()
 
 

@@ -185,7 +185,9 @@ def test_a_page_about_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["report", "html", str(tmp_path / "none"), "--output", str(output)]) == 2
     assert "expected a run folder" in capsys.readouterr().err and not output.exists()
     assert main(["report", "html"]) == 2
-    assert "expected run folders" in capsys.readouterr().err
+    assert "the following arguments are required: RUN" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--output", "x.html"]) == 2
+    assert "unrecognized arguments: --output x.html" in capsys.readouterr().err
 
 
 def chromium(*arguments: str) -> str:

@@ -19,13 +19,13 @@ from gatedconv import models
 from gatedconv.models import BUILDERS
 from gatedconv.models.resnet import ResNet
 from gatedconv.train.folder import RunFolder
-from reproduce import rows as experiment_rows
-from reproduce import runner as cli
-from reproduce.files import Bench
+from reproduce import rows as reproduce_rows
+from reproduce import runner
+from reproduce.bench import Bench
 from reproduce.ledger import LedgerRow, read_ledger
 from reproduce.table import Experiment, all_experiments
-from tests.cli.conftest import stand_ins
 from tests.image_files import write_npz
+from tests.reproduce.conftest import stand_ins
 
 EXPERIMENTS = all_experiments()
 EPOCHS, BATCH = 2, 16
@@ -36,7 +36,7 @@ DATA = ("cifar10", "cifar100", "cifar10-16x16-25k")
 
 def shrunk(experiment: Experiment) -> Experiment:
     """The row with as little to compute as can be, every share of its run as it was."""
-    whole = experiment_rows.recipe_settings(experiment)
+    whole = reproduce_rows.recipe_settings(experiment)
     warmup = EPOCHS * whole.get("warmup_epochs", 0.0) / whole["epochs"]
     tiny = {"epochs": EPOCHS, "warmup_epochs": warmup, "batch_size": BATCH, "device": "cpu", "threads": 1}
     deep = "headline" in experiment.shown or whole["model"] == "resnet20" or experiment.name in DEEP
@@ -46,7 +46,7 @@ def shrunk(experiment: Experiment) -> Experiment:
 
 def identity(experiment: Experiment) -> tuple[Any, ...]:
     """Equal for rows whose shrunk runs are the same."""
-    settings = experiment_rows.recipe_settings(shrunk(experiment))
+    settings = reproduce_rows.recipe_settings(shrunk(experiment))
     kept = sorted((key, str(value)) for key, value in settings.items() if key not in ("name", "data", "seed"))
     needs = identity(EXPERIMENTS[experiment.needs]) if experiment.needs else ()
     return experiment.kind, experiment.share, needs, tuple(kept)
@@ -75,7 +75,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     tiny = {name: shrunk(each) for name, each in EXPERIMENTS.items()}
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cli, experiment_rows):
+        for module in (runner, reproduce_rows):
             patch.setattr(module, "find_experiment", tiny.__getitem__)
         for name in (SHALLOW, "resnet8"):  # what it is asked for by, and what it is saved as
             patch.setattr(models, name, shallow, raising=False)
@@ -96,7 +96,7 @@ def test_every_row_is_run_or_stands_for_one_that_is() -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_the_table_runs(bench: Bench, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE, capfd.readouterr().err
+    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE, capfd.readouterr().err
     rows, experiment = read_ledger(bench.ledger), EXPERIMENTS[name]
     row = rows[name, 0]
     assert row.kind == experiment.kind and row.epochs == (EPOCHS if experiment.trains else 0)
@@ -108,7 +108,7 @@ def test_a_row_of_the_table_runs(bench: Bench, name: str, capfd: pytest.CaptureF
         check_what_it_is_made_from(row, rows[experiment.needs, 0])
     if experiment.trains:
         config = bench.folder(name, 0).read_config()
-        own = experiment_rows.recipe_settings(experiment)
+        own = reproduce_rows.recipe_settings(experiment)
         for field in ("gate", "position", "estimator", "hidden", "pool", "schedule", "milestones", "polar_schedule"):
             assert getattr(config, field) == own.get(field, getattr(config, field))
         lines = bench.epochs(name, 0).read_text().splitlines()

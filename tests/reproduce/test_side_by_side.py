@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from reproduce import runner as cli
-from reproduce.files import Bench
+from reproduce import runner
+from reproduce.bench import Bench
 
 GATED, CONTROL = ("table4-c10-r110-layer", 0), ("table4-c10-r110-layer-fixed-at-init", 0)
 OTHER = ("headline-r56-c10", 0)
 
 
-def ending(codes: dict[cli.Key, int], started: list[cli.Key]) -> object:
-    def start(bench: Bench, key: cli.Key) -> subprocess.Popen[bytes]:
+def ending(codes: dict[runner.Key, int], started: list[runner.Key]) -> object:
+    def start(bench: Bench, key: runner.Key) -> subprocess.Popen[bytes]:
         started.append(key)
         return subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({codes.get(key, 0)})"])
 
@@ -31,13 +31,13 @@ def ending(codes: dict[cli.Key, int], started: list[cli.Key]) -> object:
     [({}, 0, []), ({GATED: 2}, 0, [GATED, CONTROL]), ({GATED: 3}, 3, []), ({GATED: 3, OTHER: 2}, 3, [OTHER])],
 )
 def test_a_run_that_fails_takes_along_only_what_is_made_from_it(
-    codes: dict[cli.Key, int], code: int, failed: list[cli.Key], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codes: dict[runner.Key, int], code: int, failed: list[runner.Key], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[cli.Key] = []
-    failures = cli.Failures()
-    monkeypatch.setattr(cli, "_start", ending(codes, started))
+    started: list[runner.Key] = []
+    failures = runner.Failures()
+    monkeypatch.setattr(runner, "_start", ending(codes, started))
     bench = Bench(tmp_path / "runs", tmp_path / "results", {})
-    assert cli._side_by_side(bench, [GATED, CONTROL, OTHER], 1, failures) == code
+    assert runner._side_by_side(bench, [GATED, CONTROL, OTHER], 1, failures) == code
     assert list(failures) == failed
     assert started == [GATED, *([] if GATED in codes else [CONTROL]), OTHER]
 
@@ -51,25 +51,25 @@ def test_sigterm_reaches_every_process_and_starts_no_other(
     programs = {GATED: patient, OTHER: "import time; time.sleep(60)"}
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(bench: Bench, key: cli.Key) -> subprocess.Popen[bytes]:
+    def start(bench: Bench, key: runner.Key) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen([sys.executable, "-S", "-c", programs[key]], stdout=subprocess.PIPE))
         if len(started) == 2:
             assert started[0].stdout is not None and started[0].stdout.readline() == b"1\n"
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return started[-1]
 
-    monkeypatch.setattr(cli, "_start", start)
+    monkeypatch.setattr(runner, "_start", start)
     bench = Bench(tmp_path / "runs", tmp_path / "results", {})
-    assert cli.run_experiments(bench, [GATED, OTHER, CONTROL], 2) == cli.TIME_LIMIT
+    assert runner.run_experiments(bench, [GATED, OTHER, CONTROL], 2) == runner.TIME_LIMIT
     assert [process.returncode for process in started] == [3, -signal.SIGTERM]
     assert capsys.readouterr().err == ""
 
 
 def test_the_command_is_that_of_the_bench(tmp_path: Path) -> None:
-    program = "import sys; print(sys.argv[1:4])"
+    program = "import sys; print(sys.argv[1:3])"
     bench = Bench(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
-    assert cli._start(bench, OTHER).wait() == 0
-    assert (tmp_path / "runs" / "headline-r56-c10-seed0.log").read_text() == "['report', 'run', 'headline-r56-c10']\n"
+    assert runner._start(bench, OTHER).wait() == 0
+    assert (tmp_path / "runs" / "headline-r56-c10-seed0.log").read_text() == "['run', 'headline-r56-c10']\n"
 
 
 def test_a_failure_is_told_in_the_words_of_this_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,20 +78,20 @@ def test_a_failure_is_told_in_the_words_of_this_start(tmp_path: Path, capsys: py
     runs.mkdir()
     log = runs / "headline-r56-c10-seed0.log"
     log.write_text("headline-r56-c10 seed 0: failed: no such images\n")
-    for program, told in (("import os; os.kill(os.getpid(), 9)", "nothing was told"), ("print('ended')", "")):
-        failures = cli.Failures()
+    for program, told in (("import os; os.kill(os.getpid(), 9)", "no output"), ("print('ended')", "")):
+        failures = runner.Failures()
         bench = Bench(runs, tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
-        cli._side_by_side(bench, [OTHER], 1, failures)
+        runner._side_by_side(bench, [OTHER], 1, failures)
         assert [words.partition(" (")[0] for words in failures.values()] == [told] * bool(told)
     assert log.read_text().splitlines()[0].endswith("no such images")
 
 
 def test_the_queue_is_looked_at_when_a_process_may_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not five times a second: of hundreds of runs that is work."""
-    looks: list[cli.Key] = []
-    blocked = cli._blocked
-    monkeypatch.setattr(cli, "_blocked", lambda key, *rest: looks.append(key) or blocked(key, *rest))
+    looks: list[runner.Key] = []
+    blocked = runner._blocked
+    monkeypatch.setattr(runner, "_blocked", lambda key, *rest: looks.append(key) or blocked(key, *rest))
     program = "import time; time.sleep(1.5)"
     bench = Bench(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
-    assert cli._side_by_side(bench, [GATED, CONTROL, OTHER], 2, cli.Failures()) == cli.DONE
+    assert runner._side_by_side(bench, [GATED, CONTROL, OTHER], 2, runner.Failures()) == runner.DONE
     assert looks[:3] == [GATED, CONTROL, OTHER] and len(looks) <= 6

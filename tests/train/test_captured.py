@@ -245,7 +245,7 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
     for capability, expected in (((7, 5), None), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert mixed_dtype(config, torch.device("cuda")) is expected
-    assert preset_settings("best-c10-r56")["amp"] == "auto" and "amp" not in preset_settings("paper-c10-r56-layer")
+    assert preset_settings("best-c10-r56")["amp"] == "auto"
 
 
 def test_convolutions_are_tuned_where_their_precision_is_set_alone() -> None:

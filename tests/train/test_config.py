@@ -58,7 +58,7 @@ def test_every_field_has_help() -> None:
     assert all(spec.metadata["help"] for spec in field_specs().values())
 
 
-@pytest.mark.parametrize("name", ["demo", "paper-c100-r110-channel-swapped", "best-c10-r56"])
+@pytest.mark.parametrize("name", ["demo", "best-c100-r110", "best-c10-r56"])
 def test_toml_gives_the_same_config_back(name: str, tmp_path: Path) -> None:
     config = make_config(preset_settings(name))
     (tmp_path / "config.toml").write_text(to_toml(config))
@@ -82,35 +82,17 @@ def test_every_preset_is_a_valid_config_with_its_own_name() -> None:
 
 
 def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown preset 'paper-c10-r56'; did you mean paper-c10-r56-"):
-        preset_settings("paper-c10-r56")
+    with pytest.raises(ValueError, match="unknown preset 'best-c10-r57'; did you mean best-c10-r56"):
+        preset_settings("best-c10-r57")
 
 
-@pytest.mark.parametrize(
-    ("name", "batch", "drops"),
-    [
-        ("paper-c10-r110-layer", 256, (60, 120, 160)),
-        ("paper-c10-r110-layer-swapped", 256, (125, 190, 250)),
-        ("paper-c100-r110-layer", 64, (125, 190, 250)),
-        ("paper-c100-r110-layer-swapped", 64, (60, 120, 160)),
-    ],
-)
-def test_paper_presets_follow_section_4_1(name: str, batch: int, drops: tuple[int, ...]) -> None:
-    config = make_config(preset_settings(name))
-    assert (config.epochs, config.batch_size, config.momentum, config.weight_decay) == (350, batch, 0.9, 5e-4)
-    assert (config.nesterov, config.seed, config.shortcut, config.estimator) == (False, 1, "B", "ste")
-    rates = [learning_rate(config, epoch) for epoch in range(350)]
-    assert rates[0] == 0.1
-    changes = [epoch for epoch in range(1, 350) if rates[epoch] != rates[epoch - 1]]
-    assert tuple(changes) == drops
-    assert [rates[epoch] / rates[epoch - 1] for epoch in changes] == pytest.approx([0.1] * 3)
-    lambdas = [polar_weight(config, epoch / 350) for epoch in (0, 124, 125, 189, 190, 349)]
-    assert lambdas == [0, 0, 2, 2, 3, 3]
-
-
-def test_paper_channel_preset_is_2fc_after() -> None:
-    config = make_config(preset_settings("paper-c10-r110-channel"))
-    assert (config.gate, config.position, config.hidden, config.pool) == ("channel", "after", 16, "flatten")
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_the_best_presets_share_one_recipe(depth: int) -> None:
+    """Every depth has the teacher; presets differ in name, network and images alone."""
+    recipe = preset_settings(f"best-c10-r{depth}")
+    assert recipe["teacher_at"] == 0.2
+    own = {"name": "best-c100-r56", "data": "cifar100", "model": "resnet56"}
+    assert recipe | own == preset_settings("best-c100-r56")
 
 
 def test_cosine_with_warmup() -> None:

@@ -1,12 +1,14 @@
-"""docs/results.md from the ledger: a table for each of the paper's tables and figures, and for our own."""
+"""The tables of docs/results.md from the ledger: those of the paper, of its figures, and our own."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from gatedconv.report.tables import markdown_table
 from reproduce.ledger import LedgerRow
 from reproduce.table import Experiment, all_experiments
 
@@ -25,7 +27,7 @@ TITLES = {
     "cpu": "Two CPU cores: ResNet-20 on 25,000 CIFAR-10 images averaged to 16x16, 24 epochs",
     "ablations": "Ablations of the recipe on held-out training images",
 }
-# What the paper prints: top-1 (%), and MACs (M) where it gives them.
+# Printed in the paper: top-1 (%), and MACs (M) where it gives them.
 PRINTED = {
     "table1-c10-r56-dense": "93.43",
     "table1-c10-r56-ours": "92.42 ± 0.14 at 58 %",
@@ -48,22 +50,37 @@ PRINTED = {
     "table3-c10-r110-2fc-middle": "82.94",
 }
 _HEADER = (
-    "run", "top-1, last epoch (%)", "seeds", "MACs (M)", "of dense", "conv and fc alone", "gates open",
-    "pruned (eq. 11)", "polar", "agreement", "before the freeze (%)", "its MACs (M)", "the whole network (%)",
-    "training (TMACs)", "Wh", "J / image", "gated less this, seed by seed", "the paper",
-)  # fmt: skip
+    "run",
+    "top-1, last epoch (%)",
+    "seeds",
+    "MACs (M)",
+    "of dense",
+    "conv and fc alone",
+    "gates open",
+    "pruned (eq. 11)",
+    "polar",
+    "agreement",
+    "before the freeze (%)",
+    "its MACs (M)",
+    "teacher (%)",
+    "training (TMACs)",
+    "Wh",
+    "J / image",
+    "gated less this, seed by seed",
+    "the paper",
+)
 _NOT_RUN = "not run yet"
 _CONTROLS = ("equal_macs", "fixed_at_init")
 FIGURES = {"figure2": {"figure2.png": "Figure 2", "figure3.png": "Figure 3"}}  # by section; table6 has Figure 6
 
 
 def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: Collection[str] = ()) -> str:
-    """Every section as Markdown; rows that have no run in the ledger say so.
+    """Every section as Markdown; experiments without a run are "not run yet".
 
     Args:
         rows: of the ledger.
-        recipes: each experiment's recipe of today; runs of another one are left out, and that is said.
-        images: names of the figures that are drawn.
+        recipes: each experiment's present recipe; runs of another one are left out, with a remark.
+        images: names of the figures that exist.
     """
     recipes = recipes or {}
     present, sections = present_rows(rows, recipes), []
@@ -77,7 +94,7 @@ def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: C
 
 
 def present_rows(rows: Rows, recipes: Mapping[str, str]) -> dict[tuple[str, int], LedgerRow]:
-    """The rows that belong into the tables: of an experiment as the table has it, and as ``recipes`` has its recipe."""
+    """The rows that belong in the tables: of a known experiment, by its present recipe."""
     known = all_experiments()
     return {
         key: row
@@ -87,7 +104,7 @@ def present_rows(rows: Rows, recipes: Mapping[str, str]) -> dict[tuple[str, int]
 
 
 def left_out(experiment: Experiment, rows: Rows, recipes: Mapping[str, str]) -> Counter[str]:
-    """How many rows of an experiment `present_rows` leaves out, by the reason, as in "1 by an earlier recipe"."""
+    """The number of rows of an experiment that `present_rows` leaves out, by reason ("by an earlier recipe")."""
     reasons = (_why_left_out(experiment, row, recipes) for row in rows.values() if row.experiment == experiment.name)
     return Counter(reason for reason in reasons if reason)
 
@@ -95,32 +112,32 @@ def left_out(experiment: Experiment, rows: Rows, recipes: Mapping[str, str]) -> 
 def _why_left_out(experiment: Experiment, row: LedgerRow, recipes: Mapping[str, str]) -> str:
     split = experiment.settings.get("evaluate_on", "test")
     if row.seed not in experiment.seeds:
-        return "of seeds that the table does not have"
+        return "of seeds that are not in the table"
     if row.kind != experiment.kind:
         return f"of kind {row.kind} (not {experiment.kind})"
     if row.evaluated_on != split:
-        return f"judged on {row.evaluated_on} (not {split})"
+        return f"evaluated on {row.evaluated_on} (not {split})"
     return "" if row.recipe in (None, recipes.get(row.experiment, row.recipe)) else "by an earlier recipe"
 
 
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Header and lines of equal length as a Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+def replace_block(path: Path, name: str, body: str, text: str | None = None) -> str:
+    """The text of a document with the block of that name replaced.
 
-
-def write_block(path: Path, name: str, make: Callable[[], str]) -> str:
-    """The file's text with the block of that name made anew.
+    Args:
+        path: the document.
+        name: of the block, between ``<!-- NAME: begin, ... -->`` and ``<!-- NAME: end -->``.
+        body: its new content.
+        text: the document's text; None reads it.
 
     Raises:
-        ValueError: the file has no such block.
+        ValueError: the document has no such block.
     """
-    text = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name}: begin, written by docs/write.py -->", f"<!-- {name}: end -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{path}: no block {begin} ... {end}")
-    return f"{before}{begin}\n\n{make()}\n\n{end}{after}"
+    text = path.read_text(encoding="utf-8") if text is None else text
+    begin, end = rf"<!-- {re.escape(name)}: begin[^>]*-->", f"<!-- {re.escape(name)}: end -->"
+    found = re.search(f"({begin}).*?({end})", text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"{path}: expected the block <!-- {name}: begin ... --> ... <!-- {name}: end -->, found none")
+    return f"{text[: found.start()]}{found[1]}\n\n{body}\n\n{found[2]}{text[found.end() :]}"
 
 
 def runs_of(experiment: Experiment, rows: Rows) -> list[LedgerRow]:
@@ -134,7 +151,7 @@ def mean_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _table(members: Sequence[Experiment], rows: Rows) -> str:
-    """Without the columns that nothing has a figure for."""
+    """One line per experiment; columns without a figure are left out."""
     lines = [_line(each, rows) for each in members]
     used = [column for column in range(len(_HEADER)) if column < 3 or any(line[column] for line in lines)]
     return markdown_table([_HEADER[c] for c in used], [[line[c] for c in used] for line in lines])
@@ -169,18 +186,18 @@ def _line(experiment: Experiment, rows: Rows) -> list[str]:
 
 
 def _share_of_convolutions(runs: Sequence[LedgerRow]) -> str:
-    """MACs over the dense network's where only convolutions and linear layers count, as in OCSPruner."""
+    """Share of the dense MACs, counting convolutions and linear layers only, as in OCSPruner."""
     known = [run.macs_conv / run.macs_conv_dense for run in runs if run.macs_conv and run.macs_conv_dense]
     return f"{100 * fmean(known):.1f} %{_of(known, runs)}" if known else ""
 
 
 def _of(known: Sequence[object], runs: Sequence[object]) -> str:
-    """Says so where a figure is that of some of the runs alone."""
+    """A note where a figure covers only some of the runs."""
     return f" ({len(known)} of {len(runs)})" if len(known) < len(runs) else ""
 
 
 def _paired(control: Experiment, rows: Rows) -> str:
-    """By how much the gated run of the same seed is ahead of a control: the seed's own luck drops out."""
+    """Lead of the gated run over its control, paired by seed, which removes the variance of the seed."""
     ahead = _differences(control, rows) if control.kind in _CONTROLS else []
     if not ahead:
         return ""
@@ -202,15 +219,15 @@ def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit
 
 
 def _unmeasured(members: Sequence[Experiment], rows: Rows) -> list[str]:
-    """A sentence where energy was not measurable; the columns then lack it, or are not there."""
+    """A sentence on runs without a measured energy."""
     runs = [run for each in members for run in runs_of(each, rows) if each.trains]
     silent = Counter(run.energy_reason or "no counter on the machine" for run in runs if run.energy_j is None)
-    told = "; ".join(f"{reason} ({count} of these {len(runs)} runs)" for reason, count in silent.items())
-    return [f"Energy not measured: {told}."] if told else []
+    reasons = "; ".join(f"{reason} ({count} of these {len(runs)} runs)" for reason, count in silent.items())
+    return [f"Energy not measured: {reasons}."] if reasons else []
 
 
 def _remarks(members: Sequence[Experiment], rows: Rows, recipes: Mapping[str, str]) -> list[str]:
-    """Sentences on rows that are left out, on those that do not tell their recipe, and on changed sources."""
+    """Sentences on rows that are left out, rows without a recipe, and rows of changed sources."""
     lines = [
         f"{each.label}: {count} runs {reason} are left out."
         for each in members
@@ -220,7 +237,7 @@ def _remarks(members: Sequence[Experiment], rows: Rows, recipes: Mapping[str, st
     runs = [run for each in members for run in runs_of(each, present)]
     silent = sum(run.recipe is None for run in runs)
     if silent:
-        lines.append(f"Recipe: {silent} of these {len(runs)} runs are older than its record in the ledger.")
+        lines.append(f"Recipe: not recorded for {silent} of these {len(runs)} runs, which are older than the field.")
     changed = sum((run.commit or "").endswith("+changes") for run in runs)
     if changed:
         lines.append(f"Source: {changed} of these {len(runs)} runs are from sources with changes.")
@@ -228,15 +245,15 @@ def _remarks(members: Sequence[Experiment], rows: Rows, recipes: Mapping[str, st
 
 
 def _unknown(rows: Rows) -> list[str]:
-    """A sentence on rows of experiments that the table does not have."""
+    """A sentence on rows of unknown experiments."""
     known = all_experiments()
     names = Counter(row.experiment for row in rows.values() if row.experiment not in known)
-    told = ", ".join(f"{name} ({count})" for name, count in names.items())
-    return [f"Left out, of experiments that the table does not have (runs): {told}."] if told else []
+    counts = ", ".join(f"{name} ({count})" for name, count in names.items())
+    return [f"Left out, of experiments that are not in the table (runs): {counts}."] if counts else []
 
 
 def _figures(shown: str, images: Collection[str]) -> list[str]:
-    """Links to what is drawn of a section's rows, or that it is not."""
+    """Links to the figures of a section, or "not drawn yet"."""
     wanted = dict(FIGURES.get(shown, {}))
     if shown == "table6":
         gated = [each for each in all_experiments().values() if "figure6" in each.shown]
@@ -248,7 +265,7 @@ def _figures(shown: str, images: Collection[str]) -> list[str]:
 
 
 def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
-    """A sentence for every control of a gated run: by how much it is beaten, or beats."""
+    """A sentence for every control: the lead of the gated run, and whether it exceeds the spread."""
     known = all_experiments()
     lines = []
     for control in members:

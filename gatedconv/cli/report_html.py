@@ -1,7 +1,8 @@
-"""`gatedconv report html RUN...`: read what is there of each run, and write one page."""
+"""`gatedconv report html`."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,32 @@ from gatedconv.report.html import RunView, html_page
 from gatedconv.train.folder import RunFolder
 
 
-def write_page(targets: list[Path], output: Path) -> Path:
-    """Write the page about run folders; a run that is broken or not finished is on it, with the reason.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.epilog = "A run that is damaged or not finished is on the page, with the reason."
+    parser.add_argument("targets", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page [report.html]"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page.
 
     Raises:
-        ValueError: none of the folders holds anything of a run.
+        ValueError: none of the folders contains anything of a run.
         OSError: the page cannot be written.
     """
-    views = [read_view(target) for target in targets]
+    views = [read_view(target) for target in arguments.targets]
     if not any(view.config or view.history or view.summary for view in views):
         raise ValueError(views[0].problems[0])
-    write_atomic(output, html_page(views).encode())
-    return output
+    write_atomic(arguments.output, html_page(views).encode())
+    print(f"written: {arguments.output}")
+    return 0
 
 
 def read_view(path: Path) -> RunView:
-    """What can be read of a run."""
+    """Everything that can be read of a run."""
     folder, problems = RunFolder(path), []
 
     def attempt(read: Callable[[], Any], empty: Any) -> Any:
@@ -40,5 +51,5 @@ def read_view(path: Path) -> RunView:
     history = attempt(lambda: [line.as_dict() for line in folder.read_metrics()], [])
     summary = attempt(folder.read_summary, None) if folder.summary.is_file() else None
     if summary is None and not problems:
-        problems.append(f"not finished after {len(history)} epochs; gatedconv train --resume {path} goes on")
+        problems.append(f"not finished after {len(history)} epochs; resume with: gatedconv train --resume {path}")
     return RunView(str(path), config, history, summary, problems)

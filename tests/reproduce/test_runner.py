@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from gatedconv.cli import main
 from gatedconv.measure.energy import SHARED
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.presets import preset_settings
-from reproduce import runner as cli
-from reproduce.files import Bench
+from reproduce import runner
+from reproduce.__main__ import main
+from reproduce.bench import Bench
 from reproduce.ledger import read_ledger
+from reproduce.presets import preset_settings
 from reproduce.table import all_experiments
 from tests.image_files import blobs, write_npz
 
@@ -41,41 +41,41 @@ def test_what_is_done_is_skipped_and_what_was_cut_short_goes_on(
 ) -> None:
     name = "cpu-r20-c10"
     late = replace(bench, deadline=0.0)
-    assert cli.run_experiments(late, [(name, 0)], 1) == cli.TIME_LIMIT
+    assert runner.run_experiments(late, [(name, 0)], 1) == runner.TIME_LIMIT
     assert read_ledger(bench.ledger) == {}
-    real = cli.experiment_config
+    real = runner.experiment_config
 
     def short(*arguments: Any) -> TrainConfig:
         return replace(real(*arguments), max_minutes=1e-9)
 
-    monkeypatch.setattr(cli, "experiment_config", short)
-    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.TIME_LIMIT
-    monkeypatch.setattr(cli, "experiment_config", real)
-    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
+    monkeypatch.setattr(runner, "experiment_config", short)
+    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.TIME_LIMIT
+    monkeypatch.setattr(runner, "experiment_config", real)
+    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
     before = bench.ledger.read_bytes()
     capsys.readouterr()
-    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
+    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
     assert "done already" in capsys.readouterr().out and bench.ledger.read_bytes() == before
     # A row that was lost is made again from the finished run, without training.
     bench.ledger.unlink()
     monkeypatch.setattr("gatedconv.train.pipeline.run", None)
-    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
+    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
     assert bench.ledger.read_bytes() == before
 
 
 def test_a_finished_run_of_another_recipe_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "cpu-r20-c10-dense"
-    assert cli.run_experiments(bench, [(name, 0)], 1) == cli.DONE
+    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
     bench.ledger.unlink()
     moved = bench.folder(name, 0).read_config().data.replace("blobs.npz", "elsewhere/blobs.npz")
     elsewhere = replace(bench, sources={key: moved for key in bench.sources})
-    assert cli.run_experiments(elsewhere, [(name, 0)], 1) == cli.DONE  # the same images: their name is the same
+    assert runner.run_experiments(elsewhere, [(name, 0)], 1) == runner.DONE  # the same images: their name is the same
     bench.ledger.unlink()
-    real = cli.experiment_config
-    monkeypatch.setattr(cli, "experiment_config", lambda *given: replace(real(*given), lr=0.07))
+    real = runner.experiment_config
+    monkeypatch.setattr(runner, "experiment_config", lambda *given: replace(real(*given), lr=0.07))
     told = "config.toml: a finished run, but not of cpu-r20-c10-dense as it is now.*: expected lr 0.07, found 0.05"
     with pytest.raises(ValueError, match=told):
-        cli.run_one(bench, name, 0)
+        runner.run_one(bench, name, 0)
     assert read_ledger(bench.ledger) == {}
 
 
@@ -83,69 +83,73 @@ def test_what_the_machine_is_asked_for_reaches_the_training_and_its_processes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, started = "cpu-r20-c10-dense", []
-    assert cli.run_one(replace(bench, amp="bf16"), name, 0) == cli.DONE
+    assert runner.run_one(replace(bench, amp="bf16"), name, 0) == runner.DONE
     assert read_ledger(bench.ledger)[name, 0].amp == bench.folder(name, 0).read_config().amp == "bf16"
-    assert cli.run_one(bench, name, 1) == cli.DONE and read_ledger(bench.ledger)[name, 1].amp == "off"
-    assert cli.run_one(replace(bench, amp="auto"), name, 3) == cli.DONE
+    assert runner.run_one(bench, name, 1) == runner.DONE and read_ledger(bench.ledger)[name, 1].amp == "off"
+    assert runner.run_one(replace(bench, amp="auto"), name, 3) == runner.DONE
     assert bench.folder(name, 3).read_config().amp == "auto" and read_ledger(bench.ledger)[name, 3].amp == "off"
     graphs = replace(bench, cuda_graph=True, device="cuda", amp="off")
     experiment = EXPERIMENTS["headline-r56-c10"]
-    config = cli.experiment_config(graphs, experiment, 0, {})
+    config = runner.experiment_config(graphs, experiment, 0, {})
     assert config.cuda_graph and config.amp == "off"
-    assert not cli.experiment_config(bench, experiment, 0, {}).cuda_graph
-    assert cli.experiment_config(bench, experiment, 0, {}).amp == "auto"
+    assert not runner.experiment_config(bench, experiment, 0, {}).cuda_graph
+    assert runner.experiment_config(bench, experiment, 0, {}).amp == "auto"
     with pytest.raises(ValueError, match="cuda_graph: expected a GPU, got device 'cpu'"):
-        cli.run_one(replace(bench, cuda_graph=True), name, 2)
-    monkeypatch.setattr(cli.subprocess, "Popen", lambda command, **_: started.extend(command))
-    cli._start(graphs, (name, 0))
+        runner.run_one(replace(bench, cuda_graph=True), name, 2)
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **_: started.extend(command))
+    runner._start(graphs, (name, 0))
     assert started[started.index("--amp") + 1] == "off" and "--cuda-graph" in started
     chosen: list[Bench] = []
-    monkeypatch.setattr(cli, "run_experiments", lambda bench, keys, jobs: chosen.append(bench) or 0)
-    assert main(["report", *started[started.index("run") :]]) == 0
+    monkeypatch.setattr("reproduce.__main__.run_experiments", lambda bench, keys, jobs: chosen.append(bench) or 0)
+    assert main(started[started.index("run") :]) == 0
     assert (chosen[0].amp, chosen[0].cuda_graph, chosen[0].device) == ("off", True, "cuda")
 
 
 def test_a_control_without_its_run_is_refused_by_name(bench: Bench) -> None:
-    with pytest.raises(ValueError, match="cpu-r20-c10-fixed-at-init: is made from cpu-r20-c10, seed 0, which is not"):
-        cli.run_one(bench, "cpu-r20-c10-fixed-at-init", 0)
+    with pytest.raises(ValueError, match="cpu-r20-c10-fixed-at-init: is derived from cpu-r20-c10, seed 0, which"):
+        runner.run_one(bench, "cpu-r20-c10-fixed-at-init", 0)
 
 
 def test_what_a_run_is_made_from_is_run_first() -> None:
     keys = [("table4-c10-r110-layer-fixed-at-init", 1), ("figure2-c10-r56-naive-layers-20", 2)]
-    queue = cli._plan(keys, {}, cli.Failures())
+    queue = runner._plan(keys, {}, runner.Failures())
     assert queue == [
-        ("table4-c10-r110-layer", 1), ("table4-c10-r110-layer-fixed-at-init", 1), ("table1-c10-r56-dense", 2),
+        ("table4-c10-r110-layer", 1),
+        ("table4-c10-r110-layer-fixed-at-init", 1),
+        ("table1-c10-r56-dense", 2),
         ("figure2-c10-r56-naive-layers-20", 2),
-    ]  # fmt: skip
+    ]
 
 
 def test_patterns_choose_rows_in_the_order_of_the_table() -> None:
-    assert [name for name, _ in cli.select(["table6-*", "headline-r56-c10"], [1])][:2] == [
-        "headline-r56-c10", "table6-c10-r110-lambda-0",
-    ]  # fmt: skip
-    assert cli.select(["headline-r56-c10"], None) == [("headline-r56-c10", seed) for seed in range(5)]
+    assert [name for name, _ in runner.select(["table6-*", "headline-r56-c10"], [1])][:2] == [
+        "headline-r56-c10",
+        "table6-c10-r110-lambda-0",
+    ]
+    assert runner.select(["headline-r56-c10"], None) == [("headline-r56-c10", seed) for seed in range(5)]
 
 
 def test_a_seed_is_run_once_by_those_that_have_it() -> None:
-    assert cli.select(["headline-r56-c10", "headline-*c10"], [3, 0, 3]).count(("headline-r56-c10", 3)) == 1
-    fourth = cli.select(["*"], [3])
+    assert runner.select(["headline-r56-c10", "headline-*c10"], [3, 0, 3]).count(("headline-r56-c10", 3)) == 1
+    fourth = runner.select(["*"], [3])
     assert {name for name, _ in fourth} == {name for name, each in EXPERIMENTS.items() if 3 in each.seeds}
     with pytest.raises(ValueError, match="seed: table6-c10-r110-lambda-0 has the seeds 0, 1, 2, got 3"):
-        cli.select(["table6-c10-r110-lambda-0"], [3])
+        runner.select(["table6-c10-r110-lambda-0"], [3])
 
 
 def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_last() -> None:
-    found = cli.select(["*"], None)
+    found = runner.select(["*"], None)
     assert len(found) == len(set(found)) == sum(len(each.seeds) for each in EXPERIMENTS.values())
     assert found[:6] == [
-        ("headline-r56-c10-dense", 0), ("headline-r56-c10", 0), ("headline-r56-c10-equal-macs", 0),
-        ("headline-r56-c10-fixed-at-init", 0), ("headline-r56-c10-fixed-at-init-taught", 0),
+        ("headline-r56-c10-dense", 0),
+        ("headline-r56-c10", 0),
+        ("headline-r56-c10-equal-macs", 0),
+        ("headline-r56-c10-fixed-at-init", 0),
+        ("headline-r56-c10-fixed-at-init-taught", 0),
         ("headline-r56-c10-dense", 1),
-    ]  # fmt: skip
+    ]
     groups = [EXPERIMENTS[name].shown[0] for name, _ in found]
-    assert list(dict.fromkeys(groups))[:7] == [
-        "headline", "table4", "table1", "cifar100", "table6", "table3", "table5"
-    ]  # fmt: skip
+    assert list(dict.fromkeys(groups))[:7] == ["headline", "table4", "table1", "cifar100", "table6", "table3", "table5"]
     assert sum(before != after for before, after in zip(groups, groups[1:], strict=False)) == len(set(groups)) - 1
     table4 = [key for key, group in zip(found, groups, strict=True) if group == "table4"]
     assert [name.endswith("-swapped") for name, _ in table4] == [False] * 42 + [True] * 42
@@ -158,10 +162,13 @@ def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "expected names of experiments"),
+        (["run"], "the following arguments are required: NAME"),
         (["run", "headline-r56-c11"], "unknown experiment 'headline-r56-c11'; did you mean headline-r56-c10"),
         (["run", "headline-r56-c10", "--seed", "7"], "has the seeds 0, 1, 2, 3, 4, got 7"),
-        (["energy"], "report energy: expected names of experiments"),
+        (["energy"], "the following arguments are required: NAME"),
+        ([], "the following arguments are required: VERB"),
+        (["energy", "headline-r56-c10", "--jobs", "2"], "unrecognized arguments: --jobs 2"),
+        (["list", "--docs", "docs"], "unrecognized arguments: --docs docs"),
         (["run", "headline-r56-c10", "--beside", "-1"], "beside: expected at least 0, got -1"),
         (["run", "headline-r56-c10", "--jobs", "0"], "jobs: expected at least 1, got 0"),
         (["run", "*", "--seed", "0", "--seed", "5"], "seed: * has the seeds 0, 1, 2, 3, 4, got 5"),
@@ -171,7 +178,7 @@ def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_
         (["run", "headline-r56-c10", "--device", "cuda:99"], "device: expected one that this machine has"),
         (["run", "headline-r56-c10", "--max-minutes", "-1"], "max_minutes: expected at least 0, got -1.0"),
         (["run", "headline-r56-c10", "--source", "cifar10"], "source: expected NAME=SOURCE, got 'cifar10'"),
-        (["tables", "more"], "report tables: expected nothing after it, got 'more'"),
+        (["tables", "more"], "unrecognized arguments: more"),
         (["tables", "--docs", "nowhere"], "nowhere/results.md: expected the results page, found nothing there"),
     ],
 )
@@ -183,7 +190,7 @@ def test_bad_input_is_told_in_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["report", *arguments]) == 2
+    assert main([*arguments]) == 2
     told = capsys.readouterr().err
     assert message in told and len(told.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
@@ -191,18 +198,18 @@ def test_bad_input_is_told_in_a_line(
 
 def test_a_damaged_ledger_stops_the_run_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "ledger.jsonl").write_text("{\n")
-    arguments = ["report", "run", "headline-r56-c10", "--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    arguments = ["run", "headline-r56-c10", "--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
     assert main(arguments) == 2
-    assert "ledger.jsonl: line 1: damaged" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert "ledger.jsonl: line 1 is damaged" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_tables_and_list_from_a_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "results.md"
     page.write_text("# R\n<!-- experiments: begin, written by docs/write.py -->\n<!-- experiments: end -->\n")
-    assert main(["report", "tables", "--results", str(tmp_path), "--docs", str(tmp_path)]) == 0
+    assert main(["tables", "--results", str(tmp_path), "--docs", str(tmp_path)]) == 0
     assert "not run yet" in page.read_text() and page.read_text().startswith("# R\n")
     capsys.readouterr()
-    assert main(["report", "list", "--results", str(tmp_path)]) == 0
+    assert main(["list", "--results", str(tmp_path)]) == 0
     assert "headline-r56-c10" in capsys.readouterr().out
 
 
@@ -212,11 +219,11 @@ def test_processes_side_by_side_fill_one_ledger(tmp_path: Path) -> None:
     arrays = {"train_images": train[0], "train_labels": train[1], "test_images": test[0], "test_labels": test[1]}
     archive = write_npz(tmp_path / "blobs.npz", **arrays)
     names = ["cpu-r20-c10-dense", "cpu-r20-c10-ablation-recipe"]
-    program = "import sys; from gatedconv.cli import experiment_checks, main; experiment_checks.KNOWN_IMAGES.clear(); "
-    program += "sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from reproduce import checks; from reproduce.__main__ import main; "
+    program += "checks.KNOWN_IMAGES.clear(); sys.exit(main(sys.argv[1:]))"
     sources = {"cifar10-16x16-25k": f"npz:{archive}"}
     bench = Bench(tmp_path / "runs", tmp_path / "results", sources, command=(sys.executable, "-c", program))
-    assert cli.run_experiments(bench, [(name, 0) for name in names], 2) == cli.DONE
+    assert runner.run_experiments(bench, [(name, 0) for name in names], 2) == runner.DONE
     rows = read_ledger(tmp_path / "results" / "ledger.jsonl")
     assert {name for name, _ in rows} == set(names)
     for row in rows.values():

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from reproduce.results import TITLES, present_rows, results_text, write_block
 from reproduce.table import all_experiments
+from reproduce.tables import TITLES, present_rows, replace_block, results_text
 from tests.reproduce.ledger_rows import row
 
 
@@ -93,15 +93,15 @@ def test_runs_by_an_earlier_recipe_are_left_out_and_that_is_said() -> None:
     text = results_text({each.key: each for each in rows}, {"headline-r56-c10": "new"}).split("###")[1]
     assert cells(text, "ResNet-56 CIFAR-10 gated")[1:3] == ["93.50 ± 0.00", "2 of 5"]
     assert "ResNet-56 CIFAR-10 gated: 1 runs by an earlier recipe are left out." in text
-    assert "Recipe: 1 of these 2 runs are older than its record in the ledger." in text
+    assert "Recipe: not recorded for 1 of these 2 runs, which are older than the field." in text
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"seed": 17}, "of seeds that the table does not have"),
+        ({"seed": 17}, "of seeds that are not in the table"),
         ({"kind": "dense"}, "of kind dense (not gated)"),
-        ({"evaluated_on": "val"}, "judged on val (not test)"),
+        ({"evaluated_on": "val"}, "evaluated on val (not test)"),
     ],
 )
 def test_rows_that_do_not_fit_the_table_are_left_out_and_that_is_said(changes: dict[str, Any], reason: str) -> None:
@@ -115,13 +115,13 @@ def test_runs_on_held_out_images_belong_into_the_table_that_says_so() -> None:
     name = "cpu-r20-c10-ablation-recipe"
     rows = {(name, 0): row(name, evaluated_on="val")}
     assert cells(results_text(rows), "recipe")[1:3] == ["93.50", "1 of 1"] and "left out" not in results_text(rows)
-    assert "recipe: 1 runs judged on test (not val) are left out." in results_text({(name, 0): row(name)})
+    assert "recipe: 1 runs evaluated on test (not val) are left out." in results_text({(name, 0): row(name)})
 
 
 def test_rows_of_experiments_that_the_table_does_not_have_are_told() -> None:
     rows = [row(), row("future-thing"), row("future-thing", 1)]
     text = results_text({each.key: each for each in rows})
-    assert text.endswith("\n\nLeft out, of experiments that the table does not have (runs): future-thing (2).")
+    assert text.endswith("\n\nLeft out, of experiments that are not in the table (runs): future-thing (2).")
     assert present_rows({each.key: each for each in rows}, {}) == {rows[0].key: rows[0]}
 
 
@@ -148,7 +148,8 @@ def test_seeds_that_the_other_lacks_are_not_compared() -> None:
 def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- a: begin, written by docs/write.py -->\nold\n<!-- a: end -->\nafter\n")
-    text = write_block(page, "a", lambda: "new")
+    text = replace_block(page, "a", "new")
     assert text == "before\n<!-- a: begin, written by docs/write.py -->\n\nnew\n\n<!-- a: end -->\nafter\n"
-    with pytest.raises(ValueError, match="no block <!-- b"):
-        write_block(page, "b", lambda: "new")
+    assert replace_block(page, "a", "newer", text) == text.replace("new", "newer")
+    with pytest.raises(ValueError, match="page.md: expected the block <!-- b: begin"):
+        replace_block(page, "b", "new")

@@ -16,9 +16,9 @@ import pytest
 from gatedconv.train.config import TrainConfig, field_specs
 from gatedconv.train.folder import RunFolder
 from gatedconv.train.stopping import StopRequest
-from reproduce import rows as experiment_rows
-from reproduce import runner as cli
-from reproduce.files import Bench
+from reproduce import rows as reproduce_rows
+from reproduce import runner
+from reproduce.bench import Bench
 from reproduce.ledger import append_row, read_ledger
 from reproduce.rows import present_recipes, recipe_of
 from reproduce.table import Experiment, find_experiment
@@ -44,7 +44,7 @@ def test_a_recipe_is_its_settings_and_not_where_or_how_often_it_runs() -> None:
 def test_a_control_is_of_another_recipe_when_what_it_is_made_from_is(monkeypatch: pytest.MonkeyPatch) -> None:
     control, before = find_experiment("headline-r56-c10-fixed-at-init"), present_recipes()
     gated = changed(find_experiment("headline-r56-c10"), consensus_at=0.9)
-    monkeypatch.setattr(experiment_rows, "find_experiment", lambda name: gated)
+    monkeypatch.setattr(reproduce_rows, "find_experiment", lambda name: gated)
     assert recipe_of(control) != before[control.name]
 
 
@@ -54,7 +54,7 @@ def test_a_field_that_is_younger_than_a_row_leaves_its_recipe_as_it_was(monkeypa
     before = recipe_of(gated)
     for young in ("teacher_at", "mac_rank", "sync_norm"):
         old = {name: spec for name, spec in whole.items() if name != young}
-        monkeypatch.setattr(experiment_rows, "field_specs", lambda old=old: old)
+        monkeypatch.setattr(reproduce_rows, "field_specs", lambda old=old: old)
         assert recipe_of(gated) == before
 
 
@@ -75,25 +75,25 @@ def test_a_row_of_another_recipe_is_told_and_stops_what_is_made_from_it_alone(
     append_row(bench.ledger, row("table6-c10-r110-lambda-0", 0))  # of before rows told their recipe
     before = read_ledger(bench.ledger)
     keys = [(DENSE, 0), (GATED, 0), (FIXED, 0), ("table6-c10-r110-lambda-0", 0)]
-    assert cli.run_experiments(bench, keys, 1) == cli.FAILED
+    assert runner.run_experiments(bench, keys, 1) == runner.FAILED
     told = capsys.readouterr()
     assert "the ledger has this run by another recipe (0123456789ab, now " in told.err
-    assert "take its line out of the ledger and move its run folder away" in told.err
-    assert f"{FIXED} seed 0: failed: is made from {GATED}, seed 0, which failed" in told.err
+    assert "remove its line from the ledger and move its run folder away" in told.err
+    assert f"{FIXED} seed 0: failed: is derived from {GATED}, seed 0, which failed" in told.err
     assert f"2 failed: {GATED} seed 0, {FIXED} seed 0" in told.err.splitlines()[-1]
     assert "table6-c10-r110-lambda-0 seed 0: done already" in told.out
     rows = read_ledger(bench.ledger)
-    assert set(rows) - set(before) == {(DENSE, 0)} and rows[DENSE, 0].recipe == experiment_rows.recipe_of(
-        cli.find_experiment(DENSE)
+    assert set(rows) - set(before) == {(DENSE, 0)} and rows[DENSE, 0].recipe == reproduce_rows.recipe_of(
+        runner.find_experiment(DENSE)
     )
     with pytest.raises(ValueError, match="by another recipe"):
-        cli.run_one(bench, GATED, 0)
+        runner.run_one(bench, GATED, 0)
 
 
 def test_a_run_that_fails_lets_the_others_go_on(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, asked = cli.run_one, []
+    real, asked = runner.run_one, []
 
     def run_one(bench: Bench, name: str, seed: int) -> int:
         asked.append(name)
@@ -101,8 +101,8 @@ def test_a_run_that_fails_lets_the_others_go_on(
             raise RuntimeError("no such luck\nat all")
         return real(bench, name, seed)
 
-    monkeypatch.setattr(cli, "run_one", run_one)
-    assert cli.run_experiments(bench, [(GATED, 0), (FIXED, 0), (DENSE, 0)], 1) == cli.FAILED
+    monkeypatch.setattr(runner, "run_one", run_one)
+    assert runner.run_experiments(bench, [(GATED, 0), (FIXED, 0), (DENSE, 0)], 1) == runner.FAILED
     assert asked == [GATED, DENSE] and set(read_ledger(bench.ledger)) == {(DENSE, 0)}
     told = capsys.readouterr().err
     assert "Traceback" in told and f"{GATED} seed 0: failed: no such luck at all\n" in told
@@ -118,59 +118,59 @@ def test_sigterm_ends_a_run_that_can_go_on_and_starts_no_other(bench: Bench, mon
             assert stop.made
 
     monkeypatch.setattr("gatedconv.train.pipeline.run", run)
-    assert cli.run_experiments(bench, [(DENSE, 0), (GATED, 0)], 1) == cli.TIME_LIMIT
+    assert runner.run_experiments(bench, [(DENSE, 0), (GATED, 0)], 1) == runner.TIME_LIMIT
     assert asked == [DENSE] and read_ledger(bench.ledger) == {}
 
 
 def test_what_controls_need_outlives_the_run_folder(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run_experiments(bench, [(GATED, 0)], 1) == cli.DONE
+    assert runner.run_experiments(bench, [(GATED, 0)], 1) == runner.DONE
     folder, kept = bench.folder(GATED, 0), bench.consensus(GATED, 0)
     assert kept.read_bytes() == folder.consensus.read_bytes()
     shutil.rmtree(folder.path)
-    assert cli.run_experiments(bench, [(FIXED, 0)], 1) == cli.DONE
+    assert runner.run_experiments(bench, [(FIXED, 0)], 1) == runner.DONE
     rows = read_ledger(bench.ledger)
     assert rows[FIXED, 0].macs == rows[GATED, 0].macs and rows[FIXED, 0].params == rows[GATED, 0].params
     control = bench.folder(FIXED, 0)
     shutil.rmtree(control.path)
     bench.ledger.write_text(bench.ledger.read_text().splitlines()[0] + "\n")
     kept.unlink()
-    assert cli.run_experiments(bench, [(FIXED, 0)], 1) == cli.FAILED
+    assert runner.run_experiments(bench, [(FIXED, 0)], 1) == runner.FAILED
     told = capsys.readouterr().err
-    assert f"expected the consensus of {GATED}, seed 0, in {kept}" in told and "bring it back, or take" in told
+    assert f"expected the consensus of {GATED}, seed 0, in {kept}" in told and "restore it, or remove" in told
 
 
 def test_a_naive_row_without_its_dense_weights_is_refused_by_name(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append_row(bench.ledger, row("table1-c10-r56-dense", 0, kind="dense"))
-    assert cli.run_experiments(bench, [(NAIVE, 0)], 1) == cli.FAILED
+    assert runner.run_experiments(bench, [(NAIVE, 0)], 1) == runner.FAILED
     weights = bench.folder("table1-c10-r56-dense", 0).model("dense")
     assert f"expected the weights of table1-c10-r56-dense, seed 0, in {weights}" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_goes_on_where_its_images_are_now(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cli.experiment_config
+    real = runner.experiment_config
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "experiment_config", lambda *given: replace(real(*given), max_minutes=1e-9))
-        assert cli.run_experiments(bench, [(DENSE, 0)], 1) == cli.TIME_LIMIT
+        patch.setattr(runner, "experiment_config", lambda *given: replace(real(*given), max_minutes=1e-9))
+        assert runner.run_experiments(bench, [(DENSE, 0)], 1) == runner.TIME_LIMIT
     assert bench.folder(DENSE, 0).holds_checkpoint() and not bench.folder(DENSE, 0).summary.is_file()
     (old,) = set(bench.sources.values())
     moved = bench.runs.parent / "elsewhere" / "blobs.npz"
     moved.parent.mkdir()
     shutil.move(old.removeprefix("npz:"), moved)
     there = replace(bench, sources={name: f"npz:{moved}" for name in bench.sources})
-    assert cli.run_experiments(there, [(DENSE, 0)], 1) == cli.DONE
+    assert runner.run_experiments(there, [(DENSE, 0)], 1) == runner.DONE
     assert bench.folder(DENSE, 0).read_config().data == f"npz:{moved}"
     other = moved.with_name("others.npz")
     shutil.copy(moved, other)
     shutil.rmtree(bench.folder(DENSE, 0).path)
     bench.ledger.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "experiment_config", lambda *given: replace(real(*given), max_minutes=1e-9))
-        assert cli.run_experiments(there, [(DENSE, 0)], 1) == cli.TIME_LIMIT
+        patch.setattr(runner, "experiment_config", lambda *given: replace(real(*given), max_minutes=1e-9))
+        assert runner.run_experiments(there, [(DENSE, 0)], 1) == runner.TIME_LIMIT
     elsewhere = replace(there, sources={name: f"npz:{other}" for name in bench.sources})
     with pytest.raises(ValueError, match="a run keeps its recipe: expected data 'npz:.*others.npz'"):
-        cli.run_one(elsewhere, DENSE, 0)
+        runner.run_one(elsewhere, DENSE, 0)
 
 
 def test_joules_per_image_are_measured_when_all_have_ended(
@@ -179,20 +179,20 @@ def test_joules_per_image_are_measured_when_all_have_ended(
     """Runs of a shared device have none; a pass of its own puts them into the rows, and touches nothing else."""
     shared = replace(bench, beside=1)
     for name in (DENSE, GATED):
-        assert cli.run_one(shared, name, 0) == cli.DONE
+        assert runner.run_one(shared, name, 0) == runner.DONE
     before = read_ledger(bench.ledger)
     assert {each.jobs for each in before.values()} == {2} and {each.energy_j for each in before.values()} == {None}
     counter = SimpleNamespace(name="fake", span=None, read=lambda: 1.0)
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
     monkeypatch.setattr("gatedconv.train.finish.energy_per_call", lambda call, meter, synchronize: 0.5 * len(call()))
     keys = [(DENSE, 0), (GATED, 0)]
-    assert cli.run_experiments(shared, keys, 2) == cli.DONE  # others run beside: not now
+    assert runner.run_experiments(shared, keys, 2) == runner.DONE  # others run beside: not now
     assert read_ledger(bench.ledger) == before
-    assert cli.run_experiments(bench, keys, 2) == cli.DONE
+    assert runner.run_experiments(bench, keys, 2) == runner.DONE
     after = read_ledger(bench.ledger)
     assert after == {key: replace(each, energy_j_image=0.5) for key, each in before.items()}
     bench.ledger.write_text("".join(json.dumps(vars(each)) + "\n" for each in before.values()))
     bench.folder(DENSE, 0).model("dense").unlink()
-    assert cli.energy_of_images(bench, keys) == cli.DONE
+    assert runner.energy_of_images(bench, keys) == runner.DONE
     assert [each.energy_j_image for each in read_ledger(bench.ledger).values()] == [None, 0.5]
     assert "1 runs: not measured: no dense.safetensors" in capsys.readouterr().out

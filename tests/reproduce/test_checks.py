@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 
-from gatedconv.cli import main
 from gatedconv.data import DataError
 from gatedconv.train.config import TrainConfig
-from reproduce import checks as checks
-from reproduce import rows as experiment_rows
-from reproduce import runner as cli
-from reproduce.files import Bench
+from reproduce import checks, runner
+from reproduce import rows as reproduce_rows
+from reproduce.__main__ import main
+from reproduce.bench import Bench
 from reproduce.ledger import append_row, read_ledger
 from tests.image_files import blobs, write_npz
 from tests.reproduce.ledger_rows import row
@@ -51,10 +50,10 @@ def test_two_at_once_make_one_row(bench: Bench, monkeypatch: pytest.MonkeyPatch)
 
     def second() -> None:
         if threading.current_thread() is threading.main_thread():  # there is no third
-            told.extend(in_a_thread(lambda: cli.run_one(bench, DENSE, 0)))
+            told.extend(in_a_thread(lambda: runner.run_one(bench, DENSE, 0)))
 
     def around(name: str) -> None:
-        real = getattr(cli, name)
+        real = getattr(runner, name)
 
         def call(*arguments: Any) -> Any:
             second()
@@ -62,20 +61,20 @@ def test_two_at_once_make_one_row(bench: Bench, monkeypatch: pytest.MonkeyPatch)
             second()
             return result
 
-        monkeypatch.setattr(cli, name, call)
+        monkeypatch.setattr(runner, name, call)
 
     for name in ("known_images", "training_row", "append_row"):
         around(name)
-    assert cli.run_one(bench, DENSE, 0) == cli.DONE
+    assert runner.run_one(bench, DENSE, 0) == runner.DONE
     assert len(told) == 6 and all("seed0: another process trains this run" in each for each in told)
     monkeypatch.setattr("gatedconv.train.pipeline.run", None)
-    assert cli.run_one(bench, DENSE, 0) == cli.DONE
+    assert runner.run_one(bench, DENSE, 0) == runner.DONE
     (row,) = read_ledger(bench.ledger).values()
     assert row.epochs == 2 and len(bench.epochs(DENSE, 0).read_text().splitlines()) == 2
 
 
 def test_metrics_that_are_not_those_of_the_run_make_no_row(bench: Bench) -> None:
-    assert cli.run_one(bench, GATED, 0) == cli.DONE
+    assert runner.run_one(bench, GATED, 0) == runner.DONE
     folder, before = bench.folder(GATED, 0), bench.ledger.read_bytes()
     metrics, summary = folder.metrics.read_text(), folder.summary.read_text()
     first, second = metrics.splitlines(keepends=True)
@@ -83,21 +82,21 @@ def test_metrics_that_are_not_those_of_the_run_make_no_row(bench: Bench) -> None
     for text, told in (("", "0 lines of 0"), (first, "1 lines of 1"), (2 * first + second, "3 lines of 2")):
         folder.metrics.write_text(text)
         with pytest.raises(ValueError, match=f"metrics.jsonl: expected a line for each of 2 epochs, found {told} of"):
-            cli.run_one(bench, GATED, 0)
+            runner.run_one(bench, GATED, 0)
     folder.metrics.write_text(first)  # as of a run that was cut short and then frozen
-    with pytest.raises(ValueError, match="take summary.json away to go on with it from its checkpoint, or move the"):
-        cli.run_one(bench, GATED, 0)
+    with pytest.raises(ValueError, match="remove summary.json to resume it from its checkpoint, or move the"):
+        runner.run_one(bench, GATED, 0)
     folder.metrics.write_text(metrics)
     folder.summary.write_text(json.dumps({**json.loads(summary), "epochs": {"gated": 1, "cut": 9}}))
     with pytest.raises(ValueError, match="summary.json: epochs: expected {'gated': 1, 'cut': 1}, found .*'cut': 9"):
-        cli.run_one(bench, GATED, 0)
+        runner.run_one(bench, GATED, 0)
     folder.summary.write_text(summary)
-    assert not bench.ledger.exists() and cli.run_one(bench, GATED, 0) == cli.DONE
+    assert not bench.ledger.exists() and runner.run_one(bench, GATED, 0) == runner.DONE
     assert bench.ledger.read_bytes() == before
 
 
 def test_a_summary_that_lacks_something_is_named(bench: Bench) -> None:
-    assert cli.run_one(bench, GATED, 0) == cli.DONE
+    assert runner.run_one(bench, GATED, 0) == runner.DONE
     bench.ledger.unlink()
     path = bench.folder(GATED, 0).summary
     whole = json.loads(path.read_text())
@@ -110,29 +109,29 @@ def test_a_summary_that_lacks_something_is_named(bench: Bench) -> None:
     ):
         path.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=f"seed0/summary.json: {told}"):
-            cli.run_one(bench, GATED, 0)
+            runner.run_one(bench, GATED, 0)
 
 
 def test_the_advice_on_weights_that_are_gone_helps(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run_experiments(bench, [(NAIVE, 0)], 1) == cli.DONE
+    assert runner.run_experiments(bench, [(NAIVE, 0)], 1) == runner.DONE
     folder = bench.folder(DENSE, 0)
     folder.model("dense").unlink()
     bench.ledger.write_text(bench.ledger.read_text().splitlines()[0] + "\n")
-    assert cli.run_experiments(bench, [(NAIVE, 0)], 1) == cli.FAILED
+    assert runner.run_experiments(bench, [(NAIVE, 0)], 1) == runner.FAILED
     told = capsys.readouterr().err
     assert str(folder.model("dense")) in told
-    assert "take that run's line out of the ledger, move its run folder away and run it again" in told
+    assert "remove that run's line from the ledger, move its run folder away and run it again" in told
     bench.ledger.unlink()
     shutil.move(folder.path, bench.runs / "away")
-    assert cli.run_experiments(bench, [(NAIVE, 0)], 1) == cli.DONE
+    assert runner.run_experiments(bench, [(NAIVE, 0)], 1) == runner.DONE
     assert set(read_ledger(bench.ledger)) == {(DENSE, 0), (NAIVE, 0)}
 
 
 def test_a_naive_row_tells_where_it_was_evaluated(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli.run_one(bench, DENSE, 0) == cli.DONE
+    assert runner.run_one(bench, DENSE, 0) == runner.DONE
     here = {"versions": {"torch": "9.9"}, "commit": "abc", "device": "a later one", "threads": 1}
-    monkeypatch.setattr("gatedconv.environment.provenance", lambda device: here)
-    assert cli.run_one(bench, NAIVE, 0) == cli.DONE
+    monkeypatch.setattr(reproduce_rows, "provenance", lambda device: here)
+    assert runner.run_one(bench, NAIVE, 0) == runner.DONE
     dense, naive = read_ledger(bench.ledger).values()
     assert (naive.versions, naive.commit, naive.device) == ({"torch": "9.9"}, "abc", "a later one")
     assert dense.device != naive.device and dense.amp == naive.amp
@@ -140,10 +139,10 @@ def test_a_naive_row_tells_where_it_was_evaluated(bench: Bench, monkeypatch: pyt
 
 def test_sigterm_while_a_naive_row_is_made_is_no_failure(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     append_row(bench.ledger, row(DENSE, 0, kind="dense"))
-    monkeypatch.setattr(cli, "naive_row", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(runner, "naive_row", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as left:
-        cli.run_experiments(bench, [(NAIVE, 0)], 1)
-    assert left.value.code == cli.TIME_LIMIT and len(read_ledger(bench.ledger)) == 1
+        runner.run_experiments(bench, [(NAIVE, 0)], 1)
+    assert left.value.code == runner.TIME_LIMIT and len(read_ledger(bench.ledger)) == 1
 
 
 @pytest.mark.parametrize("option", ["--results", "--runs"])
@@ -151,9 +150,9 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_trained(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "run_one", None)
+    monkeypatch.setattr(runner, "run_one", None)
     (tmp_path / "taken").write_text("kept")
-    assert main(["report", "run", GATED, "--seed", "0", option, "taken"]) == 2
+    assert main(["run", GATED, "--seed", "0", option, "taken"]) == 2
     assert "taken: expected a folder that files can be written to (" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "kept"
 
@@ -163,13 +162,13 @@ def test_other_images_get_no_row_under_a_name_that_is_known(bench: Bench, monkey
     for change in ({"shape": (3, 8, 8)}, {"classes": 10}, {"train": 50_000}, {"test": 25}, {"val": 15_000}):
         monkeypatch.setattr(checks, "KNOWN_IMAGES", {"cifar10": found._replace(**change)})
         with pytest.raises(DataError, match="blobs.npz: expected cifar10, .*, found 48 train, 0 val and 24 test image"):
-            cli.run_one(bench, DENSE, 0)
+            runner.run_one(bench, DENSE, 0)
     assert not bench.folder(DENSE, 0).path.exists() and not bench.ledger.exists()
     monkeypatch.setattr(checks, "KNOWN_IMAGES", {"cifar10": found})
-    assert cli.run_one(bench, DENSE, 0) == cli.DONE
+    assert runner.run_one(bench, DENSE, 0) == runner.DONE
     monkeypatch.setattr(checks, "KNOWN_IMAGES", {"cifar10": found._replace(test=10_000)})
     with pytest.raises(DataError, match="expected cifar10, 48 train, 0 val and 10,000 test images of 1x8x8"):
-        cli.run_one(bench, NAIVE, 0)  # of images that were others when the dense network was trained
+        runner.run_one(bench, NAIVE, 0)  # of images that were others when the dense network was trained
 
 
 def test_a_split_of_its_own_counts_and_is_what_choices_are_made_on(
@@ -186,7 +185,7 @@ def test_a_split_of_its_own_counts_and_is_what_choices_are_made_on(
 
 def test_a_control_of_other_macs_than_its_row_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it is trained where its consensus was edited, and at its row where that of the gated run was."""
-    assert cli.run_one(bench, GATED, 0) == cli.DONE
+    assert runner.run_one(bench, GATED, 0) == runner.DONE
     kept = bench.consensus(GATED, 0)
     whole = kept.read_text()
     edited = json.loads(whole)
@@ -196,21 +195,21 @@ def test_a_control_of_other_macs_than_its_row_is_refused(bench: Bench, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("gatedconv.train.pipeline.run", None)
         with pytest.raises(ValueError, match=f"{FIXED}: expected the MACs of {GATED}, seed 0, within 1%: "):
-            cli.run_one(bench, FIXED, 0)
+            runner.run_one(bench, FIXED, 0)
     assert not bench.folder(FIXED, 0).path.exists()
     kept.write_text(whole)
-    assert cli.run_one(bench, FIXED, 0) == cli.DONE
+    assert runner.run_one(bench, FIXED, 0) == runner.DONE
     gated, fixed = read_ledger(bench.ledger).values()
     assert fixed.macs == gated.macs
     summary = bench.folder(FIXED, 0).read_summary()
     rows = {(GATED, 0): replace(gated, macs=gated.macs * 1.02)}
     with pytest.raises(ValueError, match="within 1%"):
-        experiment_rows.training_row(cli.find_experiment(FIXED), 0, bench.folder(FIXED, 0), summary, rows)
-    checks.require_macs(cli.find_experiment(FIXED), 1.009 * gated.macs, gated)
+        reproduce_rows.training_row(runner.find_experiment(FIXED), 0, bench.folder(FIXED, 0), summary, rows)
+    checks.require_macs(runner.find_experiment(FIXED), 1.009 * gated.macs, gated)
     monkeypatch.setitem(checks.MACS_APART, "equal_macs", 0.03)
     for macs, fits in ((0.98, True), (1.02, True), (0.96, False), (1.04, False)):
         if fits:
-            checks.require_macs(cli.find_experiment(EVEN), macs * gated.macs, gated)
+            checks.require_macs(runner.find_experiment(EVEN), macs * gated.macs, gated)
         else:
             with pytest.raises(ValueError, match=f"{EVEN}: expected the MACs of {GATED}, .*, within 3%.*even share"):
-                checks.require_macs(cli.find_experiment(EVEN), macs * gated.macs, gated)
+                checks.require_macs(runner.find_experiment(EVEN), macs * gated.macs, gated)
