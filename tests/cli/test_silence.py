@@ -1,4 +1,4 @@
-"""Nothing below the command line prints: libraries speak through return values, errors and listeners."""
+"""Nothing below the command line prints: a library reports by return values, errors and callbacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.test_layers import layer_of, python_modules
 
 
-def speech(source: str) -> list[int]:
+def prints(source: str) -> list[int]:
     """Lines that call print or name the process's own output streams."""
     return [
         node.lineno
@@ -24,14 +24,15 @@ def speech(source: str) -> list[int]:
 
 
 def test_nothing_below_the_command_line_prints() -> None:
-    modules = [(path, name) for path, name in python_modules() if layer_of(name) != "cli"]
+    # `python -m gatedconv._build` is a program of its own, which make calls.
+    modules = [(path, name) for path, name in python_modules() if layer_of(name) != "cli" and name != "gatedconv._build"]
     assert len(modules) > 20
-    found = [f"{name}:{line}" for path, name in modules for line in speech(path.read_text())]
+    found = [f"{name}:{line}" for path, name in modules for line in prints(path.read_text())]
     assert not found, found
 
 
 @pytest.mark.parametrize(
-    "source", ["print(1)", "say = print", "import sys\nsys.stderr.write('a')", "from sys import stdout"]
+    "source", ["print(1)", "write = print", "import sys\nsys.stderr.write('a')", "from sys import stdout"]
 )
-def test_speech_is_found(source: str) -> None:
-    assert speech(source) and not speech("import sys\nsys.exit(0)\nprinted = 1")
+def test_printing_is_found(source: str) -> None:
+    assert prints(source) and not prints("import sys\nsys.exit(0)\nprinted = 1")
