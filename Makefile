@@ -87,23 +87,12 @@ bench-all: $(VENV)/.bench
 	exit $$failed
 
 bench-docs: $(VENV)/.build
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python docs/write.py
 
-# Needs a GPU, and a Python with torch, triton and the package's dependencies; installs nothing. STAGE is one or more of
-# the stages, each of which ends within nine minutes; without it, all of them. Rows go to benchmarks/results and to OUT.
+# Needs a GPU: parity on poisoned memory, then timings, each case in a process of its own. STAGE=first takes at most six
+# minutes; GPU="--max-minutes 20 --out DIR" sets a time limit and a folder.
 gpu:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(STAGE)
-
-# Training runs of the experiment table, nine minutes at a time; benchmarks/gpu/experiments.py tells the settings.
-# gpu-data takes DATA, a part of a data set, before; gpu-merge takes FROM, what came back, into results/ after.
-gpu-experiments:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.experiments
-
-gpu-data:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.data
-
-gpu-merge:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.merge $(FROM)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(STAGE) $(GPU)
 
 # Each stamp file marks a finished step: a second run does nothing, and an interrupted one continues where it stopped.
 $(VENV)/bin/python:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.goals import goal
+from benchmarks.harness import Record, default_path, machine_header
 from benchmarks.layers import MOST_ROUNDS
-from benchmarks.record import Record, default_path, machine_header
-from gatedconv.report.bench import Contest, Row, bench_table, best_rows
-from gatedconv.report.peers import OURS
+from gatedconv.report.bench import Comparison, Row, bench_table, best_rows
+from gatedconv.report.runtimes import OURS
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "bench"
 _ROWS = pytest.StashKey[list[Row]]()
@@ -85,18 +85,18 @@ def compete(
     record: Record | None,
     deadline: float | None,
     cpu_threads: int,
-) -> Callable[[str, Any, Callable[[], Contest]], None]:
-    """(benchmark, case, contest) -> measure a case in turns, unless the results file has it."""
+) -> Callable[[str, Any, Callable[[], Comparison]], None]:
+    """(benchmark, case, comparison) -> measure a case in turns, unless the results file has it."""
 
-    def measure(family: str, case: Any, build: Callable[[], Contest]) -> None:
+    def measure(family: str, case: Any, build: Callable[[], Comparison]) -> None:
         if record is not None and record.has(family, case.name, case.batch):
             pytest.skip("measured already")
         if deadline is not None and time.monotonic() > deadline:
             pytest.skip("out of time; run again to go on")
-        contest = build()
+        comparison = build()
         rounds = pytestconfig.getoption("--rounds")
-        play(benchmark, contest, min(rounds, MOST_ROUNDS) if family == "layer" else rounds)
-        rows, failures = contest.rows(), told(contest)
+        play(benchmark, comparison, min(rounds, MOST_ROUNDS) if family == "layer" else rounds)
+        rows, failures = comparison.rows(), told(comparison)
         pytestconfig.stash[_ROWS] += rows
         benchmark.group = f"{case.name}, batch {case.batch}"
         benchmark.extra_info.update(rows=[row.as_dict() for row in rows], failures=failures)
@@ -107,27 +107,27 @@ def compete(
     return measure
 
 
-def play(benchmark: Any, contest: Contest, rounds: int) -> None:
+def play(benchmark: Any, comparison: Comparison, rounds: int) -> None:
     """Let pytest-benchmark time our turns; the others have theirs in its untimed set-up, round by round."""
-    turns = contest.turns
-    first = next(iter(turns.entrants))
-    others = [name for name in turns.entrants if name != first]
+    timing = comparison.timing
+    first = next(iter(timing.candidates))
+    others = [name for name in timing.candidates if name != first]
 
     def peers() -> None:
-        turns.round(others)
-        turns.prepare(first)
+        timing.round(others)
+        timing.prepare(first)
 
     with torch.inference_mode():
-        benchmark.pedantic(turns.play, args=(first,), setup=peers, rounds=rounds, iterations=1)
-    benchmark.extra_info.update(entrant=": ".join(first), calls_per_round=turns.calls[first])
+        benchmark.pedantic(timing.sample, args=(first,), setup=peers, rounds=rounds, iterations=1)
+    benchmark.extra_info.update(candidate=": ".join(first), calls_per_round=timing.calls[first])
 
 
-def told(contest: Contest) -> list[dict[str, Any]]:
+def told(comparison: Comparison) -> list[dict[str, Any]]:
     """The settings that could not be timed, as JSON types."""
-    where = {"benchmark": contest.benchmark, "case": contest.case, "batch": contest.batch}
+    where = {"benchmark": comparison.benchmark, "case": comparison.case, "batch": comparison.batch}
     return [
         {**where, "provider": provider, "setting": setting, "reason": reason}
-        for (provider, setting), reason in contest.failures.items()
+        for (provider, setting), reason in comparison.failures.items()
     ]
 
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.report.bench import Contest, Entrant
-from gatedconv.report.peers import OURS, Run
+from gatedconv.report.bench import Candidate, Comparison
+from gatedconv.report.runtimes import OURS, Run
 
 BATCHES = (1, 8, 32)
 OPEN = (0, 25, 50, 75, 100, "odd")
-TURN_MS = 3.0
-MOST_ROUNDS = 7  # of 234 cases with ten entrants each
+SAMPLE_MS = 3.0
+MOST_ROUNDS = 7  # of 234 cases with ten candidates each
 
 
 @dataclass(frozen=True)
@@ -91,34 +91,30 @@ class LayerCase:
 CASES = tuple(LayerCase(shape, batch, share) for shape in SHAPES for batch in BATCHES for share in OPEN)
 
 
-def layer_contest(case: LayerCase, turn_ms: float = TURN_MS) -> Contest:
+def compare_layers(case: LayerCase, sample_ms: float = SAMPLE_MS) -> Comparison:
     """All ways to compute the case; ``conv2d`` and ``mkldnn`` compute the closed outputs as well."""
     shape = case.shape
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(case.batch, shape.in_channels, shape.size, shape.size, generator=generator)
-    weight = torch.randn(
-        shape.out_channels, shape.in_channels, shape.kernel, shape.kernel, generator=generator
-    )
+    weight = torch.randn(shape.out_channels, shape.in_channels, shape.kernel, shape.kernel, generator=generator)
     bias = torch.randn(shape.out_channels, generator=generator)
     dense = F.conv2d(x, weight, bias, shape.stride, shape.kernel // 2)
     masked = dense * case.mask()[:, None, None]
-    builders: dict[Entrant, Callable[[], Run]] = {}
+    builders: dict[Candidate, Callable[[], Run]] = {}
     for layout in ("NCHW", "channels_last"):
         arranged = _arranged(x, layout), _arranged(weight, layout), bias
         for (provider, setting), build in _WAYS.items():
             name = f"{setting}, {layout}" if setting else layout
             builders[provider, name] = lambda b=build, a=arranged: b(case, *a)
     builders = dict(sorted(builders.items(), key=lambda item: item[0][0] != OURS))
-    expected = {entrant: dense if entrant[0] in ("conv2d", "mkldnn") else masked for entrant in builders}
+    expected = {candidate: dense if candidate[0] in ("conv2d", "mkldnn") else masked for candidate in builders}
     # All of them run on PyTorch's own threads: there is no other pool whose rest would have to be awaited.
-    return Contest("layer", case.name, case.batch, builders, expected, turn_ms=turn_ms, settle=False)
+    return Comparison("layer", case.name, case.batch, builders, expected, sample_ms=sample_ms, wait=False)
 
 
 def _masked(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     mask, shape = case.mask(), case.shape
-    return lambda: gatedconv.ops.masked_conv2d(
-        x, weight, bias, mask, stride=shape.stride, padding=shape.kernel // 2
-    )
+    return lambda: gatedconv.ops.masked_conv2d(x, weight, bias, mask, stride=shape.stride, padding=shape.kernel // 2)
 
 
 def _frozen(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
@@ -164,12 +160,10 @@ def _mkldnn(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     """PyTorch's oneDNN operator with its weights packed beforehand, as compiled PyTorch calls it."""
     stride, padding = [case.shape.stride] * 2, [case.shape.kernel // 2] * 2
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, [1, 1], 1, list(x.shape))
-    return lambda: torch.ops.mkldnn._convolution_pointwise(
-        x, packed, bias, padding, stride, [1, 1], 1, "none", [], ""
-    )
+    return lambda: torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, [1, 1], 1, "none", [], "")
 
 
-_WAYS: dict[Entrant, Callable[[LayerCase, Tensor, Tensor, Tensor], Run]] = {
+_WAYS: dict[Candidate, Callable[[LayerCase, Tensor, Tensor, Tensor], Run]] = {
     (OURS, "masked_conv2d"): _masked,
     (OURS, "frozen Conv2d"): _frozen,
     ("conv2d", ""): _dense,

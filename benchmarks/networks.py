@@ -1,4 +1,4 @@
-"""The networks that are measured, dense and cut; built from a seed, with norms as of a trained network."""
+"""The measured networks, dense and compact; built from a seed, with norms like those of a trained network."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CUTS = ("dense", "mid-50", "half the blocks")
 
 @dataclass(frozen=True)
 class NetworkCase:
-    """A network, what was cut out of it, and the batches that it is measured at.
+    """A network, what was removed from it, and its batch.
 
     Attributes:
-        model: "resnet56" and "resnet110" (32x32, ours) or "resnet18" and "resnet50" (224x224, torchvision's).
+        model: "resnet20", "resnet56" or "resnet110" (32x32, ours), "resnet18" or "resnet50" (224x224, torchvision's).
         cut: "dense"; "mid-50": half of the channels between a block's first and last convolution;
             "half the blocks": every second block is left with its shortcut.
         batch: images per call.
@@ -38,15 +38,13 @@ class NetworkCase:
     @property
     def image_size(self) -> int:
         """Height and width of the images."""
-        return 32 if self.model in ("resnet56", "resnet110") else 224
+        return 32 if self.model in ("resnet20", "resnet56", "resnet110") else 224
 
     def build(self) -> tuple[nn.Module, Tensor]:
         """The network in eval mode and its input (N, 3, H, W)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = (
-                _cifar(self.model, self.cut) if self.image_size == 32 else _imagenet(self.model, self.cut)
-            )
+            network = _cifar(self.model, self.cut) if self.image_size == 32 else _imagenet(self.model, self.cut)
             return network.eval(), torch.randn(self.batch, 3, self.image_size, self.image_size)
 
 

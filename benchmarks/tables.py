@@ -1,25 +1,19 @@
-"""Writes the CPU section of docs/performance.md from the committed result files; no number is typed by hand.
-
-``python -m benchmarks.tables`` writes it, ``--check`` says whether it is up to date.
-"""
+"""The measured sections of docs/performance.md, from the committed result files; docs/write.py puts them there."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.document import markdown, marks, update
 from benchmarks.goals import LAYER_GOALS, LAYER_GOALS_FROM_BATCH, goal
+from benchmarks.harness import read, result_files
 from benchmarks.layers import OPEN, SHAPES, LayerCase
 from benchmarks.networks import CASES as NETWORKS
-from benchmarks.record import read, result_files
 from gatedconv.report.bench import Row, best_rows
-from gatedconv.report.peers import NOT_HELD_BACK, OURS
+from gatedconv.report.runtimes import NOT_HELD_BACK, OURS
+from gatedconv.report.tables import markdown_table
 
-MARKS = marks("cpu", "benchmarks.tables")
 _SHORT = {
     "compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
@@ -27,24 +21,59 @@ _SHORT = {
     "eager": "PyTorch eager",
 }
 _LIMITED = (
-    "The same machine, with all libraries told to use AVX2 at most (`ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA`, "
+    "The same machine, with all libraries limited to AVX2 (`ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA`, "
     "`GATEDCONV_ISA`); OpenVINO's convolutions follow oneDNN's variable. ONNX Runtime has no such setting: its figures "
-    "are shown, with AVX-512 where the machine has it, and no ratio or goal is taken against it. Only what has a goal "
-    "is measured here."
+    "are with AVX-512 where the machine has it, without a ratio or goal. Only cases with a goal are measured here."
 )
 
 
+def cpu() -> str:
+    """The section of the committed CPU results."""
+    return cpu_section([found for path in result_files() if (found := read(path))["cuda"] is None])
+
+
+def gpu() -> str:
+    """The section of the committed GPU results."""
+    return gpu_section([found for path in result_files() if (found := read(path))["cuda"] is not None])
+
+
 def cpu_section(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown of all CPU result files, newest first for each device."""
+    """Markdown of all CPU result files, the newest of each device."""
     newest: dict[str, dict[str, Any]] = {}
     for found in sorted(results, key=lambda result: result["date"]):
         newest[found["device"]] = found
-    return "\n\n".join(_device(found) for found in newest.values())
+    return "\n\n".join(_device(found) for found in newest.values()) or "No results yet."
+
+
+def gpu_section(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown of all GPU result files: every row, and what failed."""
+    parts = ["**Not measured yet on any GPU.**"] if not results else []
+    for found in results:
+        head = f"### {found['device']}\n\ntorch {found['torch']}, Triton {found['triton']}, CUDA {found['cuda']}; "
+        parts.append(f"{head}commit `{(found['commit'] or 'unknown')[:10]}`, {found['date'][:10]}.")
+        rows = [Row(**row) for row in found["rows"]]
+        lines = [
+            [
+                row.benchmark,
+                row.case,
+                str(row.batch),
+                row.dtype,
+                " ".join(filter(None, (row.provider, row.setting))),
+                "" if row.ms_median is None else f"{row.ms_median:.4f}",
+                "" if row.ms_min is None else f"{row.ms_min:.4f}",
+                "" if row.error is None else f"{row.error:.1e}",
+                row.note or "",
+            ]
+            for row in rows
+        ]
+        header = ["benchmark", "case", "batch", "dtype", "provider", "median (ms)", "least (ms)", "error", "note"]
+        parts.append(markdown_table(header, lines))
+    return "\n\n".join(parts)
 
 
 @dataclass
 class Judged:
-    """What became of the goals of one file."""
+    """Goals of one result file, met or missed."""
 
     met: int = 0
     missed: list[str] = field(default_factory=list)
@@ -70,9 +99,7 @@ def _device(found: dict[str, Any]) -> str:
     judged = Judged()
     rows = [Row(**row) for row in found["rows"]]
     versions = ", ".join(
-        f"{name} {found['versions'][name]}"
-        for name in ("onnxruntime", "openvino")
-        if name in found["versions"]
+        f"{name} {found['versions'][name]}" for name in ("onnxruntime", "openvino") if name in found["versions"]
     )
     parts = [
         f"### {found['device']}\n\n{found['cpu']}, {found['isa']}, {found['threads']} threads, float32; "
@@ -122,7 +149,7 @@ def _networks(rows: list[Row], judged: Judged) -> str:
     return (
         "**Whole networks.** Median ms per call (interquartile range), each provider at its fastest setting. "
         "The ratio is taken pair by pair within a round against the fastest peer: median (quartiles).\n\n"
-        + markdown(header, lines)
+        + markdown_table(header, lines, 1)
         + "\n\n"
         + _settings(rows)
     )
@@ -133,8 +160,8 @@ def _settings(rows: list[Row]) -> str:
     wins: dict[tuple[str, str], int] = {(row.provider, row.setting): 0 for row in rows}
     for row in best_rows(rows):
         wins[row.provider, row.setting] += 1
-    told = [f"{_SHORT.get(p, p)} {setting} ({count})" for (p, setting), count in wins.items() if p != OURS]
-    return "Settings tried, and in how many cases each was its provider's fastest: " + "; ".join(told) + "."
+    counts = [f"{_SHORT.get(p, p)} {setting} ({count})" for (p, setting), count in wins.items() if p != OURS]
+    return "Settings tried, and in how many cases each was its provider's fastest: " + "; ".join(counts) + "."
 
 
 def _layers(rows: list[Row], judged: Judged) -> str:
@@ -162,7 +189,7 @@ def _layers(rows: list[Row], judged: Judged) -> str:
         "computing all outputs, each in its faster memory format, by the share of outputs that are open; "
         f'"odd count" is just under half. Goals, for the 32x32 networks\' shapes from batch '
         f"{LAYER_GOALS_FROM_BATCH}: {LAYER_GOALS[50]} half open, {LAYER_GOALS[100]} fully open.\n\n"
-        + markdown(header, lines)
+        + markdown_table(header, lines, 1)
     )
 
 
@@ -178,10 +205,7 @@ def _layer_cell(case: LayerCase, dense: Row | None, judged: Judged) -> str:
 def _failures(failures: list[dict[str, Any]]) -> str:
     if not failures:
         return ""
-    lines = [
-        f"- {f['case']}, batch {f['batch']}, {f['provider']} ({f['setting']}): {f['reason']}"
-        for f in failures
-    ]
+    lines = [f"- {f['case']}, batch {f['batch']}, {f['provider']} ({f['setting']}): {f['reason']}" for f in failures]
     return "**Not measured.**\n\n" + "\n".join(lines)
 
 
@@ -196,20 +220,5 @@ def _verdict(what: str, peers: Sequence[Row], wanted: float | None, judged: Judg
     if fastest is None or fastest.ratio is None:
         return ["-", "" if wanted is None else f"{wanted}"]
     spread = f"{fastest.ratio:.2f} ({fastest.ratio_low:.2f}-{fastest.ratio_high:.2f})"
-    told = "" if wanted is None else f"{wanted}, {judged.judge(what, fastest.ratio, wanted)}"
-    return [f"{spread} {_SHORT.get(fastest.provider, fastest.provider)}", told]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; 1 if the document is out of date"
-    )
-    arguments = parser.parse_args()
-    found = [read(path) for path in result_files()]
-    section = cpu_section([result for result in found if result["cuda"] is None])
-    return update(MARKS, section or "No results yet.", check=arguments.check)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    verdict = "" if wanted is None else f"{wanted}, {judged.judge(what, fastest.ratio, wanted)}"
+    return [f"{spread} {_SHORT.get(fastest.provider, fastest.provider)}", verdict]

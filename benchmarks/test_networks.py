@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.conftest import CACHE, as_parameters
 from benchmarks.networks import CASES, NetworkCase
-from gatedconv.report.bench import Contest, network_contest
-from gatedconv.report.peers import SETTINGS
+from gatedconv.report.bench import Comparison, compare_runtimes
+from gatedconv.report.runtimes import SETTINGS
 
-TURN_MS = {32: 25.0, 224: 60.0}
+SAMPLE_MS = {32: 25.0, 224: 60.0}
 
 # What torch.compile makes at run time is the code of its ahead-of-time package plus a check of guards. It takes longest
 # to prepare, so it is measured on the smaller network of each kind.
@@ -21,16 +21,16 @@ JIT, WITH_JIT = "freezing, channels_last", ("resnet56", "resnet18")
 @pytest.mark.timeout(540)
 @pytest.mark.parametrize("case", as_parameters(CASES))
 def test_network(case: NetworkCase, compete: Callable[..., None], cpu_threads: int) -> None:
-    def build() -> Contest:
+    def build() -> Comparison:
         network, x = case.build()
-        return network_contest(
+        return compare_runtimes(
             case.name,
             network,
             x,
             settings=[setting for setting in SETTINGS if setting.name != JIT or case.model in WITH_JIT],
             folder=CACHE,
             threads=cpu_threads,
-            turn_ms=TURN_MS[case.image_size],
+            sample_ms=SAMPLE_MS[case.image_size],
         )
 
     compete("network", case, build)

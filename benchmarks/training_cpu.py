@@ -2,7 +2,7 @@
 
 The plain loop is the fastest that we could write: a plain ResNet, one gather that crops and flips, channels_last, a
 fused optimiser, no metrics but the top-1 of the evaluation. It shares no code with ours. Epochs are whole ones, in
-turns. A gated network is held against a plain one with the gates and the loss that the paper has, and against the
+timing. A gated network is held against a plain one with the gates and the loss that the paper has, and against the
 network without gates. Nothing teaches it.
 """
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
 from scaling_tables import TABLES  # noqa: E402
 
+from benchmarks import tables as performance  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
 from gatedconv.train.config import read_toml  # noqa: E402
 from reproduce.ledger import read_ledger  # noqa: E402
@@ -165,6 +166,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
     ROOT / "docs" / "scaling.md": TABLES,
+    ROOT / "docs" / "performance.md": {"cpu": performance.cpu, "gpu": performance.gpu},
     ROOT / "docs" / "results.md": {
         "demo": demo,
         "demo-seeds": demo_seeds,

@@ -1,1 +1,1 @@
-"""``make gpu``: what needs a GPU, in stages that each end within nine minutes."""
+"""`make gpu`: parity and timings on a GPU, each case in a process of its own."""

@@ -1,120 +1,195 @@
-"""Runs stages: ``python -m benchmarks.gpu [--dry] [STAGE ...]``, all of them by default.
+"""`python -m benchmarks.gpu [first] [--max-minutes X] [--dry] [--out DIR]`: parity and timings on a GPU.
 
-``bench-engine`` stands for all stages whose names begin with it. Each runs in a process of its own, which is ended
-after eight and a half minutes; rows are in a file by then, and the table is printed last. Exit code 1 where rows
-failed, 124 where a stage was ended, 2, with one line, for an unknown stage or where there is no GPU. ``--dry`` walks
-through all of it on a CPU with the smallest cases and keeps nothing.
+``first`` takes at most six minutes; without it all cases run. Each case runs in a process of its own and is killed at
+its time limit; the next one runs whatever happened. Rows go to DIR/gpu.json after every case, output to DIR/logs/.
+``--dry`` walks through the smallest case of each kind on the CPU, in one process.
 
-Rows are kept in benchmarks/results; where the environment has OUT, in that folder, too.
+Exit code 0; 1 where a case failed; 2, with one line, for a wrong argument or where there is no GPU.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.session import LIMIT_S, ROOT, Session, short_name
-from benchmarks.gpu.stages import find_stage, run_cases, stage_names
-from benchmarks.gpu.watch import watch
+import torch
 
-DRY_LIMIT_S = 200.0
+from benchmarks.gpu.cases import Case, all_cases, stand_in
+from benchmarks.harness import ROOT, Machine, Record, Row, machine_header
+from gatedconv._io import write_atomic
+from gatedconv.cli import Parser
+from gatedconv.report.tables import text_table
+
+FIRST_MINUTES = 6.0
+KILLED = -1
+# The provider that others of the same case are compared with.
+BASELINES = {
+    "gate": "eager",
+    "engine": "cudnn fused",
+    "layer": "dense cudnn",
+    "training step": "ungated graph",
+}
 
 
-def main(arguments: list[str]) -> int:
-    """Run the stages named and return the first exit code that is not 0."""
-    dry = "--dry" in arguments
-    names = [argument for argument in arguments if argument != "--dry"]
-    if names[:1] == ["--child"]:
-        return child(names[1], Path(names[2]), [Path(name) for name in names[3:]], dry)
-    unknown = [name for name in names if not matching(name)]
-    if unknown:
-        return fail(f"no stage {unknown[0]!r}; there are: {', '.join(stage_names())}")
-    chosen = [stage for name in names for stage in matching(name)]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cases; see the module."""
+    parser = Parser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("stage", nargs="?", choices=("first", "all"), default="all", help="which cases [all]")
+    parser.add_argument("--max-minutes", type=float, metavar="X", help="start no case after this time [first: 6]")
+    parser.add_argument("--dry", action="store_true", help="walk through the smallest cases on the CPU")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "runs/gpu"), metavar="DIR")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     try:
-        prepare()
-        import torch
-    except ImportError as error:
-        return fail(f"{error}; the stages need torch and triton")
-    if not dry and not torch.cuda.is_available():
-        return fail("no CUDA device is visible; the stages need one")
-    codes = [run_stage(name, dry) for name in chosen or stage_names()]
-    return next((code for code in codes if code), 0)
+        given = parser.parse_args(arguments)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 2
+    out: Path = given.out.absolute()
+    cases = {case.name: case for case in all_cases()}
+    if given.case is not None:
+        return child(cases[given.case], out)
+    if given.dry:
+        return dry_walk([case for case in cases.values() if case.dry])
+    if not torch.cuda.is_available():
+        print("gpu: no CUDA device is visible (--dry does without)", file=sys.stderr)
+        return 2
+    chosen = [case for case in cases.values() if case.first or given.stage == "all"]
+    limit = FIRST_MINUTES if given.stage == "first" else None
+    minutes = min(filter(None, (given.max_minutes, limit)), default=None)
+    return run_all(chosen, out, None if minutes is None else time.monotonic() + 60 * minutes)
 
 
-def matching(name: str) -> list[str]:
-    """The stage of that name, or else all whose names go on from it: ``bench-engine`` for its parts."""
-    return [name] if name in stage_names() else [stage for stage in stage_names() if stage.startswith(f"{name}-")]
+def run_all(cases: Sequence[Case], out: Path, deadline: float | None) -> int:
+    """Run each case in its own process; rows are on the disk after every one."""
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for case in cases:
+        left = case.seconds if deadline is None else min(case.seconds, deadline - time.monotonic())
+        if left < min(5.0, case.seconds):
+            new = [failure(case, "not run: out of time")]
+        else:
+            command = [sys.executable, "-m", "benchmarks.gpu", "--case", case.name, "--out", str(out)]
+            new = run_case(case, command, out, left)
+        rows += new
+        print(table(new), flush=True)
+        save(out, rows)
+    failed = [row for row in rows if row.failed]
+    print(f"{len(rows)} rows, {len(failed)} failed, in {out / 'gpu.json'}")
+    return int(bool(failed))
 
 
-def run_stage(name: str, dry: bool) -> int:
-    """Run one stage in its own process."""
-    print(f"== {name}", flush=True)
-    found = find_stage(name)
-    if found is None:
-        print(f"{name}: nothing to run, its cases are not part of this checkout")
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        progress = Path(folder) / "progress"
-        results = [Path(folder)] if dry else result_folders()
-        session = open_session(results, progress, dry)
-        command = [sys.executable, "-m", "benchmarks.gpu", "--child", name, str(progress), *map(str, results)]
-        code = watch([*command, *(["--dry"] if dry else [])], session, found[1])
-    sys.stdout.flush()
-    return code
+def run_case(case: Case, command: Sequence[str], out: Path, seconds: float) -> list[Row]:
+    """The rows of a case that runs in a process; a failed row where it was killed or ended without rows."""
+    result, log = out / f".{case.name}.json", out / "logs" / f"{case.name}.log"
+    result.unlink(missing_ok=True)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = KILLED
+        finally:  # also where this process is interrupted
+            kill(process)
+    if result.is_file():
+        rows = [Row(**row) for row in json.loads(result.read_text())]
+        result.unlink()
+        if code == 0:
+            return rows
+    why = f"killed after {seconds:.0f} s" if code == KILLED else f"exit code {code}: {last_line(log)}"
+    return [failure(case, f"failed: {why}")]
 
 
-def result_folders() -> list[Path]:
-    """Where rows are kept; first where those of earlier runs are looked for."""
-    out = os.environ.get("OUT")
-    return [ROOT / "benchmarks" / "results", *([Path(out).absolute()] if out else [])]
-
-
-def child(name: str, progress: Path, results: Sequence[Path], dry: bool) -> int:
-    """Run a stage's cases, in the process that is watched."""
-    prepare()
-    found = find_stage(name)
-    assert found is not None
-    session = open_session(results, progress, dry)
-    run_cases(session, found[0](session))
+def child(case: Case, out: Path) -> int:
+    """Run one case in this process and write its rows."""
+    rows = attempt(case, Machine())
+    write_atomic(out / f".{case.name}.json", json.dumps([row.as_dict() for row in rows]).encode())
     return 0
 
 
-def open_session(results: Sequence[Path], progress: Path, dry: bool) -> Session:
-    """A session on the GPU that is there."""
-    import torch
-    import triton
-
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    device = "dry" if dry else short_name(torch.cuda.get_device_name())
-    limit_s = DRY_LIMIT_S if dry else LIMIT_S
-    return Session(device, versions, results[0], limit_s, progress, dry, copies=results[1:])
-
-
-def prepare() -> None:
-    """Make ``gatedconv.kernels`` importable from a checkout that is not installed."""
-    import gatedconv  # noqa: F401
-
-    if importlib.util.find_spec("gatedconv.kernels") is None:
-        folder = ROOT / "kernels"
-        spec = importlib.util.spec_from_file_location(
-            "gatedconv.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{folder} cannot be imported")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["gatedconv.kernels"] = module
-        spec.loader.exec_module(module)
+def dry_walk(cases: Sequence[Case]) -> int:
+    """Run the cases on the CPU and print their rows; nothing is kept."""
+    machine, rows = Machine(dry=True), list[Row]()
+    with stand_in(machine) as installed:
+        machine.stands_in = installed is not None
+        for case in cases:
+            new = attempt(case, machine)
+            rows += new
+            print(table(new), flush=True)
+    failed = sum(row.failed for row in rows)
+    print(f"{len(rows)} rows of a dry walk, {failed} failed; the times mean nothing")
+    return int(bool(failed))
 
 
-def fail(line: str) -> int:
-    """Say what is wrong and return exit code 2."""
-    print(f"gpu: {line}", file=sys.stderr)
-    return 2
+def attempt(case: Case, machine: Machine) -> list[Row]:
+    """The rows of a case; an exception is a failed row, with its traceback in the log."""
+    try:
+        return list(case.run(machine))
+    except Exception as error:  # the other cases do not depend on this one
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        return [failure(case, f"failed: {type(error).__name__}: {lines[0]}"[:200])]
+
+
+def failure(case: Case, note: str) -> Row:
+    """The row of a case without rows of its own."""
+    return Row("case", case.name, 0, "", "", note=note)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process that started a session of its own, and all processes that it started."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(3)
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no output"
+
+
+def save(out: Path, rows: Sequence[Row]) -> None:
+    """Write DIR/gpu.json: the header of this machine, and the rows."""
+    path = out / "gpu.json"
+    with tempfile.TemporaryDirectory() as folder:
+        record = Record(Path(folder) / "gpu.json", header())
+        record.add(rows)
+        write_atomic(path, record.path.read_bytes())
+
+
+def header() -> dict[str, Any]:
+    """The header of a result file; the GPU's name does not need a context."""
+    return machine_header(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text, with the speed relative to the baseline of their case."""
+    base = {(row.benchmark, row.case, row.batch): row for row in rows if row.provider == BASELINES.get(row.benchmark)}
+    lines = []
+    for row in rows:
+        reference = base.get((row.benchmark, row.case, row.batch))
+        speed = reference.ms_min / row.ms_min if reference and reference.ms_min and row.ms_min else None
+        cells = [row.case, str(row.batch), row.dtype, row.provider, _number(row.ms_median, 4), _number(row.ms_min, 4)]
+        cells += [_number(speed, 2), _number(row.error, -1), row.note or ""]
+        lines.append([row.benchmark, *cells])
+    return text_table(["benchmark", "case", "batch", "dtype", "provider", "ms", "least", "x", "error", ""], lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.1e}" if digits < 0 else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

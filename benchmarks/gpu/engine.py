@@ -1,210 +1,216 @@
-"""Stages of the CUDA engine: its tests and sanitizers, single layers with their share of the roofline, whole networks.
+"""The engine on a GPU: whole networks with every candidate's time, and single layers, against PyTorch and cuDNN.
 
-Peers run the same cut network in the same run. Every provider's output is compared with float32 before it is timed: a
-row of ours whose error is more than twice that of PyTorch in the same type is a failure.
+Every output is compared with float32 first: an error of more than twice that of PyTorch in the same type fails. Peers
+choose algorithms by measurement (`cudnn.benchmark`), and copy input and output of their graph as `Engine` does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib.util
-import os
+import json
+import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatedconv
-from benchmarks.gpu.check import TOOLS, sanitized, sharded
-from benchmarks.gpu.engine_roofline import LAYERS, Ceilings, LayerCase
-from benchmarks.gpu.session import Session
-from benchmarks.gpu.stages import Case, stage
-from benchmarks.gpu.timing import Machine
+from benchmarks.harness import Call, Machine, Row, precision, variable
 from benchmarks.networks import NetworkCase
+from gatedconv.ops import cuda_conv
 
-TESTS = ("tests/cuda/gpu/test_gpu.py", "tests/cuda/gpu/test_resident.py")
-SANITIZED = "tests/cuda/gpu/test_sanitized.py"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
-BATCHES = (1, 32, 256)
-# provider -> (our kernels, or None for PyTorch; mode of torch.compile; captured in a graph here)
-NETWORK_PROVIDERS: dict[str, tuple[str | None, str | None, bool]] = {
-    "eager": (None, None, False),
-    "eager graph": (None, None, True),
-    "cudnn-fused graph": ("off", None, False),
-    "gatedconv": ("auto", None, False),
-    "gatedconv resident": ("experimental", None, False),
-    "compile reduce-overhead": (None, "reduce-overhead", False),
-    "tensorrt": (None, None, False),
+# Provider: GATEDCONV_CUDA_KERNELS, None for PyTorch.
+PROVIDERS: dict[str, str | None] = {
+    "eager graph": None,
+    "cudnn fused": "off",
+    "gatedconv": "auto",
+    "gatedconv resident": "experimental",
+    "compile reduce-overhead": None,
 }
-EAGER_S, ENGINE_S, COMPILE_S = 8.0, 25.0, 90.0
-# An image's maps stay in shared memory from layer to layer; the other runs launch once a layer.
-RESIDENT = "gatedconv resident"
+EAGER = ("eager graph", "cudnn fused", "gatedconv", "gatedconv resident")
+COMPILED = "compile reduce-overhead"
 Run = Callable[[Tensor], Tensor]
 
 
-@stage("check-engine")
-def check_engine(session: Session) -> Iterator[Case]:
-    """Parity, graphs, streams and networks; then our convolution kernels alone under each sanitizer."""
-    yield Case(("check", "engine tests", 0, "", "gatedconv"), 60.0, lambda: sharded(session, TESTS))
-    for tool in TOOLS:
-        run = lambda tool=tool: sanitized(tool, session, SANITIZED)  # noqa: E731
-        yield Case(("check", f"engine {tool}", 0, "", "gatedconv"), 45.0, run)
-
-
-@stage("bench-engine-layers", baseline="cut cudnn")
-def bench_layers(session: Session) -> Iterator[Case]:
-    """Ceilings of this GPU first; then layers by ours and by peers, each with its share of what the ceilings allow."""
-    machine, ceilings = Machine(session.dry), Ceilings(session.dry)
-    for name in ("copy", "float16", "tf32"):
-        yield Case(("ceiling", name, 0, "", "measured"), 5.0, lambda name=name: ceilings.measure(machine, name))
-    for dtype in DTYPES:
-        for layer in LAYERS[:1] if session.dry else LAYERS:
-            for batch in (2,) if session.dry else BATCHES:
-                for provider in layer.providers:
-                    yield layer_case(machine, ceilings, layer, batch, dtype, provider)
-
-
-def layer_case(machine: Machine, ceilings: Ceilings, layer: LayerCase, batch: int, dtype: str, provider: str) -> Case:
-    """One provider on one layer, in a graph."""
-
-    def run() -> dict[str, Any]:
-        if machine.dry and provider != "cut cudnn":
-            return {"note": "not run: needs a GPU"}
-        machine.clean()
-        with precision(dtype), torch.inference_mode():
-            call = layer.build(provider, batch, DTYPES[dtype], machine.device)
-            values = machine.values(call, graph=True)
-        share = ceilings.share(layer, batch, dtype, values["ms_median"])
-        return {**values, "ratio": share, "note": None if share is None else f"{100 * share:.0f} % of the roofline"}
-
-    return Case(("engine layer", layer.name, batch, dtype, provider), EAGER_S, run)
-
-
-@stage("bench-engine-cifar", baseline="compile reduce-overhead")
-def bench_cifar(session: Session) -> Iterator[Case]:
-    """ResNet-56 and -110 at 32x32, mid-50 first."""
-    yield from network_cases(session, ("resnet56", "resnet110"), ("mid-50", "dense"))
-
-
-@stage("bench-engine-imagenet", baseline="compile reduce-overhead")
-def bench_imagenet(session: Session) -> Iterator[Case]:
-    """ResNet-50 and -18 at 224x224, mid-50 first."""
-    yield from network_cases(session, ("resnet50", "resnet18"), ("mid-50", "dense"))
-
-
-def network_cases(session: Session, models: tuple[str, ...], cuts: tuple[str, ...]) -> Iterator[Case]:
-    """What the goals are about first: fp16, the first model, cut; what compiles is last of each group."""
-    machine = Machine(session.dry)
-    if session.dry:
-        for provider in NETWORK_PROVIDERS:
-            yield network_case(machine, NetworkCase(models[-1], cuts[0], 1), "bfloat16", provider)
-        return
-    for dtype in DTYPES:
-        for cut in cuts:
-            for model in models:
-                for batch in BATCHES:
-                    for provider in NETWORK_PROVIDERS:
-                        if provider != RESIDENT or NetworkCase(model, cut, batch).image_size == 32:
-                            yield network_case(machine, NetworkCase(model, cut, batch), dtype, provider)
-
-
-def network_case(machine: Machine, case: NetworkCase, dtype: str, provider: str) -> Case:
-    """One provider on one network."""
-    kernels, compiled, graph = NETWORK_PROVIDERS[provider]
-    seconds = COMPILE_S if compiled or provider == "tensorrt" else EAGER_S if kernels is None else ENGINE_S
-
-    def run() -> dict[str, Any]:
-        if provider == "tensorrt" and importlib.util.find_spec("torch_tensorrt") is None:
-            return {"note": "not run: torch_tensorrt is not installed"}
-        machine.clean()
-        network, x = case.build()
-        network, x = network.to(machine.device), x.to(machine.device)
-        with precision(dtype), switched(kernels), torch.inference_mode():
-            images = x if machine.dry else several(x)
+def network_rows(machine: Machine, model: str, cut: str, batch: int, dtype: str, provider: str) -> list[Row]:
+    """One provider on one network; for ours also a row of every candidate that the tuner measured."""
+    if machine.dry:
+        model, batch, dtype = "resnet20", min(batch, 2), "bfloat16"
+    case = NetworkCase(model, cut, batch)
+    network, x = case.build()
+    network, x = network.to(machine.device), x.to(machine.device)
+    with tempfile.TemporaryDirectory() as cache, variable("GATEDCONV_CACHE", None if machine.dry else cache):
+        with precision(dtype), variable("GATEDCONV_CUDA_KERNELS", PROVIDERS[provider]), torch.inference_mode():
+            images = _several(x, 2 if machine.dry else 64)
             with precision("float32"):
-                exact = batched(network, images, case.batch)
+                exact = _batched(network, images, batch)
             low, given = copy.deepcopy(network).to(DTYPES[dtype]), x.to(DTYPES[dtype])
-            run = build(machine, provider, compiled, low, given)
-            if provider == RESIDENT and not machine.dry:
-                run(given)  # what it takes is chosen at the first call
-                if "one launch" not in run.describe():  # type: ignore[attr-defined]
-                    return {"note": "not run: no layers of it fit into shared memory"}
-            error, theirs = (
-                deviation(batched(f, images.to(DTYPES[dtype]), case.batch), exact) for f in (run, low)
-            )
-            allowed = 2 * theirs
-            if error > max(allowed, 1e-5):
-                raise RuntimeError(f"error {error:.1e}, twice PyTorch's own is {allowed:.1e}")
-            values = machine.values(lambda: run(given), graph, inner=compiled is None)
-        return {**values, "error": error}
-
-    return Case(("engine network", case.name, case.batch, dtype, provider), seconds, run)
+            run = build(machine, provider, low, given)
+            errors = [deviation(_batched(f, images.to(DTYPES[dtype]), batch), exact) for f in (run, low)]
+            if errors[0] > max(2 * errors[1], 1e-5):
+                raise RuntimeError(f"error {errors[0]:.1e}, twice PyTorch's own is {2 * errors[1]:.1e}")
+            inputs = machine.copies(lambda: torch.randn_like(given))
+            values = machine.values([lambda x=x: run(x) for x in inputs], False, inner=provider != COMPILED)
+        row = Row("engine", case.name, batch, dtype, provider, error=errors[0], **values)
+        return [row, *_candidates(Path(cache), case, dtype, provider)]
 
 
-def build(machine: Machine, provider: str, compiled: str | None, network: nn.Module, x: Tensor) -> Run:
-    """The network as a provider runs it, in channels_last wherever it is asked."""
-    if NETWORK_PROVIDERS[provider][0] is not None:
-        if machine.dry:
-            return network  # there is no engine for these types on a CPU
-        return gatedconv.Engine(network, x)
+def build(machine: Machine, provider: str, network: nn.Module, x: Tensor) -> Run:
+    """The network as a provider runs it: input in NCHW, output in memory of its own."""
+    if PROVIDERS[provider] is not None:
+        # There is no engine for half precision on a CPU.
+        return network if machine.dry else gatedconv.Engine(network, x)
     network = network.to(memory_format=torch.channels_last)
-    if provider == "tensorrt":
-        import torch_tensorrt
-
-        compiled_network = torch_tensorrt.compile(network, ir="dynamo", inputs=[x], enabled_precisions={x.dtype})
-        return lambda x: compiled_network(x)
-    if compiled is not None:
+    last = {"memory_format": torch.channels_last}
+    if provider == COMPILED:
         with torch._inductor.config.patch(freezing=True):
-            run = machine.compile(network, compiled, True)
-            run(x.contiguous(memory_format=torch.channels_last))  # compiles here, where freezing is on
-    else:
-        run = network
-    return lambda x: run(x.contiguous(memory_format=torch.channels_last))
+            compiled = machine.compile(network, "reduce-overhead", True)
+            compiled(x.contiguous(**last))  # compiles here, where freezing is on
+        return lambda x: compiled(x.contiguous(**last)).clone()
+    static = x.clone(**last)
+    replay = machine.captured(lambda: network(static))
+
+    def run(x: Tensor) -> Tensor:
+        static.copy_(x)
+        result: Tensor = replay()
+        return result.clone()
+
+    return run
 
 
-def several(x: Tensor, count: int = 64) -> Tensor:
-    """At least that many images, in whole batches, x first: a few logits alone tell little of an error."""
+def _candidates(cache: Path, case: NetworkCase, dtype: str, provider: str) -> Iterator[Row]:
+    """A row of every candidate in the tuner's file: its time, or why it was refused."""
+    for path in sorted(cache.glob("tuned-*.json")):
+        for key, choice in json.loads(path.read_text())["choices"].items():
+            name = f"{case.name}: {key}"
+            for candidate, ms in choice["ms"].items():
+                note = "chosen" if candidate == choice["candidate"] else None
+                yield Row("candidate", name, case.batch, dtype, candidate, provider, ms_median=ms, note=note)
+            for candidate, reason in choice["out"].items():
+                note = f"failed: {reason}" if reason == "wrong result" else reason
+                yield Row("candidate", name, case.batch, dtype, candidate, provider, note=note)
+
+
+def _several(x: Tensor, count: int) -> Tensor:
+    """At least ``count`` images in whole batches, x first: the error of few logits is noisy."""
     batches = max(1, -(-count // len(x)))
     generator = torch.Generator().manual_seed(1)
     more = torch.randn((batches - 1) * len(x), *x.shape[1:], generator=generator)
     return torch.cat([x, more.to(x.device)])
 
 
-def batched(run: Run, images: Tensor, batch: int) -> Tensor:
-    """What a network returns for images that it is given batch by batch; its results may share memory."""
+def _batched(run: Run, images: Tensor, batch: int) -> Tensor:
     return torch.cat([run(part).clone() for part in images.split(batch)])
 
 
 def deviation(result: Tensor, exact: Tensor) -> float:
-    """Root mean square of a - b over that of b; infinite where there is a NaN."""
+    """Root mean square of a - b over that of b; infinite for NaN."""
     difference = (result.double() - exact.double()).square().mean()
     value = float((difference / exact.double().square().mean()).sqrt())
     return value if value == value else float("inf")
 
 
-@contextlib.contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """Let float32 convolutions and products use tf32 where that is what is measured, and nowhere else."""
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = conv.fp32_precision, matmul.fp32_precision
-    conv.fp32_precision = matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        conv.fp32_precision, matmul.fp32_precision = before
+@dataclass(frozen=True)
+class LayerCase:
+    """A convolution that keeps the map's size, with bias and ReLU.
+
+    Attributes:
+        inputs: input channels.
+        outputs: output channels of the stream.
+        open: computed outputs; fewer than `outputs` add into the stream, as in a layer gated "after".
+        kernel: height and width of the kernel.
+        size: height and width of the map.
+    """
+
+    inputs: int
+    outputs: int
+    open: int
+    kernel: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        """For example "16->8 of 16 3x3 @32"."""
+        outputs = f"{self.open} of {self.outputs}" if self.open < self.outputs else str(self.outputs)
+        return f"{self.inputs}->{outputs} {self.kernel}x{self.kernel} @{self.size}"
 
 
-@contextlib.contextmanager
-def switched(mode: str | None) -> Iterator[None]:
-    """GATEDCONV_CUDA_KERNELS for the time being; None leaves it."""
-    before = os.environ.get("GATEDCONV_CUDA_KERNELS")
-    if mode is not None:
-        os.environ["GATEDCONV_CUDA_KERNELS"] = mode
-    try:
-        yield
-    finally:
-        os.environ.pop("GATEDCONV_CUDA_KERNELS", None)
-        if before is not None:
-            os.environ["GATEDCONV_CUDA_KERNELS"] = before
+# Of ResNet-56 and ResNet-50: mid-50, "after" half open, fully open.
+LAYERS = (
+    LayerCase(16, 8, 8, 3, 32),
+    LayerCase(16, 16, 8, 3, 32),
+    LayerCase(64, 64, 32, 3, 8),
+    LayerCase(64, 64, 64, 3, 8),
+    LayerCase(256, 256, 256, 3, 14),
+    LayerCase(128, 512, 256, 1, 28),
+)
+
+
+def layer_rows(machine: Machine, layer: LayerCase, batch: int = 32, dtype: str = "float16") -> list[Row]:
+    """Every provider on one layer, in a graph. A layer that adds into a stream has two peers.
+
+    "compact cudnn" convolves the open outputs and adds them in place by index (atomics); "dense cudnn" convolves all
+    outputs with zero rows for the closed ones, fused with the addition and ReLU. Ours has to beat the faster one.
+    """
+    batch, dtype = (2, "bfloat16") if machine.dry else (batch, dtype)
+    rows = []
+    with precision(dtype), torch.inference_mode():
+        providers = layer_providers(machine, layer, batch, DTYPES[dtype])
+        exact = providers["compact cudnn"][0]()
+        for provider, calls in providers.items():
+            error = float((calls[0]().double() - exact.double()).abs().max() / exact.double().abs().max())
+            note = f"failed: error {error:.1e}" if not error <= 2e-2 else None
+            rows.append(
+                Row("layer", layer.name, batch, dtype, provider, error=error, note=note, **machine.values(calls, True))
+            )
+    return rows
+
+
+def layer_providers(machine: Machine, layer: LayerCase, batch: int, dtype: torch.dtype) -> dict[str, list[Call]]:
+    """Provider -> the layer on rotating inputs, all in channels_last."""
+    generator, last, pad = torch.Generator().manual_seed(0), torch.channels_last, layer.kernel // 2
+    draw = lambda *s: torch.randn(s, generator=generator).to(machine.device, dtype)  # noqa: E731
+    weight = (draw(layer.open, layer.inputs, layer.kernel, layer.kernel) / layer.inputs**0.5).to(memory_format=last)
+    bias, scatters = draw(layer.open), layer.open < layer.outputs
+    index = torch.randperm(layer.outputs, generator=generator)[: layer.open].sort().values.to(machine.device)
+    maps = machine.copies(lambda: draw(batch, layer.inputs, layer.size, layer.size).to(memory_format=last))
+    stream = draw(batch, layer.outputs, layer.size, layer.size).relu().to(memory_format=last)
+    wide, wide_bias = weight.new_zeros(layer.outputs, *weight.shape[1:]), bias.new_zeros(layer.outputs)
+    wide[index], wide_bias[index] = weight, bias
+
+    def compact(x: Tensor) -> Tensor:
+        out = F.conv2d(x, weight, bias, 1, pad)
+        return (stream.index_add(1, index, out) if scatters else out).relu_()
+
+    def dense(x: Tensor) -> Tensor:
+        arguments = ([1, 1], [pad, pad], [1, 1], 1)
+        if machine.dry:
+            return (F.conv2d(x, wide, wide_bias, 1, pad) + (stream if scatters else 0)).relu_()
+        if scatters:
+            return torch.ops.aten.cudnn_convolution_add_relu(x, wide, stream, 1.0, wide_bias, *arguments)
+        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *arguments)
+
+    found: dict[str, Run] = {"compact cudnn": compact, "dense cudnn": dense}
+    if not machine.dry:
+        found["gatedconv"] = _ours(layer, wide if scatters else weight, wide_bias if scatters else bias, stream, index)
+    return {name: [lambda x=x, r=run: r(x) for x in maps] for name, run in found.items()}
+
+
+def _ours(layer: LayerCase, weight: Tensor, bias: Tensor, stream: Tensor, index: Tensor) -> Run:
+    scatters = layer.open < layer.outputs
+    tf32 = weight.dtype == torch.float32 and cuda_conv.allows_tf32()
+    closed = torch.tensor(sorted(set(range(layer.outputs)) - set(index.tolist())), device=weight.device)
+    order = torch.cat([index, closed.long(), index.new_tensor([layer.open])]).int() if scatters else None
+    packed, floats, pad = cuda_conv.conv_pack(weight, None, tf32), bias.float(), layer.kernel // 2
+    geometry = [layer.kernel, layer.kernel, 1, 1, pad, pad, 1, 1]
+    output, residual = torch.empty_like(stream), stream if scatters else None
+
+    def run(x: Tensor) -> Tensor:
+        tile = (0, 0)  # the library's choice by size; an `Engine` measures every tile
+        return cuda_conv.conv_run(x, packed, floats, None, order, residual, output, geometry, 1, False, tf32, tile)
+
+    return run

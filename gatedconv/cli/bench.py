@@ -8,7 +8,7 @@ from typing import Any
 
 from gatedconv.cli.networks import example_input, saved_networks
 
-_MOST = 1_000_000  # of anything: beyond, PyTorch's own errors take over
+_MOST = 1_000_000  # of any count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,43 +25,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         metavar="NAME,...",
         default="all",
-        help="the runtimes to measure beside ours: eager, compile, onnxruntime, openvino; all or none [all]",
+        help="the other runtimes to measure: eager, compile, onnxruntime, openvino; all or none [all]",
     )
     parser.add_argument("--size", type=int, metavar="N", help="height and width of the images, if not the model's")
-    parser.add_argument("--energy", action="store_true", help="also the joules of a call, where the machine tells")
-    parser.add_argument("--all-settings", action="store_true", help="every set-up of a runtime, not its best alone")
+    parser.add_argument(
+        "--energy", action="store_true", help="also the joules of a call, where the machine has a counter"
+    )
+    parser.add_argument("--all-settings", action="store_true", help="every setting of a runtime, not only its best")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure the networks of the target in turns, in ours and in other runtimes, and print a table."""
+    """Measure the networks of the target, in our engine and in other runtimes, and print a table."""
     import torch
 
-    from gatedconv.report.bench import bench_table, best_rows, network_contest
+    from gatedconv.report.bench import bench_table, best_rows, compare_runtimes
 
     _check(arguments)
     settings = _settings(arguments.peers)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    rows, left_out, spent = [], {}, []
+    rows, failures, energy = [], {}, []
     for name, (network, size) in _networks(arguments.target, arguments.size).items():
         for batch in arguments.batch:
             x = example_input(network, batch, size)
-            contest = network_contest(name, network, x, settings=settings)
-            contest.rounds(arguments.rounds)
-            rows += contest.rows()
-            left_out.update(contest.failures)
+            comparison = compare_runtimes(name, network, x, settings=settings)
+            comparison.rounds(arguments.rounds)
+            rows += comparison.rows()
+            failures.update(comparison.failures)
             if arguments.energy:
-                spent.append(_energy(name, network, x))
-    print(bench_table(rows if arguments.all_settings else best_rows(rows)))
-    for (provider, setting), reason in left_out.items():
+                energy.append(_energy(name, network, x))
+    print(bench_table(rows if arguments.all_settings else best_rows(rows, "ms_min")))
+    for (provider, setting), reason in failures.items():
         print(f"not measured: {provider}, {setting}: {reason}")
-    for line in spent:
+    for line in energy:
         print(line)
     return 0
 
 
 def _energy(name: str, network: Any, x: Any) -> str:
-    """One line: the joules of a call in eager mode, or why nothing can be told."""
+    """One line: the joules of a call in eager mode, or why they cannot be measured."""
     import torch
 
     from gatedconv.measure.energy import EnergyMeter, energy_per_call
@@ -69,8 +71,8 @@ def _energy(name: str, network: Any, x: Any) -> str:
     meter = EnergyMeter(x.device)
     wait = torch.cuda.synchronize if x.is_cuda else None
     joules = energy_per_call(lambda: network(x), meter, synchronize=wait)
-    told = f"not measurable here: {meter.reason}" if joules is None else f"{joules:.6g} J ({meter.source})"
-    return f"energy of one call, {name}, batch {len(x)}, eager: {told}"
+    result = f"not measurable here: {meter.reason}" if joules is None else f"{joules:.6g} J ({meter.source})"
+    return f"energy of one call, {name}, batch {len(x)}, eager: {result}"
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -90,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _settings(peers: str) -> list[Any]:
-    from gatedconv.report.peers import OURS, PROVIDERS, SETTINGS
+    from gatedconv.report.runtimes import OURS, PROVIDERS, SETTINGS
 
     others = [name for name in PROVIDERS if name != OURS]
     wanted = {"all": others, "none": []}.get(peers, [name.strip() for name in peers.split(",")])
@@ -101,8 +103,8 @@ def _settings(peers: str) -> list[Any]:
 
 
 def _networks(target: str, size: int | None) -> dict[str, tuple[Any, tuple[int, int, int] | None]]:
-    """Name -> network in eval mode and the (C, H, W) of its images, None for that of the network itself."""
-    asked = None if size is None else (3, size, size)
+    """Name -> network in eval mode and the (C, H, W) of its images, None for the network's own."""
+    wanted = None if size is None else (3, size, size)
     path = Path(target)
     if path.suffix == ".pt2":
         return {path.stem: _exported(path)}
@@ -111,14 +113,14 @@ def _networks(target: str, size: int | None) -> dict[str, tuple[Any, tuple[int, 
         if size is None:
             return {name: (network, None) for name, network in found.items()}
         return {name: (net, (example_input(net).shape[1], size, size)) for name, net in found.items()}
-    return {target: (_torchvision(target), asked or (3, 224, 224))}
+    return {target: (_torchvision(target), wanted or (3, 224, 224))}
 
 
 def _exported(path: Path) -> tuple[Any, tuple[int, int, int]]:
     import torch
 
     class Exported(torch.nn.Module):
-        """An exported program is in eval mode for good and refuses to be told so again."""
+        """An exported program is always in eval mode, and its own `train` and `eval` raise."""
 
         def __init__(self, program: torch.nn.Module) -> None:
             super().__init__()
@@ -134,7 +136,7 @@ def _exported(path: Path) -> tuple[Any, tuple[int, int, int]]:
         raise ValueError(f"{path}: expected a .pt2 of torch.export, found nothing there")
     try:
         program = torch.export.load(path)
-    except Exception as error:  # whatever a damaged or foreign archive makes torch raise
+    except Exception as error:  # a damaged or foreign archive may raise anything
         raise ValueError(f"{path}: torch.export cannot load it: {error}") from error
     shapes = [
         tuple(node.meta["val"].shape)
@@ -151,7 +153,9 @@ def _torchvision(name: str) -> Any:
     try:
         from torchvision import models
     except ImportError as error:
-        raise ImportError(f"{name}: no such file, and torchvision, which may know it, is missing") from error
+        raise ImportError(
+            f"{name}: no such file, and torchvision, which may have a model of that name, is not installed"
+        ) from error
     if name not in models.list_models(module=models):
         raise ValueError(f"{name}: expected a run folder, a model file or a torchvision model, found none of them")
     return models.get_model(name, weights=None).eval()

@@ -1,8 +1,8 @@
-"""Joules, from the counters that the hardware keeps: NVML's on NVIDIA GPUs, RAPL's on CPUs.
+"""Energy in joules, from the counters of the hardware: NVML on NVIDIA GPUs, RAPL on CPUs.
 
 NVML is read through NVIDIA's own package (``pip install 'gatedconv[energy]'``), RAPL through the kernel's powercap
-files. Where nothing can be read the answer is None with a reason, never 0. A counter is of a whole device: other
-work on it counts too.
+files. Where nothing can be read the result is None with a reason, never 0. A counter is of a whole device and includes
+all work on it.
 """
 
 from __future__ import annotations
@@ -21,28 +21,18 @@ SHARED = "other work ran on the device"
 
 
 class Counter(Protocol):
-    """Energy that a device has taken since some moment, which only grows, but for starting over at ``span``.
-
-    Attributes:
-        name: of the device, for people.
-        span: joules after which it starts over at 0; None if never.
-    """
+    """The energy that a device has consumed; it only grows, and restarts at 0 after ``span`` joules (None: never)."""
 
     name: str
     span: float | None
 
     def read(self) -> float:
-        """Joules; OSError or RuntimeError where it cannot be read."""
+        """Joules; OSError, ValueError or RuntimeError where it cannot be read."""
         ...
 
 
 class RaplCounter:
-    """A package or memory zone of powercap.
-
-    Raises:
-        OSError: the zone cannot be read.
-        ValueError: it holds no numbers.
-    """
+    """A package or memory zone of powercap; OSError or ValueError where it cannot be read."""
 
     def __init__(self, zone: Path) -> None:
         self._file = zone / "energy_uj"
@@ -56,18 +46,17 @@ class RaplCounter:
 
 
 class NvmlCounter:
-    """A GPU of NVML, found by the identity that CUDA gives it: the two may number GPUs differently.
+    """A GPU of NVML, found by its UUID, because CUDA and NVML may number GPUs differently.
 
     Raises:
         ImportError: the package nvidia-ml-py is not installed.
-        OSError: NVML, or this GPU's counter (Volta and later), is not there.
+        OSError: NVML, or this GPU's counter (Volta and later), is not available.
     """
 
     span: float | None = None
 
     def __init__(self, device: torch.device, nvml: Any = None) -> None:
-        nvml = nvml or importlib.import_module("pynvml")
-        self._nvml = nvml
+        self._nvml = nvml = nvml or importlib.import_module("pynvml")
         index = torch.cuda.current_device() if device.index is None else device.index
         uuid = str(torch.cuda.get_device_properties(index).uuid)
         try:
@@ -87,18 +76,18 @@ class NvmlCounter:
 
 
 class EnergyMeter:
-    """Joules of what counters watch, from `start` on.
+    """Joules of some counters since `start`.
 
     Args:
-        device: that the work runs on.
+        device: of the work.
         host: also count this machine's CPUs; one process per machine should.
-        counters: what to read; None for what this machine has.
-        shared: other work runs on the device: counters of whole devices tell nothing of this one.
+        counters: what to read; None for those of this machine.
+        shared: other work runs on the device, so that its counters cannot be used.
 
     Attributes:
-        source: the devices that are counted, for people; "" where none is.
-        reason: why nothing can be told of the time since `start`; "" while something can.
-        elsewhere: whether another process counts all that this one uses.
+        source: names of the counted devices; "" without any.
+        reason: why the energy since `start` is unknown; "" while it is known.
+        elsewhere: whether another process counts the energy of this one.
     """
 
     def __init__(
@@ -122,13 +111,13 @@ class EnergyMeter:
         self._totals = [0.0] * len(self._counters)
 
     def start(self) -> None:
-        """Begin to count, at 0; what went wrong before does not matter any more."""
+        """Count from 0, and forget earlier failures."""
         self.reason = self._failed = self._absent
         self._totals = [0.0] * len(self._counters)
         self._last = self._read()
 
     def poll(self) -> None:
-        """Read the counters, so that none can start over twice unseen; RAPL's may do so within minutes."""
+        """Read the counters, often enough that none restarts twice unseen; RAPL's may restart within minutes."""
         now = self._read()
         for number, (counter, before, after) in enumerate(zip(self._counters, self._last, now, strict=False)):
             used = after - before
@@ -136,11 +125,14 @@ class EnergyMeter:
         self._last = now
 
     def joules(self) -> float | None:
-        """Joules since `start`; None where one of the counters does not tell, which `reason` explains."""
+        """Joules since `start`; None where a counter fails or does not move, with the `reason`.
+
+        A sum over some of the counters would pass for the total. A counter that does not move may still do so later; a
+        failed one stays unknown until the next `start`.
+        """
         self.poll()
         still = [counter.name for counter, total in zip(self._counters, self._totals, strict=True) if total <= 0]
-        # Of a part the rest would pass for the whole. What stands still may move yet; what failed stays unknown.
-        self.reason = self._failed or (f"{', '.join(still)}: the counter stands still" if still else "")
+        self.reason = self._failed or (f"{', '.join(still)}: the counter does not move" if still else "")
         return None if self.reason else sum(self._totals)
 
     def _read(self) -> list[float]:
@@ -149,7 +141,7 @@ class EnergyMeter:
         try:
             return [counter.read() for counter in self._counters]
         except (OSError, ValueError, RuntimeError) as error:
-            self.reason = self._failed = _told(error)
+            self.reason = self._failed = _message(error)
             return []
 
 
@@ -161,12 +153,12 @@ def energy_per_call(
     seconds: float = 1.0,
     synchronize: Callable[[], object] | None = None,
 ) -> float | None:
-    """Joules of one call, from as many of them as fill a time; None where the meter cannot tell.
+    """Joules of one call, averaged over as many as fill a time; None where the meter has a `reason`.
 
     Args:
         call: the work.
-        meter: started here; `reason` says why it cannot tell.
-        seconds: at least so long, for counters that move in steps of milliseconds.
+        meter: started here.
+        seconds: minimum time, for counters that move in steps of milliseconds.
         synchronize: waits for the device.
     """
     if meter.reason:
@@ -185,19 +177,21 @@ def energy_per_call(
 
 
 def find_counters(device: torch.device, *, host: bool = True, powercap: Path = POWERCAP) -> tuple[list[Counter], str]:
-    """The counters that can be read for work on a device; and, where there are none, why.
+    """The counters for work on a device; without any, the reason.
+
+    A GPU's own counter is required, and all packages of a CPU: a part would pass for the total.
 
     Args:
-        device: a GPU's own counter is needed; a CPU's are this machine's.
+        device: of the work.
         host: whether this machine's CPUs count.
         powercap: the kernel's folder.
     """
     found: list[Counter] = []
     reasons: list[str] = []
     if device.type == "cuda":
-        _add(found, reasons, lambda: NvmlCounter(device))
+        _add(found, reasons, partial(NvmlCounter, device))
         if not found:
-            return [], reasons[0]  # the CPU alone would pass for the whole
+            return [], reasons[0]
     if host:
         zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if _counts(zone)) if powercap.is_dir() else []
         for zone in zones:
@@ -205,7 +199,7 @@ def find_counters(device: torch.device, *, host: bool = True, powercap: Path = P
         if not zones:
             reasons.append(f"no RAPL zones in {powercap}")
     if device.type == "cpu" and reasons:
-        return [], reasons[0]  # a part of the packages would pass for all
+        return [], reasons[0]
     return found, "" if found else "; ".join(reasons) or "another process counts this machine"
 
 
@@ -215,27 +209,24 @@ def _add(found: list[Counter], reasons: list[str], make: Callable[[], Counter]) 
     except ImportError:
         reasons.append("NVML: needs pip install 'gatedconv[energy]'")
     except (OSError, ValueError, RuntimeError) as error:
-        reasons.append(_told(error))
+        reasons.append(_message(error))
 
 
 def _counts(zone: Path) -> bool:
-    """Packages and memory: what else there is lies within them (cores) or around them (psys)."""
+    """Packages and memory; other zones are inside (core) or around (psys) them. Memory without a meter stays at 0."""
     try:
         name = (zone / "name").read_text()
     except OSError:
         return False
-    return name.startswith("package") or (name.startswith("dram") and not _never_moved(zone))
-
-
-def _never_moved(zone: Path) -> bool:
-    """Whether a counter stands at 0, as that of memory does where the board has no meter for it."""
+    if name.startswith("package"):
+        return True
     try:
-        return (zone / "energy_uj").read_text().strip() == "0"
+        return name.startswith("dram") and (zone / "energy_uj").read_text().strip() != "0"
     except (OSError, UnicodeDecodeError):
-        return False  # `RaplCounter` tells why
+        return True  # `RaplCounter` reports why
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

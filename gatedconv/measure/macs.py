@@ -1,4 +1,4 @@
-"""Counting MACs with fvcore, which this project's figures are quoted in."""
+"""MACs by fvcore's rules, in which this project's figures are given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
 
 
 def count_macs_by_operator(model: nn.Module, example_input: Tensor) -> Counter[str]:
-    """What `count_macs` adds up, by fvcore's names of the operators; see `conv_macs`.
+    """The terms of `count_macs`, by fvcore's names of the operators; see `conv_macs`.
 
     Raises:
         TypeError: for arguments of another kind than `count_macs` takes.
@@ -67,15 +67,15 @@ def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
 
     analysis = FlopCountAnalysis(model, (example_input,))
     analysis.set_op_handle("gatedconv::masked_conv2d", masked_conv)
-    analysis.set_op_handle("aten::_convolution_mode", _named_padding_macs)  # padding="same", which fvcore passes by
+    analysis.set_op_handle("aten::_convolution_mode", _named_padding_macs)  # padding="same", unknown to fvcore
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
-    with _quiet(), torch.no_grad():  # with gradients the trace holds an autograd function, and no operator
+    with _quiet(), torch.no_grad():  # with gradients the trace has an autograd function instead of the operator
         return Counter({name: int(macs) for name, macs in analysis.by_operator().items()})
 
 
 def conv_macs(operators: Mapping[str, int]) -> int:
-    """MACs of convolutions and linear layers alone, which is what most others count, from `count_macs_by_operator`."""
+    """MACs of convolutions and linear layers alone, as most papers count, from `count_macs_by_operator`."""
     return sum(operators.get(name, 0) for name in _CONV_AND_LINEAR)
 
 
@@ -97,7 +97,7 @@ def _executed_masked_convs(model: nn.Module, example_input: Tensor) -> deque[int
 
 
 class _MaskedConvRecorder(TorchDispatchMode):
-    """Sees every call of our convolution with its actual masks."""
+    """Records every call of our convolution with its actual masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,24 +112,29 @@ class _MaskedConvRecorder(TorchDispatchMode):
 
 
 def _masked_conv_macs(call: dict[str, Any], out: Tensor) -> int:
-    """Output pixels x sum over open outputs of (open inputs of the group x kernel area)."""
+    """Sum over samples and groups of open outputs x open inputs, times output pixels and kernel area.
+
+    Masks are (channels,), the same for every sample, or (N, channels).
+    """
     weight, groups = call["weight"], call.get("groups", 1)
+    out_open = _open_per_group(call["out_open"], groups)
     in_open = call.get("in_open")
-    inputs_per_group = weight.shape[1]
-    if in_open is None:
-        in_counts = torch.full((groups,), inputs_per_group)
-    else:
-        in_counts = in_open.reshape(groups, inputs_per_group).sum(dim=1).cpu()
-    out_open = call["out_open"].reshape(-1, groups, weight.shape[0] // groups).sum(dim=2).cpu()
-    per_image = (out_open * in_counts).sum(dim=1) * weight.shape[2] * weight.shape[3]
-    pixels = out.shape[2] * out.shape[3]
-    images = per_image if per_image.numel() > 1 else per_image.expand(out.shape[0])
-    return int(images.sum()) * pixels
+    inputs = torch.full((1, groups), weight.shape[1]) if in_open is None else _open_per_group(in_open, groups)
+    pairs = (out_open * inputs).sum(dim=1)
+    if len(pairs) != out.shape[0]:
+        pairs = pairs.expand(out.shape[0])
+    return int(pairs.sum()) * math.prod(weight.shape[2:]) * math.prod(out.shape[2:])
+
+
+def _open_per_group(mask: Tensor, groups: int) -> Tensor:
+    """Open channels of each group: (channels,) or (N, channels) -> (1 or N, groups)."""
+    rows = mask.reshape(1, -1) if mask.dim() == 1 else mask
+    return rows.reshape(len(rows), groups, -1).sum(dim=2).cpu()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep tracing's deprecation and constant warnings, and fvcore's log lines, out of the user's sight."""
+    """Suppress deprecation and constant warnings of tracing, and fvcore's log lines."""
     logger = logging.getLogger("fvcore.nn.jit_analysis")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Latency of a network in our engine and in every other runtime: measured in turns, outputs checked first."""
+"""Latency of a network in our engine and in every other runtime: outputs checked first, times interleaved."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.measure.turns import Turns
-from gatedconv.report.peers import OURS, SETTINGS, Run, Setting, fingerprint, quiet
+from gatedconv.measure.interleaved import Interleaved
+from gatedconv.report.runtimes import OURS, SETTINGS, Run, Setting, fingerprint, quiet
 from gatedconv.report.tables import text_table
 
-Entrant = tuple[str, str]
+Candidate = tuple[str, str]
 """Provider and setting."""
 
-TOLERANCE = 1e-4  # max|a - b| / max|b| against eager PyTorch: more is another network, and is not timed
+TOLERANCE = 1e-4  # max|a - b| / max|b| against eager PyTorch: beyond it the output is wrong, and is not timed
+DISTURBED = 1.3  # median over minimum: beyond it, something else used the machine
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one setting of one provider took for one case.
+    """One measurement, of one setting of one provider on one case.
 
     Attributes:
-        benchmark: the family of cases, "network" or "layer".
+        benchmark: the family of cases, such as "network" or "layer".
         case: the network or layer.
         batch: images per call.
         dtype: of input and weights.
-        provider: the runtime.
-        setting: how it was set up.
-        ms_median: of the rounds, ms per call.
+        provider: "gatedconv", or a peer by name.
+        setting: how the provider was set up.
+        ms_median: of the rounds, ms per call; None where nothing was measured, with a ``note``.
         ms_min: the fastest single call, ms.
         ms_iqr: 75th minus 25th percentile of the rounds, ms.
-        rounds: how many there were.
+        rounds: their number.
         ratio: this over the time of our best setting, pair by pair, median of the rounds; None without ours.
         ratio_low: its 25th percentile.
         ratio_high: its 75th percentile.
-        error: max|a - b| / max|b| of the output against eager PyTorch.
-        launches: kernel launches per call; None where there are none to count.
-        bytes_peak: memory, bytes; None where it was not measured.
+        error: max|a - b| / max|b| of the output against a reference.
+        launches: kernel launches per call; None where they were not counted.
+        bytes_peak: memory of a call beyond what was allocated before it; None where it was not measured.
+        note: what is missing, and why; begins with "failed" where it should not be missing.
     """
 
     benchmark: str
@@ -51,38 +53,47 @@ class Row:
     batch: int
     dtype: str
     provider: str
-    setting: str
-    ms_median: float
-    ms_min: float
-    ms_iqr: float
-    rounds: int
-    ratio: float | None
-    ratio_low: float | None
-    ratio_high: float | None
-    error: float
+    setting: str = ""
+    ms_median: float | None = None
+    ms_min: float | None = None
+    ms_iqr: float | None = None
+    rounds: int | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    error: float | None = None
     launches: int | None = None
     bytes_peak: int | None = None
+    note: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether something is missing that should not be."""
+        return (self.note or "").startswith("failed")
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON types."""
         return asdict(self)
 
 
-class Contest:
-    """Settings that compute the same thing, to be timed in turns.
+class Comparison:
+    """Settings that compute the same result, for interleaved timing.
 
     Args:
         benchmark: family of cases, for the rows.
-        case: name of what is computed, for the rows.
+        case: name of the computation, for the rows.
         batch: images per call, for the rows.
-        prepare: (provider, setting) -> function that prepares it and returns what is to be timed.
-        expected: (provider, setting) -> the right output.
-        turns: options of `Turns`.
+        prepare: candidate -> function that prepares it and returns the call to time.
+        expected: candidate -> the right output.
+        timing: options of `Interleaved`.
 
     Attributes:
-        errors: (provider, setting) -> max|a - b| / max|b| of its output.
-        failures: (provider, setting) -> why it is not timed.
-        turns: the samples; its entrants are the (provider, setting) that are timed.
+        errors: candidate -> max|a - b| / max|b| of its output.
+        failures: candidate -> why it is not timed.
+        timing: the samples of the candidates in ``errors``.
+
+    Raises:
+        ValueError: no candidate runs.
     """
 
     def __init__(
@@ -90,64 +101,62 @@ class Contest:
         benchmark: str,
         case: str,
         batch: int,
-        prepare: Mapping[Entrant, Callable[[], Run]],
-        expected: Mapping[Entrant, Tensor],
-        **turns: Any,
+        prepare: Mapping[Candidate, Callable[[], Run]],
+        expected: Mapping[Candidate, Tensor],
+        **timing: Any,
     ) -> None:
         self.benchmark, self.case, self.batch = benchmark, case, batch
         self.dtype = str(next(iter(expected.values())).dtype).removeprefix("torch.")
-        self.errors: dict[Entrant, float] = {}
-        self.failures: dict[Entrant, str] = {}
-        runs: dict[Entrant, Run] = {}
-        for entrant, build in prepare.items():
+        self.errors: dict[Candidate, float] = {}
+        self.failures: dict[Candidate, str] = {}
+        runs: dict[Candidate, Run] = {}
+        for candidate, build in prepare.items():
             try:
                 run = build()
                 with torch.inference_mode():
-                    error = relative_error(run(), expected[entrant])
-            except Exception as problem:  # a peer may raise anything; it is told, and the others go on
-                self.failures[entrant] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+                    error = relative_error(run(), expected[candidate])
+            except Exception as problem:  # a peer may raise anything; it is reported, and the others continue
+                self.failures[candidate] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
                 continue
             if not error <= TOLERANCE:
-                self.failures[entrant] = (
-                    f"wrong output: relative error {error:.1e}, at most {TOLERANCE:.0e} allowed"
-                )
+                self.failures[candidate] = f"wrong output: relative error {error:.1e}, at most {TOLERANCE:.0e} allowed"
                 continue
-            self.errors[entrant], runs[entrant] = error, run
+            self.errors[candidate], runs[candidate] = error, run
         if not runs:
             raise ValueError(f"{case}: nothing could be run; {'; '.join(self.failures.values())}")
         with torch.inference_mode():
-            self.turns = Turns(runs, **turns)
+            self.timing = Interleaved(runs, **timing)
 
     def rounds(self, count: int) -> None:
         """Take ``count`` more rounds."""
         with torch.inference_mode():
             for _ in range(count):
-                self.turns.round()
+                self.timing.round()
 
     @property
-    def ours(self) -> Entrant | None:
+    def ours(self) -> Candidate | None:
         """Our fastest setting, None if ours does not run."""
-        own = [entrant for entrant in self.errors if entrant[0] == OURS]
-        return min(own, key=lambda entrant: self.turns.spread(entrant).median, default=None)
+        own = [candidate for candidate in self.errors if candidate[0] == OURS]
+        return min(own, key=lambda candidate: self.timing.spread(candidate).median, default=None)
 
     def rows(self) -> list[Row]:
         """One row per setting that ran, in the order of preparation."""
         ours, rows = self.ours, []
-        for entrant, error in self.errors.items():
-            time = self.turns.spread(entrant)
-            ratio = None if ours is None or entrant[0] == OURS else self.turns.ratio(entrant, ours)
+        for candidate, error in self.errors.items():
+            time = self.timing.spread(candidate)
+            ratio = None if ours is None or candidate[0] == OURS else self.timing.ratio(candidate, ours)
             rows.append(
                 Row(
                     benchmark=self.benchmark,
                     case=self.case,
                     batch=self.batch,
                     dtype=self.dtype,
-                    provider=entrant[0],
-                    setting=entrant[1],
+                    provider=candidate[0],
+                    setting=candidate[1],
                     ms_median=round(time.median, 5),
                     ms_min=round(time.least, 5),
                     ms_iqr=round(time.iqr, 5),
-                    rounds=len(self.turns.samples[entrant]),
+                    rounds=len(self.timing.samples[candidate]),
                     ratio=None if ratio is None else round(ratio.median, 4),
                     ratio_low=None if ratio is None else round(ratio.lower, 4),
                     ratio_high=None if ratio is None else round(ratio.upper, 4),
@@ -157,7 +166,7 @@ class Contest:
         return rows
 
 
-def network_contest(
+def compare_runtimes(
     case: str,
     network: nn.Module,
     x: Tensor,
@@ -165,18 +174,18 @@ def network_contest(
     settings: Iterable[Setting] = SETTINGS,
     folder: Path | None = None,
     threads: int | None = None,
-    **turns: Any,
-) -> Contest:
+    **timing: Any,
+) -> Comparison:
     """Prepare a network in every setting that can run it.
 
     Args:
         case: name of the network, for the rows.
         network: in eval mode, on the CPU; it is not changed.
         x: (N, C, H, W), the batch.
-        settings: which to try.
-        folder: where prepared files are kept, by the network's fingerprint; default: nowhere.
-        threads: CPU threads for each; default: PyTorch's.
-        turns: options of `Turns`.
+        settings: those to try.
+        folder: keeps prepared files, by the network's fingerprint; None keeps nothing.
+        threads: CPU threads for each; None for PyTorch's.
+        timing: options of `Interleaved`.
 
     Raises:
         TypeError: the network returns something else than a tensor.
@@ -184,14 +193,14 @@ def network_contest(
     """
     threads = threads or torch.get_num_threads()
     settings = [s for s in settings if not (s.split and (len(x) < 2 or len(x) % 2 or threads < 2))]
-    torch.compiler.reset()  # compiled networks of earlier cases would lengthen every look-up
+    torch.compiler.reset()  # compiled networks of earlier cases would slow down every look-up
     with tempfile.TemporaryDirectory() as passing, warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         place = Path(passing) if folder is None else folder / fingerprint(network, x)
         place.mkdir(parents=True, exist_ok=True)
         expected = _eager_output(case, network, x)
         prepare = {(s.provider, s.label): _prepared(s, network, x, place, threads) for s in settings}
-        return Contest("network", case, len(x), prepare, dict.fromkeys(prepare, expected), **turns)
+        return Comparison("network", case, len(x), prepare, dict.fromkeys(prepare, expected), **timing)
 
 
 @torch.inference_mode()
@@ -206,9 +215,7 @@ def _eager_output(case: str, network: nn.Module, x: Tensor) -> Tensor:
     return output.clone()
 
 
-def _prepared(
-    setting: Setting, network: nn.Module, x: Tensor, folder: Path, threads: int
-) -> Callable[[], Run]:
+def _prepared(setting: Setting, network: nn.Module, x: Tensor, folder: Path, threads: int) -> Callable[[], Run]:
     def build() -> Run:
         if setting.missing:
             raise ImportError(setting.missing)
@@ -219,7 +226,7 @@ def _prepared(
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
-    """max|a - b| / max|b|; NaN counts as infinitely wrong."""
+    """max|a - b| / max|b|; infinite for NaN and for another shape."""
     if output.shape != expected.shape:
         return math.inf
     if expected.numel() == 0:
@@ -229,31 +236,44 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def best_rows(rows: Iterable[Row]) -> list[Row]:
+def best_rows(rows: Iterable[Row], by: str = "ms_median") -> list[Row]:
     """The fastest setting of each provider for each case and batch, in the order of the rows."""
     best: dict[tuple[str, str, int, str], Row] = {}
     for row in rows:
         key = (row.benchmark, row.case, row.batch, row.provider)
-        if key not in best or row.ms_median < best[key].ms_median:
+        if key not in best or _ms(row, by) < _ms(best[key], by):
             best[key] = row
     return list(best.values())
 
 
 def bench_table(rows: Sequence[Row]) -> str:
-    """Rows as text: ms, spread, and how many times faster ours is (pair by pair, with its quartiles)."""
+    """Rows as text, with how many times faster ours is: the ratio of the fastest calls.
+
+    A line follows where something else disturbed the measurement; its medians, unlike the minima, are not to be used.
+    """
+    ours = {(row.case, row.batch): _ms(row, "ms_min") for row in best_rows(rows, "ms_min") if row.provider == OURS}
     lines = []
     for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}x ({row.ratio_low:.2f}-{row.ratio_high:.2f})"
-        times = [f"{ms:.3f}" for ms in (row.ms_median, row.ms_min, row.ms_iqr)]
+        own = None if row.provider == OURS else ours.get((row.case, row.batch))
+        times = [f"{_ms(row, name):.3f}" for name in ("ms_min", "ms_median", "ms_iqr")]
+        ratio = "" if own is None else f"{_ms(row, 'ms_min') / own:.2f}x"
         lines.append([row.case, str(row.batch), row.provider, row.setting, *times, ratio])
-    header = [
-        "network",
-        "batch",
-        "provider",
-        "setting",
-        "median (ms)",
-        "least (ms)",
-        "IQR (ms)",
-        "ours is faster",
+    header = ["network", "batch", "provider", "setting", "least (ms)", "median (ms)", "IQR (ms)", "ours is faster"]
+    return "\n".join([text_table(header, lines), *_disturbed(rows)])
+
+
+def _disturbed(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if _ms(row, "ms_median") > DISTURBED * _ms(row, "ms_min")]
+    if not found:
+        return []
+    worst = max(found, key=lambda row: _ms(row, "ms_median") / _ms(row, "ms_min"))
+    return [
+        f"disturbed: the median is more than {DISTURBED:g} times the minimum in {len(found)} of {len(rows)} rows, most "
+        f"in {worst.case}, batch {worst.batch}, {worst.provider} "
+        f"({_ms(worst, 'ms_median') / _ms(worst, 'ms_min'):.1f} times); repeat it on an idle machine"
     ]
-    return text_table(header, lines)
+
+
+def _ms(row: Row, name: str) -> float:
+    value = getattr(row, name)
+    return math.inf if value is None else float(value)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from gatedconv.data import EvalBatches, ImageData
 from gatedconv.deploy import compact, export, save
 from gatedconv.engine import Engine
-from gatedconv.measure.blocks import block_figures
 from gatedconv.measure.energy import EnergyMeter, energy_per_call
-from gatedconv.measure.latency import measure_latency
+from gatedconv.measure.latency import block_figures, measure_latency
 from gatedconv.measure.macs import conv_macs, count_macs_by_operator
 from gatedconv.train.build import build_model
 from gatedconv.train.config import TrainConfig
@@ -123,11 +122,11 @@ def latencies(
     times: dict[str, dict[str, dict[str, float]]] = {name: {} for name in nets}
     for batch in LATENCY_BATCHES:
         images = example_images(data, config, batch)
-        entrants: dict[tuple[str, str], nn.Module] = {(name, "latency_ms"): net for name, net in nets.items()}
+        candidates: dict[tuple[str, str], nn.Module] = {(name, "latency_ms"): net for name, net in nets.items()}
         if images.device.type == "cpu":
             engines = {(name, "engine_latency_ms"): Engine(net, images) for name, net in nets.items()}
-            entrants |= {key: engine for key, engine in engines.items() if engine.plans}
-        for (name, runtime), latency in measure_latency(entrants, images).items():
+            candidates |= {key: engine for key, engine in engines.items() if engine.plans}
+        for (name, runtime), latency in measure_latency(candidates, images).items():
             times[name].setdefault(runtime, {})[str(batch)] = round(latency.median, 4)
     return times
 

@@ -31,8 +31,7 @@ def test_the_same_network_every_time() -> None:
     (first, x), (second, y) = case.build(), case.build()
     assert torch.equal(x, y) and x.shape == (2, 3, 32, 32)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
 
 
@@ -58,10 +57,10 @@ def test_open_counts(share: int | str, count: int) -> None:
 
 @pytest.mark.parametrize("share", [0, "odd", 100])
 def test_every_way_to_compute_a_layer_is_right(share: int | str) -> None:
-    contest = layers.layer_contest(LayerCase(Shape("cifar", 3, 8, 3, 2, 7), 2, share), turn_ms=0)
-    assert not contest.failures and len(contest.errors) == 10
-    contest.rounds(1)
-    assert {row.provider for row in contest.rows()} == {
+    comparison = layers.compare_layers(LayerCase(Shape("cifar", 3, 8, 3, 2, 7), 2, share), sample_ms=0)
+    assert not comparison.failures and len(comparison.errors) == 10
+    comparison.rounds(1)
+    assert {row.provider for row in comparison.rows()} == {
         "gatedconv",
         "conv2d",
         "conv2d on cut weights",

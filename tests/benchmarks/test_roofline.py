@@ -6,20 +6,25 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu import epochs
 from benchmarks.roofline import Rates, epoch_ms, layer_work, measured_rates, pass_ms
 from gatedconv.models.resnet import ResNet
 
 
 def test_work_is_that_of_convolutions_and_linear_layers() -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, groups=4), nn.Flatten(),
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=4),
+        nn.Flatten(),
         nn.Linear(8 * 16, 10),
-    ).train()  # fmt: skip
+    ).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     assert layer_work(net, torch.zeros(1, 3, 8, 8)) == [
-        (27 * 8 * 16, 3 * 64 + 8 * 16, 27 * 8), (18 * 8 * 16, 2 * 8 * 16, 18 * 8), (1280, 128 + 10, 1280),
-    ]  # fmt: skip
+        (27 * 8 * 16, 3 * 64 + 8 * 16, 27 * 8),
+        (18 * 8 * 16, 2 * 8 * 16, 18 * 8),
+        (1280, 128 + 10, 1280),
+    ]
     assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(module._forward_hooks for module in net.modules())
 
@@ -41,12 +46,3 @@ def test_each_layer_takes_the_longer_of_multiplying_and_moving() -> None:
 def test_rates_are_measured() -> None:
     rates = measured_rates(torch.device("cpu"), torch.float32, 64)
     assert rates.flop_per_ms > 1e3 and rates.bytes_per_ms > 1e3
-
-
-@pytest.mark.parametrize("name", epochs.NETS)
-def test_a_dry_case_trains_epochs_and_tells_its_share(name: str) -> None:
-    case = epochs.epochs_case(True, name, "bf16", "gatedconv graph")
-    found = case.run()
-    assert case.key == ("epoch", name, 16, "bfloat16", "gatedconv graph")
-    assert 0 < found["ms_min"] <= found["ms_median"] and found["rounds"] == epochs.MEASURED
-    assert 0 < found["ratio"] and "min for 300 epochs" in found["note"] and "of the roofline" in found["note"]

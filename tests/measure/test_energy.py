@@ -70,7 +70,7 @@ def test_a_counter_that_cannot_be_read_is_no_zero(values: tuple[Any, ...]) -> No
 def test_a_counter_that_failed_once_is_asked_again_after_the_next_start() -> None:
     """An epoch too short for the counter, or a read that failed, is no verdict on the whole run."""
     meter = measured(Counter(7, 7, 7, 9, OSError("gone"), 10, 14))
-    assert meter.joules() is None and meter.reason == "fake: the counter stands still"
+    assert meter.joules() is None and meter.reason == "fake: the counter does not move"
     meter.start()
     assert meter.joules() == pytest.approx(2) and not meter.reason
     meter.start()
@@ -81,7 +81,7 @@ def test_a_counter_that_failed_once_is_asked_again_after_the_next_start() -> Non
 
 def test_a_counter_that_stands_still_is_no_zero() -> None:
     meter = measured(Counter(7, 7))
-    assert meter.joules() is None and meter.reason == "fake: the counter stands still"
+    assert meter.joules() is None and meter.reason == "fake: the counter does not move"
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -89,9 +89,9 @@ def test_one_counter_that_stands_still_beside_another_is_no_zero(order: int) -> 
     """The package's joules alone would pass for those of the GPU too."""
     counters = [Counter(7, 7, 7, name="GPU 0 (NVML)"), Counter(1, 2, 4, name="CPU package-0 (RAPL)")]
     meter = measured(*counters[::order], polls=1)
-    assert meter.joules() is None and meter.reason == "GPU 0 (NVML): the counter stands still"
+    assert meter.joules() is None and meter.reason == "GPU 0 (NVML): the counter does not move"
     backwards = measured(Counter(9, 8, name="falling"), Counter(1, 5))
-    assert backwards.joules() is None and backwards.reason == "falling: the counter stands still"
+    assert backwards.joules() is None and backwards.reason == "falling: the counter does not move"
 
 
 def test_a_counter_that_moved_early_and_then_rested_has_told_enough() -> None:
@@ -102,7 +102,7 @@ def test_a_counter_that_moved_early_and_then_rested_has_told_enough() -> None:
 def test_a_counter_asked_too_early_goes_on() -> None:
     """A checkpoint within an epoch asks too, maybe before a counter has moved."""
     meter = measured(Counter(7, 7, 9))
-    assert meter.joules() is None and meter.reason == "fake: the counter stands still"
+    assert meter.joules() is None and meter.reason == "fake: the counter does not move"
     assert meter.joules() == pytest.approx(2) and not meter.reason
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import gatedconv
-from gatedconv import count_macs, models
-from gatedconv.measure.macs import conv_macs, count_macs_by_operator
+from gatedconv import count_macs, models, ops
+from gatedconv.measure.macs import _masked_conv_macs, conv_macs, count_macs_by_operator
 from tests.oracle import random_masks
 
 
@@ -57,9 +57,7 @@ def norm_sizes(net, x):
 
 def test_a_frozen_conv_counts_open_outputs_and_images():
     conv = gatedconv.Conv2d(6, 8, 3, padding=1, groups=2, gate="channel")
-    net = gatedconv.freeze(
-        nn.Sequential(conv), masks={"0.gate": torch.tensor([1, 1, 0, 0, 0, 0, 0, 1]).bool()}
-    )
+    net = gatedconv.freeze(nn.Sequential(conv), masks={"0.gate": torch.tensor([1, 1, 0, 0, 0, 0, 0, 1]).bool()})
     assert gatedconv.count_macs(net, torch.zeros(5, 6, 4, 4)) == 5 * 16 * 3 * (3 * 9)
 
 
@@ -78,3 +76,34 @@ def test_convolutions_and_linear_layers_are_counted_apart() -> None:
     projections = 16 * 32 * 16**2 + 32 * 64 * 8**2
     assert conv_macs(counts) == sum(three) + projections + 64 * 10
     assert conv_macs(counts) < sum(counts.values()) == count_macs(models.resnet20(), torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_masks_of_inputs_for_each_sample_are_counted(groups: int) -> None:
+    """On CUDA the operator takes (N, C_in): each sample executes its open outputs from its own open inputs."""
+    outputs = torch.tensor([[1, 1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]]).bool()
+    inputs = torch.tensor([[1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]]).bool()
+
+    def pairs(out_open: torch.Tensor, in_open: torch.Tensor) -> int:
+        parts = zip(out_open.chunk(groups), in_open.chunk(groups), strict=True)
+        return sum(int(outs.sum() * ins.sum()) for outs, ins in parts)
+
+    def counted(out_open: torch.Tensor, in_open: torch.Tensor | None) -> int:
+        call = {"weight": torch.zeros(8, 6 // groups, 3, 3), "out_open": out_open, "in_open": in_open, "groups": groups}
+        return _masked_conv_macs(call, torch.zeros(3, 8, 4, 4)) // (16 * 9)
+
+    each = [pairs(outs, ins) for outs, ins in zip(outputs, inputs, strict=True)]
+    assert counted(outputs, inputs) == sum(each)
+    assert counted(outputs[0], inputs[0]) == 3 * each[0]
+    assert counted(outputs[0], inputs) == sum(pairs(outputs[0], ins) for ins in inputs)
+    assert counted(outputs, inputs[0]) == sum(pairs(outs, inputs[0]) for outs in outputs)
+    assert counted(outputs, None) == sum(pairs(outs, torch.ones(6)) for outs in outputs)
+
+
+def test_masks_of_inputs_for_each_sample_are_zeroed_on_the_cpu_and_all_inputs_executed() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out_open, in_open = torch.tensor([True, False]), torch.tensor([[True, False, False], [False, False, True]])
+            return ops.masked_conv2d(x, torch.ones(2, 3, 1, 1), None, out_open, in_open)
+
+    assert count_macs(Masked(), torch.zeros(2, 3, 4, 4)) == 2 * 16 * 3

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from benchmarks.callgrind import RECORD, compiler_version, count_instructions
+from tests.native.instruction_count import RECORD, compiler_version, count_instructions
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind here")
@@ -15,5 +15,5 @@ def test_no_more_instructions_than_recorded(tmp_path):
         pytest.skip(f"recorded with {record['compiler']}, this is {compiler_version()}")
     counts = count_instructions(tmp_path)
     for isa, recorded in record["instructions"].items():
-        # More is a regression; much less wants a new record: python -m benchmarks.callgrind
+        # More is a regression; much less wants a new record: python -m tests.native.instruction_count
         assert 0.9 * recorded <= counts[isa] <= 1.02 * recorded

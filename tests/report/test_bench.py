@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.report import peers
+from gatedconv.report import runtimes
 from gatedconv.report.bench import (
-    Contest,
+    Comparison,
     Row,
     bench_table,
     best_rows,
-    network_contest,
+    compare_runtimes,
     relative_error,
 )
-from gatedconv.report.peers import SETTINGS, Setting, fingerprint
+from gatedconv.report.runtimes import SETTINGS, Setting, fingerprint
 
 OUT = torch.tensor([1.0, 2.0])
 
 
-def contest(**outputs: Tensor | Exception) -> Contest:
-    """One entrant per name; each returns its tensor, or raises while it is prepared."""
+def comparison(**outputs: Tensor | Exception) -> Comparison:
+    """One candidate per name; each returns its tensor, or raises while it is prepared."""
 
     def builder(output: Tensor | Exception) -> object:
         def build() -> object:
@@ -33,8 +33,8 @@ def contest(**outputs: Tensor | Exception) -> Contest:
 
         return build
 
-    entrants = {(name, "only"): builder(output) for name, output in outputs.items()}
-    return Contest("network", "net", 2, entrants, dict.fromkeys(entrants, OUT), turn_ms=0, settle=False)
+    candidates = {(name, "only"): builder(output) for name, output in outputs.items()}
+    return Comparison("network", "net", 2, candidates, dict.fromkeys(candidates, OUT), sample_ms=0, wait=False)
 
 
 def row(**changes: object) -> Row:
@@ -58,7 +58,7 @@ def row(**changes: object) -> Row:
 
 
 def test_what_is_wrong_is_told_and_not_timed() -> None:
-    found = contest(
+    found = comparison(
         right=OUT.clone(),
         close=OUT + 1e-5,
         off=OUT * 1.001,
@@ -66,7 +66,7 @@ def test_what_is_wrong_is_told_and_not_timed() -> None:
         short=OUT[:1],
         broken=RuntimeError("no such\nthing"),
     )
-    assert list(found.errors) == [("right", "only"), ("close", "only")] == list(found.turns.entrants)
+    assert list(found.errors) == [("right", "only"), ("close", "only")] == list(found.timing.candidates)
     assert found.errors["right", "only"] == 0 and 0 < found.errors["close", "only"] < 1e-4
     assert set(found.failures) == {(name, "only") for name in ("off", "nan", "short", "broken")}
     assert found.failures["broken", "only"] == "RuntimeError: no such thing"
@@ -75,22 +75,22 @@ def test_what_is_wrong_is_told_and_not_timed() -> None:
 
 def test_nothing_that_runs_is_an_error() -> None:
     with pytest.raises(ValueError, match="net: nothing could be run; ValueError: bad"):
-        contest(only=ValueError("bad"))
+        comparison(only=ValueError("bad"))
 
 
 def test_rows_compare_with_the_fastest_of_ours() -> None:
-    entrants = {("gatedconv", "a"): 0, ("gatedconv", "b"): 0, ("eager", "NCHW"): 0}
-    found = Contest(
+    candidates = {("gatedconv", "a"): 0, ("gatedconv", "b"): 0, ("eager", "NCHW"): 0}
+    found = Comparison(
         "network",
         "net",
         2,
-        {name: lambda: lambda: OUT for name in entrants},
-        dict.fromkeys(entrants, OUT),
-        turn_ms=0,
-        settle=False,
+        {name: lambda: lambda: OUT for name in candidates},
+        dict.fromkeys(candidates, OUT),
+        sample_ms=0,
+        wait=False,
     )
     found.rounds(3)
-    found.turns.samples = {
+    found.timing.samples = {
         ("gatedconv", "a"): [3.0, 3.0, 3.0],
         ("gatedconv", "b"): [1.0, 2.0, 4.0],
         ("eager", "NCHW"): [2.0, 6.0, 20.0],
@@ -104,7 +104,7 @@ def test_rows_compare_with_the_fastest_of_ours() -> None:
 
 
 def test_no_ratio_without_ours() -> None:
-    found = contest(eager=OUT.clone())
+    found = comparison(eager=OUT.clone())
     found.rounds(2)
     assert [r.ratio for r in found.rows()] == [None]
 
@@ -116,6 +116,7 @@ def test_best_rows_keep_the_fastest_setting_of_each_provider() -> None:
         row(provider="openvino"),
         row(batch=8, ms_median=9.0),
     ]
+    assert best_rows([row(setting="a", ms_min=1.4, ms_median=9.0), row()], "ms_min")[0].setting == "a"
     assert [(r.provider, r.setting, r.batch) for r in best_rows(rows)] == [
         ("eager", "b", 1),
         ("openvino", "NCHW", 1),
@@ -123,15 +124,20 @@ def test_best_rows_keep_the_fastest_setting_of_each_provider() -> None:
     ]
 
 
-def test_table_shows_wins_and_losses_alike() -> None:
-    lines = bench_table(
-        [row(provider="gatedconv", ratio=None), row(), row(ratio=0.5, ratio_low=0.4, ratio_high=0.6)]
-    ).splitlines()
-    assert (
-        lines[2].endswith("0.250")
-        and lines[3].endswith("2.00x (1.50-2.50)")
-        and lines[4].endswith("0.50x (0.40-0.60)")
-    )
+def test_the_table_has_ratios_of_the_fastest_calls_wins_and_losses_alike() -> None:
+    ours = [row(provider="gatedconv", setting=name, ms_min=ms, ratio=None) for name, ms in (("a", 1.0), ("b", 0.75))]
+    peers = [row(ms_median=1.75), row(provider="openvino", ms_min=0.5, ms_median=0.5), row(batch=8, ms_min=1.6)]
+    lines = bench_table([*ours, *peers]).splitlines()
+    assert [line.split()[-1] for line in lines[4:6]] == ["2.00x", "0.67x"]
+    assert not any(line.endswith("x") for line in [*lines[2:4], lines[6]])
+
+
+def test_a_disturbed_measurement_is_reported_in_a_line() -> None:
+    rows = [row(ms_min=1.0, ms_median=1.2), row(provider="openvino", ms_min=1.0, ms_median=2.5), row(ms_min=1.5)]
+    line = bench_table(rows).splitlines()[-1]
+    assert line.startswith("disturbed: the median is more than 1.3 times the minimum in 2 of 3 rows")
+    assert "most in net, batch 1, openvino (2.5 times)" in line
+    assert "disturbed" not in bench_table(rows[:1])
 
 
 def test_relative_error() -> None:
@@ -163,9 +169,7 @@ def chosen(*names: str) -> list[Setting]:
 
 def test_every_quick_setting_computes_a_cut_network(cut: nn.Module, tmp_path: Path) -> None:
     settings = [s for s in SETTINGS if s.provider not in ("compile",) and s.missing is None]
-    found = network_contest(
-        "cut", cut, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2
-    )
+    found = compare_runtimes("cut", cut, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2)
     assert not found.failures
     assert {(s.provider, s.name) for s in settings} == set(found.errors)
     assert {"eager", "onnxruntime"} <= {provider for provider, _ in found.errors}
@@ -173,13 +177,13 @@ def test_every_quick_setting_computes_a_cut_network(cut: nn.Module, tmp_path: Pa
 
 def test_compiled_settings_compute_the_network(small: nn.Module) -> None:
     settings = [s for s in SETTINGS if s.provider == "compile"]
-    found = network_contest("small", small, torch.randn(2, 3, 8, 8), settings=settings, threads=1)
+    found = compare_runtimes("small", small, torch.randn(2, 3, 8, 8), settings=settings, threads=1)
     assert not found.failures and len(found.errors) == len(settings) > 1
 
 
 def test_a_batch_that_cannot_be_halved_has_no_split_settings(small: nn.Module) -> None:
     for batch, threads in ((1, 2), (3, 2), (2, 1)):
-        found = network_contest(
+        found = compare_runtimes(
             "small",
             small,
             torch.randn(batch, 3, 8, 8),
@@ -189,36 +193,32 @@ def test_a_batch_that_cannot_be_halved_has_no_split_settings(small: nn.Module) -
         assert set(found.errors) == {("eager", "NCHW")} and not found.failures
 
 
-def test_prepared_files_are_kept_by_network(
-    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepared_files_are_kept_by_network(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     x = torch.randn(1, 3, 8, 8)
-    network_contest("small", small, x, settings=chosen("all optimizations"), folder=tmp_path)
+    compare_runtimes("small", small, x, settings=chosen("all optimizations"), folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [fingerprint(small, x)]
-    monkeypatch.setattr(peers, "export", lambda *args: pytest.fail("exported again"))
-    network_contest(
-        "small", small, torch.randn(2, 3, 8, 8), settings=chosen("all optimizations"), folder=tmp_path
-    )
+    monkeypatch.setattr(runtimes, "export", lambda *args: pytest.fail("exported again"))
+    compare_runtimes("small", small, torch.randn(2, 3, 8, 8), settings=chosen("all optimizations"), folder=tmp_path)
     other = nn.Sequential(*small[:-1], nn.Linear(180, 4)).eval()
     assert fingerprint(other, x) != fingerprint(small, x) != fingerprint(small, torch.randn(1, 3, 8, 9))
 
 
 def test_a_network_that_does_not_fit_is_an_error(small: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"small: the network does not accept \(1, 2, 8, 8\): .*channels"):
-        network_contest("small", small, torch.randn(1, 2, 8, 8), settings=chosen("NCHW"))
+        compare_runtimes("small", small, torch.randn(1, 2, 8, 8), settings=chosen("NCHW"))
 
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, x
 
     with pytest.raises(TypeError, match="returns one tensor, got tuple"):
-        network_contest("pair", Pair(), torch.randn(1, 2, 8, 8), settings=chosen("NCHW"))
+        compare_runtimes("pair", Pair(), torch.randn(1, 2, 8, 8), settings=chosen("NCHW"))
 
 
 def test_a_missing_runtime_is_told(small: nn.Module) -> None:
     absent = Setting("tensorrt", "best", lambda *args: pytest.fail("prepared"), needs=("no_such_runtime",))
-    found = network_contest("small", small, torch.randn(1, 3, 8, 8), settings=[*chosen("NCHW"), absent])
+    found = compare_runtimes("small", small, torch.randn(1, 3, 8, 8), settings=[*chosen("NCHW"), absent])
     assert "no_such_runtime not installed" in found.failures["tensorrt", "best"]
     assert set(found.errors) == {("eager", "NCHW")}
 
@@ -226,7 +226,7 @@ def test_a_missing_runtime_is_told(small: nn.Module) -> None:
 def test_openvino_is_held_to_float32(small: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     x = torch.randn(2, 3, 8, 8)
-    compiled = peers._openvino_model(peers._onnx_file(small, x, tmp_path), x.shape, 1)
+    compiled = runtimes._openvino_model(runtimes._onnx_file(small, x, tmp_path), x.shape, 1)
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
@@ -236,10 +236,10 @@ def test_under_an_instruction_set_limit_onnxruntime_says_that_it_is_not_held(
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    found = network_contest(
-        "small", small, torch.randn(1, 3, 8, 8), settings=chosen("all optimizations", "NCHW"), turn_ms=1
+    found = compare_runtimes(
+        "small", small, torch.randn(1, 3, 8, 8), settings=chosen("all optimizations", "NCHW"), sample_ms=1
     )
     assert set(found.errors) == {
-        ("onnxruntime", f"all optimizations, {peers.NOT_HELD_BACK}"),
+        ("onnxruntime", f"all optimizations, {runtimes.NOT_HELD_BACK}"),
         ("eager", "NCHW"),
     }

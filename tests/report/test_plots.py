@@ -41,10 +41,10 @@ def test_rows_of_the_heat_map_are_gates_in_order(tmp_path: Path) -> None:
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("L")).astype(int)
     column = pixels[:, pixels.shape[1] // 2]
-    # Gates 1 and 3 are open (dark), 0 and 2 closed (light): going down, light and dark take turns.
+    # Gates 1 and 3 are open (dark), 0 and 2 closed (light): going down, light and dark take timing.
     rows = [value for value in column if value < 120 or 235 < value < 253]
-    turns = [value < 120 for i, value in enumerate(rows) if i == 0 or (value < 120) != (rows[i - 1] < 120)]
-    assert turns[:4] == [False, True, False, True]
+    changes = [value < 120 for i, value in enumerate(rows) if i == 0 or (value < 120) != (rows[i - 1] < 120)]
+    assert changes[:4] == [False, True, False, True]
 
 
 def test_a_dense_run_gets_curves_alone(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_a_summary_says_why_its_energy_is_unknown(
     assert first.energy_j == 2.0 and not first.energy_reason  # read at the start, the last step and the end
     if reads == 3:
         assert second.energy_j is None and summary["energy_j"] is None
-        assert summary["energy_reason"] == second.energy_reason == f"{counter.name}: the counter stands still"
+        assert summary["energy_reason"] == second.energy_reason == f"{counter.name}: the counter does not move"
     else:
         assert summary["energy_j"] == 4.0 and summary["energy_reason"] is None
 

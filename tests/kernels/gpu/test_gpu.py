@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gatedconv
-from benchmarks.gpu.timing import Machine
+from benchmarks.harness import Machine
 from gatedconv import ops
 
 pytestmark = [

@@ -1,6 +1,6 @@
-"""Counts the instructions that a plan takes for a small network: a measure that a busy machine cannot blur.
+"""Counts the instructions of a plan on a small network: a measure that is independent of the load of the machine.
 
-`python -m benchmarks.callgrind` records the counts of this machine's compiler in results/callgrind.json;
+`python -m tests.native.instruction_count` records those of this compiler in benchmarks/results/callgrind.json;
 tests/native/test_instruction_count.py compares. Valgrind knows no AVX-512, so AVX2 and the portable unit are counted.
 """
 
@@ -25,7 +25,7 @@ ISAS = ("avx2", "portable")
 
 
 def compiler_version() -> str:
-    """Return the first line that the compiler says about itself: counts of two compilers cannot be compared."""
+    """Return the first line of the compiler's version: counts of different compilers cannot be compared."""
     command = [*shlex.split(_build.find_compiler()), "--version"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 

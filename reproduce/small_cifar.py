@@ -1,4 +1,4 @@
-"""The images of the bench for two CPU cores: ``python -m benchmarks.small_cifar SOURCE cifar10-16x16-25k.npz``.
+"""The images of the bench for two CPU cores: ``python -m reproduce.small_cifar SOURCE cifar10-16x16-25k.npz``.
 
 SOURCE is CIFAR-10 as ``gatedconv train --data`` takes it: ``cifar10`` or ``npz:PATH``. Train: its first 25,000 training
 images, each square of 2 x 2 pixels averaged; validation, for choices: the next 15,000; test: all 10,000.

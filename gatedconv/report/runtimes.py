@@ -1,8 +1,7 @@
-"""Ways to run a network on the CPU: ours, and every runtime that a user could pick instead, each at its best.
+"""Runtimes of networks on the CPU: our engine and its alternatives, each in its best settings.
 
-A `Setting` prepares a network for one batch and returns a callable without arguments that computes the
-output. What can be kept on the disk (ONNX files, AOTInductor packages) goes to a folder, so that a second run
-starts at once.
+A `Setting` prepares a network for one batch and returns a callable without arguments that computes the output. ONNX
+files and AOTInductor packages go to a folder, which a second run reuses.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +31,14 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of running a network.
+    """A runtime and how it is set up.
 
     Attributes:
-        provider: the runtime, as result rows name it.
-        name: how it is set up.
+        provider: the runtime, as in result rows.
+        name: of the set-up.
         prepare: (network in eval mode, input (N, C, H, W) float32, folder for files, threads) -> run.
-        needs: packages that have to be installed.
-        split: whether the batch is cut in two, so that a batch of one cannot be run.
+        needs: required packages.
+        split: whether the batch is split in two, so that a batch of one cannot be run.
     """
 
     provider: str
@@ -51,13 +49,13 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The name, with a word where the others are held to an older instruction set and this one cannot be."""
+        """The name, marked where the other runtimes are limited to an older instruction set and this one cannot be."""
         unheld = self.provider == "onnxruntime" and bool(os.environ.get("ONEDNN_MAX_CPU_ISA"))
         return f"{self.name}, {NOT_HELD_BACK}" if unheld else self.name
 
     @property
     def missing(self) -> str | None:
-        """Why this setting cannot be tried at all, None if it can."""
+        """Why this setting cannot be tried, None if it can."""
         lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
         if self.provider == OURS and not hasattr(importlib.import_module("gatedconv"), "Engine"):
             return "gatedconv.Engine is missing"
@@ -86,10 +84,10 @@ def _eager_channels_last(network: nn.Module, x: Tensor, folder: Path, threads: i
 
 
 def _compiled(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
-    # max-autotune has nothing to choose from for convolutions on a CPU: they are oneDNN's either way.
+    # max-autotune has no other convolution than oneDNN's on a CPU.
     network, x = _channels_last(network, x)
     compiled = torch.compile(network, dynamic=False, options={"freezing": True})
-    with torch.inference_mode():  # as it is going to be called: compiled code is kept for one mode
+    with torch.inference_mode():  # in the mode of the later calls: compiled code is for one mode
         compiled(x)
     return lambda: compiled(x)
 
@@ -97,13 +95,11 @@ def _compiled(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
 def _aoti(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     network, x = _channels_last(network, x)
     isa = torch.backends.cpu.get_cpu_capability().lower()
-    path = folder / f"aoti-{isa}-{threads}t-batch{len(x)}.pt2"  # the compiler fixes all three
+    path = folder / f"aoti-{isa}-{threads}t-batch{len(x)}.pt2"  # all three are compiled in
     if not path.exists():
         program = torch.export.export(network, (x,))
         part = path.with_suffix(".part.pt2")
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(part), inductor_configs={"freezing": True}
-        )
+        torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs={"freezing": True})
         os.replace(part, path)
     runner = torch._inductor.aoti_load_package(str(path))
     return lambda: runner(x)
@@ -159,7 +155,7 @@ def _openvino_model(path: Path, shape: Sequence[int], threads: int, **properties
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape(list(shape))
-    # Left alone it computes in bfloat16 where the CPU can.
+    # Its default is bfloat16 where the CPU supports it.
     exact = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     return core.compile_model(model, "CPU", {**exact, **properties})
 
@@ -209,17 +205,8 @@ PROVIDERS = tuple(dict.fromkeys(setting.provider for setting in SETTINGS))
 """The names of the runtimes, ours first."""
 
 
-def peer_versions() -> dict[str, str]:
-    """Versions of the runtimes that are installed."""
-    found = {}
-    for package in ("torch", "onnxruntime", "openvino"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
 def fingerprint(network: nn.Module, x: Tensor) -> str:
-    """Names a network by its structure, weights and image size; the same for every batch."""
+    """A hash of a network's structure, weights and image size; the same for every batch."""
     digest = hashlib.sha256(f"{network}{tuple(x.shape[1:])}{torch.__version__}".encode())
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
@@ -228,7 +215,7 @@ def fingerprint(network: nn.Module, x: Tensor) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the chatter of exporters and compilers off the terminal."""
+    """Suppress the output of exporters and compilers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
@@ -240,7 +227,7 @@ def quiet() -> Iterator[None]:
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) < 2 or len(x) % 2:
-        raise ValueError(f"a batch cut in two must be even, got {len(x)}")
+        raise ValueError(f"a split batch must be even, got {len(x)}")
     first, second = x.chunk(2)
     return first.contiguous(), second.contiguous()
 

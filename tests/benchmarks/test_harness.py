@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.record import HEADER, Record, default_path, device_name, machine_header, read
+from benchmarks.harness import HEADER, Record, default_path, device_name, gpu_name, machine_header, read
 from gatedconv.report.bench import Row
 
 ROW = Row("network", "net", 1, "float32", "eager", "NCHW", 2.0, 1.5, 0.25, 3, None, None, None, 1e-7)
@@ -52,7 +52,7 @@ def test_rows_are_kept_and_a_run_goes_on(header: dict[str, Any], tmp_path: Path)
 def test_results_of_another_set_up_are_not_mixed_in(header: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     Record(path, header).add([ROW], [])
-    with pytest.raises(ValueError, match=r"another set-up \(threads, commit differ\)"):
+    with pytest.raises(ValueError, match=r"another machine or version \(threads, commit differ\)"):
         Record(path, {**header, "threads": 1, "commit": "0" * 40})
 
 
@@ -63,6 +63,19 @@ def test_a_file_with_a_missing_key_is_refused(header: dict[str, Any], tmp_path: 
     path.write_text(json.dumps(body))
     with pytest.raises(ValueError, match="commit, error"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA A100-SXM4", "a100"),
+    ],
+)
+def test_gpu_names(device: str, name: str) -> None:
+    assert gpu_name(device) == name
 
 
 @pytest.mark.parametrize(

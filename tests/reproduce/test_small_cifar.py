@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.small_cifar import write
 from gatedconv.data import load_data
+from reproduce.small_cifar import write
 
 
 def test_squares_are_averaged_and_splits_do_not_overlap(tmp_path: Path) -> None:

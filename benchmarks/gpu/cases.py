@@ -1,0 +1,192 @@
+"""Every case of `python -m benchmarks.gpu`, the most informative first."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import engine, gates, parity, training
+from benchmarks.harness import ROOT, Machine, Row
+from benchmarks.roofline import measured_rates
+from gatedconv import _native
+
+FIRST_S = 40.0
+STAND_IN = "tests.ptx.stand_in"  # where it exists, its `installed()` runs kernels without a GPU in a dry walk
+SANITIZED = ("tests/kernels/gpu/test_sanitized.py", "tests/cuda/gpu/test_sanitized.py")
+TESTS = ("tests/kernels/gpu", "tests/cuda/gpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to run in a process of its own.
+
+    Attributes:
+        name: unique; also the name of its log.
+        run: measures, and returns rows; an exception becomes a failed row.
+        seconds: after which the process is killed.
+        first: whether the stage ``first`` has it.
+        dry: whether a dry walk has it: one case, the smallest, of each kind.
+    """
+
+    name: str
+    run: Callable[[Machine], Sequence[Row]]
+    seconds: float = FIRST_S
+    first: bool = True
+    dry: bool = False
+
+
+def all_cases() -> list[Case]:
+    """Every case in order; those of ``first`` first."""
+    found = [*_cases()]
+    return sorted(found, key=lambda case: not case.first)
+
+
+def _cases() -> Iterator[Case]:
+    # Compiling the library, where it was not built beforehand, takes minutes.
+    yield Case("build", build, 300.0, dry=True)
+    yield Case("ceilings", ceilings, dry=True)
+    for format_ in ("float16", "tf32", "bfloat16", "float32"):
+        yield Case(f"parity-conv-{format_}", lambda m, f=format_: parity.conv_rows(m, f), dry=format_ == "float16")
+    for ranks in (1, 2, 4, 8):
+        yield Case(f"parity-resident-x{ranks}", lambda m, r=ranks: parity.resident_rows(m, r), dry=ranks == 1)
+    yield Case("parity-gate", parity.gate_rows, dry=True)
+    yield Case("parity-block", parity.block_rows, dry=True)
+    kinds: tuple[tuple[str, int, int], ...] = (("layer", 16, 32), ("channel", 64, 8))
+    for kind, channels, size in kinds:
+        yield Case(
+            f"gate-{kind}", lambda m, k=kind, c=channels, s=size: gates.gate_rows(m, k, c, s), dry=kind == "layer"
+        )
+    for batch in (32, 256, 1):
+        for provider in engine.EAGER:
+            yield Case(
+                f"engine-{batch}-{provider.replace(' ', '-')}",
+                lambda m, b=batch, p=provider: engine.network_rows(m, "resnet56", "mid-50", b, "float16", p),
+                dry=batch == 1,
+            )
+    for number, layer in enumerate(engine.LAYERS):
+        yield Case(f"layer-{number}", lambda m, at=layer: engine.layer_rows(m, at), first=number < 2, dry=number == 1)
+    for provider in training.EAGER:
+        yield Case(
+            f"step-{provider.replace(' ', '-')}",
+            lambda m, p=provider: training.step_rows(m, 56, "channel", 256, p),
+            dry=provider == "gatedconv graph",
+        )
+    yield from _compiling()
+    for tool in ("memcheck", "racecheck"):
+        yield Case(f"sanitizer-{tool}", lambda m, t=tool: sanitized(m, t), 120.0, dry=tool == "memcheck")
+    yield from _more()
+
+
+def _compiling() -> Iterator[Case]:
+    """What compiles takes longest, so it comes last."""
+    for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
+        yield Case(
+            f"gate-{kind}-compile",
+            lambda m, k=kind, c=channels, s=size: gates.gate_rows(m, k, c, s, gates.COMPILED),
+            dry=kind == "layer",
+        )
+    yield Case(
+        "engine-32-compile",
+        lambda m: engine.network_rows(m, "resnet56", "mid-50", 32, "float16", engine.COMPILED),
+        dry=True,
+    )
+    yield Case("step-compile", lambda m: training.step_rows(m, 56, "channel", 256, training.COMPILED), dry=True)
+
+
+def _more() -> Iterator[Case]:
+    """Beyond ``first``: the tests on the GPU, other networks, types and shapes; compiling with more time."""
+    slow = {"seconds": 240.0, "first": False}
+    yield Case("tests", run_tests, 480.0, first=False)
+    for case in _compiling():
+        yield replace(case, name=f"{case.name}-slow", **slow, dry=False)
+    for kind, channels, size in (("channel", 16, 32), ("channel-flat", 64, 8), ("layer", 1024, 14)):
+        yield Case(f"gate-{kind}-{channels}", lambda m, k=kind, c=channels, s=size: gates.gate_rows(m, k, c, s), **slow)
+    for model in ("resnet110", "resnet18", "resnet50"):
+        for batch in (32, 256, 1):
+            for provider in (*engine.EAGER, engine.COMPILED):
+                yield Case(
+                    f"engine-{model}-{batch}-{provider.replace(' ', '-')}",
+                    lambda m, n=model, b=batch, p=provider: engine.network_rows(m, n, "mid-50", b, "float16", p),
+                    **slow,
+                )
+    for depth, gate in ((56, "layer"), (110, "channel")):
+        for provider in training.EAGER:
+            yield Case(
+                f"step-{depth}-{gate}-{provider.replace(' ', '-')}",
+                lambda m, d=depth, g=gate, p=provider: training.step_rows(m, d, g, 256, p),
+                **slow,
+            )
+
+
+def build(machine: Machine) -> list[Row]:
+    """Load the CUDA library, or compile it where it was not built beforehand; versions are in the header."""
+    if machine.dry:
+        return [Row("build", "cuda library", 0, "", "gatedconv", note="not run: dry")]
+    library = _native.load("cuda")
+    if not library.available:
+        raise RuntimeError(f"no CUDA library: {library.reason}")
+    return [Row("build", "cuda library", 0, "", "gatedconv", note=f"{library.source}: {library.path}")]
+
+
+def ceilings(machine: Machine) -> list[Row]:
+    """The best rates of this device: bytes of a large copy, FLOP of large products."""
+    rows = []
+    for dtype in (torch.float16, torch.float32):
+        rates = measured_rates(torch.device(machine.device), dtype, 64 if machine.dry else 0)
+        note = f"{rates.flop_per_ms / 1e9:.1f} TFLOP/s, {rates.bytes_per_ms / 1e6:.0f} GB/s"
+        name = "float16" if dtype == torch.float16 else "tf32"
+        rows.append(Row("ceiling", "product or 3x3 convolution; copy", 0, name, "measured", note=note))
+    return rows
+
+
+def stand_in(machine: Machine) -> AbstractContextManager[Any]:
+    """What replaces the device in a dry walk: the interpreter of compiled kernels, or nothing (the references run)."""
+    if machine.dry and _exists(STAND_IN):
+        context: AbstractContextManager[Any] = importlib.import_module(STAND_IN).installed()
+        return context
+    return nullcontext()
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def pytest_command(*arguments: str) -> list[str]:
+    """Pytest without the project's configuration, so that it needs no plugin."""
+    plain = ["-q", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    return [sys.executable, "-m", "pytest", *plain, *arguments]
+
+
+def run_tests(machine: Machine) -> list[Row]:
+    """The tests on the GPU."""
+    code = subprocess.run(pytest_command("--maxfail=5", *TESTS), cwd=ROOT).returncode
+    note = "passed" if code == 0 else f"failed: exit code {code}"
+    return [Row("tests", " ".join(TESTS), 0, "", "gatedconv", note=note)]
+
+
+def sanitized(machine: Machine, tool: str) -> list[Row]:
+    """Small tests of every kernel under a tool of compute-sanitizer, of the CUDA library last."""
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin", Path("/usr/local/cuda/bin")]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, homes)])
+    sanitizer = shutil.which("compute-sanitizer", path=path)
+    row = Row("sanitizer", tool, 0, "", "gatedconv", note="not run: compute-sanitizer is not installed")
+    if sanitizer is None or machine.dry:
+        return [row if sanitizer is None else replace(row, note="not run: dry")]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest_command("-x", *SANITIZED)]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    return [replace(row, note="passed" if code == 0 else f"failed: exit code {code}")]
