@@ -14,6 +14,7 @@ from gatedconv.cli import COMMANDS
 from gatedconv.cli.config_flags import merge_settings
 from gatedconv.train import RunFolder, TrainConfig
 from gatedconv.train.config import field_specs
+from tests.tolerances import assert_close
 
 Call = Callable[..., object]
 
@@ -48,7 +49,7 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
     images = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         expected = package.load(run / "compact.safetensors")(images)
-        torch.testing.assert_close(torch.export.load(out).module()(images), expected, rtol=1e-5, atol=1e-5)
+        assert_close(torch.export.load(out).module()(images), expected)
 
     bench = gatedconv("bench", run, "--batch", 2, "--rounds", 2, "--peers", "eager")
     assert bench.code == 0, bench.err

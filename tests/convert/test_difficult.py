@@ -14,6 +14,7 @@ from torch import nn
 
 import gatedconv
 from tests.convert.networks import IMAGES, Residual, network
+from tests.tolerances import assert_close
 
 
 def prepared(model):
@@ -50,7 +51,7 @@ def assert_cut_is_exact(model, gate="channel", images=IMAGES):
         for one, other in zip(tensors(gated(images)), tensors(model(images)), strict=True):
             torch.testing.assert_close(one, other)
         for one, other, dense in zip(tensors(small(more)), tensors(frozen(more)), tensors(model(more)), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+            assert_close(one, other)
             assert (dense - other).abs().max() > 1e-3
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     return small
@@ -85,7 +86,7 @@ def test_a_dict_of_outputs_is_kept_and_named_in_onnx(tmp_path):
     images = torch.randn(5, 3, 12, 12)
     with torch.no_grad():
         for found, expected in zip(session.run(None, {"input": images.numpy()}), small(images).values(), strict=True):
-            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+            assert_close(torch.from_numpy(found), expected)
 
 
 class OldNorm(nn.Module):
@@ -177,8 +178,7 @@ def test_other_types(dtype):
     small = gatedconv.compact(gatedconv.freeze(gated, masks=odd_masks(gated)), images)
     frozen = gatedconv.freeze(gated, masks=odd_masks(gated))
     assert {p.dtype for p in small.parameters()} == {dtype}
-    tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
-    torch.testing.assert_close(small(images), frozen(images), rtol=tolerance, atol=tolerance)
+    assert_close(small(images), frozen(images), algorithm="network")
     loss = gated.train()(images).float().square().mean() + gatedconv.mac_target_loss(gated).float()
     loss.backward()
     assert torch.isfinite(loss)
@@ -199,7 +199,7 @@ def test_other_sizes_of_images(name):
     small = gatedconv.compact(frozen, IMAGES)
     for shape in ((1, 3, 12, 12), (3, 3, 16, 24), (2, 3, 20, 12)):
         images = torch.randn(shape)
-        torch.testing.assert_close(small(images), frozen(images), rtol=1e-4, atol=1e-5)
+        assert_close(small(images), frozen(images))
 
 
 def test_a_cut_network_can_be_gated_and_cut_again():
@@ -286,6 +286,6 @@ def test_a_module_of_torch_export_is_gated_in_the_mode_that_it_computes_in():
     assert not gated.training and len(gatedconv.gates(gated)) >= 3
     torch.testing.assert_close(gated(IMAGES), model(IMAGES))
     frozen = gatedconv.freeze(gated, masks=odd_masks(gated))
-    torch.testing.assert_close(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES), rtol=1e-4, atol=1e-5)
+    assert_close(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES))
     with pytest.raises(TypeError, match="got ExportedProgram: pass its .module()"):
         gatedconv.gate_model(program, "channel", example_input=IMAGES)

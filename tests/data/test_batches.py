@@ -8,6 +8,7 @@ import torch
 
 from gatedconv.data import Augment, EvalBatches, ImageData, TrainBatches, load_data
 from tests.image_files import blobs, write_npz
+from tests.tolerances import assert_close
 
 
 @pytest.fixture
@@ -83,8 +84,8 @@ def test_memory_format_and_scale(data: ImageData) -> None:
     batches = EvalBatches(data, "train", batch_size=40, memory_format=torch.channels_last)
     images, _ = next(iter(batches))
     assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
-    assert torch.allclose(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
-    assert torch.allclose(images.std((0, 2, 3), unbiased=False), torch.ones(3), atol=1e-5)
+    assert_close(images.mean((0, 2, 3)), torch.zeros(3), scale=1.0)
+    assert_close(images.std((0, 2, 3), unbiased=False), torch.ones(3))
 
 
 def test_bad_arguments(data: ImageData) -> None:

@@ -13,6 +13,7 @@ import gatedconv
 from gatedconv.nn import AppendOnes, ScatterAdd
 from tests.convert.networks import IMAGES, NETWORKS, masked_forward, network
 from tests.oracle import random_masks
+from tests.tolerances import assert_close
 
 FOLLOW = {
     "depthwise_dilated": {},
@@ -137,14 +138,14 @@ def test_a_dropped_in_conv_in_front_of_a_norm_leaves_the_norms_constant(act):
     frozen = gatedconv.freeze(model, masks={"0.gate": mask})
     small = gatedconv.compact(frozen, IMAGES)
     with torch.no_grad():
-        torch.testing.assert_close(small(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+        assert_close(small(IMAGES), frozen(IMAGES))
     assert small.get_submodule("0").out_channels == 3
     assert small.get_submodule("3").in_channels == 4  # three channels, and one of ones for the constants
     for kind in ("none", "all"):
         frozen = gatedconv.freeze(model, masks={"0.gate": torch.full((8,), kind == "all")})
         with torch.no_grad():
             cut = gatedconv.compact(frozen, IMAGES)
-            torch.testing.assert_close(cut(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+            assert_close(cut(IMAGES), frozen(IMAGES))
 
 
 def test_a_cut_network_can_be_trained_further():
@@ -189,13 +190,13 @@ def test_constants_of_one_size_are_for_that_size_alone(tmp_path):
     models = small, loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small)), gatedconv.Engine(small, IMAGES)
     with torch.no_grad():
         for cut in models:
-            torch.testing.assert_close(cut(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+            assert_close(cut(IMAGES), frozen(IMAGES))
             with pytest.raises(ValueError, match="cut for images of 12 x 12, got 20 x 16"):
                 cut(other)
         again = gatedconv.compact(frozen, other)
-        torch.testing.assert_close(again(other), frozen(other), rtol=1e-5, atol=1e-6)
+        assert_close(again(other), frozen(other))
     program = torch.export.export(small, (IMAGES,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    torch.testing.assert_close(program.module()(IMAGES[:1]), frozen(IMAGES[:1]), rtol=1e-5, atol=1e-6)
+    assert_close(program.module()(IMAGES[:1]), frozen(IMAGES[:1]))
 
 
 def test_constants_of_every_size_leave_the_size_free():
@@ -225,7 +226,7 @@ def test_a_closed_map_of_one_size_says_so():
     engine = gatedconv.Engine(small, IMAGES)
     assert engine.plans  # the check runs beside the plan, not instead of it
     for cut in (small, engine):
-        torch.testing.assert_close(cut(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+        assert_close(cut(IMAGES), frozen(IMAGES))
         with pytest.raises(ValueError, match="cut for images of 12 x 12"):
             cut(torch.randn(2, 3, 16, 16))
     with pytest.raises(ValueError, match="cut for images of 12 x 12"):

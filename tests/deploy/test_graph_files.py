@@ -14,6 +14,7 @@ from torch import nn
 import gatedconv
 from tests.convert.networks import IMAGES, NETWORKS, network
 from tests.oracle import random_masks
+from tests.tolerances import assert_close
 
 
 def stages(name, gate="channel"):
@@ -36,7 +37,7 @@ def test_every_stage_comes_back(name, tmp_path):
             assert name_a == name_b and torch.equal(a, b)
         assert loaded.code == model.code
         with torch.no_grad():  # where its memory happens to lie decides the last bit of a sum
-            torch.testing.assert_close(loaded(IMAGES), model(IMAGES), rtol=1e-6, atol=1e-6)
+            assert_close(loaded(IMAGES), model(IMAGES))
         assert list(gatedconv.gates(loaded)) == list(gatedconv.gates(model))
         if stage == "gated":
             assert loaded.mac_terms == model.mac_terms and str(loaded.conversion) == str(model.conversion)
@@ -49,7 +50,7 @@ def test_a_network_of_rounded_widths_comes_back(name, tmp_path):
     small = gatedconv.compact(stages(name)["frozen"], IMAGES, channel_multiple=4)
     gatedconv.save(small, tmp_path / "m")
     with torch.no_grad():
-        torch.testing.assert_close(gatedconv.load(tmp_path / "m")(IMAGES), small(IMAGES), rtol=1e-6, atol=1e-6)
+        assert_close(gatedconv.load(tmp_path / "m")(IMAGES), small(IMAGES))
 
 
 def test_names_that_are_no_identifiers_come_back(tmp_path):
@@ -76,7 +77,7 @@ def test_a_loaded_gated_network_trains_freezes_and_is_cut(tmp_path):
     frozen = gatedconv.freeze(loaded.eval(), masks=masks)
     small = gatedconv.compact(frozen, IMAGES)
     with torch.no_grad():
-        torch.testing.assert_close(small(IMAGES), frozen(IMAGES), rtol=1e-5, atol=1e-6)
+        assert_close(small(IMAGES), frozen(IMAGES))
 
 
 def test_a_cut_network_loads_where_its_code_is_not(tmp_path):

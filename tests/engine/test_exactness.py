@@ -10,6 +10,7 @@ from torch import nn
 import gatedconv
 from gatedconv.engine import program
 from tests.engine.nets import ISAS, Residual, error, settle, supported
+from tests.tolerances import assert_close
 
 LIMIT = 1e-5
 
@@ -180,7 +181,7 @@ def test_nan_and_infinity_go_where_pytorch_sends_them():
         expected = model(x)
     result = gatedconv.Engine(model, x)(x)
     assert torch.equal(result.isnan(), expected.isnan()) and bool(expected.isnan().any())
-    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert_close(result, expected)
 
 
 @pytest.mark.parametrize("kernel", ["winograd2", "winograd4"])
@@ -195,7 +196,7 @@ def test_winograd_spreads_no_nan_and_no_infinity(isa, kernel, bad, monkeypatch):
     result, expected = engine(x), net(x)
     assert 0 < int(expected.isfinite().logical_not().sum()) < expected.numel() // 3
     assert torch.equal(result.isnan(), expected.isnan()) and torch.equal(result.isinf(), expected.isinf())
-    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert_close(result, expected)
 
 
 def test_a_sum_that_overflows_is_infinite_where_pytorch_says_so(monkeypatch):
@@ -206,7 +207,7 @@ def test_a_sum_that_overflows_is_infinite_where_pytorch_says_so(monkeypatch):
     result, expected = gatedconv.Engine(net, x)(x), net(x)
     assert torch.equal(result.isfinite(), expected.isfinite())
     far = expected.abs() < 1e30
-    assert torch.allclose(result[far], expected[far], atol=1e-4)
+    assert_close(result[far], expected[far])
 
 
 class Axis(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gatedconv.gating.estimators import make_estimator
+from tests.tolerances import assert_close
 
 
 def estimator(name, num_gates=3, temperature=2 / 3):
@@ -31,7 +32,7 @@ def test_gumbel_is_hard_in_training_with_the_gradient_of_its_soft_sample():
     soft = torch.sigmoid((z.detach() + torch.log(u / (1 - u))) / 0.5)
     assert torch.equal(gate, (soft > 0.5).float())
     (grad,) = torch.autograd.grad(gate.sum(), z)
-    torch.testing.assert_close(grad, soft * (1 - soft) / 0.5, rtol=1e-3, atol=1e-5)
+    assert_close(grad, soft * (1 - soft) / 0.5, algorithm="gradient")
 
 
 @pytest.mark.parametrize("name", ["gumbel", "bernoulli"])
@@ -40,7 +41,7 @@ def test_samples_have_the_probability_of_the_sigmoid(name):
     torch.manual_seed(0)
     rate = estimator(name).train()(z).mean(dim=0)
     # 5 standard deviations of a mean of 40,000 coin flips
-    assert torch.allclose(rate, torch.sigmoid(z[0]), atol=5 * 0.5 / 200)
+    assert float((rate - torch.sigmoid(z[0])).abs().max()) <= 5 * 0.5 / 200
 
 
 @pytest.mark.parametrize("name", ["ste", "gumbel", "bernoulli"])

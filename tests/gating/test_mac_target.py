@@ -21,6 +21,7 @@ from gatedconv.gating import (
 )
 from gatedconv.measure.macs import count_macs
 from gatedconv.models import resnet20
+from tests.tolerances import assert_close
 
 SIZE = (3, 8, 8)
 
@@ -100,7 +101,7 @@ def test_fisher_information_is_the_mean_square_of_each_samples_gradient() -> Non
         torch.nn.init.constant_(gate.fc2.bias, 5.0)  # all open
     losses = functional.cross_entropy(model(images), labels, reduction="sum")
     (slope,) = torch.autograd.grad(losses, ones)
-    torch.testing.assert_close(found["layer3.2.channel_gate"].float(), slope.square().mean(0), rtol=1e-3, atol=1e-7)
+    assert_close(found["layer3.2.channel_gate"].float(), slope.square().mean(0), algorithm="gradient")
 
 
 def test_mean_logits_are_those_of_all_batches() -> None:
@@ -110,7 +111,7 @@ def test_mean_logits_are_those_of_all_batches() -> None:
     model(torch.cat([images for images, _ in batches]))
     for name, gate in find_gates(model).items():
         assert gate.logits is not None
-        torch.testing.assert_close(found[name].float(), gate.logits.mean(0), rtol=1e-4, atol=1e-5)
+        assert_close(found[name].float(), gate.logits.mean(0), algorithm="gradient")
 
 
 def train_steps(model: torch.nn.Module, loss: object, steps: int) -> list[float]:
@@ -227,7 +228,7 @@ def test_the_sensitivity_is_the_mean_square_of_what_arrives_at_each_sample() -> 
         found = torch.cat([count * decision.grad for decision in arrived.values()], dim=1)
         expected = 0.99 * expected + 0.01 * (found**2).sum(dim=0) / count
         assert (found != 0).any(dim=0).all()
-        torch.testing.assert_close(pruner.sensitivity, expected, rtol=1e-5, atol=1e-12)
+        assert_close(pruner.sensitivity, expected)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_sensitivity_alone() -> None:

@@ -7,6 +7,7 @@ import pytest
 from tests.native.instruction_count import RECORD, compiler_version, count_instructions
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind here")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="counts are of x86-64")
 def test_no_more_instructions_than_recorded(tmp_path):

@@ -34,6 +34,7 @@ TESTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TESTS)
 def test_under_sanitizers(name, tmp_path):
     compiler = shlex.split(_build.find_compiler())

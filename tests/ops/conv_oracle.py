@@ -1,4 +1,4 @@
-"""The masked convolution as it is defined: output by output, in fp64, sharing nothing with gatedconv."""
+"""The masked convolution as it is defined: group by group of each sample, in fp64, sharing nothing with gatedconv."""
 
 import torch
 import torch.nn.functional as F
@@ -20,41 +20,23 @@ def masked_conv2d_oracle(
     relu: bool = False,
 ) -> Tensor:
     """Return the output in fp64; differentiable where no NaN is about."""
-    per_group = input.shape[1] // groups
-    rows_per_group = weight.shape[0] // groups
-    samples = []
+    per_group, rows_per_group = input.shape[1] // groups, weight.shape[0] // groups
+    geometry = (stride, padding, dilation)
+    size = F.conv2d(input[:1, :1].to("meta"), weight[:1, :1].to("meta"), None, *geometry).shape[2:]
+    out = torch.zeros(input.shape[0], weight.shape[0], *size, dtype=torch.float64)
     for n in range(input.shape[0]):
-        planes = []
-        for row in range(weight.shape[0]):
-            group = row // rows_per_group
+        sample_open = out_open if out_open.dim() == 1 else out_open[n]
+        for group in range(groups):
             channels = range(group * per_group, (group + 1) * per_group)
             read = [c for c in channels if in_open is None or in_open[c]]
-            taps = [c - group * per_group for c in read]
-            # The plane of the right size and, where nothing is read, its value: a convolution with a zero
-            # input.
-            plane = F.conv2d(
-                torch.zeros_like(input[n : n + 1, :1]).double(),
-                torch.zeros_like(weight[:1, :1]).double(),
-                None,
-                stride,
-                padding,
-                dilation,
-            )[0, 0]
-            is_open = out_open[row] if out_open.dim() == 1 else out_open[n, row]
-            if is_open and read:
-                plane = F.conv2d(
-                    input[n : n + 1, read].double(),
-                    weight[row : row + 1, taps].double(),
-                    None,
-                    stride,
-                    padding,
-                    dilation,
-                )[0, 0]
-            if is_open and bias is not None:
-                plane = plane + bias[row].double()
-            if residual is not None:
-                plane = plane + residual[n, row].double()
-            planes.append(plane)
-        samples.append(torch.stack(planes))
-    out = torch.stack(samples)
+            rows = [r for r in range(group * rows_per_group, (group + 1) * rows_per_group) if sample_open[r]]
+            if not rows:
+                continue
+            if read:
+                cut = weight[rows][:, [c - group * per_group for c in read]].double()
+                out[n, rows] = F.conv2d(input[n : n + 1, read].double(), cut, None, *geometry)[0]
+            if bias is not None:
+                out[n, rows] += bias[rows, None, None].double()
+    if residual is not None:
+        out = out + residual.double()
     return out.clamp(min=0) if relu else out

@@ -13,6 +13,7 @@ from gatedconv import ops
 from gatedconv.models import ResNet
 from gatedconv.ops import _triton
 from tests.ops import gate_oracle  # noqa: F401, gives the operators bodies on the CPU
+from tests.tolerances import assert_close
 
 
 def norm_of(channels):
@@ -184,6 +185,6 @@ def test_networks_compile_through_the_operators(monkeypatch, gate, position):
         {"gatedconv.gated_scale.default"} if position == "middle" else set()
     )
     for got, want in zip([out, *grad], expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert_close(got, want)
     for (name, got), want in zip(copied.state_dict().items(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
+        assert_close(got, want, name=name)

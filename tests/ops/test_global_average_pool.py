@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from gatedconv.ops import global_average_pool
+from tests.tolerances import assert_close
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
@@ -24,7 +24,7 @@ def test_it_is_the_mean_of_each_map(layout: str, dtype: torch.dtype, shape: tupl
     found = global_average_pool(x, torch.float64 if dtype == torch.float64 else torch.float32)
     expected = x.double().numpy().mean(axis=(2, 3))
     assert found.shape == shape[:2] and found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-6)
+    assert_close(found, expected, terms=24)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -3,6 +3,7 @@ import torch
 
 from gatedconv.ops import _native_conv, masked_conv2d
 from tests.ops.conv_oracle import masked_conv2d_oracle
+from tests.tolerances import assert_close
 
 OUT_OPEN = torch.tensor([1, 0, 1, 1, 0], dtype=torch.bool)
 IN_OPEN = torch.tensor([1, 1, 0, 1], dtype=torch.bool)
@@ -98,7 +99,7 @@ def test_exported_program_holds_the_operator_and_takes_any_batch():
     assert any("gatedconv.masked_conv2d" in str(node.target) for node in program.graph.nodes)
     x = torch.randn(7, 4, 6, 6)
     expected = masked_conv2d_oracle(x, module.weight, None, OUT_OPEN, padding="same", relu=True)
-    torch.testing.assert_close(program.module()(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(program.module()(x), expected)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 import gatedconv
 from gatedconv.ops import PackedConv, _native_conv, masked_conv2d
 from tests.ops.test_masked_conv2d import cases, masked_conv2d_oracle, relative_error
+from tests.tolerances import assert_close
 
 MASK = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1]).bool()
 
@@ -42,7 +43,7 @@ def check(conv, x):
     mask = conv.gate.mask
     expected = F.conv2d(x, conv.weight, conv.bias, padding=1) * mask.to(x.dtype)[:, None, None]
     out = conv(x)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert_close(out, expected, terms=45)
     assert torch.equal(out[:, ~mask], torch.zeros_like(out[:, ~mask]))
 
 
@@ -190,7 +191,7 @@ def test_with_gradients_and_under_vmap_nothing_is_kept(packs):
             return torch.func.functional_call(conv, {"weight": weight, "bias": torch.zeros(12)}, (x[0],))
 
         out = torch.func.vmap(run)(weights)
-        torch.testing.assert_close(out[1], 2 * out[0], rtol=1e-5, atol=1e-5)
+        assert_close(out[1], 2 * out[0], terms=45)
     assert not packs
 
 

@@ -100,13 +100,6 @@ def test_nothing_is_loaded_or_compiled_at_import():
     assert done.stdout == plain.stdout, "gatedconv imports more than torch does"
 
 
-def test_import_adds_less_than_half_a_second():
-    # Processor time: what else the machine does is not the import's.
-    code = "import time, torch; a = time.process_time(); import gatedconv; print(time.process_time() - a)"
-    times = [float(run([sys.executable, "-c", code], Path.cwd()).stdout) for _ in range(3)]
-    assert min(times) < 0.5
-
-
 def test_off_means_the_references_without_a_warning(fresh, monkeypatch, recwarn):
     monkeypatch.setenv("GATEDCONV_NATIVE", "off")
     library = _native.load("cpu")

@@ -8,6 +8,9 @@ import pytest
 
 from tests.packaging.conftest import ROOT, build_wheel, install, run
 
+# Sdists and wheels are built, and the library is compiled.
+pytestmark = pytest.mark.slow
+
 # One layer against PyTorch's own convolution; prints which library ran, as JSON on the last line.
 RUN_A_LAYER = """
 import json, sys, warnings

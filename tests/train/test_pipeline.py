@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from gatedconv.train.tensorboard import TensorBoard
 from reproduce.rows import training_row
 from reproduce.table import find_experiment
 from tests.image_files import write_npz
+from tests.tolerances import assert_close
 
 
 class Recorder(Listener):
@@ -98,12 +98,12 @@ def test_exports_compute_what_the_compact_network_computes(tmp_path: Path, archi
     with torch.no_grad():
         expected = net(images)
         exported = torch.export.load(folder.path / "compact.pt2").module()(images)
-    torch.testing.assert_close(exported, expected, rtol=1e-5, atol=1e-5)
+    assert_close(exported, expected)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder.path / "compact.onnx"))
     (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    np.testing.assert_allclose(output, expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert_close(output, expected.numpy())
 
 
 def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from gatedconv.train import TrainConfig, train
 from gatedconv.train.recipe import total_loss
 from gatedconv.train.step import Stepper
 from gatedconv.train.step_macs import PASSES_PER_STEP
+from tests.tolerances import assert_close
 
 CONFIG = TrainConfig(
     epochs=4, batch_size=8, lr=0.05, warmup_epochs=0.0, mac_weight=1.0, act_weight=0.1, weight_decay=0.01,
@@ -81,7 +82,7 @@ def test_weights_are_those_without_leaving_out(predict: bool, shut: tuple[int, .
         norm, _, kind = name.rpartition(".")
         if norm in still and kind in ("running_mean", "running_var", "num_batches_tracked"):
             continue
-        torch.testing.assert_close(left_out.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
+        assert_close(left_out.state_dict()[name], value, name=name)
     made = 5 if predict else 6  # the first step has none before it
     for norm in still:
         assert int(left_out.get_submodule(norm).num_batches_tracked) == 6 - made
@@ -121,7 +122,7 @@ def test_a_gate_that_opens_again_is_noticed_in_the_same_step(predict: bool) -> N
     assert skipper.macs.saved > 0 and (skipper.skipping.repeated > 0) == predict
     for name, value in whole.items():
         if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(left_out[name], value, rtol=1e-6, atol=1e-7, msg=name)
+            assert_close(left_out[name], value, name=name)
 
 
 @pytest.mark.parametrize("change", [{"estimator": "gumbel"}, {"estimator": "batch_mean"}])

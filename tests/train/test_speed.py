@@ -23,6 +23,7 @@ from gatedconv.train import TrainConfig, train
 from gatedconv.train.recipe import total_loss
 from gatedconv.train.recompute import recomputing
 from gatedconv.train.step import Stepper
+from tests.tolerances import assert_close
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -53,9 +54,9 @@ def stepped(model: ResNet, steps: int = 3, **changes: Any) -> dict[str, torch.Te
     return model.state_dict()
 
 
-def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], **tolerances: float) -> None:
-    for name, value in right.items():
-        torch.testing.assert_close(left[name], value, msg=name, **tolerances)
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert not [name for name, value in right.items() if not torch.equal(left[name], value)]
 
 
 @pytest.mark.parametrize(
@@ -74,14 +75,14 @@ def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position
     for model, called in ((eager, eager), (compiled, whole)):
         loss, _ = total_loss(model, called(IMAGES), LABELS, CONFIG, 0.5)
         loss.backward()
-    assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-6)
+    assert_close(compiled.state_dict(), eager.state_dict())
     for (name, ours), (_, expected) in zip(compiled.named_parameters(), eager.named_parameters(), strict=True):
         assert expected.grad is not None and ours.grad is not None, name
-        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert_close(ours.grad, expected.grad, algorithm="gradient", name=name)
     if watched:
         expected, found = (each.sensitivity for each in pruners)
         assert (expected > 0).all()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+        assert_close(found, expected, algorithm="gradient")
     torch._dynamo.reset()
 
 
@@ -103,8 +104,8 @@ def test_a_compiled_training_shuts_the_gates_that_a_plain_one_shuts(monkeypatch:
         states.append(stepper.model.state_dict())
     plain, compiled = pruners
     assert 0 < int(plain.pruned.sum()) < len(plain.pruned) and torch.equal(plain.pruned, compiled.pruned)
-    torch.testing.assert_close(compiled.sensitivity, plain.sensitivity, rtol=1e-3, atol=1e-9)
-    assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
+    assert_close(compiled.sensitivity, plain.sensitivity, algorithm="training")
+    assert_close(states[1], states[0], algorithm="training")
     torch._dynamo.reset()
 
 
@@ -116,7 +117,7 @@ def test_recomputed_blocks_train_the_same_network(gate: str, estimator: str) -> 
     after_plain = torch.rand(1)
     recomputed = stepped(network(gate, "middle", estimator=estimator), recompute=True)
     assert torch.equal(torch.rand(1), after_plain)
-    assert_close(recomputed, plain, rtol=0.0, atol=0.0)
+    assert_equal(recomputed, plain)
 
 
 def test_recomputing_keeps_less_and_runs_each_block_twice() -> None:
@@ -156,7 +157,7 @@ def test_accumulated_task_gradients_are_those_of_the_whole_batch(parts: int) -> 
     left = stepped(still(network()), steps=1, **config)  # type: ignore[arg-type]
     right = stepped(still(network()), steps=1, **{**config, "accumulate": 1})  # type: ignore[arg-type]
     names = [name for name, _ in network().named_parameters()]
-    assert_close({n: left[n] for n in names}, {n: right[n] for n in names}, rtol=1e-4, atol=1e-6)
+    assert_close({n: left[n] for n in names}, {n: right[n] for n in names}, algorithm="gradient")
 
 
 def test_losses_see_open_rates_over_the_parts_and_move_the_current_one() -> None:
@@ -209,7 +210,7 @@ def test_a_step_that_is_done_again_or_undone_counts_once_in_the_window() -> None
             assert bool(stepper(IMAGES * math.nan, LABELS, 0.3).bad)
             assert torch.equal(stepper.window.before, before)
         windows.append(before)
-    torch.testing.assert_close(*windows, rtol=0.0, atol=0.0)
+    assert torch.equal(*windows)
 
 
 def test_the_logits_of_all_parts_outlive_a_graph_that_writes_over_them() -> None:
@@ -229,7 +230,7 @@ def test_the_logits_of_all_parts_outlive_a_graph_that_writes_over_them() -> None
     expected = stepper.model(IMAGES).detach()
     stepper.network = Replayed(stepper.model)
     with stepper.active():
-        torch.testing.assert_close(stepper(IMAGES, LABELS, 0.3).logits, expected, rtol=1e-5, atol=1e-6)
+        assert_close(stepper(IMAGES, LABELS, 0.3).logits, expected)
 
 
 def test_accumulation_trains(data: ImageData) -> None:

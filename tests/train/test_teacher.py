@@ -23,6 +23,7 @@ from gatedconv.train.recipe import lesson
 from gatedconv.train.step import Stepper
 from gatedconv.train.stopping import StopRequest
 from gatedconv.train.teacher import Teacher
+from tests.tolerances import assert_close
 from tests.train.test_loop import assert_same_state, comparable, network
 
 CONFIG = TrainConfig(
@@ -85,7 +86,7 @@ def test_the_loss_is_that_of_the_formula_and_teaches_the_pupil_alone() -> None:
     found.backward()
     assert taught.grad is None
     assert logits.grad is not None
-    torch.testing.assert_close(logits.grad.numpy(), 0.6 * 4 * (q - p) / 5, rtol=1e-4, atol=1e-6)
+    assert_close(logits.grad.numpy(), 0.6 * 4 * (q - p) / 5, algorithm="gradient")
 
 
 def test_steps_before_it_begins_are_those_of_a_run_without_it(data: ImageData) -> None:

@@ -14,6 +14,7 @@ from gatedconv import ops
 from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.engine.nets import settle
+from tests.tolerances import assert_close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,7 +139,7 @@ def test_gradients_are_those_of_the_cpu():
         torch.manual_seed(1)
         results.append([g.cpu() for g in torch.autograd.grad(out, leaves, torch.randn(out.shape).to(device))])
     for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        assert_close(mine, theirs, algorithm="gradient")
 
 
 def test_compiled_and_exported():
@@ -244,7 +245,7 @@ def test_layer_gates_decide_without_the_host(monkeypatch):
             result = model(x)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+    assert_close(result, expected, dtype="tf32", algorithm="network")
 
 
 @pytest.mark.parametrize("tile", cuda_conv.TILES, ids=str)
@@ -275,7 +276,4 @@ def test_every_tile(tile, dtype):
             expected,
             *arguments,
         )
-        exact = dtype == torch.float32 and not tf32
-        torch.testing.assert_close(
-            result.cpu(), expected, rtol=0, atol=1e-5 if exact else 4e-2 if dtype == torch.bfloat16 else 6e-3
-        )
+        assert_close(result.cpu(), expected, dtype="tf32" if tf32 else dtype)

@@ -8,6 +8,7 @@ import torch
 from gatedconv import ops
 from tests.kernels.interpreted import test_gate, test_gated_residual
 from tests.kernels.interpreted.compare import buffer, leaf
+from tests.tolerances import assert_close
 
 VALUES = (float("nan"), float("inf"), -float("inf"))
 
@@ -18,7 +19,7 @@ def assert_same(kernel, reference):
         found, expected = getattr(kernel, group), getattr(reference, group)
         assert found.keys() == expected.keys()
         for name, want in expected.items():
-            torch.testing.assert_close(found[name], want, equal_nan=True, rtol=1e-4, atol=1e-5, msg=f"{group} {name}")
+            assert_close(found[name], want, algorithm="gradient", name=f"{group} {name}")
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -106,7 +107,7 @@ def test_maps_dense_in_any_order(device, order, which):
             out = function(*leaves)
             results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
         for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            assert_close(got, want)
 
 
 def test_a_gate_that_flattens_a_map_dense_in_another_order(device):
