@@ -85,7 +85,7 @@ def test_each_process_asks_its_share_and_all_decide_alike(both: tuple[list[dict[
         assert found["asked"] < 0.6 * whole["asked"]
         for by in ("logit", "fisher"):
             for name, value in whole[by].items():
-                assert_close(found[by][name], value, algorithm="gradient", name=name)
+                assert_close(found[by][name], value, dtype=torch.float32, algorithm="gradient", name=name)
             assert all(torch.equal(mask, whole[f"{by} masks"][name]) for name, mask in found[f"{by} masks"].items())
     one, two = (RunFolder(folder / name).consensus.read_text() for name in ("one", "two"))
     assert one == two
@@ -106,4 +106,5 @@ def test_a_synchronised_norm_keeps_a_small_spread_around_a_large_mean(
     for each in found:
         assert_close(each["mean"], 0.1 * x.mean(dim=0))
         unbiased = x.var(dim=0)
-        assert_close((each["var"].double() - 0.9) / 0.1, unbiased, dtype=torch.float32, algorithm="training")
+        # The buffer is a sum of fp32 near 0.9.
+        assert_close((each["var"].double() - 0.9) / 0.1, unbiased, dtype=torch.float32, terms=1, scale=9.0)
