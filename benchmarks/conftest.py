@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--rounds", type=int, default=15, help="rounds of each case [15]")
     group.addoption("--threads", type=int, default=2, help="CPU threads of every provider [2]")
-    group.addoption("--max-minutes", type=float, help="start no case after this time; run again to go on")
+    group.addoption("--max-minutes", type=float, help="start no case after this time; run again to continue")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,7 +55,7 @@ def as_parameters(cases: Iterable[Any]) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def record(pytestconfig: pytest.Config) -> Record | None:
-    """The results file, None if nothing is to be kept."""
+    """The results file, None without --results."""
     threads, wanted = pytestconfig.getoption("--threads"), pytestconfig.getoption("--results")
     if wanted is None:
         return None
@@ -86,17 +86,17 @@ def compete(
     deadline: float | None,
     cpu_threads: int,
 ) -> Callable[[str, Any, Callable[[], Comparison]], None]:
-    """(benchmark, case, comparison) -> measure a case in turns, unless the results file has it."""
+    """(benchmark, case, comparison) -> measure a case, unless the results file has it."""
 
     def measure(family: str, case: Any, build: Callable[[], Comparison]) -> None:
         if record is not None and record.has(family, case.name, case.batch):
-            pytest.skip("measured already")
+            pytest.skip("measured before")
         if deadline is not None and time.monotonic() > deadline:
-            pytest.skip("out of time; run again to go on")
+            pytest.skip("out of time; run again to continue")
         comparison = build()
         rounds = pytestconfig.getoption("--rounds")
-        play(benchmark, comparison, min(rounds, MOST_ROUNDS) if family == "layer" else rounds)
-        rows, failures = comparison.rows(), told(comparison)
+        sample_rounds(benchmark, comparison, min(rounds, MOST_ROUNDS) if family == "layer" else rounds)
+        rows, failures = comparison.rows(), failures_of(comparison)
         pytestconfig.stash[_ROWS] += rows
         benchmark.group = f"{case.name}, batch {case.batch}"
         benchmark.extra_info.update(rows=[row.as_dict() for row in rows], failures=failures)
@@ -107,8 +107,8 @@ def compete(
     return measure
 
 
-def play(benchmark: Any, comparison: Comparison, rounds: int) -> None:
-    """Let pytest-benchmark time our turns; the others have theirs in its untimed set-up, round by round."""
+def sample_rounds(benchmark: Any, comparison: Comparison, rounds: int) -> None:
+    """Let pytest-benchmark time the first candidate; the others are sampled in its untimed set-up, round by round."""
     timing = comparison.timing
     first = next(iter(timing.candidates))
     others = [name for name in timing.candidates if name != first]
@@ -122,7 +122,7 @@ def play(benchmark: Any, comparison: Comparison, rounds: int) -> None:
     benchmark.extra_info.update(candidate=": ".join(first), calls_per_round=timing.calls[first])
 
 
-def told(comparison: Comparison) -> list[dict[str, Any]]:
+def failures_of(comparison: Comparison) -> list[dict[str, Any]]:
     """The settings that could not be timed, as JSON types."""
     where = {"benchmark": comparison.benchmark, "case": comparison.case, "batch": comparison.batch}
     return [

@@ -1,4 +1,4 @@
-"""What we set out to reach, case by case; ``benchmarks.tables`` prints each beside what became of it."""
+"""The goals, case by case; docs/performance.md has each with its result."""
 
 from __future__ import annotations
 

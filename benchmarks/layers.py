@@ -1,4 +1,4 @@
-"""The single convolutions that are measured, and the ways to compute one whose outputs are partly closed."""
+"""The measured convolutions, and the algorithms for one with closed outputs."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ CASES = tuple(LayerCase(shape, batch, share) for shape in SHAPES for batch in BA
 
 
 def compare_layers(case: LayerCase, sample_ms: float = SAMPLE_MS) -> Comparison:
-    """All ways to compute the case; ``conv2d`` and ``mkldnn`` compute the closed outputs as well."""
+    """All algorithms for the case; ``conv2d`` and ``mkldnn`` compute the closed outputs, too."""
     shape = case.shape
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(case.batch, shape.in_channels, shape.size, shape.size, generator=generator)
@@ -103,12 +103,12 @@ def compare_layers(case: LayerCase, sample_ms: float = SAMPLE_MS) -> Comparison:
     builders: dict[Candidate, Callable[[], Run]] = {}
     for layout in ("NCHW", "channels_last"):
         arranged = _arranged(x, layout), _arranged(weight, layout), bias
-        for (provider, setting), build in _WAYS.items():
+        for (provider, setting), build in _ALGORITHMS.items():
             name = f"{setting}, {layout}" if setting else layout
             builders[provider, name] = lambda b=build, a=arranged: b(case, *a)
     builders = dict(sorted(builders.items(), key=lambda item: item[0][0] != OURS))
     expected = {candidate: dense if candidate[0] in ("conv2d", "mkldnn") else masked for candidate in builders}
-    # All of them run on PyTorch's own threads: there is no other pool whose rest would have to be awaited.
+    # All run on PyTorch's own threads: there is no other pool to wait for.
     return Comparison("layer", case.name, case.batch, builders, expected, sample_ms=sample_ms, wait=False)
 
 
@@ -141,8 +141,8 @@ def _dense(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     return lambda: F.conv2d(x, weight, bias, stride, padding)
 
 
-def _cut(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
-    """The open outputs by themselves, then put in their places."""
+def _compact(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
+    """The open outputs alone, then scattered to their places."""
     index = case.mask().nonzero().flatten()
     stride, padding = case.shape.stride, case.shape.kernel // 2
     kept, kept_bias = weight[index].contiguous(memory_format=_layout(weight)), bias[index]
@@ -163,11 +163,11 @@ def _mkldnn(case: LayerCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     return lambda: torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, [1, 1], 1, "none", [], "")
 
 
-_WAYS: dict[Candidate, Callable[[LayerCase, Tensor, Tensor, Tensor], Run]] = {
+_ALGORITHMS: dict[Candidate, Callable[[LayerCase, Tensor, Tensor, Tensor], Run]] = {
     (OURS, "masked_conv2d"): _masked,
     (OURS, "frozen Conv2d"): _frozen,
     ("conv2d", ""): _dense,
-    ("conv2d on cut weights", ""): _cut,
+    ("conv2d on cut weights", ""): _compact,
     ("mkldnn", "packed"): _mkldnn,
 }
 

@@ -62,7 +62,7 @@ CASES = _cases()
 def _cifar(model: str, cut: str) -> nn.Module:
     gate = {"dense": None, "mid-50": "channel", "half the blocks": "layer"}[cut]
     network = getattr(gatedconv.models, model)(gate=gate, position="middle" if gate == "channel" else "after")
-    settle_norms(network)
+    fill_norms(network)
     network.eval()
     if gate is None:
         return network
@@ -81,12 +81,12 @@ def _imagenet(model: str, cut: str) -> nn.Module:
         for block in network.modules():
             if hasattr(block, "conv1") and hasattr(block, "conv2") and hasattr(block, "bn2"):
                 _halve_middle(block)
-    settle_norms(network)
+    fill_norms(network)
     return network
 
 
 def _halve_middle(block: nn.Module) -> None:
-    """Halve what lies between the first and the last convolution of a torchvision block."""
+    """Halve the channels between the first and the last convolution of a torchvision block."""
     last = 3 if hasattr(block, "conv3") else 2
     for index in range(1, last + 1):
         conv = getattr(block, f"conv{index}")
@@ -109,8 +109,8 @@ def half_open(count: int) -> Tensor:
 
 
 @torch.no_grad()
-def settle_norms(network: nn.Module) -> None:
-    """Give BatchNorm2d statistics that are neither 0 nor 1, and each branch a small part in the stream."""
+def fill_norms(network: nn.Module) -> None:
+    """Give BatchNorm2d statistics that are neither 0 nor 1, and each branch a small share of the stream."""
     for name, norm in network.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_mean.normal_(0, 0.2)

@@ -87,7 +87,7 @@ class Judged:
         return "missed"
 
     def summary(self) -> str:
-        """How many were met, and each that was not."""
+        """The number of goals met, and each missed one."""
         count = self.met + len(self.missed)
         if not count:
             return ""
@@ -147,7 +147,7 @@ def _networks(rows: list[Row], judged: Judged) -> str:
         "goal",
     ]
     return (
-        "**Whole networks.** Median ms per call (interquartile range), each provider at its fastest setting. "
+        "**Networks.** Median ms per call (interquartile range), each provider at its fastest setting. "
         "The ratio is taken pair by pair within a round against the fastest peer: median (quartiles).\n\n"
         + markdown_table(header, lines, 1)
         + "\n\n"

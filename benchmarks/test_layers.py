@@ -1,4 +1,4 @@
-"""Single convolutions with some of their outputs closed: our operator against what PyTorch can do."""
+"""Single convolutions with some of their outputs closed: our operator against PyTorch's."""
 
 from __future__ import annotations
 

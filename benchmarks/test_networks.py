@@ -1,4 +1,4 @@
-"""Whole networks, dense and cut, in our engine and in every CPU runtime that a user could pick."""
+"""Networks, dense and compact, in our engine and in other CPU runtimes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gatedconv.report.runtimes import SETTINGS
 
 SAMPLE_MS = {32: 25.0, 224: 60.0}
 
-# What torch.compile makes at run time is the code of its ahead-of-time package plus a check of guards. It takes longest
-# to prepare, so it is measured on the smaller network of each kind.
+# torch.compile runs the code of its ahead-of-time package plus a check of guards. It takes longest to prepare, so it is
+# measured on the smaller network of each kind.
 JIT, WITH_JIT = "freezing, channels_last", ("resnet56", "resnet18")
 
 

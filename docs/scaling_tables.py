@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "scaling"
 _ABSENT = "Not run yet."
-_NORMS = {"off": "own", "gates": "synchronised"}
+_NORMS = {"off": "own", "gates": "synchronized"}
 
 
 def collectives() -> str:
@@ -37,7 +37,7 @@ def collectives() -> str:
 
 
 def on_paper() -> str:
-    """What a GPU sends for the gates in a step of 8 and of 1,024, by a ring and by a tree."""
+    """Bytes and messages of the gates in a step on 8 and on 1,024 GPUs, by a ring and by a tree."""
     found = _read("collectives")
     if found is None:
         return _ABSENT
@@ -61,12 +61,12 @@ def on_paper() -> str:
 
 
 def skipping() -> str:
-    """A training step with half the gates shut, with and without leaving their blocks out."""
+    """A training step with half of the gates closed, with and without skipping their blocks."""
     found = _read("skipping")
     if found is None:
         return _ABSENT
     return (
-        f"| network | gates shut | batch | speed-up, median of {found['rounds']} turns | of the least times | "
+        f"| network | gates closed | batch | speed-up, median of {found['rounds']} rounds | of the least times | "
         "largest difference of a weight |\n|---|---|---|---|---|---|\n"
         f"| {found['model']} | {found['gates_shut']} of {found['gates']} | {found['batch']} | "
         f"{found['ratio_median']:.2f}x | {found['ratio_of_least']:.2f}x | {found['largest_difference']:.1e} |"
@@ -90,14 +90,14 @@ def survival() -> str:
     kills, checkpoint = _read("kills"), _read("checkpoint")
     lines = []
     if kills is not None:
-        # Results of before a second recipe was added name none.
+        # Older results have one recipe, without a name.
         recipes = kills.get("recipes", ["layer gates"])
-        kind = recipes[0] if len(recipes) == 1 else f"in turns: {'; '.join(recipes)}"
+        kind = recipes[0] if len(recipes) == 1 else f"alternating: {'; '.join(recipes)}"
         lines.append(
             f"- {kills['rounds']} runs of ResNet-20 ({kind}; 48 images of 8 x 8, a checkpoint after every step), "
             f"killed {kills['killed_at_a_time']} times at a random moment and "
             f"{kills['killed_in_a_write']} times inside a write: {kills['rounds_with_differences']} ended with any "
-            "difference, to the last bit, in weights, optimiser, random numbers, metrics or summary."
+            "difference, to the last bit, in weights, optimizer, random numbers, metrics or summary."
         )
     if checkpoint is not None:
         lines.append(

@@ -1,4 +1,4 @@
-"""Every field of `TrainConfig` as a flag; settings win in the order preset < config file < flag."""
+"""Every field of `TrainConfig` as a flag; precedence: preset < config file < flag."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREFIX = "config_"
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--batch-size N`, `--nesterov/--no-nesterov` and so on; what is not given stays unset."""
+    """Add `--batch-size N`, `--nesterov/--no-nesterov` and so on; without a default."""
     group = parser.add_argument_group("settings (defaults in brackets; presets change them)")
     for name, spec in field_specs().items():
         flag = f"--{name.replace('_', '-')}"
@@ -32,7 +32,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields that were set on the command line."""
+    """The fields given on the command line."""
     given = {key: value for key, value in vars(arguments).items() if key.startswith(_PREFIX)}
     return {
         key.removeprefix(_PREFIX): tuple(value) if isinstance(value, list) else value for key, value in given.items()
@@ -50,7 +50,7 @@ def merge_settings(preset: str | None, file: Path | None, flags: Mapping[str, An
         settings |= preset_settings(preset)
     if file is not None:
         values = read_toml(file)
-        make_config(values, where=str(file))  # so that a fault in the file names the file
+        make_config(values, where=str(file))  # so that an error names the file
         settings |= values
     return make_config(settings | dict(flags))
 

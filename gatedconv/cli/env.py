@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what this installation is made of."""
+    """Print versions, devices and native libraries."""
     from gatedconv.environment import collect
 
     found = collect()

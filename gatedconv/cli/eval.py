@@ -12,7 +12,7 @@ from gatedconv.cli.networks import saved_networks
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("target", type=Path, metavar="RUN|MODEL", help="a run folder or a saved model")
-    parser.add_argument("--data", metavar="SOURCE", help="data source; default: the one of the run")
+    parser.add_argument("--data", metavar="SOURCE", help="data source; default: the run's")
     parser.add_argument("--data-root", metavar="DIR", help="folder for downloaded data")
     parser.add_argument("--image-size", type=int, metavar="N", help="side of imagefolder images")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")

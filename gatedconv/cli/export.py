@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gatedconv.cli.networks import cut_network, example_input
+from gatedconv.cli.networks import compact_network, example_input
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".aoti.pt2"}
 
@@ -14,16 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("target", type=Path, metavar="RUN|MODEL", help="a run folder or a saved model")
     parser.add_argument("--format", default="onnx", metavar="{onnx,torch,aoti}", help="what to write [onnx]")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the model")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: next to the model")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export the cut network of a run, or the network in a model file."""
+    """Export the compact network of a run, or the network in a model file."""
     from gatedconv.deploy import export
 
     if arguments.format not in SUFFIXES:
         raise ValueError(f"format: expected one of {', '.join(SUFFIXES)}, got {arguments.format!r}")
-    network = cut_network(arguments.target)
+    network = compact_network(arguments.target)
     target: Path = arguments.target
     stem = target / "compact" if target.is_dir() else target.with_suffix("")
     out = arguments.out or stem.with_name(stem.name + SUFFIXES[arguments.format])

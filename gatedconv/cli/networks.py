@@ -1,4 +1,4 @@
-"""What the commands that take RUN or MODEL have in common: finding networks and images."""
+"""Networks and images of the commands that take RUN or MODEL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def saved_networks(target: Path) -> dict[str, nn.Module]:
     """The finished networks of a run folder ("dense", "compact"), or the one in a model file.
 
     Raises:
-        ValueError: nothing is there, or it is no run and no model.
+        ValueError: there is no such file or folder, or it is not a run or model.
     """
     if target.is_file():
         return {target.stem: load(target)}
@@ -32,14 +32,14 @@ def saved_networks(target: Path) -> dict[str, nn.Module]:
     return found
 
 
-def cut_network(target: Path) -> nn.Module:
-    """The cut network of a run, or its dense one if it had no gates, or the network in a model file."""
+def compact_network(target: Path) -> nn.Module:
+    """The compact network of a run, its dense one if it has no gates, or the network in a model file."""
     networks = saved_networks(target)
     return networks.get("compact") or next(iter(networks.values()))
 
 
 def example_input(network: nn.Module, batch: int = 1, size: tuple[int, int, int] | None = None) -> torch.Tensor:
-    """Random images (batch, C, H, W) of a size or of that which a network was built for; always the same."""
+    """Random images (batch, C, H, W), of the network's own size by default; the same at every call."""
     if size is None:
         size = getattr(network, "input_size", (3, 32, 32))
     return torch.randn((batch, *size), generator=torch.Generator().manual_seed(0))

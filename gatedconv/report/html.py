@@ -1,4 +1,4 @@
-"""One self-contained page about some runs: what they learned, what was cut, what that gains. No request leaves it."""
+"""One self-contained HTML page about runs: accuracy, gates, size and latency. It makes no request."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ details { margin-top: 12px } summary { cursor: pointer; color: var(--muted) } .s
 
 @dataclass(frozen=True)
 class RunView:
-    """What is known of a run; whatever could not be read is missing, and `problems` says why.
+    """The readable part of a run; `problems` has the reasons for what is missing.
 
     Attributes:
-        name: of the run, for people.
+        name: of the run.
         config: its settings.
         history: one mapping per epoch, with the fields of metrics.jsonl.
-        summary: its outcome, None while it has none.
-        problems: what was missing or damaged.
+        summary: its results, None while it is not finished.
+        problems: missing or damaged files.
     """
 
     name: str
@@ -96,7 +96,7 @@ def _run_card(run: RunView) -> str:
     if gates:
         names = list(gates[-1]["gate_open_rates"])
         rates = {name: [line["gate_open_rates"].get(name, float("nan")) for line in gates] for name in names}
-        parts.append("<h3>Which gates were open</h3>" + heat_map(rates, [line["epoch"] for line in gates]))
+        parts.append("<h3>Open gates</h3>" + heat_map(rates, [line["epoch"] for line in gates]))
     if run.summary is not None:
         parts.append(_architecture(run.summary))
     parts.append(_details("Configuration", run.config))
@@ -129,8 +129,8 @@ def _figures_table(run: RunView, summary: Mapping[str, Any]) -> str:
     )
     agreement = summary.get("agreement")
     known = _is_number(agreement)
-    told = f'<p class="sub">Gates and samples agree on {agreement:.2%} of the decisions.</p>' if known else ""
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>{told}'
+    note = f'<p class="sub">Gates and samples agree on {agreement:.2%} of the decisions.</p>' if known else ""
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>{note}'
 
 
 def _energy(summary: Mapping[str, Any]) -> str:
@@ -152,12 +152,14 @@ def _architecture(summary: Mapping[str, Any]) -> str:
     listed = summary.get("blocks")
     blocks = [block for block in listed if isinstance(block, Mapping)] if isinstance(listed, Sequence) else []
     if not blocks:
-        return '<h3>What was cut</h3><p class="absent">Not recorded block by block.</p>' if "frozen" in summary else ""
+        return (
+            '<h3>What was removed</h3><p class="absent">Not recorded block by block.</p>' if "frozen" in summary else ""
+        )
     most = max(_macs_of(block) for block in blocks) or 1
     rows = []
     for block in blocks:
         of, macs = block.get("channels"), _macs_of(block)
-        channels = ("whole" if block.get("runs") else "cut") if of is None else f"{block.get('open')} of {of}"
+        channels = ("kept" if block.get("runs") else "removed") if of is None else f"{block.get('open')} of {of}"
         bar = f'<span class="bar"><i style="width:{100 * macs / most:.1f}%"></i></span>'
         rows.append(
             f"<tr><td>{escape(str(block.get('block')))}</td><td>{escape(channels)}</td>"
@@ -195,7 +197,7 @@ def _networks(run: RunView) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _latency(net: Mapping[str, Any]) -> tuple[float, str] | None:
-    """Milliseconds of one image and their unit: the engine's, else those of PyTorch's eager mode."""
+    """Latency of one image and its unit: the engine's, else that of PyTorch's eager mode."""
     for key, unit in (("engine_latency_ms", "ms by the engine"), ("latency_ms", "ms in eager mode")):
         if _is_number(_of(net, key, "1")):
             return _of(net, key, "1"), unit
@@ -207,7 +209,7 @@ def _is_network(value: Any) -> bool:
 
 
 def _mark_kind(run: RunView, kind: str) -> str:
-    """A control, which trains a part of the network alone from the start, has a mark of its own."""
+    """The label of a network; a control, which trains a sub-network from the start, has its own."""
     part = run.config.get("subnetwork")
     if not part:
         return network_name(kind, run.summary or {})

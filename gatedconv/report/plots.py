@@ -1,4 +1,4 @@
-"""Pictures of a run: how its gates came to agree (the paper's Figure 6), and how its accuracy grew."""
+"""Plots of a run: the open rates of its gates (the paper's Figure 6), and its accuracy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw_all(history: History, folder: Path, *, title: str = "") -> list[Path]:
     Args:
         history: one mapping per epoch with the fields of metrics.jsonl.
         folder: where the PNG files go; made if needed.
-        title: what the run was, for the headings.
+        title: of the run, for the headings.
 
     Returns:
         The files written.
@@ -68,7 +68,7 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
     with plt.rc_context(STYLE):
         height = min(9.0, 1.5 + 0.22 * len(names))
         figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
-        # Edges, not centres, so that epoch e fills the column from e - 0.5 to e + 0.5.
+        # Edges, not centres, so that epoch e covers the column from e - 0.5 to e + 0.5.
         extent = (lines[0]["epoch"] - 0.5, lines[-1]["epoch"] + 0.5, len(names) - 0.5, -0.5)
         image = axes.imshow(
             rates,
@@ -105,7 +105,7 @@ def draw_curves(history: History, path: Path, *, title: str = "") -> Path:
     """Two panels over the epochs: accuracy of every training, and open rate, MACs and polarization."""
     plt = pyplot()
     gated = [line for line in history if line["phase"] == "gated"]
-    cut = [line for line in history if line["phase"] == "cut"]  # goes on where the gates agreed
+    cut = [line for line in history if line["phase"] == "cut"]  # continues after the consensus
     trainings = {"dense": [line for line in history if line["phase"] == "dense"], "gated": gated + cut}
     with plt.rc_context(STYLE):
         panels = 2 if gated else 1
@@ -126,7 +126,7 @@ def _accuracy_panel(axes: Any, trainings: Mapping[str, History], title: str) -> 
         axes.plot(epochs, [line["train_top1"] for line in lines], color=color, alpha=0.35, linewidth=1.0)
         axes.plot(epochs, tested, color=color, label=f"{name}: {tested[-1]:.2f} %")
         lows.append(sorted(tested)[len(tested) // 4])
-    # The first epochs would press everything of interest into a thin band at the top.
+    # With the first epochs in view, the interesting range would be a thin band at the top.
     low = max(0.0, min(lows) - 3 * (100 - min(lows)) - 1)
     axes.set_ylim(low, 100 + 0.03 * (100 - low))
     axes.set_xlabel("epoch")

@@ -1,4 +1,4 @@
-"""Pictures as SVG text, drawn without any package: for pages that have to stand alone."""
+"""Charts as SVG text for self-contained pages: labels on hover, and no plotting package."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import NamedTuple
 
 INK, MUTED, GRID, OPEN = "#1f2430", "#6b7280", "#e5e7eb", (11, 93, 86)
 SHAPES = {
-    "dense": ("circle", "#64748b"), "frozen": ("circle", "#0f766e"), "dynamic": ("ring", "#0f766e"),
-    "whole, teacher": ("ring", "#64748b"), "control: equal MACs": ("diamond", "#b45309"),
+    "dense": ("circle", "#64748b"),
+    "frozen": ("circle", "#0f766e"),
+    "dynamic": ("ring", "#0f766e"),
+    "dense teacher": ("ring", "#64748b"),
+    "control: equal MACs": ("diamond", "#b45309"),
     "control: fixed at epoch 0": ("square", "#7c3aed"),
-}  # fmt: skip
+}
 OTHER = ("diamond", "#64748b")
-_NAME_HEIGHT, _NAME_WIDTH = 10, 5.0  # of a line, and of a letter, in units of the picture
+_NAME_HEIGHT, _NAME_WIDTH = 10, 5.0  # of a line and of a letter, in units of the picture
 
 
 class Point(NamedTuple):
-    """A network in a plane: its kind decides the mark, its name stands beside it, its label is shown on hovering."""
+    """A network in a scatter plot: its kind determines the mark; its name is next to it, its label appears on hover."""
 
     x: float
     y: float
@@ -28,7 +31,7 @@ class Point(NamedTuple):
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int = 520, height: int = 330) -> str:
-    """Points with axes; a note in their place where there are none."""
+    """A scatter plot; a note where there are no points."""
     good = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not good:
         return f'<p class="absent">No run has both {escape(x_title)} and {escape(y_title)}.</p>'
@@ -61,7 +64,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int = 52
 
 
 def _names(places: Sequence[tuple[float, float, str]], right: float) -> list[str]:
-    """Names beside their points, within the picture; one that would lie upon another moves down."""
+    """Names next to their points, within the picture; overlapping names move down."""
     parts: list[str] = []
     taken: list[tuple[float, float, float]] = []
     for x, y, name in sorted(places, key=lambda place: place[1]):
@@ -77,7 +80,7 @@ def _names(places: Sequence[tuple[float, float, str]], right: float) -> list[str
 
 
 def legend(kinds: Sequence[str]) -> str:
-    """The marks of some kinds of networks, with their names."""
+    """The legend of some kinds of networks."""
     items = []
     for kind in kinds:
         mark = _mark(8, 8, Point(0, 0, kind, kind))

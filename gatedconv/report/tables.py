@@ -10,7 +10,7 @@ _ABSENT = "-"
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out cells in columns: the first to the left, the others to the right, a rule under the header."""
+    """Cells in columns: the first aligned to the left, the others to the right, with a rule under the header."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
@@ -59,11 +59,11 @@ def comparison_table(summary: Summary) -> str:
         if any(joules is not None for joules in spent):
             cells = [_ABSENT if joules is None else joules_text(joules) for joules in spent]
             rows.append([f"energy of a call, batch {batch} (J)", *cells, ""])
-    told = [side if side and "energy_j_image" in side else None for side in (dense, frozen)]
-    if any(side and side["energy_j_image"] is None for side in told):
+    known = [side if side and "energy_j_image" in side else None for side in (dense, frozen)]
+    if any(side and side["energy_j_image"] is None for side in known):
         rows.append(["energy of an image (J)", "", joules_text(None), ""])
-    elif any(told):
-        rows.append(["energy of an image (J)", *_cells(told[0], told[1], "energy_j_image", "{:.3g}")])
+    elif any(known):
+        rows.append(["energy of an image (J)", *_cells(known[0], known[1], "energy_j_image", "{:.3g}")])
     if "energy_j" in summary:
         rows.append(["training energy (J)", "", joules_text(summary["energy_j"]), ""])
     if frozen is not None:
@@ -72,12 +72,12 @@ def comparison_table(summary: Summary) -> str:
 
 
 def network_name(kind: str, summary: Summary) -> str:
-    """What a network of a run is called: in a taught run "dense" is the whole network that taught, no baseline."""
-    return "whole, teacher" if kind == "dense" and summary.get("taught") else kind
+    """The label of a network of a run; in a run with a teacher "dense" is that teacher, not a baseline."""
+    return "dense teacher" if kind == "dense" and summary.get("taught") else kind
 
 
 def joules_text(joules: float | None) -> str:
-    """Joules to three digits at least; None is "not measurable here", and nothing that was measured is 0."""
+    """Joules with at least three digits; None is "not measurable here"."""
     return "not measurable here" if joules is None else f"{joules:,.0f}" if joules >= 1000 else f"{joules:.3g}"
 
 

@@ -48,6 +48,6 @@ def test_a_case_is_measured_kept_and_not_measured_twice(tmp_path: Path) -> None:
     assert all((row["ratio"] is None) == (row["provider"] == "gatedconv") for row in rows)
     (told,) = json.loads(saved.read_text())["benchmarks"]
     assert told["extra_info"]["rows"] == rows and told["stats"]["rounds"] == 2
-    assert "measured already" in run(f"--results={file}")
+    assert "measured before" in run(f"--results={file}")
     assert "out of time" in run("--max-minutes=0")
     assert len(json.loads(file.read_text())["rows"]) == 10

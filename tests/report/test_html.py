@@ -82,7 +82,7 @@ def test_a_page_has_everything_and_asks_nobody() -> None:
     assert page.fetched == [] and "script" not in page.tags and "url(" not in text and "@import" not in text
     for shown in (
         "93.00", "41.00", "20.00", "272.0", "1.600", "0.410", "0.0123", "12,346 J", "GPU 0 (NVML)", "99.87%",
-        "7 of 16", "0 of 16", "cut", "3.00", "0.210", "torch", "2.x", "abc", "lr",
+        "7 of 16", "0 of 16", "removed", "3.00", "0.210", "torch", "2.x", "abc", "lr",
     ):  # fmt: skip
         assert shown in page.text, shown
     assert page.text.count(EVIL) >= 6  # as text, wherever a run can put words
