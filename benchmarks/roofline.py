@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gatedconv.train.step_macs import PASSES_PER_STEP
+from gatedconv.train.step import PASSES_PER_STEP
 
 ROUNDS = 10
 

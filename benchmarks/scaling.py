@@ -27,10 +27,9 @@ from gatedconv.environment import provenance
 from gatedconv.models import resnet20, resnet56
 from gatedconv.train import TrainConfig
 from gatedconv.train.checkpoint import save_checkpoint
-from gatedconv.train.distributed import current
-from gatedconv.train.recipe import total_loss
+from gatedconv.train.distributed import current, synchronized_norms
+from gatedconv.train.recipe import gate_loss, gate_weights, task_loss
 from gatedconv.train.step import Stepper
-from gatedconv.train.sync_norm import synchronised_norms
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "scaling"
 CPU = torch.device("cpu")
@@ -168,10 +167,10 @@ def _launches(depth: int, gate: str | None, norms: str) -> int:
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        loss, _ = total_loss(model, model(images), labels, config, 0.5)
+        loss = task_loss(model(images), labels) + gate_loss(model, config, gate_weights(config, 0.5))[0]
         loss.backward()
 
-    with synchronised_norms(model, norms):
+    with synchronized_norms(model, norms):
         for _ in range(2):  # the first one makes what is made once
             with recorded() as recording:
                 step()

@@ -21,9 +21,6 @@ import gatedconv
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.environment import provenance
 from gatedconv.train import EpochMetrics, TrainConfig, evaluate, train
-from gatedconv.train.consensus import settle
-from gatedconv.train.finish import cut_out, reestimate_batchnorm
-from gatedconv.train.listener import Listener
 from gatedconv.train.recipe import train_batches
 
 
@@ -142,11 +139,12 @@ def main() -> None:
         history = trained(model, data, config, "dense")
     else:
         history = trained(model, data, config, "gated")
-        frozen, consensus = settle(model, config, data, Listener())  # the gates agree on a part
-        result["agreement"] = consensus.agreement
-        model = cut_out(frozen, config, data)  # the rest goes
+        frozen = gatedconv.freeze(model, EvalBatches(data, "train"))  # the gates agree on a part
+        result["agreement"] = frozen.consensus.agreement
+        gatedconv.re_estimate_batchnorm(frozen, train_batches(config, data))
+        model = gatedconv.compact(frozen.eval(), example[:1])  # the rest goes
         history += trained(model, data, config, "cut")
-    reestimate_batchnorm(model, train_batches(config, data))
+    gatedconv.re_estimate_batchnorm(model, train_batches(config, data))
     result |= figures(model.eval(), data, example)
     print(f"top-1 {result['top1']:.1f} %, {result['macs'] / 1e6:.1f} of {result['dense_macs'] / 1e6:.1f} M MACs")
     if arguments.out:

@@ -23,6 +23,7 @@ from gatedconv.gating import (
 from gatedconv.gating import find_gates as gates
 from gatedconv.measure.macs import count_macs
 from gatedconv.nn import Conv2d
+from gatedconv.nn.batchnorm import re_estimate_batchnorm
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "ops",
     "polarization_loss",
     "pruning_rate",
+    "re_estimate_batchnorm",
     "save",
 ]
 

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON lines and locks."""
+"""Atomic writes, JSON lines, schema checks and locks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+
+Schema = type | tuple[type, ...] | Mapping[str, Any]
+"""A type, several types, or a mapping of keys to schemas; a key that ends in "?" may be absent."""
+
+NUMBER = (int, float)
 
 
 def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) -> None:
@@ -74,6 +79,32 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]], *, sort_keys: bool = False) -> None:
     """Write one JSON object per line, atomically; raises as `write_atomic`."""
     write_atomic(path, "".join(json.dumps(record, sort_keys=sort_keys) + "\n" for record in records).encode())
+
+
+def require_schema(value: Any, schema: Schema, where: str, error: type[ValueError] = ValueError) -> None:
+    """Check a value read from a file against a schema; unknown keys are allowed.
+
+    Args:
+        value: what was read.
+        schema: what it has to be.
+        where: names the file, and the place in it.
+        error: the class of error to raise.
+
+    Raises:
+        ValueError: `error`, naming the place, what was expected and what was found.
+    """
+    kinds = (dict,) if isinstance(schema, Mapping) else schema if isinstance(schema, tuple) else (schema,)
+    fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    if not fits:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise error(f"{where}: expected {names}, found {type(value).__name__}")
+    if isinstance(schema, Mapping):
+        for key, inner in schema.items():
+            name = key.removesuffix("?")
+            if name in value:
+                require_schema(value[name], inner, f"{where}: {name}", error)
+            elif name == key:
+                raise error(f"{where}: missing key {name!r}")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 from gatedconv._io import naming_file, write_atomic, write_json_lines
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.folder import RunFolder
+from gatedconv.train.run_dir import RunFolder
 
 Key = tuple[str, int]
 """Experiment and seed."""

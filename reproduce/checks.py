@@ -13,7 +13,7 @@ from gatedconv.data import DataError, ImageData, validation_view
 from gatedconv.measure.macs import count_macs
 from gatedconv.train.build import load_images, phases, starting_network
 from gatedconv.train.config import TrainConfig, epoch_range
-from gatedconv.train.folder import RunFolder
+from gatedconv.train.run_dir import RunFolder
 from reproduce.bench import dataset_name
 from reproduce.ledger import LedgerRow
 from reproduce.table import Experiment

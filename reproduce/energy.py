@@ -53,8 +53,8 @@ def _measured(bench: Bench, row: LedgerRow, cache: dict[tuple[Any, ...], Any]) -
     from gatedconv.deploy import load
     from gatedconv.measure.energy import EnergyMeter
     from gatedconv.train.build import load_images
-    from gatedconv.train.finish import energies
     from gatedconv.train.recipe import place, resolve_device
+    from gatedconv.train.results import energies
 
     folder = bench.folder(row.experiment, row.seed)
     weights = folder.model("compact" if row.kind == "gated" else "dense")

@@ -9,19 +9,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from gatedconv._io import NUMBER, Schema, require_schema
 from gatedconv.environment import provenance
 from gatedconv.train.config import FREE_ON_RESUME, field_specs, make_config
-from gatedconv.train.energy import of_run
-from gatedconv.train.folder import RunFolder
-from gatedconv.train.record import NUMBER, Form, require_form
+from gatedconv.train.metrics import run_energy
+from gatedconv.train.run_dir import RunFolder
 from reproduce.bench import Bench, Key, dataset_name
 from reproduce.checks import known_images, require_macs
 from reproduce.ledger import LedgerRow
 from reproduce.presets import preset_settings
 from reproduce.table import Experiment, all_experiments, find_experiment
 
-_NET: Form = {"top1": NUMBER, "macs": NUMBER, "params": int}
-_SUMMARY: dict[str, Form] = {
+_NET: Schema = {"top1": NUMBER, "macs": NUMBER, "params": int}
+_SUMMARY: dict[str, Schema] = {
     "model": str,
     "epochs": dict,
     "device": str,
@@ -30,7 +30,7 @@ _SUMMARY: dict[str, Form] = {
     "wall_s": NUMBER,
     "evaluated_on": str,
 }
-_GATES: dict[str, Form] = {
+_GATES: dict[str, Schema] = {
     "frozen": _NET,
     "macs_dense": NUMBER,
     "open_ratio": NUMBER,
@@ -114,7 +114,7 @@ def training_row(
         ValueError: the summary lacks a field, or has it in another form; or see `reference`, `require_macs`.
     """
     gated = experiment.kind == "gated"
-    require_form(summary, _SUMMARY | (_GATES if gated else {"dense": _NET}), str(folder.summary))
+    require_schema(summary, _SUMMARY | (_GATES if gated else {"dense": _NET}), str(folder.summary))
     net = summary["frozen" if gated else "dense"]
     macs_dense, macs_conv_dense = net["macs"], net.get("macs_conv")
     if gated:
@@ -123,7 +123,7 @@ def training_row(
         source = reference(experiment, seed, rows)
         require_macs(experiment, net["macs"], source)
         macs_dense, macs_conv_dense = source.macs_dense, source.macs_conv_dense
-    energy = of_run(folder.read_metrics())
+    energy = run_energy(folder.read_metrics())
     try:
         return LedgerRow(
             experiment=experiment.name,
@@ -166,8 +166,8 @@ def _of_gates(summary: Mapping[str, Any]) -> dict[str, Any]:
 def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
     """The ledger's row of a naive baseline: a trained dense network with random parts left out."""
     from gatedconv.deploy import load
-    from gatedconv.train.finish import figures
     from gatedconv.train.recipe import place, resolve_device
+    from gatedconv.train.results import figures
     from reproduce.naive import drop_layers, drop_parameters
 
     source = reference(experiment, seed, rows)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gatedconv.train.config import TrainConfig, make_config, require_same_recipe
-from gatedconv.train.folder import RunFolder
-from gatedconv.train.stopping import StopRequest, stop_on_sigterm
+from gatedconv.train.loop import StopRequest, stop_on_sigterm
+from gatedconv.train.run_dir import RunFolder
 from reproduce.bench import Bench, Key, dataset_name, stem
 from reproduce.checks import known_images, require_complete, require_fit, require_writable
 from reproduce.energy import measure_energy
@@ -102,9 +102,9 @@ def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
         code = _one_by_one(bench, queue, failures)
     else:
         together = replace(bench, beside=max(bench.beside, min(jobs, len(queue)) - 1))
-        with stop_on_sigterm() as stop, stop.patiently():
+        with stop_on_sigterm() as stop, stop.deferred():
             code = _side_by_side(together, queue, jobs, failures, stop)
-        if stop.made:
+        if stop.requested:
             return failures.report() or TIME_LIMIT
     if jobs > 1 and not bench.beside:  # the device is free now
         measure_energy(bench, keys, failures)
@@ -126,7 +126,7 @@ def run_one(bench: Bench, name: str, seed: int) -> int:
             it is derived from is missing.
     """
     experiment, folder = find_experiment(name), bench.folder(name, seed)
-    with stop_on_sigterm() as stop, folder.claimed() if experiment.trains else nullcontext():
+    with stop_on_sigterm() as stop, folder.locked() if experiment.trains else nullcontext():
         rows = read_ledger(bench.ledger)  # under the lock: another process may have just run it
         if (name, seed) in rows:
             require_present(rows[name, seed])
@@ -149,8 +149,8 @@ def _trained(
     bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow], stop: StopRequest
 ) -> dict[str, Any] | None:
     """The summary of a run that is finished, already or now; None when time was up."""
-    from gatedconv.cli.progress import make_listener
-    from gatedconv.train.pipeline import run as run_training
+    from gatedconv.cli.progress import make_progress
+    from gatedconv.train.trainer import run as run_training
 
     config, folder = experiment_config(bench, experiment, seed, rows), bench.folder(experiment.name, seed)
     if folder.summary.is_file():
@@ -159,8 +159,8 @@ def _trained(
     images = known_images(recipe_settings(experiment)["data"], config)
     require_fit(experiment, config, images, rows.get((experiment.needs, seed)))
     del images  # the training reads them again
-    with make_listener() as listener:
-        return run_training(config, folder, resume=folder.holds_run(), listener=listener, stop=stop)
+    with make_progress() as callback:
+        return run_training(config, folder, resume=folder.holds_run(), callback=callback, stop=stop)
 
 
 def experiment_config(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> TrainConfig:
@@ -256,18 +256,18 @@ def _side_by_side(
     running: dict[Key, _Process] = {}
     unfinished: set[Key] = set()
     try:
-        while running or (queue and not bench.late and not stop.made):
-            if not bench.late and not stop.made:
+        while running or (queue and not bench.late and not stop.requested):
+            if not bench.late and not stop.requested:
                 _start_some(bench, queue, jobs, failures, running, unfinished)
             for key, each in list(running.items()):
                 code = each.process.poll()
                 if code is not None:
                     del running[key]
-                    if code == TIME_LIMIT or (stop.made and code == -signal.SIGTERM):
+                    if code == TIME_LIMIT or (stop.requested and code == -signal.SIGTERM):
                         unfinished.add(key)
                     elif code != DONE:
                         failures[key] = _log_tail(_log(bench, key), code, each.log_begin)
-                elif stop.made and not each.terminated:
+                elif stop.requested and not each.terminated:
                     each.terminated = True
                     each.process.terminate()
             time.sleep(_POLL_S)

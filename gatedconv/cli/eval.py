@@ -23,9 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.report import figures_table
     from gatedconv.train.build import load_images
     from gatedconv.train.config import TrainConfig
-    from gatedconv.train.finish import figures
-    from gatedconv.train.folder import RunFolder
     from gatedconv.train.recipe import resolve_device
+    from gatedconv.train.results import figures
+    from gatedconv.train.run_dir import RunFolder
 
     networks = saved_networks(arguments.target)
     if arguments.target.is_dir():

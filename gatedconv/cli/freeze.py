@@ -17,12 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Freeze, cut, measure and export from the newest checkpoint; write the run's summary anew."""
-    from gatedconv.cli.progress import make_listener
+    """Freeze, compact, measure and export from the newest checkpoint; write the run's summary again."""
+    from gatedconv.cli.progress import make_progress
     from gatedconv.report import comparison_table
     from gatedconv.train.build import load_images
-    from gatedconv.train.folder import RunFolder
-    from gatedconv.train.pipeline import conclude, load_trained
+    from gatedconv.train.run_dir import RunFolder
+    from gatedconv.train.trainer import Trainer
 
     folder = RunFolder(arguments.target)
     config = folder.read_config()
@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("bn_reestimate", "latency")}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     data = load_images(config)
-    with folder.claimed(), make_listener() as listener:
-        summary = conclude(config, data, folder, load_trained(folder, config, data, listener), listener)
+    with folder.locked(), make_progress() as callback:
+        trainer = Trainer(config, data, folder, callback)
+        summary = trainer.finish(trainer.load())
     print(comparison_table(summary))
     return 0

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gatedconv.deploy import load
-from gatedconv.train.folder import RunFolder
+from gatedconv.train.run_dir import RunFolder
 
 KINDS = ("dense", "compact")
 

@@ -9,65 +9,87 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from gatedconv.data import ImageData
+from gatedconv.train.callbacks import Callback, StepReport
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.listener import Listener
-from gatedconv.train.loop import StepReport
 from gatedconv.train.metrics import EpochMetrics
 
-_FINISH = "freezing, cutting, measuring, exporting"
+_FINISH = "freezing, compacting, measuring, exporting"
+_LABELS = {"cut": "compact"}  # of phases, where the name in files is another one
+_COLUMNS = "each line: training loss, accuracy on the evaluation images"
+_GATE_COLUMNS = (
+    "; open gates; undecided gates (0 % where all images agree on every gate); MACs, as a share of the dense network's"
+)
 
 
-def make_listener() -> AbstractContextManager[Listener]:
-    """A listener for stdout: a bar if it is a terminal, lines if not."""
+def make_progress() -> AbstractContextManager[Callback]:
+    """A callback that prints to stdout: a bar if it is a terminal, lines if not."""
     return _bar() if sys.stdout.isatty() else _lines()
 
 
 def describe(metrics: EpochMetrics, loss: float | None = None) -> str:
-    """One line of an epoch's figures; `loss`, of the epoch that runs, takes the place of its own."""
-    text = f"loss {metrics.train_loss if loss is None else loss:.3f}  top-1 {metrics.test_top1:5.2f} %"
+    """One line of an epoch's figures; `loss`, of the running epoch, replaces its own."""
+    text = f"loss {metrics.train_loss if loss is None else loss:.3f}  accuracy {metrics.test_top1:5.2f} %"
     if metrics.num_gates:
-        text += f"  open {metrics.open_rate:5.1%}  polar {metrics.polarization:.4f}  MACs {metrics.macs:5.1%}"
-        if metrics.gates_dead:
-            text += f"  dead {metrics.gates_dead}/{metrics.num_gates}"
+        # Polarization is at most 1/4, where half of the images open a gate.
+        text += f"  open {metrics.open_rate:6.1%}  undecided {4 * metrics.polarization:6.1%}  MACs {metrics.macs:6.1%}"
     return text
 
 
-class LineListener(Listener):
+def headline(config: TrainConfig, data: ImageData) -> str:
+    """What is trained on what, and the columns, in two lines."""
+    channels, height, width = data.image_shape
+    gates = "no gates" if config.gate == "none" else f"{config.gate} gates, {config.estimator}"
+    return (
+        f"{config.model} ({gates}) on {config.data}: {len(data.train_labels):,} train and "
+        f"{len(data.test_labels):,} {config.evaluate_on} images of {height}x{width}x{channels}, "
+        f"{data.num_classes} classes, seed {config.seed}\n{_COLUMNS}{'' if config.gate == 'none' else _GATE_COLUMNS}"
+    )
+
+
+class LineProgress(Callback):
     """Plain lines, for logs."""
 
     def __init__(self) -> None:
         self._epochs = 0
-        self._heard = 0
+        self._done = 0
         self._began = time.monotonic()
 
     def start(self, config: TrainConfig, data: ImageData) -> None:
-        """Say what is trained on what."""
+        """Print what is trained on what."""
         self._epochs = config.epochs
         print(headline(config, data), flush=True)
 
     def phase(self, phase: str) -> None:
-        """Begin counting anew."""
-        self._heard, self._began = 0, time.monotonic()
+        """Start to count the epochs of a phase."""
+        self._done, self._began = 0, time.monotonic()
         if phase == "finish":
             print(_FINISH, flush=True)
 
+    def replay(self, metrics: EpochMetrics) -> None:
+        """One line, without the time left: the epoch took none of this process."""
+        print(f"{self._place(metrics)}  {describe(metrics)}  (from the checkpoint)", flush=True)
+        self._began = time.monotonic()
+
     def epoch(self, metrics: EpochMetrics) -> None:
-        """One line: where the run is, its figures, the time left."""
-        self._heard += 1
-        left = (time.monotonic() - self._began) / self._heard * (self._epochs - metrics.epoch)
-        place = f"{metrics.phase:<5} {metrics.epoch:>{len(str(self._epochs))}}/{self._epochs}"
-        print(f"{place}  {describe(metrics)}  {_clock(left)} left", flush=True)
+        """One line: phase and epoch, its figures, the time left in the phase."""
+        self._done += 1
+        left = (time.monotonic() - self._began) / self._done * (self._epochs - metrics.epoch)
+        print(f"{self._place(metrics)}  {describe(metrics)}  {_clock(left)} left", flush=True)
 
     def note(self, text: str) -> None:
         """Print a note."""
         print(f"note: {text}", flush=True)
 
+    def _place(self, metrics: EpochMetrics) -> str:
+        label = _LABELS.get(metrics.phase, metrics.phase)
+        return f"{label:<5} {metrics.epoch:>{len(str(self._epochs))}}/{self._epochs}"
 
-class BarListener(Listener):
-    """A bar per training, moving with every step.
+
+class BarProgress(Callback):
+    """A bar per phase, moving with every step.
 
     Args:
-        progress: a `rich.progress.Progress` whose columns read the task's field `figures`.
+        progress: a `rich.progress.Progress` whose columns read the task's fields `place` and `figures`.
     """
 
     def __init__(self, progress: Any) -> None:
@@ -77,22 +99,29 @@ class BarListener(Listener):
         self._last: EpochMetrics | None = None
 
     def start(self, config: TrainConfig, data: ImageData) -> None:
-        """Say what is trained on what."""
+        """Print what is trained on what."""
         self._epochs = config.epochs
         self._progress.console.print(headline(config, data), highlight=False)
 
     def phase(self, phase: str) -> None:
-        """Begin a bar."""
+        """Add a bar."""
         self._last = None
         total = None if phase == "finish" else float(self._epochs)
-        self._task = self._progress.add_task(phase, total=total, figures=_FINISH if total is None else "", place="")
+        figures = _FINISH if total is None else ""
+        self._task = self._progress.add_task(_LABELS.get(phase, phase), total=total, figures=figures, place="")
 
     def step(self, report: StepReport) -> None:
         """Move the bar within an epoch."""
-        figures = f"loss {report.loss:.3f}  top-1 {report.top1:5.2f} % (training batches)"
+        figures = f"loss {report.loss:.3f}  accuracy {report.top1:5.2f} % (training images)"
         if self._last is not None:
             figures = describe(self._last, report.loss)
         self._update(report.epoch - 1 + report.step / report.steps, report.epoch, figures)
+
+    def replay(self, metrics: EpochMetrics) -> None:
+        """Move the bar past an epoch of before; the estimate of the time left starts there."""
+        self._last = metrics
+        self._progress.reset(self._task, completed=float(metrics.epoch))
+        self._update(float(metrics.epoch), metrics.epoch, describe(metrics))
 
     def epoch(self, metrics: EpochMetrics) -> None:
         """Show the figures of the epoch."""
@@ -107,28 +136,17 @@ class BarListener(Listener):
         self._progress.update(self._task, completed=completed, place=f"{epoch}/{self._epochs}", figures=figures)
 
 
-def headline(config: TrainConfig, data: ImageData) -> str:
-    """What is trained on what, in one line."""
-    channels, height, width = data.image_shape
-    gates = "no gates" if config.gate == "none" else f"{config.gate} gates, {config.estimator}"
-    return (
-        f"{config.model} ({gates}) on {config.data}: {len(data.train_labels):,} train and "
-        f"{len(data.test_labels):,} {config.evaluate_on} images of {height}x{width}x{channels}, "
-        f"{data.num_classes} classes, seed {config.seed}"
-    )
+@contextmanager
+def _lines() -> Iterator[Callback]:
+    yield LineProgress()
 
 
 @contextmanager
-def _lines() -> Iterator[Listener]:
-    yield LineListener()
-
-
-@contextmanager
-def _bar() -> Iterator[Listener]:
+def _bar() -> Iterator[Callback]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     progress = Progress(
-        TextColumn("[bold]{task.description:<6}"),
+        TextColumn("[bold]{task.description:<7}"),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[place]:>7}"),
         TextColumn("{task.fields[figures]}", markup=False),
@@ -138,7 +156,7 @@ def _bar() -> Iterator[Listener]:
         refresh_per_second=8,
     )
     with progress:
-        yield BarListener(progress)
+        yield BarProgress(progress)
 
 
 def _clock(seconds: float) -> str:

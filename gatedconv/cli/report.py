@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from gatedconv._io import naming_file
-from gatedconv.train.folder import RunFolder
+from gatedconv.train.run_dir import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

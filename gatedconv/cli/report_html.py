@@ -9,7 +9,7 @@ from typing import Any
 
 from gatedconv._io import write_atomic
 from gatedconv.report.html import RunView, html_page
-from gatedconv.train.folder import RunFolder
+from gatedconv.train.run_dir import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,40 +9,40 @@ from pathlib import Path
 
 from gatedconv.cli.config_flags import add_config_flags, given_flags, merge_settings
 from gatedconv.train.config import TrainConfig, make_config
-from gatedconv.train.folder import RunFolder
+from gatedconv.train.run_dir import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.epilog = (
         "precedence: preset < config file < flag. Exit code 3: max_minutes or SIGTERM ended the run; resume it. "
-        "Several GPUs or machines: torchrun ... -m gatedconv train --folder DIR ...; exit code 0 then, "
-        "whatever else torchrun would start again."
+        "Several GPUs or machines: torchrun ... -m gatedconv train --folder DIR ...; its exit code is then 0, "
+        "since torchrun restarts a job after any other."
     )
     parser.add_argument("--preset", metavar="NAME", help="named settings: demo, paper-c10-r56-layer, best-c10-r56, ...")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file")
-    # Two names: torchrun's own parser stumbles over --run, a beginning of several of its options.
+    # Two names: to torchrun's parser --run is an ambiguous abbreviation of its own options.
     parser.add_argument(
         "--run", "--folder", type=Path, dest="run", metavar="DIR", help="folder to write; default: a new one in runs/"
     )
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="resume the run in this folder")
     add_config_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, print the outcome, draw the plots."""
-    from gatedconv.cli.progress import make_listener
+    """Train, draw the plots, print the results."""
+    from gatedconv.cli.progress import make_progress
     from gatedconv.report import comparison_table
+    from gatedconv.train.callbacks import Callback
     from gatedconv.train.distributed import launched
-    from gatedconv.train.listener import Listener
-    from gatedconv.train.pipeline import run as run_training
-    from gatedconv.train.stopping import exit_code, stop_on_sigterm
+    from gatedconv.train.loop import exit_code, stop_on_sigterm
+    from gatedconv.train.trainer import run as run_training
 
     rank, world = launched()
     flags = given_flags(arguments)
     if arguments.resume is not None:
         if arguments.preset or arguments.config or arguments.run:
-            raise ValueError("resume: the settings are the run's own; leave out --preset, --config and --run")
+            raise ValueError("resume: the run has its settings; leave out --preset, --config and --run")
         folder = RunFolder(arguments.resume)
         stored = folder.read_config()
         config = make_config({**vars(stored), **flags})
@@ -50,12 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
         config = merge_settings(arguments.preset, arguments.config, flags)
         if world > 1 and arguments.run is None:
             raise ValueError(
-                "folder: expected --folder DIR with several processes: a restarted job has to find its folder"
+                "folder: expected --folder DIR with several processes: a restarted job must find its folder"
             )
         folder = RunFolder(arguments.run or _new_folder(config))
-    with make_listener() if rank == 0 else nullcontext(Listener()) as listener, stop_on_sigterm() as stop:
+    with make_progress() if rank == 0 else nullcontext(Callback()) as callback, stop_on_sigterm() as stop:
         try:
-            summary = run_training(config, folder, resume=arguments.resume is not None, listener=listener, stop=stop)
+            summary = run_training(config, folder, resume=arguments.resume is not None, callback=callback, stop=stop)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(folder)) from None
     if summary is None:
@@ -64,18 +64,20 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     _draw(folder)
     print(comparison_table(summary))
-    print(f"written to {folder.path}")
+    print(f"written to {folder.path}; next:")
+    print(f"  gatedconv report html {folder.path}    one page: curves, gates, results")
+    print(f"  gatedconv bench {folder.path}          latency, compared with other runtimes")
     return 0
 
 
 def _interrupted(folder: RunFolder) -> str:
     if not folder.holds_checkpoint():
         return "interrupted before an epoch was finished"
-    return f"interrupted; the last finished epoch is on the disk: gatedconv train --resume {folder.path} goes on"
+    return f"interrupted; resume from the last finished epoch with: gatedconv train --resume {folder.path}"
 
 
 def _draw(folder: RunFolder) -> None:
-    """Draw the plots if matplotlib and the disk allow; a run without pictures is still a run."""
+    """Draw the plots, unless matplotlib is missing or the disk is full."""
     from gatedconv.cli.report import draw_run
 
     try:

@@ -1,37 +1,37 @@
-"""From a config to the things that it names: images, and a network that fits them."""
+"""From a config to images, and to a network that fits them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gatedconv import models
 from gatedconv.data import ImageData, load_data, validation_view
 from gatedconv.deploy import compact, freeze
-from gatedconv.gating import find_gates
+from gatedconv.gating import find_gates, masks_for_target
 from gatedconv.gating.gate import LearnedGate
 from gatedconv.models import ResNet
-from gatedconv.train.config import TrainConfig
-from gatedconv.train.masks import even_masks, read_consensus
+from gatedconv.train.checkpoint import read_consensus
+from gatedconv.train.config import DataOptions, TrainConfig
 
 
-def load_images(config: TrainConfig) -> ImageData:
-    """The images of a run: with `evaluate_on = "val"`, the validation split stands in for the test split.
+def load_images(options: DataOptions) -> ImageData:
+    """The images of a run: with `evaluate_on = "val"`, the validation split replaces the test split.
 
     Raises:
         DataError: the source is unknown, missing, damaged or not of the expected form.
     """
     data = load_data(
-        config.data,
-        root=config.data_root,
-        seed=config.split_seed,
-        image_size=config.image_size,
-        workers=config.workers if config.stream else None,
+        options.data,
+        root=options.data_root,
+        seed=options.split_seed,
+        image_size=options.image_size,
+        workers=options.workers if options.stream else None,
     )
-    if config.evaluate_on == "val":
-        return validation_view(data, config.val_fraction, config.split_seed)
+    if options.evaluate_on == "val":
+        return validation_view(data, options.val_fraction, options.split_seed)
     return data
 
 
@@ -41,8 +41,8 @@ def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> 
     Dense and gated networks of one seed start from the same weights, gates aside.
 
     Args:
-        config: names the network and its gates.
-        data: gives the number of classes and the image size.
+        config: has the network and its gates.
+        data: has the number of classes and the image size.
         gated: False for the dense network of the same recipe.
     """
     torch.manual_seed(config.seed)
@@ -70,10 +70,10 @@ def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> 
 
 
 def starting_network(config: TrainConfig, data: ImageData, phase: str) -> nn.Module:
-    """What a training begins with: the dense network, the gated one, or the sub-network that `config` names.
+    """The network that a phase starts with: dense, gated, or the sub-network that `config` names.
 
     Raises:
-        ValueError: the sub-network is that of another network, or its file cannot be read.
+        ValueError: the sub-network belongs to another network, or its file cannot be read.
     """
     if not config.subnetwork:
         return build_model(config, data, gated=phase == "gated")
@@ -91,8 +91,29 @@ def starting_network(config: TrainConfig, data: ImageData, phase: str) -> nn.Mod
 
 
 def phases(config: TrainConfig) -> tuple[str, ...]:
-    """The trainings of a run, in order: "dense", "gated" or both, and "cut" where the consensus comes early."""
+    """The phases of a run, in order: "dense", "gated" or both; "cut", compact, where it trains on."""
     if config.gate == "none" or config.subnetwork:
         return ("dense",)
     dense = ("dense",) if config.dense_baseline else ()
     return (*dense, "gated", "cut") if config.consensus_at < 1 else (*dense, "gated")
+
+
+def even_masks(model: nn.Module, target: float) -> dict[str, Tensor]:
+    """Uniform masks for control runs: the same share of every gate open, at ``target`` of the MACs.
+
+    Closed layer gates are spread evenly over the network.
+    """
+    scores = {}
+    for index, (name, gate) in enumerate(find_gates(model).items()):
+        within = (torch.arange(gate.num_gates, dtype=torch.float64) + 0.5) / gate.num_gates
+        scores[name] = within + 1e-6 * _spread(index + 1)
+    return masks_for_target(model, scores, target)
+
+
+def _spread(index: int) -> float:
+    """Van der Corput's sequence 1/2, 1/4, 3/4, 1/8, ...: its first terms, however many, cover [0, 1] evenly."""
+    value, unit = 0.0, 0.5
+    while index:
+        value += unit * (index & 1)
+        index, unit = index >> 1, unit / 2
+    return value

@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass, checked at construction, from TOML and to TOML."""
+"""The settings of a run: groups of options in one frozen dataclass, checked at construction, from and to TOML."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gatedconv.gating import ESTIMATORS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -19,7 +21,7 @@ else:
 MODELS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 GATES = ("none", "layer", "channel", "both")
 MAX_THREADS = 4096
-_SEED_LIMIT = 2**63 - 1  # the largest that every generator takes
+_SEED_LIMIT = 2**63 - 1  # the largest seed that every generator accepts
 
 
 def option(
@@ -31,7 +33,7 @@ def option(
     high: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """A field with its documentation and its allowed values: one of `choices`, or low <= value <= high.
+    """A field with its help text and its allowed values: one of `choices`, or low <= value <= high.
 
     `above` is a lower bound that is itself not allowed. For tuples the bounds hold for each element.
     """
@@ -40,29 +42,41 @@ def option(
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run; the help of each field is also that of its command-line flag.
+class _Options:
+    """A group of options; each field is checked by itself."""
 
-    Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value out of range. Both name the field, what is allowed and the value.
-    """
+    def __post_init__(self) -> None:
+        """Check every field. TypeError or ValueError names the field, what is allowed and the value."""
+        for spec in dataclasses.fields(self):
+            object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
 
-    # ---- what is trained on what
+
+@dataclass(frozen=True)
+class DataOptions(_Options):
+    """The images, and how training changes them."""
+
     name: str = option("", "label of the run; presets set it")
     data: str = option("digits", "digits, cifar10, cifar100, npz:PATH or imagefolder:PATH")
     data_root: str = option("data", "folder for downloaded data")
     image_size: int = option(32, "side in pixels to which imagefolder images are scaled", low=8, high=2048)
-    split_seed: int = option(0, "seed of the splits that a source does not bring itself", low=0, high=_SEED_LIMIT)
+    split_seed: int = option(0, "seed of the splits of a source that has none of its own", low=0, high=_SEED_LIMIT)
     evaluate_on: str = option("test", "split to evaluate on; make choices on val", choices=("test", "val"))
     val_fraction: float = option(0.1, "share of the train split that becomes val", above=0.0, high=0.5)
+    augment: bool = option(True, "random shifts, and flips where the source allows them")
+    pad: int = option(-1, "pixels of the largest random shift; -1 for what suits the source", low=-1)
+    stream: bool = option(False, "imagefolder: decode images while training, not all at the start")
+    workers: int = option(2, "processes that decode streamed images; 0 decodes between steps", low=0, high=256)
+
+
+@dataclass(frozen=True)
+class ModelOptions(_Options):
+    """The network and its gates."""
+
     model: str = option("resnet20", "network", choices=MODELS)
     shortcut: str = option("B", "shortcut where shapes change: A padding, B projection", choices=("A", "B"))
     gate: str = option("layer", "what is gated; none trains the dense network", choices=GATES)
     position: str = option("after", "what a channel gate gates and reads", choices=("before", "middle", "after"))
-    estimator: str = option(
-        "ste", "gradient estimator of the gates", choices=("ste", "gumbel", "bernoulli", "batch_mean")
-    )
+    estimator: str = option("ste", "gradient estimator of the gates", choices=tuple(ESTIMATORS))
     temperature: float = option(2 / 3, "temperature of the gumbel estimator", above=0.0)
     hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0, high=4096)
     pool: str = option("avg", "how a channel gate reads its input", choices=("avg", "flatten"))
@@ -70,8 +84,15 @@ class TrainConfig:
         0.5, "logit of every gate at the start: open above 0; ste can move what is within 1 of it", low=-10.0, high=10.0
     )
     dense_baseline: bool = option(False, "first train the dense network, same seed and recipe")
+    subnetwork: str = option(
+        "", "train this part of the gated network alone from the start: even, or the consensus.json of a run"
+    )
 
-    # ---- optimisation
+
+@dataclass(frozen=True)
+class ScheduleOptions(_Options):
+    """The optimizer and its schedule."""
+
     epochs: int = option(40, "passes over the train split", low=1)
     batch_size: int = option(128, "images per step", low=2)
     lr: float = option(0.1, "highest learning rate", above=0.0)
@@ -89,10 +110,12 @@ class TrainConfig:
     gate_weight_decay: float = option(0.0, "weight decay of the gates", low=0.0)
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy", low=0.0, high=0.9)
     grad_clip: float = option(0.0, "largest gradient norm; 0 does not clip", low=0.0)
-    augment: bool = option(True, "random shifts, and flips where the source allows them")
-    pad: int = option(-1, "pixels of the largest random shift; -1 for what suits the source", low=-1)
 
-    # ---- losses on the gates
+
+@dataclass(frozen=True)
+class GateOptions(_Options):
+    """The losses on the gates, and the control of the MACs."""
+
     polar_weight: float = option(3.0, "λ of the polarization loss, at its highest", low=0.0)
     polar_schedule: str = option(
         "rising", "λ over the run: rising is Table 6's 0, 2/3, 1", choices=("constant", "rising", "warmup")
@@ -100,19 +123,18 @@ class TrainConfig:
     act_weight: float = option(0.0, "weight of the activation loss", low=0.0)
     act_weighting: str = option("uniform", "activation loss per gate", choices=("uniform", "macs"))
     mac_weight: float = option(0.0, "weight of the MAC-target loss", low=0.0)
-    mac_target: float = option(0.5, "MACs wanted, as a share of the dense network's", above=0.0, high=1.0)
+    mac_target: float = option(0.5, "target MACs, as a share of the dense network's", above=0.0, high=1.0)
     gate_warmup: float = option(
         0.0, "share of the run over which the weights above rise (polar_schedule: warmup)", low=0.0, high=1.0
     )
-
     mac_control: str = option(
         "none",
-        "closed loop on the MACs in place of mac_weight: a price that follows them, or gates shut in order of rank",
+        "closed loop on the MACs in place of mac_weight: a price that follows them, or gates pruned in order of rank",
         choices=("none", "price", "rank"),
     )
     mac_rank: str = option(
         "all",
-        "mac_control rank: all gates ranked together, or the channels of each alone, the same share of every gate shut",
+        "mac_control rank: all gates ranked together, or the channels of each gate alone, with the same share pruned",
         choices=("all", "each"),
     )
     mac_gain: float = option(0.02, "mac_control price: change of the price in a step, per dense MACs off", above=0.0)
@@ -122,51 +144,57 @@ class TrainConfig:
         low=0.0,
         high=1.0,
     )
-
     mac_ramp_power: float = option(
         1.0, "shape of that fall: 1 for a straight line; with more, most of it comes early", above=0.0, high=10.0
     )
 
-    # ---- the consensus
+
+@dataclass(frozen=True)
+class ConsensusOptions(_Options):
+    """When and how the gates agree, and what is done with the compact network."""
+
     consensus_at: float = option(
         1.0,
-        "share of the run after which the gates' consensus is frozen and the rest cut; what is left trains on",
+        "share of the run after which the gates' consensus is frozen; the compact network trains on",
         above=0.0,
         high=1.0,
     )
     consensus_by: str = option(
         "vote",
-        "what decides: the samples' vote, or gates ranked (by mean logit, by Fisher information) to mac_target",
+        "what decides: the vote of the samples, or gates ranked (by mean logit, by Fisher information) to mac_target",
         choices=("vote", "logit", "fisher"),
     )
-    subnetwork: str = option(
-        "", "train this part of the gated network alone from the start: even, or the consensus.json of a run"
-    )
+    bn_reestimate: bool = option(True, "re-estimate BatchNorm statistics on the frozen network")
+    latency: bool = option(True, "measure latency at batch 1 and 32")
 
-    # ---- the teacher
+
+@dataclass(frozen=True)
+class TeacherOptions(_Options):
+    """Distillation from the dense network, which trains in the same run."""
+
     teacher_at: float = option(
         1.0,
-        "share of the run from which the whole network trains on beside what is pruned, and teaches it; 1 for never",
+        "share of the run from which a dense copy of the network trains too, and teaches; 1 for never",
         low=0.0,
         high=1.0,
     )
     teacher_weight: float = option(
-        0.5, "weight of the teacher in the loss, that of the labels being the rest", above=0.0, high=1.0
+        0.5, "weight of the teacher in the loss; the labels have the rest", above=0.0, high=1.0
     )
-    teacher_temperature: float = option(4.0, "temperature that softens teacher and pupil", above=0.0)
+    teacher_temperature: float = option(4.0, "temperature that softens teacher and student", above=0.0)
 
-    # ---- after training
-    bn_reestimate: bool = option(True, "work out BatchNorm statistics again on the frozen network")
-    latency: bool = option(True, "measure latency at batch 1 and 32")
 
-    # ---- machine
+@dataclass(frozen=True)
+class RuntimeOptions(_Options):
+    """The machine: devices, precision, memory, checkpoints, limits."""
+
     seed: int = option(0, "seed of initial weights, order, augmentation and gates", low=0, high=_SEED_LIMIT)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     threads: int = option(0, "CPU threads; 0 for PyTorch's default", low=0, high=MAX_THREADS)
     shared_device: bool = option(False, "other work runs on the device: energy and latency are not measured")
     amp: str = option(
         "off",
-        "mixed precision; auto is bf16 on a GPU that computes in it, off elsewhere",
+        "mixed precision; auto is bf16 on devices that compute in it, off elsewhere",
         choices=("off", "auto", "bf16", "fp16"),
     )
     channels_last: bool = option(True, "channels-last memory format")
@@ -174,22 +202,55 @@ class TrainConfig:
     cuda_graph: bool = option(False, "replay each training step, metrics included, as one CUDA graph (needs a GPU)")
     accumulate: int = option(1, "parts that a batch is computed in, one after the other", low=1, high=4096)
     recompute: bool = option(False, "gradient checkpointing: recompute each block in backward, to save memory")
-    skip_blocks: bool = option(True, "do not compute blocks that a layer gate shuts for the whole batch")
+    skip_blocks: bool = option(True, "do not compute blocks that a layer gate closes for the whole batch")
     sync_norm: str = option(
         "off", "BatchNorm statistics over all processes: of the gates, of all", choices=("off", "gates", "all")
     )
-    stream: bool = option(False, "imagefolder: decode images while training, not all at the start")
-    workers: int = option(2, "processes that decode streamed images; 0 decodes between steps", low=0, high=256)
     checkpoint_minutes: float = option(0.0, "also write a checkpoint this often within an epoch; 0 never", low=0.0)
-    max_minutes: float = option(0.0, "stop after this, with a checkpoint to go on from; 0 never", low=0.0)
+    max_minutes: float = option(0.0, "stop after this, with a checkpoint to resume from; 0 never", low=0.0)
     tensorboard: bool = option(False, "also write TensorBoard event files")
 
+
+@dataclass(frozen=True)
+class TrainConfig(
+    # Fields of the last group come first, on the command line and in TOML.
+    RuntimeOptions,
+    TeacherOptions,
+    ConsensusOptions,
+    GateOptions,
+    ScheduleOptions,
+    ModelOptions,
+    DataOptions,
+):
+    """Everything that decides a run; the help of each field is also that of its command-line flag.
+
+    A config *is* each of its groups: `learning_rate` takes `ScheduleOptions`, and a config will do.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range. Both name the field, what is allowed and the value.
+    """
+
     def __post_init__(self) -> None:
-        """Check every field, then what only fields together can get wrong."""
-        for spec in dataclasses.fields(self):
-            object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
+        """Check every field, then their combinations."""
+        super().__post_init__()
+        self._check_schedule()
+        self._check_gates()
+        self._check_teacher()
+        self._check_runtime()
+
+    def _check_schedule(self) -> None:
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones: expected rising fractions of the run, got {list(self.milestones)}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: expected momentum above 0, got momentum 0.0")
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"batch_size: expected at least 2 images for each of the {self.accumulate} parts of `accumulate`, "
+                f"got {self.batch_size}"
+            )
+
+    def _check_gates(self) -> None:
         if len(self.mac_ramp) != 2 or self.mac_ramp[0] > self.mac_ramp[1]:
             raise ValueError(f"mac_ramp: expected two rising shares of the run, got {list(self.mac_ramp)}")
         if self.mac_control != "none" and self.mac_weight:
@@ -203,44 +264,44 @@ class TrainConfig:
                 raise ValueError(f"{field}: expected a gate, got gate 'none'")
         if self.consensus_at < 1 and self.epochs < 2:
             raise ValueError(f"consensus_at: expected at least 2 epochs, one on either side, got {self.epochs}")
-        if self.teacher_at < 1 and self.gate == "none":
-            raise ValueError("teacher_at: expected a gate, the whole network has nothing to teach; got gate 'none'")
-        if self.teacher_at < 1 and self.mac_control == "rank" and self.teacher_at > self.mac_ramp[0]:
-            raise ValueError(
-                f"teacher_at: expected at most {self.mac_ramp[0]:g}, where mac_ramp begins to shut gates and the "
-                f"network is whole no more; got {self.teacher_at:g}"
-            )
-        if self.consensus_at < self.teacher_at < 1:
-            raise ValueError(
-                f"teacher_at: expected at most consensus_at {self.consensus_at:g}, the whole network is gone by then; "
-                f"got {self.teacher_at:g}"
-            )
-        if self.teacher_at < 1 and self.dense_baseline:
-            raise ValueError("teacher_at: expected dense_baseline off, the teacher is that network; got both")
         if self.subnetwork and self.consensus_at < 1:
             raise ValueError("subnetwork: expected consensus_at 1, a sub-network has no gates left; got both")
         if self.subnetwork and self.dense_baseline:
             raise ValueError("subnetwork: expected dense_baseline off, the sub-network is the only network; got both")
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov: expected momentum above 0, got momentum 0.0")
+
+    def _check_teacher(self) -> None:
+        if self.teacher_at == 1:
+            return
+        if self.gate == "none":
+            raise ValueError("teacher_at: expected a gate, the dense network needs no teacher; got gate 'none'")
+        if self.mac_control == "rank" and self.teacher_at > self.mac_ramp[0]:
+            raise ValueError(
+                f"teacher_at: expected at most {self.mac_ramp[0]:g}, where mac_ramp begins to prune and the network "
+                f"is dense no more; got {self.teacher_at:g}"
+            )
+        if self.consensus_at < self.teacher_at:
+            raise ValueError(
+                f"teacher_at: expected at most consensus_at {self.consensus_at:g}, where the network becomes compact; "
+                f"got {self.teacher_at:g}"
+            )
+        if self.dense_baseline:
+            raise ValueError("teacher_at: expected dense_baseline off, the teacher is that network; got both")
+
+    def _check_runtime(self) -> None:
         if self.recompute and (self.compile or self.cuda_graph):
             name = "compile" if self.compile else "cuda_graph"
-            raise ValueError(f"{name}: expected recompute off, what is kept is decided once for all steps; got both")
+            raise ValueError(f"{name}: expected recompute off, a graph decides once what it keeps; got both")
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("cuda_graph: expected a GPU, got device 'cpu'")
-        if self.batch_size < 2 * self.accumulate:
-            raise ValueError(
-                f"batch_size: expected at least 2 images for each of the {self.accumulate} parts of `accumulate`, "
-                f"got {self.batch_size}"
-            )
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
 def epoch_range(config: TrainConfig, phase: str) -> tuple[int, int]:
-    """First epoch of a training, from 0, and the epoch before which it ends.
+    """First epoch of a phase, counted from 0, and the epoch before which it ends.
 
-    "dense" runs them all; "gated" too, or up to the consensus, after which "cut" goes on.
+    "dense" has all epochs; "gated" too, or those before the consensus, after which "cut", the compact network, has
+    the rest.
     """
     if config.consensus_at == 1.0 or phase == "dense":
         return 0, config.epochs
@@ -248,40 +309,38 @@ def epoch_range(config: TrainConfig, phase: str) -> tuple[int, int]:
     return (0, consensus) if phase == "gated" else (consensus, config.epochs)
 
 
-# Fields that may change between a run and its continuation: none belongs to the recipe. Results go on exactly
-# where `device` and `threads` stay; others add up in another order, and round differently. `subnetwork` may lie
-# elsewhere by then: the checkpoint loads into no other one.
+# Fields that may change when a run is resumed: none belongs to the recipe. Results stay exact where `device` and
+# `threads` stay; others add up in another order, and round differently. The file of `subnetwork` may have moved: the
+# checkpoint loads into no other one.
 FREE_ON_RESUME = frozenset(
-    {
-        "name", "data_root", "device", "threads", "shared_device", "latency", "max_minutes", "tensorboard",
-        "subnetwork", "compile", "cuda_graph", "recompute", "skip_blocks", "workers", "checkpoint_minutes",
-    }
-)  # fmt: skip
+    "name data_root device threads shared_device latency max_minutes tensorboard subnetwork compile cuda_graph "
+    "recompute skip_blocks workers checkpoint_minutes".split()
+)
 
 
 def require_same_recipe(stored: Mapping[str, Any], config: TrainConfig, where: str) -> None:
-    """Check that a run goes on with its recipe, fields of `FREE_ON_RESUME` and the folder of an archive aside.
+    """Check that a resumed run keeps its recipe, except for `FREE_ON_RESUME` and the folder of an archive.
 
     Args:
-        stored: fields of the run's beginning.
-        config: of its continuation.
+        stored: fields of the run as it was started.
+        config: of the resumed run.
         where: names the file that `stored` is from; begins the message.
 
     Raises:
-        ValueError: naming the first field that differs, the value asked for and the one found.
+        ValueError: names the first field that differs, the expected value and the one found.
     """
     for name, spec in field_specs().items():
-        # What a run says nothing of is younger than the run, and was then as its default is now.
+        # A field that is younger than the run had its present default.
         mine, theirs = getattr(config, name), stored.get(name, spec.default)
-        same = _unplaced(theirs) == _unplaced(mine) if name == "data" else theirs == mine
+        same = _without_folder(theirs) == _without_folder(mine) if name == "data" else theirs == mine
         if name.startswith("teacher_") and config.teacher_at == 1 == stored.get("teacher_at", 1.0):
             continue  # there is no teacher
         if name not in FREE_ON_RESUME and not same:
             raise ValueError(f"{where}: expected {name} {mine!r}, found {theirs!r}")
 
 
-def _unplaced(source: str) -> str:
-    """An archive may lie elsewhere by the time that a run goes on; its name, and how many images, stay."""
+def _without_folder(source: str) -> str:
+    """A source without the folder of its archive, which may have moved."""
     kind, _, path = source.partition(":")
     return f"npz:{Path(path).name}" if kind == "npz" else source
 

@@ -1,30 +1,25 @@
-"""Several processes training one network: torchrun starts them, PyTorch's own engine joins them."""
+"""Several processes that train one network: started by torchrun, joined by DistributedDataParallel."""
 
 from __future__ import annotations
 
 import inspect
 import os
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_RUN_ID = "TORCHELASTIC_RUN_ID"
-_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-Store = Any  # torch.distributed's own, whose types do not name it
-_MEETING = timedelta(minutes=10)  # for all processes to be there
+from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.sync_norm import synchronised
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is: ``rank`` of ``world``, ``local`` its number on this machine."""
+    """This process: ``rank`` of ``world``, ``local`` its rank on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -32,7 +27,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the main process, which writes files and reports."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -44,7 +39,7 @@ class Ranks:
         return total
 
     def agree(self, value: Any) -> Any:
-        """The value that the main process has; any object, a collective."""
+        """The value of the main process, any object; a collective."""
         if self.world == 1:
             return value
         box = [value]
@@ -52,7 +47,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order, on each of them; a collective."""
+        """The values of all processes in the order of their ranks; a collective."""
         if self.world == 1:
             return [value]
         box: list[Any] = [None] * self.world
@@ -60,15 +55,15 @@ class Ranks:
         return box
 
     def any(self, value: bool) -> bool:
-        """Whether it is true of any process; a collective."""
+        """Whether the value is true on any process; a collective."""
         return any(self.gather(value))
 
     def average_buffers(self, model: nn.Module, weight: float = 1.0) -> None:
-        """Give every process the mean of all running statistics, so that all hold the same network.
+        """Replace running statistics by their mean over all processes, so that all have the same network.
 
         Args:
             model: the network.
-            weight: of this process's images among its fellows', 1 on average.
+            weight: of this rank's images, 1 on average over the ranks.
         """
         floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         if self.world == 1 or not floats:
@@ -78,17 +73,17 @@ class Ranks:
             buffer.copy_(mean.view_as(buffer))
 
 
-ALONE = Ranks()
+SINGLE = Ranks()
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Join the processes that torchrun started; alone where it started none or one.
+    """Join the processes that torchrun started; a single process without torchrun.
 
-    NCCL between GPUs, gloo between CPUs. Each process takes the GPU of its local rank.
+    NCCL between GPUs, gloo between CPUs. Each process selects the GPU of its local rank.
 
     Args:
-        device: of the settings: "auto", "cpu" or "cuda"; a numbered one cannot be shared.
+        device: option `device`: "auto", "cpu" or "cuda"; a numbered one cannot be shared.
 
     Raises:
         ValueError: a numbered device, or fewer GPUs than processes on this machine.
@@ -100,76 +95,49 @@ def joined(device: str) -> Iterator[Ranks]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = device != "cpu" and (device != "auto" or torch.cuda.is_available())
     if on_gpu:
-        _take_gpu(device, local)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    if os.environ.get(_AGENT_STORE) == "True":
-        rank = int(os.environ["RANK"])
-        dist.init_process_group(backend, store=_fresh_store(rank, world), rank=rank, world_size=world)
-    else:
-        dist.init_process_group(backend)
+        _select_gpu(device, local)
+    _init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local)
     finally:
         dist.destroy_process_group()
 
 
-def _fresh_store(rank: int, world: int) -> Store:
-    """A corner of torchrun's store that no process of an earlier start has written to.
+def _init_process_group(backend: str) -> None:
+    """`dist.init_process_group`, under a prefix of torchrun's store that each restart has for itself.
 
-    torchrun keeps one store through all its restarts, and a process group of a new start would find the addresses of
-    the old one's processes there: it hangs, or its connections are refused. Neither the count of restarts nor anything
-    else that torchrun tells is sure to be the same on all machines. So the first process makes up a name, and tells it
-    to those that have shown, by words never used before, that they are alive.
-
-    Raises:
-        DistStoreError: some process did not come within ten minutes.
+    torchrun keeps its store through restarts. PyTorch 2.14.1 adds no prefix: the new processes read the addresses of
+    the dead ones there, and hang or fail to connect (`--max-restarts`, static and c10d rendezvous). The restart count
+    is that of one machine; across machines, start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and
+    `--rdzv-backend c10d`.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size=world, is_master=False, timeout=_MEETING)  # type: ignore[attr-defined]
-    return dist.PrefixStore(f"gatedconv/{_agreed_name(store, rank, world, _MEETING)}", store)  # type: ignore[attr-defined]
-
-
-def _agreed_name(store: Store, rank: int, world: int, patience: timedelta) -> str:
-    """A name that all live processes, and no others, know: the first one's; each of them calls this."""
-    mine = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"gatedconv/here/{rank}", mine)
-        name: str = store.get(f"gatedconv/told/{mine}").decode()  # waits
-        store.set(f"gatedconv/heard/{name}/{rank}", "1")
-        return name
-    others = [f"gatedconv/here/{number}" for number in range(1, world)]
-    heard = [f"gatedconv/heard/{mine}/{number}" for number in range(1, world)]
-    deadline = time.monotonic() + patience.total_seconds()
-    while not store.check(heard):
-        if time.monotonic() > deadline:
-            missing = [number for number, key in enumerate(heard, start=1) if not store.check([key])]
-            raise dist.DistStoreError(f"processes {missing} of {world} did not come within {patience}")
-        for key in others:  # also those that only an earlier process has written: nobody listens there
-            if store.check([key]):
-                store.set(f"gatedconv/told/{store.get(key).decode()}", mine)
-        time.sleep(0.02)
-    return mine
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def current() -> Ranks:
-    """The processes that have joined already."""
+    """The processes that have joined."""
     if not dist.is_available() or not dist.is_initialized():
-        return ALONE
+        return SINGLE
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def launched() -> tuple[int, int]:
-    """Number of this process and of all, as torchrun started them; 0 and 1 without it."""
+    """Rank and number of processes as torchrun set them; 0 and 1 without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def by_torchrun() -> bool:
-    """Whether torchrun started this process: the same on all of them, which its count of restarts is not."""
-    return _RUN_ID in os.environ
+    """Whether torchrun launched this process: the same on all ranks, unlike the restart count."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """The network as its processes train it: DistributedDataParallel, each with running statistics of its own."""
+    """The network in DistributedDataParallel; each process keeps its own running statistics."""
     if ranks.world == 1:
         return model
     engine = nn.parallel.DistributedDataParallel
@@ -179,7 +147,7 @@ def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
     return engine(model, gradient_as_bucket_view=True, **own)
 
 
-def _take_gpu(device: str, local: int) -> None:
+def _select_gpu(device: str, local: int) -> None:
     if ":" in device:
         raise ValueError(f"device: expected auto, cpu or cuda with several processes, got {device!r}")
     if local >= torch.cuda.device_count():
@@ -188,3 +156,45 @@ def _take_gpu(device: str, local: int) -> None:
             f"local rank {local}"
         )
     torch.cuda.set_device(local)
+
+
+@contextmanager
+def synchronized_norms(model: nn.Module, which: str) -> Iterator[None]:
+    """Context in which the norms of the gates ("gates") or all norms ("all") use statistics of the global batch.
+
+    They are replaced by modules that share their parameters and buffers: evaluated and saved are the plain ones.
+
+    Args:
+        model: the network.
+        which: "off", "gates" or "all"; "all" uses PyTorch's SyncBatchNorm, which requires GPUs.
+
+    Raises:
+        ValueError: "all" on a CPU.
+    """
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(model.modules()) if which != "off" else []:
+        for name, child in parent.named_children():
+            replacement = _synchronized_norm(parent, child, which)
+            if replacement is not None:
+                swapped.append((parent, name, child))
+                parent._modules[name] = replacement
+    try:
+        yield
+    finally:
+        for parent, name, child in swapped:
+            parent._modules[name] = child
+
+
+def _synchronized_norm(parent: nn.Module, child: nn.Module, which: str) -> nn.Module | None:
+    if isinstance(parent, LearnedGate) and isinstance(child, nn.BatchNorm1d):
+        return synchronised(child)
+    if which != "all" or not isinstance(child, nn.modules.batchnorm._BatchNorm):
+        return None
+    if child.weight is not None and not child.weight.is_cuda:
+        raise ValueError("sync_norm: expected off or gates on CPUs, PyTorch's SyncBatchNorm needs GPUs; got 'all'")
+    replacement = torch.nn.SyncBatchNorm(
+        child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+    )
+    replacement._parameters, replacement._buffers = child._parameters, child._buffers
+    replacement.training = child.training
+    return replacement

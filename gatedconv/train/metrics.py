@@ -1,19 +1,24 @@
-"""What is measured while training: sums over an epoch, kept on the device until the epoch ends."""
+"""Metrics of epochs: sums on the device, the evaluation, the energy, and TensorBoard event files."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gatedconv._io import NUMBER, naming_file, require_schema
 from gatedconv.gating import expected_macs, find_gates
-from gatedconv.train.distributed import ALONE, Ranks
-from gatedconv.train.record import NUMBER, require_form
+from gatedconv.measure.energy import EnergyMeter
+from gatedconv.train.distributed import SINGLE, Ranks
 
 
 @dataclass(frozen=True)
@@ -21,11 +26,11 @@ class EpochMetrics:
     """One line of metrics.jsonl.
 
     Attributes:
-        phase: "dense" or "gated".
+        phase: "dense", "gated" or "cut" (the compact network).
         epoch: counted from 1.
         lr: learning rate of the last step.
-        train_loss: mean of the whole loss over the epoch.
-        train_top1: percent, of the batches as trained on (augmented, gates as they were).
+        train_loss: mean of the total loss over the epoch.
+        train_top1: percent, of the training batches (augmented, gates as they were).
         test_loss: mean cross-entropy.
         test_top1: percent, in eval mode, gates deciding per sample.
         seconds: wall time of the epoch, evaluation included.
@@ -33,17 +38,17 @@ class EpochMetrics:
         polarization: mean over the epoch of the polarization loss (eqs. 6-8), 0 to 1/4.
         macs: expected MACs per image at the epoch's mean open rates, as a share of the dense network's.
         open_rate: mean open rate over all gates, 0 to 1.
-        gates_dead: gates shut beyond the estimator's window for the whole last training batch: nothing moves
-            them.
-        gates_saturated: gates beyond the window on either side; contains the dead ones.
+        gates_dead: gates that the whole last training batch closed, beyond the estimator's window: no gradient
+            reaches them.
+        gates_saturated: gates beyond the window on either side, the dead ones included.
         num_gates: single gates in the network.
-        steps_skipped: steps whose loss or gradient was not finite, which left the weights alone.
-        train_macs: multiply-accumulates that the epoch's training steps executed, forward and (twice that) backward;
-            steps made again and blocks recomputed included, what was lost with a killed process not.
-        macs_saved: share of those of the whole network that were left out because gates agreed, 0 to 1.
-        energy_j: joules that the epoch took on all devices that it used; None where one of them does not tell.
-        energy_reason: why there are none; "" where there are.
-        energy_source: the devices that were counted, of all processes, for people.
+        steps_skipped: steps whose loss or gradient was not finite; they left the weights unchanged.
+        train_macs: MACs that the training steps executed, forward and (twice that) backward, repeated steps and
+            recomputed blocks included; steps lost with a killed process are not.
+        macs_saved: share of the MACs of the network as it stands that steps left out because gates agreed, 0 to 1.
+        energy_j: joules of all devices in use; None where a device has no counter.
+        energy_reason: why `energy_j` is None; "" where it is not.
+        energy_source: the devices that were measured, of all processes.
         gate_open_rates: mean open rate of each gate module over the epoch, by name.
     """
 
@@ -71,24 +76,24 @@ class EpochMetrics:
     gate_open_rates: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and dicts, as they are written."""
+        """Plain numbers, strings and dicts, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Any, where: str, error: type[ValueError] = ValueError) -> EpochMetrics:
-        """The metrics that `as_dict` wrote; `where` and `error` are for `require_form`, which checks them.
+        """Metrics from what `as_dict` returned; `where` and `error` are those of `require_schema`.
 
         Raises:
             ValueError: `error`, naming the field that is missing, of another type or unknown.
         """
-        require_form(record, _form(), where, error)
+        require_schema(record, _schema(), where, error)
         unknown = record.keys() - {spec.name for spec in fields(cls)}
         if unknown:
             raise error(f"{where}: unknown key {sorted(unknown)[0]!r}")
         return cls(**record)
 
 
-def _form() -> dict[str, Any]:
+def _schema() -> dict[str, Any]:
     kinds = {"str": str, "int": int, "float": NUMBER, "float | None": (*NUMBER, type(None)), "dict[str, float]": dict}
     return {
         spec.name + ("?" if (spec.default, spec.default_factory) != (MISSING, MISSING) else ""): kinds[str(spec.type)]
@@ -97,10 +102,10 @@ def _form() -> dict[str, Any]:
 
 
 class EpochMeter:
-    """Adds up what the steps of one epoch show, without making the device wait.
+    """Sums of one epoch, on the device: adding to them never waits for it.
 
     Args:
-        model: the network; its gates are read after each step.
+        model: the network; its gates name the open rates.
         device: of the network.
     """
 
@@ -108,12 +113,12 @@ class EpochMeter:
         self.model = model
         self.gates = find_gates(model)
         self._sizes = [gate.num_gates for gate in self.gates.values()]
-        # Steps, images, loss, right answers, polarization, then the open rate of every gate.
+        # Steps, images, loss, correct answers, polarization, then the open rate of every gate.
         self._sums = torch.zeros(5 + sum(self._sizes), dtype=torch.float64, device=device)
         self._one = torch.ones((), dtype=torch.float64, device=device)
 
     def new_epoch(self) -> None:
-        """Begin again, in the same memory: a CUDA graph may add to it."""
+        """Reset, in the same memory: a CUDA graph may add to it."""
         self._sums.zero_()
 
     @torch.no_grad()
@@ -122,35 +127,38 @@ class EpochMeter:
         logits: Tensor,
         labels: Tensor,
         loss: Tensor,
-        polarization: Tensor | None,
+        polarization: Tensor | None = None,
+        open_rates: Tensor | None = None,
         bad: Tensor | None = None,
         weight: float = 1.0,
     ) -> None:
-        """Take in one step: logits (B, classes), labels (B,), the whole loss and its polarization part.
+        """Add one step.
 
-        ``bad``, bool (), leaves the step out; ``weight`` is that of this rank's images among its fellows', 1 on
-        average.
+        Args:
+            logits: (B, classes).
+            labels: int64 (B,).
+            loss: the total loss, a scalar.
+            polarization: its polarization part, a scalar; None counts as 0.
+            open_rates: (G,) of all gates over the step's images, in the order of `gates`; None without gates.
+            bad: bool (); True leaves the step out.
+            weight: of this rank's images, 1 on average over the ranks.
         """
         one, right = self._one, (logits.argmax(1) == labels).sum()
-        rates = [gate.open_rate.detach() for gate in self.gates.values() if gate.open_rate is not None]
         shown = torch.cat(
             [
                 torch.stack([one, len(labels) * one, weight * loss.detach().double(), right.double()]),
-                self._or_zero(polarization)[None],
-                *(weight * rate.double() for rate in rates),
+                (self._sums.new_zeros(()) if polarization is None else polarization.detach().double())[None],
+                *([] if open_rates is None else [weight * open_rates.double()]),
             ]
         )
         self._sums += shown if bad is None else shown.masked_fill(bad, 0.0)
 
-    def _or_zero(self, value: Tensor | None) -> Tensor:
-        return self._sums.new_zeros(()) if value is None else value.detach().double()
-
-    def joined(self, ranks: Ranks) -> dict[str, Tensor]:
+    def total(self, ranks: Ranks) -> dict[str, Tensor]:
         """The sums so far, over all ranks; a collective."""
         return {"sums": ranks.sum(self._sums)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from sums; KeyError or RuntimeError where they are another network's."""
+        """Continue from sums; KeyError or RuntimeError where they are those of another network."""
         self._sums.copy_(state["sums"])
 
     @property
@@ -161,12 +169,12 @@ class EpochMeter:
 
     @property
     def top1(self) -> float:
-        """Percent right so far; reading it waits for the device."""
+        """Percent correct so far; reading it waits for the device."""
         _, images, _, right = self._sums[:4].tolist()
         return 100 * right / max(1.0, images)
 
     def gate_metrics(self, ranks: Ranks) -> dict[str, Any]:
-        """The fields of `EpochMetrics` that speak of gates; empty for a network without. A collective."""
+        """The fields of `EpochMetrics` about gates; empty for a network without gates. A collective."""
         if not self.gates:
             return {}
         steps = self._sums[0]
@@ -193,16 +201,16 @@ class EpochMeter:
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
-    """Evaluate a classifier in eval mode; its mode is put back after.
+    """Evaluate a classifier in eval mode; its mode is restored.
 
     Args:
         model: images float (B, C, H, W) -> logits (B, classes).
         batches: (images, labels int64 (B,)).
         ranks: processes that evaluate a share of the images each; a collective.
-        forward: calls the model in its stead.
+        forward: called in place of the model.
 
     Returns:
         Mean cross-entropy and top-1 in percent.
@@ -213,7 +221,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct answers, images
     one = torch.ones((), dtype=torch.float64, device=device)  # a number from the host would make it wait
     for images, labels in batches:
         logits = (forward or model)(images).float()
@@ -225,3 +233,119 @@ def evaluate(
     if count == 0:
         raise ValueError("evaluate: expected at least one image, got none")
     return loss_sum / count, 100 * correct / count
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules; where they are None, the reason; and the names of the measured devices."""
+
+    joules: float | None = 0.0
+    reason: str = ""
+    source: str = ""
+
+
+def measured_energy(meter: EnergyMeter) -> Energy:
+    """Energy of this process since its meter was started; 0 for a device that another rank measures."""
+    if meter.elsewhere:
+        return Energy()
+    joules = meter.joules()
+    return Energy(joules, meter.reason, meter.source)
+
+
+def total_energy(parts: Sequence[Energy]) -> Energy:
+    """The energy of all processes: None where one of them has no counter."""
+    names = Counter(name for part in parts for name in part.source.split(", ") if name)
+    source = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+    return Energy(_sum(part.joules for part in parts), _first(part.reason for part in parts), source)
+
+
+def added_energy(earlier: Energy, now: Energy) -> Energy:
+    """The energy of an epoch before and after a restart."""
+    source = _sources([earlier.source, now.source])
+    return Energy(_sum([earlier.joules, now.joules]), _first([earlier.reason, now.reason]), source)
+
+
+def run_energy(history: Sequence[EpochMetrics]) -> Energy:
+    """The energy of all epochs: None, with the first reason, where one of them was not measured."""
+    joules = _sum(line.energy_j for line in history) if history else None
+    source = _sources(line.energy_source for line in history)
+    if joules is not None:
+        return Energy(round(joules, 3), "", source)
+    reason = _first(line.energy_reason for line in history)
+    silent = [f"{line.phase}, epoch {line.epoch}: not measured" for line in history if line.energy_j is None]
+    return Energy(None, reason or _first(silent) or "no epoch was measured", source)
+
+
+def _sources(sources: Iterable[str]) -> str:
+    """Names of devices that were measured one after the other, each once, in order."""
+    return "; then ".join(dict.fromkeys(source for source in sources if source))
+
+
+def _sum(joules: Iterable[float | None]) -> float | None:
+    total = 0.0
+    for each in joules:
+        if each is None:
+            return None
+        total += each
+    return total
+
+
+def _first(reasons: Iterable[str]) -> str:
+    return next((reason for reason in reasons if reason), "")
+
+
+_SCALARS = (
+    "lr",
+    "train_loss",
+    "train_top1",
+    "test_loss",
+    "test_top1",
+    "polar_weight",
+    "polarization",
+    "macs",
+    "open_rate",
+    "gates_dead",
+    "gates_saturated",
+)
+
+
+def require_tensorboard() -> None:
+    """Raise ImportError, with the command that installs it, if TensorBoard is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("tensorboard: not installed: pip install 'gatedconv[tensorboard]'")
+
+
+class TensorBoard:
+    """Writes one point per epoch and metric, under the name of the phase.
+
+    Attributes:
+        empty: the folder had no event files before.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+        OSError: the disk is full or not writable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self.empty = not any(folder.glob("events.*"))
+        with naming_file(folder):
+            self._writer = SummaryWriter(str(folder))
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with naming_file(self._folder):
+            self._writer.close()
+
+    def write(self, metrics: EpochMetrics) -> None:
+        """Add the metrics of one epoch."""
+        with naming_file(self._folder):
+            for name in _SCALARS:
+                self._writer.add_scalar(f"{metrics.phase}/{name}", getattr(metrics, name), metrics.epoch)

@@ -1,26 +1,32 @@
-"""One step of training: forward, losses, backward, optimiser, in as many parts as `accumulate` asks for."""
+"""One step of training: forward, losses, backward, optimizer, and the guard against numbers that are not finite.
+
+Read `Stepper.__call__`, then `Stepper._forward_backward`: that is the method of the paper, in as many parts as
+`accumulate` asks for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import checkpoint
 
-from gatedconv.gating import find_gates
+from gatedconv.gating import Gate, MacTerm, find_gates
 from gatedconv.gating.losses import RateWindow, accumulating
+from gatedconv.nn import BasicBlock
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.distributed import ALONE, Ranks, parallel
-from gatedconv.train.guard import Buffers, StepGuard, judged_at_once
+from gatedconv.train.distributed import SINGLE, Ranks, parallel, synchronized_norms
 from gatedconv.train.recipe import (
     GateWeights,
+    distillation_loss,
     gate_loss,
     gate_weights,
     learning_rate,
-    lesson,
     make_controller,
     make_optimizer,
     make_pruner,
@@ -30,43 +36,63 @@ from gatedconv.train.recipe import (
     task_loss,
     tuned_convolutions,
 )
-from gatedconv.train.recompute import recomputing
-from gatedconv.train.skipping import BlockSkipping
-from gatedconv.train.step_macs import StepMacs
-from gatedconv.train.sync_norm import synchronised_norms
+from gatedconv.train.skip_dead import BlockSkipping
+
+# A training step costs a forward pass and, backward, about two more.
+PASSES_PER_STEP = 3
+# More bad steps in a row, or in an epoch, end the run.
+MOST_IN_A_ROW = 3
+MOST_IN_AN_EPOCH = 20
 
 
-class StepResult(NamedTuple):
-    """What a step showed: logits (B, classes), the loss and its polarization part (), whether it was bad ()."""
+class Computed(NamedTuple):
+    """Forward and backward of a step.
+
+    Attributes:
+        logits: (B, classes).
+        loss: the total loss, a scalar.
+        polarization: its polarization part before the weight, a scalar; None without gates.
+        open_rates: (G,) of all gates over the batch; None without gates.
+    """
 
     logits: Tensor
     loss: Tensor
     polarization: Tensor | None
+    open_rates: Tensor | None
+
+
+class StepResult(NamedTuple):
+    """`Computed`, and whether the step was bad, bool (): its loss or gradient was not finite."""
+
+    logits: Tensor
+    loss: Tensor
+    polarization: Tensor | None
+    open_rates: Tensor | None
     bad: Tensor
 
 
-# Sees what a step showed, and its labels; on the device, without looking at values.
+# Receives the result of a step, and its labels; on the device, without reading values.
 Observer = Callable[[StepResult, Tensor], None]
 
 
 class Stepper:
-    """Makes steps on a network, in place.
+    """Trains a network in place, step by step.
 
     Args:
-        model: the network, where it is to train.
+        model: the network, on its device.
         config: the recipe.
         device: of the network.
         ranks: the processes that train it together.
-        predict_skips: for tests: let the step before decide what is left out, as on a GPU.
-        macs_per_image: of a network that was cut: it carries no ``mac_terms``, and has no blocks to recompute.
+        predict_skips: for tests: the previous step decides which blocks are skipped, as on a GPU.
+        macs_per_image: of a compact network: it carries no ``mac_terms``, and has no blocks to recompute.
         observe: called at the end of each step.
 
     Attributes:
         parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, pruner and
             window.
         guard: counts the bad steps.
-        skipping: leaves out blocks that are shut.
-        macs: counts what was executed, and what was left out.
+        skipping: skips blocks that their gates close.
+        macs: counts the MACs that were executed and skipped.
     """
 
     def __init__(
@@ -74,7 +100,7 @@ class Stepper:
         model: nn.Module,
         config: TrainConfig,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE,
         *,
         predict_skips: bool | None = None,
         macs_per_image: float = 0.0,
@@ -82,113 +108,122 @@ class Stepper:
     ) -> None:
         self.model, self.config, self.device, self.ranks = model, config, device, ranks
         self.observe: Observer = observe or (lambda result, labels: None)
-        self._at_once = judged_at_once(device)
+        self._immediate = checks_immediately(device)
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        half = mixed_dtype(config, device)
+        half = mixed_dtype(config.amp, device)
         self.autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
-        self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
-        self.controller = make_controller(model, config)
-        if self.controller is not None:
-            self.parts["controller"] = self.controller.to(device)
+        self._gates = list(find_gates(model).values())
+        self.controller = make_controller(model, config, config.accumulate)
         self.pruner = make_pruner(model, config)
-        if self.pruner is not None:
-            self.parts["pruner"] = self.pruner.to(device)
-        self._gated = bool(find_gates(model))
-        self.window = RateWindow(model, config.accumulate) if self._gated and config.accumulate > 1 else None
-        if self.window is not None:
-            self.parts["window"] = self.window
-        self.network = parallel(_compiled(model, config), ranks)
-        movable = (model, self.controller, self.pruner, self.window)
-        moving = nn.ModuleList([part for part in movable if part is not None])
-        self.guard = StepGuard(moving, device)
-        skips = config.skip_blocks and not config.compile
+        self.window = RateWindow(model, config.accumulate) if self._gates and config.accumulate > 1 else None
+        self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
+        for name, part in (("controller", self.controller), ("pruner", self.pruner), ("window", self.window)):
+            if part is not None:
+                self.parts[name] = part.to(device)
+        self.network = parallel(_compiled(model, config.compile), ranks)
+        stateful = nn.ModuleList([part for part in self.parts.values() if isinstance(part, nn.Module)])
+        self.guard = StepGuard(stateful, device)
         self._recompute = config.recompute and not macs_per_image
         self.macs = StepMacs(model, recompute=self._recompute, per_image=macs_per_image)
+        skips = config.skip_blocks and not config.compile
         self.skipping = BlockSkipping(
-            model if skips else nn.Module(), device, predict=predict_skips, ranks=ranks, macs=self.macs
+            model if skips else nn.Module(), device, self.macs.add, predict=predict_skips, ranks=ranks
         )
-        self._before = Buffers(moving) if self.skipping.predict else None
+        self._before = Buffers(stateful) if self.skipping.predict else None
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While it lasts, the network behaves as the steps of `config` need it."""
+        """Context in which steps are made: the network behaves as `config` asks for."""
         with ExitStack() as stack:
             stack.enter_context(tuned_convolutions(self.device))
             stack.enter_context(accumulating(self.model, self.window))
             if self.ranks.world > 1:
-                stack.enter_context(synchronised_norms(self.model, self.config.sync_norm))
+                stack.enter_context(synchronized_norms(self.model, self.config.sync_norm))
             stack.enter_context(self.skipping.active())
             if self._recompute:
                 stack.enter_context(recomputing(self.model))
             yield
 
-    def join(self, weight: float) -> None:
-        """Make the running statistics the same on every rank, as they go into a checkpoint; a collective.
+    def average(self, weight: float) -> None:
+        """Average running statistics over the ranks, for a checkpoint; a collective.
 
         Args:
-            weight: of this rank's images among its fellows', 1 on average.
+            weight: of this rank's images, 1 on average over the ranks.
         """
         self.ranks.average_buffers(self.model, weight)
         if self.pruner is not None:
             self.pruner.average_over_ranks()
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: float, taught: Tensor | None = None) -> StepResult:
-        """Make a step at `epoch` (a step within an epoch is a fraction of one) on (B, C, H, W) and int64 (B,).
+        """Make a step.
 
-        ``taught`` are a teacher's logits (B, classes) on the images.
+        Args:
+            images: (B, C, H, W).
+            labels: int64 (B,).
+            epoch: of the step; a step within an epoch is a fraction.
+            taught: a teacher's logits (B, classes) on the images.
         """
+        progress = epoch / self.config.epochs
         set_learning_rate(self.optimizer, learning_rate(self.config, epoch))
-        if self._at_once:
+        if self._immediate:
             self.guard.buffers.keep()
         if self._before is not None:
             self._before.keep()
-        result = self._forward_backward(images, labels, epoch / self.config.epochs, taught)
+        computed = self._forward_backward(images, labels, progress, taught)
         if not self.skipping.verified(len(images)) and self._before is not None:
-            self._before.put_back()
-            result = self._forward_backward(images, labels, epoch / self.config.epochs, taught)
+            self._before.restore()
+            computed = self._forward_backward(images, labels, progress, taught)
             self.skipping.verified(len(images))
-        result = self._update(result)
+        result = self._update(computed)
         self.observe(result, labels)
-        progress = epoch / self.config.epochs
         if self.pruner is not None:
             prune_gates(self.pruner, self.config, progress)
         return result
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, progress: float, taught: Tensor | None) -> StepResult:
+    def _forward_backward(self, images: Tensor, labels: Tensor, progress: float, taught: Tensor | None) -> Computed:
         count = self.config.accumulate
-        # DistributedDataParallel gives each rank the same say; ranks may hold one image more or less.
+        # DistributedDataParallel weighs ranks alike; one may have an image more than another.
         weight = len(images) * self.ranks.world / self.config.batch_size
-        shown, loss, polarization = [], torch.zeros((), device=self.device), None
-        lessons = [None] * count if taught is None else taught.tensor_split(count)
+        shown, loss, polarization, rates = [], torch.zeros((), device=self.device), None, None
+        teachings = [None] * count if taught is None else taught.tensor_split(count)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = zip(images.tensor_split(count), labels.tensor_split(count), lessons, strict=True)
-        for index, (x, y, theirs) in enumerate(parts):
+        parts = zip(images.tensor_split(count), labels.tensor_split(count), teachings, strict=True)
+        for index, (x, y, teaching) in enumerate(parts):
             wait = self.ranks.world > 1 and index < count - 1
             with self.network.no_sync() if wait else nullcontext():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.network(x)
                 self.skipping.note_forward(len(x), first=index == 0)
-                task, share = task_loss(logits, y, self.config), len(x) / len(images)
-                if theirs is not None:
-                    task = lesson(task, logits, theirs, self.config)
-                whole = task if share * weight == 1 else task * (share * weight)
+                task, share = task_loss(logits, y, self.config.label_smoothing), len(x) / len(images)
+                if teaching is not None:
+                    task = distillation_loss(task, logits, teaching, self.config)
+                total = task if share * weight == 1 else task * (share * weight)
                 loss += task.detach() * share
-                if self._gated:
+                if self._gates:
                     of_gates, polar = gate_loss(self.model, self.config, self._weights(progress), self.controller)
-                    whole = whole + of_gates
+                    total = total + of_gates
                     loss += of_gates.detach() / count
                     polarization = polar.detach() / count + (0 if polarization is None else polarization)
-                self.scaler.scale(whole).backward()
-            # A CUDA graph of the network writes the next part's logits over these.
+                self.scaler.scale(total).backward()
+            rates = self._add_rates(rates, share)
+            # A CUDA graph of the network writes the next part's logits to the same memory.
             shown.append(logits.detach().clone() if count > 1 else logits.detach())
-        return StepResult(shown[0] if count == 1 else torch.cat(shown), loss, polarization, loss)
+        return Computed(shown[0] if count == 1 else torch.cat(shown), loss, polarization, rates)
+
+    def _add_rates(self, rates: Tensor | None, share: float) -> Tensor | None:
+        """Add the open rates of a part, a share of the batch."""
+        seen = [gate.open_rate.detach() for gate in self._gates if gate.open_rate is not None]
+        if not seen:
+            return rates
+        part = torch.cat(seen)
+        return part if share == 1 else part * share + (0 if rates is None else rates)
 
     def _weights(self, progress: float) -> GateWeights:
         return gate_weights(self.config, progress)
 
-    def _update(self, result: StepResult) -> StepResult:
+    def _update(self, computed: Computed) -> StepResult:
         """Change the weights, unless the loss or the gradient is not finite."""
         scaled = self.scaler.is_enabled()
         if scaled:
@@ -196,32 +231,205 @@ class Stepper:
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self.config.grad_clip:
             clip_grads_with_norm_(self._parameters, self.config.grad_clip, norm)
-        bad = ~self._finite(result.loss, norm)
+        bad = ~self._finite(computed.loss, norm)
         if scaled:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the fused kernel
             self.optimizer.step()
-        if self._at_once and bool(bad):
-            self.guard.buffers.put_back()
+        if self._immediate and bool(bad):
+            self.guard.buffers.restore()
         self.guard.count(bad)
-        return result._replace(bad=bad)
+        return StepResult(*computed, bad)
 
     def _finite(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Bool (), the same on every rank: whether the loss, of all ranks, and the norm of the gradient are finite."""
         finite = norm.isfinite()
-        if not self.scaler.is_enabled():  # a rank's loss is in the gradient of all
+        if not self.scaler.is_enabled():  # a rank's loss is part of the gradient of all
             return finite if self.ranks.world > 1 else finite & loss.isfinite()
-        # A gradient may overflow for its scale, which the scaler then lowers; where nothing is scaled up, it is broken.
+        # A scaled gradient may overflow: the scaler then lowers the scale. An unscaled one that does is broken.
         overflowed = self.scaler.scale(torch.ones((), device=self.device)) > 1
         broken = self.ranks.sum(loss.isfinite().logical_not().int())
         return (finite | overflowed) & (broken == 0)
 
 
-def _compiled(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """The network as `compile` wants it run; always one graph."""
-    if not config.compile:
+def _compiled(model: nn.Module, compile: bool) -> nn.Module:
+    """The network, compiled into a single graph if asked for."""
+    if not compile:
         return model
     compiled: nn.Module = torch.compile(model, fullgraph=True)  # type: ignore[assignment]
     return compiled
+
+
+# ---- bad steps
+
+
+def checks_immediately(device: torch.device) -> bool:
+    """Whether each step is checked before the next one, for which a GPU's host would have to wait."""
+    return device.type == "cpu"
+
+
+class Buffers:
+    """A copy of a network's buffers (running statistics), to restore them from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._live = list(model.buffers())
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy the present values."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    @torch.no_grad()
+    def restore(self, *, only_broken: bool = False) -> None:
+        """Restore the copied values; with ``only_broken`` those of buffers that are no longer finite."""
+        for live, kept in zip(self._live, self._kept, strict=True):
+            if not only_broken or (live.is_floating_point() and not bool(live.isfinite().all())):
+                live.copy_(kept)
+
+
+class StepGuard:
+    """Keeps steps without a finite loss and gradient out of the weights, and counts them.
+
+    On the CPU each step is checked immediately. On a GPU the optimizer's kernel leaves the weights unchanged, so that
+    the host need not wait, and `repair`, called now and then, restores the running statistics.
+
+    Attributes:
+        skipped: int64 (), bad steps of this epoch.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.buffers = Buffers(model)
+        self.skipped, self._row, self._longest = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(3))
+        self._repaired = 0  # bad steps of this epoch up to the last repair
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts, for a checkpoint."""
+        return {"skipped": self.skipped, "row": self._row, "longest": self._longest}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from counts; KeyError where one is missing."""
+        for name, count in self.state_dict().items():
+            count.copy_(state[name])
+        self._repaired = int(self.skipped)
+
+    def new_epoch(self) -> None:
+        """Count from 0 again."""
+        self.skipped.zero_()
+        self._longest.copy_(self._row)
+        self._repaired = 0
+
+    def count(self, bad: Tensor) -> None:
+        """Count a step, bool (): whether it was bad."""
+        self.skipped += bad
+        self._row.add_(1).mul_(bad)
+        torch.maximum(self._longest, self._row, out=self._longest)
+
+    def repair(self) -> str:
+        """Restore running statistics that bad steps broke; returns why to end the run, or "". Waits for the device."""
+        skipped, longest = int(self.skipped), int(self._longest)
+        if skipped > self._repaired:
+            self.buffers.restore(only_broken=True)
+        self.buffers.keep()
+        self._repaired = skipped
+        if longest > MOST_IN_A_ROW:
+            return f"{longest} steps in a row"
+        if skipped > MOST_IN_AN_EPOCH:
+            return f"{skipped} steps of an epoch"
+        return ""
+
+
+# ---- MACs
+
+
+class StepMacs:
+    """Counts the MACs of training steps.
+
+    Args:
+        model: a network that carries ``mac_terms``; of any other, nothing is counted unless ``per_image`` is given.
+        recompute: residual blocks run forward once more in backward: of our ResNets, all but stem and head.
+        per_image: MACs of one forward pass of a network without ``mac_terms``.
+
+    Attributes:
+        per_image: MACs of one image, forward, with nothing skipped; 0 where they are unknown.
+        executed: so far, forward and backward, repeated passes included.
+        saved: skipped so far, forward and backward.
+    """
+
+    def __init__(self, model: nn.Module, *, recompute: bool = False, per_image: float = 0.0) -> None:
+        terms: Sequence[MacTerm] = getattr(model, "mac_terms", ())
+        self.per_image = sum(term.macs for term in terms) or per_image
+        self._again = sum(term.macs for term in terms[1:-1]) if recompute else 0.0
+        self._recomputes = recompute
+        self.executed = self.saved = 0.0
+
+    def add(self, images: int, skipped: float = 0.0, repeated: bool = False) -> None:
+        """Count a pass, forward and backward, over some images.
+
+        Args:
+            images: of this process.
+            skipped: MACs of one image, forward, that the pass did not execute.
+            repeated: the pass was of no use, and is made again.
+        """
+        again = self._again - skipped if self._recomputes else 0.0
+        self.executed += images * (PASSES_PER_STEP * (self.per_image - skipped) + again)
+        if not repeated:
+            self.saved += images * PASSES_PER_STEP * skipped
+
+    def new_epoch(self) -> None:
+        """Count from 0 again."""
+        self.executed = self.saved = 0.0
+
+
+# ---- gradient checkpointing
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Context in which every residual block keeps its input only, and computes the rest again in backward.
+
+    The second pass has no side effects: running statistics, open rates and random numbers are those of the first.
+
+    Raises:
+        ValueError: the model has no residual blocks.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
+    if not blocks:
+        raise ValueError(f"recompute: expected a network of residual blocks, got {type(model).__name__}")
+    for block in blocks:
+        block.forward = partial(_checkpointed, block, block.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _checkpointed(block: BasicBlock, forward: Any, *inputs: Tensor | None) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*inputs)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _without_side_effects(block)
+
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _without_side_effects(block: nn.Module) -> Iterator[None]:
+    """Give the block copies of its buffers: a change of the real ones would invalidate what backward keeps."""
+    held = [(module, name, buffer) for module in block.modules() for name, buffer in module._buffers.items()]
+    gates = [(gate, gate.logits, gate.open_rate) for gate in block.modules() if isinstance(gate, Gate)]
+    for module, name, buffer in held:
+        if buffer is not None:
+            module._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for module, name, buffer in held:
+            module._buffers[name] = buffer
+        for gate, logits, open_rate in gates:
+            gate.logits, gate.open_rate = logits, open_rate

@@ -87,7 +87,7 @@ def test_a_config_file_with_a_fault_is_named(gatedconv: Call, tmp_path: Path) ->
 @pytest.fixture
 def one_epoch(gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run stopped after its first epoch of two."""
-    monkeypatch.setattr("gatedconv.train.loop._Training._late", lambda self: len(self.history) == 1)
+    monkeypatch.setattr("gatedconv.train.loop.Training._deadline_passed", lambda self: len(self.history) == 1)
     assert gatedconv("train", *quick, "--run", tmp_path / "run", "--max-minutes", 9).code == 3
     monkeypatch.undo()
     return RunFolder(tmp_path / "run")
@@ -208,7 +208,7 @@ def test_too_little_memory_is_one_line(
     def greedy(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("gatedconv.train.pipeline.load_images", greedy)
+    monkeypatch.setattr("gatedconv.train.trainer.load_images", greedy)
     assert_one_line(gatedconv("train", *quick, "--run", tmp_path / "run"), "out of memory: ", "7 TiB")
 
 
@@ -223,10 +223,10 @@ def test_pytorchs_own_allocator_errors_are_known() -> None:
 def test_an_internal_error_is_no_user_error(
     gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gatedconv.train.pipeline.load_images", lambda config: [][0])
+    monkeypatch.setattr("gatedconv.train.trainer.load_images", lambda config: [][0])
     with pytest.raises(IndexError):
         gatedconv("train", *quick, "--run", tmp_path / "run")
-    monkeypatch.setattr("gatedconv.train.pipeline.load_images", lambda config: len(3))
+    monkeypatch.setattr("gatedconv.train.trainer.load_images", lambda config: len(3))
     assert_one_line(
         gatedconv("train", *quick, "--run", tmp_path / "run"), "'int' has no len()", "GATEDCONV_TRACEBACK=1"
     )
@@ -241,11 +241,11 @@ def test_an_interruption_tells_what_is_kept(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gatedconv.train.pipeline.train", interrupted)
+    monkeypatch.setattr("gatedconv.train.trainer.Training.epochs", interrupted)
     early = gatedconv("train", *quick, "--run", one_epoch.path.with_name("early"))
     assert early.code == 130 and "interrupted before an epoch was finished" in early.err
     later = gatedconv("train", "--resume", one_epoch.path)
-    assert later.code == 130 and f"gatedconv train --resume {one_epoch.path} goes on" in later.err
+    assert later.code == 130 and f"epoch with: gatedconv train --resume {one_epoch.path}" in later.err
     monkeypatch.setattr("gatedconv.cli.eval.saved_networks", interrupted)
     other = gatedconv("eval", one_epoch.path)
     assert (other.code, other.err) == (130, "gatedconv eval: interrupted\n")
@@ -310,7 +310,7 @@ def test_nan_after_a_good_epoch_keeps_its_checkpoint(
 ) -> None:
     before = one_epoch.checkpoint("gated").read_bytes()
     monkeypatch.setattr("gatedconv.train.recipe.mac_target_loss", lambda model, target: torch.tensor(float("nan")))
-    monkeypatch.setattr("gatedconv.train.guard.MOST_IN_A_ROW", 2)  # an epoch has three steps
+    monkeypatch.setattr("gatedconv.train.step.MOST_IN_A_ROW", 2)  # an epoch has three steps
     result = gatedconv("train", "--resume", one_epoch.path, "--max-minutes", 0)
     assert_one_line(result, "not finite in 3 steps in a row", "epoch 2", str(one_epoch.checkpoint("gated")))
     assert one_epoch.checkpoint("gated").read_bytes() == before

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from gatedconv.cli.progress import BarListener, LineListener, describe, make_listener
+from gatedconv.cli import progress
+from gatedconv.cli.progress import BarProgress, LineProgress, describe, make_progress
 from gatedconv.data import load_data
 from gatedconv.train import EpochMetrics, TrainConfig
-from gatedconv.train.loop import StepReport
+from gatedconv.train.callbacks import StepReport
 from tests.image_files import write_npz
 
 METRICS = EpochMetrics(
@@ -19,49 +21,84 @@ METRICS = EpochMetrics(
 )  # fmt: skip
 
 
+def bar() -> tuple[BarProgress, Progress, io.StringIO]:
+    screen = io.StringIO()
+    shown = Progress(
+        "{task.description} {task.completed} {task.fields[place]} {task.fields[figures]}",
+        console=Console(file=screen, width=200),
+        auto_refresh=False,
+    )
+    return BarProgress(shown), shown, screen
+
+
 def test_a_line_has_every_figure() -> None:
-    assert describe(METRICS) == "loss 0.500  top-1 91.25 %  open 50.0%  polar 0.0123  MACs 45.5%  dead 1/9"
-    assert describe(EpochMetrics("dense", 1, 0.1, 0.5, 90.0, 0.4, 91.25, 3.0)) == "loss 0.500  top-1 91.25 %"
+    assert describe(METRICS) == "loss 0.500  accuracy 91.25 %  open  50.0%  undecided   4.9%  MACs  45.5%"
+    assert describe(EpochMetrics("dense", 1, 0.1, 0.5, 90.0, 0.4, 91.25, 3.0)) == "loss 0.500  accuracy 91.25 %"
 
 
-def test_lines_and_bars_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_and_bars_have_the_same_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig(epochs=4, data=f"npz:{write_npz(tmp_path / 'a.npz')}")
     data = load_data(config.data)
-    screen = io.StringIO()
-    progress = Progress(
-        "{task.description} {task.completed} {task.fields[place]} {task.fields[figures]}",
-        console=Console(file=screen, width=200), auto_refresh=False,
-    )  # fmt: skip
-    bar = BarListener(progress)
-    for listener in (LineListener(), bar):
-        listener.start(config, data)
-        listener.phase("gated")
-        listener.step(StepReport("gated", 1, 1, 2, 0.7, 55.0))
-        if listener is bar:
-            assert progress.tasks[-1].completed == 0.5
-        listener.epoch(METRICS)
-        listener.note("look here")
-        if listener is bar:
-            assert progress.tasks[-1].completed == 2.0 and progress.tasks[-1].total == 4.0
-            assert progress.tasks[-1].fields["figures"] == describe(METRICS)
-            listener.step(StepReport("gated", 3, 1, 2, 0.7, 55.0))
-            assert progress.tasks[-1].completed == 2.5
-            assert progress.tasks[-1].fields["figures"].startswith("loss 0.700  top-1 91.25 %  open 50.0%")
-        listener.phase("finish")
+    callback, shown, screen = bar()
+    for each in (LineProgress(), callback):
+        each.start(config, data)
+        each.phase("gated")
+        each.step(StepReport("gated", 1, 1, 2, 0.7, 55.0))
+        if each is callback:
+            assert shown.tasks[-1].completed == 0.5
+        each.epoch(METRICS)
+        each.note("look here")
+        if each is callback:
+            assert shown.tasks[-1].completed == 2.0 and shown.tasks[-1].total == 4.0
+            assert shown.tasks[-1].fields["figures"] == describe(METRICS)
+            each.step(StepReport("gated", 3, 1, 2, 0.7, 55.0))
+            assert shown.tasks[-1].completed == 2.5
+            assert shown.tasks[-1].fields["figures"].startswith("loss 0.700  accuracy 91.25 %  open  50.0%")
+        each.phase("cut")
+        each.epoch(dataclasses.replace(METRICS, phase="cut", epoch=3))
+        each.phase("finish")
     printed = capsys.readouterr().out
     for text in (printed, screen.getvalue()):
         assert "resnet20 (layer gates, ste)" in text and "note: look here" in text
+        assert "each line: training loss, accuracy" in " ".join(text.split())
     assert "gated 2/4" in printed and "left" in printed and describe(METRICS) in printed
+    assert "compact 3/4" in printed and shown.tasks[-2].description == "compact"
+
+
+def test_epochs_from_a_checkpoint_do_not_count_in_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two epochs are read at once; the third takes a minute, and so will the fourth."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    lines = LineProgress()
+    lines._epochs = 4
+    lines.phase("gated")
+    for epoch in (1, 2):
+        lines.replay(dataclasses.replace(METRICS, epoch=epoch))
+    now[0] = 60.0
+    lines.epoch(dataclasses.replace(METRICS, epoch=3))
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.endswith("(from the checkpoint)") and second.endswith("(from the checkpoint)")
+    assert third.endswith("0:01:00 left")
+
+
+def test_a_bar_starts_after_the_epochs_from_a_checkpoint() -> None:
+    callback, shown, _ = bar()
+    callback._epochs = 4
+    callback.phase("gated")
+    callback.replay(METRICS)
+    assert shown.tasks[-1].completed == 2.0 and shown.tasks[-1].speed is None
 
 
 def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with make_listener() as listener:
-        assert isinstance(listener, LineListener)
+    with make_progress() as callback:
+        assert isinstance(callback, LineProgress)
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    with make_listener() as listener:
-        assert isinstance(listener, BarListener)
-        listener.phase("gated")
-        listener.step(StepReport("gated", 1, 1, 2, 0.7, 55.0))
+    with make_progress() as callback:
+        assert isinstance(callback, BarProgress)
+        callback.phase("gated")
+        callback.step(StepReport("gated", 1, 1, 2, 0.7, 55.0))

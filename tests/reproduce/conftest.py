@@ -37,7 +37,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     tiny = {name: replace(each, settings={**each.settings, **TINY}) for name, each in all_experiments().items()}
     for module in (runner, rows, energy):
         monkeypatch.setattr(module, "find_experiment", tiny.__getitem__)
-    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     stand_ins(monkeypatch)
     names = ("cifar10", "cifar100", "cifar10-16x16-25k")
     return Bench(tmp_path / "runs", tmp_path / "results", {name: f"npz:{archive}" for name in names})

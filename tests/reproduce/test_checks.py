@@ -67,7 +67,7 @@ def test_two_at_once_make_one_row(bench: Bench, monkeypatch: pytest.MonkeyPatch)
         around(name)
     assert runner.run_one(bench, DENSE, 0) == runner.DONE
     assert len(told) == 6 and all("seed0: another process trains this run" in each for each in told)
-    monkeypatch.setattr("gatedconv.train.pipeline.run", None)
+    monkeypatch.setattr("gatedconv.train.trainer.run", None)
     assert runner.run_one(bench, DENSE, 0) == runner.DONE
     (row,) = read_ledger(bench.ledger).values()
     assert row.epochs == 2 and len(bench.epochs(DENSE, 0).read_text().splitlines()) == 2
@@ -193,7 +193,7 @@ def test_a_control_of_other_macs_than_its_row_is_refused(bench: Bench, monkeypat
     edited["masks"][name] = "1" + "0" * (len(edited["masks"][name]) - 1)
     kept.write_text(json.dumps(edited))
     with monkeypatch.context() as patch:
-        patch.setattr("gatedconv.train.pipeline.run", None)
+        patch.setattr("gatedconv.train.trainer.run", None)
         with pytest.raises(ValueError, match=f"{FIXED}: expected the MACs of {GATED}, seed 0, within 1%: "):
             runner.run_one(bench, FIXED, 0)
     assert not bench.folder(FIXED, 0).path.exists()

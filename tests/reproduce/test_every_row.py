@@ -18,7 +18,7 @@ import torch
 from gatedconv import models
 from gatedconv.models import BUILDERS
 from gatedconv.models.resnet import ResNet
-from gatedconv.train.folder import RunFolder
+from gatedconv.train.run_dir import RunFolder
 from reproduce import rows as reproduce_rows
 from reproduce import runner
 from reproduce.bench import Bench
@@ -80,7 +80,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         for name in (SHALLOW, "resnet8"):  # what it is asked for by, and what it is saved as
             patch.setattr(models, name, shallow, raising=False)
             patch.setitem(BUILDERS, name, shallow)  # type: ignore[arg-type]
-        patch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+        patch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
         stand_ins(patch)
         yield Bench(folder / "runs", folder / "results", {name: f"npz:{archive}" for name in DATA})
     torch.set_num_threads(threads)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from gatedconv.train.config import TrainConfig, field_specs
-from gatedconv.train.folder import RunFolder
-from gatedconv.train.stopping import StopRequest
+from gatedconv.train.loop import StopRequest
+from gatedconv.train.run_dir import RunFolder
 from reproduce import rows as reproduce_rows
 from reproduce import runner
 from reproduce.bench import Bench
@@ -113,11 +113,11 @@ def test_sigterm_ends_a_run_that_can_go_on_and_starts_no_other(bench: Bench, mon
 
     def run(config: TrainConfig, folder: RunFolder, *, stop: StopRequest, **_: Any) -> None:
         asked.append(config.name)
-        with stop.patiently():
+        with stop.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.made
+            assert stop.requested
 
-    monkeypatch.setattr("gatedconv.train.pipeline.run", run)
+    monkeypatch.setattr("gatedconv.train.trainer.run", run)
     assert runner.run_experiments(bench, [(DENSE, 0), (GATED, 0)], 1) == runner.TIME_LIMIT
     assert asked == [DENSE] and read_ledger(bench.ledger) == {}
 
@@ -184,7 +184,7 @@ def test_joules_per_image_are_measured_when_all_have_ended(
     assert {each.jobs for each in before.values()} == {2} and {each.energy_j for each in before.values()} == {None}
     counter = SimpleNamespace(name="fake", span=None, read=lambda: 1.0)
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
-    monkeypatch.setattr("gatedconv.train.finish.energy_per_call", lambda call, meter, synchronize: 0.5 * len(call()))
+    monkeypatch.setattr("gatedconv.train.results.energy_per_call", lambda call, meter, synchronize: 0.5 * len(call()))
     keys = [(DENSE, 0), (GATED, 0)]
     assert runner.run_experiments(shared, keys, 2) == runner.DONE  # others run beside: not now
     assert read_ledger(bench.ledger) == before

@@ -58,7 +58,7 @@ def test_what_is_done_is_skipped_and_what_was_cut_short_goes_on(
     assert "done already" in capsys.readouterr().out and bench.ledger.read_bytes() == before
     # A row that was lost is made again from the finished run, without training.
     bench.ledger.unlink()
-    monkeypatch.setattr("gatedconv.train.pipeline.run", None)
+    monkeypatch.setattr("gatedconv.train.trainer.run", None)
     assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
     assert bench.ledger.read_bytes() == before
 

@@ -21,9 +21,8 @@ import torch
 
 import gatedconv
 from gatedconv.gating import pruner
-from gatedconv.train import RunFolder, TrainConfig, finish, run
+from gatedconv.train import RunFolder, TrainConfig, run, trainer
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
-from gatedconv.train.state import unpack_history
 
 _CALLS = ("fsync", "replace")
 _SERVER = multiprocessing.get_context("forkserver")
@@ -76,7 +75,7 @@ def run_in_child(config: TrainConfig, folder: Path, *, kill_after: float = 0.0, 
 
 def _run(config: TrainConfig, folder: Path, kill_in_call: int) -> None:
     # Exports depend on what is saved alone, and take longer than all the rest.
-    finish.write_exports = lambda *arguments: []
+    trainer.write_exports = lambda *arguments: []
     pruner.EVERY = 2  # a run so short has no twenty steps with gates
     if kill_in_call:
         _kill_in(kill_in_call)
@@ -105,8 +104,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     states = {}
     for phase in filter(lambda name: has_checkpoint(found.checkpoint(name)), ("gated", "cut")):
         states[phase] = state = load_checkpoint(found.checkpoint(phase))
-        history = [line.as_dict() for line in unpack_history(state["history"], phase)]
-        state["history"] = [{k: v for k, v in line.items() if k not in varying} for line in history]
+        state["history"] = [{k: v for k, v in line.items() if k not in varying} for line in state["history"]]
         state.pop("config")
     passing = ("wall_s", "commit", *varying)
     summary = {key: value for key, value in found.read_summary().items() if key not in passing}

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,17 @@ from gatedconv._io import write_atomic
 from gatedconv.data import TrainBatches
 from gatedconv.data.image_data import Augment, make_image_data
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import EpochMetrics
+from gatedconv.train import EpochMetrics, TrainConfig
 from gatedconv.train.checkpoint import (
     CheckpointError,
     has_checkpoint,
     load_checkpoint,
+    pack_state,
     previous_path,
+    restore_state,
     save_checkpoint,
 )
-from gatedconv.train.config import make_config
-from gatedconv.train.metrics import EpochMeter
-from gatedconv.train.presets import preset_settings
-from gatedconv.train.state import pack_history, pack_state, unpack_history
 from gatedconv.train.step import Stepper
-from gatedconv.train.teacher import Teacher
 
 
 def saved(path: Path, *epochs: int) -> None:
@@ -112,53 +108,44 @@ def test_write_atomic_replaces(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_bytes() == b"two" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def epochs_of(count: int, gates: list[str]) -> list[EpochMetrics]:
-    """Metrics without two equal numbers, which is as long as they get."""
-    draw = random.Random(0)
-    return [
-        EpochMetrics(
-            "gated", number + 1, *(draw.random() for _ in range(6)), polar_weight=3.0, polarization=draw.random(),
-            macs=draw.random(), open_rate=draw.random(), gates_dead=draw.randrange(4000), num_gates=4032,
-            train_macs=1e15 * draw.random(), macs_saved=draw.random(), energy_j=1e4 * draw.random(),
-            energy_source="NVIDIA H200 (GPU-01234567-89ab-cdef-0123-456789abcdef), CPU package 0, CPU package 1",
-            gate_open_rates={name: round(draw.random(), 5) for name in gates},
-        )
-        for number in range(count)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("depth", "gate", "taught"), [(110, "channel", False), (110, "both", False), (56, "channel", True)]
-)
-def test_a_checkpoint_at_the_end_of_a_run_is_at_most_16_mb(tmp_path: Path, depth: int, gate: str, taught: bool) -> None:
-    config = make_config({**preset_settings(f"best-c100-r{depth}"), "gate": gate, "batch_size": 2, "device": "cpu"})
-    assert (config.teacher_at < 1) is taught
-    model = ResNet(depth, 100, gate, config.position, shortcut=config.shortcut, input_size=(3, 32, 32))
-    stepper = Stepper(model, config, torch.device("cpu"))
-    if taught:
-        whole = Teacher(config, lambda: ResNet(depth, 100, shortcut=config.shortcut, input_size=(3, 32, 32)))
-        whole.begin(stepper)
-        whole(torch.randn(2, 3, 32, 32), torch.arange(2), float(config.epochs))
-        stepper.parts["teacher"] = whole
-    split = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2)
-    history = epochs_of(config.epochs, list(EpochMeter(model).gates))
+def packed(path: Path) -> tuple[Stepper, TrainBatches, TrainConfig]:
+    """A checkpoint of a network that has made a step."""
+    config = TrainConfig(batch_size=2, device="cpu")
+    stepper = Stepper(ResNet(8, 3, "layer", input_size=(1, 8, 8)), config, torch.device("cpu"))
+    split = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.arange(2)
     batches = TrainBatches(make_image_data("two", split, split, Augment()), 2)
-    state = pack_state(stepper.parts, batches, config, "gated", history)
-    save_checkpoint(tmp_path / "gated.pt", {**state, "guard": stepper.guard.state_dict()})
-    assert 13e6 < (tmp_path / "gated.pt").stat().st_size <= 16e6
-    assert unpack_history(load_checkpoint(tmp_path / "gated.pt")["history"], "history") == history
+    line = EpochMetrics("gated", 1, 1 / 3, 1e-300, 2**0.5, math.inf, 0.1, 5.0, 0.5, gate_open_rates={"a": 0.1})
+    parts = stepper.parts | {"guard": stepper.guard}
+    save_checkpoint(path, pack_state(parts, batches, config, "gated", [line]))
+    return stepper, batches, config
 
 
-def test_a_packed_history_is_exact_and_older_ones_are_read() -> None:
-    lines = [*epochs_of(3, ["a", "b"]), EpochMetrics("cut", 4, 1 / 3, 1e-300, 2**0.5, math.inf, 0.1, 5.0)]
-    assert unpack_history(pack_history(lines), "history") == lines
-    assert unpack_history([line.as_dict() for line in lines], "history") == lines
-    assert pack_history(lines).dtype == torch.uint8 and unpack_history(pack_history([]), "history") == []
+def restored(path: Path) -> list[EpochMetrics]:
+    stepper, batches, config = packed(path.with_name("other.pt"))
+    parts = stepper.parts | {"guard": stepper.guard}
+    return restore_state(load_checkpoint(path), path, parts, batches, config, "gated")
 
 
-@pytest.mark.parametrize(
-    "found", [torch.zeros(4, dtype=torch.uint8), pack_history([])[:-1], torch.tensor([7, 7]), [{"epoch": 1}], [3]]
-)
-def test_a_damaged_history_is_one_clear_error(found: object) -> None:
-    with pytest.raises(CheckpointError, match=r"^gated\.pt: history: "):
-        unpack_history(found, "gated.pt: history")  # type: ignore[arg-type]
+def test_metrics_are_plain_and_exact(tmp_path: Path) -> None:
+    path = tmp_path / "gated.pt"
+    packed(path)
+    (line,) = restored(path)
+    assert (line.lr, line.train_loss, line.test_loss, line.gate_open_rates) == (1 / 3, 1e-300, math.inf, {"a": 0.1})
+    assert load_checkpoint(path)["history"] == [line.as_dict()]
+
+
+@pytest.mark.parametrize("found", [torch.zeros(4), [{"epoch": 1}], [3]])
+def test_a_damaged_history_is_one_clear_error(tmp_path: Path, found: object) -> None:
+    path = tmp_path / "gated.pt"
+    packed(path)
+    save_checkpoint(path, load_checkpoint(path) | {"history": found})
+    with pytest.raises(CheckpointError, match=r"gated\.pt: history: "):
+        restored(path)
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "gated.pt"
+    packed(path)
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 2", b"checkpoint 1", 1))
+    with pytest.raises(CheckpointError, match=r"gated\.pt: checkpoint of another version of gatedconv"):
+        load_checkpoint(path)

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import gatedconv
-from gatedconv.train import RunFolder, TrainConfig, finish, run
-from gatedconv.train.build import build_model, load_images, starting_network
-from gatedconv.train.masks import even_masks, read_consensus, write_consensus
+from gatedconv.train import Callback, RunFolder, TrainConfig, run, trainer
+from gatedconv.train.build import build_model, even_masks, load_images, starting_network
+from gatedconv.train.checkpoint import read_consensus, write_consensus
 
 
 @pytest.fixture(autouse=True)
 def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
 
 
 def early(archive: Path, **changes: Any) -> TrainConfig:
@@ -57,17 +57,16 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(tmp_path: Path, ar
     whole, part = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "part")
     expected = run(early(archive), whole)
 
-    from gatedconv.train.listener import Listener
-    from gatedconv.train.stopping import StopRequest
+    from gatedconv.train.loop import StopRequest
 
     stop = StopRequest()
 
-    class Stopper(Listener):
+    class Stopper(Callback):
         def epoch(self, metrics: Any) -> None:
             if metrics.epoch == stop_after:
-                stop.made = True
+                stop.requested = True
 
-    assert run(early(archive), part, listener=Stopper(), stop=stop) is None
+    assert run(early(archive), part, callback=Stopper(), stop=stop) is None
     found = run(early(archive), part, resume=True)
     assert expected is not None and found is not None
     for key in ("frozen", "agreement", "open_rates", "macs_dense"):
@@ -182,18 +181,19 @@ def test_a_cut_has_no_more_channels_on_a_device_that_likes_multiples(
     gated = build_model(config, data).eval()
     masks = {name: torch.arange(gate.num_gates) % 3 == 0 for name, gate in gatedconv.gates(gated).items()}
     frozen = gatedconv.freeze(gated, masks=masks)
-    exact = finish.cut_out(frozen, config, data)
+    compacted = trainer.Trainer(config, data, RunFolder(archive.with_name("run")), Callback()).compacted
+    exact = compacted(frozen)
     assert [layer.out_channels for name, layer in exact.named_modules() if name.endswith("conv1") and "." in name] == [
         int(mask.sum()) for mask in masks.values()
     ]
-    real, asked = finish.compact, []
+    real, asked = trainer.compact, []
 
     def on_a_gpu(*arguments: Any, channel_multiple: int | None = None) -> torch.nn.Module:
         asked.append(channel_multiple)
         return real(*arguments, channel_multiple=8 if channel_multiple is None else channel_multiple)
 
-    monkeypatch.setattr(finish, "compact", on_a_gpu)
-    again = finish.cut_out(frozen, config, data)
+    monkeypatch.setattr(trainer, "compact", on_a_gpu)
+    again = compacted(frozen)
     assert asked == [1]
     assert [value.shape for value in again.state_dict().values()] == [
         value.shape for value in exact.state_dict().values()

@@ -184,7 +184,7 @@ def test_two_ranks_train_the_network_that_one_trains(both: tuple[list[dict[str, 
 
 
 @pytest.mark.filterwarnings("ignore:freeze")
-def test_the_parts_of_two_ranks_train_the_network_that_one_trains_at_once(
+def test_the_parts_of_two_ranks_train_the_network_that_one_trains_immediate(
     both: tuple[list[dict[str, Any]], Path],
 ) -> None:
     """Its weights; running statistics move with every part."""
@@ -257,13 +257,13 @@ def test_a_lost_process_is_started_again_and_the_run_ends_the_same(tmp_path: Pat
         "import os, signal, sys\n"
         "import gatedconv.train.loop as loop\n"
         "from gatedconv.cli import main\n"
-        "real = loop._Training._evaluated\n"
+        "real = loop.Training._evaluated\n"
         "def evaluated(self, epoch):\n"
         "    if sys.argv[2] == 'lose' and epoch == 1 and os.environ['RANK'] == '1' and \\\n"
         "            os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(self, epoch)\n"
-        "loop._Training._evaluated = evaluated\n"
+        "loop.Training._evaluated = evaluated\n"
         f"sys.exit(main(['train', '--data', 'npz:{archive}', '--folder', sys.argv[1], '--epochs', '3',\n"
         "    '--batch-size', '16', '--no-latency', '--device', 'cpu', '--threads', '1', '--position', 'middle',\n"
         "    '--gate', 'channel', '--mac-weight', '1', '--sync-norm', 'gates']))\n"

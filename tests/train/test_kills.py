@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gatedconv.cli import main
-from gatedconv.train import RunFolder, run
+from gatedconv.train import Callback, RunFolder, run
 from gatedconv.train.checkpoint import previous_path
 from tests.train.kills import RECIPES, differences, killed_round, outcome, run_in_child, small_config
 
@@ -117,26 +117,25 @@ def test_sigterm_writes_a_checkpoint_and_leaves_with_code_3(straight: tuple[Path
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 3, out
-    assert "asked to stop; go on with: gatedconv train --resume" in out
+    assert "a stop was requested; resume with: gatedconv train --resume" in out
     assert target.holds_checkpoint() and not target.summary.is_file()
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(2, 1), (3, 3)], ids=["middle", "last step"])
 def test_a_run_that_is_stopped_resumes_to_the_same_end(straight: tuple[Path, float], epoch: int, step: int) -> None:
-    from gatedconv.train.listener import Listener
-    from gatedconv.train.loop import StepReport
-    from gatedconv.train.stopping import StopRequest
+    from gatedconv.train.callbacks import StepReport
+    from gatedconv.train.loop import StopRequest
 
     folder, _ = straight
     stop, target = StopRequest(), RunFolder(folder / f"stopped{epoch}")
 
-    class Asking(Listener):
+    class Asking(Callback):
         def step(self, report: StepReport) -> None:
             if (report.epoch, report.step) == (epoch, step):
-                stop.made = True
+                stop.requested = True
 
     config = small_config(folder / "blobs.npz", checkpoint_minutes=0.0)
-    assert run(config, target, listener=Asking(), stop=stop) is None
+    assert run(config, target, callback=Asking(), stop=stop) is None
     assert len(target.read_metrics()) == (1 if step == 1 else 3) and not target.summary.is_file()
     assert run_in_child(config, target.path)
     assert not differences(outcome(folder / "run"), outcome(target.path))

@@ -15,8 +15,7 @@ from gatedconv.data import ImageData, TrainBatches, validation_view
 from gatedconv.gating import find_gates
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
-from gatedconv.train.checkpoint import load_checkpoint, previous_path, save_checkpoint
-from gatedconv.train.state import pack_state
+from gatedconv.train.checkpoint import load_checkpoint, pack_state, previous_path, save_checkpoint
 from gatedconv.train.step import Stepper
 
 CONFIG = TrainConfig(epochs=4, batch_size=16, lr=0.05, mac_weight=1.0, gate_warmup=0.2, act_weight=0.1)
@@ -232,7 +231,7 @@ def test_a_checkpoint_within_an_epoch_holds_nothing_broken(
 ) -> None:
     """As on a GPU, where bad steps are judged now and then only: right after one, before a restart and after it."""
     for module in ("loop", "step"):
-        monkeypatch.setattr(f"gatedconv.train.{module}.judged_at_once", lambda device: False)
+        monkeypatch.setattr(f"gatedconv.train.{module}.checks_immediately", lambda device: False)
     config = dataclasses.replace(CONFIG, epochs=1, batch_size=6)
     path, steps = tmp_path / "gated.pt", itertools.count(1)
 

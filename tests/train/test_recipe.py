@@ -10,9 +10,17 @@ import torch
 
 from gatedconv.data import ImageData
 from gatedconv.gating import find_gates
-from gatedconv.train import TrainConfig
+from gatedconv.train import TrainConfig, recipe, train
 from gatedconv.train.distributed import Ranks
-from gatedconv.train.recipe import make_optimizer, resolve_device, total_loss, train_batches
+from gatedconv.train.recipe import (
+    learning_rate,
+    make_optimizer,
+    mixed_dtype,
+    precision_note,
+    resolve_device,
+    train_batches,
+)
+from tests.train.losses import total_loss
 from tests.train.test_loop import CONFIG, network
 
 
@@ -67,6 +75,30 @@ def test_total_loss_is_the_sum_of_its_parts() -> None:
     expected = entropy + 2 * polar + 0.5 * (0.5 * sum(rates) / 3 + 3 * (macs / (0.5 * dense) - 1) ** 2)
     assert polarization.item() == pytest.approx(polar, abs=1e-6)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("warmup", [0.005, 0.01, 0.5])
+def test_a_warm_up_never_exceeds_the_learning_rate(warmup: float) -> None:
+    config = TrainConfig(lr=0.1, epochs=4, warmup_epochs=warmup)
+    rates = [learning_rate(config, step / 200) for step in range(200)]
+    assert 0 < rates[0] <= max(rates) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"), [("sse4_2 avx2 fma", False), ("avx2 avx512f avx512_bf16", True), ("avx2 amx_bf16", True)]
+)
+def test_bf16_on_cpus_with_and_without_its_instructions(
+    flags: str, native: bool, monkeypatch: pytest.MonkeyPatch, data: ImageData
+) -> None:
+    monkeypatch.setattr(recipe, "cpu_info", lambda field: flags)
+    cpu = torch.device("cpu")
+    assert mixed_dtype("auto", cpu) == (torch.bfloat16 if native else None)
+    assert (mixed_dtype("bf16", cpu), mixed_dtype("off", cpu)) == (torch.bfloat16, None)
+    assert not precision_note("auto", cpu) and not precision_note("off", cpu)
+    notes: list[str] = []
+    list(train(network(), data, dataclasses.replace(CONFIG, amp="bf16", epochs=1), on_note=notes.append))
+    assert len(notes) == (0 if native else 1)
+    assert native or "this CPU has no bf16 instructions" in notes[0]
 
 
 def test_devices() -> None:

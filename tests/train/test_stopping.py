@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,9 @@ import torch.multiprocessing as mp
 from gatedconv.cli import main
 from gatedconv.train import RunFolder, TrainConfig, run
 from gatedconv.train.checkpoint import load_checkpoint
-from gatedconv.train.distributed import Ranks, _agreed_name
-from gatedconv.train.questions import Questions
-from gatedconv.train.stopping import StopRequest, stop_on_sigterm
+from gatedconv.train.distributed import Ranks
+from gatedconv.train.loop import StopPoll, StopRequest, stop_on_sigterm
+from gatedconv.train.trainer import Trainer
 from tests.image_files import write_npz
 from tests.tolerances import assert_close
 
@@ -53,11 +50,11 @@ def process(rank: int, folder: str, ports: list[int]) -> None:
     """Runs that the second process is asked to end after some step, each gone on with; and one that nobody disturbs."""
     import gatedconv.train.loop as loop
     from gatedconv.gating import pruner
-    from gatedconv.train import finish, questions
+    from gatedconv.train import trainer
 
     pruner.EVERY = 2
-    finish.write_exports = lambda *arguments: []  # type: ignore[assignment]
-    questions.EVERY_S = 0.0  # after every step
+    trainer.write_exports = lambda *arguments: []  # type: ignore[assignment]
+    loop.StopPoll.EVERY_S = 0.0  # after every step
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     settings = config(Path(folder) / "blobs.npz", **ALL_AT_ONCE)
     made, real = [0], loop.Stepper.__call__
@@ -121,19 +118,19 @@ class Told(Ranks):
 def test_processes_ask_each_other_about_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     for step_s, steps in ((0.01, 100), (0.3, 3), (5.0, 1), (1e-9, 1000)):
         now = [0.0]
-        monkeypatch.setattr("gatedconv.train.questions.time.monotonic", lambda now=now: now[0])
-        questions, asked = Questions(Told(0, 2), CPU), []
+        monkeypatch.setattr("gatedconv.train.loop.time.monotonic", lambda now=now: now[0])
+        poll, asked = StopPoll(Told(0, 2), CPU), []
         for number in range(1, 2 * steps + 2):
             now[0] += step_s
-            if questions.due():
-                assert questions.ask(False, number == 1) == [False, number == 1]
+            if poll.due():
+                assert poll.any(False, number == 1) == [False, number == 1]
                 asked.append(number)
         assert asked == [1, 1 + steps, 1 + 2 * steps]
 
 
 def test_a_process_alone_asks_itself_after_every_step() -> None:
-    questions = Questions(Ranks(), CPU)
-    assert all(questions.due() for _ in range(5)) and questions.ask(True, False) == [True, False]
+    poll = StopPoll(Ranks(), CPU)
+    assert all(poll.due() for _ in range(5)) and poll.any(True, False) == [True, False]
 
 
 def test_a_run_that_was_stopped_is_not_started_again_by_torchrun(
@@ -147,7 +144,7 @@ def test_a_run_that_was_stopped_is_not_started_again_by_torchrun(
         if name == "torchrun":
             monkeypatch.setenv(RUN_ID, "some")
         codes.append(main(["train", "--folder", str(tmp_path / name), *flags, "--device", "cpu"]))
-        assert "go on with: gatedconv train --resume" in capsys.readouterr().out
+        assert "resume with: gatedconv train --resume" in capsys.readouterr().out
         assert not RunFolder(tmp_path / name).summary.is_file()
     assert codes == [3, 0]
 
@@ -159,7 +156,7 @@ def test_under_torchrun_a_folder_that_holds_the_run_is_gone_on_with(
     settings = config(write_npz(tmp_path / "blobs.npz"), epochs=3, gate="none")
     folder, stop = RunFolder(tmp_path / "run"), StopRequest()
 
-    stop.made = True
+    stop.requested = True
     assert run(settings, folder, stop=stop) is None
     with pytest.raises(ValueError, match="holds a run already"):
         run(settings, folder)
@@ -170,31 +167,13 @@ def test_under_torchrun_a_folder_that_holds_the_run_is_gone_on_with(
         run(config(tmp_path / "blobs.npz", epochs=3, gate="none", lr=0.9), folder)
 
 
-def test_processes_of_a_new_start_agree_on_a_name_that_the_old_ones_did_not_have() -> None:
-    """Torchrun's store outlives its restarts; what a dead process has left there misleads nobody."""
-    store, minute = dist.HashStore(), timedelta(seconds=60)
-    names = []
-    for _ in range(3):
-        with ThreadPoolExecutor(3) as pool:
-            late = pool.submit(_agreed_name, store, 1, 3, minute)
-            time.sleep(0.1)
-            found = [late, *(pool.submit(_agreed_name, store, rank, 3, minute) for rank in (0, 2))]
-            name = {each.result(timeout=60) for each in found}
-        assert len(name) == 1
-        names += name
-        store.set("gatedconv/here/1", "of a process that is killed before it is told")
-    assert len(set(names)) == 3
-    with pytest.raises(dist.DistStoreError, match=r"processes \[1\] of 2 did not come within 0:00:00.100000"):
-        _agreed_name(store, 0, 2, timedelta(seconds=0.1))
-
-
 def test_a_stop_that_comes_when_nobody_looks_any_more_ends_the_process() -> None:
     stop = StopRequest()
-    with stop.patiently():
-        stop.make()
-    assert stop.made
+    with stop.deferred():
+        stop.request()
+    assert stop.requested
     with pytest.raises(SystemExit) as left:
-        stop.make()
+        stop.request()
     assert left.value.code == 3
 
 
@@ -205,7 +184,7 @@ def test_sigterm_after_the_last_step_leaves_as_in_the_middle(
     """While networks are cut and measured, too, torchrun must not start the job again."""
     if by_torchrun:
         monkeypatch.setenv(RUN_ID, "some")
-    monkeypatch.setattr("gatedconv.train.pipeline.finish", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Trainer, "finish", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
     flags = ["--data", f"npz:{write_npz(tmp_path / 'blobs.npz')}", "--epochs", "1", "--batch-size", "16"]
     folder = RunFolder(tmp_path / "run")
     assert main(["train", "--folder", str(folder.path), *flags, "--no-latency", "--device", "cpu"]) == code

@@ -15,10 +15,10 @@ from torch.nn import functional
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.gating import fisher_information, mean_logits
 from gatedconv.gating.sync_norm import synchronised
-from gatedconv.train import Listener, RunFolder, TrainConfig, finish
-from gatedconv.train.consensus import settle
-from gatedconv.train.distributed import ALONE, Ranks, current
+from gatedconv.train import Callback, RunFolder, TrainConfig
+from gatedconv.train.distributed import SINGLE, Ranks, current
 from gatedconv.train.recipe import train_batches
+from gatedconv.train.trainer import Trainer
 from tests.image_files import write_npz
 from tests.tolerances import assert_close
 from tests.train.still_norms import still_network
@@ -48,9 +48,10 @@ def decided(data: ImageData, folder: Path, ranks: Ranks) -> dict[str, Any]:
     model.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
     for by in ("logit", "fisher"):
         config = dataclasses.replace(CONFIG, consensus_by=by)
-        found[f"{by} masks"] = settle(model, config, data, Listener(), ranks)[1].masks
+        trainer = Trainer(config, data, RunFolder(folder), Callback(), ranks)
+        found[f"{by} masks"] = trainer._ranked_masks(model)
     asked.clear()
-    finish.agree(model, CONFIG, data, RunFolder(folder), Listener(), ranks)
+    Trainer(CONFIG, data, RunFolder(folder), Callback(), ranks).consensus(model)
     return {**found, "asked": sum(asked)}
 
 
@@ -80,7 +81,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]]
 def test_each_process_asks_its_share_and_all_decide_alike(both: tuple[list[dict[str, Any]], Path]) -> None:
     """While one passes over everything the others would wait in a collective, whose patience ends."""
     ranks, folder = both
-    whole = decided(load_data(f"npz:{folder / 'blobs.npz'}"), folder / "one", ALONE)
+    whole = decided(load_data(f"npz:{folder / 'blobs.npz'}"), folder / "one", SINGLE)
     for found in ranks:
         assert found["asked"] < 0.6 * whole["asked"]
         for by in ("logit", "fisher"):

@@ -16,7 +16,7 @@ from gatedconv.data.image_data import Augment, ImageData, make_image_data
 from gatedconv.gating import find_gates, pruner
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import TrainConfig, train
-from gatedconv.train.captured import WARM_UP, CapturedForward, CapturedStepper
+from gatedconv.train.cuda_graph_step import WARM_UP, CudaGraphForward, CudaGraphStepper
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.step import Stepper
 
@@ -99,8 +99,8 @@ def trained(kind: type[Stepper], config: TrainConfig) -> tuple[Stepper, EpochMet
 @pytest.mark.parametrize("name", CASES)
 def test_replayed_steps_are_the_plain_ones(name: str) -> None:
     config = dataclasses.replace(CONFIG, **CASES[name])
-    (plain, expected), (captured, found) = trained(Stepper, config), trained(CapturedStepper, config)
-    assert isinstance(captured, CapturedStepper) and captured._replay is not None
+    (plain, expected), (captured, found) = trained(Stepper, config), trained(CudaGraphStepper, config)
+    assert isinstance(captured, CudaGraphStepper) and captured._replay is not None
     assert int(plain.guard.skipped) == int(captured.guard.skipped) == (config.amp != "fp16")
     assert plain.macs.executed == captured.macs.executed
     rounding = 3e-2 if config.amp != "off" else 2e-3
@@ -117,7 +117,7 @@ def test_replayed_steps_are_the_plain_ones(name: str) -> None:
 
 def test_a_replay_makes_the_host_wait_for_nothing() -> None:
     config = dataclasses.replace(CONFIG, **CASES["weights"])
-    stepper, _ = trained(CapturedStepper, config)
+    stepper, _ = trained(CudaGraphStepper, config)
     images, labels = batch(99)
     torch.cuda.synchronize()
     with stepper.active():
@@ -132,7 +132,7 @@ def test_noise_is_drawn_anew_in_every_replay() -> None:
     config = dataclasses.replace(CONFIG, estimator="bernoulli", lr=1e-6)
     model = network(config)
     gate = next(iter(find_gates(model).values()))
-    stepper, rates = CapturedStepper(model, config, torch.device("cuda")), []
+    stepper, rates = CudaGraphStepper(model, config, torch.device("cuda")), []
     images, labels = batch(0)
     with stepper.active():
         for _ in range(WARM_UP + 12):
@@ -166,7 +166,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize("position", ["before", "middle", "after", ""])
 def test_a_replayed_evaluation_is_the_plain_one(position: str) -> None:
     model = network(dataclasses.replace(CONFIG, gate="channel" if position else "none", position=position or "after"))
-    forward = CapturedForward(model)
+    forward = CudaGraphForward(model)
     batches = [batch(0), batch(1), batch(2), tuple(each[:5] for each in batch(3))]
     for _ in range(2):
         expected, found = evaluate(model, batches), evaluate(model, batches, forward=forward)

@@ -14,37 +14,36 @@ from gatedconv.measure import energy as meters
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import EpochMetrics, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint
-from gatedconv.train.energy import Energy, continued, joined, of_run
-from gatedconv.train.state import unpack_history
+from gatedconv.train.metrics import Energy, added_energy, run_energy, total_energy
 
 LINE = EpochMetrics("gated", 1, 0.1, 1.0, 50.0, 1.0, 50.0, 1.0, energy_j=2.0, energy_source="GPU 0 (NVML)")
 
 
 def test_all_devices_of_all_processes_are_named() -> None:
     host = Energy(5.0, "", "GPU 0 (NVML), CPU package-0 (RAPL)")
-    found = joined([host, Energy(3.0, "", "GPU 1 (NVML)"), host, Energy(3.0, "", "GPU 1 (NVML)")])
+    found = total_energy([host, Energy(3.0, "", "GPU 1 (NVML)"), host, Energy(3.0, "", "GPU 1 (NVML)")])
     assert found == Energy(16.0, "", "2 x GPU 0 (NVML), 2 x CPU package-0 (RAPL), 2 x GPU 1 (NVML)")
 
 
 def test_one_process_that_cannot_tell_makes_all_unknown_and_says_why() -> None:
-    found = joined([Energy(5.0, "", "GPU 0 (NVML)"), Energy(None, "NVML: Not Supported"), Energy()])
+    found = total_energy([Energy(5.0, "", "GPU 0 (NVML)"), Energy(None, "NVML: Not Supported"), Energy()])
     assert found == Energy(None, "NVML: Not Supported", "GPU 0 (NVML)")
 
 
 def test_what_was_unknown_before_a_restart_stays_unknown() -> None:
     now = Energy(5.0, "", "GPU 0 (NVML)")
-    assert continued(Energy(), now) == now
-    assert continued(Energy(None, "gone", "GPU 0 (NVML)"), now) == Energy(None, "gone", "GPU 0 (NVML)")
-    assert continued(Energy(1.0, "", "CPU (RAPL)"), now) == Energy(6.0, "", "CPU (RAPL); then GPU 0 (NVML)")
+    assert added_energy(Energy(), now) == now
+    assert added_energy(Energy(None, "gone", "GPU 0 (NVML)"), now) == Energy(None, "gone", "GPU 0 (NVML)")
+    assert added_energy(Energy(1.0, "", "CPU (RAPL)"), now) == Energy(6.0, "", "CPU (RAPL); then GPU 0 (NVML)")
 
 
 def test_a_run_has_the_first_reason_of_its_epochs() -> None:
     silent = [dataclasses.replace(LINE, epoch=2, energy_j=None, energy_reason=reason) for reason in ("first", "next")]
-    assert of_run([LINE, LINE]) == Energy(4.0, "", "GPU 0 (NVML)")
-    assert of_run([LINE, *silent]) == Energy(None, "first", "GPU 0 (NVML)")
+    assert run_energy([LINE, LINE]) == Energy(4.0, "", "GPU 0 (NVML)")
+    assert run_energy([LINE, *silent]) == Energy(None, "first", "GPU 0 (NVML)")
     old = dataclasses.replace(LINE, epoch=3, energy_j=None, energy_source="")  # of before lines carried a reason
-    assert of_run([LINE, old]) == Energy(None, "gated, epoch 3: not measured", "GPU 0 (NVML)")
-    assert of_run([]).joules is None and of_run([]).reason
+    assert run_energy([LINE, old]) == Energy(None, "gated, epoch 3: not measured", "GPU 0 (NVML)")
+    assert run_energy([]).joules is None and run_energy([]).reason
 
 
 def test_a_device_that_others_use_too_tells_nothing_and_says_so(
@@ -87,5 +86,5 @@ def test_the_energy_of_an_epoch_outlives_a_restart(
         torch.manual_seed(0)
         model = ResNet(8, 3, None, input_size=(1, 8, 8))
         lines = list(train(model, data, config, checkpoint=path, resume=path.exists(), deadline=deadline))
-    assert unpack_history(load_checkpoint(path)["history"], "history") == lines
+    assert load_checkpoint(path)["history"] == [line.as_dict() for line in lines]
     assert (lines[0].energy_j, lines[0].energy_reason, lines[0].energy_source) == (*expected, "fake")

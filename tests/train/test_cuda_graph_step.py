@@ -17,8 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.gating import find_gates, pruner
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import RunFolder, TrainConfig, captured, run
-from gatedconv.train.captured import CapturedForward, CapturedStepper, make_forward, make_stepper, require_graphs
+from gatedconv.train import RunFolder, TrainConfig, cuda_graph_step, run
+from gatedconv.train.cuda_graph_step import (
+    CudaGraphForward,
+    CudaGraphStepper,
+    make_forward,
+    make_stepper,
+    require_graphs,
+)
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.presets import preset_settings
@@ -95,10 +101,10 @@ def trained(kind: type[Stepper], config: TrainConfig, *, steps: int = 8, **optio
     meter = EpochMeter(model)
 
     def observe(result: Any, labels: Tensor) -> None:
-        meter.add(result.logits, labels, result.loss, result.polarization, result.bad)
+        meter.add(result.logits, labels, result.loss, result.polarization, result.open_rates, result.bad)
 
     stepper = kind(model, config, CPU, observe=observe, **options)
-    stepper._at_once = False  # bad steps are judged as on a GPU
+    stepper._immediate = False  # bad steps are judged as on a GPU
     torch.manual_seed(3)
     with stepper.active():
         for step in range(steps):
@@ -109,7 +115,7 @@ def trained(kind: type[Stepper], config: TrainConfig, *, steps: int = 8, **optio
                 model.eval()(images)
                 model.train()
             stepper(images, labels, step / 2, taught if config.teacher_at < 1 else None)
-            stepper.guard.settle()
+            stepper.guard.repair()
     return stepper, meter
 
 
@@ -127,7 +133,7 @@ def test_the_captured_function_makes_the_steps_of_the_plain_one(name: str, monke
     config = dataclasses.replace(CONFIG, **CASES[name])
     (plain, expected), (other, found) = (
         trained(Stepper, config),
-        trained(CapturedStepper, config, capture=False),
+        trained(CudaGraphStepper, config, capture=False),
     )
     assert int(plain.guard.skipped) == 1 and plain.macs.executed == other.macs.executed > 0
     assert plain.parts.keys() == other.parts.keys()
@@ -143,8 +149,8 @@ def test_the_captured_function_makes_the_steps_of_the_plain_one(name: str, monke
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_in_it_waits_for_the_device(name: str) -> None:
     config = dataclasses.replace(CONFIG, **CASES[name])
-    stepper, _ = trained(CapturedStepper, config, steps=4, capture=False)
-    assert isinstance(stepper, CapturedStepper)
+    stepper, _ = trained(CudaGraphStepper, config, steps=4, capture=False)
+    assert isinstance(stepper, CudaGraphStepper)
     with stepper.active(), no_wait():
         stepper._step()
 
@@ -170,8 +176,8 @@ def test_the_trap_sees_what_waits(wait: Any) -> None:
 
 def test_it_reads_its_inputs_where_they_were_first() -> None:
     """Addresses of inputs, weights and metrics stay, and so do numbers in the optimiser's groups."""
-    stepper, meter = trained(CapturedStepper, dataclasses.replace(CONFIG, mac_weight=1.0), capture=False)
-    assert isinstance(stepper, CapturedStepper)
+    stepper, meter = trained(CudaGraphStepper, dataclasses.replace(CONFIG, mac_weight=1.0), capture=False)
+    assert isinstance(stepper, CudaGraphStepper)
 
     def places() -> list[int]:
         tensors = [*stepper._inputs, *stepper.model.state_dict().values(), meter._sums, stepper.guard.skipped]
@@ -188,7 +194,7 @@ def test_it_reads_its_inputs_where_they_were_first() -> None:
 
 def test_another_shape_and_the_beginning_of_a_price_are_other_steps() -> None:
     config = dataclasses.replace(CONFIG, mac_control="price", mac_ramp=(0.5, 0.75))
-    stepper = CapturedStepper(network(config), config, CPU, capture=False)
+    stepper = CudaGraphStepper(network(config), config, CPU, capture=False)
     images, labels, _ = batch(0)
     kinds = []
     for size, epoch in ((8, 0.0), (8, 1.0), (8, 2.0), (8, 3.0), (6, 3.0)):
@@ -198,7 +204,7 @@ def test_another_shape_and_the_beginning_of_a_price_are_other_steps() -> None:
 
 
 def test_what_gates_show_is_given_back_to_them_after_another_pass() -> None:
-    from gatedconv.train.captured import _Replay
+    from gatedconv.train.cuda_graph_step import _Replay
 
     model = network(CONFIG)
     model(batch(0)[0])
@@ -241,10 +247,10 @@ def test_it_wants_a_gpu_and_one_process() -> None:
 
 def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(CONFIG, amp="auto")
-    assert mixed_dtype(config, CPU) is None
+    assert mixed_dtype(config.amp, CPU) is None
     for capability, expected in (((7, 5), None), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert mixed_dtype(config, torch.device("cuda")) is expected
+        assert mixed_dtype(config.amp, torch.device("cuda")) is expected
     assert preset_settings("best-c10-r56")["amp"] == "auto"
 
 
@@ -297,7 +303,7 @@ def test_an_evaluation_by_replays_is_the_plain_one(position: str) -> None:
     model = network(dataclasses.replace(CONFIG, gate="channel" if position else "none", position=position or "after"))
     for gate in find_gates(model).values():
         torch.nn.init.normal_(gate.fc2.weight, std=2.0)
-    forward = CapturedForward(model, capture=False)
+    forward = CudaGraphForward(model, capture=False)
     for _ in range(2):
         assert evaluate(model, split(14), forward=forward) == evaluate(model, split(14))
         with torch.no_grad():
@@ -311,7 +317,7 @@ def test_an_evaluation_that_cannot_be_captured_goes_on_without(monkeypatch: pyte
     def refuse(call: Any, *_: Any) -> Any:
         raise RuntimeError("not permitted when stream is capturing\nSearch for it")
 
-    monkeypatch.setattr(captured, "_captured", refuse)
+    monkeypatch.setattr(cuda_graph_step, "capture", refuse)
     notes = list[str]()
     model = network(dataclasses.replace(CONFIG, gate="channel"))
     forward = make_forward(model, dataclasses.replace(CONFIG, device="auto", cuda_graph=True), notes.append)
@@ -321,14 +327,14 @@ def test_an_evaluation_that_cannot_be_captured_goes_on_without(monkeypatch: pyte
         "cuda_graph: evaluations cannot be captured and go on without (not permitted when stream is capturing)"
     ]
     with pytest.raises(ValueError, match=r"cannot be captured; train without it \(not permitted when"):
-        CapturedStepper(model, CONFIG, CPU, capture=False)._captured()
+        CudaGraphStepper(model, CONFIG, CPU, capture=False)._captured()
 
 
 def test_networks_whose_blocks_the_host_leaves_out_are_not_captured() -> None:
     config = dataclasses.replace(CONFIG, device="auto", cuda_graph=True)
     for gate, replayed in (("none", True), ("channel", True), ("layer", False), ("both", False)):
         model = network(dataclasses.replace(CONFIG, gate=gate))
-        assert isinstance(make_forward(model, config), CapturedForward) is replayed
+        assert isinstance(make_forward(model, config), CudaGraphForward) is replayed
         assert make_forward(model, CONFIG) is model
 
 
@@ -379,7 +385,7 @@ def test_replays_make_the_steps_of_the_plain_one(name: str, monkeypatch: pytest.
     meters: list[EpochMeter] = []
     monkeypatch.setattr(EpochMeter, "__init__", _remembering(EpochMeter.__init__, meters))
 
-    class Replaying(CapturedStepper):
+    class Replaying(CudaGraphStepper):
         def __init__(self, *given: Any, **options: Any) -> None:
             super().__init__(*given, capture=False, **options)
             self._capture = True
@@ -391,11 +397,11 @@ def test_replays_make_the_steps_of_the_plain_one(name: str, monkeypatch: pytest.
         graph = Recorded(call, call.__self__, meters[-1])
         return graph, graph.result
 
-    monkeypatch.setattr(captured, "_captured", capture)
+    monkeypatch.setattr(cuda_graph_step, "capture", capture)
     config = dataclasses.replace(CONFIG, **CASES[name])
     (plain, expected), (other, found) = trained(Stepper, config), trained(Replaying, config)
     # The price begins in the third step, and takes a graph of its own.
-    assert Recorded.replays == 8 - captured.WARM_UP - (2 if name == "price" else 0)
+    assert Recorded.replays == 8 - cuda_graph_step.WARM_UP - (2 if name == "price" else 0)
     assert plain.macs.executed == other.macs.executed and torch.equal(expected._sums, found._sums)
     for part in plain.parts:
         left, right = (numbers(stepper.parts[part].state_dict()) for stepper in (plain, other))

@@ -16,13 +16,12 @@ from torch import nn
 import gatedconv
 from gatedconv.data import ImageData
 from gatedconv.gating import find_gates
-from gatedconv.train import RunFolder, TrainConfig, run, train
+from gatedconv.train import Callback, RunFolder, TrainConfig, run, train
 from gatedconv.train.config import require_same_recipe
-from gatedconv.train.listener import Listener
-from gatedconv.train.recipe import lesson
+from gatedconv.train.distill import Teacher
+from gatedconv.train.loop import StopRequest
+from gatedconv.train.recipe import distillation_loss
 from gatedconv.train.step import Stepper
-from gatedconv.train.stopping import StopRequest
-from gatedconv.train.teacher import Teacher
 from tests.tolerances import assert_close
 from tests.train.test_loop import assert_same_state, comparable, network
 
@@ -31,8 +30,8 @@ CONFIG = TrainConfig(
     mac_control="rank", mac_ramp=(0.3, 0.5), consensus_at=0.5, teacher_at=0.3, teacher_weight=0.6, device="cpu",
     latency=False,
 )  # fmt: skip
-ALONE = dataclasses.replace(CONFIG, mac_control="none", consensus_at=1.0)
-DENSE = dataclasses.replace(ALONE, gate="none", teacher_at=1.0)
+SINGLE = dataclasses.replace(CONFIG, mac_control="none", consensus_at=1.0)
+DENSE = dataclasses.replace(SINGLE, gate="none", teacher_at=1.0)
 
 
 def teacher(config: TrainConfig, seed: int = 7) -> Teacher:
@@ -50,7 +49,7 @@ def test_the_whole_trains_as_if_there_were_no_pupil(data: ImageData, at: float, 
     A teacher that forgets momentum, sees other images or another learning rate, or has the pupil's lesson in its own
     loss ends elsewhere.
     """
-    config = dataclasses.replace(ALONE, teacher_at=at, polar_weight=0.0, **changes)
+    config = dataclasses.replace(SINGLE, teacher_at=at, polar_weight=0.0, **changes)
     pupil, dense, beside = network(config), network(DENSE), teacher(config)
     pupil.load_state_dict(dense.state_dict(), strict=False)
     for gate in find_gates(pupil).values():
@@ -64,7 +63,7 @@ def test_the_whole_trains_as_if_there_were_no_pupil(data: ImageData, at: float, 
 
 
 def test_a_part_that_never_was_whole_is_taught_by_one_that_trains_from_the_start(data: ImageData) -> None:
-    config = dataclasses.replace(ALONE, teacher_at=0.5, subnetwork="even")
+    config = dataclasses.replace(SINGLE, teacher_at=0.5, subnetwork="even")
     beside, pupil, dense = Teacher(config, lambda: network(DENSE)), network(DENSE, 3), network(DENSE)
     lines = list(train(pupil, data, config, phase="dense", teacher=beside))
     list(train(dense, data, DENSE))
@@ -81,7 +80,7 @@ def test_the_loss_is_that_of_the_formula_and_teaches_the_pupil_alone() -> None:
     divergence = (p * np.log(p / q)).sum(1).mean()
     config = dataclasses.replace(CONFIG, teacher_temperature=4.0)
     logits, taught = (torch.tensor(z, requires_grad=True) for z in (mine, theirs))
-    found = lesson(torch.tensor(task), logits, taught, config)
+    found = distillation_loss(torch.tensor(task), logits, taught, config)
     assert found.item() == pytest.approx(0.4 * task + 0.6 * 16 * divergence, rel=1e-5)
     found.backward()
     assert taught.grad is None
@@ -92,7 +91,7 @@ def test_the_loss_is_that_of_the_formula_and_teaches_the_pupil_alone() -> None:
 def test_steps_before_it_begins_are_those_of_a_run_without_it(data: ImageData) -> None:
     runs = []
     for at in (0.5, 1.0):
-        config = dataclasses.replace(ALONE, teacher_at=at)
+        config = dataclasses.replace(SINGLE, teacher_at=at)
         beside = teacher(config) if at < 1 else None
         runs.append(comparable(list(train(network(config), data, config, teacher=beside))))
     assert runs[0][:2] == runs[1][:2]
@@ -103,7 +102,7 @@ def test_steps_before_it_begins_are_those_of_a_run_without_it(data: ImageData) -
 
 def test_its_steps_are_counted(data: ImageData) -> None:
     """Three steps of 16 images in an epoch; from half of the run on two networks make them."""
-    config = dataclasses.replace(ALONE, teacher_at=0.5)
+    config = dataclasses.replace(SINGLE, teacher_at=0.5)
     model = network(config)
     lines = list(train(model, data, config, teacher=teacher(config)))
     mine, whole = (sum(term.macs for term in net.mac_terms) for net in (model, network(DENSE)))
@@ -113,12 +112,12 @@ def test_its_steps_are_counted(data: ImageData) -> None:
 
 @pytest.mark.parametrize("epochs_first", [1, 2, 3])
 def test_a_training_goes_on_with_its_teacher(tmp_path: Path, data: ImageData, epochs_first: int) -> None:
-    straight, beside, again = network(ALONE), teacher(ALONE), teacher(ALONE, seed=8)
-    whole = list(train(straight, data, ALONE, teacher=beside))
+    straight, beside, again = network(SINGLE), teacher(SINGLE), teacher(SINGLE, seed=8)
+    whole = list(train(straight, data, SINGLE, teacher=beside))
     path = tmp_path / "part.pt"
-    list(itertools.islice(train(network(ALONE), data, ALONE, checkpoint=path, teacher=teacher(ALONE)), epochs_first))
-    resumed = network(ALONE, seed=9)
-    lines = list(train(resumed, data, ALONE, checkpoint=path, resume=True, teacher=again))
+    list(itertools.islice(train(network(SINGLE), data, SINGLE, checkpoint=path, teacher=teacher(SINGLE)), epochs_first))
+    resumed = network(SINGLE, seed=9)
+    lines = list(train(resumed, data, SINGLE, checkpoint=path, resume=True, teacher=again))
     assert comparable(lines) == comparable(whole)
     assert_same_state(straight.state_dict(), resumed.state_dict())
     assert beside.stepper is not None
@@ -130,7 +129,7 @@ def test_a_training_goes_on_with_its_teacher(tmp_path: Path, data: ImageData, ep
 def test_what_is_cut_is_taught_by_what_it_was_cut_from(
     tmp_path: Path, archive: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     config = dataclasses.replace(CONFIG, data=f"npz:{archive}")
     whole, part, plain = (RunFolder(tmp_path / name) for name in ("whole", "part", "plain"))
     expected = run(config, whole)
@@ -141,12 +140,12 @@ def test_what_is_cut_is_taught_by_what_it_was_cut_from(
     assert taught[3].train_macs > alone[3].train_macs > 0
     stop = StopRequest()
 
-    class Stopping(Listener):
+    class Stopping(Callback):
         def epoch(self, metrics: Any) -> None:
             if metrics.epoch == stop_after:
-                stop.make()
+                stop.request()
 
-    assert run(config, part, listener=Stopping(), stop=stop) is None
+    assert run(config, part, callback=Stopping(), stop=stop) is None
     found = run(config, part, resume=True)
     assert found is not None
     assert comparable(part.read_metrics()) == comparable(taught)
@@ -170,7 +169,7 @@ def test_it_begins_an_epoch_before_the_consensus_at_the_latest(tmp_path: Path, a
 
 def test_statistics_that_a_bad_step_broke_are_not_copied(data: ImageData) -> None:
     """On a GPU bad steps are repaired now and then only; the copy may come in between."""
-    pupil, beside = Stepper(network(ALONE), ALONE, torch.device("cpu")), teacher(ALONE)
+    pupil, beside = Stepper(network(SINGLE), SINGLE, torch.device("cpu")), teacher(SINGLE)
     beside.begin(pupil)
     pupil.guard.count(torch.tensor(True))
     pupil.model.bn1.running_mean.fill_(math.nan)
@@ -181,7 +180,7 @@ def test_statistics_that_a_bad_step_broke_are_not_copied(data: ImageData) -> Non
 
 def test_a_teacher_of_an_earlier_version_is_told() -> None:
     with pytest.raises(ValueError, match="its teacher is that of an earlier version"):
-        teacher(ALONE).load_state_dict({"average": {}, "progress": 0.1, "lessons": 3, "statistics": {}})
+        teacher(SINGLE).load_state_dict({"average": {}, "progress": 0.1, "lessons": 3, "statistics": {}})
 
 
 def test_settings_of_a_teacher_that_is_not_there_are_no_part_of_the_recipe() -> None:
@@ -193,7 +192,7 @@ def test_settings_of_a_teacher_that_is_not_there_are_no_part_of_the_recipe() -> 
 
 def test_a_pupil_of_another_network_is_refused(data: ImageData) -> None:
     with pytest.raises(ValueError, match="teacher: expected a gated network around the whole one, it lacks"):
-        list(train(network(ALONE), data, ALONE, teacher=Teacher(ALONE, lambda: nn.Conv2d(3, 4, 1))))
+        list(train(network(SINGLE), data, SINGLE, teacher=Teacher(SINGLE, lambda: nn.Conv2d(3, 4, 1))))
 
 
 @pytest.mark.parametrize(

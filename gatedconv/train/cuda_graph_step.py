@@ -1,8 +1,9 @@
-"""Training steps as CUDA graphs: forward, losses, backward, optimiser and metrics in one launch; evaluations, too.
+"""Training steps as CUDA graphs: forward, losses, backward, optimizer and metrics in one launch; evaluations, too.
 
-A CIFAR ResNet is made of thousands of small kernels; launched one by one they keep a GPU waiting for the host. A
-captured step is launched as a whole. It computes what `Stepper` computes: the same operations on the same numbers,
-but for the learning rate, which lies on the device and is rounded to float32 there.
+A CIFAR ResNet consists of thousands of small kernels; launched one by one they keep a GPU waiting for the host.
+`torch.cuda.make_graphed_callables` captures the forward and backward of a module, but neither losses, optimizer nor
+metrics. A step captured here computes what `Stepper` computes: the same operations on the same numbers, except for
+the learning rate, which is on the device and rounded to float32 there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from gatedconv.gating import LayerGate, find_gates
 from gatedconv.ops._cuda_graph import capture
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.distributed import ALONE, Ranks
+from gatedconv.train.distributed import SINGLE, Ranks
 from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate, prune_gates
 from gatedconv.train.step import Observer, Stepper, StepResult
 
@@ -31,21 +32,21 @@ def make_stepper(
     model: nn.Module,
     config: TrainConfig,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
     *,
     macs_per_image: float = 0.0,
     observe: Observer | None = None,
 ) -> Stepper:
-    """The kind of `Stepper` that `config` asks for; arguments are its own.
+    """The kind of `Stepper` that `config` asks for, with the same arguments.
 
     Raises:
         ValueError: `cuda_graph` without a GPU, or with several processes.
     """
-    kind: Callable[..., Stepper] = CapturedStepper if config.cuda_graph else Stepper
+    kind: Callable[..., Stepper] = CudaGraphStepper if config.cuda_graph else Stepper
     return kind(model, config, device, ranks, macs_per_image=macs_per_image, observe=observe)
 
 
-def require_graphs(device: torch.device, ranks: Ranks = ALONE) -> None:
+def require_graphs(device: torch.device, ranks: Ranks = SINGLE) -> None:
     """Check that steps can be captured: ValueError without a GPU, or with several processes."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a GPU, got device {device.type!r}")
@@ -53,13 +54,13 @@ def require_graphs(device: torch.device, ranks: Ranks = ALONE) -> None:
         raise ValueError(f"cuda_graph: expected one process, got {ranks.world}")
 
 
-class CapturedStepper(Stepper):
-    """A `Stepper` whose step is a function of tensors that stay where they are, and looks at none of their values.
+class CudaGraphStepper(Stepper):
+    """A `Stepper` whose step can be captured: static tensor addresses, no host synchronization.
 
-    Images, labels, a teacher's logits, learning rates and the weights of the losses on the gates are copied there
-    before each step. What does look at values, shutting gates in order of rank and judging bad steps, comes between
-    steps and now and then, as on any GPU; blocks are not left out. A graph serves for as long as the step is made of
-    the same operations on the same shapes; otherwise another one is captured.
+    Images, labels, a teacher's logits, learning rates and the weights of the losses on the gates are copied into
+    static buffers before each step. What reads values, pruning in order of rank and the check for bad steps, comes
+    between steps, as on any GPU; no blocks are skipped. A graph is used as long as a step has the same operations on
+    the same shapes; otherwise another one is captured.
 
     Args:
         capture: replay CUDA graphs; False runs the same function op by op, on any device.
@@ -73,7 +74,7 @@ class CapturedStepper(Stepper):
         model: nn.Module,
         config: TrainConfig,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE,
         *,
         macs_per_image: float = 0.0,
         observe: Observer | None = None,
@@ -83,11 +84,10 @@ class CapturedStepper(Stepper):
             require_graphs(device, ranks)
         config = replace(config, skip_blocks=False)
         super().__init__(model, config, device, ranks, macs_per_image=macs_per_image, observe=observe)
-        self._at_once = False
+        self._immediate = False
         self._capture = capture
         self._stream = torch.cuda.Stream(device) if capture else None
-        groups = self.optimizer.param_groups
-        self._rates = [_Scalar(device) for _ in groups]
+        self._rates = [_Scalar(device) for _ in self.optimizer.param_groups]
         self._scalars = {name: _Scalar(device) for name in GateWeights._fields}
         self._inputs: tuple[Tensor, ...] = ()
         self._replay: _Replay | None = None
@@ -95,14 +95,14 @@ class CapturedStepper(Stepper):
         self._warm = 0
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: float, taught: Tensor | None = None) -> StepResult:
-        """As `Stepper`; the result stands until the next step."""
+        """As `Stepper`; the result is valid until the next step."""
         progress = epoch / self.config.epochs
-        self._set(images, labels, taught, epoch)
+        self._set_inputs(images, labels, taught, epoch)
         if not self._capture:
             result = self._step()
         elif self._replay is None and self._warm < WARM_UP:
             self._warm += 1
-            result = self._on_stream()
+            result = self._step_on_stream()
         else:
             if self._replay is None:
                 self._replay = self._captured()
@@ -113,16 +113,16 @@ class CapturedStepper(Stepper):
             prune_gates(self.pruner, self.config, progress)
         return result
 
-    def _set(self, images: Tensor, labels: Tensor, taught: Tensor | None, epoch: float) -> None:
-        """Bring what a step depends on to where it looks for it."""
+    def _set_inputs(self, images: Tensor, labels: Tensor, taught: Tensor | None, epoch: float) -> None:
+        """Copy what a step depends on into the static buffers."""
         inputs = (images, labels) if taught is None else (images, labels, taught)
         weights = gate_weights(self.config, epoch / self.config.epochs)
         kind = [(each.shape, each.stride(), each.dtype) for each in inputs], weights.wanted is None
         if kind != self._kind:
             self._kind, self._replay, self._warm = kind, None, 0
             self._inputs = tuple(torch.empty_like(each) for each in inputs)
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
         rate = learning_rate(self.config, epoch)
         for group, scalar in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * group["lr_factor"]
@@ -137,14 +137,14 @@ class CapturedStepper(Stepper):
         return found if self._wanted else found._replace(wanted=None)
 
     def _step(self) -> StepResult:
-        """The step itself: of the tensors that `_set` has filled, to tensors."""
+        """The step itself, from the static buffers to tensors."""
         images, labels, *taught = self._inputs
         groups = self.optimizer.param_groups
         before = [group["lr"] for group in groups]  # numbers, for checkpoints
         for group, scalar in zip(groups, self._rates, strict=True):
             group["lr"] = scalar.value
         try:
-            # Schedules have been looked at by `_set`.
+            # `_set_inputs` has evaluated the schedules: the progress is not used.
             result = self._update(self._forward_backward(images, labels, 0.0, taught[0] if taught else None))
         finally:
             for group, rate in zip(groups, before, strict=True):
@@ -152,8 +152,8 @@ class CapturedStepper(Stepper):
         self.observe(result, labels)
         return result
 
-    def _on_stream(self) -> StepResult:
-        """The step op by op, on the stream of the capture: autograd stays on that of the first backward pass."""
+    def _step_on_stream(self) -> StepResult:
+        """The step op by op on the stream of the capture: autograd stays on the stream of the first backward pass."""
         assert self._stream is not None
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
@@ -164,7 +164,8 @@ class CapturedStepper(Stepper):
 
     def _captured(self) -> _Replay:
         try:
-            graph, result = _captured(self._step, self.device, self._stream)
+            # Not again: a step changes numbers on the host.
+            graph, result = capture(self._step, self.device, self._stream, retries=0)
         except RuntimeError as error:
             raise ValueError(
                 f"cuda_graph: this network cannot be captured; train without it ({_first_line(error)})"
@@ -173,25 +174,25 @@ class CapturedStepper(Stepper):
 
 
 def make_forward(
-    model: nn.Module, config: TrainConfig, on_note: Callable[[str], object] = warnings.warn
+    model: nn.Module, cuda_graph: bool, on_note: Callable[[str], object] = warnings.warn
 ) -> Callable[[Tensor], Tensor]:
-    """What evaluates a network: itself, or with `cuda_graph` its replay.
+    """What evaluates a network: the network, or with `cuda_graph` its replay.
 
     In eval mode the host decides which samples a layer gate lets through: such a network is not captured.
     """
     decides = any(isinstance(gate, LayerGate) for gate in find_gates(model).values())
-    return CapturedForward(model, on_note=on_note) if config.cuda_graph and not decides else model
+    return CudaGraphForward(model, on_note=on_note) if cuda_graph and not decides else model
 
 
-class CapturedForward:
-    """A network in eval mode and without gradients, replayed for batches like the first; others go through it plainly.
+class CudaGraphForward:
+    """A network in eval mode and without gradients, replayed for batches of the first one's shape.
 
-    So do all where it cannot be captured: an evaluation is no reason to end a run.
+    Other batches run without a graph, and so do all where the network cannot be captured.
 
     Args:
-        model: the network, whose parameters and buffers stay where they are.
+        model: the network, whose parameters and buffers keep their addresses.
         capture: replay a CUDA graph; False runs the same op by op, on any device.
-        on_note: told, once, that the network cannot be captured.
+        on_note: called once where the network cannot be captured.
     """
 
     def __init__(
@@ -200,45 +201,33 @@ class CapturedForward:
         self._model, self._capture, self._on_note = model, capture, on_note
         self._images: Tensor | None = None
         self._logits: Tensor | None = None
-        self._graph: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, classes), which stand until the next call."""
+        """Images (B, C, H, W) -> logits (B, classes), valid until the next call."""
         if self._images is None:  # compiles kernels, and lets cuDNN choose
             self._images = torch.empty_like(images)
-            return self._step(images)
+            return self._forward(images)
         if images.shape != self._images.shape or images.stride() != self._images.stride():
-            return self._step(images)
+            return self._forward(images)
         self._images.copy_(images)
         if self._capture and self._graph is None:
             self._try_capture(self._images)
-        if not self._capture:
-            return self._step(self._images)
+        if self._graph is None or self._logits is None:
+            return self._forward(self._images)
         self._graph.replay()
-        assert self._logits is not None
         return self._logits
 
     def _try_capture(self, images: Tensor) -> None:
         try:
-            self._graph, self._logits = _captured(partial(self._step, images), images.device)
+            self._graph, self._logits = capture(partial(self._forward, images), images.device)
         except RuntimeError as error:
             self._capture = False
-            self._on_note(f"cuda_graph: evaluations cannot be captured and go on without ({_first_line(error)})")
+            self._on_note(f"cuda_graph: evaluations run without a graph, capture failed ({_first_line(error)})")
 
-    def _step(self, images: Tensor) -> Tensor:
+    def _forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self._model(images)
         return logits
-
-
-def _captured(call: Callable[[], Any], device: torch.device, stream: torch.cuda.Stream | None = None) -> Any:
-    """A graph of what the call launches, not run yet, and what the call returned.
-
-    Other threads may do what a capture forbids: one that loads images takes pinned memory meanwhile.
-
-    Raises:
-        RuntimeError: it launches what cannot be captured.
-    """
-    return capture(call, device, stream, retries=0)  # a step changes numbers on the host
 
 
 def _first_line(error: RuntimeError) -> str:
@@ -246,14 +235,14 @@ def _first_line(error: RuntimeError) -> str:
 
 
 class _Scalar:
-    """A number that lies on a device: float32 ()."""
+    """A scalar tensor on the device, float32 ()."""
 
     def __init__(self, device: torch.device) -> None:
         self.value = torch.zeros((), device=device)
         self._last = 0.0
 
     def set(self, number: float) -> None:
-        """Change it, if it is another one, without a copy from the host's memory."""
+        """Change the value, if it differs, without a copy from the host's memory."""
         if number != self._last:
             self.value.fill_(number)
             self._last = number
@@ -262,10 +251,11 @@ class _Scalar:
 class _Replay:
     """A captured step.
 
-    What gates and losses hold of a batch are tensors of the graph; another pass, an evaluation say, takes them away.
+    What gates and losses keep of a batch are tensors of the graph; they are put back where another pass, such as an
+    evaluation, replaced them.
     """
 
-    def __init__(self, graph: Any, result: StepResult, model: nn.Module) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: StepResult, model: nn.Module) -> None:
         self._graph, self._result = graph, result
         self._shown = [
             (gate, gate.logits, gate.open_rate, gate.global_open_rate)

@@ -16,10 +16,9 @@ from gatedconv.data import ImageData
 from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
 from gatedconv.train import TrainConfig, train
-from gatedconv.train.recipe import total_loss
-from gatedconv.train.step import Stepper
-from gatedconv.train.step_macs import PASSES_PER_STEP
+from gatedconv.train.step import PASSES_PER_STEP, Stepper
 from tests.tolerances import assert_close
+from tests.train.losses import total_loss
 
 CONFIG = TrainConfig(
     epochs=4, batch_size=8, lr=0.05, warmup_epochs=0.0, mac_weight=1.0, act_weight=0.1, weight_decay=0.01,

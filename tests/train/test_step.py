@@ -20,10 +20,11 @@ from gatedconv.gating.losses import RateWindow, accumulating, global_open_rates
 from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
 from gatedconv.train import TrainConfig, train
-from gatedconv.train.recipe import total_loss
-from gatedconv.train.recompute import recomputing
-from gatedconv.train.step import Stepper
+from gatedconv.train.distributed import SINGLE
+from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.step import StepGuard, Stepper, recomputing
 from tests.tolerances import assert_close
+from tests.train.losses import total_loss
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -233,6 +234,40 @@ def test_the_logits_of_all_parts_outlive_a_graph_that_writes_over_them() -> None
         assert_close(stepper(IMAGES, LABELS, 0.3).logits, expected)
 
 
+def test_metrics_of_an_accumulated_step_have_the_open_rates_of_all_parts() -> None:
+    model, parts = network(), []
+    for gate in gatedconv.gates(model).values():
+        nn.init.normal_(gate.fc2.weight, std=10.0)
+    meter = EpochMeter(model)
+    config = dataclasses.replace(CONFIG, accumulate=3)  # parts of 3, 3 and 2 images
+    stepper = Stepper(model, config, CPU, observe=lambda result, labels: meter.add(
+        result.logits, labels, result.loss, result.polarization, result.open_rates, result.bad
+    ))  # fmt: skip
+    first = next(iter(gatedconv.gates(model).values()))
+    first.register_forward_hook(lambda gate, inputs, opened: parts.append(opened.detach()))
+    with stepper.active():
+        stepper(IMAGES * torch.arange(8).view(8, 1, 1, 1), LABELS, 0.3)
+    assert len({float(part.mean()) for part in parts}) > 1
+    found = meter.gate_metrics(SINGLE)["gate_open_rates"]
+    assert next(iter(found.values())) == pytest.approx(float(torch.cat(parts).mean()), abs=1e-5)
+
+
+def test_a_second_bad_step_restores_the_statistics_of_the_steps_between() -> None:
+    """Where steps are checked now and then only."""
+    norm = nn.BatchNorm1d(1)
+    assert norm.running_mean is not None
+    guard = StepGuard(norm, CPU)
+    for good in (0.0, 5.0):
+        norm.running_mean.fill_(good)
+        guard.count(torch.tensor(False))
+        assert not guard.repair()
+        norm.running_mean.fill_(math.nan)
+        guard.count(torch.tensor(True))
+        assert not guard.repair()
+        assert norm.running_mean.item() == good
+    assert int(guard.skipped) == 2
+
+
 def test_accumulation_trains(data: ImageData) -> None:
     lines = list(train(network(), data, dataclasses.replace(CONFIG, epochs=8, batch_size=16, accumulate=3)))
     assert lines[-1].train_loss < lines[0].train_loss and lines[-1].num_gates == 3
@@ -270,7 +305,7 @@ def test_fp16_counts_a_gradient_that_no_lower_scale_mends() -> None:
     with stepper.active():
         bad = [bool(stepper(IMAGES, LABELS, 0.3).bad) for _ in range(6)]
     assert bad == [False, False, True, True, True, True]  # at scales 4, 2, then 1 and below
-    assert stepper.guard.settle() == "4 steps in a row"
+    assert stepper.guard.repair() == "4 steps in a row"
     assert torch.equal(model.conv1.weight, before)
 
 

@@ -12,21 +12,23 @@ from torch import nn
 
 import gatedconv
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
-from gatedconv.train import EpochMetrics, Listener, RunFolder, TrainConfig, run
+from gatedconv.nn.batchnorm import re_estimate_batchnorm
+from gatedconv.train import Callback, EpochMetrics, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
-from gatedconv.train.finish import energies, reestimate_batchnorm
-from gatedconv.train.stopping import StopRequest
-from gatedconv.train.tensorboard import TensorBoard
+from gatedconv.train.loop import StopRequest
+from gatedconv.train.metrics import TensorBoard
+from gatedconv.train.results import energies
 from reproduce.rows import training_row
 from reproduce.table import find_experiment
 from tests.image_files import write_npz
 from tests.tolerances import assert_close
 
 
-class Recorder(Listener):
+class Recorder(Callback):
     def __init__(self) -> None:
         self.phases: list[str] = []
         self.epochs: list[EpochMetrics] = []
+        self.replayed: list[EpochMetrics] = []
         self.notes: list[str] = []
 
     def phase(self, phase: str) -> None:
@@ -34,6 +36,9 @@ class Recorder(Listener):
 
     def epoch(self, metrics: EpochMetrics) -> None:
         self.epochs.append(metrics)
+
+    def replay(self, metrics: EpochMetrics) -> None:
+        self.replayed.append(metrics)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -54,7 +59,7 @@ def small(archive: Path, **changes: Any) -> TrainConfig:
 
 def test_a_run_writes_everything_and_the_summary_is_true(tmp_path: Path, archive: Path) -> None:
     config, folder, heard = small(archive, tensorboard=True), RunFolder(tmp_path / "run"), Recorder()
-    summary = run(config, folder, listener=heard)
+    summary = run(config, folder, callback=heard)
     assert summary is not None and summary == folder.read_summary()
     assert heard.phases == ["dense", "gated", "finish"]
     assert [(line.phase, line.epoch) for line in heard.epochs] == [
@@ -111,7 +116,7 @@ def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pyt
     counter = SimpleNamespace(name="fake", span=None)
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
     monkeypatch.setattr(
-        "gatedconv.train.finish.energy_per_call",
+        "gatedconv.train.results.energy_per_call",
         lambda call, meter, synchronize: asked.append(len(call())) or 0.1 * len(call()),
     )
     found = energies(net, config, data)
@@ -178,13 +183,13 @@ def test_an_interrupted_run_resumes_to_the_same_summary(tmp_path: Path, archive:
     straight, cut = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "cut")
     expected = run(config, straight)
     with pytest.raises(KeyboardInterrupt):
-        run(config, cut, listener=Interrupting())
+        run(config, cut, callback=Interrupting())
     heard = Recorder()
-    got = run(config, cut, resume=True, listener=heard)
+    got = run(config, cut, resume=True, callback=heard)
     assert expected is not None and got is not None
     varying = {"wall_s"}
     assert {k: v for k, v in got.items() if k not in varying} == {k: v for k, v in expected.items() if k not in varying}
-    assert len(heard.epochs) == 4 and len(cut.read_metrics()) == 4
+    assert [len(lines) for lines in (heard.replayed, heard.epochs, cut.read_metrics())] == [3, 1, 4]
     for kind in ("dense", "gated", "compact"):
         left, right = (gatedconv.load(folder.model(kind)).state_dict() for folder in (straight, cut))
         assert all(torch.equal(left[name], right[name]) for name in left)
@@ -193,7 +198,7 @@ def test_an_interrupted_run_resumes_to_the_same_summary(tmp_path: Path, archive:
 def test_a_time_limit_ends_a_run_that_can_be_resumed(tmp_path: Path, archive: Path) -> None:
     folder, heard = RunFolder(tmp_path / "run"), Recorder()
     config = small(archive, dense_baseline=False, latency=False, max_minutes=1e-9)
-    assert run(config, folder, listener=heard) is None
+    assert run(config, folder, callback=heard) is None
     assert "stopped after 0 of 2 epochs" in heard.notes[0] and not folder.summary.exists()
     assert run(dataclasses.replace(config, max_minutes=0.0), folder, resume=True) is not None
 
@@ -202,9 +207,9 @@ def test_a_run_that_is_stopped_after_the_cut_tells_the_epochs_of_all_of_it(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(archive, dense_baseline=False, latency=False, consensus_at=0.5, max_minutes=9.0)
-    monkeypatch.setattr("gatedconv.train.loop._Training._late", lambda self: self.phase == "cut")
+    monkeypatch.setattr("gatedconv.train.loop.Training._deadline_passed", lambda self: self.phase == "cut")
     heard = Recorder()
-    assert run(config, RunFolder(tmp_path / "run"), listener=heard) is None
+    assert run(config, RunFolder(tmp_path / "run"), callback=heard) is None
     assert "stopped after 1 of 2 epochs (cut)" in heard.notes[-1]
 
 
@@ -212,7 +217,7 @@ def test_a_run_with_a_small_time_limit_is_resumed_to_its_end(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a scheduler that queues the job again and again; every start makes a step at least."""
-    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     config, folder = small(archive, latency=False, epochs=1, max_minutes=1e-9), RunFolder(tmp_path / "run")
     starts = [run(config, folder, resume=number > 0) is not None for number in range(5)]
     assert starts == [False] * 4 + [True]  # three steps dense, and three gated: the last dense start makes one of these
@@ -224,14 +229,14 @@ def test_a_resume_that_is_stopped_early_loses_no_metrics(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     """The dense training is told again before the gated one is gone on with; a stop may come in between."""
-    monkeypatch.setattr("gatedconv.train.finish.write_exports", lambda *_: [])
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     config, folder, stop = small(archive, latency=False), RunFolder(tmp_path / "run"), StopRequest()
 
-    class Stopping(Listener):
+    class Stopping(Callback):
         def epoch(self, metrics: EpochMetrics) -> None:
-            stop.made = (metrics.phase, metrics.epoch) == ("gated", 1)
+            stop.requested = (metrics.phase, metrics.epoch) == ("gated", 1)
 
-    assert run(config, folder, listener=Stopping(), stop=stop) is None
+    assert run(config, folder, callback=Stopping(), stop=stop) is None
     before = folder.metrics.read_text()
     assert [json.loads(line)["phase"] for line in before.splitlines()] == ["dense", "dense", "gated"]
     assert run(config, folder, resume=True, stop=stop) is None
@@ -297,17 +302,21 @@ def with_biases(biases: list[float]) -> Any:
     return build
 
 
-@pytest.mark.parametrize(("dead", "told"), [(4, 0), (5, 1)])
-def test_many_dead_gates_are_noted_once(
-    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, dead: int, told: int
+@pytest.mark.parametrize(("dead", "changes", "noted"), [
+    (4, {"mac_weight": 0.0}, 0),
+    (5, {"mac_weight": 0.0}, 1),
+    (5, {"mac_target": 0.5}, 0),  # half of the MACs is what was asked for
+])  # fmt: skip
+def test_dead_gates_are_noted_once_where_nothing_asks_for_them(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, dead: int, changes: dict[str, Any], noted: int
 ) -> None:
     monkeypatch.setattr("gatedconv.train.build.build_model", with_biases([-50.0] * dead + [50.0] * (9 - dead)))
     heard = Recorder()
-    config = small(archive, dense_baseline=False, mac_weight=0.0, latency=False)
-    run(config, RunFolder(tmp_path / "r"), listener=heard)
+    config = small(archive, dense_baseline=False, latency=False, **changes)
+    run(config, RunFolder(tmp_path / "r"), callback=heard)
     assert [line.gates_dead for line in heard.epochs] == [dead, dead]
-    notes = [note for note in heard.notes if "gates are dead" in note]
-    assert len(notes) == told and all("epoch 1: 5 of 9 gates are dead" in note for note in notes)
+    notes = [note for note in heard.notes if "gates are" in note]
+    assert len(notes) == noted and all("5 of 9 gates are dead, closed for every image" in note for note in notes)
 
 
 def test_a_damaged_checkpoint_is_noted(tmp_path: Path, archive: Path) -> None:
@@ -316,8 +325,37 @@ def test_a_damaged_checkpoint_is_noted(tmp_path: Path, archive: Path) -> None:
     run(config, folder)
     path = folder.checkpoint("gated")
     path.write_bytes(path.read_bytes()[:-5])
-    assert run(config, folder, resume=True, listener=heard) is not None
+    assert run(config, folder, resume=True, callback=heard) is not None
     assert any("damaged checkpoint" in note and "gated.previous.pt" in note for note in heard.notes)
+
+
+@pytest.mark.parametrize("from_start", [True, False])
+def test_a_resumed_run_adds_each_epoch_to_tensorboard_once(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, from_start: bool
+) -> None:
+    """Also where the event files begin with the resumed run, which then has the earlier epochs, too."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
+    points: list[tuple[str, int]] = []
+    real = SummaryWriter.add_scalar
+
+    def add_scalar(self: Any, name: str, value: float, step: int) -> None:
+        points.append((name, step))
+        real(self, name, value, step)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
+    folder, stop = RunFolder(tmp_path / "run"), StopRequest()
+    config = small(archive, gate="none", latency=False)
+
+    class Stopping(Callback):
+        def epoch(self, metrics: EpochMetrics) -> None:
+            stop.request()
+
+    first = dataclasses.replace(config, tensorboard=from_start)
+    assert run(first, folder, callback=Stopping(), stop=stop) is None
+    assert run(dataclasses.replace(config, tensorboard=True), folder, resume=True) is not None
+    assert [step for name, step in points if name == "dense/lr"] == [1, 2]
 
 
 def test_tensorboard_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
@@ -333,7 +371,7 @@ def test_stuck_gates_off_target_are_noted(tmp_path: Path, archive: Path, monkeyp
     summary = run(
         small(archive, dense_baseline=False, epochs=1, latency=False),
         RunFolder(tmp_path / "r"),
-        listener=heard,
+        callback=heard,
     )
     assert any("all 9 gates are saturated at 100.0% of the dense MACs, mac_target is 50.0%" in n for n in heard.notes)
     assert summary["frozen"]["macs"] == pytest.approx(summary["macs_dense"], rel=1e-3)
@@ -366,7 +404,7 @@ def test_reestimated_statistics_are_the_means_over_the_batches(data: ImageData) 
     batches = [batch for batch in EvalBatches(data, "train", batch_size=16)]
     weight = model[3].weight.clone()
     model.eval()
-    reestimate_batchnorm(model, batches)
+    re_estimate_batchnorm(model, batches)
     outputs = [model[0](images).detach() for images, _ in batches]
     means = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
     variances = torch.stack([output.transpose(0, 1).flatten(1).var(1) for output in outputs]).mean(0)

@@ -1,20 +1,19 @@
-"""The folder that a run writes: one place that knows its file names."""
+"""The folder of a run: its file names, its lock, its records."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatedconv._io import remove_leftovers, write_atomic
-from gatedconv.train.checkpoint import has_checkpoint, naming_file
-from gatedconv.train.claim import claimed
+from gatedconv._io import NUMBER, locked, naming_file, remove_leftovers, require_schema, write_atomic, write_json_lines
+from gatedconv.train.checkpoint import has_checkpoint
 from gatedconv.train.config import TrainConfig, make_config, read_toml, require_same_recipe, to_toml
 from gatedconv.train.metrics import EpochMetrics
-from gatedconv.train.record import NUMBER, require_form
 
 _LATENCY = {"1?": NUMBER, "32?": NUMBER}
 _FIGURES = {
@@ -27,8 +26,11 @@ _FIGURES = {
     "energy_j?": (dict, type(None)),
     "energy_j_image?": (*NUMBER, type(None)),
 }
-# What reports read of summary.json.
+# The keys of summary.json that reports read.
 _SUMMARY = {"dense?": _FIGURES, "frozen?": _FIGURES, "agreement?": NUMBER, "macs_conv_dense?": NUMBER}
+
+
+_held = threading.local()  # paths: the folders whose lock this thread holds
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,13 @@ class RunFolder:
     """Paths of a run.
 
     config.toml        every setting
-    metrics.jsonl      one line per epoch and training
-    checkpoint/        dense.pt, gated.pt and, of each, the one before
-    consensus.json     which gates stayed open, and what they agreed on
-    summary.json       the outcome
-    plots/             pictures
+    metrics.jsonl      one line per epoch and phase
+    checkpoint/        dense.pt, gated.pt, cut.pt (the compact network) and, of each, the previous one
+    consensus.json     which gates stayed open, and their agreement
+    summary.json       the results
+    plots/             figures
     *.safetensors, compact.onnx, compact.pt2
+    .lock              empty; locked while a process trains the run
     """
 
     path: Path
@@ -58,21 +61,21 @@ class RunFolder:
 
     @property
     def consensus(self) -> Path:
-        """Which gates stayed open."""
+        """Which gates stayed open, and their agreement."""
         return self.path / "consensus.json"
 
     @property
     def summary(self) -> Path:
-        """The outcome as JSON."""
+        """The results as JSON."""
         return self.path / "summary.json"
 
     @property
     def plots(self) -> Path:
-        """Folder of pictures."""
+        """Folder of figures."""
         return self.path / "plots"
 
     def checkpoint(self, phase: str) -> Path:
-        """Newest checkpoint of a training."""
+        """Newest checkpoint of a phase."""
         return self.path / "checkpoint" / f"{phase}.pt"
 
     def model(self, kind: str) -> Path:
@@ -80,28 +83,43 @@ class RunFolder:
         return self.path / f"{kind}.safetensors"
 
     def holds_run(self) -> bool:
-        """Whether a run was begun here."""
+        """Whether a run was started here."""
         return self.config.is_file() or self.holds_checkpoint()
 
     def holds_checkpoint(self) -> bool:
-        """Whether an epoch of any training was finished here."""
+        """Whether there is a checkpoint of any phase."""
         return any(has_checkpoint(self.checkpoint(phase)) for phase in ("dense", "gated"))
 
-    def claimed(self) -> AbstractContextManager[None]:
-        """Hold the folder against other processes while a run is trained and told of; see `claim.claimed`."""
-        return claimed(self.path)
-
-    def begin(self, config: TrainConfig, *, resume: bool) -> None:
-        """Give the folder to a run and write its config: config.toml always tells what is trained.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run's lock against other processes, while it is trained or frozen; reentrant within a thread.
 
         Raises:
-            ValueError: it holds another run, or there is none to resume, or that has another recipe.
-            OSError: it cannot be written.
+            ValueError: another process, or another thread of this one, holds it.
+            OSError: the folder cannot be written.
         """
-        if resume and not self.holds_run():
-            raise ValueError(f"{self.path}: expected a run to resume, found none")
-        if not resume and self.holds_run():
-            raise ValueError(f"{self.path}: holds a run already; go on with --resume, or choose another folder")
+        key, held = self.path.resolve(), _held.__dict__.setdefault("paths", set())
+        if key in held:
+            yield
+            return
+        message = f"{self.path}: another process trains this run; wait until it has ended, or end it"
+        with naming_file(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / ".lock", held=message):
+            held.add(key)
+            try:
+                yield
+            finally:
+                held.discard(key)
+
+    def begin(self, config: TrainConfig, *, resume: bool) -> None:
+        """Start or resume a run in the folder and write its config.
+
+        Raises:
+            ValueError: see `require_startable`; or the run to resume has another recipe.
+            OSError: the folder cannot be written.
+        """
+        self.require_startable(resume=resume)
         if resume:
             remove_leftovers(self.path)
             stored = self.read_config()
@@ -109,6 +127,13 @@ class RunFolder:
             if stored == config:
                 return
         write_atomic(self.config, to_toml(config).encode())
+
+    def require_startable(self, *, resume: bool) -> None:
+        """Check that there is a run to resume, or none where a new one starts: ValueError otherwise."""
+        if resume and not self.holds_run():
+            raise ValueError(f"{self.path}: expected a run to resume, found none")
+        if not resume and self.holds_run():
+            raise ValueError(f"{self.path}: holds a run already; resume it with --resume, or choose another folder")
 
     def read_config(self) -> TrainConfig:
         """The settings of the run.
@@ -135,13 +160,13 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 if number == len(lines):
-                    break  # cut off by a crash: a resumed run writes it again
+                    break  # incomplete after a crash: a resumed run writes it again
                 raise ValueError(f"{self.metrics}: line {number} is damaged ({error})") from None
             found.append(EpochMetrics.from_dict(record, f"{self.metrics}: line {number}"))
         return found
 
     def read_summary(self) -> dict[str, Any]:
-        """The outcome of the run.
+        """The results of the run.
 
         Raises:
             ValueError: the run has none yet, or it is damaged.
@@ -152,25 +177,25 @@ class RunFolder:
             summary: dict[str, Any] = json.loads(_read_text(self.summary))
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.summary}: expected JSON, found damaged text ({error})") from None
-        require_form(summary, _SUMMARY, str(self.summary))
+        require_schema(summary, _SUMMARY, str(self.summary))
         if "frozen" in summary:
-            require_form(summary, {"agreement": NUMBER}, str(self.summary))
+            require_schema(summary, {"agreement": NUMBER}, str(self.summary))
         return summary
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write the outcome, whole or not at all."""
+        """Write the results; atomic."""
         write_atomic(self.summary, (json.dumps(summary, indent=2) + "\n").encode())
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl, which tells what the checkpoints know.
+    """Writes metrics.jsonl, kept consistent with the checkpoints.
 
-    A resumed training yields its finished epochs again, from its checkpoint: with its first line, all that the file
-    told of this training goes. Lines of other trainings stay until those are gone on with.
+    A resumed phase writes its earlier epochs again, from its checkpoint: its first line replaces all lines of the
+    phase. Lines of other phases are kept until those phases resume.
 
     Args:
         path: of the file.
-        earlier: its lines, where a run goes on.
+        earlier: its lines, where a run is resumed.
     """
 
     def __init__(self, path: Path, earlier: Sequence[EpochMetrics] = ()) -> None:
@@ -188,15 +213,11 @@ class MetricsWriter:
         self._written.append(metrics)
         kept = [line for line in self._kept if line.phase != metrics.phase]
         if kept or len(kept) < len(self._kept):
-            write_atomic(self.path, "".join(map(_line, [*self._written, *kept])).encode())
+            write_json_lines(self.path, [line.as_dict() for line in (*self._written, *kept)])
         else:
             with naming_file(self.path), open(self.path, "a" if begun else "w", encoding="utf-8") as file:
-                file.write(_line(metrics))
+                file.write(json.dumps(metrics.as_dict()) + "\n")
         self._kept = kept
-
-
-def _line(metrics: EpochMetrics) -> str:
-    return json.dumps(metrics.as_dict()) + "\n"
 
 
 def _read_text(path: Path) -> str:
