@@ -15,7 +15,7 @@ from gatedconv.data.image_files import FileImages
 
 
 class Normalize:
-    """uint8 (N, C, H, W) -> float (N, C, H, W) with the train split's mean and std taken out per channel."""
+    """uint8 (N, C, H, W) -> float (N, C, H, W) normalized by the train split's mean and std per channel."""
 
     def __init__(self, data: ImageData, device: torch.device, memory_format: torch.memory_format) -> None:
         self.scale = (1 / (255 * torch.tensor(data.std, device=device))).view(1, -1, 1, 1)
@@ -23,23 +23,23 @@ class Normalize:
         self.memory_format = memory_format
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return float32 images in the memory format asked for."""
+        """Return float32 images in the memory format of the constructor."""
         pixels = images.to(dtype=torch.float32, memory_format=self.memory_format)
         return torch.addcmul(self.shift, pixels, self.scale)
 
 
 class TrainBatches:
-    """One pass over the train split per iteration: shuffled, cropped, flipped, normalised, all on the device.
+    """One pass over the train split per iteration: shuffled, cropped, flipped, normalized, all on the device.
 
     The last, incomplete batch of a pass is left out; another shuffle brings its images back. Every random
-    choice comes from `generator`, whose state is all that a checkpoint needs to go on exactly.
+    choice comes from `generator`, whose state is all that a checkpoint needs to resume exactly.
 
-    With several processes each gets its share of every batch: all of them draw alike, for the whole batch.
+    With several processes each gets its share of every batch: all of them draw the same numbers, for the full batch.
 
     Args:
         data: the images.
         batch_size: images per batch, of all processes together; at most the size of the train split.
-        augment: pad and flip; None for the one that `data` brings.
+        augment: pad and flip; None for that of `data`.
         device: where images live and batches are made.
         seed: seed of the generator.
         memory_format: of the batches.
@@ -111,14 +111,14 @@ class TrainBatches:
             yield images, self.labels[chosen]
 
     def state(self) -> dict[str, Tensor | int]:
-        """Where the batches stand, in the middle of a pass or between two."""
+        """The position of the batches, within a pass or between two."""
         return {"data": self.generator.get_state(), "begun": self._begun, "position": self.position}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from there: the next pass is the rest of the one that was interrupted, if one was.
+        """Continue from `state`: the next pass is the rest of an interrupted one, if there was one.
 
-        The state of another kind of device's generator seeds this one: an interrupted pass then goes on in another
-        order, and may show an image twice.
+        The state of another kind of device's generator seeds this one: an interrupted pass then continues in another
+        order, and may repeat an image.
         """
         self._begun = state.get("begun", state["data"])
         self.position = self._skip_to = int(state.get("position", 0))
@@ -154,7 +154,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Normalised batches in order, nothing left out, for evaluation and for the vote at the freeze.
+    """Normalized batches of all images in order, for evaluation and for the vote at the freeze.
 
     Args:
         data: the images.
@@ -162,7 +162,7 @@ class EvalBatches:
         batch_size: images per batch; the last one may be smaller.
         device: where batches are made; uint8 images in memory are moved there once.
         memory_format: of the batches.
-        rank: number of this process, which gets its share of the images, maybe none.
+        rank: number of this process, which gets its share of the images, possibly none.
         world: number of processes.
     """
 
@@ -203,7 +203,7 @@ class EvalBatches:
                 yield self.normalize(images), labels
 
     def first(self, count: int) -> Tensor:
-        """The first images, normalised, (count, C, H, W); repeated if there are too few."""
+        """The first images, normalized, (count, C, H, W); repeated if there are too few."""
         rows = torch.arange(count) % len(self.images)
         if isinstance(self.images, FileImages):
             return self.normalize(self.images.decode(rows).to(self.device))
@@ -218,5 +218,5 @@ class EvalBatches:
 
 
 def share(count: int, rank: int, world: int) -> slice:
-    """The part of ``count`` items that falls to a rank; the parts are in order and differ by one at most."""
+    """The part of ``count`` items of a rank; the parts are in order and differ by one at most."""
     return slice(count * rank // world, count * (rank + 1) // world)

@@ -1,4 +1,4 @@
-"""Image files that are decoded when asked for: folders that do not fit into memory."""
+"""Image files that are decoded on demand: folders that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gatedconv.data.errors import DataError
 
 
 class FileImages:
-    """A sequence of images in files, each RGB uint8 (3, size, size); in the place of a tensor (N, 3, size, size).
+    """A sequence of images in files, each RGB uint8 (3, size, size); replaces a tensor (N, 3, size, size).
 
     Args:
-        files: where they are.
+        files: their paths.
         size: height and width to which they are scaled, in pixels.
-        workers: processes that decode batches ahead of their use; 0 decodes when asked.
+        workers: processes that decode batches ahead of their use; 0 decodes on demand.
     """
 
     def __init__(self, files: Sequence[Path], size: int, workers: int = 0) -> None:
@@ -45,7 +45,7 @@ class FileImages:
         """The images of int64 rows (K,), or all, as uint8 (K, 3, size, size).
 
         Raises:
-            DataError: naming a file that cannot be read.
+            DataError: names a file that cannot be read.
         """
         chosen = range(len(self.files)) if rows is None else rows.tolist()
         images = torch.empty(len(chosen), 3, self.size, self.size, dtype=torch.uint8)
@@ -57,7 +57,7 @@ class FileImages:
         """One uint8 batch (K, 3, size, size) for every int64 (K,) of rows, decoded by the workers.
 
         Raises:
-            DataError: naming a file that cannot be read.
+            DataError: names a file that cannot be read.
         """
         loader = DataLoader(
             _Decoder(self.files, self.size),
@@ -65,10 +65,10 @@ class FileImages:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_stacked,
-            worker_init_fn=_heed_the_parent_alone,
+            worker_init_fn=_ignore_foreign_sigterm,
             generator=torch.Generator(),  # the loader draws a seed: not from the global generator
         )
-        with _sigterm_held():
+        with _sigterm_blocked():
             batches = iter(loader)
         for batch in batches:
             if isinstance(batch, DataError):
@@ -87,9 +87,9 @@ class _Decoder(Dataset[Tensor | DataError]):
             return error
 
 
-def _heed_the_parent_alone(worker: int) -> None:
-    """In a worker: SIGTERM to all processes of a run at once is for the run to answer, which then ends its workers."""
-    if not hasattr(signal, "sigwaitinfo"):  # not a system that tells who has sent a signal
+def _ignore_foreign_sigterm(worker: int) -> None:
+    """In a worker: ignore SIGTERM, unless the parent sends it; a SIGTERM to all processes is handled by the parent."""
+    if not hasattr(signal, "sigwaitinfo"):  # the system does not report the sender of a signal
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = os.getppid()
@@ -103,8 +103,8 @@ def _heed_the_parent_alone(worker: int) -> None:
 
 
 @contextmanager
-def _sigterm_held() -> Iterator[None]:
-    """Workers that are started meanwhile find a SIGTERM of their first moments waiting; this process hears it after."""
+def _sigterm_blocked() -> Iterator[None]:
+    """Block SIGTERM while workers start; it is delivered afterwards."""
     if not hasattr(signal, "sigwaitinfo"):
         yield
         return
@@ -125,10 +125,10 @@ def _stacked(images: list[Tensor | DataError]) -> Tensor | DataError:
 
 
 def read_image(file: Path, size: int) -> Tensor:
-    """An image as RGB uint8 (3, size, size): shorter side scaled to `size`, centre cropped.
+    """An image as RGB uint8 (3, size, size): shorter side scaled to `size`, center cropped.
 
     Raises:
-        DataError: naming the file, if it cannot be read.
+        DataError: names the file, if it cannot be read.
     """
     from PIL import Image, ImageOps
 

@@ -26,6 +26,7 @@ _DEMO: Settings = {
     "mac_weight": 4.0,
     "mac_target": 0.45,
     "gate_warmup": 0.1,
+    "amp": "auto",
 }
 
 # Ours. Middle-channel gates: removing their channels saves work in both convolutions of a block. Polarization from the
