@@ -17,12 +17,11 @@ class Conversion:
     """The record that ``gate_model`` leaves on its result as ``conversion``.
 
     Attributes:
-        traced_by: "fx", "export", or "modules" where no graph could be had and layers were swapped.
+        traced_by: "run": the layers were found in one recorded run of the model's own code.
         gated: gate path -> what it gates (a residual branch or a layer).
         skipped: layer or block -> why it has no gate.
         reachable_macs: 0 to 1, the share of the model's MACs that at least one gate scales.
-        note: why a less capable way of tracing was taken, and which modules ask for ``self.training`` in code that
-            was traced as in eval (auxiliary outputs, random depth written by hand); empty otherwise.
+        note: what could not be checked or counted; empty otherwise.
     """
 
     traced_by: str
@@ -54,6 +53,10 @@ class Selection:
         included = self.include is None or self._matches(self.include, name, module)
         excluded = self.exclude is not None and self._matches(self.exclude, name, module)
         return "in exclude" if excluded else "" if included else "not in include"
+
+    def names_exactly(self, name: str) -> bool:
+        """Whether ``include`` has this very name, and no pattern or block that covers it."""
+        return isinstance(self.include, list) and name in self.include
 
     def require_used(self) -> None:
         """Raise for names and patterns that no layer and no block has.

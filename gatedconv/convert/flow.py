@@ -1,14 +1,14 @@
-"""How channels flow through a canonical graph: which dimension they are in, and how each node maps them.
+"""How channels flow through a recorded run: which dimension they are in, and how each operation maps them.
 
-Every tensor gets an axis, its channels' dimension, and every node a kind:
+Every value gets an axis, its channels' dimension, and a kind:
 
-    input, constant, size     the image; what depends on weights alone; integers made of sizes
-    channelwise               output channel c depends on input channel c alone
-    conv, linear              torch.nn.Conv2d on NCHW; torch.nn.Linear on the last dimension
-    binary, cat               element-wise arithmetic of two tensors; concatenation of channels
+    input, constant           what the model was given; what no input can change
+    elementwise               output channel c depends on channel c of the operands alone
+    conv, linear              a convolution layer on NCHW; a linear layer on the last dimension
+    cat                       concatenation of channels
     move                      channels permuted, selected, or moved to another dimension
     regroup                   pixel shuffle: r * r channels become one
-    gate, branch, select      a gate's decision; ``AddBranch``; ``SelectOpen``
+    gate                      a gate's decision
     mix                       a norm over channels: shape and axis stay, channels depend on each other
     deferred                  moved, but not (yet) to where channels lie in one dimension
     opaque                    anything else: what is not proven is not touched
@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from gatedconv.convert.canonical import op_name, submodule
-from gatedconv.convert.computed import has_own_hooks, is_conv, is_linear
-from gatedconv.convert.trace import attribute, is_random_drop
+from gatedconv.convert.record import CALL, Node, Record, Value, has_own_hooks
 from gatedconv.gating import Gate
-from gatedconv.nn import AddBranch, GatherChannels, SelectOpen, StochasticDepth
+from gatedconv.nn import GatherChannels
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
@@ -36,256 +35,268 @@ ACTIVATIONS = (
     nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Hardtanh, nn.LogSigmoid, nn.Softsign, nn.Hardshrink, nn.Softshrink,
     nn.Tanhshrink, nn.Threshold, nn.RReLU,
 )  # fmt: skip
-DROPS = (nn.modules.dropout._DropoutNd, StochasticDepth)
+PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 SPATIAL = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.Upsample, nn.ZeroPad2d,
     nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d,
 )  # fmt: skip
-UNARY = frozenset(
-    "relu relu6 silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu elu selu celu mish softplus hardtanh clamp "
-    "clamp_min clamp_max clip abs neg exp log sqrt rsqrt square pow reciprocal float half double to type_as "
-    "contiguous clone detach dropout softsign logsigmoid erf sin cos floor ceil round rsub add sub mul div".split()
+MOVING = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, GatherChannels)
+ACTIVATION_OPS = frozenset(
+    "relu silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu elu selu celu mish softplus hardtanh "
+    "log_sigmoid_forward".split()
 )
-SPATIAL_FUNCTIONS = frozenset(
-    "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample_nearest2d upsample_bilinear2d "
-    "upsample_bicubic2d lp_pool2d boolean_dispatch".split()
+ELEMENTWISE = ACTIVATION_OPS | frozenset(
+    "clamp clamp_min clamp_max abs neg exp log log1p sqrt rsqrt pow reciprocal _to_copy clone sign sgn erf sin cos "
+    "floor ceil round rsub add sub mul div maximum minimum eq ne gt lt ge le where masked_fill logical_and logical_or "
+    "logical_not bitwise_and bitwise_or bitwise_not copy addcmul addcdiv lerp isnan threshold fill zeros_like "
+    "ones_like square atan lift_fresh heaviside".split()
 )
-MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, GatherChannels)
-REDUCTIONS = frozenset("mean sum amax amin std var norm logsumexp".split())
-BINARY = frozenset("add sub mul div maximum minimum".split())
+SPATIAL_OPS = frozenset(
+    "max_pool2d_with_indices max_pool2d avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d "
+    "upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa "
+    "reflection_pad2d replication_pad2d mkldnn_max_pool2d".split()
+)
+REDUCTIONS = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "std": 1, "var": 1, "linalg_vector_norm": 2, "logsumexp": 1}
 MOVES = frozenset(
-    "view reshape _unsafe_view flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t squeeze "
-    "unsqueeze getitem chunk split tensor_split split_with_sizes narrow select unbind slice expand roll flip "
-    "index_select channel_shuffle alias".split()
+    "view _unsafe_view reshape permute transpose t squeeze unsqueeze split unsafe_split split_with_sizes "
+    "unsafe_split_with_sizes slice select unbind expand roll flip index_select index channel_shuffle "
+    "native_channel_shuffle alias detach same narrow unfold_copy chunk unsafe_chunk".split()
 )
-# Moves whose arguments hold no number of channels: they can be run again on fewer.
-RERUNNABLE = frozenset(
-    "permute transpose swapaxes swapdims movedim moveaxis t unsqueeze getitem flatten slice roll flip narrow".split()
-)
+MIXING_OPS = frozenset("addmm mm bmm baddbmm matmul convolution _convolution einsum linear mkldnn_rnn_layer lstm gru "
+                       "_scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
+                       "_native_multi_head_attention".split())  # fmt: skip
+
+
+def op_name(node: Node) -> str:
+    """The operation's name: ``relu`` for ``relu_``, too."""
+    return node.op if node.op.startswith("_") else node.op.rstrip("_")
 
 
 @dataclass(eq=False)
 class Channels:
-    """What is known of one node.
+    """What is known of one value.
 
     Attributes:
         kind: see the module's docstring.
         axis: the channels' dimension; -1 where there is none.
         size: number of channels.
-        source: of a move, the node whose channels these are.
+        source: of a move, the value whose channels these are; of an elementwise value, the operand that they follow.
         index: of a move, int64 (size,): the source's channel of each channel.
-        style: of a move, "same", "gather", "rerun" or "reshape".
-        ids: of a deferred node, where in ``source`` each of its elements lies.
+        ids: of a deferred value, where in ``source`` each of its elements lies.
     """
 
     kind: str
     axis: int = -1
     size: int = 0
-    source: fx.Node | None = None
-    index: Tensor | None = None
-    style: str = ""
+    source: Value | None = field(default=None, repr=False)
+    index: Tensor | None = field(default=None, repr=False)
     ids: Any = field(default=None, repr=False)
 
 
 class Flow:
-    """The channels of every node of a canonical graph with ``meta["val"]``."""
+    """The channels of every value of a record."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        self.graph_module = graph_module
-        self.channels: dict[fx.Node, Channels] = {}
-        for node in graph_module.graph.nodes:
-            self.channels[node] = self._classify(node)
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.channels: dict[Value, Channels] = {}
+        for node in record.nodes:
+            for value in node.outputs:
+                self.channels[value] = self._classify(node, value)
 
-    def __getitem__(self, node: fx.Node) -> Channels:
-        return self.channels[node]
+    def __getitem__(self, value: Value) -> Channels:
+        found = self.channels.get(value)
+        return found if found is not None else Channels("constant")
 
-    def kind(self, node: fx.Node) -> str:
-        """The node's kind."""
-        return self.channels[node].kind
+    def kind(self, value: Value) -> str:
+        """The value's kind."""
+        return self[value].kind
 
-    def has_channels(self, node: Any) -> bool:
-        """Whether the node is a tensor with a channels' dimension that depends on the input."""
-        return isinstance(node, fx.Node) and self.channels[node].axis >= 0
+    def has_channels(self, value: Any) -> bool:
+        """Whether the value has a channels' dimension and depends on the input."""
+        return isinstance(value, Value) and self[value].axis >= 0
 
-    def _classify(self, node: fx.Node) -> Channels:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            return self._plain("input", node)
-        if node.op == "output":
-            return Channels("output")
-        inputs = node.all_input_nodes
-        if node.op == "get_attr" or all(self.kind(n) == "constant" for n in inputs):
-            # (a gate alone is never constant: it reads the input)
-            if node.op != "call_module" or not isinstance(submodule(node), Gate):
-                return Channels("constant")
-        if not _holds_tensor(value):
-            return Channels("size")
-        if not self._moves(node):
-            for source in inputs:  # channels that went astray: from here on, new ones
-                if self.kind(source) == "deferred" and isinstance(source.meta["val"], Tensor):
-                    self.channels[source] = self._opaque(source)
-        found = self._module(node) if node.op == "call_module" else self._function(node)
-        return found or self._opaque(node)
+    def operands(self, node: Node) -> list[Value]:
+        """The inputs of a node that have channels."""
+        return [v for v in node.inputs if self.has_channels(v)]
 
-    def _moves(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(submodule(node), MOVING_MODULES)
-        return op_name(node) in MOVES or op_name(node) in ("contiguous", "clone")
+    def source(self, node: Node) -> Value:
+        """The first input that has channels."""
+        return self.operands(node)[0]
 
-    def _plain(self, kind: str, node: fx.Node, axis: int | None = None) -> Channels:
-        value = node.meta["val"]
-        if not isinstance(value, Tensor) or value.dim() < 2:
+    # -- one value -------------------------------------------------------------------------------------
+
+    def _classify(self, node: Node, value: Value) -> Channels:
+        if node.op == "input":
+            return self._plain("input", value)
+        if node.is_constant:
+            return Channels("constant")
+        if not _is_move(node):
+            for source in node.inputs:  # channels that went astray: from here on, new ones
+                if self.kind(source) == "deferred":
+                    self.channels[source] = self._plain("opaque", source)
+        if value.index and op_name(node) not in MOVES:
+            return self._plain("opaque", value)
+        found = self._module(node, value) if node.op == CALL else self._operation(node, value)
+        return found or self._plain("opaque", value)
+
+    def _plain(self, kind: str, value: Value, axis: int | None = None, source: Value | None = None) -> Channels:
+        shape = value.tensor.shape
+        if len(shape) < 2:
             return Channels("opaque" if kind != "gate" else kind)
-        axis = axis if axis is not None else (value.dim() - 1 if value.dim() == 3 else 1)
-        return Channels(kind, axis, int(value.shape[axis]))
+        axis = axis if axis is not None else (len(shape) - 1 if len(shape) == 3 else 1)
+        return Channels(kind, axis, int(shape[axis]), source)
 
-    def _opaque(self, node: fx.Node) -> Channels:
-        return self._plain("opaque", node)
+    def _follow(self, kind: str, value: Value, source: Value, axis: int | None = None) -> Channels:
+        return self._plain(kind, value, self[source].axis if axis is None else axis, source)
 
-    def _same_axis(self, kind: str, node: fx.Node) -> Channels:
-        return self._plain(kind, node, self[node.args[0]].axis)  # type: ignore[index]
-
-    def _module(self, node: fx.Node) -> Channels | None:
-        module, source = submodule(node), node.args[0] if node.args else None
+    def _module(self, node: Node, value: Value) -> Channels | None:
+        module = node.module
+        assert module is not None
         if isinstance(module, Gate):
-            return self._plain("gate", node, 1)
-        if not isinstance(source, fx.Node) or node.kwargs or module is None or has_own_hooks(module):
+            return self._plain("gate", value, 1)
+        if has_own_hooks(module) or len(node.inputs) != 1 or len(node.outputs) != 1:
             return None
-        if isinstance(module, AddBranch):
-            return self._branch(node)
-        if isinstance(module, MOVING_MODULES):
-            return self._move(node)
+        source = node.inputs[0]
+        if isinstance(module, MOVING) or (isinstance(module, PASSING) and self.kind(source) == "deferred"):
+            return self._move(node, value)
         if not self.has_channels(source):
             return None
-        axis, dims = self[source].axis, source.meta["val"].dim()
+        axis, dims = self[source].axis, source.tensor.dim()
         image = axis == 1 and dims == 4
-        if isinstance(module, SelectOpen):
-            return self._same_axis("select", node)
-        if is_conv(module):
-            return self._plain("conv", node, 1) if image else None
-        if is_linear(module):
-            return self._plain("linear", node, dims - 1) if axis == dims - 1 else None
+        if isinstance(module, nn.Conv2d):
+            return self._plain("conv", value, 1) if image and value.tensor.dim() == 4 else None
+        if isinstance(module, nn.Linear):
+            return self._plain("linear", value, dims - 1) if axis == dims - 1 else None
         if isinstance(module, nn.PixelShuffle) and image:
-            return self._plain("regroup", node, 1)
+            return self._follow("regroup", value, source)
         if (
-            isinstance(module, ACTIVATIONS + DROPS)
-            or is_random_drop(module)
+            isinstance(module, ACTIVATIONS + PASSING)
             or (isinstance(module, NORMS) and axis == 1)
             or (isinstance(module, nn.PReLU) and (axis == 1 or module.num_parameters == 1))
-            or (isinstance(module, SPATIAL) and image and not getattr(module, "return_indices", False))
+            or (isinstance(module, SPATIAL) and image)
         ):
-            return self._same_axis("channelwise", node)
-        return self._same_axis("mix", node) if isinstance(module, MIXING_NORMS) else None
+            return self._follow("elementwise", value, source)
+        return self._follow("mix", value, source) if isinstance(module, MIXING_NORMS) else None
 
-    def _branch(self, node: fx.Node) -> Channels | None:
-        shortcut, part = node.args[0], node.args[1]
-        if self.has_channels(shortcut) and self.has_channels(part) and self[shortcut].axis == self[part].axis:  # type: ignore[index]
-            return self._same_axis("branch", node)
-        return None
-
-    def _function(self, node: fx.Node) -> Channels | None:
+    def _operation(self, node: Node, value: Value) -> Channels | None:
         name = op_name(node)
-        if name in ("cat",):
-            return self._cat(node)
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        if name in BINARY and len(tensors) == 2 and len(node.args) >= 2 and not set(node.kwargs) - {"rounding_mode"}:
-            return self._binary(node)
-        source = node.args[0] if node.args else None
-        if isinstance(source, fx.Node) and (
-            name in MOVES or (name in ("contiguous", "clone") and self.kind(source) == "deferred")
-        ):
-            return self._move(node)
-        if name == "conv2d" and self.has_channels(source):
-            image = self[source].axis == 1 and source.meta["val"].dim() == 4  # type: ignore[index,union-attr]
-            others = [n for n in node.all_input_nodes if n is not source]
-            return self._plain("conv", node, 1) if image and all(self.kind(n) == "constant" for n in others) else None
-        if name == "rsub" or (name in UNARY and len(node.args) > 1 and not isinstance(source, fx.Node)):
-            source = tensors[0] if len(tensors) == 1 else None  # 2 * x
-        if len(tensors) != 1 or tensors[0] is not source or not self.has_channels(source):
+        if name == "cat":
+            return self._cat(node, value)
+        if name in MOVES:
+            return self._move(node, value)
+        if name in ELEMENTWISE:
+            if name == "clone" and self.kind(node.inputs[0]) == "deferred":
+                return self._move(node, value)
+            return self._elementwise(node, value)
+        if not node.args or not self.has_channels(node.args[0]):
             return None
-        channels, dims = self[source], source.meta["val"].dim()
-        if name in UNARY:
-            return self._plain("channelwise", node, channels.axis)
-        if name == "softmax":
-            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-            return self._plain("channelwise", node, channels.axis) if _excludes(dim, dims, channels.axis) else None
-        if name == "pixel_shuffle" and channels.axis == 1 and dims == 4:
-            return self._plain("regroup", node, 1)
-        if name in SPATIAL_FUNCTIONS or name.startswith("boolean_dispatch"):
-            ok = channels.axis == 1 and dims == 4 and isinstance(node.meta["val"], Tensor)
-            return self._plain("channelwise", node, 1) if ok else None
-        if name == "pad":
-            pads = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad", ())
-            first = dims - len(pads) // 2  # type: ignore[arg-type]
-            return self._plain("channelwise", node, channels.axis) if first > channels.axis else None
-        return self._reduction(node, name, channels.axis, dims) if name in REDUCTIONS else None
+        source = node.args[0]
+        channels, dims = self[source], source.tensor.dim()
+        image = channels.axis == 1 and dims == 4
+        alone = len(self.operands(node)) == 1 and all(v is source or v.is_constant for v in node.inputs)
+        if not alone:
+            return None
+        if "batch_norm" in name and channels.axis == 1:
+            return self._follow("elementwise", value, source)
+        if name in ("native_group_norm", "native_layer_norm", "_fused_rms_norm"):
+            return self._follow("mix", value, source)
+        if name == "pixel_shuffle" and image:
+            return self._follow("regroup", value, source)
+        if name in SPATIAL_OPS:
+            return self._follow("elementwise", value, source) if image else None
+        if name == "constant_pad_nd":
+            first = dims - len(node.args[1]) // 2
+            return self._follow("elementwise", value, source) if first > channels.axis else None
+        if name in ("_softmax", "_log_softmax"):
+            return self._follow("mix" if node.args[1] % dims == channels.axis else "elementwise", value, source)
+        return self._reduction(node, value, name, source) if name in REDUCTIONS else None
 
-    def _reduction(self, node: fx.Node, name: str, axis: int, dims: int) -> Channels | None:
-        position = 2 if name == "norm" else 1
-        dim: Any = node.kwargs.get("dim", node.args[position] if len(node.args) > position else None)
-        if not _excludes(dim, dims, axis) or not isinstance(node.meta["val"], Tensor):
+    def _reduction(self, node: Node, value: Value, name: str, source: Value) -> Channels | None:
+        axis, dims, position = self[source].axis, source.tensor.dim(), REDUCTIONS[name]
+        dim = node.kwargs.get("dim", node.args[position] if len(node.args) > position else None)
+        dim = [dim] if isinstance(dim, int) and not isinstance(dim, bool) else dim
+        if not isinstance(dim, (list, tuple)) or not dim:
             return None
-        reduced = {d % dims for d in ((dim,) if isinstance(dim, int) else dim)}
-        if node.meta["val"].dim() < dims:
+        reduced = {d % dims for d in dim}
+        if reduced & {0, axis}:
+            return None
+        if value.tensor.dim() < dims:
             axis -= sum(d < axis for d in reduced)
-        return self._plain("channelwise", node, axis)
+        return self._follow("elementwise", value, source, axis)
 
-    def _cat(self, node: fx.Node) -> Channels | None:
-        parts = node.args[0] if node.args else node.kwargs.get("tensors")
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-        if not isinstance(parts, (list, tuple)) or not isinstance(dim, int) or not all(map(self.has_channels, parts)):
+    def _cat(self, node: Node, value: Value) -> Channels | None:
+        parts = node.args[0]
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if not all(map(self.has_channels, parts)):
             return None
-        axis = self[parts[0]].axis  # type: ignore[index]
-        if dim % node.meta["val"].dim() != axis or any(self[p].axis != axis for p in parts):  # type: ignore[index]
+        axis = self[parts[0]].axis
+        if dim % value.tensor.dim() != axis or any(self[p].axis != axis for p in parts):
             return None
-        return self._plain("cat", node, axis)
+        return self._plain("cat", value, axis)
 
-    def _binary(self, node: fx.Node) -> Channels | None:
+    def _elementwise(self, node: Node, value: Value) -> Channels | None:
         """Operands line up from the right, as in broadcasting; at least one has the result's channels."""
-        value = node.meta["val"]
-        axis = None
-        for operand in node.args[:2]:
-            if self.has_channels(operand):
-                found = self[operand].axis + value.dim() - operand.meta["val"].dim()  # type: ignore[index,union-attr]
-                if operand.meta["val"].dim() != value.dim():  # type: ignore[union-attr]
-                    return None
-                if self[operand].size == value.shape[found] and (axis is None or self[operand].size > 1):  # type: ignore[index]
-                    if axis not in (None, found):
-                        return None
-                    axis = found
-            elif self.kind(operand) != "constant":  # type: ignore[arg-type]
+        dims, axis, leader = value.tensor.dim(), None, None
+        for operand in node.inputs:
+            if operand.is_constant:
+                continue
+            if not self.has_channels(operand) or operand.tensor.dim() != dims:
                 return None
-        return self._plain("binary", node, axis) if axis is not None else None
+            found = self[operand]
+            if found.size != value.tensor.shape[found.axis]:
+                if found.size != 1:
+                    return None
+                continue
+            if found.size == 1 and axis is not None:
+                continue
+            if axis is not None and axis != found.axis:
+                return None
+            axis, leader = found.axis, operand
+        if axis is None or any(self[o].axis != axis for o in self.operands(node)):
+            return None
+        return self._plain("elementwise", value, axis, leader)
 
-    def _move(self, node: fx.Node) -> Channels | None:
-        parent: fx.Node = node.args[0]  # type: ignore[assignment]
+    # -- moves -----------------------------------------------------------------------------------------
+
+    def _move(self, node: Node, value: Value) -> Channels | None:
+        parent = node.inputs[0]
         channels = self[parent]
+        if any(not v.is_constant for v in node.inputs[1:]):
+            return None
         if channels.kind == "deferred":
             source, ids = channels.source, channels.ids
         elif self.has_channels(parent):
-            source, ids = parent, torch.arange(parent.meta["val"].numel()).reshape(parent.meta["val"].shape)
+            source, ids = parent, torch.arange(parent.tensor.numel()).reshape(parent.tensor.shape)
         else:
             return None
         assert source is not None
         moved = self._run(node, ids)
-        direct = channels.kind != "deferred"
-        if isinstance(moved, Tensor):
-            found = self._resolve(node, source, moved, direct)
-            if found is not None:
-                return found
-        return Channels("deferred", source=source, ids=moved)
+        moved = moved[value.index] if isinstance(moved, (list, tuple)) else moved
+        if not isinstance(moved, Tensor) or moved.shape != value.tensor.shape:
+            return None
+        return self._resolve(source, moved) or Channels("deferred", source=source, ids=moved)
 
-    def _run(self, node: fx.Node, first: Any) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        args = (first, *args[1:])
-        if node.op == "call_module":
-            return self.graph_module.get_submodule(str(node.target))(*args)
-        if node.op == "call_method":
-            return getattr(first, str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    @torch.no_grad()
+    def _run(self, node: Node, first: Tensor) -> Any:
+        """The node on the numbers of its input's elements."""
+        if node.op == "same":
+            return first
+        if node.module is not None:
+            return type(node.module).forward(node.module, first)
+        given = iter((first,))
+        swap = node.inputs[0]
 
-    def _resolve(self, node: fx.Node, source: fx.Node, moved: Tensor, direct: bool) -> Channels | None:
-        shape, axis = source.meta["val"].shape, self[source].axis
+        def concrete(item: Any) -> Any:
+            if item is swap:
+                return next(given, first)
+            return item.tensor.cpu() if isinstance(item, Value) else item
+
+        args, kwargs = tree_map(concrete, (node.args, node.kwargs), is_leaf=lambda i: isinstance(i, Value))
+        return node.func(*args, **kwargs)
+
+    def _resolve(self, source: Value, moved: Tensor) -> Channels | None:
+        """Where the channels of ``source`` lie in a tensor that holds the numbers of its elements."""
+        shape, axis = source.tensor.shape, self[source].axis
         size = int(shape[axis])
         if moved.dim() < 2 or moved.numel() == 0 or moved.shape[0] != shape[0]:
             return None
@@ -293,60 +304,19 @@ class Flow:
         if not bool((batch == torch.arange(shape[0]).reshape(-1, *[1] * (moved.dim() - 1))).all()):
             return None
         channel = (moved // math.prod(shape[axis + 1 :])) % size
-        found = next((a for a in _axes(moved, axis, size) if _only_along(channel, a)), None)
+        axes = sorted(range(1, moved.dim()), key=lambda a: (a != axis, a))
+        axes = [a for a in axes if size > 1 or moved.shape[a] == 1]
+        found = next((a for a in axes if _only_along(channel, a)), None)
         if found is None:
             return None
         index = channel.movedim(found, 0).reshape(moved.shape[found], -1)[:, 0].clone()
-        whole = torch.arange(math.prod(shape)).reshape(shape)
-        identity = len(index) == size and torch.equal(index, torch.arange(size))
-        if moved.shape == shape and torch.equal(moved, whole):
-            style = "same"
-        elif found == axis and torch.equal(moved, whole.index_select(axis, index)):
-            style = "gather"
-        elif direct and identity and (op_name(node) if node.op != "call_module" else "flatten") in RERUNNABLE:
-            style = "rerun"
-        elif torch.equal(moved.flatten(), whole.flatten()) and _repeats(index, size) and found >= min(axis, 1):
-            style = "reshape"
-        else:
-            return None
-        return Channels("move", found, len(index), source, index, style)
+        return Channels("move", found, len(index), source, index)
 
 
-def constant_value(graph_module: fx.GraphModule, node: fx.Node, cache: dict[fx.Node, Any]) -> Any:
-    """The value of a node that depends on weights alone."""
-    if node not in cache:
-        if node.op == "get_attr":
-            cache[node] = attribute(graph_module, str(node.target))
-        else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: constant_value(graph_module, n, cache))
-            if node.op == "call_function":
-                cache[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            elif node.op == "call_method":
-                cache[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                cache[node] = graph_module.get_submodule(str(node.target))(*args, **kwargs)
-    return cache[node]
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_holds_tensor(v) for v in value)
-    return isinstance(value, Tensor)
-
-
-def _excludes(dim: Any, dims: int, axis: int) -> bool:
-    """Whether dimensions given as an int or ints leave out the batch and the channels."""
-    if isinstance(dim, int) and not isinstance(dim, bool):
-        dim = (dim,)
-    if not isinstance(dim, (tuple, list)) or not all(isinstance(d, int) for d in dim):
-        return False
-    return not {d % dims for d in dim} & {0, axis}
-
-
-def _axes(moved: Tensor, axis: int, size: int) -> list[int]:
-    """Dimensions to try, the likeliest first; a single channel can only lie in a dimension of size 1."""
-    axes = sorted(range(1, moved.dim()), key=lambda a: (a != axis, a))
-    return [a for a in axes if size > 1 or moved.shape[a] == 1]
+def _is_move(node: Node) -> bool:
+    if node.op == CALL:
+        return isinstance(node.module, MOVING + PASSING)
+    return op_name(node) in MOVES or op_name(node) == "clone"
 
 
 def _only_along(channel: Tensor, axis: int) -> bool:
@@ -354,6 +324,14 @@ def _only_along(channel: Tensor, axis: int) -> bool:
     return bool((rows == rows[:, :1]).all())
 
 
-def _repeats(index: Tensor, size: int) -> bool:
-    """Whether each of the channels appears equally often, in order: 0, 0, 1, 1, 2, 2."""
-    return len(index) % size == 0 and torch.equal(index, torch.arange(size).repeat_interleave(len(index) // size))
+def is_mixing(node: Node) -> bool:
+    """Whether the node is a layer whose outputs each depend on all channels, so that none can be told apart behind it."""
+    module = node.module
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return not (module.groups > 1 and module.groups == module.in_channels)
+    if isinstance(module, (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
+        return True
+    if op_name(node) == "convolution":
+        groups, source = node.args[8], node.inputs[0]
+        return not (groups > 1 and groups == source.tensor.shape[1])
+    return op_name(node) in MIXING_OPS

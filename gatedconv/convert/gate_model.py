@@ -1,40 +1,43 @@
-"""``gate_model``: a gated copy of any convolutional network."""
+"""``gate_model``: a copy of any convolutional network with gates in its modules."""
 
 from __future__ import annotations
 
 import copy
-import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from gatedconv.convert.branches import Branch, find_branches, runs_empty
-from gatedconv.convert.canonical import canonicalize, free_path, set_module, settle_inplace
+from gatedconv.convert import install
+from gatedconv.convert.branches import Branch, find_branches
 from gatedconv.convert.conversion import Choice, Conversion, Selection
-from gatedconv.convert.costs import graph_mac_terms, reachable_share
 from gatedconv.convert.flow import Flow
-from gatedconv.convert.sites import Site, SiteFinder, open_gate
-from gatedconv.convert.swap import swap_modules
-from gatedconv.convert.trace import TraceFailure, evaluate_shapes, fixed_to_eval, trace
-from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, find_gates, unwrap
-from gatedconv.nn import AddBranch, GraphNet, SelectOpen
-from gatedconv.nn.graph_net import require_size
+from gatedconv.convert.install import Link, attach, open_gate
+from gatedconv.convert.mac_terms import Gated, mac_terms, reachable_share
+from gatedconv.convert.record import Node, Record, Value, record
+from gatedconv.convert.sites import Site, SiteFinder
+from gatedconv.convert.verify import as_inputs, require_same, require_same_training, tensors_of
+from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, find_gates, unwrap
+from gatedconv.measure.macs import count_macs
 
 GATES = ("layer", "channel", "both")
 POSITIONS = ("after", "middle", "before")
-EXPORTED = "torch.fx could not follow the model: image size and random layers are as torch.export saw them"
 
 
 def gate_model(
-    model: nn.Module, gate: str = "layer", *, position: str = "after", estimator: str = "ste",
-    example_input: Tensor, include: Choice = None, exclude: Choice = None,
+    model: nn.Module, gate: str = "layer", *, position: str = "after", estimator: str = "ste", example_input: Any,
+    include: Choice = None, exclude: Choice = None, verify: bool = True,
 ) -> nn.Module:  # fmt: skip
-    """A gated copy of any convolutional network that can be written down as a graph; weights are kept.
+    """A gated copy of any convolutional network: the same class, code, weights and names, and gates in its modules.
 
-    A layer gate goes on every residual branch (found from the additions of the graph; projection
-    shortcuts stay), a channel gate on every convolution. Gates start open: in eval the result computes
-    what ``model`` does. Parameters keep their names.
+    The model runs once on ``example_input``, whatever its code does; what it computes shows where gates can be. A layer
+    gate goes on every residual branch (found from the additions; projection shortcuts stay), a channel gate
+    on every convolution, behind its norm. A gate is a submodule of the module that it gates, whose output a forward
+    hook multiplies by the gate's decision; nothing is rewritten. Gates start open: in eval the result computes
+    what ``model`` does. What reaches an output of the network without a layer in between that mixes channels (scores,
+    boxes, heat maps) is never gated, unless ``include`` has the layer's very name.
 
     Args:
         model: any network that takes images (N, C, H, W); left as it is.
@@ -44,95 +47,32 @@ def gate_model(
             a residual branch is not gated. "before": on the input of each residual branch, the shortcut
             ungated, and of each convolution outside of them.
         estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
-        example_input: (N, C, H, W) that the model accepts; MACs are counted at its size.
+        example_input: (N, C, H, W) that the model accepts, or a tuple of positional or a dict of keyword arguments;
+            MACs are counted at its size.
         include: gate only these layers and blocks: a name (a block's stands for all inside it), a pattern
             as of ``fnmatch``, a list of them, or a function (name, module) -> bool.
         exclude: leave these alone.
+        verify: compare the result with the model: on the example, a larger batch and larger images, and one training
+            step with the gates forced open. Costs three forwards and one training step of each.
 
     Returns:
-        the gated network, a ``torch.fx.GraphModule``, with ``mac_terms`` and with ``conversion``, which
-        lists every gate and, with its reason, every layer that has none. A network that neither torch.fx
-        nor torch.export can follow keeps its code; then channel gates are put into its Conv2d layers.
+        the gated network, with ``mac_terms`` and with ``conversion``, which lists every gate and, with its reason,
+        every layer that has none.
 
     Raises:
-        TypeError, ValueError: arguments out of range, a pattern that matches nothing, or no place for a
-            gate at all.
+        TypeError, ValueError: arguments out of range, a model that cannot be copied or does not run on the example, a
+            pattern that matches nothing, or no place for a gate at all.
+        ConversionError: the result does not compute what the model does.
     """
     _check(model, gate, position, estimator, example_input)
     selection = Selection(include, exclude)
-    source = _copied(unwrap(model))
-    require_size(source, example_input)
-    try:
-        graph_module, traced_by = trace(source, example_input)
-    except TraceFailure as failure:
-        _require_runs(source, example_input)
-        return swap_modules(source, selection, gate, position, estimator, example_input, str(failure))
-    notes = [EXPORTED] if traced_by != "fx" else []
-    if fixed := fixed_to_eval(source, graph_module.graph):
-        named = ", ".join(name or f"the model ({type(source).__name__})" for name in fixed)
-        notes.append(f"in training as in eval, what depends on self.training in the forward of: {named}")
-    canonicalize(graph_module, source)
-    evaluate_shapes(graph_module, example_input)
-    conversion = Conversion(traced_by, note="; ".join(notes))
-    device = example_input.device
-    _insert_gates(graph_module, gate, position, lambda g: open_gate(g).to(device), estimator, selection, conversion)
-    selection.require_used()
-    if not conversion.gated:
-        nothing = "it has no residual branches" if gate == "layer" else "it has no convolutions"
-        reasons = "; ".join(sorted(set(conversion.skipped.values()))[:5]) or nothing
-        raise ValueError(f"gate_model: no place for a {gate!r} gate in {type(unwrap(model)).__name__}: {reasons}")
-    exported = "train" in vars(unwrap(model))  # a module of torch.export: it computes in one mode, whatever it says
-    training = model.training and not exported
-    result = _finish(graph_module, type(unwrap(model)).__name__, conversion, example_input, training)
-    if "fixed_size" in vars(source):  # a cut network, gated once more
-        vars(result)["fixed_size"] = vars(source)["fixed_size"]
-    return result
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"gate_model: {type(model).__name__} cannot be copied (copy.deepcopy): {error}") from error
-
-
-def _require_runs(model: nn.Module, example_input: Tensor) -> None:
-    """Tell a model that cannot be traced from one that cannot even run."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(example_input)
-    except Exception as error:  # whatever the model's code raises
-        what = f"{tuple(example_input.shape)}, {example_input.dtype}, on {example_input.device}"
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"gate_model: {type(model).__name__} does not run on example_input ({what}): {why}") from error
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
-def _finish(
-    graph_module: fx.GraphModule, name: str, conversion: Conversion, example_input: Tensor, training: bool
-) -> GraphNet:
-    graph_module.graph.lint()
-    settle_inplace(graph_module)
-    result = GraphNet(graph_module, graph_module.graph, name)
-    result.eval()
-    evaluate_shapes(result, example_input)
-    terms = graph_mac_terms(Flow(result), conversion.gated)
-    conversion.reachable_macs = reachable_share(terms)
-    vars(result).update(mac_terms=terms, conversion=conversion, input_size=tuple(example_input.shape[1:]))
-    for node in result.graph.nodes:
-        node.meta.pop("val", None)
-    return result.train(training)  # type: ignore[return-value]
-
-
-def _insert_gates(
-    graph_module: fx.GraphModule, gate: str, position: str, opened: Any, estimator: str, selection: Selection,
-    conversion: Conversion,
-) -> None:  # fmt: skip
-    flow = Flow(graph_module)
+    model = unwrap(model)
+    result, probe = _copied(model), _copied(model)
+    found = _recorded(probe, example_input)
+    flow = Flow(found)
     branches, rejected = find_branches(flow)
+    conversion = Conversion("run")
+    installer = _Installer(result, flow, conversion, estimator)
     sites: list[Site] = []
     if gate in ("channel", "both"):
         finder = SiteFinder(flow, branches, selection)
@@ -141,97 +81,162 @@ def _insert_gates(
     if gate in ("layer", "both"):
         conversion.skipped.update(rejected)
         for branch in branches:
-            reason = _layer_reason(branch, graph_module, selection)
-            if reason:
-                conversion.skipped.setdefault(branch.name or branch.addition.name, reason)
-                continue
-            path = free_path(graph_module, f"{branch.name}.layer_gate".lstrip("."))
-            conversion.gated[path] = f"the residual branch of {branch.name or 'the model'}"
-            _gate_branch(graph_module, branch, path, opened, estimator)  # from here on the addition is a module's call
-    axes = {site: flow[site.node].axis for site in sites}
-    factors: dict[Site, fx.Node] = {}
+            if reason := installer.layer(branch, selection):
+                conversion.skipped.setdefault(branch.name or f"add_{branch.addition.order}", reason)
     for site in sites:
+        installer.channel(site)
+    selection.require_used()
+    if not conversion.gated:
+        nothing = "it has no residual branches" if gate == "layer" else "it has no convolutions"
+        reasons = "; ".join(sorted(set(conversion.skipped.values()))[:5]) or nothing
+        raise ValueError(f"gate_model: no place for a {gate!r} gate in {type(model).__name__}: {reasons}")
+    installer.finish()
+    total, conversion.note = _total_macs(probe, example_input)
+    terms = mac_terms(flow, installer.gated, total)
+    conversion.reachable_macs = reachable_share(terms)
+    conversion.gated = {name: conversion.gated[name] for name in find_gates(result)}
+    image = next((t for t in tensors_of(as_inputs(example_input)) if t.dim() == 4), None)
+    size = tuple(image.shape[1:]) if image is not None else None
+    vars(result).update(mac_terms=terms, conversion=conversion, input_size=size)
+    if verify:
+        _verify(model, result, example_input, conversion)
+    return result
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the attributes' own code raises
+        raise ValueError(f"gate_model: {type(model).__name__} cannot be copied (copy.deepcopy): {error}") from error
+
+
+def _recorded(model: nn.Module, example_input: Any) -> Record:
+    """The record of two images like the example, or of the example itself where the model takes no others."""
+    args, kwargs = as_inputs(example_input)
+    if isinstance(example_input, Tensor) and example_input.shape[0] < 2:
+        pair = example_input if len(example_input) else example_input.new_zeros(1, *example_input.shape[1:])
+        try:
+            return record(model, (torch.cat([pair, pair]),))
+        except Exception:  # a model for single images
+            pass
+    try:
+        return record(model, args, kwargs)
+    except Exception as error:  # whatever the model's code raises
+        shapes = ", ".join(f"{tuple(t.shape)}, {t.dtype}, on {t.device}" for t in tensors_of((args, kwargs)))
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"gate_model: {type(model).__name__} does not run on example_input ({shapes}): {why}") from error
+
+
+def _total_macs(model: nn.Module, example_input: Any) -> tuple[float | None, str]:
+    """MACs of one image by ``count_macs``, or why they are unknown."""
+    if not isinstance(example_input, Tensor) or not len(example_input):
+        return None, "MACs are those of the recorded layers: count_macs takes a single tensor"
+    try:
+        return float(count_macs(model, example_input[:1])), ""
+    except Exception as error:  # fvcore traces the model's code, which may raise anything
+        why = str(error).splitlines()[0] if str(error) else ""
+        return None, f"MACs are those of the recorded layers, count_macs fails: {type(error).__name__}: {why}"[:200]
+
+
+@dataclass
+class _Installer:
+    """Puts gates into ``result``; ``gated`` says where they multiply in the record of the source."""
+
+    result: nn.Module
+    flow: Flow
+    conversion: Conversion
+    estimator: str
+
+    def __post_init__(self) -> None:
+        self.gated = Gated({}, {}, {})
+        self.values: dict[Value, tuple[str, int]] = {}
+        self.inputs: dict[tuple[Node, Value], tuple[str, int]] = {}
+        self.layers: dict[Node, tuple[str, ...]] = {}
+        self.links: list[Link] = []
+        self.link_of: dict[Site, Link] = {}
+        self.path_of: dict[Site, str] = {}
+
+    def layer(self, branch: Branch, selection: Selection) -> str:
+        """Gate a residual branch; why not, or empty."""
+        found = self.flow.record
+        if reason := selection.reason(branch.name, self.result.get_submodule(branch.name)):
+            return reason
+        modules = [n.module for n in branch.nodes if n.module is not None]
+        parameters = [p for module in modules for p in module.parameters()]
+        if parameters and not any(p.requires_grad for p in parameters):
+            return "its weights are frozen (requires_grad=False)"
+        start, end = branch.start(found), branch.end(found)
+        for call in (start, end):
+            if isinstance(call, str):
+                return call
+        assert not isinstance(start, str) and not isinstance(end, str)
+        channels, axis = self.flow[branch.entry].size, self.flow[branch.entry].axis
+        first, last = self.result.get_submodule(start.path), self.result.get_submodule(end.path)
+        name = attach(first, open_gate(LayerGate(channels, estimator=self.estimator)), "layer_gate")
+        link = Link()
+        self.links.append(link)
+        convs = tuple(
+            self.result.get_submodule(n.scope) for n in branch.nodes
+            if type(n.module) is nn.Conv2d and len(found.calls_of(n.scope)) == 1
+        )  # fmt: skip
+        first.register_forward_pre_hook(install.DecideBranch(name, axis, link))
+        last.register_forward_hook(install.GateBranch("", axis, link, convs))
+        path = f"{start.path}.{name}"
+        self.conversion.gated[path] = f"the residual branch of {branch.name or 'the model'}"
+        for node in branch.nodes:
+            self.layers[node] = (*self.layers.get(node, ()), path)
+        return ""
+
+    def channel(self, site: Site) -> None:
+        """Gate the channels of a layer."""
+        channels = self.flow[site.value]
+        module = self.result.get_submodule(site.path)
+        convs = tuple(self.result.get_submodule(self._path(conv)) for conv in site.convs)
         if site.follows is not None:
-            _multiply(graph_module, site.node, list(site.node.users), factors[site.follows])
-            continue
-        suffix = ".channel_gate" if site.is_block else "_gate"
-        path = free_path(graph_module, f"{site.name}{suffix}".lstrip("."))
-        factors[site] = _gate_channels(graph_module, site, axes[site], path, opened, estimator)
-        conversion.gated[path] = f"the {'input' if site.readers else 'output'} channels of {site.name}"
+            leader = site.follows
+            link = self.link_of.setdefault(leader, Link())
+            self._link_leader(leader, link)
+            module.register_forward_hook(install.FollowGate("", channels.axis, link, convs))
+            self.values[site.value] = (self.path_of[leader], channels.size)
+            return
+        name = attach(module, open_gate(ChannelGate(channels.size, estimator=self.estimator)), "channel_gate")
+        path = f"{site.path}.{name}"
+        self.path_of[site] = path
+        kind = "input" if site.is_input and site.layer == site.path else "output"
+        self.conversion.gated[path] = f"the {kind} channels of {site.layer}"
+        if site.is_input:
+            module.register_forward_pre_hook(install.GateInput(name, channels.axis, None, convs))
+            reader = next(u for u in site.value.users if u.scope == site.path)
+            self.inputs[reader, site.value] = (path, channels.size)
+        else:
+            module.register_forward_hook(install.GateOutput(name, channels.axis, None, convs))
+            self.values[site.value] = (path, channels.size)
+
+    def _link_leader(self, leader: Site, link: Link) -> None:
+        for hook in install.hooks_of(self.result.get_submodule(leader.path)):
+            if isinstance(hook, install.GateOutput) and hook.name and hook.link is None:
+                hook.link = link
+                self.links.append(link)
+
+    def _path(self, module: nn.Module) -> str:
+        return next(n.scope for n in self.flow.record.nodes if n.module is module)
+
+    def finish(self) -> None:
+        """Hooks of the whole model."""
+        self.gated = Gated(self.values, self.inputs, self.layers)
+        self.result.register_forward_pre_hook(install.BeforeForward(self.links))
 
 
-def _layer_reason(branch: Branch, graph_module: fx.GraphModule, selection: Selection) -> str:
-    reason = selection.reason(branch.name, graph_module.get_submodule(branch.name))
-    if reason:
-        return reason
-    parameters = [
-        p for n in branch.nodes if n.op == "call_module" for p in graph_module.get_submodule(str(n.target)).parameters()
-    ]
-    if parameters and not any(p.requires_grad for p in parameters):
-        return "its weights are frozen (requires_grad=False)"
-    return ""
-
-
-def _gate_branch(graph_module: fx.GraphModule, branch: Branch, path: str, opened: Any, estimator: str) -> None:
-    """Addition = shortcut + part  becomes  AddBranch(shortcut, part of the open samples, gate(entry))."""
-    graph = graph_module.graph
-    entry = _as_read(graph_module, branch.entry, branch.nodes)
-    set_module(graph_module, path, opened(LayerGate(entry.meta["val"].shape[1], estimator=estimator)))
-    select_path, add_path = (free_path(graph_module, path.removesuffix("layer_gate") + n) for n in ("select", "add"))
-    set_module(graph_module, select_path, SelectOpen(0 if runs_empty(branch, graph_module) else 1))
-    set_module(graph_module, add_path, AddBranch())
-    readers = [n for n in entry.users if n in branch.nodes]
-    with graph.inserting_after(entry):
-        decision = graph.call_module(path, (entry,))
-    with graph.inserting_after(decision):
-        selected = graph.call_module(select_path, (entry, decision))
-    for reader in readers:
-        reader.replace_input_with(entry, selected)
-    addition = branch.addition
-    shortcut = next(a for a in addition.args[:2] if a is not branch.part)
-    addition.op, addition.target, addition.kwargs = "call_module", add_path, {}
-    addition.args = (shortcut, branch.part, decision)
-    selected.meta.update(entry.meta)
-
-
-def _as_read(graph_module: fx.GraphModule, node: fx.Node, readers: set[fx.Node]) -> fx.Node:
-    """The node itself or, where a branch around the readers was gated before, its selection of samples."""
-    for source in {n for reader in readers for n in reader.all_input_nodes}:
-        origin = source
-        while origin.op == "call_module" and isinstance(graph_module.get_submodule(str(origin.target)), SelectOpen):
-            origin = origin.args[0]  # type: ignore[assignment]
-        if origin is node:
-            return source
-    return node
-
-
-def _gate_channels(
-    graph_module: fx.GraphModule, site: Site, axis: int, path: str, opened: Any, estimator: str
-) -> fx.Node:
-    """Readers of ``site.node`` get its value times the gate's decision, which is returned."""
-    graph = graph_module.graph
-    node = site.node if site.readers is None else _as_read(graph_module, site.node, site.readers)
-    readers = [n for n in node.users if site.readers is None or n in site.readers]
-    set_module(graph_module, path, opened(ChannelGate(node.meta["val"].shape[axis], estimator=estimator)))
-    with graph.inserting_after(node):
-        image = node if axis == 1 else graph.call_method("permute", (node, 0, 3, 1, 2))
-    with graph.inserting_after(image):
-        decision = graph.call_module(path, (image,))
-    index = (slice(None), *([slice(None), None, None] if axis == 1 else [None, None, slice(None)]))
-    with graph.inserting_after(decision):
-        factor = graph.call_function(operator.getitem, (decision, index))
-    _multiply(graph_module, node, readers, factor)
-    return factor
-
-
-def _multiply(graph_module: fx.GraphModule, node: fx.Node, readers: list[fx.Node], factor: fx.Node) -> None:
-    """``readers`` get ``node * factor`` for ``node``, behind the later of the two."""
-    order = {n: index for index, n in enumerate(graph_module.graph.nodes)}
-    with graph_module.graph.inserting_after(max(node, factor, key=order.__getitem__)):
-        product = graph_module.graph.call_function(torch.mul, (node, factor))
-    product.meta.update(node.meta)
-    for reader in readers:
-        reader.replace_input_with(node, product)
+def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion: Conversion) -> None:
+    opened = copy.deepcopy(result)
+    for name, gate in find_gates(opened).items():
+        opened.set_submodule(name, FrozenGate(torch.ones_like(gate.running_open_rate, dtype=torch.bool)))
+    require_same(model, result, example_input, "gate_model")
+    inputs = example_input
+    if isinstance(example_input, Tensor):
+        inputs = example_input[:4] if len(example_input) > 1 else torch.cat([example_input, example_input.flip(-1)])
+    note = require_same_training(copy.deepcopy(model), opened, inputs, "gate_model")
+    conversion.note = "; ".join(filter(None, (conversion.note, note)))
 
 
 def _check(model: Any, gate: str, position: str, estimator: str, example_input: Any) -> None:
@@ -242,16 +247,21 @@ def _check(model: Any, gate: str, position: str, estimator: str, example_input: 
         raise TypeError("gate_model: a TorchScript module has no code left to trace; pass the torch.nn.Module itself")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ValueError("gate_model: the model has lazy layers without weights; run it on an image once")
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError("gate_model: the model is on the meta device, without weights; load them first")
     if gates := find_gates(unwrap(model)):
         raise ValueError(
             f"gate_model: the model has gates already (as {next(iter(gates))!r}); pass the network without gates, "
-            f"gate='both' puts in both kinds; what is frozen can be cut first, by gatedconv.compact"
+            f"gate='both' puts in both kinds; what is frozen can be compacted first, by gatedconv.compact"
         )
-    if not isinstance(example_input, Tensor) or example_input.dim() != 4:
-        kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-        raise TypeError(f"gate_model: example_input must be a tensor (N, C, H, W), got {kind}")
-    if not example_input.is_floating_point():
-        raise TypeError(f"gate_model: example_input must be of a floating-point type, got {example_input.dtype}")
+    if not isinstance(example_input, (tuple, list, Mapping)):
+        if not isinstance(example_input, Tensor) or example_input.dim() not in (4, 5):
+            kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+            raise TypeError(
+                f"gate_model: example_input must be a tensor (N, C, H, W), a tuple or a dict of inputs, got {kind}"
+            )
+        if not example_input.is_floating_point():
+            raise TypeError(f"gate_model: example_input must be of a floating-point type, got {example_input.dtype}")
     for name, value, allowed in (
         ("gate", gate, GATES),
         ("position", position, POSITIONS),

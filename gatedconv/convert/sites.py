@@ -1,22 +1,20 @@
-"""Where channel gates go: behind the norm of each convolution, its activation, or before a block."""
+"""Where channel gates go: behind the norm of each convolution, in front of what reads an activation, or of a block."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from gatedconv.convert.branches import Branch
-from gatedconv.convert.canonical import op_name, scope_of, submodule
-from gatedconv.convert.computed import has_own_hooks, is_conv
 from gatedconv.convert.conversion import Selection
-from gatedconv.convert.flow import ACTIVATIONS, MIXING_NORMS, NORMS, Flow
-from gatedconv.convert.trace import attribute
-from gatedconv.gating import Gate
-from gatedconv.gating.gate import LearnedGate
+from gatedconv.convert.flow import ACTIVATION_OPS, ACTIVATIONS, MIXING_NORMS, NORMS, Flow, is_mixing, op_name
+from gatedconv.convert.record import CALL, ModuleCall, Node, Value, has_own_hooks
+
+GATED_ALREADY = "another layer's gate is in the same place"
 
 
 @dataclass(eq=False)
@@ -24,238 +22,268 @@ class Site:
     """A channel gate to be.
 
     Attributes:
-        name: path of the layer whose output is gated.
-        node: the gate reads and multiplies this node's value.
-        readers: the nodes that get the product; None for all.
-        is_block: the name is that of a block, whose input is gated.
+        layer: path of the layer, or block, whose channels are gated.
+        path: of the module that gets the gate.
+        value: what is gated.
+        is_input: whether the module's input is gated, rather than its output.
         follows: the site whose gate is used again, behind a depthwise convolution of what that one gates.
+        convs: convolutions that compute the gated channels and nothing else.
     """
 
-    name: str
-    node: fx.Node
-    readers: set[fx.Node] | None = None
+    layer: str
+    path: str
+    value: Value
+    is_input: bool = False
     follows: Site | None = None
-    is_block: bool = False
+    convs: tuple[nn.Module, ...] = ()
 
 
+@dataclass
 class SiteFinder:
-    """Walks the convolutions of a graph; ``skipped`` collects the reasons."""
+    """Walks the layers of a record; ``skipped`` collects the reasons."""
 
-    def __init__(self, flow: Flow, branches: list[Branch], selection: Selection) -> None:
-        self.flow = flow
-        self.branches = branches
-        self.selection = selection
-        self.skipped: dict[str, str] = {}
-        self.calls = Counter(str(n.target) for n in self._nodes() if n.op == "call_module")
-        self.owners = self._readers_of_parameters()
-        self.shortcut_nodes = {n for branch in branches for n in branch.shortcut_nodes}
+    flow: Flow
+    branches: list[Branch]
+    selection: Selection
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.record = self.flow.record
+        self.model = self.record.model
+        self.owners = Counter(
+            id(p) for path in self.record.calls for p in self.model.get_submodule(path).parameters(recurse=False)
+        )
+        self.shortcut_nodes = {n for branch in self.branches for n in branch.shortcut_nodes}
         # An identity shortcut carries these on to every later block: a channel closed here alone saves nothing.
-        self.stream_nodes = {n for b in branches if not b.shortcut_nodes for n in self._origin(b.entry)}
+        self.stream = {v for b in self.branches if not b.shortcut_nodes for v in self._origin(b.entry)}
         self.pooled = self._pooled()
         self.final = self._final()
 
-    def _readers_of_parameters(self) -> Counter[int]:
-        """How many layers of the graph hold each parameter; what only the original's code reads does not count."""
-        root = self.flow.graph_module
-        called = {m for path in self.calls for m in root.get_submodule(path).modules()}
-        read = {str(n.target) for n in self._nodes() if n.op == "get_attr"}
-        count = Counter(id(p) for module in called for p in module.parameters(recurse=False))
-        return count + Counter(id(attribute(root, path)) for path in read)
-
     def find(self, position: str) -> list[Site]:
         """The sites for one of the positions "after", "middle", "before"."""
-        if position == "before":
-            return self._before()
+        sites = self._before() if position == "before" else self._behind(position)
+        self._explain_the_rest()
+        return sites
+
+    # -- positions -------------------------------------------------------------------------------------
+
+    def _behind(self, position: str) -> list[Site]:
         sites: list[Site] = []
-        gated: dict[fx.Node, Site] = {}
-        for node in self._nodes():
-            if self.flow.kind(node) not in ("conv", "linear"):
-                module = submodule(node)
-                if isinstance(module, nn.modules.conv._ConvTransposeNd):
-                    self.skipped[str(node.target)] = "a transposed convolution"
-                elif isinstance(module, nn.modules.conv._ConvNd):
-                    self.skipped[str(node.target)] = _why_no_conv(module)
+        gated: dict[Value, Site] = {}
+        for node in self._layers():
+            name, value = node.scope, node.outputs[0]
+            reason = self._reason(node)
+            found = self._target(value, position) if not reason else reason
+            if isinstance(found, str):
+                self.skipped[name] = found
                 continue
-            name = scope_of(node) or node.name
-            reason = self._reason(node, name)
-            target = self._target(node, position) if not reason else None
+            path, target, is_input = found
             leader = self._leader(node, gated)
-            if target is not None and leader is not None and target not in gated:
+            reason = self._target_reason(name, target, path)
+            if reason:
+                self.skipped[name] = reason
+            elif target in gated:
+                self.skipped[name] = GATED_ALREADY
+            elif leader is not None and not is_input and not leader.is_input:
+                self.skipped[name] = f"depthwise: the gate of {leader.layer} closes its channels too"
                 gated[target] = leader
-                sites.append(Site(name, target, follows=leader))
-                self.skipped[name] = f"depthwise: the gate of {leader.name} closes its channels too"
-                continue
-            if target is None:
-                self.skipped[name] = reason or "no activation follows inside its branch"
-                continue
-            if target in self.stream_nodes:
-                self.skipped[name] = "identity shortcuts carry its output on"
-                continue
-            if target in gated:
-                self.skipped[name] = "another layer's gate is in the same place"
-                continue
-            gated[target] = Site(scope_of(target) or name, target)
-            sites.append(gated[target])
+                sites.append(Site(name, path, target, follows=leader, convs=self._convs(node, target)))
+            else:
+                gated[target] = Site(name, path, target, is_input, convs=self._convs(node, target))
+                sites.append(gated[target])
         return sites
 
     def _before(self) -> list[Site]:
-        sites = []
+        sites: list[Site] = []
         inside = {n for branch in self.branches for n in branch.nodes}
         for branch in self.branches:
-            module = self.flow.graph_module.get_submodule(branch.name)
-            name = branch.name or branch.addition.name
-            reason = self.selection.reason(name, module)
-            if branch.entry.op == "placeholder":
-                reason = "it reads the model's input"
-            if reason:
-                self.skipped[name] = reason
-            else:
-                readers = {n for n in branch.entry.users if n in branch.nodes}
-                sites.append(Site(branch.name, branch.entry, readers, is_block=True))
-        for node in self._nodes():
-            if self.flow.kind(node) not in ("conv", "linear") or node in inside:
+            reason = self.selection.reason(branch.name, self.model.get_submodule(branch.name))
+            readers = [u for u in branch.entry.users if u in branch.nodes]
+            if branch.entry.node is not None and branch.entry.node.op == "input":
+                reason = reason or "it reads the model's input"
+            self._read_by(sites, branch.name or "the model", branch.entry, readers, reason)
+        for node in self._layers():
+            if node in inside:
                 continue
-            name, source = scope_of(node) or node.name, node.all_input_nodes[0]
-            reason = self._reason(node, name, output=False)
-            if not reason and source.op == "placeholder":
-                reason = "it reads the model's input"
-            if reason:
-                self.skipped[name] = reason
-            else:
-                sites.append(Site(name, source, {node}))
+            reason = self._reason(node, output=False)
+            source = node.inputs[0]
+            if source.node is not None and source.node.op == "input":
+                reason = reason or "it reads the model's input"
+            self._read_by(sites, node.scope, source, [node], reason)
         return sites
 
-    def _nodes(self) -> list[fx.Node]:
-        return list(self.flow.graph_module.graph.nodes)
+    def _read_by(self, sites: list[Site], name: str, value: Value, readers: list[Node], reason: str) -> None:
+        if not reason and (len(readers) != 1 or readers[0].op != CALL):
+            reason = "its input is read by several layers, or by code that is no module"
+        if not reason and len(self.record.calls_of(readers[0].scope)) > 1:
+            reason = "the layer that reads it is called several times"
+        if not reason and any(site.path == readers[0].scope for site in sites):
+            reason = GATED_ALREADY
+        if reason:
+            self.skipped[name] = reason
+        else:
+            sites.append(Site(name, readers[0].scope, value, is_input=True))
 
-    def _reason(self, node: fx.Node, name: str, *, output: bool = True) -> str:
-        """Why this convolution is left alone; empty if it is not."""
-        module = submodule(node)
-        owner = module if module is not None else self.flow.graph_module.get_submodule(name)
-        parameters = list(module.parameters(recurse=False)) if module is not None else []
-        channels, value = self.flow[node], node.meta["val"]
-        if chosen := self.selection.reason(name, owner):
+    def _target(self, value: Value, position: str) -> tuple[str, Value, bool] | str:
+        """The module to gate, what is gated, and whether that is the module's input; or why there is none."""
+        norm = self._norm_behind(value)
+        if norm is not None and len(self.record.calls_of(norm.path)) > 1:
+            return f"its norm {norm.path} is called {len(self.record.calls_of(norm.path))} times"
+        path = norm.path if norm is not None else value.node.scope  # type: ignore[union-attr]
+        current = norm.outputs[0] if norm is not None else value
+        if position == "after":
+            return path, current, False
+        user = current.users[0] if len(current.users) == 1 else None
+        if user is None or not is_activation(user):
+            return "no activation follows inside its branch"
+        result = user.outputs[0]
+        readers = [u for u in result.users]
+        if len(readers) == 1 and readers[0].op == CALL and len(self.record.calls_of(readers[0].scope)) == 1:
+            return readers[0].scope, result, True
+        if user.op == CALL and len(self.record.calls_of(user.scope)) == 1:
+            return user.scope, result, False
+        return "its activation is no module of its own, and several layers read it"
+
+    def _norm_behind(self, value: Value) -> ModuleCall | None:
+        """The norm, of any class, that alone reads a value."""
+        for call in self.record.readers(value):
+            if not is_norm(call.module) or len(call.inputs) != 1 or len(call.outputs) != 1:
+                continue
+            same = call.outputs[0].tensor.shape == value.tensor.shape
+            if same and value.users and all(call.first <= user.order < call.last for user in value.users):
+                return call
+        return None
+
+    # -- reasons ---------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[Node]:
+        return [n for n in self.record.nodes if n.op == CALL and self.flow.kind(n.outputs[0]) in ("conv", "linear")]
+
+    def _reason(self, node: Node, *, output: bool = True) -> str:
+        """Why this layer is left alone; empty if it is not."""
+        module, name, value = node.module, node.scope, node.outputs[0]
+        assert module is not None
+        parameters = list(module.parameters(recurse=False))
+        calls = len(self.record.calls_of(name))
+        if chosen := self.selection.reason(name, module):
             return chosen
-        if self.flow.kind(node) == "linear" and value.dim() != 4:
+        if self.flow.kind(value) == "linear" and value.tensor.dim() != 4:
             return "a dense layer"
-        if node.op == "call_module" and self.calls[str(node.target)] > 1:
-            return f"called {self.calls[str(node.target)]} times: its weights are shared"
+        if calls > 1:
+            return f"called {calls} times: its weights are shared"
         if any(self.owners[id(p)] > 1 for p in parameters):
             return "its weights are shared with another layer"
-        if parameters and not any(p.requires_grad for p in parameters):
+        if parameters and not any(p.requires_grad for p in module.parameters()):
             return "its weights are frozen (requires_grad=False)"
-        if node in self.pooled:
+        if value in self.pooled:
             return "it works on pooled 1x1 maps"
         if node in self.shortcut_nodes:
             return "the shortcut of a residual block"
-        if output and channels.size < 2:
-            return "a single output channel"
-        if output and node in self.final:
-            return "its channels are the model's outputs"
+        return "a single output channel" if output and self.flow[value].size < 2 else ""
+
+    def _target_reason(self, name: str, target: Value, path: str) -> str:
+        if target in self.stream:
+            return "identity shortcuts carry its output on"
+        if has_own_hooks(self.model.get_submodule(path)):
+            return f"{path} has hooks, which may change what it returns"
+        if target in self.final:
+            if not self.selection.names_exactly(name):
+                return "its channels are the model's outputs"
+            warnings.warn(
+                f"gate_model: {name} is gated because include names it, though its channels are the model's outputs: "
+                f"a closed one is constant for every image", stacklevel=5,
+            )  # fmt: skip
         return ""
 
-    def _leader(self, node: fx.Node, gated: dict[fx.Node, Site]) -> Site | None:
+    def _explain_the_rest(self) -> None:
+        """A reason for every other convolution of the model."""
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.modules.conv._ConvNd) or name in self.skipped:
+                continue
+            calls = self.record.calls_of(name)
+            known = calls and self.flow.kind(calls[0].outputs[0]) == "conv"
+            if not known:
+                self.skipped[name] = _why_no_conv(module, bool(calls))
+
+    # -- sets of values --------------------------------------------------------------------------------
+
+    def _leader(self, node: Node, gated: dict[Value, Site]) -> Site | None:
         """Of a depthwise convolution, the site that gates its input."""
-        module = submodule(node)
+        module = node.module
         if not (isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1):
             return None
-        return next((gated[n] for n in self._origin(node.all_input_nodes[0]) if n in gated), None)
+        found = next((gated[v] for v in self._origin(node.inputs[0]) if v in gated), None)
+        return found.follows or found if found is not None else None
 
-    def _origin(self, node: fx.Node) -> set[fx.Node]:
-        """The nodes from which a value comes channel by channel."""
-        chain = {node}
-        while self.flow.kind(node) == "channelwise" and node.all_input_nodes:
-            node = node.all_input_nodes[0]
-            chain.add(node)
+    def _origin(self, value: Value) -> list[Value]:
+        """The values from which one comes channel by channel."""
+        chain = [value]
+        while self.flow.kind(value) == "elementwise" and len(self.flow.operands(value.node)) == 1:  # type: ignore[arg-type]
+            value = self.flow.source(value.node)  # type: ignore[arg-type]
+            chain.append(value)
         return chain
 
-    def _target(self, node: fx.Node, position: str) -> fx.Node | None:
-        """The node to gate: the norm after the convolution or, in the middle, the activation after that."""
-        current = node
-        if (norm := _only_user(current)) is not None and isinstance(submodule(norm), NORMS + MIXING_NORMS):
-            current = norm
-        if position == "after":
-            return current
-        user = _only_user(current)
-        return user if user is not None and is_activation(user) else None
+    def _convs(self, node: Node, target: Value) -> tuple[nn.Module, ...]:
+        """The convolution, where between it and the gate every channel is by itself and nothing else reads it."""
+        for value in self._origin(target):
+            if value is not target and len({u.order for u in value.users}) > 1:
+                return ()
+            if value is node.outputs[0]:
+                return (node.module,) if type(node.module) is nn.Conv2d and not has_own_hooks(node.module) else ()
+        return ()
 
-    def _pooled(self) -> set[fx.Node]:
-        """Nodes whose value is made of global averages alone, as inside squeeze-excite."""
-        pooled: set[fx.Node] = set()
-        for node in self._nodes():
-            sources = [n for n in node.all_input_nodes if self.flow.has_channels(n)]
-            if _is_global_pool(node) or (sources and all(n in pooled for n in sources)):
-                pooled.add(node)
+    def _pooled(self) -> set[Value]:
+        """Values that are made of global averages alone, as inside squeeze-excite."""
+        pooled: set[Value] = set()
+        for node in self.record.nodes:
+            sources = self.flow.operands(node)
+            reduces = sources and sources[0].tensor.dim() == 4 and node.outputs and _is_global_pool(node)
+            if reduces or (sources and all(v in pooled for v in sources)):
+                pooled.update(node.outputs)
         return pooled
 
-    def _final(self) -> set[fx.Node]:
-        """Nodes whose channels reach the model's output one by one."""
-        final: set[fx.Node] = set()
-        for node in reversed(self._nodes()):
-            if any(
-                u.op == "output" or (u in final and self.flow.kind(u) in ("channelwise", "move")) for u in node.users
-            ):
-                final.add(node)
+    def _final(self) -> set[Value]:
+        """Values whose channels reach the model's output with no layer in between that mixes channels."""
+        final: set[Value] = set()
+        for node in reversed(self.record.nodes):
+            if node.op == "output" or (any(v in final for v in node.outputs) and not is_mixing(node)):
+                final.update(node.inputs)
         return final
 
 
-def is_activation(node: fx.Node) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm: torch.nn's, or of a class that is called one and holds no other layers."""
+    if isinstance(module, NORMS + MIXING_NORMS):
+        return True
+    if "norm" not in type(module).__name__.lower() or type(module).__name__.startswith("Gated"):
+        return False
+    return not any(isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) for m in module.modules())
+
+
+def is_activation(node: Node) -> bool:
     """Whether the node is an activation function, as a module or a call."""
-    if node.op == "call_module":
-        return isinstance(submodule(node), ACTIVATIONS + (nn.PReLU,))
-    names = (
-        "relu",
-        "relu6",
-        "silu",
-        "gelu",
-        "hardswish",
-        "hardsigmoid",
-        "sigmoid",
-        "tanh",
-        "leaky_relu",
-        "elu",
-        "mish",
-    )
-    return node.op in ("call_function", "call_method") and op_name(node) in names
+    if node.op == CALL:
+        return isinstance(node.module, (*ACTIVATIONS, nn.PReLU))
+    return op_name(node) in ACTIVATION_OPS
 
 
-def _why_no_conv(module: nn.modules.conv._ConvNd) -> str:
+def _why_no_conv(module: nn.Module, called: bool) -> str:
+    if not called:
+        return "it does not run on example_input, or its forward is not called through the module"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "a transposed convolution"
     if has_own_hooks(module):
         return "it has hooks, which may change what it returns"
-    if isinstance(module, nn.Conv2d) and not is_conv(module):
-        return f"a {type(module).__name__}, whose code is its own"
     if not isinstance(module, nn.Conv2d):
         return f"a {type(module).__name__}: only two-dimensional convolutions are gated"
     return "its input is no image with channels in dimension 1"
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is_global_pool(node: fx.Node) -> bool:
-    module = submodule(node)
+def _is_global_pool(node: Node) -> bool:
+    module = node.module
     if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
         return module.output_size in (1, (1, 1))
-    if node.op == "call_module":
-        return False
-    if node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
-        return node.args[1:2] in ((1,), ((1, 1),)) or node.kwargs.get("output_size") in (1, (1, 1))
-    if node.op in ("call_function", "call_method") and op_name(node) in ("mean", "amax", "adaptive_avg_pool2d"):
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return isinstance(dim, (tuple, list)) and {d for d in dim if isinstance(d, int)} in ({2, 3}, {-1, -2}, {1})
+    if module is None and op_name(node) in ("mean", "amax", "_adaptive_avg_pool2d"):
+        shape = node.outputs[0].tensor.shape
+        return len(shape) == 4 and (shape[2:] == torch.Size((1, 1)) or shape[1:3] == torch.Size((1, 1)))
     return False
-
-
-def open_gate(gate: LearnedGate) -> Gate:
-    """Set a new gate to open whatever it reads: its logits are 0.5, inside the estimators' windows.
-
-    Features of a pretrained network can be of any magnitude, so the last layer's weights start at zero.
-    ``batch_mean`` compares logits with each other and would find all of them equal: it gets tiny ones.
-    """
-    if gate.estimator.name == "batch_mean":
-        with torch.no_grad():
-            gate.fc2.weight.mul_(1e-3)
-    else:
-        nn.init.zeros_(gate.fc2.weight)
-    return gate

@@ -1,75 +1,74 @@
-"""Cutting: a frozen model becomes a smaller plain one that computes the same numbers."""
+"""Compacting: a frozen model becomes a smaller one that computes the same numbers."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from gatedconv.convert.canonical import canonicalize
-from gatedconv.convert.computed import settle_weights
-from gatedconv.convert.trace import TraceFailure, evaluate_shapes, quiet, trace
-from gatedconv.deploy.cut import cut_graph
+from gatedconv.convert import ConversionError, require_same
+from gatedconv.convert.flow import Flow
+from gatedconv.convert.install import (
+    DecideBranch,
+    GateBranch,
+    GateInput,
+    hooks_of,
+    mask_of,
+    masks_by_link,
+    remove_gates,
+)
+from gatedconv.convert.record import Node, Record, Value, record
+from gatedconv.convert.verify import as_inputs, tensors_of
+from gatedconv.deploy.channels import Channels, Masks
+from gatedconv.deploy.shrink import CannotSlice, shrink
 from gatedconv.gating import FrozenGate, find_gates, unwrap
 from gatedconv.models import ResNet
-from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, GatherChannels, GraphNet
+from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, Conv2d, FrozenConv2d, GatherChannels
 from gatedconv.nn.graph_net import require_size
 
+CARE = 3  # attempts, each of which lets the model's code see fewer tensors of fewer channels
 
-def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int | None = None) -> nn.Module:
+
+def compact(
+    frozen: nn.Module, example_input: Any, *, channel_multiple: int | None = None, verify: bool = True
+) -> nn.Module:
     """A copy without gates, and without what they closed; the outputs in eval are those of ``frozen``.
 
-    A closed layer leaves its shortcut; closed channels leave the convolutions on both their sides, and
-    what is left of a branch is added into the channels that it belongs to. A branch whose inner channels
-    are all closed leaves the constant that its last norm makes of zeros.
-
-    Our ResNets stay ResNets. Any other network becomes a ``torch.fx.GraphModule`` of torch.nn modules and a
-    few tiny ones of ``gatedconv.nn`` (``ScatterAdd``, ``GatherChannels``, ...). Where it is not proven that a
-    channel can go, it is computed, or its constant is put back. A network that cannot be traced keeps its
-    frozen layers, with a warning.
+    Every model keeps its class and its code. Convolutions, dense layers and norms become smaller in their places.
+    Where the code around a layer expects all channels (a residual stream, a tensor that is split), small modules of
+    ``gatedconv.nn`` choose and scatter them (``GatherChannels``, ``ScatterChannels``), or put the constants in
+    that closed channels leave. What is shared stays shared, and what is not proven is not removed: layers that
+    are called several times, whose weights are computed or read by other code keep their channels.
 
     Args:
         frozen: the result of ``freeze``.
-        example_input: (N, C, H, W) that the model accepts. Where all that a layer reads is closed, its constant is
-            worked out for images of this height and width. Where such a constant depends on the size, the result has
-            the attribute ``fixed_size``, (H, W), and raises ValueError for images of another one.
+        example_input: (N, C, H, W) that the model accepts, or a tuple of positional or a dict of keyword arguments.
         channel_multiple: keep so many closed channels, as zeros, that the width behind each gate is a multiple of
             this. None: 8 where ``example_input`` is on a GPU, whose matrix units need it, else 1.
+        verify: compare the result with ``frozen`` on the example, a larger batch and larger images; costs three
+            forwards of each.
 
     Raises:
         TypeError: for arguments of another kind.
         ValueError: for a model whose gates are not frozen, or that does not run on ``example_input``.
+        ConversionError: the result would not compute what ``frozen`` does.
     """
-    if not isinstance(frozen, nn.Module):
-        raise TypeError(f"compact: the model must be a torch.nn.Module, got {type(frozen).__name__}")
-    if not isinstance(example_input, Tensor) or example_input.dim() != 4:
-        kind = str(tuple(example_input.shape)) if isinstance(example_input, Tensor) else type(example_input).__name__
-        raise TypeError(f"compact: example_input must be a tensor (N, C, H, W), got {kind}")
-    if not example_input.is_floating_point() or example_input.is_meta:
-        kind = f"{example_input.dtype} on {example_input.device}"
-        raise TypeError(f"compact: example_input must be of a floating-point type and hold data, got {kind}")
-    if channel_multiple is None:
-        channel_multiple = 8 if example_input.is_cuda else 1
-    if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:
-        raise ValueError(f"compact: channel_multiple must be a positive int, got {channel_multiple!r}")
-    learning = [name for name, gate in find_gates(frozen).items() if not isinstance(gate, FrozenGate)]
-    if learning:
-        raise ValueError(f"compact: freeze the model first; gate {learning[0]!r} is still learning")
+    channel_multiple = _check(frozen, example_input, channel_multiple)
     model = copy.deepcopy(unwrap(frozen))
-    settle_weights(model)
-    _cut_our_blocks(model, channel_multiple)
-    require_size(model, example_input)
-    result = _cut_rest(model, example_input, channel_multiple) if find_gates(model) else model
+    _compact_our_blocks(model, channel_multiple)
+    if isinstance(example_input, Tensor):
+        require_size(model, example_input)
+    result = _compact_rest(model, frozen, example_input, channel_multiple, verify) if find_gates(model) else model
     for attribute in ("mac_terms", "conversion"):
-        if hasattr(result, attribute):
-            delattr(result, attribute)
-    if "fixed_size" in vars(model):
-        vars(result)["fixed_size"] = vars(model)["fixed_size"]
+        vars(result).pop(attribute, None)
+    if isinstance(example_input, Tensor):
+        vars(result)["input_size"] = tuple(example_input.shape[1:])
     consensus = getattr(frozen, "consensus", None)
     if consensus is not None:  # a state dict may have moved the masks since the vote
         masks = {name: gate.mask for name, gate in find_gates(frozen).items() if isinstance(gate, FrozenGate)}
@@ -79,7 +78,27 @@ def compact(frozen: nn.Module, example_input: Tensor, *, channel_multiple: int |
     return result.train(frozen.training)
 
 
-def _cut_our_blocks(model: nn.Module, channel_multiple: int) -> None:
+def _check(frozen: Any, example_input: Any, channel_multiple: int | None) -> int:
+    if not isinstance(frozen, nn.Module):
+        raise TypeError(f"compact: the model must be a torch.nn.Module, got {type(frozen).__name__}")
+    if not isinstance(example_input, (tuple, list, Mapping)):
+        if not isinstance(example_input, Tensor) or example_input.dim() not in (4, 5):
+            kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+            raise TypeError(f"compact: example_input must be a tensor (N, C, H, W), got {kind}")
+        if not example_input.is_floating_point() or example_input.is_meta:
+            kind = f"{example_input.dtype} on {example_input.device}"
+            raise TypeError(f"compact: example_input must be of a floating-point type and hold data, got {kind}")
+    if channel_multiple is None:
+        channel_multiple = 8 if any(t.is_cuda for t in tensors_of(as_inputs(example_input))) else 1
+    if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:
+        raise ValueError(f"compact: channel_multiple must be a positive int, got {channel_multiple!r}")
+    learning = [name for name, gate in find_gates(frozen).items() if not isinstance(gate, FrozenGate)]
+    if learning:
+        raise ValueError(f"compact: freeze the model first; gate {learning[0]!r} is still learning")
+    return channel_multiple
+
+
+def _compact_our_blocks(model: nn.Module, channel_multiple: int) -> None:
     for name, block in list(model.named_modules()):
         if isinstance(block, BasicBlock):
             small: nn.Module = compact_block(block, channel_multiple)
@@ -88,29 +107,102 @@ def _cut_our_blocks(model: nn.Module, channel_multiple: int) -> None:
             model.set_submodule(name, small)
 
 
-def _cut_rest(model: nn.Module, example_input: Tensor, channel_multiple: int) -> nn.Module:
-    """The general cut, on the CPU; a model without a graph keeps its frozen gates, which skip what is closed."""
-    device = example_input.device
-    example = example_input.detach().cpu()
-    model = model.cpu().eval()
-    try:
-        graph_module = fx.GraphModule(model, model.graph) if isinstance(model, GraphNet) else trace(model, example)[0]
-    except TraceFailure as failure:
-        warnings.warn(f"compact: the model keeps its frozen layers, it cannot be traced: {failure}", stacklevel=3)
-        return model.to(device)
-    canonicalize(graph_module, model)
-    _require_runs(graph_module, example_input, example)
-    return cut_graph(graph_module, example, channel_multiple, type(model).__name__).to(device)
+def _compact_rest(
+    model: nn.Module, frozen: nn.Module, example_input: Any, channel_multiple: int, verify: bool
+) -> nn.Module:
+    """Any other model: make layers smaller where they are; with more care where an attempt fails."""
+    closed = _closed(model)
+    remove_gates(model)
+    _plain_convolutions(model)
+    found = _recorded(model, example_input)
+    flow = Flow(found)
+    masks = _masks(flow, closed)
+    unsliceable: set[str] = set()
+    care = 0
+    while True:
+        result = copy.deepcopy(model)
+        try:
+            shrink(result, Channels(flow, masks, care, unsliceable))
+            if verify:
+                require_same(unwrap(frozen), result, example_input, "compact")
+            return result
+        except CannotSlice as failure:
+            unsliceable.add(failure.path)
+        except ConversionError:
+            care += 1
+            if care == CARE:
+                raise
 
 
-def _require_runs(graph_module: fx.GraphModule, given: Tensor, example: Tensor) -> None:
+def _closed(model: nn.Module) -> list[tuple[str, type, Tensor]]:
+    """Path of each module that frozen gates multiply at, the kind of its hook, and the mask."""
+    links, found = masks_by_link(model), []
+    for path, module in model.named_modules():
+        for hook in hooks_of(module):
+            mask = mask_of(hook, module, links)
+            if mask is not None and not isinstance(hook, DecideBranch):
+                found.append((path, type(hook), mask.cpu()))
+        if isinstance(module, Conv2d) and isinstance(module.gate, FrozenGate):
+            found.append((path, Conv2d, module.gate.mask.cpu()))
+    return found
+
+
+def _plain_convolutions(model: nn.Module) -> None:
+    """Our convolutions become torch.nn's own, with the same parameters."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, FrozenConv2d) or (isinstance(module, Conv2d) and isinstance(module.gate, FrozenGate)):
+            model.set_submodule(path, plain_conv(module))
+
+
+def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
+    """A ``torch.nn.Conv2d`` that shares the parameters, hooks and children of a convolution of ours."""
+    geometry: tuple[Any, Any, Any, Any] = (module.kernel_size, module.stride, module.padding, module.dilation)
+    plain = nn.Conv2d(
+        module.in_channels, module.out_channels, *geometry, module.groups, bias=False,
+        padding_mode=module.padding_mode, device="meta",
+    )  # fmt: skip
+    plain.weight, plain.bias = module.weight, module.bias
+    plain._forward_hooks, plain._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+    plain._modules.update({name: child for name, child in module._modules.items() if name != "gate"})
+    return plain.train(module.training)
+
+
+def _recorded(model: nn.Module, example_input: Any) -> Record:
+    args, kwargs = as_inputs(example_input)
+    if isinstance(example_input, Tensor) and len(example_input) < 2:
+        image = example_input if len(example_input) else example_input.new_zeros(1, *example_input.shape[1:])
+        try:
+            return record(model, (torch.cat([image, image]),))
+        except Exception:  # a model for single images
+            pass
     try:
-        with quiet():
-            evaluate_shapes(graph_module, example)
+        return record(model, args, kwargs)
     except Exception as error:  # whatever the layers raise
-        what = f"{tuple(given.shape)}, {given.dtype}, on {given.device}"
+        what = ", ".join(f"{tuple(t.shape)}, {t.dtype}, on {t.device}" for t in tensors_of((args, kwargs)))
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"compact: the model does not run on example_input ({what}): {why}") from error
+
+
+def _masks(flow: Flow, closed: list[tuple[str, type, Tensor]]) -> Masks:
+    values: dict[Value, Tensor] = {}
+    inputs: dict[tuple[Node, Value], Tensor] = {}
+    paths: dict[Value, str] = {}
+    for path, kind, mask in closed:
+        calls = flow.record.calls_of(path)
+        if not calls or not flow.has_channels((calls[0].inputs if kind is GateInput else calls[0].outputs)[0]):
+            continue
+        if kind is GateInput:
+            node = next(n for n in calls[0].inputs[0].users if n.scope == path)
+            inputs[node, calls[0].inputs[0]] = mask
+            continue
+        value = calls[0].outputs[0]
+        if kind is GateBranch:
+            if bool(mask.all()):
+                continue
+            mask = mask.expand(flow[value].size)
+        values[value] = values[value] & mask if value in values else mask
+        paths[value] = path
+    return Masks(values, inputs, paths)
 
 
 def compact_block(block: BasicBlock, channel_multiple: int = 1) -> CompactBlock:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+import io
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.trace import quiet
 from gatedconv.deploy.compact import compact
 from gatedconv.gating import FrozenGate, find_gates, unwrap
 
@@ -65,6 +67,18 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor
             why = f"{type(model).__name__} cannot be written as {format!r}: {_origin(error)}"
             raise ValueError(f"export: {why}") from error
         os.replace(part, path)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A failed export writes its graph and its stack to the log and to stderr; the exception says enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _origin(error: BaseException) -> str:

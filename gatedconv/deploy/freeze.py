@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.frozen import settle_frozen
+from gatedconv.convert.install import skip_closed
 from gatedconv.gating import FrozenGate, Gate, unwrap
 from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_votes
 from gatedconv.gating.registry import find_gates, require_gates
-from gatedconv.nn import GraphNet
 
 AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net is not the one that trained
 
@@ -95,8 +94,7 @@ def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         if isinstance(module, Gate):
             parent, _, attribute = name.rpartition(".")
             setattr(frozen.get_submodule(parent), attribute, constants[module])
-    if isinstance(frozen, GraphNet):
-        settle_frozen(frozen)
+    skip_closed(frozen)
     return frozen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from gatedconv._io import write_atomic
 from gatedconv.convert import Conversion
 from gatedconv.deploy.compact import compact
-from gatedconv.deploy.describe_graph import build_graph, describe_graph
 from gatedconv.deploy.freeze import Consensus, freeze_gates
+from gatedconv.deploy.graph import NoGraph, write_graph
+from gatedconv.deploy.graph_format import build_graph, describe_graph, require_small
+from gatedconv.deploy.surgery import describe_surgery, operate, ties_of
 from gatedconv.gating import FrozenGate, MacTerm, find_gates, unwrap
 from gatedconv.models import BUILDERS, ResNet
 from gatedconv.nn import CompactBlock, GraphNet
@@ -23,61 +26,87 @@ from gatedconv.nn import CompactBlock, GraphNet
 FORMAT = "gatedconv"
 VERSION = 1
 
+# Of modules that are made anew from another one when they are loaded: class -> (that model and its example's size).
+_PACKED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[int]]]] = {}
+_pack: list[Callable[[nn.Module, Tensor], nn.Module]] = []
+
+
+def register_packed(
+    cls: type[nn.Module],
+    unpack: Callable[[Any], tuple[nn.Module, list[int]]],
+    pack: Callable[[nn.Module, Tensor], nn.Module],
+) -> None:
+    """Let ``save`` and ``load`` take a class whose modules are packed from a model and an example input.
+
+    Args:
+        cls: the class, of which there is one.
+        unpack: module -> its model and the size of its example.
+        pack: model, example (zeros) -> the module.
+    """
+    _PACKED[cls] = unpack
+    _pack[:] = [pack]
+
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model to one file, from which ``load`` rebuilds it without the code that trained it.
 
-    The file is replaced as a whole or not at all.
+    The file is replaced as a whole or not at all. It holds tensors and JSON, never a pickle: of a network of
+    ``gatedconv.models`` how to build it; of any other its tensors, what ``gate_model``, ``freeze`` and ``compact``
+    changed in its modules, and, where its forward can be written down so, a graph of torch.nn layers.
 
     Args:
         model: one of ``gatedconv.models`` (dense, gated, frozen or compact), or what ``gate_model``,
             ``freeze`` and ``compact`` make of any other, or an ``Engine`` of one of them, which is packed anew when
-            it is loaded. Weights keep their dtype.
+            it is loaded. Weights keep their dtype, and shared tensors stay shared.
         path: the file, ``.safetensors`` by custom.
 
     Raises:
-        TypeError: for a model that has no description: a module with code of its own, or one of ours that was
+        TypeError: for a model that has no description: one that gatedconv did not make, or one of ours that was
             changed by hand so that it cannot be built again.
         OSError: where the file cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
-    from gatedconv.engine import Engine
-
     _require_path(path, "save")
     model = unwrap(model)
     example_size = None
-    if isinstance(model, Engine):
-        example_size, source = list(model.example_size), model.source
-        assert isinstance(source, nn.Module)  # mypy: what a Module's attribute may be
-        model = source
+    if type(model) in _PACKED:
+        model, example_size = _PACKED[type(model)](model)
+    ties = ties_of(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
     if isinstance(model, ResNet):
         description = _describe(model)
-    elif isinstance(model, GraphNet):
-        description = _describe_net(model)
     else:
-        raise TypeError(
-            f"save: a file holds models of gatedconv.models, and what gate_model or compact returns as a graph; a "
-            f"{type(model).__name__} has code of its own. gatedconv.export writes any model for a runtime"
-        )
+        description, more = _describe_net(model, example_size)
+        state |= more
+    if ties:
+        description["ties"] = ties
     if example_size is not None:
         description["engine"] = example_size
     # Copies: tensors that share their memory are written each by itself.
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     header = json.dumps(description)
-    try:  # a file that cannot be read again is found out now, not when it is needed
-        _rebuild(Path(path), header, tensors)
-    except ValueError as error:
-        raise TypeError(f"save: the model is not what its description builds any more: {error}") from error
+    if "surgery" not in description or "graph" in description:
+        try:  # a file that cannot be read again is found out now, not when it is needed
+            _rebuild(Path(path), header, tensors)
+        except ValueError as error:
+            raise TypeError(f"save: the model is not what its description builds any more: {error}") from error
     write_atomic(Path(path), to_bytes(tensors, {FORMAT: header}))
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
+def load(path: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
     """Read what ``save`` wrote: the same model, in eval mode, on the CPU; an ``Engine`` as one.
+
+    Args:
+        path: the file.
+        into: the dense network that was gated, built by your own code: the result is a copy of it, of the same class,
+            with the file's gates or smaller layers and its tensors; it trains on. None: networks of
+            ``gatedconv.models`` are built, others become a graph of torch.nn layers, in eval alone.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is damaged, cut short, foreign, or written by a newer version.
+        ValueError: a file that is damaged, cut short, foreign, or written by a newer version; a network that the
+            file does not fit; a file that needs ``into``.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -93,9 +122,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"load: {path} is not a whole safetensors file: {error}") from error
     if header is None:
         raise ValueError(f"load: {path} is a safetensors file, but gatedconv did not write it")
-    model = _rebuild(path, header, tensors)
+    model = _rebuild(path, header, tensors, into)
     example_size = json.loads(header).get("engine")
-    return model if example_size is None else _engine(path, model, example_size)
+    return model if example_size is None or into is not None else _packed(path, model, example_size, tensors)
 
 
 def _require_path(path: Any, where: str) -> None:
@@ -103,18 +132,43 @@ def _require_path(path: Any, where: str) -> None:
         raise TypeError(f"{where}: path must be a str or os.PathLike, got {type(path).__name__}")
 
 
-def _engine(path: Path, model: nn.Module, example_size: Any) -> nn.Module:
-    from gatedconv.engine import Engine
-
+def _packed(path: Path, model: nn.Module, example_size: Any, tensors: dict[str, Tensor]) -> nn.Module:
     dtype = next((value.dtype for value in model.parameters()), torch.float32)
+    if not _pack:
+        raise ValueError(f"load: {path} holds an Engine; import gatedconv.engine first")
     try:
-        return Engine(model, torch.zeros(example_size, dtype=dtype, device="cpu"))
+        require_small(example_size, tensors)
+        return _pack[0](model, torch.zeros(example_size, dtype=dtype, device="cpu"))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
 
 
-def _describe_net(model: GraphNet) -> dict[str, Any]:
-    description: dict[str, Any] = {"version": VERSION, "stage": "graph", "graph": describe_graph(model)}
+def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description of a network that is none of ours, and tensors of its graph beyond its state."""
+    description: dict[str, Any] = {"version": VERSION, "stage": "graph"}
+    if isinstance(model, GraphNet):
+        graph = model
+    else:
+        size = vars(model).get("input_size") or (tuple(example_size[1:]) if example_size else None)
+        description["stage"], description["class"] = "module", type(model).__qualname__
+        description["surgery"] = describe_surgery(model)
+        try:
+            if size is None:
+                raise NoGraph("gatedconv has not seen an image that it takes")
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            graph = write_graph(model, tuple(size), dtype)
+        except NoGraph as error:
+            if not description["surgery"]:
+                raise TypeError(
+                    f"save: gatedconv changed nothing in this {type(model).__name__}, and its forward cannot be "
+                    f"written as a graph ({error}); save its state_dict, or write it by gatedconv.export"
+                ) from error
+            description["no_graph"] = str(error)[:300]
+            graph = None
+    if graph is not None:
+        description["graph"] = describe_graph(graph)
+        if "fixed_size" in vars(graph):
+            description["fixed_size"] = list(vars(graph)["fixed_size"])
     if consensus := getattr(model, "consensus", None):
         description["consensus"] = _describe_consensus(consensus)
     if terms := getattr(model, "mac_terms", None):
@@ -123,9 +177,11 @@ def _describe_net(model: GraphNet) -> dict[str, Any]:
         description["conversion"] = dataclasses.asdict(conversion)
     if size := getattr(model, "input_size", None):
         description["input_size"] = list(size)
-    if size := getattr(model, "fixed_size", None):
-        description["fixed_size"] = list(size)
-    return description
+    more = {} if graph is None or graph is model else {
+        name: t for name, t in graph.state_dict().items() if name not in model.state_dict()}  # fmt: skip
+    if more:
+        description["extra"] = sorted(more)
+    return description, more
 
 
 def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
@@ -153,14 +209,34 @@ def _describe(model: ResNet) -> dict[str, Any]:
     return description
 
 
-def _rebuild(path: Path, header: str, tensors: dict[str, Tensor]) -> nn.Module:
+def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Module | None = None) -> nn.Module:
     try:
         description = json.loads(header)
         version = description["version"]
         if isinstance(version, bool) or not isinstance(version, int) or version > VERSION:
             raise _Newer(f"load: {path} has format version {version!r}; this gatedconv reads up to {VERSION}")
-        model = _build_net(description, tensors) if "graph" in description else _build_resnet(path, description)
-    except _Newer:
+        tensors = dict(tensors)
+        for copied, original in dict(description.get("ties", {})).items():
+            tensors[copied] = tensors[original]
+        if into is not None:
+            if "surgery" not in description:
+                raise _Unfit(f"load: {path} holds a model that is built without into=")
+            for name in description.get("extra", ()):
+                tensors.pop(name)
+            model = operate(into, description["surgery"], tensors)
+            _set_attributes(model, description)
+        elif "graph" in description:
+            model = _build_net(description, tensors)
+            missing = model.state_dict().keys()
+            tensors = {name: tensor for name, tensor in tensors.items() if name in missing}
+        elif "surgery" in description:
+            raise _Unfit(
+                f"load: {path} holds a {description['class']}, whose forward no graph describes "
+                f"({description.get('no_graph', '')}): build the dense network and pass it as into="
+            )
+        else:
+            model = _build_resnet(path, description)
+    except (_Newer, _Unfit):
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
@@ -169,7 +245,24 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor]) -> nn.Module:
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"load: the tensors in {path} do not fit its description: {first}") from error
+    _tie(model, dict(description.get("ties", {})))
     return model.eval()
+
+
+def _tie(model: nn.Module, ties: dict[str, str]) -> None:
+    """Shared tensors are one again."""
+    for copied, original in ties.items():
+        owner, _, name = copied.rpartition(".")
+        source, _, attribute = original.rpartition(".")
+        try:
+            value = getattr(model.get_submodule(source), attribute)
+            setattr(model.get_submodule(owner), name, value)
+        except AttributeError:  # a graph without one of them
+            continue
+
+
+class _Unfit(ValueError):
+    """A file that is whole, and not loaded this way."""
 
 
 class _Newer(ValueError):
@@ -190,6 +283,14 @@ def _build_resnet(path: Path, description: dict[str, Any]) -> nn.Module:
 
 def _build_net(description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     model = build_graph(description["graph"], tensors)
+    _set_attributes(model, description)
+    if "fixed_size" in description:
+        height, width = description["fixed_size"]
+        vars(model)["fixed_size"] = (int(height), int(width))
+    return model
+
+
+def _set_attributes(model: nn.Module, description: dict[str, Any]) -> None:
     if "consensus" in description:
         vars(model)["consensus"] = _consensus(description["consensus"])
     if "mac_terms" in description:
@@ -201,10 +302,6 @@ def _build_net(description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Mo
         vars(model)["conversion"] = Conversion(**description["conversion"])
     if "input_size" in description:
         vars(model)["input_size"] = tuple(description["input_size"])
-    if "fixed_size" in description:
-        height, width = description["fixed_size"]
-        vars(model)["fixed_size"] = (int(height), int(width))
-    return model
 
 
 def _consensus(stored: dict[str, Any]) -> Consensus:

@@ -127,6 +127,33 @@ class ScatterChannels(nn.Module):
         return f"channels={self.index.numel()} of {self.fill.shape[self.axis]}, axis={self.axis}"
 
 
+class Framed(nn.Sequential):
+    """A layer of a compact model with the small modules that choose its channels: gather, layer, pick, scatter."""
+
+
+class EmptyMap(nn.Module):
+    """x (N, C, H, W) -> (N, 0, H', W'): what is left of a convolution whose outputs nobody needs.
+
+    Args:
+        kernel_size, stride, padding, dilation: two ints each, of the convolution.
+    """
+
+    def __init__(
+        self, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Work out the size."""
+        height, width = (
+            (x.shape[2 + d] + 2 * self.padding[d] - self.dilation[d] * (self.kernel_size[d] - 1) - 1) // self.stride[d]
+            + 1
+            for d in (0, 1)
+        )
+        return x.new_zeros((x.shape[0], 0, height, width))
+
+
 class AppendOnes(nn.Module):
     """x (N, C, H, W) -> (N, C + 1, H, W): one more channel, all ones.
 

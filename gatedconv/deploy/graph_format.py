@@ -11,31 +11,68 @@ import keyword
 import operator
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from gatedconv import nn as gated_nn
-from gatedconv.convert.canonical import set_module
+from gatedconv.convert.flow import ELEMENTWISE, MIXING_OPS, MOVES, REDUCTIONS, SPATIAL_OPS
 from gatedconv.gating import ChannelGate, FrozenGate, Gate, LayerGate
 from gatedconv.gating.gate import LearnedGate
 from gatedconv.nn import FrozenConv2d, GraphNet
 
-_OPERATORS = ("add sub mul truediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ not_ is_ is_not iadd isub "
-              "imul matmul").split()  # fmt: skip
-_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # torch.fx quotes what is no identifier
 # Our modules: constructor arguments that are tensors of the state, and those that are plain attributes.
 _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "AddBranch": ((), ()), "AppendOnes": ((), ()), "ChannelBias": (("bias",), ()), "Constant": (("value",), ()),
-    "ConstantMap": (("value",), ("stride",)), "GatherChannels": (("index",), ("axis",)),
+    "ConstantMap": (("value",), ("stride",)), "EmptyMap": ((), ("kernel_size", "stride", "padding", "dilation")),
+    "GatherChannels": (("index",), ("axis",)),
     "ScatterAdd": (("index",), ("axis",)), "ScatterChannels": (("index", "fill"), ("axis",)),
     "SelectOpen": ((), ("at_least",)), "StochasticDepth": ((), ("p", "mode", "scale")),
 }  # fmt: skip
+
+
+_LAYERS = frozenset(
+    "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AvgPool1d AvgPool2d "
+    "AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d Bilinear CELU ChannelShuffle CircularPad2d ConstantPad2d Conv1d "
+    "Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d CosineSimilarity Dropout Dropout1d Dropout2d "
+    "Dropout3d AlphaDropout FeatureAlphaDropout ELU Embedding Flatten Fold GELU GLU GroupNorm GRU Hardshrink "
+    "Hardsigmoid Hardswish Hardtanh Identity InstanceNorm1d InstanceNorm2d InstanceNorm3d LayerNorm LeakyReLU Linear "
+    "LocalResponseNorm LogSigmoid LogSoftmax LPPool1d LPPool2d LSTM MaxPool1d MaxPool2d MaxPool3d Mish PixelShuffle "
+    "PixelUnshuffle PReLU ReflectionPad1d ReflectionPad2d ReLU ReLU6 ReplicationPad1d ReplicationPad2d RMSNorm RNN "
+    "RReLU SELU Sigmoid SiLU Softmax Softmax2d Softmin Softplus Softshrink Softsign SyncBatchNorm Tanh Tanhshrink "
+    "Threshold Unflatten Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d ZeroPad2d".split()
+)
+# The only strings that are arguments of a layer or a function.
+_STRINGS = frozenset(
+    "zeros reflect replicate circular same valid nearest nearest-exact linear bilinear bicubic trilinear area none "
+    "tanh floor trunc ste gumbel bernoulli batch_mean avg flatten row batch RNN_TANH RNN_RELU relu mean sum max".split()
+)
+_LARGEST = 1 << 16  # a number in a description, unless a tensor of the file is larger
+
+
+def is_describable(module: nn.Module) -> bool:
+    """Whether a file can say how to build the module: torch.nn's layers, gates, and the small modules of ours."""
+    if isinstance(module, Gate):
+        return isinstance(module, (FrozenGate, LearnedGate))
+    name = type(module).__name__
+    if type(module) is FrozenConv2d or (name in _OWN and type(module) is getattr(gated_nn, name)):
+        return True
+    return name in _LAYERS and type(module) is getattr(nn, name)
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path, creating the containers on the way."""
+    *parents, name = path.split(".")
+    for part in parents:
+        if not isinstance(getattr(root, part, None), nn.Module):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    for child_name, child in root._modules.get(name, nn.Module()).named_children():  # type: ignore[union-attr]
+        module.add_module(child_name, child)
+    root.add_module(name, module)
 
 
 def describe_graph(model: GraphNet) -> dict[str, Any]:
@@ -54,7 +91,7 @@ def describe_graph(model: GraphNet) -> dict[str, Any]:
             for name, _ in module.named_buffers(recurse=False):
                 tensors[f"{path}.{name}"] = ["buffer", False]
         else:
-            modules[path] = _describe_module(path, module)
+            modules[path] = describe_module(path, module)
     for name, parameter in model.named_parameters(recurse=False):
         tensors[name] = ["parameter", parameter.requires_grad]
     for name, _ in model.named_buffers(recurse=False):
@@ -72,6 +109,7 @@ def build_graph(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     Raises:
         ValueError, KeyError, TypeError: a description that this version could not have written.
     """
+    require_small({key: description[key] for key in ("modules", "nodes")}, state)
     root = nn.Module()
     for path, (kind, requires_grad) in description["tensors"].items():
         owner, _, name = _checked_path(path).rpartition(".")
@@ -82,27 +120,37 @@ def build_graph(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
             holder.register_parameter(name, nn.Parameter(value, requires_grad))
         else:
             holder.register_buffer(name, value)
-    for path, (kind, arguments, frozen) in sorted(description["modules"].items(), key=lambda item: item[0].count(".")):
-        module = _build_module(_checked_path(path), kind, _decode(arguments, {}), state)
-        for name in frozen:
-            getattr(module, name).requires_grad_(False)
-        set_module(root, path, module)
+    for path, spec in sorted(description["modules"].items(), key=lambda item: item[0].count(".")):
+        set_module(root, path, build_module(path, spec, state))
     graph = fx.Graph()
     values: dict[str, fx.Node] = {}
     for name, op, target, args, kwargs in description["nodes"]:
         if not name.isidentifier() or keyword.iskeyword(name):
             raise ValueError(f"{name!r} is no name of a node")
         decoded_args, decoded_kwargs = _decode(args, values), _decode(kwargs, values)
-        found = _target(op, target, decoded_args)
+        found = _target(op, target)
         values[name] = graph.create_node(op, found, tuple(decoded_args), decoded_kwargs, name)
     class_name = str(description["name"])
     return GraphNet(root, graph, class_name if class_name.isidentifier() else "GraphNet")
 
 
+def require_small(description: Any, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a whole number that is larger than any tensor of the file gives reason for."""
+    largest = max([_LARGEST, *(t.numel() for t in state.values())])
+
+    def look(item: Any) -> None:
+        if isinstance(item, int) and abs(item) > largest and abs(item) < 2**63 - 1:  # the end of a slice
+            raise ValueError(f"the number {item} is larger than every tensor of the file")
+        for part in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
+            look(part)
+
+    look(description)
+
+
 # -- modules -------------------------------------------------------------------------------------------
 
 
-def _describe_module(path: str, module: nn.Module) -> list[Any]:
+def describe_module(path: str, module: nn.Module) -> list[Any]:
     name = type(module).__name__
     frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
     if isinstance(module, Gate):
@@ -125,6 +173,10 @@ def _describe_module(path: str, module: nn.Module) -> list[Any]:
 def _torch_arguments(module: nn.Module, cls: type[nn.Module] | None = None) -> dict[str, Any]:
     """Constructor arguments, which torch.nn keeps under their names."""
     arguments: dict[str, Any] = {}
+    if isinstance(module, nn.RNNBase):
+        names = "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size".split()
+        names += ["nonlinearity"] if isinstance(module, nn.RNN) else []
+        return {name: getattr(module, name) for name in names if name != "proj_size" or isinstance(module, nn.LSTM)}
     for name, parameter in inspect.signature((cls or type(module)).__init__).parameters.items():
         if name in ("self", "device", "dtype", "_weight", "_bias", "_freeze"):
             continue
@@ -152,12 +204,23 @@ def _gate_arguments(gate: Gate) -> dict[str, Any]:
     return arguments
 
 
+def build_module(path: str, spec: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """The layer of a description, on the meta device but for tensors that it is made from."""
+    require_small(spec, state)
+    kind, arguments, frozen = spec
+    with torch.device("meta"):  # the file's tensors come in their place: nothing is allocated that it only names
+        module = _build_module(_checked_path(path), kind, _decode(arguments, {}), state)
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    return module
+
+
 def _build_module(path: str, kind: str, arguments: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     if kind.startswith("torch.nn."):
-        cls = getattr(nn, kind.removeprefix("torch.nn."), None)
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-            raise ValueError(f"torch.nn has no layer {kind!r}")
-        return cls(**arguments)
+        if kind.removeprefix("torch.nn.") not in _LAYERS:
+            raise ValueError(f"a file builds no layer {kind!r}")
+        layer: nn.Module = getattr(nn, kind.removeprefix("torch.nn."))(**arguments)
+        return layer
     if kind == "FrozenConv2d":
         return FrozenConv2d(nn.Conv2d(**arguments), torch.empty_like(state[f"{path}.out_open"]))
     if kind == "FrozenGate":
@@ -193,58 +256,52 @@ def _checked_path(path: str) -> str:
 
 # -- functions -----------------------------------------------------------------------------------------
 
-
-@cache
-def _functions() -> dict[str, Any]:
-    """Every function that a graph may call, by name."""
-    known: dict[str, Any] = {f"operator.{name}": getattr(operator, name) for name in _OPERATORS}
-    known["getattr"] = getattr
-    for name in dir(torch._C._VariableFunctions):
-        if not name.startswith("_") and name != "from_file" and callable(getattr(torch, name, None)):
-            known[f"torch.{name}"] = getattr(torch, name)
-    for name in dir(F):
-        value = getattr(F, name)
-        if not name.startswith("_") and callable(value) and not inspect.isclass(value):
-            if getattr(value, "__module__", "") in (
-                "torch.nn.functional",
-                "torch._C._nn",
-                "torch._jit_internal",
-                None,
-            ):
-                known[f"torch.nn.functional.{name}"] = value
-    return known
-
-
-@cache
-def _function_names() -> dict[int, str]:
-    return {id(function): name for name, function in reversed(list(_functions().items()))}
+_OPERATORS = {"operator.getitem": operator.getitem, "operator.mul": operator.mul, "operator.floordiv": operator.floordiv}
+# The ATen operations that a graph may call: they compute, and touch neither files nor the process.
+_ATEN = ELEMENTWISE | SPATIAL_OPS | MOVES | MIXING_OPS | frozenset(REDUCTIONS) | frozenset(
+    "cat stack constant_pad_nd reflection_pad1d replication_pad1d circular_pad native_batch_norm "
+    "_native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update native_group_norm "
+    "native_layer_norm _fused_rms_norm _softmax _log_softmax pixel_shuffle pixel_unshuffle _weight_norm_interface "
+    "_weight_norm var_mean std_mean cumsum topk sort argmax argmin max min any all gather scatter index_put prod "
+    "grid_sampler_2d im2col col2im view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c real imag complex conj "
+    "_conj resolve_conj polar dot mv addmv outer linalg_vector_norm upsample_linear1d upsample_nearest1d "
+    "upsample_trilinear3d upsample_nearest3d avg_pool1d avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d "
+    "convolution_overrideable slow_conv2d_forward mkldnn_convolution tril triu one_hot eye full_like new_zeros "
+    "new_ones new_full repeat repeat_interleave scalar_tensor item _unsafe_index isfinite isinf remainder fmod trunc "
+    "frac atan2 hypot sinh cosh asin acos tan log2 log10 exp2 expm1 erfc erfinv cross cdist _cdist_forward nonzero "
+    "fmax fmin logical_xor scatter_add index_add masked_select mish glu prelu _prelu_kernel rrelu_with_noise".split()
+)  # fmt: skip
+_OURS = ("gatedconv.gated_scale.default", "gatedconv.masked_conv2d.default")
+_TORCHVISION = ("torchvision.nms.default", "torchvision.roi_align.default", "torchvision.deform_conv2d.default")
 
 
 def _target_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
-        return str(node.target)
-    name = _function_names().get(id(node.target))
-    if name is None:
-        raise TypeError(f"save: a file cannot describe the function {node.target!r} of node {node.name}")
+    name = next((n for n, f in _OPERATORS.items() if f is node.target), str(node.target))
+    _function(name, lambda why: TypeError(f"save: a file cannot describe node {node.name}: {why}"))
     return name
 
 
-def _target(op: str, target: str, args: Any) -> Any:
+def _function(name: str, error: Callable[[str], Exception] = ValueError) -> Any:
+    if name in _OPERATORS:
+        return _OPERATORS[name]
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    if not (namespace == "aten" and packet in _ATEN) and name not in (*_OURS, *_TORCHVISION):
+        raise error(f"unknown function {name!r}")
+    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
+        raise error(f"unknown function {name!r}")
+    return found
+
+
+def _target(op: str, target: str) -> Any:
     if op == "call_function":
-        if target.startswith("aten."):
-            _, packet, overload = target.split(".")
-            return getattr(getattr(torch.ops.aten, packet), overload)
-        function = _functions().get(target)
-        if function is None:
-            raise ValueError(f"unknown function {target!r}")
-        if function is getattr and args[1] not in _ATTRIBUTES:
-            raise ValueError(f"a graph reads no attribute {args[1]!r}")
-        return function
+        return _function(target)
     if op == "call_method":
-        if target.startswith("_") or not callable(getattr(Tensor, target, None)):
-            raise ValueError(f"tensors have no method {target!r}")
+        if target != "size":
+            raise ValueError(f"a graph calls no method {target!r}")
         return target
     if op in ("call_module", "get_attr"):
         return _checked_path(target)
@@ -284,6 +341,8 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if isinstance(value, list):
         return [_decode(v, nodes) for v in value]
+    if isinstance(value, str) and value not in _STRINGS:
+        raise ValueError(f"a description has no string {value[:40]!r}")
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

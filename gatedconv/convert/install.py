@@ -1,0 +1,217 @@
+"""Gates in a user's own modules: a gate becomes a submodule, a forward hook multiplies by its decision.
+
+Hooks leave the modules' classes, names and code as they are. They are objects of this module without a reference to
+the model, so that copies and pickles of a gated model take them along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv import ops
+from gatedconv.gating import FrozenGate, Gate, forget
+from gatedconv.nn import FrozenConv2d
+
+
+class Link:
+    """A decision (N, num_gates) on its way from the place where it is made to the place where it multiplies."""
+
+    def __init__(self) -> None:
+        self.decision: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A decision belongs to one forward."""
+        return {"decision": None}
+
+    def read(self, module: nn.Module) -> Tensor:
+        """The decision of this forward.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self.decision is None or getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                f"gate_model: the {type(module).__name__} at the end of a gated branch ran without the module at its "
+                f"start; nn.DataParallel is not supported, use DistributedDataParallel"
+            )
+        return self.decision
+
+
+class GateHook:
+    """A hook of a gated module.
+
+    Attributes:
+        name: of the gate among the module's children; "" where another module holds it.
+        axis: the channels' dimension of what is read or multiplied.
+        link: carries the decision from or to another hook.
+        convs: convolutions that compute nothing but what this gate may close.
+    """
+
+    of_gatedconv = True
+
+    def __init__(
+        self, name: str = "", axis: int = 1, link: Link | None = None, convs: tuple[nn.Module, ...] = ()
+    ) -> None:
+        self.name, self.axis, self.link, self.convs = name, axis, link, convs
+
+    def gate(self, module: nn.Module) -> nn.Module:
+        """The gate."""
+        found: nn.Module = getattr(module, self.name)
+        return found
+
+    def _decide(self, module: nn.Module, x: Tensor) -> Tensor:
+        image = x if self.axis == 1 else x.movedim(self.axis, 1)
+        decision: Tensor = self.gate(module)(image)
+        if self.link is not None:
+            self.link.decision = decision
+        return decision
+
+    def _scaled(self, x: Tensor, decision: Tensor) -> Tensor:
+        if self.axis == 1 and x.dim() == 4 and decision.shape[1] == x.shape[1]:
+            return ops.gated_scale(x, decision)
+        shape = [x.shape[0] if d == 0 else -1 if d == self.axis else 1 for d in range(x.dim())]
+        return x * decision.reshape(shape)
+
+
+class GateOutput(GateHook):
+    """Forward hook: the module's output times its gate's decision on that output."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self._scaled(output, self._decide(module, output))
+
+
+class GateInput(GateHook):
+    """Forward pre-hook: the module reads its input times its gate's decision on that input."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self._scaled(args[0], self._decide(module, args[0])), *args[1:]
+
+
+class FollowGate(GateHook):
+    """Forward hook: the output times the decision of another module's gate, behind a depthwise convolution."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        assert self.link is not None
+        return self._scaled(output, self.link.read(module))
+
+
+class DecideBranch(GateHook):
+    """Forward pre-hook at the start of a residual branch: the layer gate decides on what the branch reads."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._decide(module, args[0])
+
+
+class GateBranch(GateHook):
+    """Forward hook at the end of a residual branch: (N, ...) times the decision (N, 1)."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        assert self.link is not None
+        return output * self.link.read(module).reshape(-1, *[1] * (output.dim() - 1)).to(output.dtype)
+
+
+class BeforeForward:
+    """Forward pre-hook of the whole model: in training, what belongs to the last forward goes first."""
+
+    of_gatedconv = True
+
+    def __init__(self, links: list[Link]) -> None:
+        self.links = links
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if model.training:
+            forget(model)
+            for link in self.links:
+                link.decision = None
+
+
+def hooks_of(module: nn.Module) -> list[GateHook]:
+    """The gates' hooks of one module, in the order in which they run."""
+    found = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in found if isinstance(hook, GateHook)]
+
+
+def masks_by_link(model: nn.Module) -> dict[int, Tensor]:
+    """The frozen masks that travel over links, by the links' ids."""
+    masks = {}
+    for module in model.modules():
+        for hook in hooks_of(module):
+            if hook.link is not None and hook.name:
+                gate = hook.gate(module)
+                if isinstance(gate, FrozenGate):
+                    masks[id(hook.link)] = gate.mask
+    return masks
+
+
+def mask_of(hook: GateHook, module: nn.Module, links: dict[int, Tensor]) -> Tensor | None:
+    """The mask that a hook multiplies by, None while its gate learns."""
+    if hook.link is not None and not hook.name:
+        return links.get(id(hook.link))
+    gate = hook.gate(module)
+    return gate.mask if isinstance(gate, Gate) else None
+
+
+def remove_gates(model: nn.Module) -> None:
+    """Take every gate and hook of ``install`` off a model, in place."""
+    for module in list(model.modules()):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "of_gatedconv", False):
+                    del hooks[key]
+                    if isinstance(hook, GateHook) and hook.name:
+                        delattr(module, hook.name)
+
+
+def skip_closed(model: nn.Module) -> None:
+    """Let the convolutions of a frozen model compute open channels alone; in place."""
+    links = masks_by_link(model)
+    paths = {id(module): name for name, module in model.named_modules()}
+    closed: dict[str, Tensor] = {}
+    for module in model.modules():
+        for hook in hooks_of(module):
+            mask = mask_of(hook, module, links)
+            if mask is None or bool(mask.all()):
+                continue
+            for conv in hook.convs:
+                path = paths.get(id(conv))
+                if path is None or type(conv) is not nn.Conv2d:
+                    continue
+                if isinstance(hook, GateBranch):
+                    closed[path] = mask.expand(conv.out_channels).clone()
+                elif conv.out_channels == mask.numel():
+                    closed[path] = closed[path] & mask if path in closed else mask.clone()
+    for path, mask in closed.items():
+        conv = model.get_submodule(path)
+        assert isinstance(conv, nn.Conv2d)
+        frozen = FrozenConv2d(conv, mask).train(conv.training)
+        frozen._modules.update({name: child for name, child in conv._modules.items() if name != "gate"})
+        frozen._forward_hooks, frozen._forward_pre_hooks = conv._forward_hooks, conv._forward_pre_hooks
+        model.set_submodule(path, frozen)
+
+
+def attach(module: nn.Module, gate: Gate, base: str) -> str:
+    """Make the gate a child of the module, as ``base`` or, where that is taken, with a number; returns the name."""
+    name, count = base, 1
+    while hasattr(module, name):
+        count += 1
+        name = f"{base}_{count}"
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    module.add_module(name, gate if device is None else gate.to(device))
+    return name
+
+
+@torch.no_grad()
+def open_gate(gate: Any) -> Any:
+    """Set a new gate to open whatever it reads: its logits are 0.5, inside the estimators' windows.
+
+    Features of a pretrained network can be of any magnitude, so the last layer's weights start at zero.
+    ``batch_mean`` compares logits with each other and would find all of them equal: it gets tiny ones.
+    """
+    if gate.estimator.name == "batch_mean":
+        gate.fc2.weight.mul_(1e-3)
+    else:
+        nn.init.zeros_(gate.fc2.weight)
+    return gate

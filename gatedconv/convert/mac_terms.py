@@ -1,0 +1,289 @@
+"""The MACs of a recorded run piece by piece, by fvcore's rules, each with the gates that scale it.
+
+A channel's *label* is the gate decision that makes it a constant, on its way forward, or useless, on its
+way back: a convolution between labelled inputs and labelled outputs costs in proportion to both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
+from gatedconv.convert.record import CALL, Node, Value
+from gatedconv.gating import MacTerm
+
+ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that nobody reads
+_SHIFT = 1 << 20  # a label is gate number * _SHIFT + channel number
+_PASSING = ("elementwise", "cat", "move")
+
+
+@dataclass
+class Gated:
+    """Where gates multiply: ``values`` and, at one reader alone, ``inputs``: -> (gate path, number of gates);
+    ``layers``: node -> paths of the layer gates that it runs under.
+    """
+
+    values: Mapping[Value, tuple[str, int]]
+    inputs: Mapping[tuple[Node, Value], tuple[str, int]]
+    layers: Mapping[Node, tuple[str, ...]]
+
+
+def mac_terms(flow: Flow, gated: Gated, total: float | None) -> list[MacTerm]:
+    """Terms for one image, one for each combination of gates; the gates' own layers are not part of them.
+
+    Args:
+        flow: of the model without gates.
+        gated: its gates.
+        total: MACs of the model by ``count_macs``; what no term explains of them runs always. None: unknown.
+    """
+    macs: dict[tuple[object, object], float] = {}
+    params: dict[tuple[object, object], int] = {}
+    found = _Labels(flow, gated).terms()
+    rest = 0.0 if total is None else total - math.fsum(term.macs for term in found)
+    for term in [*found, MacTerm(rest)] if abs(rest) >= 0.5 else found:
+        key = (term.gates, term.channels)
+        macs[key] = macs.get(key, 0.0) + term.macs
+        params[key] = params.get(key, 0) + term.params
+    return [MacTerm(macs[key], params[key], *key) for key in macs]  # type: ignore[arg-type]
+
+
+def reachable_share(terms: Sequence[MacTerm]) -> float:
+    """0 to 1: the share of MACs that at least one gate scales."""
+    total = math.fsum(t.macs for t in terms)
+    return math.fsum(t.macs for t in terms if t.gates) / total if total else 0.0
+
+
+class _Labels:
+    def __init__(self, flow: Flow, gated: Gated) -> None:
+        self.flow = flow
+        self.gated = gated
+        self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
+        self.gates = list(self.sizes)
+        self.forward: dict[Value, Tensor] = {}
+        self.needed: dict[Value, Tensor] = {}
+        for node in flow.record.nodes:
+            for value in node.outputs:
+                if flow.has_channels(value):
+                    site = gated.values.get(value)
+                    self.forward[value] = self._gate(site[0]) if site else self._label(node, value)
+        for node in reversed(flow.record.nodes):
+            self._spread_need(node)
+
+    def _gate(self, path: str) -> Tensor:
+        return self.gates.index(path) * _SHIFT + torch.arange(self.sizes[path])
+
+    def read(self, node: Node, value: Value) -> Tensor:
+        """The labels of a value as one node reads it."""
+        site = self.gated.inputs.get((node, value))
+        return self._gate(site[0]) if site else self.forward[value]
+
+    # -- which gate closes a channel ---------------------------------------------------------------
+
+    def _label(self, node: Node, value: Value) -> Tensor:
+        channels = self.flow[value]
+        always = torch.full((channels.size,), ALWAYS)
+        if channels.kind == "move":
+            assert channels.source is not None and channels.index is not None
+            return self.read(node, channels.source)[channels.index]
+        if channels.kind == "cat":
+            return torch.cat([self.read(node, p) for p in node.args[0]])
+        if channels.kind == "conv" and _is_depthwise(node):
+            source = self.read(node, node.inputs[0])
+            return source.repeat_interleave(channels.size // len(source))
+        if channels.kind != "elementwise":
+            return always
+        labels = [self.read(node, o) for o in self.flow.operands(node)]
+        labels = [label for label in labels if len(label) == channels.size]
+        if op_name(node) == "mul":
+            result = always
+            for label in labels:
+                result = torch.where(label >= 0, label, result)
+            return result
+        same = torch.stack([label == labels[0] for label in labels]).all(dim=0)
+        return torch.where(same, labels[0], always)
+
+    # -- which gate makes a channel useless ----------------------------------------------------------
+
+    def _spread_need(self, node: Node) -> None:
+        flow = self.flow
+        for value in node.outputs:
+            if flow.has_channels(value) and value not in self.needed:
+                self.needed[value] = torch.full((flow[value].size,), UNUSED)
+        value = node.outputs[0] if node.outputs else None
+        kind = flow.kind(value) if value is not None else ""
+        if value is None or not (kind in _PASSING or (kind == "conv" and _is_depthwise(node))):
+            for source in node.inputs:
+                self._add_all(node, source)
+            return
+        if kind == "move":
+            for out in node.outputs:
+                if flow.kind(out) == "move":
+                    self._add(node, flow[out].source, self.effective(out), flow[out].index)  # type: ignore[arg-type]
+                else:
+                    self._add_all(node, node.inputs[0])
+            return
+        need = self.effective(value)
+        if kind == "cat":
+            for part, piece in zip(node.args[0], need.split([flow[p].size for p in node.args[0]]), strict=True):
+                self._add(node, part, piece)
+        elif kind == "conv":
+            source = node.inputs[0]
+            self._add(node, source, need, torch.arange(len(need)) // (len(need) // flow[source].size))
+        else:
+            for source in flow.operands(node):
+                wide = flow[source].size == len(need)
+                self._add(node, source, need if wide else torch.full((flow[source].size,), ALWAYS))
+
+    def _add_all(self, node: Node, source: Value) -> None:
+        if self.flow.has_channels(source):
+            self._add(node, source, torch.full((self.flow[source].size,), ALWAYS))
+        elif self.flow.kind(source) == "deferred":
+            self._add_all(node, self.flow[source].source)  # type: ignore[arg-type]
+
+    def _add(self, node: Node, source: Value, need: Tensor, index: Tensor | None = None) -> None:
+        have = self.needed.get(source)
+        if have is None:
+            have = torch.full((self.flow[source].size,), UNUSED)
+        if index is not None:
+            used = need != UNUSED
+            low, high = (
+                torch.full_like(have, UNUSED).scatter_reduce(0, index[used], need[used], how, include_self=False)
+                for how in ("amin", "amax")
+            )
+            need = torch.where(low == high, low, ALWAYS)
+        if (node, source) in self.gated.inputs:
+            need = torch.where(need == UNUSED, need, self.read(node, source))
+        self.needed[source] = _merge(have, need)
+
+    def effective(self, value: Value) -> Tensor:
+        """The label by which a value's channels cost: its own, else its readers'."""
+        return torch.where(self.forward[value] >= 0, self.forward[value], self.needed[value])
+
+    # -- terms ------------------------------------------------------------------------------------------
+
+    def terms(self) -> list[MacTerm]:
+        """One term for each piece of work and pair of gates."""
+        return [term for node in self.flow.record.nodes for term in self._terms_of(node)]
+
+    def _terms_of(self, node: Node) -> list[MacTerm]:
+        if not node.outputs or node.is_constant:
+            return []
+        layer = self.gated.layers.get(node, ())
+        params = sum(p.numel() for p in node.module.parameters()) if node.module is not None else 0
+        value = node.outputs[0]
+        kind = self.flow.kind(value)
+        if kind in ("conv", "linear"):
+            return self._dense(node, value, params, layer)
+        if kind == "elementwise":
+            per_element = _per_element(node)
+            if not (per_element or params):
+                return []
+            counted = self.flow.source(node).tensor if _is_pool(node) else value.tensor
+            return self._by_channel(value, per_element * counted.numel() / counted.shape[0], params, layer)
+        macs = _other_macs(node)
+        return [MacTerm(macs, params, layer)] if macs or params else []
+
+    def _dense(self, node: Node, value: Value, params: int, layer: tuple[str, ...]) -> list[MacTerm]:
+        source, weight = node.inputs[0], node.module.weight  # type: ignore[union-attr]
+        assert isinstance(weight, Tensor)
+        groups = self.flow[source].size // weight.shape[1]
+        total = float(weight.numel() * value.tensor.numel() // value.tensor.shape[0] // weight.shape[0])
+        if _is_depthwise(node):
+            return self._by_channel(value, total, params, layer)
+        outgoing = self.effective(value)
+        outgoing = torch.where(outgoing == UNUSED, ALWAYS, outgoing)
+        terms = []
+        inputs, outputs = self.read(node, source).reshape(groups, -1), outgoing.reshape(groups, -1)
+        for gate_in in (inputs.div(_SHIFT, rounding_mode="floor")).unique().tolist():
+            rows = inputs.div(_SHIFT, rounding_mode="floor") == gate_in
+            for gate_out in (outputs.div(_SHIFT, rounding_mode="floor")).unique().tolist():
+                columns = outputs.div(_SHIFT, rounding_mode="floor") == gate_out
+                share = float((rows.sum(1) * columns.sum(1)).sum()) / (rows.shape[1] * outputs.numel())
+                if share:
+                    scaled = [self._named(inputs[rows], gate_in), self._named(outputs[columns], gate_out)]
+                    terms.append(_term(total * share, round(params * share), layer, scaled))
+        return terms
+
+    def _by_channel(self, value: Value, macs: float, params: int, layer: tuple[str, ...]) -> list[MacTerm]:
+        labels = self.effective(value)
+        labels = torch.where(labels == UNUSED, ALWAYS, labels)
+        numbers = labels.div(_SHIFT, rounding_mode="floor")
+        terms = []
+        for number in numbers.unique().tolist():
+            share = float((numbers == number).float().mean())
+            named = self._named(labels[numbers == number], number)
+            terms.append(_term(macs * share, round(params * share), layer, [named]))
+        return terms
+
+    def _named(self, labels: Tensor, number: int) -> tuple[str, tuple[int, ...] | None] | None:
+        """The gate of these labels and which of its channels they are; None for all of them."""
+        if number < 0:
+            return None
+        name = self.gates[number]
+        channels = (labels % _SHIFT).unique().tolist()
+        return name, (None if len(channels) == self.sizes[name] else tuple(channels))
+
+
+def _term(
+    macs: float, params: int, layer: tuple[str, ...], scaled: list[tuple[str, tuple[int, ...] | None] | None]
+) -> MacTerm:
+    named = [s for s in scaled if s is not None]
+    gates = (*layer, *(name for name, _ in named))
+    channels = (*[None] * len(layer), *(which for _, which in named))
+    return MacTerm(macs, params, gates, channels if any(c is not None for c in channels) else ())
+
+
+def _merge(a: Tensor, b: Tensor) -> Tensor:
+    """Needed by both: by nobody else if one is UNUSED, under one gate if they agree, else always."""
+    always = torch.full((), ALWAYS)
+    return torch.where(a == UNUSED, b, torch.where((b == UNUSED) | (a == b), a, always))
+
+
+def _is_depthwise(node: Node) -> bool:
+    module = node.module
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1
+
+
+def _per_element(node: Node) -> int:
+    """Operations per element of the output, of the input in a pool, that fvcore counts for an elementwise node."""
+    module, name = node.module, op_name(node)
+    if isinstance(module, NORMS):
+        affine = module.weight is not None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            return 2 if affine else 1
+        return 5 if affine else 4
+    if "batch_norm" in name:
+        return 2
+    mode = module.mode if isinstance(module, nn.Upsample) else name.removeprefix("upsample_").removesuffix("2d")
+    return 1 if _is_pool(node) else {"nearest": 1, "bilinear": 4}.get(mode, 0)
+
+
+def _is_pool(node: Node) -> bool:
+    return isinstance(node.module, nn.AdaptiveAvgPool2d) or op_name(node) == "_adaptive_avg_pool2d"
+
+
+def _other_macs(node: Node) -> float:
+    """MACs per image of work that is not tracked by channels."""
+    module, out = node.module, node.outputs[0].tensor
+    sources = [v.tensor for v in node.inputs]
+    images = max(1, node.inputs[0].tensor.shape[0]) if sources and sources[0].dim() else 1
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return float(module.weight.numel() * math.prod(sources[0].shape[2:]))
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return float(module.weight.numel() * math.prod(out.shape[2:]))
+    if isinstance(module, nn.Linear):
+        return module.weight.numel() * out.numel() / images / module.out_features
+    if isinstance(module, MIXING_NORMS):
+        return (5 if getattr(module, "weight", None) is not None else 4) * out.numel() / images
+    if node.op == CALL:
+        return 0.0
+    if op_name(node) == "convolution" and not node.args[6]:
+        return float(sources[1].numel() * math.prod(out.shape[2:]))
+    if op_name(node) in ("addmm", "mm", "bmm", "baddbmm"):
+        return out.numel() / images * sources[-2].shape[-1]
+    return 0.0

@@ -1,0 +1,378 @@
+"""What a model computes, operation by operation: one run of its own code, recorded.
+
+Nothing is traced symbolically: the model runs, whatever its code does, and every operation that PyTorch
+dispatches is noted with the module in whose forward it ran. Known layers count as one operation each. The
+record serves to find places for gates and channels that can go; the model itself stays as it is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
+
+from gatedconv.gating import Gate
+
+CALL = "call"  # the operation of a node that is the call of a known layer
+_CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor at one moment: the result of a node, or a constant (``node`` is None).
+
+    Attributes:
+        tensor: the recorded tensor; its numbers may have been overwritten since.
+        name: of a constant, its path in the model's state; "" for others.
+    """
+
+    tensor: Tensor = field(repr=False)
+    node: Node | None = field(default=None, repr=False)
+    index: int = 0
+    name: str = ""
+    users: list[Node] = field(default_factory=list, repr=False)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether no input of the model can change it."""
+        return self.node is None or self.node.is_constant
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation, with ``Value`` in place of tensors among its arguments.
+
+    Attributes:
+        op: "input", "output", "call" for a known layer, "overwritten" for what an in-place operation did to another
+            view, "same" for a module that returned its input; else the name of an ATen operation.
+        scope: path of the module in whose forward it ran; of the layer itself for "call".
+        module: the layer that was called, or None.
+    """
+
+    op: str
+    scope: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
+    func: Any = None
+    outputs: list[Value] = field(default_factory=list)
+    places: list[tuple[Any, ...]] = field(default_factory=list)  # of the outputs in what it returned
+    inputs: list[Value] = field(default_factory=list)
+    is_constant: bool = False
+    order: int = 0
+
+    def __repr__(self) -> str:
+        return f"Node({self.op}, {self.scope!r})"
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module: the values that went in and out, and the orders of its nodes: first <= order < last.
+
+    ``is_plain``: its first argument and its result are tensors, which hooks can replace.
+    """
+
+    path: str
+    module: nn.Module
+    inputs: list[Value]
+    outputs: list[Value]
+    first: int
+    last: int
+    is_plain: bool = True
+
+
+class Record:
+    """The nodes of one run in order, the calls of modules, inputs and outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.nodes: list[Node] = []
+        self.calls: dict[str, list[ModuleCall]] = {}
+        self.inputs: list[Value] = []
+        self.outputs: list[Value] = []
+        self.structure: Any = None  # what the model returned, with values in place of tensors
+
+    def calls_of(self, path: str) -> list[ModuleCall]:
+        """The calls of the module at a path."""
+        return self.calls.get(path, [])
+
+    def nodes_of(self, call: ModuleCall) -> list[Node]:
+        """The operations that ran inside a call."""
+        first = bisect_left(self.nodes, call.first, key=lambda node: node.order)
+        return self.nodes[first : bisect_left(self.nodes, call.last, key=lambda node: node.order)]
+
+    def producers(self, value: Value) -> list[ModuleCall]:
+        """The calls of modules that returned this very value, the innermost first."""
+        found = [c for calls in self.calls.values() for c in calls if c.is_plain and value in c.outputs]
+        return sorted(found, key=lambda call: call.last - call.first)
+
+    def readers(self, value: Value) -> list[ModuleCall]:
+        """The calls of modules that were given this very value, the innermost first."""
+        found = [c for calls in self.calls.values() for c in calls if c.is_plain and value in c.inputs]
+        return sorted(found, key=lambda call: call.last - call.first)
+
+
+def is_conv(module: Any) -> bool:
+    """Whether the module is a two-dimensional convolution, torch.nn's own or of a subclass."""
+    return isinstance(module, nn.Conv2d)
+
+
+def is_exact(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module is of that very class, its weights computed by a parametrization or not."""
+    if type(module) is kind:
+        return True
+    return isinstance(module, kind) and parametrize.is_parametrized(module) and type(module).__mro__[1] is kind
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a layer's weights are computed in every forward: weight norm, spectral norm, parametrizations."""
+    hooks = module._forward_pre_hooks.values()
+    return parametrize.is_parametrized(module) or any(isinstance(h, (WeightNorm, SpectralNorm)) for h in hooks)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether a hook of someone else may change what the module takes or returns."""
+    def foreign(hook: Any) -> bool:
+        return not isinstance(hook, (WeightNorm, SpectralNorm)) and not getattr(hook, "of_gatedconv", False)
+
+    return any(map(foreign, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a call of the module is one operation of the record."""
+    if isinstance(module, (Gate, nn.Conv2d, nn.Linear)) and not isinstance(module, nn.LazyLinear):
+        return True
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        kind = kind.__mro__[1]
+    if kind.__module__.startswith("gatedconv.nn.") and kind.__name__ not in ("BasicBlock", "CompactBlock", "GraphNet", "Framed"):
+        return True
+    if not kind.__module__.startswith("torch.nn.modules.") or kind.__name__ in _CONTAINERS:
+        return False
+    return kind is not nn.Module and "transformer" not in kind.__module__
+
+
+def record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
+    known: Callable[[nn.Module], bool] = is_known,
+) -> Record:  # fmt: skip
+    """Run the model in eval mode, without gradients, and note what it computes; ``known`` layers as one node each.
+
+    Raises:
+        Exception: whatever the model's own code raises.
+    """
+    result = Record(model)
+    recorder = _Recorder(result, known)
+    with eval_mode(model), torch.no_grad(), recorder.watching_modules():
+        recorder.start(args, dict(kwargs or {}))
+    _forget_unread(result)
+    return result
+
+
+def _forget_unread(result: Record) -> None:
+    """Changes of views that nobody reads afterwards are none."""
+    for node in reversed(list(result.nodes)):
+        if node.op == "overwritten" and not any(value.users for value in node.outputs):
+            for value in node.inputs:
+                value.users.remove(node)
+            result.nodes.remove(node)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; every module's flag is put back as it was."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, result: Record, known: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.result = result
+        self.known = known
+        self.paths = {id(m): name for name, m in result.model.named_modules()}
+        self.values: dict[int, Value] = {}
+        self.storages: dict[int, list[Value]] = {}
+        self.scopes: list[str] = [""]
+        self.quiet = 0  # inside a known layer, whose own operations are not noted
+        for name, tensor in (*result.model.named_parameters(), *result.model.named_buffers()):
+            self._keep(Value(tensor, name=name))
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = Node("input", "")
+        args, kwargs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs))
+        self._append(given, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)], set())
+        self.result.inputs = given.outputs
+        with self:
+            out = self.result.model(*args, **kwargs)
+        node = Node("output", "")
+        self.result.structure = self._read(node, open_up(out))
+        self.result.outputs = node.inputs
+        node.order = len(self.result.nodes)
+        self.result.nodes.append(node)
+
+    # -- operations ------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.quiet:
+            return out
+        node = Node(func._schema.name.split("::")[1], self.scopes[-1], func=func)
+        node.args, node.kwargs = self._read(node, tuple(args)), self._read(node, dict(kwargs))
+        if not node.inputs:
+            return out  # a new tensor, made of numbers: a constant when somebody reads it
+        written = {id(t) for t in _written(func, args, kwargs)}
+        node.places = _places(out)
+        self._append(node, [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)], written)
+        return out
+
+    def _read(self, node: Node, structure: Any) -> Any:
+        def look_up(item: Any) -> Any:
+            if not isinstance(item, Tensor):
+                return item
+            value = self.values.get(id(item)) or self._keep(Value(item))
+            node.inputs.append(value)
+            value.users.append(node)
+            return value
+
+        return tree_map(look_up, structure)
+
+    def _append(self, node: Node, outputs: list[Tensor], written: set[int]) -> None:
+        node.order = len(self.result.nodes)
+        node.is_constant = bool(node.inputs) and all(v.is_constant for v in node.inputs)
+        self.result.nodes.append(node)
+        for index, tensor in enumerate(outputs):
+            node.outputs.append(self._keep(Value(tensor, node, index)))
+        for tensor in outputs:
+            if id(tensor) in written:
+                self._overwrite(node, tensor)
+
+    def _overwrite(self, node: Node, tensor: Tensor) -> None:
+        """Other views of a tensor's memory changed with it."""
+        mine = self.values[id(tensor)]
+        for other in list(self.storages.get(_memory(tensor), ())):
+            if other is mine or other.tensor is tensor or self.values.get(id(other.tensor)) is not other:
+                continue
+            change = Node("overwritten", node.scope, (other, mine), inputs=[other, mine])
+            other.users.append(change)
+            mine.users.append(change)
+            self._append(change, [other.tensor], set())
+
+    def _keep(self, value: Value) -> Value:
+        self.values[id(value.tensor)] = value
+        memory = _memory(value.tensor)
+        if memory:
+            self.storages.setdefault(memory, []).append(value)
+        return value
+
+    # -- modules ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching_modules(self) -> Iterator[None]:
+        """Every call of a module goes through ``_call`` meanwhile."""
+        original = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = self.paths.get(id(module))
+            if path is None or self.quiet:
+                return original(module, *args, **kwargs)
+            return self._call(original, path, module, args, kwargs)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+    def _call(self, original: Any, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first, known = len(self.result.nodes), self.known(module)
+        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        read = Node(CALL, path, module=module)
+        read.args, read.kwargs = self._read(read, args), self._read(read, kwargs)
+        inputs = list(read.inputs)
+        if not known:  # its own operations are noted in its place
+            for value in read.inputs:
+                value.users.remove(read)
+        self.scopes.append(path)
+        self.quiet += known
+        versions = [t._version for t in given]
+        try:
+            out = original(module, *args, **kwargs)
+        finally:
+            self.scopes.pop()
+            self.quiet -= known
+        written = {id(t) for t, v in zip(given, versions, strict=True) if not t.is_inference() and t._version != v}
+        out = tree_map(lambda t: self._apart(t, given, written, path, known), out)
+        tensors = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        if known:
+            read.places = _places(out)
+            self._append(read, tensors, written)
+        outputs = [self.values.get(id(t)) or self._keep(Value(t)) for t in tensors]
+        plain = bool(args) and isinstance(args[0], Tensor) and isinstance(out, Tensor)
+        self.result.calls.setdefault(path, []).append(
+            ModuleCall(path, module, inputs, outputs, first, len(self.result.nodes), plain)
+        )
+        return out
+
+    def _apart(self, item: Any, given: list[Tensor], written: set[int], path: str, known: bool) -> Any:
+        """A module that hands its input on gets a result of its own: a hook on it gates that and not the input."""
+        if not isinstance(item, Tensor) or id(item) in written or not any(item is t for t in given):
+            return item
+        self.quiet += 1
+        twin = item.detach()
+        self.quiet -= 1
+        if not known:
+            node = Node("same", path)
+            node.args = self._read(node, (item,))
+            self._append(node, [twin], set())
+        return twin
+
+
+def _places(structure: Any) -> list[tuple[Any, ...]]:
+    found = tree_flatten_with_path(structure)[0]
+    return [tuple(getattr(k, "idx", getattr(k, "key", None)) for k in path) for path, t in found if isinstance(t, Tensor)]
+
+
+def open_up(structure: Any) -> Any:
+    """A structure of tuples, lists and dicts, with dictionaries in place of dataclasses and other objects."""
+    if isinstance(structure, (list, tuple)):
+        parts = [open_up(part) for part in structure]
+        return parts if isinstance(structure, list) else tuple(parts)
+    if isinstance(structure, Mapping):
+        return {key: open_up(part) for key, part in structure.items()}
+    if isinstance(structure, (Tensor, nn.Module)) or not hasattr(structure, "__dict__") or isinstance(structure, type):
+        return structure
+    return {key: open_up(part) for key, part in vars(structure).items()}
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and the like have none
+        return 0
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation changes in place, by its schema."""
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [t for t in tree_flatten(given)[0] if isinstance(t, Tensor)]
+    return found

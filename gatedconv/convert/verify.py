@@ -1,0 +1,182 @@
+"""Whether two models compute the same: on the example, another batch, another image size, and in training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from gatedconv.convert.record import eval_mode, open_up
+
+# Of max|a - b| / max|b|: what another order of summation may cost over many layers, by the type's precision.
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class ConversionError(ValueError):
+    """A result does not compute what its source does; the message names the first layer where they part."""
+
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_inputs(example_input: Any) -> Inputs:
+    """Positional and keyword arguments of a model: a tensor, a tuple of arguments, or a dict of them."""
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (tuple(example_input), {}) if isinstance(example_input, (tuple, list)) else ((example_input,), {})
+
+
+@torch.no_grad()
+def require_same(source: nn.Module, result: nn.Module, example_input: Any, owner: str) -> None:
+    """Raise unless both give the same in eval mode, on every variation of the example that the source takes.
+
+    Costs three forwards of each. Random numbers are those of one seed.
+
+    Raises:
+        ConversionError: they differ.
+    """
+    with eval_mode(source), eval_mode(result):
+        for what, inputs in _variations(as_inputs(example_input)):
+            try:
+                wanted = _seeded(source, inputs)
+            except Exception:  # a size that the source does not take
+                continue
+            try:
+                got = _seeded(result, inputs)
+            except Exception as error:
+                raise ConversionError(f"{owner}: the result fails on {what}: {type(error).__name__}: {error}") from error
+            if not (difference := distance(got, wanted)) <= _tolerance(wanted):
+                where = _first_difference(source, result, inputs)
+                raise ConversionError(f"{owner}: the result differs by {difference:.1e} on {what}, first at {where}")
+
+
+def require_same_training(source: nn.Module, result: nn.Module, example_input: Any, owner: str) -> str:
+    """One training-mode forward and backward of two models: outputs, gradients and buffers have to agree.
+
+    ``result`` may have more parameters; those of ``source`` are compared by name. Both are changed.
+
+    Returns:
+        why it could not be checked, empty if it was.
+
+    Raises:
+        ConversionError: they differ.
+    """
+    inputs = as_inputs(example_input)
+    runs = []
+    for model in (source, result):
+        model.train()
+        try:
+            with torch.enable_grad():
+                out = _seeded(model, inputs)
+                floats = [t for t in tensors_of(out) if t.is_floating_point() and t.requires_grad]
+                sum((t.float().square().mean() for t in floats), torch.zeros(())).backward() if floats else None
+        except Exception as error:
+            if model is result:
+                raise ConversionError(f"{owner}: the result fails in training: {error}") from error
+            return f"training was not checked: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        runs.append(out)
+    if not (difference := distance(runs[1], runs[0])) <= _tolerance(runs[0]):
+        raise ConversionError(f"{owner}: in training the result differs by {difference:.1e}")
+    state = dict(result.named_parameters()) | dict(result.named_buffers())
+    for name, tensor in (*source.named_parameters(), *source.named_buffers()):
+        mine = state.get(name)
+        pairs = [(tensor.grad, None if mine is None else mine.grad), (tensor, mine)]
+        for what, (wanted, got) in zip(("gradient", "value"), pairs, strict=True):
+            if (wanted is None) != (got is None) or (wanted is not None and not _close(got, wanted)):
+                raise ConversionError(f"{owner}: after a training step the {what} of {name} differs")
+    return ""
+
+
+def tensors_of(structure: Any) -> list[Tensor]:
+    """The tensors of an output: of tuples, lists, dicts, dataclasses."""
+    return [t for t in tree_flatten(open_up(structure))[0] if isinstance(t, Tensor)]
+
+
+def distance(got: Any, wanted: Any) -> float:
+    """max|got - wanted| / max|wanted| over all tensors; inf where structure or shapes differ."""
+    a, b = tensors_of(got), tensors_of(wanted)
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return math.inf
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        x, y = x.detach().to(torch.complex128 if y.is_complex() else torch.float64), y.detach()
+        same = (x == y) | (x.isnan() & y.isnan())
+        if y.numel() and not bool(same.all()):
+            apart = torch.where(same, 0, (x - y).abs())
+            found = float(apart.max() / y.double().abs().nan_to_num(0, 0, 0).max().clamp(min=1e-30)) if not (
+                y.is_complex()) else float(apart.abs().max() / y.abs().max())  # fmt: skip
+            worst = max(worst, found if found == found else math.inf)
+    return worst
+
+
+def _close(got: Tensor | None, wanted: Tensor) -> bool:
+    return got is not None and distance(got, wanted) <= _tolerance(wanted)
+
+
+def _tolerance(structure: Any) -> float:
+    return max((TOLERANCES.get(t.dtype, 1e-4) for t in tensors_of(structure)), default=1e-4)
+
+
+def _seeded(model: nn.Module, inputs: Inputs) -> Any:
+    devices = {t.device for t in tensors_of(inputs) if t.is_cuda}
+    with torch.random.fork_rng(list(devices)):
+        torch.manual_seed(0)
+        args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+        return model(*args, **kwargs)
+
+
+def _variations(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
+    """The example; a larger batch of another range of values; one image more of another height and width."""
+
+    def changed(change: Any) -> Inputs:
+        return tree_map(lambda t: change(t) if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)  # type: ignore[no-any-return]
+
+    yield "example_input", inputs
+    yield "a larger batch", changed(lambda t: torch.cat([t, t.flip(-1)[:1]]) * 1.5 + 0.25 if t.dim() > 1 else t)
+    yield "larger images", changed(lambda t: _larger(t[:2]) if t.dim() >= 4 else t[:2])
+
+
+def _larger(x: Tensor) -> Tensor:
+    """By 32 in height and 64 in width: what pyramids of five levels take."""
+    rows = torch.arange(x.shape[-2] + 32, device=x.device) % max(1, x.shape[-2])
+    columns = torch.arange(x.shape[-1] + 64, device=x.device) % max(1, x.shape[-1])
+    return x.index_select(-2, rows).index_select(-1, columns)
+
+
+def _first_difference(source: nn.Module, result: nn.Module, inputs: Inputs) -> str:
+    """The first module, in the order of execution, whose outputs differ in two models."""
+    seen: list[dict[tuple[str, int], Any]] = []
+    for model in (source, result):
+        outputs: dict[tuple[str, int], Any] = {}
+        with _outputs_of(model, outputs):
+            _seeded(model, inputs)
+        seen.append(outputs)
+    for (path, call), wanted in seen[0].items():
+        got = seen[1].get((path, call))
+        if path and got is not None and distance(got, wanted) not in (0.0, math.inf):
+            if not distance(got, wanted) <= _tolerance(wanted):
+                return path
+    return "the output itself"
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, outputs: dict[tuple[str, int], Any]) -> Iterator[None]:
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            count = sum(p == path for p, _ in outputs)
+            outputs[path, count] = copy.deepcopy(tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output))
+
+        return hook
+
+    handles = [m.register_forward_hook(note(path)) for path, m in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,443 @@
+"""Which channels of a frozen model are constant, which are needed, and which its tensors hold once it is compact.
+
+Three passes over a recorded run: forward for the constants that closed gates leave, backward for what outputs need,
+and a fixed point for what is present in each tensor, since the model's own code adds, multiplies and concatenates
+tensors whose channels have to match.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gatedconv.convert.flow import MOVING, PASSING, Flow, op_name
+from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_computed, is_exact
+
+_EXTENSIVE = ("sum", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax")  # depend on the map's size
+_SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
+_VIEWS = ("view", "_unsafe_view", "reshape")
+_UNIFORM = 1e-6  # what rounding leaves between the pixels of an interpolation
+
+
+@dataclass
+class Masks:
+    """What the frozen gates close: bool (C,) for each gated value, and for each value that one node reads gated.
+
+    ``paths``: of the module whose output each gated value is.
+    """
+
+    values: Mapping[Value, Tensor]
+    inputs: Mapping[tuple[Node, Value], Tensor]
+    paths: Mapping[Value, str]
+
+
+@dataclass
+class Channels:
+    """The passes; see the module's docstring.
+
+    Attributes:
+        care: 0: the model's code may reshape tensors of fewer channels; 1: only flatten none; 2: every tensor that the
+            code can see keeps all its channels.
+        unsliceable: paths of modules that have to stay as they are.
+    """
+
+    flow: Flow
+    masks: Masks
+    care: int = 0
+    unsliceable: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.record = self.flow.record
+        self.known: dict[Value, Tensor] = {}
+        self.constant: dict[Value, Tensor] = {}
+        self.need: dict[Value, Tensor] = {}
+        self.present: dict[Value, Tensor] = {}
+        self.sliced: dict[str, ModuleCall] = {}  # modules of foreign code whose numbers per channel are sliced
+        model = self.record.model
+        self.owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        self.read_by_code = {
+            v.name.rpartition(".")[0] for n in self.record.nodes if n.op != CALL for v in n.inputs if v.name
+        }
+        with torch.no_grad():
+            for node in self.record.nodes:
+                for value in node.outputs:
+                    if self.flow.has_channels(value):
+                        self._find_constants(node, value)
+        for node in reversed(self.record.nodes):
+            self._spread_need(node)
+        self._find_present()
+
+    # -- constants -------------------------------------------------------------------------------------
+
+    def zeros(self, value: Value) -> Tensor:
+        """Bool (C,), nothing set."""
+        return torch.zeros(self.flow[value].size, dtype=torch.bool)
+
+    def known_to(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
+        """Bool (C,) and numbers (C,): the constant channels of a value as one node reads it."""
+        known, constant = self.known[value], self.constant[value]
+        mask = self.masks.inputs.get((node, value))
+        return (known, constant) if mask is None else (known | ~mask, torch.where(mask, constant, 0.0))
+
+    def _find_constants(self, node: Node, value: Value) -> None:
+        known = self._candidates(node, value)
+        constant = torch.zeros(len(known))
+        if bool(known.any()):
+            result = self._evaluate(node)
+            result = result[value.index] if isinstance(result, (tuple, list)) else result
+            rows = result[0].movedim(self.flow[value].axis - 1, 0).reshape(len(known), -1).float().cpu()
+            low, high = rows.amin(dim=1), rows.amax(dim=1)
+            known = known & (high - low <= _UNIFORM * high.abs().clamp(min=1e-3)) & rows.isfinite().all(dim=1)
+            if op_name(node) in _EXTENSIVE or _is_padded(node):
+                known = known & (rows == 0).all(dim=1)
+            constant = torch.where(known, rows[:, 0], 0.0)
+        mask = self.masks.values.get(value)
+        if mask is not None:
+            known, constant = known | ~mask, torch.where(mask, constant, 0.0)
+        self.known[value], self.constant[value] = known, constant
+
+    def _candidates(self, node: Node, value: Value) -> Tensor:
+        channels, none = self.flow[value], self.zeros(value)
+        if channels.kind == "move":
+            assert channels.source is not None and channels.index is not None
+            return self.known[channels.source][channels.index]
+        if channels.kind == "cat":
+            return torch.cat([self.known[p] for p in node.args[0]])
+        if channels.kind in ("conv", "linear", "regroup"):
+            source = self.known_to(node, node.inputs[0])[0]
+            groups = channels.size if channels.kind == "regroup" else groups_of(node.module)
+            return source.reshape(groups, -1).all(dim=1).repeat_interleave(channels.size // groups)
+        if channels.kind != "elementwise":
+            return none
+        operands = self.flow.operands(node)
+        known = [self.known_to(node, o)[0].expand(channels.size) for o in operands]
+        both = torch.stack(known).all(dim=0)
+        if op_name(node) == "mul":
+            for operand, mine in zip(operands, known, strict=True):
+                both = both | (mine & (self.known_to(node, operand)[1] == 0).expand(channels.size))
+        return both
+
+    def _evaluate(self, node: Node) -> Any:
+        """The node on one image whose constant channels are as they are, and others 0."""
+
+        def image(item: Any) -> Any:
+            if not isinstance(item, Value):
+                return item
+            if not self.flow.has_channels(item):
+                return item.tensor.clone() if node.op.endswith("_") else item.tensor
+            shape = [-1 if d == self.flow[item].axis else 1 for d in range(item.tensor.dim())]
+            numbers = self.known_to(node, item)[1].to(item.tensor)
+            return numbers.reshape(shape).expand(1, *item.tensor.shape[1:]).clone()
+
+        args, kwargs = tree_map(image, (node.args, node.kwargs), is_leaf=lambda i: isinstance(i, Value))
+        if node.op == "same":
+            return args[0]
+        if node.module is not None:
+            return node.module(*args, **kwargs)
+        if self.flow.kind(node.outputs[0]) == "move":
+            return self._moved(node)
+        return node.func(*args, **kwargs)
+
+    def _moved(self, node: Node) -> list[Tensor]:
+        """The outputs of a move, with every dimension but the channels' of size 1."""
+        results = []
+        for value in node.outputs:
+            channels = self.flow[value]
+            if channels.source is None or channels.index is None:
+                results.append(torch.zeros(1))
+                continue
+            numbers = self.constant[channels.source][channels.index]
+            shape = [-1 if d == channels.axis else 1 for d in range(value.tensor.dim())]
+            results.append(numbers.reshape(shape))
+        return results
+
+    # -- demand ----------------------------------------------------------------------------------------
+
+    def wanted(self, value: Value) -> Tensor:
+        """Bool (C,): the channels of a value that have to be computed."""
+        return self.need[value] & ~self.known[value]
+
+    def _spread_need(self, node: Node) -> None:
+        flow = self.flow
+        for value in node.outputs:
+            if flow.has_channels(value):
+                self.need.setdefault(value, self.zeros(value))
+        if node.op == "output":
+            self._need_all(node)
+            return
+        for value in node.outputs:
+            kind = flow.kind(value)
+            if not flow.has_channels(value):
+                if value.users:
+                    self._need_all(node)
+                continue
+            wanted = self.wanted(value)
+            if not bool(wanted.any()):
+                continue
+            if kind == "move":
+                source, index = flow[value].source, flow[value].index
+                assert source is not None and index is not None
+                self._add(source, torch.zeros(flow[source].size, dtype=torch.bool).index_fill(0, index[wanted], True))
+            elif kind == "elementwise":
+                for operand in flow.operands(node):
+                    self._add(operand, wanted if flow[operand].size == len(wanted) else wanted.any().reshape(1))
+            elif kind == "cat":
+                for part, piece in zip(node.args[0], wanted.split([flow[p].size for p in node.args[0]]), strict=True):
+                    self._add(part, piece)
+            elif kind == "conv":
+                groups, source = groups_of(node.module), node.inputs[0]
+                live = wanted.reshape(groups, -1).any(dim=1).repeat_interleave(flow[source].size // groups)
+                self._add(source, live & self.read_channels(node))
+            elif kind == "linear":
+                self._add(node.inputs[0], self.read_channels(node))
+            else:
+                self._need_all(node)
+
+    def _add(self, value: Value, need: Tensor) -> None:
+        self.need[value] = self.need.get(value, self.zeros(value)) | need
+
+    def _need_all(self, node: Node) -> None:
+        for value in node.inputs:
+            source = self.flow[value].source if self.flow.kind(value) == "deferred" else value
+            if self.flow.has_channels(source):
+                assert source is not None
+                self._add(source, ~self.zeros(source))
+
+    def read_channels(self, node: Node) -> Tensor:
+        """Bool (C_in,): the inputs of a layer that its bias cannot stand for."""
+        known, constant = self.known_to(node, node.inputs[0])
+        return ~known | (constant != 0) if _is_padded(node) else ~known
+
+    # -- what tensors hold -----------------------------------------------------------------------------
+
+    def _find_present(self) -> None:
+        self.present = {value: self.wanted(value).clone() for value in self.known}
+        for value, held in self.present.items():
+            if self.care == 2:
+                held[:] = True
+        changed = True
+        while changed:
+            before = sum(int(held.sum()) for held in self.present.values())
+            for node in (*self.record.nodes, *reversed(self.record.nodes)):
+                self._constrain(node)
+            for held in self.present.values():
+                if not bool(held.any()):
+                    held[0] = True  # layers refuse tensors without channels
+            changed = sum(int(held.sum()) for held in self.present.values()) != before
+
+    def _all(self, *values: Value | None) -> None:
+        for value in values:
+            if value is not None and self.flow.kind(value) == "deferred":
+                value = self.flow[value].source
+            if value in self.present:
+                self.present[value][:] = True
+
+    def _constrain(self, node: Node) -> None:
+        flow = self.flow
+        if node.op == "output":
+            self._all(*node.inputs)
+        for value in node.outputs:
+            kind = flow.kind(value)
+            if kind == "conv" or kind == "linear":
+                self._constrain_layer(node, value)
+            elif kind == "elementwise":
+                self._constrain_elementwise(node, value)
+            elif kind == "move":
+                self._constrain_move(node, value)
+            elif kind == "cat":
+                held = self.present[value]
+                for part, piece in zip(node.args[0], held.split([flow[p].size for p in node.args[0]]), strict=True):
+                    piece |= self.present[part]
+                    self.present[part] |= piece
+            else:
+                self._all(*node.inputs)
+                if value not in self.masks.values:  # behind a gate the closed channels can be dropped
+                    self._all(value)
+
+    def _constrain_layer(self, node: Node, value: Value) -> None:
+        source, module = node.inputs[0], node.module
+        assert module is not None
+        if not self.is_sliceable(node):
+            self._all(source)
+            if value not in self.masks.values:
+                self._all(value)
+            return
+        if is_depthwise(module):
+            times = self.flow[value].size // self.flow[source].size
+            raw = self.raw(value)
+            self.present[source] |= raw.reshape(-1, times).any(dim=1)
+            if value not in self.masks.values:
+                self.present[value] |= self.present[source].repeat_interleave(times)
+            return
+        read, write = self.layer_channels(node, value)
+        self.present[source] |= read
+        if groups_of(module) > 1 and value not in self.masks.values:
+            self.present[value] |= write
+
+    def raw(self, value: Value) -> Tensor:
+        """Bool (C,): the channels that a value's own node computes: those present but, behind a gate, for closed."""
+        return self.present[value] & ~self.known[value] if value in self.masks.values else self.present[value]
+
+    def layer_channels(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
+        """Bool (C_in,) and (C_out,): what a convolution or linear layer reads and what it computes.
+
+        Groups that are used have as many inputs and outputs as the fullest of them.
+        """
+        groups = groups_of(node.module)
+        write = self.wanted(value).reshape(groups, -1)
+        read = self.read_channels(node).reshape(groups, -1)
+        live = write.any(dim=1)
+        read = read & live[:, None]
+        if groups > 1:
+            return _filled(read, live).flatten(), _filled(write, live).flatten()
+        if not is_exact(node.module, nn.Conv2d) and not is_exact(node.module, nn.Linear):  # type: ignore[arg-type]
+            for marked in (read, write):  # foreign code is left something to do
+                marked[0, 0] |= not bool(marked.any())
+        return read.flatten(), write.flatten()
+
+    def _constrain_elementwise(self, node: Node, value: Value) -> None:
+        operands = self.flow.operands(node)
+        size = self.flow[value].size
+        if any(self.flow[o].size != size for o in operands):
+            self._all(*(o for o in operands if self.flow[o].size != size))
+        if not self._can_slice_numbers(node, value):
+            self._all(*operands)
+            if value not in self.masks.values:
+                self._all(value)
+            return
+        wide = [o for o in operands if self.flow[o].size == size]
+        held = self.raw(value)
+        for operand in wide:
+            held = held | self.present[operand]
+        for operand in wide:
+            if (node, operand) in self.masks.inputs:
+                self._all(operand, value)
+            self.present[operand] |= held
+        if value not in self.masks.values:
+            self.present[value] |= held
+
+    def _can_slice_numbers(self, node: Node, value: Value) -> bool:
+        """Whether what a node holds for each channel, if anything, can be made smaller."""
+        module, size = node.module, self.flow[value].size
+        if module is not None:
+            numbers = [*module.parameters(), *module.buffers()]
+            per_channel = any(t.dim() and t.shape[0] == size for t in numbers)
+            return not per_channel or self._is_alone(node.scope, module)
+        axis, dims = self.flow[value].axis, value.tensor.dim()
+        constants = [v.tensor for v in node.inputs if v.is_constant]
+        sized = "batch_norm" in op_name(node) or any(
+            axis - (dims - t.dim()) >= 0 and t.shape[axis - (dims - t.dim())] not in (1,) for t in constants
+        )
+        return not sized or self._enclosing(node) is not None
+
+    def _enclosing(self, node: Node) -> ModuleCall | None:
+        """The call of the smallest module around a node, if its numbers per channel can be sliced."""
+        for call in sorted(self.record.calls_of(node.scope), key=lambda c: c.last - c.first):
+            if not call.first <= node.order < call.last:
+                continue
+            fits = len(call.inputs) == 1 and len(call.outputs) == 1 and call.path
+            if fits and self.flow.has_channels(call.inputs[0]) and self._is_alone(call.path, call.module):
+                size = self.flow[call.inputs[0]].size
+                if self.flow[call.outputs[0]].size == size and not isinstance(call.module, nn.Sequential):
+                    self.sliced[call.path] = call
+                    return call
+        return None
+
+    def _is_alone(self, path: str, module: nn.Module) -> bool:
+        shared = any(self.owners[id(p)] > 1 for p in module.parameters())
+        return len(self.record.calls_of(path)) == 1 and not shared and path not in self.unsliceable
+
+    def _constrain_move(self, node: Node, value: Value) -> None:
+        channels = self.flow[value]
+        source, index = channels.source, channels.index
+        assert source is not None and index is not None
+        size = self.flow[source].size
+        whole = len(index) == size and torch.equal(index, torch.arange(size))
+        flat = value.tensor.dim() == 2 and len(index) % size == 0 and torch.equal(
+            index, torch.arange(size).repeat_interleave(len(index) // size))  # fmt: skip
+        name, direct = op_name(node), node.inputs[0] is source
+        safe = whole and (name in _SAFE_MOVES or isinstance(node.module, PASSING))
+        safe = safe or ((whole or flat) and isinstance(node.module, MOVING))
+        safe = safe or (self.care == 0 and (whole or flat) and (name in _VIEWS or direct))
+        if not safe or (not direct and self.care):
+            self._all(source, value)
+            return
+        if value in self.masks.values:
+            self._all(source)
+            return
+        held = torch.zeros(size, dtype=torch.bool).index_fill(0, index[self.present[value]], True)
+        self.present[source] |= held
+        self.present[value] |= self.present[source][index]
+
+    def computed(self, node: Node, value: Value) -> Tensor:
+        """Bool (C,): the channels that come out of the node itself, before gates and what is put around it."""
+        flow, kind = self.flow, self.flow.kind(value)
+        if kind in ("conv", "linear"):
+            if not self.is_sliceable(node):
+                return ~self.zeros(value)
+            if is_depthwise(node.module):
+                held = self.present[node.inputs[0]]
+                return held.repeat_interleave(flow[value].size // len(held))
+            return self.layer_channels(node, value)[1]
+        if value not in self.masks.values:
+            return self.present[value]
+        if kind == "elementwise" and self._can_slice_numbers(node, value):
+            return next(self.present[o] for o in flow.operands(node) if flow[o].size == flow[value].size)
+        if kind == "cat":
+            return torch.cat([self.present[p] for p in node.args[0]])
+        return ~self.zeros(value)
+
+    def is_sliceable(self, node: Node) -> bool:
+        """Whether a convolution or linear layer may lose channels: called once, sharing nothing, weights its own."""
+        module = node.module
+        assert module is not None
+        if is_computed(module) or node.scope in self.read_by_code:
+            return False
+        if not (is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear)) and groups_of(module) > 1:
+            if not is_depthwise(module):
+                return False
+        return self._is_alone(node.scope, module)
+
+
+def groups_of(module: nn.Module | None) -> int:
+    """The groups of a convolution; 1 for a linear layer."""
+    return module.groups if isinstance(module, nn.Conv2d) else 1
+
+
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Whether each output of a convolution reads one channel."""
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1
+
+
+def _is_padded(node: Node) -> bool:
+    """Whether a layer sees zeros, or whatever its code puts there, around its input."""
+    module = node.module
+    if isinstance(module, nn.AvgPool2d):
+        return module.padding not in (0, (0, 0))
+    if op_name(node) == "avg_pool2d":
+        return len(node.args) > 4 and any(node.args[4])
+    if not isinstance(module, nn.Conv2d):
+        return False
+    if max(module.kernel_size) == 1:
+        return False
+    exact = type(module).forward is nn.Conv2d.forward
+    if isinstance(module.padding, str):
+        return module.padding != "valid" or not exact
+    return any(module.padding) or not exact
+
+
+def _filled(marked: Tensor, live: Tensor) -> Tensor:
+    """(groups, size): in the groups that are live, the marked and so many more that all have as many."""
+    counts = marked.sum(dim=1)
+    most = max(1, int(counts[live].max())) if bool(live.any()) else 0
+    result = marked.clone()
+    for group in live.nonzero().flatten().tolist():
+        lacking = (~marked[group]).nonzero().flatten()[: most - int(counts[group])]
+        result[group, lacking] = True
+    return result

@@ -1,0 +1,263 @@
+"""Smaller layers in a model's own places, and the small modules around those whose channels its code still expects."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_exact
+from gatedconv.deploy.channels import Channels, groups_of, is_depthwise
+from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels
+
+COUNTS = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "num_parameters")
+_CLOSE = 1e-4  # of a foreign module's slice: |slice(x) - module(x)| against the largest output
+
+
+class CannotSlice(Exception):
+    """A module of foreign code gives something else on fewer channels."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, channels: Channels) -> None:
+    """Make a model smaller, in place; it has the module paths of the recorded one.
+
+    Raises:
+        CannotSlice: found out by trial.
+    """
+    flow, done = channels.flow, set()
+    for node in flow.record.nodes:
+        for value in node.outputs:
+            if flow.kind(value) in ("conv", "linear"):
+                _layer(model, channels, node, value)
+                done.add(value)
+    for path, call in channels.sliced.items():
+        _foreign(model, channels, path, call)
+    for node in flow.record.nodes:
+        if node.op == CALL and node.outputs and flow.kind(node.outputs[0]) == "elementwise":
+            _numbers(model, channels, node, node.outputs[0])
+    for value in channels.masks.values:
+        if value not in done:
+            _behind(model, channels, value)
+    for node, value in channels.masks.inputs:
+        if flow.kind(node.outputs[0]) not in ("conv", "linear") or not channels.is_sliceable(node):
+            mask = channels.masks.inputs[node, value]
+            _frame(model, node.scope, before=_glue(~channels.zeros(value), ~channels.zeros(value), ~mask,
+                                                   torch.zeros(len(mask)), value, flow[value].axis))  # fmt: skip
+
+
+# -- single modules ------------------------------------------------------------------------------------
+
+
+def _layer(model: nn.Module, channels: Channels, node: Node, value: Value) -> None:
+    module = model.get_submodule(node.scope)
+    source, axis = node.inputs[0], channels.flow[value].axis
+    held, kept = channels.present[source], channels.present[value]
+    computed = channels.computed(node, value)
+    read = held
+    if channels.is_sliceable(node):
+        if not is_depthwise(module):
+            read, _ = channels.layer_channels(node, value)
+        if bool(read.all()) and bool(computed.all()):
+            pass
+        elif is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear):
+            module = _small_layer(channels, node, module, read, computed)
+        else:
+            module = _foreign_layer(channels, node, module, read, computed)
+    before = _gather(read, held, channels.flow[source].axis) if not torch.equal(read, held) else []
+    after = _glue(computed, kept, channels.known[value], channels.constant[value], value, axis)
+    model.set_submodule(node.scope, module)
+    _frame(model, node.scope, before, after)
+
+
+def _small_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
+    """The layer with the inputs ``read`` and outputs ``write``; its bias stands for constants that are not read."""
+    if not bool(write.any()):
+        return _nothing(module)
+    assert isinstance(module, (nn.Conv2d, nn.Linear))
+    weight, groups = module.weight, groups_of(module)
+    rows = weight[write.to(weight.device)]
+    device = weight.device
+    if isinstance(module, nn.Conv2d) and is_depthwise(module):
+        small, bias, groups = rows, None, int(read.sum())
+    elif groups == 1:
+        absent = ~read
+        known, constant = channels.known_to(node, node.inputs[0])
+        values = torch.where(absent & known, constant, 0.0).to(device)
+        summed = rows.flatten(2).sum(dim=2) if rows.dim() > 2 else rows
+        share = summed.double() @ values.double()
+        bias = share.to(weight.dtype) if bool((share != 0).any()) else None
+        small = rows[:, read.to(device)]
+    else:
+        live = read.reshape(groups, -1).any(dim=1)
+        per_in, per_out = read.reshape(groups, -1)[live], write.reshape(groups, -1)[live]
+        parts = []
+        for group, (ins, outs) in enumerate(zip(per_in, per_out, strict=True)):
+            block = rows[group * int(outs.sum()) : (group + 1) * int(outs.sum())]
+            parts.append(block[:, ins.to(device)])
+        small, bias, groups = torch.cat(parts), _group_bias(channels, node, rows, read, write, groups), int(live.sum())
+    old = None if module.bias is None else module.bias[write.to(device)]
+    if old is not None or bias is not None:
+        total = old if bias is None else bias if old is None else old + bias
+        learns = weight.requires_grad if module.bias is None else module.bias.requires_grad
+        assert total is not None
+        module.bias = nn.Parameter(total.clone(), learns)
+    module.weight = nn.Parameter(small.clone(), weight.requires_grad)
+    _set_counts(module, int(read.sum()), int(write.sum()), groups)
+    return module
+
+
+def _group_bias(
+    channels: Channels, node: Node, rows: Tensor, read: Tensor, write: Tensor, groups: int
+) -> Tensor | None:
+    known, constant = channels.known_to(node, node.inputs[0])
+    values = torch.where(~read & known, constant, 0.0).reshape(groups, -1).to(rows.device, torch.float64)
+    group = torch.arange(len(write)).reshape(groups, -1)[:, :1].expand(groups, len(write) // groups).flatten()
+    group = (group // (len(write) // groups))[write].to(rows.device)
+    share = (rows.flatten(2).sum(dim=2).double() * values[group]).sum(dim=1)
+    return share.to(rows.dtype) if bool((share != 0).any()) else None
+
+
+def _nothing(module: nn.Module) -> nn.Module:
+    if not isinstance(module, nn.Conv2d):
+        return GatherChannels(torch.zeros(0, dtype=torch.long, device=module.weight.device), -1)  # type: ignore[union-attr]
+    padding = module.padding
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        padding = (0, 0) if padding == "valid" else (total[0] // 2, total[1] // 2)
+    return EmptyMap(module.kernel_size, module.stride, tuple(padding), module.dilation)  # type: ignore[arg-type]
+
+
+def _set_counts(module: nn.Module, inputs: int, outputs: int, groups: int) -> None:
+    if isinstance(module, nn.Conv2d):
+        module.in_channels, module.out_channels, module.groups = inputs, outputs, groups
+    elif isinstance(module, nn.Linear):
+        module.in_features, module.out_features = inputs, outputs
+
+
+def _foreign_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
+    """A layer of a subclass with code of its own: sliced like a plain one, if a trial finds that right."""
+    known, constant = channels.known_to(node, node.inputs[0])
+    unread = ~read & known & (constant != 0)
+    assert isinstance(module, (nn.Conv2d, nn.Linear))
+    if bool(unread.any()) or not bool(write.any()):
+        raise CannotSlice(node.scope)
+    small = copy.deepcopy(module)
+    for name, parameter in module._parameters.items():
+        if parameter is None or name == "weight":
+            continue
+        if parameter.dim() and parameter.shape[0] == len(write):
+            small._parameters[name] = nn.Parameter(parameter[write.to(parameter.device)].clone(), parameter.requires_grad)
+    weight = module.weight[write.to(module.weight.device)]
+    weight = weight if is_depthwise(module) else weight[:, read.to(weight.device)]
+    small.weight = nn.Parameter(weight.clone(), module.weight.requires_grad)
+    groups = int(read.sum()) if is_depthwise(module) else 1
+    _set_counts(small, int(read.sum()), int(write.sum()), groups)
+    _require_slice(channels, node.scope, module, small, node.inputs[0], read, write, channels.flow[node.outputs[0]].axis)
+    return small
+
+
+def _foreign(model: nn.Module, channels: Channels, path: str, call: ModuleCall) -> None:
+    source, value = call.inputs[0], call.outputs[0]
+    held = channels.present[source]
+    if bool(held.all()):
+        return
+    module = model.get_submodule(path)
+    small = copy.deepcopy(module)
+    for part in small.modules():
+        _slice_numbers(part, held)
+    _require_slice(channels, path, module, small, source, held, held, channels.flow[value].axis)
+    model.set_submodule(path, small)
+
+
+def _numbers(model: nn.Module, channels: Channels, node: Node, value: Value) -> None:
+    """Norms and the like: their numbers for each channel."""
+    module = model.get_submodule(node.scope)
+    computed = channels.computed(node, value)
+    if not bool(computed.all()) and channels._can_slice_numbers(node, value):
+        _slice_numbers(module, computed)
+
+
+def _slice_numbers(module: nn.Module, kept: Tensor) -> None:
+    size = len(kept)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() and parameter.shape[0] == size:
+            module._parameters[name] = nn.Parameter(parameter[kept.to(parameter.device)].clone(), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.dim() and buffer.shape[0] == size:
+            module._buffers[name] = buffer[kept.to(buffer.device)].clone()
+    for attribute in ("num_features", "num_parameters"):
+        if getattr(module, attribute, None) == size:
+            setattr(module, attribute, int(kept.sum()))
+
+
+def _require_slice(
+    channels: Channels, path: str, module: nn.Module, small: nn.Module, source: Value, read: Tensor, write: Tensor,
+    axis: int,
+) -> None:  # fmt: skip
+    """Raise CannotSlice unless ``small`` gives the channels ``write`` of what the module gives."""
+    x = torch.randn(source.tensor.shape, generator=torch.Generator().manual_seed(0)).to(source.tensor)
+    source_axis = channels.flow[source].axis
+    shape = [-1 if d == source_axis else 1 for d in range(x.dim())]
+    x = x * read.to(x).reshape(shape)
+    try:
+        wanted = module(x.clone()).index_select(axis, write.nonzero().flatten().to(x.device))
+        got = small(x.index_select(source_axis, read.nonzero().flatten().to(x.device)))
+    except Exception as error:  # whatever foreign code says of fewer channels
+        raise CannotSlice(path) from error
+    if got.shape != wanted.shape or float((got - wanted).abs().max()) > _CLOSE * float(wanted.abs().max()) + 1e-12:
+        raise CannotSlice(path)
+
+
+# -- what is put around them ---------------------------------------------------------------------------
+
+
+def _behind(model: nn.Module, channels: Channels, value: Value) -> None:
+    """Closed channels of a gated module that is no layer are dropped or made zero behind it."""
+    path = channels.masks.paths[value]
+    node = value.node
+    assert node is not None
+    axis, kept = channels.flow[value].axis, channels.present[value]
+    after = _glue(channels.computed(node, value), kept, channels.known[value], channels.constant[value], value, axis)
+    _frame(model, path, [], after)
+
+
+def _gather(read: Tensor, held: Tensor, axis: int) -> list[tuple[str, nn.Module]]:
+    positions = (held.cumsum(0) - 1)[read]
+    return [("gather", GatherChannels(positions, axis))]
+
+
+def _glue(
+    computed: Tensor, kept: Tensor, known: Tensor, constant: Tensor, value: Value, axis: int
+) -> list[tuple[str, nn.Module]]:
+    """From the channels ``computed`` to ``kept``, constants among them."""
+    taken = kept & computed & ~known
+    if torch.equal(taken, computed) and torch.equal(taken, kept):
+        return []
+    modules: list[tuple[str, nn.Module]] = []
+    if not torch.equal(taken, computed):
+        modules.append(("pick", GatherChannels((computed.cumsum(0) - 1)[taken], axis)))
+    if not torch.equal(taken, kept):
+        fill = torch.where(taken, 0.0, constant)[kept].to(value.tensor.dtype)
+        shape = [-1 if d == axis else 1 for d in range(value.tensor.dim())]
+        modules.append(("scatter", ScatterChannels((kept.cumsum(0) - 1)[taken], fill.reshape(shape), axis)))
+    return modules
+
+
+def _frame(
+    model: nn.Module, path: str, before: list[tuple[str, Any]] | None = None, after: list[tuple[str, Any]] | None = None
+) -> None:
+    if not before and not after:
+        return
+    module = model.get_submodule(path)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    parts = [*(before or []), ("layer", module), *(after or [])]
+    framed = Framed(OrderedDict(parts)).train(module.training)
+    model.set_submodule(path, framed if device is None else framed.to(device))

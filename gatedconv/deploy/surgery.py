@@ -1,0 +1,127 @@
+"""What gatedconv changed in a user's modules, as JSON, and the same done again to another copy of the dense network."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.convert import install
+from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of
+from gatedconv.deploy.graph_format import build_module, describe_module
+from gatedconv.deploy.shrink import COUNTS
+from gatedconv.gating import Gate
+from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
+
+_HOOKS = {name: getattr(install, name) for name in ("GateOutput", "GateInput", "FollowGate", "DecideBranch", "GateBranch")}
+_BEFORE = ("GateInput", "DecideBranch")
+
+
+def describe_surgery(model: nn.Module) -> dict[str, Any]:
+    """What ``gate_model``, ``freeze`` and ``compact`` did to the modules; empty for a model that they did not make.
+
+    Raises:
+        TypeError: a change that a file cannot describe.
+    """
+    links: dict[int, int] = {}
+    paths = {id(module): name for name, module in model.named_modules()}
+    frames, counts, hooks, gates, frozen, before = {}, {}, {}, {}, [], {}
+    for path, module in model.named_modules():
+        if isinstance(module, Framed):
+            frames[path] = [
+                [name, None if name == "layer" and not isinstance(part, (EmptyMap, GatherChannels))
+                 else describe_module(f"{path}.{name}", part)] for name, part in module.named_children()
+            ]  # fmt: skip
+        if isinstance(module, Gate):
+            gates[path] = describe_module(path, module)
+        if isinstance(module, FrozenConv2d):
+            frozen.append(path)
+        found = {name: value for name in COUNTS if isinstance(value := getattr(module, name, None), int)}
+        if found and not isinstance(module, Gate):
+            counts[path] = found
+        if mine := hooks_of(module):
+            hooks[path] = [_describe_hook(hook, links, paths) for hook in mine]
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BeforeForward):
+                before[path] = [links.setdefault(id(link), len(links)) for link in hook.links]
+    made = frames or gates or frozen or hooks or getattr(model, "consensus", None) is not None
+    kinds = {"frames": frames, "counts": counts, "hooks": hooks, "gates": gates, "frozen": frozen, "before": before}
+    return kinds if made else {}
+
+
+def _describe_hook(hook: GateHook, links: dict[int, int], paths: dict[int, str]) -> list[Any]:
+    link = None if hook.link is None else links.setdefault(id(hook.link), len(links))
+    return [type(hook).__name__, hook.name, hook.axis, link, [paths[id(c)] for c in hook.convs if id(c) in paths]]
+
+
+def operate(dense: nn.Module, surgery: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the dense network with the changes that were described, its tensors as large as those of the file.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: they do not fit the network.
+    """
+    model = copy.deepcopy(dense)
+    for path, parts in surgery["frames"].items():
+        layer = model.get_submodule(path)
+        built = [(n, layer if spec is None else build_module(f"{path}.{n}", spec, tensors)) for n, spec in parts]
+        model.set_submodule(path, Framed(OrderedDict(built)))
+    for path, spec in surgery["gates"].items():
+        owner, _, name = path.rpartition(".")
+        model.get_submodule(owner).add_module(name, build_module(path, spec, tensors))
+    for path in surgery["frozen"]:
+        conv = model.get_submodule(path)
+        if not isinstance(conv, nn.Conv2d):
+            raise ValueError(f"{path} is a {type(conv).__name__}, and the file has a convolution there")
+        frozen = FrozenConv2d(conv, torch.ones_like(tensors[f"{path}.out_open"]))
+        frozen._modules.update(conv._modules)
+        model.set_submodule(path, frozen)
+    for path, numbers in surgery["counts"].items():
+        module = model.get_submodule(path)
+        for name in COUNTS:
+            if name in numbers and isinstance(getattr(module, name, None), int):
+                setattr(module, name, int(numbers[name]))
+    links: dict[int, Link] = {}
+    for path, found in surgery["hooks"].items():
+        for kind, name, axis, link, convs in found:
+            module = model.get_submodule(path)
+            shared = None if link is None else links.setdefault(link, Link())
+            hook = _HOOKS[kind](name, int(axis), shared, tuple(model.get_submodule(c) for c in convs))
+            if kind in _BEFORE:
+                module.register_forward_pre_hook(hook)
+            else:
+                module.register_forward_hook(hook)
+    for path, numbers in surgery["before"].items():
+        hook = BeforeForward([links.setdefault(n, Link()) for n in numbers])
+        model.get_submodule(path).register_forward_pre_hook(hook)
+    _resize(model, tensors)
+    return model
+
+
+def _resize(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Parameters and buffers of other sizes than the file's get those, and a layer its bias."""
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        current = getattr(module, attribute, None)
+        if current is None and attribute in module._parameters:
+            module.register_parameter(attribute, nn.Parameter(torch.empty_like(tensor)))
+        elif isinstance(current, Tensor) and current.shape != tensor.shape:
+            if attribute in module._parameters:
+                module._parameters[attribute] = nn.Parameter(torch.empty_like(tensor), current.requires_grad)
+            elif attribute in module._buffers:
+                module._buffers[attribute] = torch.empty_like(tensor)
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """Names of parameters and buffers that are another name's tensor: name -> that name."""
+    first: dict[int, str] = {}
+    ties = {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        if first.setdefault(id(tensor), name) != name:
+            ties[name] = first[id(tensor)]
+    return ties
