@@ -124,7 +124,9 @@ def _recorded(model: nn.Module, example_input: Any) -> Record:
     except Exception as error:  # whatever the model's code raises
         shapes = ", ".join(f"{tuple(t.shape)}, {t.dtype}, on {t.device}" for t in tensors_of((args, kwargs)))
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"gate_model: {type(model).__name__} does not run on example_input ({shapes}): {why}") from error
+        raise ValueError(
+            f"gate_model: {type(model).__name__} does not run on example_input ({shapes}): {why}"
+        ) from error
 
 
 def _total_macs(model: nn.Module, example_input: Any) -> tuple[float | None, str]:

@@ -80,6 +80,7 @@ class GateOutput(GateHook):
     """Forward hook: the module's output times its gate's decision on that output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Gate the output."""
         return self._scaled(output, self._decide(module, output))
 
 
@@ -87,6 +88,7 @@ class GateInput(GateHook):
     """Forward pre-hook: the module reads its input times its gate's decision on that input."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Gate the input."""
         return self._scaled(args[0], self._decide(module, args[0])), *args[1:]
 
 
@@ -94,6 +96,7 @@ class FollowGate(GateHook):
     """Forward hook: the output times the decision of another module's gate, behind a depthwise convolution."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Gate the output by the decision of another gate."""
         assert self.link is not None
         return self._scaled(output, self.link.read(module))
 
@@ -102,6 +105,7 @@ class DecideBranch(GateHook):
     """Forward pre-hook at the start of a residual branch: the layer gate decides on what the branch reads."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Decide, and leave the input as it is."""
         self._decide(module, args[0])
 
 
@@ -109,6 +113,7 @@ class GateBranch(GateHook):
     """Forward hook at the end of a residual branch: (N, ...) times the decision (N, 1)."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Gate the branch."""
         assert self.link is not None
         return output * self.link.read(module).reshape(-1, *[1] * (output.dim() - 1)).to(output.dtype)
 
@@ -122,6 +127,7 @@ class BeforeForward:
         self.links = links
 
     def __call__(self, model: nn.Module, args: Any) -> None:
+        """Let go."""
         if model.training:
             forget(model)
             for link in self.links:

@@ -24,8 +24,10 @@ _PASSING = ("elementwise", "cat", "move")
 
 @dataclass
 class Gated:
-    """Where gates multiply: ``values`` and, at one reader alone, ``inputs``: -> (gate path, number of gates);
-    ``layers``: node -> paths of the layer gates that it runs under.
+    """Where gates multiply.
+
+    ``values`` and, at one reader alone, ``inputs``: -> (gate path, number of gates); ``layers``: node -> paths of the
+    layer gates that it runs under.
     """
 
     values: Mapping[Value, tuple[str, int]]

@@ -142,6 +142,7 @@ def is_computed(module: nn.Module) -> bool:
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether a hook of someone else may change what the module takes or returns."""
+
     def foreign(hook: Any) -> bool:
         return not isinstance(hook, (WeightNorm, SpectralNorm)) and not getattr(hook, "of_gatedconv", False)
 
@@ -155,7 +156,12 @@ def is_known(module: nn.Module) -> bool:
     kind = type(module)
     if parametrize.is_parametrized(module):
         kind = kind.__mro__[1]
-    if kind.__module__.startswith("gatedconv.nn.") and kind.__name__ not in ("BasicBlock", "CompactBlock", "GraphNet", "Framed"):
+    if kind.__module__.startswith("gatedconv.nn.") and kind.__name__ not in (
+        "BasicBlock",
+        "CompactBlock",
+        "GraphNet",
+        "Framed",
+    ):
         return True
     if not kind.__module__.startswith("torch.nn.modules.") or kind.__name__ in _CONTAINERS:
         return False
@@ -346,7 +352,9 @@ class _Recorder(TorchDispatchMode):
 
 def _places(structure: Any) -> list[tuple[Any, ...]]:
     found = tree_flatten_with_path(structure)[0]
-    return [tuple(getattr(k, "idx", getattr(k, "key", None)) for k in path) for path, t in found if isinstance(t, Tensor)]
+    return [
+        tuple(getattr(k, "idx", getattr(k, "key", None)) for k in path) for path, t in found if isinstance(t, Tensor)
+    ]
 
 
 def open_up(structure: Any) -> Any:

@@ -50,7 +50,9 @@ def require_same(source: nn.Module, result: nn.Module, example_input: Any, owner
             try:
                 got = _seeded(result, inputs)
             except Exception as error:
-                raise ConversionError(f"{owner}: the result fails on {what}: {type(error).__name__}: {error}") from error
+                raise ConversionError(
+                    f"{owner}: the result fails on {what}: {type(error).__name__}: {error}"
+                ) from error
             if not (difference := distance(got, wanted)) <= _tolerance(wanted):
                 where = _first_difference(source, result, inputs)
                 raise ConversionError(f"{owner}: the result differs by {difference:.1e} on {what}, first at {where}")
@@ -79,7 +81,9 @@ def require_same_training(source: nn.Module, result: nn.Module, example_input: A
         except Exception as error:
             if model is result:
                 raise ConversionError(f"{owner}: the result fails in training: {error}") from error
-            return f"training was not checked: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return (
+                f"training was not checked: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
         runs.append(out)
     if not (difference := distance(runs[1], runs[0])) <= _tolerance(runs[0]):
         raise ConversionError(f"{owner}: in training the result differs by {difference:.1e}")

@@ -218,7 +218,7 @@ class Channels:
 
     def _find_present(self) -> None:
         self.present = {value: self.wanted(value).clone() for value in self.known}
-        for value, held in self.present.items():
+        for held in self.present.values():
             if self.care == 2:
                 held[:] = True
         changed = True

@@ -90,7 +90,7 @@ class _Writer:
             self._emit(nodes)
         self.graph.lint()
         result = GraphNet(self.root, self.graph, type(self.model).__name__)
-        for name, module in result.named_modules():
+        for module in result.modules():
             if getattr(module, "inplace", False) is True:  # another node may read what it would overwrite
                 module.inplace = False  # type: ignore[assignment]
         return result.eval()
@@ -220,5 +220,3 @@ def _functional(node: Node) -> Any:
     if found is None or found._schema.is_mutable:
         raise NoGraph(f"it works in place, by {name}")
     return found
-
-

@@ -151,6 +151,7 @@ def require_small(description: Any, state: Mapping[str, Tensor]) -> None:
 
 
 def describe_module(path: str, module: nn.Module) -> list[Any]:
+    """Class, constructor arguments and names of the frozen parameters, as JSON types; TypeError for any other module."""
     name = type(module).__name__
     frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
     if isinstance(module, Gate):
@@ -256,7 +257,11 @@ def _checked_path(path: str) -> str:
 
 # -- functions -----------------------------------------------------------------------------------------
 
-_OPERATORS = {"operator.getitem": operator.getitem, "operator.mul": operator.mul, "operator.floordiv": operator.floordiv}
+_OPERATORS = {
+    "operator.getitem": operator.getitem,
+    "operator.mul": operator.mul,
+    "operator.floordiv": operator.floordiv,
+}
 # The ATen operations that a graph may call: they compute, and touch neither files nor the process.
 _ATEN = ELEMENTWISE | SPATIAL_OPS | MOVES | MIXING_OPS | frozenset(REDUCTIONS) | frozenset(
     "cat stack constant_pad_nd reflection_pad1d replication_pad1d circular_pad native_batch_norm "

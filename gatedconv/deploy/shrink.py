@@ -154,13 +154,17 @@ def _foreign_layer(channels: Channels, node: Node, module: nn.Module, read: Tens
         if parameter is None or name == "weight":
             continue
         if parameter.dim() and parameter.shape[0] == len(write):
-            small._parameters[name] = nn.Parameter(parameter[write.to(parameter.device)].clone(), parameter.requires_grad)
+            small._parameters[name] = nn.Parameter(
+                parameter[write.to(parameter.device)].clone(), parameter.requires_grad
+            )
     weight = module.weight[write.to(module.weight.device)]
     weight = weight if is_depthwise(module) else weight[:, read.to(weight.device)]
     small.weight = nn.Parameter(weight.clone(), module.weight.requires_grad)
     groups = int(read.sum()) if is_depthwise(module) else 1
     _set_counts(small, int(read.sum()), int(write.sum()), groups)
-    _require_slice(channels, node.scope, module, small, node.inputs[0], read, write, channels.flow[node.outputs[0]].axis)
+    _require_slice(
+        channels, node.scope, module, small, node.inputs[0], read, write, channels.flow[node.outputs[0]].axis
+    )
     return small
 
 
@@ -189,7 +193,9 @@ def _slice_numbers(module: nn.Module, kept: Tensor) -> None:
     size = len(kept)
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() and parameter.shape[0] == size:
-            module._parameters[name] = nn.Parameter(parameter[kept.to(parameter.device)].clone(), parameter.requires_grad)
+            module._parameters[name] = nn.Parameter(
+                parameter[kept.to(parameter.device)].clone(), parameter.requires_grad
+            )
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.dim() and buffer.shape[0] == size:
             module._buffers[name] = buffer[kept.to(buffer.device)].clone()

@@ -17,7 +17,9 @@ from gatedconv.deploy.shrink import COUNTS
 from gatedconv.gating import Gate
 from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
 
-_HOOKS = {name: getattr(install, name) for name in ("GateOutput", "GateInput", "FollowGate", "DecideBranch", "GateBranch")}
+_HOOKS = {
+    name: getattr(install, name) for name in ("GateOutput", "GateInput", "FollowGate", "DecideBranch", "GateBranch")
+}
 _BEFORE = ("GateInput", "DecideBranch")
 
 
