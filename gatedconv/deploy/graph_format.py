@@ -151,7 +151,7 @@ def require_small(description: Any, state: Mapping[str, Tensor]) -> None:
 
 
 def describe_module(path: str, module: nn.Module) -> list[Any]:
-    """Class, constructor arguments and names of the frozen parameters, as JSON types; TypeError for any other module."""
+    """Class, constructor arguments and names of frozen parameters, as JSON types; TypeError for any other module."""
     name = type(module).__name__
     frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
     if isinstance(module, Gate):
