@@ -23,6 +23,7 @@ from gatedconv.train.config import read_toml  # noqa: E402
 from reproduce.ledger import read_ledger  # noqa: E402
 from reproduce.rows import present_recipes  # noqa: E402
 from reproduce.tables import replace_block, results_text  # noqa: E402
+from tests.ptx.ledger import table  # noqa: E402
 
 RESULTS = ROOT / "results"
 
@@ -162,11 +163,16 @@ def training_speed() -> str:
     return f"{found.get('what', '')}\n\n{_markdown(header, rows)}"
 
 
+def executed_kernels() -> str:
+    """What the interpreter of tests/ptx has executed, and which mutations it found."""
+    return table(json.loads((ROOT / "benchmarks" / "results" / "ptx.json").read_text()))
+
+
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
     ROOT / "docs" / "scaling.md": TABLES,
-    ROOT / "docs" / "performance.md": {"cpu": performance.cpu, "gpu": performance.gpu},
+    ROOT / "docs" / "performance.md": {"cpu": performance.cpu, "gpu": performance.gpu, "ptx": executed_kernels},
     ROOT / "docs" / "results.md": {
         "demo": demo,
         "demo-seeds": demo_seeds,

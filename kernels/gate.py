@@ -184,6 +184,7 @@ def sum_of_slices(part_ptr, rows, columns, mask, N, S, M):
 def move(buffer_ptr, value, momentum, mask):
     """Move a running buffer towards a value, as torch.lerp does."""
     old = tl.load(buffer_ptr, mask=mask)
+    tl.debug_barrier()  # warps hold copies of one element: all have read it before one of them overwrites it
     tl.store(buffer_ptr, old + momentum * (value - old), mask=mask)
 
 
@@ -236,7 +237,9 @@ def hidden_statistics(
         if BATCH_STATS and UPDATE:
             move(running.mean + j, mean, momentum, in_h)
             move(running.var + j, var, momentum, in_h)
-            tl.store(running.batches, tl.load(running.batches) + 1)
+            batches = tl.load(running.batches)
+            tl.debug_barrier()
+            tl.store(running.batches, batches + 1)
     return mean, rstd
 
 

@@ -143,7 +143,9 @@ def finish_statistics(
         gate.move(norm.mean + c, mean, norm.momentum, in_c)
         gate.move(norm.var + c, unbiased, norm.momentum, in_c)
         if tl.program_id(0) == 0:
-            tl.store(norm.batches, tl.load(norm.batches) + 1)
+            batches = tl.load(norm.batches)
+            tl.debug_barrier()
+            tl.store(norm.batches, batches + 1)
     if out.normed is not None:
         scale = tl.load(norm.weight + c, mask=in_c, other=0.0) * rstd
         beta = tl.load(norm.bias + c, mask=in_c, other=0.0)

@@ -30,7 +30,7 @@ class GlobalMemory:
 
     BASE = 1 << 33
 
-    def __init__(self, size: int = 1 << 22) -> None:
+    def __init__(self, size: int = 1 << 16) -> None:
         self.bytes = np.zeros(size, np.uint8)
         self.valid = np.zeros(size, bool)
         self.end = GUARD

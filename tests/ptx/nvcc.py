@@ -41,7 +41,7 @@ def kernels(source: str, architecture: int, edit: Edit | None = None) -> dict[st
         edit: A change to make before, for mutation tests.
     """
     command = [*nvcc(), f"-arch=sm_{architecture}", "-ptx"]
-    with changed(edit) as csrc:
+    with changed(edit) as csrc:  # compiled from a copy, kept by its content
         return parse(_compiled(command, csrc, csrc / source, ".ptx").read_text())
 
 

@@ -116,6 +116,13 @@ class Operands:
         unsigned = UNSIGNED[bits]
         return lambda warp: _known(warp, at).astype(unsigned).view(type)
 
+    def number(self, operand: str, kind: str) -> Read:
+        """What reads an operand of a kind, "s32" or "f32"; of "bf16" as float32."""
+        if kind != "bf16":
+            return self.read(operand, dtype(kind))
+        bits = self.read(operand, np.uint16)
+        return lambda warp: from_bf16(bits(warp))
+
     def _read_other(self, operand: str, type: Any) -> Read:
         special = re.fullmatch(r"%(tid|ctaid|nctaid|ntid)\.([xyz])|%(laneid|clusterid\.x|cluster_ctarank)", operand)
         if special:
@@ -190,8 +197,9 @@ def _constant(value: int | str, type: np.dtype) -> np.ndarray:
 
 def elementwise(parts: list[str], args: tuple[str, ...], operands: Operands, function: Callable[..., Any]) -> Act:
     """An instruction that computes each lane by itself from operands of one type."""
-    type = dtype(parts[-1])
-    put, reads = operands.write(args[0]), [operands.read(arg, type) for arg in args[1:]]
+    put, reads = operands.write(args[0]), [operands.number(arg, parts[-1]) for arg in args[1:]]
+    if parts[-1] == "bf16":
+        return lambda warp, mask: put(warp, mask, to_bf16(function(*(read(warp) for read in reads))))
     if len(reads) == 2:
         x, y = reads
         return lambda warp, mask: put(warp, mask, function(x(warp), y(warp)))
@@ -231,7 +239,7 @@ def simple(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
     if "hi" in parts:
         assert parts[-1] in ("s32", "u32") and parts[0] == "mul"
         return elementwise(parts, args, operands, _upper)
-    if parts[-1] in ("bf16", "bf16x2", "f16x2"):
+    if parts[-1] in ("bf16x2", "f16x2"):
         raise NotImplementedError(".".join(parts))
     return elementwise(parts, args, operands, SIMPLE[parts[0]])
 
@@ -239,7 +247,7 @@ def simple(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
 @op("min", "max")
 def extreme(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
     """Of a NaN and a number the number, unless `.NaN`."""
-    number = parts[-1].startswith("f") and "NaN" not in parts
+    number = parts[-1].startswith(("f", "bf")) and "NaN" not in parts
     function = {("min", True): np.fmin, ("max", True): np.fmax, ("min", False): np.minimum, ("max", False): np.maximum}
     return elementwise(parts, args, operands, function[parts[0], number])
 
@@ -376,15 +384,14 @@ COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 @op("setp")
 def compare(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
     """With a NaN: false, unless the comparison ends in u; `num` and `nan` ask for it."""
-    type = dtype(parts[-1])
-    x, y = operands.read(args[1], type), operands.read(args[2], type)
+    x, y = operands.number(args[1], parts[-1]), operands.number(args[2], parts[-1])
     puts = [operands.write(target) for target in args[0].split("|")]
     combine = COMBINE.get(parts[2])
     other = operands.read(args[3], np.bool_) if combine else None
 
     def run(warp: Warp, mask: np.ndarray) -> None:
         left, right = x(warp), y(warp)
-        if np.dtype(type).kind == "f":
+        if left.dtype.kind == "f":
             nan = np.isnan(left) | np.isnan(right)
             if parts[1] in ("num", "nan"):
                 result = nan if parts[1] == "nan" else ~nan
@@ -483,11 +490,7 @@ def convert(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
             raise NotImplementedError(".".join(parts))
         x = operands.read(args[1], np.uint32)
         return lambda warp, mask: put(warp, mask, to_tf32(x(warp)))
-    if source == "bf16":
-        x = operands.read(args[1], np.uint16)
-        number: Read = lambda warp: from_bf16(x(warp))  # noqa: E731
-    else:
-        number = operands.read(args[1], dtype(source))
+    number = operands.number(args[1], source)
     if to == "bf16":
         return lambda warp, mask: put(warp, mask, to_bf16(number(warp)))
     target, rounding = dtype(to), next((ROUND[part] for part in parts if part in ROUND), None)

@@ -40,8 +40,6 @@ def check(form, shape, masks, tile, ledger, architecture=90, act=1, **options):
     bias = torch.randn(outputs)
     sizes = torch.nn.functional.conv2d(x[:, :1].float(), weight[:1, :1].float(), **geometry).shape[2:]
     residual = torch.randn(batch, outputs, *sizes).to(dtype).contiguous(memory_format=layout)
-    if in_place:
-        residual = residual.relu()
     draw = lambda per, count: None if per is None else torch.rand((batch, count) if per == "sample" else count) < 0.5  # noqa: E731
     out_open, in_open = draw(per_output, outputs), draw(per_input, channels)
     if in_open is not None:  # what is closed is not read
@@ -51,6 +49,9 @@ def check(form, shape, masks, tile, ledger, architecture=90, act=1, **options):
     exact = expected(
         x.double(), weight.double(), bias.double(), opened, in_open, residual.double(), act=act, **pair
     )
+    if in_place:  # closed outputs stay in memory, without even an activation
+        shut = ~opened.expand(batch, -1)
+        exact[shut] = residual.double()[shut]
     scale = expected(
         x.double().abs(), weight.double().abs(), bias.double().abs(), opened, in_open, residual.double().abs(), act=0,
         **pair,
