@@ -1,4 +1,8 @@
-"""Train a network with gated layers and channels once, freeze what the gates agree on, cut the rest out."""
+"""Train a network with gated layers and channels once, freeze the sub-network its gates agree on, and compact it.
+
+The public names are those of ``gatedconv.__all__``, the networks of ``gatedconv.models``, the operators of
+``gatedconv.ops``, and ``gatedconv.HubModel``, which requires the extra ``hub``.
+"""
 
 from typing import Any
 
@@ -13,10 +17,14 @@ from gatedconv.deploy import Consensus, compact, export, freeze, load, save
 from gatedconv.engine import Engine
 from gatedconv.gating import (
     ChannelGate,
+    GatePruner,
     LayerGate,
+    MacController,
     activation_loss,
     expected_macs,
+    fisher_information,
     mac_target_loss,
+    masks_for_target,
     polarization_loss,
     pruning_rate,
 )
@@ -32,18 +40,21 @@ __all__ = [
     "Consensus",
     "Conv2d",
     "Engine",
-    "HubModel",
+    "GatePruner",
     "LayerGate",
+    "MacController",
     "activation_loss",
     "compact",
     "count_macs",
     "expected_macs",
     "export",
+    "fisher_information",
     "freeze",
     "gate_model",
     "gates",
     "load",
     "mac_target_loss",
+    "masks_for_target",
     "models",
     "ops",
     "polarization_loss",
@@ -54,7 +65,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "HubModel":  # needs an extra, and is slow to import
+    if name == "HubModel":  # requires an extra, and is slow to import
         from gatedconv.deploy.hub import HubModel
 
         return HubModel

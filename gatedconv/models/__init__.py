@@ -1,4 +1,4 @@
-"""CIFAR ResNets 20 to 110, gated or plain."""
+"""Networks for small images, gated or dense: the CIFAR ResNets 20 to 110."""
 
 from gatedconv.models.resnet import ResNet, resnet20, resnet32, resnet44, resnet56, resnet110
 

@@ -1,4 +1,4 @@
-"""The gated residual block: two 3x3 convolutions, a shortcut, and gates where asked."""
+"""The gated residual block: two 3x3 convolutions, a shortcut, and optional gates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from gatedconv.nn.skip import BlockSkip, skip_branch
 
 GATES = (None, "layer", "channel", "both")
 POSITIONS = ("before", "middle", "after")
-_POOLED = "_gatedconv_pooled"  # attribute of a block's output: its mean, and the version that this is the mean of
 
 
 class BasicBlock(nn.Module):
@@ -31,11 +30,8 @@ class BasicBlock(nn.Module):
     whole batch. In eval the branch runs on the samples whose layer gate is open and on no other. With
     frozen gates nothing closed is computed in either mode.
 
-    Where kernels end a block, its output carries its mean over H and W along (`handed_over`), so that the gate of the
-    next block need not read the map again.
-
     Attributes:
-        skip: decides in training whether the branch is left out; None, the default, for never.
+        skip: decides in training whether the branch is skipped; None, the default, for never.
 
     Shape: (N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -73,13 +69,30 @@ class BasicBlock(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"skip": None, **state})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block: x (N, in_channels, H, W) -> (N, channels, H', W')."""
-        shortcut = x if self.downsample is None else self.downsample(x)
+    def forward(
+        self, x: Tensor, mean: Tensor | None = None, return_mean: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Run the block.
+
+        Args:
+            x: (N, in_channels, H, W).
+            mean: (N, in_channels), the mean of x over H and W if the block before has computed it; the gates then do
+                not read x again.
+            return_mean: return (output, its mean over H and W), the mean None where no kernel computes it on the way.
+
+        Returns:
+            (N, channels, H', W').
+        """
         if self.training:
             norm = self._end_norm() if ops.kernels_run_on(x) and self._learns_at_its_end() else None
             if norm is not None:
-                return self._fused_end(x, shortcut, norm)
+                out, mean = self._fused_end(x, mean, norm)
+                return (out, mean) if return_mean else out
+        out = self._run(x)
+        return (out, None) if return_mean else out
+
+    def _run(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
         gate = self.layer_gate
         if gate is None or (isinstance(gate, FrozenGate) and gate.is_open):
             return self._open_block(x, shortcut)
@@ -134,10 +147,8 @@ class BasicBlock(nn.Module):
         if isinstance(channel, LearnedGate) and inner and (channel.pool != "avg" or channel.synchronised):
             return False  # it reads every position of bn2's output, or the batches of other processes
         # What is not called on its own cannot call its hooks.
-        watched = [self.bn2, self.relu] if channel is None or not inner else [self.bn2, self.relu, channel]
-        hooked = any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in watched
-        )
+        fused = [self.bn2, self.relu] if channel is None or not inner else [self.bn2, self.relu, channel]
+        hooked = any(has_hooks(module) for module in fused)
         return (self.layer_gate is not None or inner) and type(self.relu) is nn.ReLU and not hooked
 
     def _end_norm(self) -> ops.NormArguments | None:
@@ -150,12 +161,14 @@ class BasicBlock(nn.Module):
             return None
         return ops.NormArguments(norm.weight, norm.bias, mean, var, batches, norm.eps, norm.momentum)
 
-    def _fused_end(self, x: Tensor, shortcut: Tensor, norm: ops.NormArguments) -> Tensor:
-        """Run the block in training with bn2, gates, sum and ReLU as one operator."""
-        pooled = handed_over(x)
+    def _fused_end(
+        self, x: Tensor, pooled: Tensor | None, norm: ops.NormArguments
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the block in training with bn2, gates, sum and ReLU as one operator; returns the output and its mean."""
+        shortcut = x if self.downsample is None else self.downsample(x)
         layer = None if self.layer_gate is None else self.layer_gate(x, pooled)
         if self.layer_gate is not None and self.skip is not None and self.skip.applies(self.layer_gate):
-            return skip_branch(shortcut, self)
+            return skip_branch(shortcut, self), None
         branch = self._convolved(x, pooled)
         gate, inner = self.channel_gate, None
         if isinstance(gate, LearnedGate) and self.position == "after":
@@ -163,7 +176,7 @@ class BasicBlock(nn.Module):
         result = ops.gated_residual(branch, shortcut, norm, layer, inner)
         if result.channel is not None and isinstance(gate, LearnedGate):
             gate.note(result.channel)
-        return _hand_over(result.out, result.pooled)
+        return result.out, result.pooled
 
     def _frozen_branch(self, x: Tensor, mask: Tensor) -> Tensor:
         """The branch with a constant mask: convolutions skip closed channels on both their sides."""
@@ -174,19 +187,7 @@ class BasicBlock(nn.Module):
         return y if after is None else y * after.to(y.dtype)[:, None, None]
 
 
-def handed_over(x: Tensor) -> Tensor | None:
-    """The mean (N, C) over H and W that the kernels of a block left with its output x (N, C, H, W), or None.
-
-    It is bound to that very tensor: another one, made by a hook or an operation in between, has none, and one that
-    was changed in place since has none any more.
-    """
-    if torch.compiler.is_compiling() or not hasattr(x, _POOLED):
-        return None
-    pooled, version = getattr(x, _POOLED)
-    return pooled if x._version == version else None
-
-
-def _hand_over(out: Tensor, pooled: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and not out.is_inference():  # which has no version
-        setattr(out, _POOLED, (pooled, out._version))
-    return out
+def has_hooks(module: nn.Module) -> bool:
+    """Whether code outside the module runs when it is called, so that it has to be called."""
+    m = module
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)

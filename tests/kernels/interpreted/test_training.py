@@ -79,7 +79,7 @@ def test_blocks_hand_on_what_they_pooled(monkeypatch, device):
 def test_hooks_of_stages_and_blocks_run_and_what_they_change_counts(monkeypatch, device, change):
     model, seen = watched_model(monkeypatch, device)
     calls = []
-    model.layer1.register_forward_hook(lambda *_: calls.append("stage"))
+    model.layer3.register_forward_hook(lambda *_: calls.append("stage"))
     model.layer1[0].register_forward_hook(lambda module, arguments, out: calls.append("block") or change(out.detach()))
     model(torch.randn(3, 1, 4, 4).to(device))
     assert calls == ["block", "stage"]

@@ -1,0 +1,56 @@
+"""Gate a network by swapping one class: `gatedconv.Conv2d` in place of `torch.nn.Conv2d`.
+
+    python examples/swap_conv2d.py
+
+Trains a small network on scikit-learn's digits for a few seconds. Its convolutions choose their own channels, and the
+frozen network computes no others.
+"""
+
+from __future__ import annotations
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+
+import gatedconv
+
+
+def network() -> nn.Sequential:
+    """Two gated convolutions behind a plain one; a closed channel is exactly zero, so no norm may follow a gate."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        gatedconv.Conv2d(32, 64, 3, stride=2, padding=1, gate="channel"), nn.ReLU(),
+        gatedconv.Conv2d(64, 64, 3, padding=1, gate="channel"), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Percent of the images that the model classifies correctly."""
+    return 100 * float((model.eval()(images).argmax(1) == labels).float().mean())
+
+
+def main() -> None:
+    """Train, freeze, compact, and print what is left."""
+    torch.manual_seed(0)
+    bunch = load_digits()
+    images, labels = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, torch.tensor(bunch.target)
+    model = network().train()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(12):
+        for index in torch.randperm(1437).split(64):
+            loss = functional.cross_entropy(model(images[index]), labels[index])
+            loss = loss + gatedconv.polarization_loss(model) + 0.2 * gatedconv.activation_loss(model)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    frozen = gatedconv.freeze(model, images[:1437].split(64))
+    small = gatedconv.compact(frozen, images[:2])
+    for name, net in (("gated", model), ("frozen", frozen), ("compact", small)):
+        params = sum(p.numel() for p in net.parameters())
+        print(f"{name:<8} top-1 {top1(net, images[1437:], labels[1437:]):5.1f} %, {params:6d} parameters")
+
+
+if __name__ == "__main__":
+    main()
