@@ -2,8 +2,8 @@
 
     python examples/finetune.py animals --model timm/tf_efficientnet_lite0 --weights download --out small.safetensors
 
-The folder holds train/CLASS/*.png and test/CLASS/*.png. `--weights` is "download" for the pretrained weights of torchvision
-or timm, or a file: a state dict of the same network, under its own names or, tensor by tensor, in the same order.
+The folder holds train/CLASS/*.png and test/CLASS/*.png. `--weights` is "download" for the pretrained weights of
+torchvision or timm, or a file: a state dict of the same network, under its own names or, tensor by tensor, in order.
 """
 
 from __future__ import annotations

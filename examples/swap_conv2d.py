@@ -1,12 +1,14 @@
 """Gate a network by swapping one class: `gatedconv.Conv2d` in place of `torch.nn.Conv2d`.
 
-    python examples/swap_conv2d.py
+    python examples/swap_conv2d.py [--quick]
 
 Trains a small network on scikit-learn's digits for a few seconds. Its convolutions choose their own channels, and the
 frozen network computes no others.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from sklearn.datasets import load_digits
@@ -38,7 +40,7 @@ def main() -> None:
     images, labels = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, torch.tensor(bunch.target)
     model = network().train()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(12):
+    for _ in range(1 if "--quick" in sys.argv else 12):
         for index in torch.randperm(1437).split(64):
             loss = functional.cross_entropy(model(images[index]), labels[index])
             loss = loss + gatedconv.polarization_loss(model) + 0.2 * gatedconv.activation_loss(model)

@@ -3,8 +3,8 @@
     python examples/train_loop.py            # a minute or two on two cores
     python examples/train_loop.py --quick    # seconds; shows that it runs, not what it can do
 
-One run in three parts: the gated network trains while its gates agree on a sub-network; the agreed sub-network is frozen
-and compacted; the compact network trains through the rest of the schedule. A dense network trains by the same recipe.
+One run in three parts: the gated network trains while its gates agree on a sub-network; this sub-network is frozen and
+compacted; the compact network trains through the rest of the schedule. A dense network trains by the same recipe.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def main() -> None:
 
     dense = gatedconv.models.resnet20(10, input_size=(1, 8, 8))
     train(dense, tuple(data), range(total), total)
-    print(f"{'network':<24} {'top-1':>6} {'MACs (M)':>8} {'k params':>8}", row("dense", dense, test), *lines[1:], sep="\n")
-    print(lines[0])
+    print(f"{'network':<24} {'top-1':>6} {'MACs (M)':>8} {'k params':>8}")
+    print(row("dense", dense, test), *lines[1:], lines[0], sep="\n")
 
 
 if __name__ == "__main__":

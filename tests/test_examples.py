@@ -1,0 +1,63 @@
+"""The examples run from the command line and end with their tables."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def output(name: str, *arguments: str, **options: object) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_train_loop_ends_with_its_table():
+    *_, header, dense, compact, finished, engine, agreement = output("train_loop.py", "--quick")
+    assert header.split() == ["network", "top-1", "MACs", "(M)", "k", "params"]
+    numbers = {
+        row[:24].strip(): [float(number) for number in row[24:].split()] for row in (dense, compact, finished, engine)
+    }
+    assert list(numbers) == ["dense", "compact", "compact, trained on", "the same by Engine"]
+    _, dense_macs, dense_params = numbers["dense"]
+    assert 0.4 * dense_macs < numbers["compact"][1] <= 0.51 * dense_macs and numbers["compact"][2] < dense_params
+    assert numbers["compact, trained on"] == numbers["the same by Engine"]  # exactness
+    assert re.fullmatch(r"agreement of the gates: [\d.]+%", agreement)
+
+
+def test_swap_conv2d_prunes_and_loses_nothing_by_compacting():
+    pattern = r"(\w+) +top-1 +([\d.]+) %, +(\d+) parameters"
+    rows = [re.fullmatch(pattern, line) for line in output("swap_conv2d.py", "--quick")]
+    assert all(rows) and [row[1] for row in rows] == ["gated", "frozen", "compact"]
+    assert rows[1][2] == rows[2][2] and int(rows[2][3]) <= int(rows[1][3])
+
+
+def test_finetune_prunes_a_network_on_a_folder(tmp_path):
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("dark", "light"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                pixels = rng.integers(0, 128, (32, 32, 3)) + (128 if name == "light" else 0)
+                image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    lines = output(
+        "finetune.py", str(tmp_path / "images"), "--epochs", "3", "--batch-size", "4", "--image-size", "32",
+        "--gate", "channel", "--out", "small.safetensors", cwd=tmp_path,
+    )  # fmt: skip
+    found = re.fullmatch(r"top-1 [\d.]+ %, ([\d.]+) of ([\d.]+) M MACs", lines[-1])
+    assert found and float(found[1]) < 0.8 * float(found[2])
+    assert (tmp_path / "small.safetensors").stat().st_size > 0
