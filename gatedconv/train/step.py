@@ -408,7 +408,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
             del block.forward
 
 
-def _checkpointed(block: BasicBlock, forward: Any, *inputs: Tensor | None) -> Any:
+def _checkpointed(block: BasicBlock, forward: Any, *inputs: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*inputs)
 
@@ -422,7 +422,8 @@ def _checkpointed(block: BasicBlock, forward: Any, *inputs: Tensor | None) -> An
 def _without_side_effects(block: nn.Module) -> Iterator[None]:
     """Give the block copies of its buffers: a change of the real ones would invalidate what backward keeps."""
     held = [(module, name, buffer) for module in block.modules() for name, buffer in module._buffers.items()]
-    gates = [(gate, gate.logits, gate.open_rate) for gate in block.modules() if isinstance(gate, Gate)]
+    gates = [module for module in block.modules() if isinstance(module, Gate)]
+    last_calls = [(gate, gate.logits, gate.open_rate, gate.global_open_rate) for gate in gates]
     for module, name, buffer in held:
         if buffer is not None:
             module._buffers[name] = buffer.clone()
@@ -431,5 +432,5 @@ def _without_side_effects(block: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer in held:
             module._buffers[name] = buffer
-        for gate, logits, open_rate in gates:
-            gate.logits, gate.open_rate = logits, open_rate
+        for gate, logits, open_rate, global_open_rate in last_calls:
+            gate.logits, gate.open_rate, gate.global_open_rate = logits, open_rate, global_open_rate
