@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 from torch.utils.data._utils import signal_handling
@@ -12,6 +13,11 @@ from gatedconv import environment
 
 # Read once by the native library: its workspaces begin as NaN.
 os.environ.setdefault("GATEDCONV_POISON", "1")
+
+# The same examples at every run, kept nowhere; HYPOTHESIS_PROFILE=search draws others and keeps what fails.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GATEDCONV_ISA", "GATEDCONV_NATIVE")
 

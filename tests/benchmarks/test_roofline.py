@@ -45,4 +45,4 @@ def test_each_layer_takes_the_longer_of_multiplying_and_moving() -> None:
 
 def test_rates_are_measured() -> None:
     rates = measured_rates(torch.device("cpu"), torch.float32, 64)
-    assert rates.flop_per_ms > 1e3 and rates.bytes_per_ms > 1e3
+    assert rates.flop_per_ms > 0 and rates.bytes_per_ms > 0

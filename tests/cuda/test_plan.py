@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 import gatedconv
@@ -64,7 +63,8 @@ def test_a_cut_resnet(position, shortcut, mode, kernel):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "mobilenet_v2"])
 def test_torchvision(name, kernel):
-    model = settle(getattr(torchvision.models, name)(num_classes=10))
+    models = pytest.importorskip("torchvision").models
+    model = settle(getattr(models, name)(num_classes=10))
     x = torch.randn(2, 3, 40, 64)
     plan = plans.make_plan(model, x, mode="auto", tuner=always("gatedconv 1x1"))
     assert error(plan(x), model, x) <= 1e-5

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -62,7 +61,8 @@ def test_a_layer_cut_resnet():
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2"])
 def test_torchvision(name):
-    model = settle(getattr(torchvision.models, name)(num_classes=10))
+    models = pytest.importorskip("torchvision").models
+    model = settle(getattr(models, name)(num_classes=10))
     x = torch.randn(2, 3, 40, 64)
     engine = gatedconv.Engine(model, x)
     assert is_native(engine)

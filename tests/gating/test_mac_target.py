@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -14,6 +16,7 @@ from gatedconv.gating import (
     find_gates,
     fisher_information,
     gate_macs,
+    mac_controller,
     masks_for_target,
     mean_logits,
     polarization_loss,
@@ -114,34 +117,39 @@ def test_mean_logits_are_those_of_all_batches() -> None:
         assert_close(found[name].float(), gate.logits.mean(0), algorithm="gradient")
 
 
-def train_steps(model: torch.nn.Module, loss: object, steps: int) -> list[float]:
-    """Train on noise; the MACs after each step as a share of the dense ones."""
+@pytest.mark.parametrize("pull", [0.05, 0.3])
+def test_the_price_lands_on_the_target_against_a_steady_pull(monkeypatch: pytest.MonkeyPatch, pull: float) -> None:
+    """The closed loop on a simulated network, whose task gives up MACs as their price nears ``pull``.
+
+    Its share follows 1 - price / pull with a lag of ten steps. With a gain of pull / 50 the loop is damped critically:
+    damping is sqrt(50 / 10) / 2 = 1.1.
+    """
+    share, target = torch.ones(()), 0.7
+    monkeypatch.setattr(mac_controller, "mac_terms", lambda *_: [SimpleNamespace(macs=1.0)])
+    monkeypatch.setattr(mac_controller, "global_open_rates", lambda *_: {})
+    monkeypatch.setattr(mac_controller, "expected_macs", lambda *_: share)
+    controller, shares = MacController(pull / 50), []
+    for _ in range(300):
+        controller(torch.nn.Identity(), target)
+        share += 0.1 * (1 - controller.price / pull - share)
+        shares.append(float(share))
+    assert shares[-1] == pytest.approx(target, abs=1e-3) and min(shares) > target - 0.02
+    assert float(controller.price) == pytest.approx(pull * (1 - target), rel=1e-2)  # what holds the balance
+
+
+def test_the_price_adds_up_the_distances_from_the_target() -> None:
+    model, controller, expected = network().train(), MacController(0.2), 0.0
     full = float(expected_macs(model, {n: torch.ones(g.num_gates) for n, g in find_gates(model).items()}))
-    gates = [p for gate in find_gates(model).values() for p in gate.parameters()]
-    optimizer = torch.optim.SGD(gates, lr=0.05, momentum=0.9)
-    shares = []
-    generator = torch.Generator().manual_seed(1)
-    for step in range(steps):
-        model(torch.randn(16, *SIZE, generator=generator))
-        shares.append(float(expected_macs(model).detach()) / full)
-        optimizer.zero_grad()
-        loss(step).backward()  # type: ignore[operator]
-        optimizer.step()
-    return shares
-
-
-def test_the_price_lands_on_the_target_against_a_steady_pull() -> None:
-    target = 0.7
-
-    def pull(model: torch.nn.Module) -> torch.Tensor:  # a task that wants every gate open
-        rates = torch.cat([gate.open_rate for gate in find_gates(model).values()])
-        return 0.02 * (1 - rates).sum()
-
-    model = network().train()
-    controller = MacController(0.2)
-    shares = train_steps(model, lambda _: controller(model, target) + pull(model), 250)
-    assert sum(shares[-50:]) / 50 == pytest.approx(target, rel=0.05)
-    assert controller.price > 0 and set(controller.state_dict()) == {"price"}
+    for bias in (1.0, 0.0, -1.0):
+        for gate in find_gates(model).values():
+            torch.nn.init.constant_(gate.fc2.bias, bias)
+        model(torch.randn(4, *SIZE))
+        share = float(expected_macs(model).detach()) / full
+        expected += 0.2 * (share - 0.7)
+        loss = controller(model, 0.7)
+        assert float(controller.price) == pytest.approx(expected, abs=1e-6)
+        assert float(loss.detach()) == pytest.approx(expected * share, abs=1e-6)
+    assert set(controller.state_dict()) == {"price"}
     with pytest.raises(ValueError, match=r"wanted must be in \(0, 1\]"):
         controller(model, 0.0)
     with pytest.raises(ValueError, match="gain must be above 0"):
