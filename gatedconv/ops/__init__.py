@@ -2,6 +2,7 @@
 
 from gatedconv.ops._packed_conv import PackedConv
 from gatedconv.ops._triton import kernels_run_on
+from gatedconv.ops.cuda_conv import cuda_kernels
 from gatedconv.ops.estimate import ESTIMATORS, estimate
 from gatedconv.ops.gate import (
     GateOptions,
@@ -33,6 +34,7 @@ __all__ = [
     "NormArguments",
     "PackedConv",
     "ResidualOutput",
+    "cuda_kernels",
     "estimate",
     "gate",
     "gate_reference",

@@ -1,27 +1,25 @@
-"""Checks the arguments of a masked convolution and brings them to the form that the operators take."""
+"""The arguments of a masked convolution: checked, and in the form that the operators take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ConvArguments", "IntPair", "check_arguments", "check_relu"]
+__all__ = ["Conv", "Geometry", "IntPair", "check_arguments"]
 
 IntPair = int | Sequence[int]
 
 
-@dataclass(frozen=True)
-class ConvArguments:
+class Geometry(NamedTuple):
     """The numbers of a convolution.
 
     Attributes:
         stride: Vertical and horizontal step, in pixels.
         padding: Pixels of zeros at the top, bottom, left and right.
-        dilation: Vertical and horizontal distance of neighbouring taps.
+        dilation: Vertical and horizontal distance of neighboring taps.
         groups: Number of groups.
         output_shape: (N, C_out, P, Q).
     """
@@ -31,6 +29,19 @@ class ConvArguments:
     dilation: tuple[int, int]
     groups: int
     output_shape: tuple[int, int, int, int]
+
+
+class Conv(NamedTuple):
+    """A masked convolution whose arguments have been checked; tensors and masks as `masked_conv2d` takes them."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out_open: Tensor
+    in_open: Tensor | None
+    residual: Tensor | None
+    geometry: Geometry
+    relu: bool
 
 
 def check_arguments(
@@ -44,50 +55,46 @@ def check_arguments(
     dilation: IntPair,
     groups: int,
     residual: Tensor | None,
-) -> ConvArguments:
-    """Check everything that `masked_conv2d` is given and work out its output's shape.
+    relu: bool,
+) -> Conv:
+    """Check everything that `masked_conv2d` is given and compute its output's shape.
 
     Raises:
         TypeError: A wrong type or dtype.
         ValueError: A wrong rank, size, device or number.
     """
+    if not isinstance(relu, bool):
+        raise TypeError(f"masked_conv2d: relu must be a bool, got {type(relu).__name__}")
     _check_tensors(input, weight, bias, residual)
     _check_masks(input, weight, out_open, in_open)
     channels = weight.shape[0]
     if bias is not None and bias.shape[0] != channels:
         raise ValueError(f"masked_conv2d: bias must have shape ({channels},), got {tuple(bias.shape)}")
     numbers = (input.shape, weight.shape, stride, padding, dilation, groups)
-    arguments = _known(numbers) or _work_out(*numbers)
-    if residual is not None and residual.shape != arguments.output_shape:
+    geometry = _known(numbers) or _geometry(*numbers)
+    if residual is not None and residual.shape != geometry.output_shape:
         raise ValueError(
-            f"masked_conv2d: residual must have the output's shape {arguments.output_shape}, "
-            f"got {tuple(residual.shape)}"
+            f"masked_conv2d: residual must have the output's shape {geometry.output_shape}, got {tuple(residual.shape)}"
         )
-    return arguments
-
-
-def check_relu(relu: bool) -> None:
-    """TypeError unless `relu` is a bool."""
-    if not isinstance(relu, bool):
-        raise TypeError(f"masked_conv2d: relu must be a bool, got {type(relu).__name__}")
+    return Conv(input, weight, bias, out_open, in_open, residual, geometry, relu)
 
 
 _MOST_KEPT = 1024
-_worked_out: dict[tuple[Any, ...], ConvArguments] = {}
+_geometries: dict[tuple[Any, ...], Geometry] = {}
 
 
-def _known(numbers: tuple[Any, ...]) -> ConvArguments | None:
-    """What was worked out before: doing it at every call would take half of a small layer's time."""
+def _known(numbers: tuple[Any, ...]) -> Geometry | None:
+    """The geometry if it can be kept; computing it at every call would take half of a small layer's time."""
     if torch.compiler.is_compiling() or not all(map(_is_plain, numbers[2:])):
         return None
     try:
-        found = _worked_out.get(numbers)
+        found = _geometries.get(numbers)
     except TypeError:  # sizes that are being traced have no hash
         return None
     if found is None:
-        if len(_worked_out) >= _MOST_KEPT:
-            _worked_out.clear()
-        found = _worked_out[numbers] = _work_out(*numbers)
+        if len(_geometries) >= _MOST_KEPT:
+            _geometries.clear()
+        found = _geometries[numbers] = _geometry(*numbers)
     return found
 
 
@@ -98,14 +105,14 @@ def _is_plain(number: object) -> bool:
     return type(number) is int or type(number) is str
 
 
-def _work_out(
+def _geometry(
     input_shape: torch.Size,
     weight_shape: torch.Size,
     stride: IntPair,
     padding: IntPair | str,
     dilation: IntPair,
     groups: int,
-) -> ConvArguments:
+) -> Geometry:
     steps = _pair("stride", stride, 1)
     spread = _pair("dilation", dilation, 1)
     _require_int("groups", groups, 1)
@@ -122,12 +129,12 @@ def _work_out(
             raise ValueError(f"masked_conv2d: input {axis} must be at least 1, got shape {tuple(input_shape)}")
     height = _output_size("height", input_shape[2], kernel[0], pads[0] + pads[1], steps[0], spread[0])
     width = _output_size("width", input_shape[3], kernel[1], pads[2] + pads[3], steps[1], spread[1])
-    return ConvArguments(steps, pads, spread, groups, (input_shape[0], channels, height, width))
+    return Geometry(steps, pads, spread, groups, (input_shape[0], channels, height, width))
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     if residual is None and isinstance(input, Tensor) and isinstance(weight, Tensor):
-        # Nothing to say about the usual call, and half a small layer's time to say it in.
+        # The usual call is right; checking it tensor by tensor would take half of a small layer's time.
         dtype, device = input.dtype, input.device
         alike = dtype == weight.dtype and device == weight.device
         alike = alike and input.layout == weight.layout == torch.strided

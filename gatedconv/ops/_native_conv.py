@@ -1,18 +1,22 @@
-"""How the native `masked_conv2d` traces and differentiates."""
+"""The native `masked_conv2d` operator: how it is called, traced and differentiated.
+
+Its schema is in csrc/library.cpp.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gatedconv import _native
 from gatedconv.ops import cuda_conv
-from gatedconv.ops._compact_conv import cut_backward
-from gatedconv.ops._conv_args import ConvArguments
+from gatedconv.ops._compact_conv import compact_backward
+from gatedconv.ops._conv_args import Conv, Geometry
 from gatedconv.ops._memory_format import conv_memory_format
+from gatedconv.ops._triton import arguments_schema
 
 __all__ = ["call", "pack", "ready"]
 
@@ -35,28 +39,24 @@ def ready() -> bool:
 ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def call(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_open: Tensor,
-    in_open: Tensor | None,
-    residual: Tensor | None,
-    arguments: ConvArguments,
-    relu: bool,
-    packed: Tensor | None = None,
-) -> Tensor:
-    """Call the operator; `ready` has said that it is there."""
-    a = arguments
+def call(conv: Conv, packed: Tensor | None = None) -> Tensor:
+    """Call the operator; `ready` must have returned True."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _call(input, weight, bias, out_open, in_open, residual, a, relu, packed)
+        return _call(conv, packed)
     # The registered autograd kernel is Python, and would cost more than the rest of the call.
     with torch._C._AutoDispatchBelowAutograd():
-        return _call(input, weight, bias, out_open, in_open, residual, a, relu, packed)
+        return _call(conv, packed)
+
+
+def _call(conv: Conv, packed: Tensor | None) -> Tensor:
+    tensors, (stride, padding, dilation, groups, _) = conv[:6], conv.geometry
+    return torch.ops.gatedconv.masked_conv2d.default(
+        *tensors, stride, padding, dilation, groups, conv.relu, packed, **_tf32(conv.input)
+    )
 
 
 def pack(weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int) -> Tensor:
-    """Pack weights for `call`; `ready` has said that the operator is there."""
+    """Pack weights for `call`; `ready` must have returned True."""
     packed: Tensor = torch.ops.gatedconv.masked_conv2d_pack.default(
         weight.detach(), out_open, in_open, groups, **_tf32(weight)
     )
@@ -68,41 +68,27 @@ def _tf32(tensor: Tensor) -> dict[str, bool]:
     return {"allow_tf32": cuda_conv.allows_tf32()} if tensor.is_cuda and tensor.dtype == torch.float32 else {}
 
 
-def _call(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_open: Tensor,
-    in_open: Tensor | None,
-    residual: Tensor | None,
-    a: ConvArguments,
-    relu: bool,
-    packed: Tensor | None,
-) -> Tensor:
-    return torch.ops.gatedconv.masked_conv2d.default(
-        input,
-        weight,
-        bias,
-        out_open,
-        in_open,
-        residual,
-        a.stride,
-        a.padding,
-        a.dilation,
-        a.groups,
-        relu,
-        packed,
-        **_tf32(input),
-    )
+class BackwardArguments(NamedTuple):
+    """The arguments of ``gatedconv::masked_conv2d_backward``; ``needs`` is for input, weight, bias and residual."""
+
+    grad: Tensor
+    input: Tensor
+    weight: Tensor
+    out_open: Tensor
+    in_open: Tensor | None
+    output: Tensor | None
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    needs: list[bool]
 
 
 def _register(library: torch.library.Library) -> None:
-    # The backward is an operator of its own because how many channels are open is no size that a graph knows.
-    # Gradients that are not wanted come back empty.
+    # The backward is an operator of its own because a graph does not know how many channels are open.
+    # Gradients that are not needed come back empty.
     library.define(
-        "masked_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor out_open, Tensor? in_open, "
-        "Tensor? output, int[] stride, int[] padding, int[] dilation, int groups, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
+        f"masked_conv2d_backward({arguments_schema(BackwardArguments)}) -> (Tensor, Tensor, Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     library.impl("masked_conv2d_backward", _backward_op, "CompositeExplicitAutograd")
@@ -113,21 +99,8 @@ def _register(library: torch.library.Library) -> None:
     torch.library.register_autograd(_NAME, _backward, setup_context=_save_for_backward, lib=library)
 
 
-def _fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_open: Tensor,
-    in_open: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    relu: bool,
-    packed: Tensor | None = None,
-    allow_tf32: bool = False,
-) -> Tensor:
+def _fake(*arguments: Any, **_: bool) -> Tensor:
+    input, weight, _bias, _out_open, _in_open, _residual, stride, padding, dilation, *_rest = arguments
     high = input.shape[2] + padding[0] + padding[1] - dilation[0] * (weight.shape[2] - 1) - 1
     wide = input.shape[3] + padding[2] + padding[3] - dilation[1] * (weight.shape[3] - 1) - 1
     shape = (input.shape[0], weight.shape[0], high // stride[0] + 1, wide // stride[1] + 1)
@@ -135,93 +108,63 @@ def _fake(
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
-def _pack_fake(
-    weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int, allow_tf32: bool = False
-) -> Tensor:
+def _pack_fake(weight: Tensor, *_: Any, **__: bool) -> Tensor:
     # Its length depends on how many channels are open.
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, out_open, in_open, _, stride, padding, dilation, groups, relu, *_ = inputs
+    input, weight, _, out_open, in_open, _, *numbers, relu = inputs[:11]
     ctx.save_for_backward(input, weight, out_open, in_open, output if relu else None)
-    ctx.arguments = _arguments(stride, padding, dilation, groups, output)
-    ctx.inputs = len(inputs)
+    ctx.numbers, ctx.inputs = numbers, len(inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, out_open, in_open, output = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
-    a: ConvArguments = ctx.arguments
+    arguments = BackwardArguments(grad, *ctx.saved_tensors, *ctx.numbers, needs)
     gradients: Sequence[Tensor | None]
     if torch.is_grad_enabled():
         # This gradient is to be differentiated again, so it is made of differentiable steps.
-        gradients = cut_backward(grad, input, weight, out_open, in_open, output, a, needs)
+        gradients = _compact_gradients(arguments)
     else:
-        made = torch.ops.gatedconv.masked_conv2d_backward(
-            grad, input, weight, out_open, in_open, output, a.stride, a.padding, a.dilation, a.groups, needs
-        )
+        made = torch.ops.gatedconv.masked_conv2d_backward(*arguments)
         gradients = tuple(part if need else None for part, need in zip(made, needs, strict=True))
     return *gradients[:3], None, None, gradients[3], *[None] * (ctx.inputs - 6)
 
 
-def _arguments(
-    stride: list[int], padding: list[int], dilation: list[int], groups: int, output: Tensor
-) -> ConvArguments:
-    top, bottom, left, right = padding
-    n, c, p, q = output.shape
-    pads = (top, bottom, left, right)
-    return ConvArguments((stride[0], stride[1]), pads, (dilation[0], dilation[1]), groups, (n, c, p, q))
+def _compact_gradients(a: BackwardArguments) -> Sequence[Tensor | None]:
+    n, c, p, q = a.grad.shape
+    top, bottom, left, right = a.padding
+    strides, dilation = (a.stride[0], a.stride[1]), (a.dilation[0], a.dilation[1])
+    geometry = Geometry(strides, (top, bottom, left, right), dilation, a.groups, (n, c, p, q))
+    conv = Conv(a.input, a.weight, None, a.out_open, a.in_open, None, geometry, a.output is not None)
+    return compact_backward(a.grad, conv, a.output, a.needs)
 
 
-def _backward_op(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    out_open: Tensor,
-    in_open: Tensor | None,
-    output: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    arguments = _arguments(stride, padding, dilation, groups, grad)
-    made = cut_backward(grad, input, weight, out_open, in_open, output, arguments, needs)
-    format = conv_memory_format(input, weight)
+def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    a = BackwardArguments(*arguments)
+    format = conv_memory_format(a.input, a.weight)
     results = []
-    for part, memory_format in zip(made, (format, torch.contiguous_format, None, format), strict=True):
+    for part, memory_format in zip(_compact_gradients(a), (format, torch.contiguous_format, None, format), strict=True):
         if part is None:
-            results.append(grad.new_empty(0))
-        elif part is grad:  # an operator must not return its argument
+            results.append(a.grad.new_empty(0))
+        elif part is a.grad:  # an operator must not return its argument
             results.append(part.clone(memory_format=format))
         else:
             results.append(part if memory_format is None else part.contiguous(memory_format=memory_format))
     return tuple(results)
 
 
-def _backward_fake(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    out_open: Tensor,
-    in_open: Tensor | None,
-    output: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    format = conv_memory_format(input, weight)
-    shapes = (input.shape, weight.shape, (weight.shape[0],), grad.shape)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    a = BackwardArguments(*arguments)
+    format = conv_memory_format(a.input, a.weight)
+    shapes = (a.input.shape, a.weight.shape, (a.weight.shape[0],), a.grad.shape)
     formats = (format, torch.contiguous_format, torch.contiguous_format, format)
     return tuple(
-        torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        torch.empty(shape, dtype=a.grad.dtype, device=a.grad.device, memory_format=memory_format)
         if need
-        else grad.new_empty(0)
-        for shape, memory_format, need in zip(shapes, formats, needs, strict=True)
+        else a.grad.new_empty(0)
+        for shape, memory_format, need in zip(shapes, formats, a.needs, strict=True)
     )
 
 

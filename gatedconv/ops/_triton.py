@@ -30,6 +30,8 @@ _SCHEMA_TYPES = {
     str: "str",
     torch.dtype: "ScalarType",
     torch.dtype | None: "ScalarType?",
+    list[int]: "int[]",
+    list[bool]: "bool[]",
 }
 
 

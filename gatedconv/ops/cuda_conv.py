@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gatedconv import _native
 
-__all__ = ["TILES", "allows_tf32", "conv_pack", "conv_run", "kernels_mode", "takes"]
+__all__ = ["TILES", "allows_tf32", "conv_pack", "conv_run", "cuda_kernels", "kernels_mode", "takes"]
 
 # (16-row fragments of a warp, 8-column fragments of a block) that the library has kernels for.
 TILES = tuple((rows, columns) for rows in (1, 2) for columns in (1, 2, 4, 8))
@@ -18,20 +19,51 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MODES = ("off", "on", "auto", "experimental")
 
 
-def kernels_mode() -> str:
-    """Return what GATEDCONV_CUDA_KERNELS says of our own convolution kernels on CUDA.
+_mode: str | None = None  # what `cuda_kernels` chose; None: the environment variable decides
 
-    "off" (the default: no speed has been measured on a GPU yet): PyTorch convolves compact tensors. "on": ours run
-    wherever there is one. "auto": an `Engine` measures both for every layer and takes the faster one that is right;
-    single operators stay with PyTorch. "experimental": as "auto", and runs of layers that fit into shared memory are
-    measured as one launch of the image-resident driver, too.
+
+def kernels_mode() -> str:
+    """Return which convolution kernels run on CUDA: what `cuda_kernels` chose, else GATEDCONV_CUDA_KERNELS, else "off".
 
     Raises:
-        ValueError: The variable has another value.
+        ValueError: The variable has another value than the modes of `cuda_kernels`.
     """
-    mode = os.environ.get("GATEDCONV_CUDA_KERNELS", "off")
+    if _mode is not None:
+        return _mode
+    return _checked("GATEDCONV_CUDA_KERNELS", os.environ.get("GATEDCONV_CUDA_KERNELS", "off"))
+
+
+@contextlib.contextmanager
+def cuda_kernels(mode: str) -> Iterator[None]:
+    """Choose, inside a ``with`` block, which convolution kernels run on CUDA; on CPUs nothing changes.
+
+    Results of the kernels differ by rounding. As the flags of `torch.backends`, the choice holds for all threads of the
+    process, and for what is called inside the block, not for what was built there: a compiled graph keeps the mode that
+    it was traced with, an `Engine` the mode of its construction. Outside of any block the environment variable
+    GATEDCONV_CUDA_KERNELS decides, read at every call.
+
+    Args:
+        mode: "off", the default, since no speed has been measured on a GPU yet: PyTorch convolves compact tensors.
+            "on": our kernels run wherever there is one, in `masked_conv2d`, in skipped blocks and in an `Engine`.
+            "auto": an `Engine` measures both for every layer and takes the faster one that is right; single operators
+            stay with PyTorch.
+            "experimental": as "auto", and runs of layers that fit into shared memory are measured as one launch of the
+            image-resident driver, too.
+
+    Raises:
+        ValueError: Another mode.
+    """
+    global _mode
+    before, _mode = _mode, _checked("cuda_kernels", mode)
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def _checked(owner: str, mode: str) -> str:
     if mode not in _MODES:
-        raise ValueError(f"GATEDCONV_CUDA_KERNELS: expected off, on, auto or experimental, got {mode!r}")
+        raise ValueError(f"{owner}: expected {', '.join(_MODES[:-1])} or {_MODES[-1]}, got {mode!r}")
     return mode
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gatedconv.ops import _native_conv, cuda_conv
-from gatedconv.ops._compact_conv import cut_backward, cut_forward, without_closed_samples
-from gatedconv.ops._conv_args import ConvArguments, IntPair, check_arguments, check_relu
+from gatedconv.ops._compact_conv import compact_backward, compact_forward, without_closed_samples
+from gatedconv.ops._conv_args import Conv, IntPair, check_arguments
 from gatedconv.ops._memory_format import conv_memory_format
 from gatedconv.ops._packed_conv import PackedConv
 
@@ -69,55 +69,46 @@ def masked_conv2d(
         ValueError: An argument of a wrong rank, size, device or value, or a kernel larger than the padded
         input.
     """
-    check_relu(relu)
     if packed is not None and not isinstance(packed, PackedConv):
         raise TypeError(f"masked_conv2d: packed must be a PackedConv or None, got {type(packed).__name__}")
     device = input.device.type if isinstance(input, Tensor) else "cpu"
     meta = device == "meta"  # shapes alone: neither an autocast type nor a count of open channels
     if not meta and torch.is_autocast_enabled(device):
+        dtype, packed = torch.get_autocast_dtype(device), None
+        input, weight, bias, residual = (_cast(tensor, dtype) for tensor in (input, weight, bias, residual))
         with torch.autocast(device, enabled=False):
-            dtype = torch.get_autocast_dtype(device)
-            input, weight = _cast(input, dtype), _cast(weight, dtype)
-            bias = None if bias is None else _cast(bias, dtype)
-            residual = None if residual is None else _cast(residual, dtype)
-            return masked_conv2d(
-                input,
-                weight,
-                bias,
-                out_open,
-                in_open,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=groups,
-                residual=residual,
-                relu=relu,
-            )
-    arguments = check_arguments(input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual)
-    native = _has_kernel(input, weight, arguments) and _native_conv.ready()
-    if in_open is not None and in_open.dim() == 2 and not (native and _takes_sample_inputs(input)):
-        input, in_open = _without_closed_inputs(input, in_open), None
+            numbers = (stride, padding, dilation, groups, residual, relu)
+            return _masked_conv2d(check_arguments(input, weight, bias, out_open, in_open, *numbers), packed, meta)
+    numbers = (stride, padding, dilation, groups, residual, relu)
+    return _masked_conv2d(check_arguments(input, weight, bias, out_open, in_open, *numbers), packed, meta)
+
+
+def _masked_conv2d(conv: Conv, packed: PackedConv | None, meta: bool) -> Tensor:
+    """Compute `masked_conv2d` by the native operator, by compact tensors or, where everything is open, by PyTorch."""
+    input, weight = conv.input, conv.weight
+    native = _has_kernel(conv) and _native_conv.ready()
+    if conv.in_open is not None and conv.in_open.dim() == 2 and not (native and _takes_sample_inputs(input)):
+        conv = conv._replace(input=_without_closed_inputs(input, conv.in_open), in_open=None)
     if not torch.compiler.is_compiling() and not meta:
-        inputs = (input, weight, bias, out_open, in_open, residual, arguments, relu)
         # The native fp64 body is there for traced graphs; PyTorch's convolution is faster.
         # On a GPU looking at a mask would wait for the device.
-        dense = input.dtype == torch.float32 and device == "cpu" and _is_dense(weight, out_open, in_open, arguments)
-        if dense and residual is None and not relu and not torch.is_grad_enabled():
-            return _dense_forward(input, weight, bias, arguments)
+        dense = input.dtype == torch.float32 and input.device.type == "cpu" and _is_dense(conv)
+        if dense and conv.residual is None and not conv.relu and not torch.is_grad_enabled():
+            return _dense_forward(conv)
         fast = native and input.dtype != torch.float64 and not dense
-        forward = _native_conv.call if fast else cut_forward
-        # Forward-mode derivatives pass through no_grad; the function below says that it has none.
+        # Forward-mode derivatives pass through no_grad; the function below raises that it has none.
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return _MaskedConv2d.apply(forward, *inputs)
-        if fast and packed is not None:
-            kept = packed.tensor(weight, out_open, in_open, arguments.groups)
-            return _native_conv.call(*inputs, kept)
-        return forward(*inputs)
+            return _MaskedConv2d.apply(fast, *conv)
+        if not fast:
+            return compact_forward(conv)
+        if packed is not None:
+            kept = packed.tensor(weight, conv.out_open, conv.in_open, conv.geometry.groups)
+            return _native_conv.call(conv, kept)
+        return _native_conv.call(conv)
     if native:
-        return _native_conv.call(input, weight, bias, out_open, in_open, residual, arguments, relu)
-    # How many channels are open is no size that a traced graph knows, so it cannot hold cut tensors.
-    out = _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
-    return out.contiguous(memory_format=conv_memory_format(input, weight))
+        return _native_conv.call(conv)
+    # A traced graph does not know how many channels are open, so it cannot hold compact tensors.
+    return _reference(conv).contiguous(memory_format=conv_memory_format(input, weight))
 
 
 def masked_conv2d_reference(
@@ -135,47 +126,37 @@ def masked_conv2d_reference(
     relu: bool = False,
 ) -> Tensor:
     """Compute `masked_conv2d` in full, from PyTorch's own functions: what it means, not how fast."""
-    check_relu(relu)
-    arguments = check_arguments(input, weight, bias, out_open, in_open, stride, padding, dilation, groups, residual)
-    return _reference(input, weight, bias, out_open, in_open, residual, arguments, relu)
+    numbers = (stride, padding, dilation, groups, residual, relu)
+    return _reference(check_arguments(input, weight, bias, out_open, in_open, *numbers))
 
 
 class _MaskedConv2d(torch.autograd.Function):
-    """The eager operator: the native kernel or cut tensors forward, cut tensors backward."""
+    """The eager operator: the native kernel or compact tensors forward, compact tensors backward."""
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         # A signature of its own would be inspected anew at every call, which takes longer than small layers.
-        forward, *arguments = inputs
-        return forward(*arguments)
+        fast, conv = inputs[0], Conv(*inputs[1:])
+        return _native_conv.call(conv) if fast else compact_forward(conv)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, input, weight, _, out_open, in_open, _, arguments, relu = inputs
+        _, input, weight, _, out_open, in_open, _, geometry, relu = inputs
         ctx.save_for_backward(input, weight, out_open, in_open, output if relu else None)
-        ctx.arguments = arguments
+        ctx.geometry = geometry
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, out_open, in_open, output = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (1, 2, 3, 6)]
-        to_input, to_weight, to_bias, to_residual = cut_backward(
-            grad, input, weight, out_open, in_open, output, ctx.arguments, needs
-        )
+        conv = Conv(input, weight, None, out_open, in_open, None, ctx.geometry, output is not None)
+        to_input, to_weight, to_bias, to_residual = compact_backward(grad, conv, output, needs)
         return None, to_input, to_weight, to_bias, None, None, to_residual, None, None
 
 
-def _reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_open: Tensor,
-    in_open: Tensor | None,
-    residual: Tensor | None,
-    arguments: ConvArguments,
-    relu: bool,
-) -> Tensor:
-    groups, channels = arguments.groups, weight.shape[0]
+def _reference(conv: Conv) -> Tensor:
+    input, weight, bias, out_open, in_open, residual, geometry, relu = conv
+    groups, channels = geometry.groups, weight.shape[0]
     if in_open is not None and in_open.dim() == 2:
         input, in_open = _without_closed_inputs(input, in_open), None
     if in_open is not None:
@@ -187,9 +168,9 @@ def _reference(
         weight = torch.where(out_open[:, None, None, None], weight, 0)
     else:
         input = without_closed_samples(input, out_open, groups)
-    top, bottom, left, right = arguments.padding
+    top, bottom, left, right = geometry.padding
     padded = F.pad(input, (left, right, top, bottom))
-    out = F.conv2d(padded, weight, bias, arguments.stride, 0, arguments.dilation, groups)
+    out = F.conv2d(padded, weight, bias, geometry.stride, 0, geometry.dilation, groups)
     out = torch.where(out_open.view(-1, channels, 1, 1), out, 0)
     if residual is not None:
         out = out + residual
@@ -206,12 +187,13 @@ def _takes_sample_inputs(input: Tensor) -> bool:
     return input.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _has_kernel(input: Tensor, weight: Tensor, arguments: ConvArguments) -> bool:
+def _has_kernel(conv: Conv) -> bool:
+    input, geometry = conv.input, conv.geometry
     if input.device.type == "cpu":
         return input.dtype in (torch.float32, torch.float64)
     if input.device.type != "cuda" or cuda_conv.kernels_mode() != "on":
         return False
-    return cuda_conv.takes(input, weight.shape[2:], arguments.dilation, arguments.groups)
+    return cuda_conv.takes(input, conv.weight.shape[2:], geometry.dilation, geometry.groups)
 
 
 # Where everything is open PyTorch's convolution is as fast from this many multiply-adds on; below, it pays
@@ -223,15 +205,17 @@ _NARROW = 4
 _MOST_WEIGHTS = 64 * 128
 
 
-def _is_dense(weight: Tensor, out_open: Tensor, in_open: Tensor | None, arguments: ConvArguments) -> bool:
-    n, _, p, q = arguments.output_shape
-    channels, inputs, *kernel = weight.shape
-    if kernel == [3, 3] and arguments.groups == 1 and arguments.dilation == (1, 1):
+def _is_dense(conv: Conv) -> bool:
+    """Whether PyTorch's convolution is faster: everything is open and the layer is large."""
+    geometry = conv.geometry
+    n, _, p, q = geometry.output_shape
+    channels, inputs, *kernel = conv.weight.shape
+    if kernel == [3, 3] and geometry.groups == 1 and geometry.dilation == (1, 1):
         if (inputs <= _NARROW and channels <= 16) or 8 <= inputs <= _MOST_WEIGHTS // channels:
             return False
-    if n * p * q * weight.numel() < _DENSE_MACS or arguments.padding[::2] != arguments.padding[1::2]:
+    if n * p * q * conv.weight.numel() < _DENSE_MACS or geometry.padding[::2] != geometry.padding[1::2]:
         return False
-    return _all_open(out_open) and (in_open is None or _all_open(in_open))
+    return _all_open(conv.out_open) and (conv.in_open is None or _all_open(conv.in_open))
 
 
 def _all_open(mask: Tensor) -> bool:
@@ -239,12 +223,12 @@ def _all_open(mask: Tensor) -> bool:
     return False not in mask.tolist() if mask.numel() <= 512 and mask.dim() == 1 else bool(mask.all())
 
 
-def _dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None, arguments: ConvArguments) -> Tensor:
-    top, _, left, _ = arguments.padding
-    return F.conv2d(input, weight, bias, arguments.stride, (top, left), arguments.dilation, arguments.groups)
+def _dense_forward(conv: Conv) -> Tensor:
+    stride, (top, _, left, _), dilation, groups, _ = conv.geometry
+    return F.conv2d(conv.input, conv.weight, conv.bias, stride, (top, left), dilation, groups)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     # fp64 stays fp64 under autocast, as in PyTorch's own convolution.
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)

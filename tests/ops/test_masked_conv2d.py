@@ -114,9 +114,9 @@ def test_the_native_fp64_body_equals_the_definition(case):
     *tensors, out_open, in_open = tensors
     tensors = [None if t is None else t.double() for t in tensors]
     residual = None if numbers["residual"] is None else numbers["residual"].double()
-    checked = check_arguments(*tensors, out_open, in_open, *list(numbers.values())[:4], residual)
-    out = _native_conv.call(*tensors, out_open, in_open, residual, checked, numbers["relu"])
-    expected = masked_conv2d_oracle(*tensors, out_open, in_open, **numbers | {"residual": residual})
+    numbers |= {"residual": residual}
+    out = _native_conv.call(check_arguments(*tensors, out_open, in_open, **numbers))
+    expected = masked_conv2d_oracle(*tensors, out_open, in_open, **numbers)
     assert relative_error(out, expected) <= 1e-12
 
 
