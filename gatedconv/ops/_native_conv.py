@@ -121,7 +121,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
-    arguments = BackwardArguments(grad, *ctx.saved_tensors, *ctx.numbers, needs)
+    flat: tuple[Any, ...] = (grad, *ctx.saved_tensors, *ctx.numbers, needs)
+    arguments = BackwardArguments(*flat)
     gradients: Sequence[Tensor | None]
     if torch.is_grad_enabled():
         # This gradient is to be differentiated again, so it is made of differentiable steps.

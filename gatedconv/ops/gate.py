@@ -430,7 +430,8 @@ def _gradients(
         return (None,) * 7
     pixels = 1 if ctx.shape is None else ctx.shape[2] * ctx.shape[3]
     need_dx: bool = ctx.needs_input_grad[0]
-    arguments = BackwardArguments(*grads[:3], *ctx.saved_tensors, pixels, need_dx, *ctx.options, ctx.dtype)
+    flat: tuple[Any, ...] = (*grads[:3], *ctx.saved_tensors, pixels, need_dx, *ctx.options, ctx.dtype)
+    arguments = BackwardArguments(*flat)
     dx, *rest = backward(*arguments)
     hidden = rest[:4] if arguments.weight1 is not None else (None,) * 4
     if not need_dx:
@@ -450,7 +451,8 @@ class _Gate(torch.autograd.Function):
         out = kernels.forward(x, parameters, statistics, o, noise, dtype=dtype, update=o.training)
         running = (statistics.mean, statistics.var, statistics.threshold)
         numbers = (o.flatten, o.eps, o.estimator, o.temperature, o.training, o.batch_stats, dtype)
-        _save(ctx, ForwardArguments(x, *parameters, noise, *running, *numbers), out)
+        flat: tuple[Any, ...] = (x, *parameters, noise, *running, *numbers)
+        _save(ctx, ForwardArguments(*flat), out)
         return out.gate, out.rate, out.logits
 
     @staticmethod

@@ -250,7 +250,8 @@ def _arguments(
         return ForwardArguments(*first, *(None,) * 10, norm.eps, 0.0, "ste", 1.0, True, True, x.dtype)
     parameters, s, o, noise = channel
     numbers = (norm.eps, o.eps, o.estimator, o.temperature, o.training, o.batch_stats, o.dtype or x.dtype)
-    return ForwardArguments(*first, *parameters, noise, s.mean, s.var, s.threshold, *numbers)
+    flat: tuple[Any, ...] = (*first, *parameters, noise, s.mean, s.var, s.threshold, *numbers)
+    return ForwardArguments(*flat)
 
 
 def _compiled(
@@ -271,10 +272,11 @@ def _compiled(
 
 def _flat(kept: Any) -> _Kept:
     """What the kernels return as the outputs of the operator."""
-    if kept.decision is None:
-        return _Kept(*kept[:4], *(kept.stat.new_empty(0) for _ in range(7)))
-    d = kept.decision
-    return _Kept(*kept[:5], d.gate, d.rate, d.logits, d.hidden, d.stat, d.threshold)
+    flat: tuple[Any, ...] = (*kept[:4], *(kept.stat.new_empty(0) for _ in range(7)))
+    if kept.decision is not None:
+        d = kept.decision
+        flat = (*kept[:5], d.gate, d.rate, d.logits, d.hidden, d.stat, d.threshold)
+    return _Kept(*flat)
 
 
 def _forward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
@@ -359,7 +361,8 @@ def _gradients(
         backward: takes `BackwardArguments`.
     """
     shortcut_dtype = ctx.shortcut_dtype if ctx.needs_input_grad[1] else None
-    arguments = BackwardArguments(*grads, *ctx.saved_tensors, shortcut_dtype, *ctx.options)
+    flat: tuple[Any, ...] = (*grads, *ctx.saved_tensors, shortcut_dtype, *ctx.options)
+    arguments = BackwardArguments(*flat)
     dx, d_shortcut, d_layer, d_weight, d_bias, *gate = backward(*arguments)
     hidden = [None] * 4 if arguments.weight1 is None else gate[:4]
     last = [None] * 2 if arguments.weight2 is None else gate[4:]
