@@ -248,6 +248,31 @@ def test_a_synchronised_norm_is_that_of_the_joined_batch(both: tuple[list[dict[s
         assert_close(found["mean"], norm.running_mean, algorithm="gradient")
 
 
+MEETING = """
+import os, signal, sys
+import torch
+from gatedconv.train.distributed import joined
+with joined("cpu") as ranks:
+    total = ranks.sum(torch.ones(1) * (ranks.rank + 1)).item()
+    if sys.argv[2] == "lose" and ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(f"{sys.argv[1]}/rank{ranks.rank}", "w") as file:
+        print(ranks.world, total, os.environ["TORCHELASTIC_RESTART_COUNT"], file=file)
+"""
+
+
+@pytest.mark.parametrize("kind", ["meet", pytest.param("lose", marks=pytest.mark.slow)])
+def test_processes_that_torchrun_starts_and_restarts_join(tmp_path: Path, kind: str) -> None:
+    """With `init_process_group` alone, processes of a restart hang (PyTorch 2.14.1)."""
+    script = tmp_path / "meet.py"
+    script.write_text(MEETING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run([*command, str(script), str(tmp_path), kind], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [(tmp_path / f"rank{rank}").read_text().split() for rank in range(2)]
+    assert found == [["2", "3.0", "1" if kind == "lose" else "0"]] * 2
+
+
 @pytest.mark.slow
 def test_a_lost_process_is_started_again_and_the_run_ends_the_same(tmp_path: Path) -> None:
     """Torchrun starts the job anew when the second process kills itself; it goes on from the checkpoint."""

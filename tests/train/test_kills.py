@@ -37,6 +37,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return folder, time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_runs_killed_at_random_end_the_same(straight: tuple[Path, float]) -> None:
     """Three of the rounds; fifty are in results/scaling/kills.json."""
     folder, seconds = straight
@@ -48,6 +49,7 @@ def test_runs_killed_at_random_end_the_same(straight: tuple[Path, float]) -> Non
     assert kills > 0
 
 
+@pytest.mark.slow
 def test_runs_that_cut_and_teach_end_the_same_too(straight: tuple[Path, float]) -> None:
     """Killed in the training of the gates, just after the cut, and in the training of what is left."""
     folder, _ = straight
