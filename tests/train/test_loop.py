@@ -165,7 +165,7 @@ def test_a_mac_target_moves_the_macs(data: ImageData) -> None:
     for target in (0.4, 1.0):
         config = dataclasses.replace(
             CONFIG,
-            epochs=20,
+            epochs=14,
             batch_size=8,
             mac_target=target,
             mac_weight=5.0,

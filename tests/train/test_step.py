@@ -62,7 +62,7 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 @pytest.mark.parametrize(
     ("gate", "position", "watched"),
-    [("layer", "after", False), ("channel", "after", False), ("both", "middle", False), ("both", "middle", True)],
+    [("layer", "after", False), ("both", "middle", True)],
 )
 def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position: str, watched: bool) -> None:
     torch._dynamo.reset()
@@ -275,7 +275,7 @@ def test_accumulation_trains(data: ImageData) -> None:
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_stays_near_full_precision(data: ImageData, amp: str) -> None:
-    config = dataclasses.replace(CONFIG, epochs=6, batch_size=16, lr=0.02)
+    config = dataclasses.replace(CONFIG, epochs=3, batch_size=16, lr=0.02)
     exact, mixed = (list(train(network(), data, dataclasses.replace(config, amp=a)))[-1] for a in ("off", amp))
     assert mixed.train_loss == pytest.approx(exact.train_loss, rel=0.2) and mixed.steps_skipped == 0
 
@@ -283,14 +283,14 @@ def test_mixed_precision_stays_near_full_precision(data: ImageData, amp: str) ->
 def test_fp16_finds_its_scale_and_survives_a_first_step_that_overflows() -> None:
     model = network()
     stepper = Stepper(model, dataclasses.replace(CONFIG, amp="fp16", skip_blocks=False), CPU)
-    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     before = {name: value.clone() for name, value in model.named_parameters()}
     with stepper.active():
         stepper(IMAGES, LABELS, 0.3)
         assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
-        for _ in range(60):
+        for _ in range(25):
             stepper(IMAGES, LABELS, 0.3)
-    assert int(stepper.guard.skipped) == 0 and stepper.scaler.get_scale() < 2.0**40
+    assert int(stepper.guard.skipped) == 0 and stepper.scaler.get_scale() < 2.0**24
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert not torch.equal(model.fc.weight, before["fc.weight"])
 

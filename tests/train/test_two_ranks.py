@@ -15,6 +15,7 @@ from torch.nn import functional
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.gating import fisher_information, mean_logits
 from gatedconv.gating.sync_norm import synchronised
+from gatedconv.models.resnet import ResNet
 from gatedconv.train import Callback, RunFolder, TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks, current
 from gatedconv.train.recipe import train_batches
@@ -55,10 +56,21 @@ def decided(data: ImageData, folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {**found, "asked": sum(asked)}
 
 
+def re_estimated(data: ImageData, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Statistics of a network, re-estimated, and the images that this process has passed through it."""
+    torch.manual_seed(1)
+    model, seen = ResNet(8, 3, None, input_size=(1, 8, 8)), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    config = dataclasses.replace(CONFIG, bn_reestimate=True)
+    Trainer(config, data, RunFolder(folder), Callback(), ranks)._re_estimate(model)
+    return {"images": sum(seen), "mean": model.bn1.running_mean, "var": model.bn1.running_var}
+
+
 def rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
     found = decided(load_data(f"npz:{folder}/blobs.npz"), Path(folder) / "two", current())
+    found["re-estimated"] = re_estimated(load_data(f"npz:{folder}/blobs.npz"), Path(folder) / "two", current())
     x, slope = (each[:50] if index == 0 else each[50:] for each in small_spread())
     norm = synchronised(torch.nn.BatchNorm1d(4))
     x = x.clone().requires_grad_()
@@ -90,6 +102,17 @@ def test_each_process_asks_its_share_and_all_decide_alike(both: tuple[list[dict[
             assert all(torch.equal(mask, whole[f"{by} masks"][name]) for name, mask in found[f"{by} masks"].items())
     one, two = (RunFolder(folder / name).consensus.read_text() for name in ("one", "two"))
     assert one == two
+
+
+def test_each_process_re_estimates_over_its_share(both: tuple[list[dict[str, Any]], Path]) -> None:
+    """The mean over processes of means over batches is the mean over images; shares differ by an image of 15."""
+    ranks, folder = both
+    alone = re_estimated(load_data(f"npz:{folder / 'blobs.npz'}"), folder / "one", SINGLE)
+    first, second = (found["re-estimated"] for found in ranks)
+    assert alone["images"] == 45 and (first["images"], second["images"]) == (21, 24)
+    for name in ("mean", "var"):
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], alone[name], rtol=0.1, atol=0.05)
 
 
 def test_a_synchronised_norm_keeps_a_small_spread_around_a_large_mean(
