@@ -110,6 +110,16 @@ def test_every_mask(form, ledger):
         check(form, shape, masks, TILES[at * 3 % len(TILES)], ledger, seed=at)
 
 
+def test_a_pooled_map_is_read_in_whole_vectors():
+    """The strides (C, 1, 1, 1) of a mean are those of a dense map, whatever dimensions of size 1 say."""
+    weight = torch.randn(8, 16, 1, 1).half()
+    pooled = torch.randn(2, 16, 3, 3).half().mean((2, 3), keepdim=True)
+    assert pooled.stride() == (16, 1, 1, 1)
+    dense = torch.empty_strided(pooled.shape, (16, 1, 16, 16), dtype=pooled.dtype).copy_(pooled)
+    runs = [convolution.run("f16", x, weight, tile=(1, 1)) for x in (pooled, dense)]
+    assert runs[0][1].instructions == runs[1][1].instructions and torch.equal(runs[0][0], runs[1][0])
+
+
 def test_a_kernel_below_its_architecture_traps():
     """An empty kernel would leave its output as it was, without an error."""
     from tests.ptx.memory import Fault
