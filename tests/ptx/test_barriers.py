@@ -95,7 +95,7 @@ def test_cluster(ledger, monkeypatch):
 
 @pytest.mark.slow
 def test_training_kernels(ledger, monkeypatch):
-    """Without each barrier of the gate and of the block's end in turn; Triton puts in more than are needed."""
+    """Without some barriers of each kernel of a gate and a block's end in turn; Triton puts in more than are needed."""
     pytest.importorskip("triton")
     from tests.ptx import test_training
     from tests.ptx.triton_device import _programs, simulated
@@ -107,7 +107,7 @@ def test_training_kernels(ledger, monkeypatch):
         for name, key in sorted(device.covered):
             count = len(_sites(_programs[key][0]))
             found = 0
-            for which in range(count):
+            for which in sorted({0, count // 2, count - 1} & set(range(count))):
                 with simulated(90) as changed:
                     changed.edit = functools.partial(_without, name, which)
                     by = noticed(run) or next(iter(changed.notes), "")

@@ -102,7 +102,7 @@ def check_triton(which, monkeypatch):
 
     cases = {
         "gate": test_training.GATES, "batch mean": [(test_gate.test_every_estimator, ("batch_mean", 16))],
-        "residual": test_training.RESIDUALS[:2], "scale": test_training.RESIDUALS[3:],
+        "residual": test_training.RESIDUALS[:2], "scale": test_training.RESIDUALS[4:],
     }[which]  # fmt: skip
     for test, arguments in cases:
         with simulated(90) as device:

@@ -12,11 +12,29 @@ import torch
 
 pytest.importorskip("triton")
 
+from gatedconv import ops
 from tests.kernels.interpreted import test_gate, test_gated_residual
+from tests.kernels.interpreted.compare import Case, assert_close, leaf
 from tests.ptx.triton_device import simulated
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+
+
+def large_maps(device):
+    """Maps of several tiles of positions, through the gate, the block's end and the gated scale."""
+    x, shortcut, layer = test_gated_residual.draw(device, 2, 3, 24, 30)
+    test_gate.check(x, *test_gate.make(device, 3, 16, 4), ops.GateOptions("ste"), None)
+    test_gated_residual.check(x, shortcut, layer, None)
+    results = []
+    for function, exact in ((ops.gated_scale_reference, True), (ops.gated_scale, False)):
+        leaves = leaf(x, exact), leaf(torch.tensor([[1.0, 0, 1], [0, 0.5, 1]]), exact)
+        out = function(*leaves)
+        (out * shortcut).sum().backward()
+        results.append(Case({"out": out}, {"x": leaves[0].grad, "gate": leaves[1].grad}, {}))
+    assert_close(results[1], results[0])
+
+
 # Each kernel at least once.
 GATES = [
     (test_gate.test_every_estimator, ("ste", 16)),
@@ -31,6 +49,7 @@ RESIDUALS = [
     (test_gated_residual.test_layouts_may_differ, ((True, False),)),
     (test_gated_residual.test_half_precision_maps, (torch.bfloat16,)),
     (test_gated_residual.test_gated_scale, (torch.channels_last,)),
+    (large_maps, ()),
 ]
 
 
