@@ -38,7 +38,7 @@ def cuobjdump() -> str:
     return str(tool)
 
 
-def told(*command: str) -> str:
+def dump(*command: str) -> str:
     return subprocess.run([cuobjdump(), *command], capture_output=True, text=True, check=True).stdout
 
 
@@ -46,7 +46,7 @@ def resources(path: Path, kernel: str = "conv_kernel") -> dict[int, dict[str, di
     """{capability: {name: {"REG": .., "STACK": .., "SHARED": .., "LOCAL": ..}}} of the instances of a kernel."""
     found: dict[int, dict[str, dict[str, int]]] = {}
     capability, name = 0, ""
-    for line in told("--dump-resource-usage", str(path)).splitlines():
+    for line in dump("--dump-resource-usage", str(path)).splitlines():
         if match := re.search(r"arch = sm_(\d+)", line):
             capability = int(match[1])
         elif match := re.search(r"Function (\S+):", line):
@@ -61,7 +61,7 @@ def instructions(path: Path, capability: int, kernel: str = "conv_kernel") -> di
     """{name: opcodes} of the instances of a kernel for one architecture."""
     opcodes: dict[str, set[str]] = {}
     name = ""
-    for line in told("--dump-sass", "-arch", f"sm_{capability}", str(path)).splitlines():
+    for line in dump("--dump-sass", "-arch", f"sm_{capability}", str(path)).splitlines():
         if match := re.search(r"Function : (\S+)", line):
             name = match[1]
         elif kernel in name and (match := re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line)):
@@ -148,8 +148,8 @@ def compiled(source: str, capabilities: tuple[int, ...] = CAPABILITIES) -> Path:
     flags = [flag for c in capabilities for flag in ("-gencode", f"arch=compute_{c},code=sm_{c}")]
     nvcc = str(toolkit.root / "bin/nvcc")
     headers = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
-    told = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(told + "\0".join([*_build.NVCC_FLAGS, *flags]).encode())
+    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version + "\0".join([*_build.NVCC_FLAGS, *flags]).encode())
     for path in (*headers, CSRC / source):
         digest.update(path.read_bytes())
     output = ROOT / "build/objects" / f"{Path(source).stem}-every-{digest.hexdigest()[:16]}.o"

@@ -279,11 +279,11 @@ def test_a_capture_of_a_size_that_was_never_tuned_says_so(monkeypatch):
 
 
 def test_a_plan_asks_once_for_each_shape(tmp_path, kernel):
-    asked = []
+    keys = []
 
     class Asked(always):
         def choose(self, key, candidates, prefer=""):
-            asked.append(key)
+            keys.append(key)
             return super().choose(key, candidates)
 
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
@@ -291,7 +291,7 @@ def test_a_plan_asks_once_for_each_shape(tmp_path, kernel):
     for batch in (1, 2, 1, 2):
         x = torch.randn(batch, 3, 16, 16)
         assert error(plan(x), model, x) <= 1e-5
-    assert len(asked) == 6 and len(set(asked)) == 6
+    assert len(keys) == 6 and len(set(keys)) == 6
     assert "[gatedconv 1x1]" in "".join(plan.describe(1)) and "not measured yet" in "".join(plan.describe(7))
 
 

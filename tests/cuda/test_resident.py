@@ -229,15 +229,15 @@ def test_tiles_cover_everything(fragments, blocks):
 
 
 class Times:
-    """A tuner that is told how long each candidate takes."""
+    """A tuner with given times of the candidates."""
 
     def __init__(self, **ms):
-        self.ms, self.asked = ms, []
+        self.ms, self.calls = ms, []
 
     def choose(self, key, candidates, prefer=""):
         if "layers" not in candidates:
             return next(iter(candidates))
-        self.asked.append((key, {name: build()() for name, build in candidates.items()}))
+        self.calls.append((key, {name: build()() for name, build in candidates.items()}))
         return min(candidates, key=lambda name: self.ms.get(name.replace(" ", "_"), 9.0))
 
 
@@ -250,7 +250,7 @@ def test_the_faster_of_launch_and_layers_is_taken(twin, monkeypatch):
     fast = compare(model, x, torch.float16, 1, tuner)
     ((_, name),) = next(iter(fast.runs.values())).values()
     assert name == "resident x2"
-    ((_, results),) = tuner.asked
+    ((_, results),) = tuner.calls
     assert set(results) == {"layers", "resident x1", "resident x2", "resident x4", "resident x8"}
     for result in results.values():
         torch.testing.assert_close(result, results["layers"], rtol=2e-2, atol=2e-2)

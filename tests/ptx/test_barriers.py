@@ -60,10 +60,10 @@ def test_convolution(ledger):
 
     weight = torch.randn(24, 40, 3, 3).half()
     x = torch.randn(3, 40, 7, 7).half().contiguous(memory_format=torch.channels_last)
-    _, whole = convolution.run("f16", x, weight, padding=1, tile=(1, 2), kernel=kernel)
+    _, machine = convolution.run("f16", x, weight, padding=1, tile=(1, 2), kernel=kernel)
     run(kernel, 0)
-    assert len(sites(kernel, whole)) >= 3
-    assert not leave_out(kernel, whole, run, ledger, "conv_kernel f16")
+    assert len(sites(kernel, machine)) >= 3
+    assert not leave_out(kernel, machine, run, ledger, "conv_kernel f16")
 
 
 def driver_run(monkeypatch, ranks):

@@ -213,7 +213,7 @@ class _Builder:
         self.sizes, self.dtype = sizes, dtype
         self.steps: list[ResidentStep] = []
         self.maps: dict[int, ResidentMap] = {}
-        self.place: dict[int, int] = {}  # map -> the map in whose place it lies
+        self.place: dict[int, int] = {}  # map -> the map whose place it takes
 
     def begin(self, source: int, channels: int) -> None:
         self._new(source, channels, self.sizes[source])
