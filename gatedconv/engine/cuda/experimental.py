@@ -520,7 +520,8 @@ def limits(device: torch.device, dtype: torch.dtype) -> Limits | None:
     properties = torch.cuda.get_device_properties(device)
     if dtype == torch.float32 and (properties.major < 8 or not cuda_conv.allows_tf32()):
         return None
-    return Limits(properties.shared_memory_per_block_optin, (1, 2, 4, 8) if properties.major >= 9 else (1,))
+    most = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not annotated in torch 2.14
+    return Limits(most, (1, 2, 4, 8) if properties.major >= 9 else (1,))
 
 
 def resident_run(input: Tensor, stream: Tensor, output: Tensor, layout: Sequence[int], tf32: bool) -> Tensor:
