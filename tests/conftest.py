@@ -1,8 +1,11 @@
 import ctypes
+import getpass
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +16,10 @@ from gatedconv import environment
 
 # Read once by the native library: its workspaces begin as NaN.
 os.environ.setdefault("GATEDCONV_POISON", "1")
+
+# Inductor's cache does not tell instruction sets apart: its code for AVX-512, compiled for AVX2, leaves out elements.
+_CACHE = f"torchinductor-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability().lower()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _CACHE))
 
 # The same examples at every run, kept nowhere; HYPOTHESIS_PROFILE=search draws others and keeps what fails.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
@@ -58,6 +65,7 @@ def _uninitialized_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[Non
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
 
 @pytest.fixture(autouse=True)
 def _no_handler_of_dead_children() -> Iterator[None]:
