@@ -21,9 +21,7 @@ from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import as_inputs, require_same, require_same_training, tensors_of
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, find_gates, unwrap
 from gatedconv.measure.macs import count_macs
-
-GATES = ("layer", "channel", "both")
-POSITIONS = ("after", "middle", "before")
+from gatedconv.nn.block import GATES, POSITIONS
 
 
 def gate_model(

@@ -10,6 +10,8 @@ from torch import Tensor
 from gatedconv.gating.gate import LearnedGate
 from gatedconv.gating.layer_gate import DEFAULT_TEMPERATURE
 
+POOLS = ("avg", "flatten")
+
 
 class ChannelGate(LearnedGate):
     """One decision per sample and channel (Table 2 of the paper, right column).
@@ -40,8 +42,8 @@ class ChannelGate(LearnedGate):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if pool not in ("avg", "flatten"):
-            raise ValueError(f"ChannelGate: pool must be 'avg' or 'flatten', got {pool!r}")
+        if pool not in POOLS:
+            raise ValueError(f"ChannelGate: pool must be one of {', '.join(POOLS)}, got {pool!r}")
         if pool == "flatten" and feature_size is None:
             raise ValueError("ChannelGate: pool='flatten' needs feature_size, the H*W of the input")
         size = math.prod(feature_size) if isinstance(feature_size, tuple) else feature_size

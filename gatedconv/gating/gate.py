@@ -51,7 +51,7 @@ class Gate(nn.Module):
 
     @property
     def dead(self) -> Tensor:
-        """Bool (num_gates,): saturated gates that were shut for the whole last batch."""
+        """Bool (num_gates,): saturated gates that were closed for the whole last batch."""
         return torch.zeros_like(self.running_open_rate, dtype=torch.bool)
 
     def forget(self) -> None:
@@ -66,8 +66,8 @@ class Gate(nn.Module):
 class LearnedGate(Gate):
     """features -> dense ``hidden`` -> BatchNorm1d -> ReLU -> dense ``num_gates`` -> estimator.
 
-    With ``hidden=None`` the single dense layer ``fc2`` stands alone (the paper's 1FC). The arithmetic is
-    `gatedconv.ops.gate`: in the parameters' dtype, autocast or not, and by kernels on a GPU.
+    With ``hidden=None`` there is the dense layer ``fc2`` alone (the paper's 1FC). `gatedconv.ops.gate` computes it: in
+    the parameters' dtype, whether under autocast or not, and by kernels on a GPU.
     """
 
     pool: str
@@ -118,7 +118,7 @@ class LearnedGate(Gate):
 
     @property
     def dead(self) -> Tensor:
-        """Bool (num_gates,): saturated gates that were shut for the whole last batch.
+        """Bool (num_gates,): saturated gates that were closed for the whole last batch.
 
         Raises:
             ValueError: before any call.
@@ -127,7 +127,7 @@ class LearnedGate(Gate):
 
     def _margin(self) -> Tensor:
         if self.logits is None:
-            raise ValueError(f"{type(self).__name__}: call the gate once before asking what it can move")
+            raise ValueError(f"{type(self).__name__}: run a forward pass before reading `saturated` or `dead`")
         return self.estimator.margin(self.logits.detach())
 
     def check_input(self, x: Tensor) -> None:
@@ -144,7 +144,8 @@ class LearnedGate(Gate):
             again.
 
         Returns:
-            (N, num_gates) in x.dtype, every value exactly 0 or 1.
+            (N, num_gates) in x.dtype, every value exactly 0 or 1. In training with N = 1 the hidden layer's norm
+            uses its running statistics and leaves them as they are.
         """
         self.check_input(x)
         self.forget()
@@ -155,7 +156,7 @@ class LearnedGate(Gate):
 
     @property
     def synchronised(self) -> bool:
-        """Whether the norm looks at the batches of all processes, which the operators of `gatedconv.ops` do not."""
+        """Whether the norm uses the batches of all ranks, which the operators of `gatedconv.ops` do not."""
         return isinstance(self.norm, SynchronisedNorm) and self.training
 
     def _decide(self, features: Tensor, dtype: torch.dtype) -> ops.GateOutput:
@@ -198,7 +199,8 @@ class LearnedGate(Gate):
             statistics = statistics._replace(
                 mean=norm.running_mean, var=norm.running_var, batches=norm.num_batches_tracked
             )
-            batch_stats = norm.training or norm.running_mean is None
+            # One sample has no batch statistics: it is normalized by the running ones, as in eval.
+            batch_stats = norm.running_mean is None or (norm.training and batch > 1)
             options = replace(options, batch_stats=batch_stats, eps=norm.eps, norm_momentum=norm.momentum)
         return parameters, statistics, options, estimator.draw_noise(batch, self.num_gates, fc2.weight)
 
@@ -219,7 +221,7 @@ class FrozenGate(Gate):
         self._note()
 
     def forget(self) -> None:
-        """Keep everything: a constant belongs to no call."""
+        """Keep everything: a constant does not depend on a call."""
 
     def _note(self) -> None:
         self.is_open = bool(self.mask.any())
@@ -236,7 +238,7 @@ class FrozenGate(Gate):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what ``__getstate__`` drops: a frozen gate knows its open rate without a call."""
+        """Restore what ``__getstate__`` drops: a frozen gate has an open rate without a call."""
         super().__setstate__(state)
         self._note()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gatedconv.gating.collectives import global_mean, world_size
 
@@ -19,6 +20,8 @@ class SynchronisedNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise: x (N, C) -> (N, C)."""
+        if world_size() == 1 and self.training and len(x) == 1 and self.running_mean is not None:
+            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if not self.training or world_size() == 1:
             return super().forward(x)
         count, features = x.shape

@@ -2,6 +2,7 @@
 
 from gatedconv.models.resnet import ResNet, resnet20, resnet32, resnet44, resnet56, resnet110
 
-BUILDERS = {builder.__name__: builder for builder in (resnet20, resnet32, resnet44, resnet56, resnet110)}
+RESNETS = {builder.__name__: builder for builder in (resnet20, resnet32, resnet44, resnet56, resnet110)}
+BUILDERS = {**RESNETS}
 
-__all__ = ["BUILDERS", "ResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+__all__ = ["BUILDERS", "RESNETS", "ResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]

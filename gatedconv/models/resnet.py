@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, MacTerm, forget
+from gatedconv.gating.channel_gate import POOLS
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn.block import GATES, POSITIONS, BasicBlock, has_hooks
 
@@ -185,11 +186,11 @@ def _check(
     if num_classes < 1:
         raise ValueError(f"ResNet: num_classes must be at least 1, got {num_classes}")
     for name, value, allowed in (
-        ("gate", gate, GATES),
+        ("gate", gate, (None, *GATES)),
         ("position", position, POSITIONS),
         ("shortcut", shortcut, ("A", "B")),
         ("estimator", estimator, ESTIMATORS),
-        ("pool", pool, ("avg", "flatten")),
+        ("pool", pool, POOLS),
     ):
         if value not in allowed:
             raise ValueError(f"ResNet: {name} must be one of {allowed}, got {value!r}")

@@ -15,7 +15,7 @@ from gatedconv.nn.open_samples import decides_on_device, gated_input_branch, res
 from gatedconv.nn.shortcut import make_shortcut
 from gatedconv.nn.skip import BlockSkip, skip_branch
 
-GATES = (None, "layer", "channel", "both")
+GATES = ("layer", "channel", "both")
 POSITIONS = ("before", "middle", "after")
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from gatedconv.gating import ESTIMATORS
+from gatedconv.gating.channel_gate import POOLS
+from gatedconv.models import RESNETS
+from gatedconv.nn.block import GATES, POSITIONS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-MODELS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
-GATES = ("none", "layer", "channel", "both")
 MAX_THREADS = 4096
 _SEED_LIMIT = 2**63 - 1  # the largest seed that every generator accepts
 
@@ -72,14 +73,14 @@ class DataOptions(_Options):
 class ModelOptions(_Options):
     """The network and its gates."""
 
-    model: str = option("resnet20", "network", choices=MODELS)
+    model: str = option("resnet20", "network", choices=tuple(RESNETS))
     shortcut: str = option("B", "shortcut where shapes change: A padding, B projection", choices=("A", "B"))
-    gate: str = option("layer", "what is gated; none trains the dense network", choices=GATES)
-    position: str = option("after", "what a channel gate gates and reads", choices=("before", "middle", "after"))
+    gate: str = option("layer", "what is gated; none trains the dense network", choices=("none", *GATES))
+    position: str = option("after", "what a channel gate gates and reads", choices=POSITIONS)
     estimator: str = option("ste", "gradient estimator of the gates", choices=tuple(ESTIMATORS))
     temperature: float = option(2 / 3, "temperature of the gumbel estimator", above=0.0)
     hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0, high=4096)
-    pool: str = option("avg", "how a channel gate reads its input", choices=("avg", "flatten"))
+    pool: str = option("avg", "how a channel gate reads its input", choices=POOLS)
     gate_bias: float = option(
         0.5, "logit of every gate at the start: open above 0; ste can move what is within 1 of it", low=-10.0, high=10.0
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +70,29 @@ def test_forgetting_leaves_constants_and_what_is_learnt():
     frozen = gatedconv.freeze(model)
     forget(frozen)
     assert all(gate.open_rate is not None for gate in gatedconv.gates(frozen).values())
+
+
+def test_a_gate_that_is_replaced_between_steps_is_reset_too():
+    model = gatedconv.models.ResNet(8, 3, "layer", input_size=(1, 6, 6)).train()
+    model(torch.randn(4, 1, 6, 6))
+    new = LayerGate(16)
+    model.layer1[0].layer_gate = new
+    model(torch.randn(4, 1, 6, 6))
+    assert new.open_rate is not None
+    forget(model)
+    assert new.open_rate is None and new.logits is None
+
+
+def test_a_trained_model_with_a_pruner_is_freed():
+    model = gatedconv.models.ResNet(8, 3, "both", input_size=(1, 6, 6)).train()
+    pruner = gatedconv.GatePruner(model)
+    model(torch.randn(4, 1, 6, 6))
+    loss = gatedconv.polarization_loss(model)
+    (loss + gatedconv.mac_target_loss(model) + gatedconv.activation_loss(model, "macs")).backward()
+    pruner.prune(0.9)
+    dead = weakref.ref(model)
+    del model, loss
+    gc.collect()
+    assert dead() is None
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        pruner.prune(0.9)

@@ -155,3 +155,27 @@ def test_gates_are_found_in_module_order_before_any_forward():
     assert list(gatedconv.gates(torch.compile(model))) == names
     with pytest.raises(TypeError, match="torch.nn.Module"):
         gatedconv.gates("resnet20")
+
+
+@pytest.mark.parametrize("gate", [LayerGate(3), ChannelGate(3), ChannelGate(3, hidden=None)])
+def test_a_training_batch_of_one_uses_the_running_statistics(gate):
+    torch.manual_seed(0)
+    for _ in range(3):
+        gate(torch.randn(8, 3, 4, 4) + 1)
+    before = {name: buffer.clone() for name, buffer in gate.named_buffers() if name.startswith("norm")}
+    x = torch.randn(1, 3, 4, 4)
+    gate(x)
+    logits, copied = gate.logits, copy.deepcopy(gate).eval()
+    copied(x)
+    torch.testing.assert_close(logits, copied.logits)
+    for name, buffer in before.items():
+        assert torch.equal(buffer, dict(gate.named_buffers())[name])
+    gate.open_rate.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
+
+
+def test_a_gated_network_trains_on_a_batch_of_one():
+    model = gatedconv.models.ResNet(8, 3, "both", input_size=(1, 8, 8)).train()
+    loss = model(torch.randn(1, 1, 8, 8)).square().mean() + gatedconv.polarization_loss(model)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
