@@ -27,7 +27,7 @@ from gatedconv.convert.verify import as_inputs, tensors_of
 from gatedconv.deploy.channels import Channels, Masks
 from gatedconv.deploy.shrink import CannotSlice, shrink
 from gatedconv.gating import FrozenGate, find_gates, unwrap
-from gatedconv.models import ResNet
+from gatedconv.models import ResNet, VGGGroup
 from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, Conv2d, FrozenConv2d, GatherChannels
 from gatedconv.nn.graph_net import require_size
 
@@ -104,6 +104,8 @@ def _compact_our_blocks(model: nn.Module, channel_multiple: int) -> None:
             if isinstance(model, ResNet) and small.is_identity:
                 small = nn.Identity()  # our ResNets' stream comes out of a ReLU: another one changes nothing
             model.set_submodule(name, small)
+        elif isinstance(block, VGGGroup) and block.channel_gate is not None:
+            block.compact()
 
 
 def _compact_rest(

@@ -1,4 +1,4 @@
-"""Gates: estimators, gate modules, the losses that polarise them, schedules, and what they cost."""
+"""Gates: estimators, gate modules, losses, schedules, MAC terms, and the pruning of gates by rank."""
 
 from gatedconv.gating.channel_gate import ChannelGate
 from gatedconv.gating.estimators import ESTIMATORS

@@ -1,7 +1,6 @@
-"""What the processes of one training have to agree on: open rates of the global batch, votes, masks.
+"""Collectives of distributed training: open rates of the global batch, votes, masks.
 
-Every function here is a collective: each process calls it, or all wait. With a single process none of them
-communicates.
+Every function except `world_size` has to be called by all ranks. With a single process none of them communicates.
 """
 
 from __future__ import annotations
@@ -52,16 +51,16 @@ class _GlobalMean(torch.autograd.Function):
         return total * (share / dist.get_world_size()), None
 
 
-def sum_votes(votes: Mapping[str, Tensor], asked: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Votes (num_gates,), or other sums over samples, and numbers of samples asked, added up over all ranks."""
+def sum_votes(votes: Mapping[str, Tensor], counts: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Sum votes (num_gates,), or other sums over samples, and the numbers of samples, over all ranks."""
     if world_size() == 1 or not votes:
-        return dict(votes), dict(asked)
+        return dict(votes), dict(counts)
     device = next(iter(votes.values())).device
-    counts = torch.tensor([float(asked[name]) for name in votes], dtype=torch.float64, device=device)
-    joined = torch.cat([*(vote.double() for vote in votes.values()), counts])
+    sizes = torch.tensor([float(counts[name]) for name in votes], dtype=torch.float64, device=device)
+    joined = torch.cat([*(vote.double() for vote in votes.values()), sizes])
     dist.all_reduce(joined)
-    *summed, counts = joined.split([*(vote.numel() for vote in votes.values()), len(votes)])
-    total = {name: int(count) for name, count in zip(votes, counts.tolist(), strict=True)}
+    *summed, sizes = joined.split([*(vote.numel() for vote in votes.values()), len(votes)])
+    total = {name: int(count) for name, count in zip(votes, sizes.tolist(), strict=True)}
     return dict(zip(votes, summed, strict=True)), total
 
 

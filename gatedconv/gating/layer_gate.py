@@ -1,4 +1,4 @@
-"""The gate of a whole layer or residual branch."""
+"""The gate of a layer or a residual branch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from gatedconv.gating.gate import LearnedGate
 
-DEFAULT_TEMPERATURE = 2 / 3  # at most 1 for two classes, or hard samples and soft gradients part ways
+DEFAULT_TEMPERATURE = 2 / 3  # at most 1 for two classes: above, hard samples and soft gradients disagree
 
 
 class LayerGate(LearnedGate):

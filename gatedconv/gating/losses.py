@@ -46,9 +46,9 @@ def activation_loss(model: nn.Module, weight: str = "uniform") -> Tensor:
 
 
 def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
-    """(MACs / target MACs - 1)^2: the pull towards ``target`` times the dense model's MACs, 0 < target <= 1.
+    """(MACs / target MACs - 1)^2: pulls towards ``target`` times the dense model's MACs, 0 < target <= 1.
 
-    Polarization alone is content with everything open, and with everything closed; this is what chooses.
+    Polarization is minimal with all gates open and with all closed; this loss sets how many are open.
     """
     if not 0 < target <= 1:
         raise ValueError(f"mac_target_loss: target must be in (0, 1], got {target!r}")
@@ -58,7 +58,7 @@ def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
 
 
 def _gate_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
-    """Weights of the joined rates that give every gate the same say."""
+    """Weights of the joined rates that give every gate the same share."""
     sizes = tuple(rate.numel() for rate in rates.values())
     return cached(unwrap(model), ("gates", sizes, like.device, like.dtype), lambda: gate_average(sizes, like.detach()))
 
@@ -81,8 +81,8 @@ def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Te
 def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
     """Open rates of the last batch averaged over the samples of all ranks, differentiable.
 
-    One collective a step for all gates and all losses, and only in training: an evaluation may run on a
-    single rank. Under `accumulating` they are those of a whole step instead of its last part.
+    One collective per step serves all gates and losses. In eval there is none, since an evaluation may run on a
+    single rank. Under `accumulating` the rates are those of all parts of a step.
     """
     rates = open_rates(model, owner)
     window = _windows.get(unwrap(model))
@@ -109,7 +109,7 @@ def _joined(model: nn.Module, rates: dict[str, Tensor], window: RateWindow | Non
 
 
 def _batch_size(model: nn.Module) -> int:
-    """Samples of the last batch on this rank: a layer gate is asked by all of them in training."""
+    """Samples of the last batch on this rank: in training a layer gate sees all of them."""
     logits = (gate.logits for gate in find_gates(model).values())
     return next((found.shape[0] for found in logits if found is not None), 1)
 
@@ -117,10 +117,10 @@ def _batch_size(model: nn.Module) -> int:
 class RateWindow(nn.Module):
     """The open rates of the last ``parts`` batches of a model, of which only the current one has a gradient.
 
-    They are buffers: they belong into a checkpoint, and whoever undoes a step undoes them with the rest.
+    They are buffers: a checkpoint holds them, and undoing a step restores them with the rest.
 
     Args:
-        model: a gated model, where it trains.
+        model: a gated model, already on its device.
         parts: batches that count, at least 2.
 
     Attributes:
@@ -142,7 +142,7 @@ class RateWindow(nn.Module):
         self.register_buffer("seen", like.new_zeros(()))
 
     def mix(self, joined: Tensor) -> Tensor:
-        """Take in the joined rates (G,) of a batch; returns their mean with those before, the gradient 1 / parts."""
+        """Add the joined rates (G,) of a batch; returns their mean with those before, the gradient 1 / parts."""
         now = joined.detach()
         with torch.no_grad():
             mean = (self.before.sum(dim=0) + now) / (self.seen + 1)
@@ -156,11 +156,11 @@ _windows: WeakKeyDictionary[nn.Module, RateWindow] = WeakKeyDictionary()
 
 @contextmanager
 def accumulating(model: nn.Module, window: RateWindow | None) -> Iterator[None]:
-    """While it lasts, the losses see open rates averaged over the last batches of training, as ``window`` does.
+    """Context in which the losses see open rates averaged over the last training batches, by ``window``.
 
     For gradient accumulation: a step made of several batches. The value of a loss is that at the average;
     its gradient goes through the current batch alone, with the weight 1 / parts that it has there, so that
-    the gradients of a step's parts add up to that of the whole. None changes nothing.
+    the gradients of the parts add up to that of the step. None changes nothing.
     """
     if window is not None:
         _windows[unwrap(model)] = window

@@ -1,4 +1,4 @@
-"""A closed loop on the MACs: the weight of their price follows what is measured."""
+"""A closed loop on the MACs: an integral controller sets the weight of the MACs in the loss."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from gatedconv.gating.mac_terms import expected_macs, mac_terms
 
 
 class MacController(nn.Module):
-    """Integral controller: the price of MACs rises while the net is above the MACs wanted, falls while below.
+    """Integral controller: the price of MACs rises while the model is above its target, and falls while it is below.
 
-    A fixed weight in front of ``mac_target_loss`` balances the task's pull at some distance from the target; a
-    price that goes on moving until the distance is 0 lands on it.
+    A fixed weight of ``mac_target_loss`` balances the pull of the task at some distance from the target; a price that
+    changes until the distance is 0 reaches it.
 
     Args:
         gain: change of the price in one step for MACs that are off by the dense network's, above 0.
 
     Attributes:
-        price: buffer (), of the dense network's MACs in units of the loss. It belongs into a checkpoint.
+        price: buffer (), of the dense network's MACs in units of the loss. Part of the state dict.
     """
 
     price: Tensor
@@ -31,17 +31,17 @@ class MacController(nn.Module):
         self.gain = gain
         self.register_buffer("price", torch.zeros(()))
 
-    def forward(self, model: nn.Module, wanted: float | Tensor) -> Tensor:
+    def forward(self, model: nn.Module, target: float | Tensor) -> Tensor:
         """The loss of one step, a scalar: price * (MACs / dense MACs), the price moved just before.
 
         Args:
             model: a gated model that has seen a batch.
-            wanted: MACs wanted now as a share of the dense model's, in (0, 1]; a scalar tensor is not checked.
+            target: MACs to reach now, as a share of the dense model's, in (0, 1]; a scalar tensor is not checked.
         """
-        if not isinstance(wanted, Tensor) and not 0 < wanted <= 1:  # to look at it may wait for a device
-            raise ValueError(f"MacController: wanted must be in (0, 1], got {wanted!r}")
+        if not isinstance(target, Tensor) and not 0 < target <= 1:  # reading a tensor may synchronize
+            raise ValueError(f"MacController: target must be in (0, 1], got {target!r}")
         total = sum(term.macs for term in mac_terms(model, "MacController"))
         share = expected_macs(model, global_open_rates(model, "MacController")) / total
         with torch.no_grad():
-            self.price += self.gain * (share - wanted)
+            self.price += self.gain * (share - target)
         return self.price.clone() * share

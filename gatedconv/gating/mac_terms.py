@@ -66,7 +66,7 @@ def _weight_count(layer: nn.Module) -> int:
 def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -> Tensor:
     """MACs per image at the given open rates (default: those of the last batch), a differentiable scalar.
 
-    sum over terms of macs * prod over its gates of mean(open rate): exact when every gate is polarised,
+    sum over terms of macs * prod over its gates of mean(open rate): exact when every gate is polarized,
     and on average when a layer gate and the channel gates inside it are independent.
     """
     terms = mac_terms(model, "expected_macs")

@@ -1,7 +1,7 @@
 """Losses of the joined open rates with gradients in closed form: a few operations a step, however many gates.
 
-What does not change from step to step is worked out once per model and device, so that a step copies nothing
-to the device and waits for nothing, and can be captured in a CUDA graph.
+Constants are computed once per model and device: a step then copies nothing to the device, does not synchronize, and
+can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _constants: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionar
 
 
 def cached(model: nn.Module, key: Hashable, make: Callable[[], Value]) -> Value:
-    """The constant of a model under a key, made on first use."""
+    """The constant of a model under a key, made on first use. It must not refer to the model, or neither is freed."""
     known: dict[Hashable, Any] = _constants.setdefault(model, {})
     if key not in known:
         known[key] = make()
@@ -112,7 +112,7 @@ def multilinear(rates: Tensor, form: Multilinear) -> Tensor:
 
 
 class _MultilinearForm(torch.autograd.Function):
-    # PyTorch's own gradient of a product waits for the device to look for zeros, and that of indexing sorts.
+    # PyTorch's gradient of a product synchronizes to look for zeros, and that of indexing sorts.
     @staticmethod
     def forward(ctx: Any, rates: Tensor, form: Multilinear) -> Tensor:
         means = torch.addmv(form.offset, form.average, rates)

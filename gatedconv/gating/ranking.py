@@ -70,7 +70,7 @@ def fisher_information(
     the Fisher information stands (Theis et al. 2018, for channels without gates).
 
     Args:
-        model: a gated model; it is left as it is, and a copy is asked, in training mode.
+        model: a gated model; it is left as it is, and a copy in training mode is evaluated.
         batches: (images, labels); with several processes, of each its share. BatchNorm sees a process's own images.
         loss: (logits, labels) -> the mean loss of a batch.
 
@@ -107,7 +107,7 @@ def fisher_information(
 
 @torch.no_grad()
 def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Mean logit (num_gates,) of every gate over the samples that ask it, in eval mode; float64 on the CPU.
+    """Mean logit (num_gates,) of every gate over the samples that reach it, in eval mode; float64 on the CPU.
 
     A collective.
 
@@ -144,7 +144,7 @@ def gate_macs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _zeros(gate: Gate) -> Tensor:
-    """Where the gate is, also on a rank that has no images to ask it: float64 (num_gates,)."""
+    """Where the gate is, also on a rank without images: float64 (num_gates,)."""
     return torch.zeros_like(gate.running_open_rate, dtype=torch.float64)
 
 

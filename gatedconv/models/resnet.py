@@ -1,4 +1,4 @@
-"""CIFAR ResNets (He et al. 2016, section 4.2) with a gate wherever one is asked for."""
+"""CIFAR ResNets (He et al. 2016, section 4.2) with optional gates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ResNet(nn.Module):
 
     Attributes:
         config: the constructor's arguments and the builder's name, all of them JSON types.
-        mac_terms: where the model's MACs lie and which gates scale them; see ``MacTerm``.
+        mac_terms: where the model's MACs are and which gates scale them; see ``MacTerm``.
 
     Shape: (N, C, H, W) -> logits (N, num_classes); any H and W, unless a gate flattens its input.
     """

@@ -1,4 +1,4 @@
-"""What a frozen block becomes when the closed part is cut out: plain modules and constant indices."""
+"""What a frozen block becomes by compacting: plain modules and constant indices."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class Conv2d(nn.Conv2d):
         return self._packed.everything(self.out_channels, self.weight.device)
 
     def train(self, mode: bool = True) -> Conv2d:
-        """As torch.nn.Module's; what is packed is forgotten: a graph's replay changes weights without a trace."""
+        """As torch.nn.Module's; drops packed weights, which the replay of a CUDA graph makes stale."""
         self._packed.clear()
         super().train(mode)
         return self

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from gatedconv.gating import Gate, forget
 
-# What a converted network carries beside its graph and weights; torch.fx forgets such things when it copies.
+# Attributes of a converted network besides its graph and weights, which torch.fx drops when it copies.
 _CARRIED = ("mac_terms", "conversion", "consensus", "input_size", "fixed_size")
 
 

@@ -1,4 +1,4 @@
-"""A gated block in eval whose skipping is decided on the device: no list of what is open comes to the host."""
+"""A gated block in eval that skips closed samples on the device, without a transfer to the host."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _conv_relu(
 
 
 def decides_on_device(x: Tensor, first: ConvNorm, last: ConvNorm) -> bool:
-    """Whether to run one of these branches: our kernels are wanted and there, and no gradient is asked for."""
+    """Whether to run one of these branches: our kernels are enabled and available, and no gradient is required."""
     if x.device.type != "cuda" or torch.is_grad_enabled() or cuda_conv.kernels_mode() != "on":
         return False
     return all(

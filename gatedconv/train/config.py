@@ -13,7 +13,7 @@ from typing import Any
 
 from gatedconv.gating import ESTIMATORS
 from gatedconv.gating.channel_gate import POOLS
-from gatedconv.models import RESNETS
+from gatedconv.models import BUILDERS
 from gatedconv.nn.block import GATES, POSITIONS
 
 if sys.version_info >= (3, 11):
@@ -73,7 +73,7 @@ class DataOptions(_Options):
 class ModelOptions(_Options):
     """The network and its gates."""
 
-    model: str = option("resnet20", "network", choices=tuple(RESNETS))
+    model: str = option("resnet20", "network", choices=tuple(BUILDERS))
     shortcut: str = option("B", "shortcut where shapes change: A padding, B projection", choices=("A", "B"))
     gate: str = option("layer", "what is gated; none trains the dense network", choices=("none", *GATES))
     position: str = option("after", "what a channel gate gates and reads", choices=POSITIONS)

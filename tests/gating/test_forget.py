@@ -23,11 +23,12 @@ def residual():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.body = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+            self.stem = nn.Conv2d(1, 3, 3, padding=1)
+            self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
 
         def forward(self, x):
             x = self.stem(x)
-            return x + self.body(torch.relu(x))
+            return x + self.body(x)
 
     model = gatedconv.gate_model(Net().train(), "layer", example_input=torch.randn(2, 1, 6, 6))
     return model, model.stem

@@ -150,7 +150,7 @@ def test_the_price_adds_up_the_distances_from_the_target() -> None:
         assert float(controller.price) == pytest.approx(expected, abs=1e-6)
         assert float(loss.detach()) == pytest.approx(expected * share, abs=1e-6)
     assert set(controller.state_dict()) == {"price"}
-    with pytest.raises(ValueError, match=r"wanted must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
         controller(model, 0.0)
     with pytest.raises(ValueError, match="gain must be above 0"):
         MacController(0.0)
