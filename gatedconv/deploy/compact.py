@@ -59,7 +59,7 @@ def compact(
         ConversionError: the result would not compute what ``frozen`` does.
     """
     channel_multiple = _check(frozen, example_input, channel_multiple)
-    model = copy.deepcopy(unwrap(frozen))
+    model = copy.deepcopy(unwrap(frozen)).eval()
     _compact_our_blocks(model, channel_multiple)
     if isinstance(example_input, Tensor):
         require_size(model, example_input)
