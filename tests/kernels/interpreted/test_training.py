@@ -115,9 +115,13 @@ def test_a_step_in_mixed_precision_with_a_scaler_is_the_references(monkeypatch, 
     assert loss == pytest.approx(expected, rel=2e-2)
     for name, value in reference.state_dict().items():
         assert trained.state_dict()[name].isfinite().all(), name
+        got = trained.state_dict()[name]
+        if name.endswith("running_open_rate"):  # of 6 samples, momentum 0.1: two decisions may differ in bf16
+            assert ((got - value).abs() <= 0.1 * 2 / 6 + 1e-6).all(), name
+            continue
         # What starts at 0, as biases do, is all update, a sum whose terms cancel: steps are measured against 1.
         largest = max(1.0, value.abs().max().item())
-        assert_close(trained.state_dict()[name], value, dtype=torch.bfloat16, scale=largest, name=name)
+        assert_close(got, value, dtype=torch.bfloat16, scale=largest, name=name)
 
 
 def test_a_frozen_norm_or_a_hook_takes_the_plain_path(monkeypatch, device):
