@@ -76,7 +76,7 @@ def takes(input: Tensor, kernel: Sequence[int], dilation: Sequence[int], groups:
     """Whether there is a kernel for this convolution and its library can be loaded."""
     if input.device.type != "cuda" or input.dtype not in _DTYPES or groups != 1:
         return False
-    # One output pixel must find everything that it reads, 48 bytes a pixel and twice, beside the weights.
+    # One output pixel must find everything that it reads, 48 bytes a pixel and twice, in addition to the weights.
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     if reach[0] * reach[1] > 400:
         return False

@@ -33,7 +33,7 @@ def estimate(
         noise: uniform on [0, 1), shape and dtype of ``logits``; None makes "gumbel" and "bernoulli"
             deterministic: open where z > 0. The others use none.
         temperature: of the Gumbel-softmax.
-        threshold: (num_gates,), of "batch_mean" alone: the running batch mean, which stands in for the
+        threshold: (num_gates,), of "batch_mean" alone: the running batch mean, which replaces the
             batch's own where not ``training`` and moves by ``momentum``, in place, where training.
         training: of "batch_mean" alone.
         momentum: of ``threshold``.

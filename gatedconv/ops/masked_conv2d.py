@@ -37,12 +37,12 @@ def masked_conv2d(
 
     ``act(conv2d(input, weight, bias) * out_open + residual)`` with inputs that ``in_open`` closes taken as 0,
     where a closed output is ``act(residual)``, or exactly 0 without one: its bias is not added, and no NaN
-    that stands elsewhere reaches it. Nothing of a closed input is read, NaN or not.
+    from elsewhere reaches it. Nothing of a closed input is read, NaN or not.
 
     Differentiable: with ``G' = G * [output > 0]`` where ``relu``, else ``G' = G``, the gradient of
     ``residual`` is ``G'``, those of ``input``, ``weight`` and ``bias`` come from ``G'`` on the open outputs,
     and are exactly 0 on closed inputs and closed rows; the masks have none. Second derivatives are right in
-    eager PyTorch; where a compiled or exported graph would need them an error says so.
+    eager PyTorch; where a compiled or exported graph would need them, an error is raised.
 
     Args:
         input: (N, C_in, H, W), floating point, any strides.
@@ -53,7 +53,7 @@ def masked_conv2d(
         in_open: bool (C_in,), or (N, C_in) for a mask for each sample, or None for all open.
         stride: Step in pixels, one number or (vertical, horizontal).
         padding: Zeros on each side in pixels, one number or (vertical, horizontal), "same" or "valid".
-        dilation: Distance of neighbouring taps in pixels, one number or (vertical, horizontal).
+        dilation: Distance of neighboring taps in pixels, one number or (vertical, horizontal).
         groups: Number of groups that the channels are split into.
         residual: (N, C_out, P, Q) to add, or None.
         relu: Whether the output goes through a ReLU.

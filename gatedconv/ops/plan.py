@@ -49,7 +49,7 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
     Args:
         size: The input's (N, C, H, W).
         shape: Output channels, output rank (2 or 4), then for every layer that changes height or width:
-            extent, stride, whole padding of the height, then of the width; extent 0 is a mean over the map.
+            extent, stride, total padding of the height, then of the width; extent 0 is a mean over the map.
 
     Raises:
         ValueError: The input is empty or smaller than a kernel, or makes no single pixel where the output is a vector.
@@ -86,7 +86,7 @@ _SMALL = 2**28
 
 
 def plan_check(size: Sequence[int], shape: Sequence[int]) -> None:
-    """Check that a plan can run on an input of `size` (N, C, H, W), before the operator says so at length.
+    """Check that a plan can run on an input of `size` (N, C, H, W), before the operator raises a longer error.
 
     Raises:
         ValueError: As `plan_output_size`; a height or width beyond 2^18; an output that memory has no room for.
@@ -116,7 +116,7 @@ def plan_isa() -> str:
 
 
 def plan_workspace(size: Sequence[int], program: Tensor, workers: int) -> int:
-    """Return the bytes that a run needs beside its tensors for an input of `size` (N, C, H, W)."""
+    """Return the bytes that a run needs in addition to its tensors for an input of `size` (N, C, H, W)."""
     return int(torch.ops.gatedconv.plan_workspace(size, program, workers))
 
 

@@ -44,7 +44,7 @@ class Recording:
     Attributes:
         launches: of our kernels.
         operators: names of PyTorch's operators that would have launched something.
-        allocated: (name, bytes) of the memory that was asked for.
+        allocated: (name, bytes) of the memory that was allocated.
     """
 
     def __init__(self) -> None:

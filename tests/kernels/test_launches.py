@@ -141,7 +141,7 @@ def sources_of(kernel, seen=None):
 
 
 def test_programs_that_sum_over_the_batch_fill_the_device(monkeypatch):
-    """Four programs a multiprocessor, of 132 as on an H100 where no GPU can be asked, or of what the GPU has."""
+    """Four programs a multiprocessor, of 132 as on an H100 where there is no GPU, else of the GPU's own."""
     from gatedconv.kernels import gated_residual as kernels
 
     x = torch.zeros(1024, 16, 32, 32).contiguous(memory_format=torch.channels_last)

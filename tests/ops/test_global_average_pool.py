@@ -1,4 +1,4 @@
-"""The mean of a map: values against NumPy, and a gradient that lies in memory as the map does."""
+"""The mean of a map: values against NumPy, and a gradient in the memory format of the map."""
 
 from __future__ import annotations
 

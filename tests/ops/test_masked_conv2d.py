@@ -20,10 +20,10 @@ def mask_of(bits: list[int]) -> torch.Tensor:
     return torch.tensor(bits, dtype=torch.bool)
 
 
-@pytest.fixture(params=["native", "cut"])
+@pytest.fixture(params=["native", "compact"])
 def backend(request, monkeypatch):
     """Run with the native library, and as if there were none."""
-    if request.param == "cut":
+    if request.param == "compact":
         monkeypatch.setattr(_native_conv, "ready", lambda: False)
     else:
         assert _native_conv.ready(), "no native library: the tests of it would test nothing"
@@ -131,8 +131,8 @@ def test_real_layers(instruction_set, channels, size, kernel, stride):
         torch.randn(channels[1]),
     )
     out_open, in_open = torch.rand(channels[1]) < 0.5, torch.rand(channels[0]) < 0.7
-    cut = (x * in_open[:, None, None]).double(), w.double(), b.double()
-    expected = F.conv2d(*cut, stride, kernel // 2) * out_open[:, None, None]
+    remaining = (x * in_open[:, None, None]).double(), w.double(), b.double()
+    expected = F.conv2d(*remaining, stride, kernel // 2) * out_open[:, None, None]
     for memory_format in (torch.contiguous_format, torch.channels_last):
         out = masked_conv2d(
             x.contiguous(memory_format=memory_format),
