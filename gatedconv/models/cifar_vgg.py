@@ -95,8 +95,12 @@ class CifarVGG(nn.Module):
         config: the builder's name and arguments, all of them JSON types.
         mac_terms: where the model's MACs are and which gates scale them; see ``MacTerm``.
 
-    Shape: (N, C, H, W) -> logits (N, num_classes); H and W from 26 to 33.
+    Shape: (N, C, H, W) -> logits (N, num_classes); H and W from 25 to 48.
     """
+
+    group1: VGGGroup
+    group2: VGGGroup
+    group3: VGGGroup
 
     def __init__(
         self,
