@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gatedconv.data.errors import DataError
+
+_WIDE = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # Pillow's modes of more than 8 bits
 
 
 class FileImages:
@@ -24,10 +27,11 @@ class FileImages:
         files: their paths.
         size: height and width to which they are scaled, in pixels.
         workers: processes that decode batches ahead of their use; 0 decodes on demand.
+        value_range: of images with more than 8 bits, see `read_image`.
     """
 
-    def __init__(self, files: Sequence[Path], size: int, workers: int = 0) -> None:
-        self.files, self.size, self.workers = list(files), size, workers
+    def __init__(self, files: Sequence[Path], size: int, workers: int = 0, value_range: float = 0.0) -> None:
+        self.files, self.size, self.workers, self.value_range = list(files), size, workers, value_range
 
     @property
     def shape(self) -> torch.Size:
@@ -39,7 +43,7 @@ class FileImages:
 
     def __getitem__(self, rows: Tensor) -> FileImages:
         """The images of int64 rows (K,), still in their files."""
-        return FileImages([self.files[row] for row in rows.tolist()], self.size, self.workers)
+        return FileImages([self.files[row] for row in rows.tolist()], self.size, self.workers, self.value_range)
 
     def decode(self, rows: Tensor | None = None) -> Tensor:
         """The images of int64 rows (K,), or all, as uint8 (K, 3, size, size).
@@ -50,7 +54,7 @@ class FileImages:
         chosen = range(len(self.files)) if rows is None else rows.tolist()
         images = torch.empty(len(chosen), 3, self.size, self.size, dtype=torch.uint8)
         for place, row in enumerate(chosen):
-            images[place] = read_image(self.files[row], self.size)
+            images[place] = read_image(self.files[row], self.size, self.value_range)
         return images
 
     def batches(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -60,7 +64,7 @@ class FileImages:
             DataError: names a file that cannot be read.
         """
         loader = DataLoader(
-            _Decoder(self.files, self.size),
+            _Decoder(self.files, self.size, self.value_range),
             batch_sampler=[chosen.tolist() for chosen in rows],
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
@@ -77,12 +81,12 @@ class FileImages:
 
 
 class _Decoder(Dataset[Tensor | DataError]):
-    def __init__(self, files: list[Path], size: int) -> None:
-        self.files, self.size = files, size
+    def __init__(self, files: list[Path], size: int, value_range: float) -> None:
+        self.files, self.size, self.value_range = files, size, value_range
 
     def __getitem__(self, row: int) -> Tensor | DataError:
         try:
-            return read_image(self.files[row], self.size)
+            return read_image(self.files[row], self.size, self.value_range)
         except DataError as error:  # raised in a worker, it would lose its type on the way
             return error
 
@@ -124,17 +128,60 @@ def _stacked(images: list[Tensor | DataError]) -> Tensor | DataError:
     return torch.stack(good)
 
 
-def read_image(file: Path, size: int) -> Tensor:
-    """An image as RGB uint8 (3, size, size): shorter side scaled to `size`, center cropped.
+def read_image(file: Path, size: int, value_range: float = 0.0) -> Tensor:
+    """An image as RGB uint8 (3, size, size): upright, shorter side scaled to `size`, center cropped.
+
+    Args:
+        file: an image of any kind that Pillow reads.
+        size: height and width of the result in pixels.
+        value_range: the brightest value of images with more than 8 bits, which becomes 255. 0: 65535 for whole
+            numbers, 1 for floating-point ones.
 
     Raises:
-        DataError: names the file, if it cannot be read.
+        DataError: names the file, if it cannot be read, or has values beyond that range.
     """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in _WIDE:
+                image = Image.fromarray(_narrowed(file, np.asarray(image, dtype=np.float64), image.mode, value_range))
             pixels = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
+    except DataError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: expected a readable image, found a damaged or different file ({error})") from None
+        raise DataError(
+            f"{shown(file)}: expected a readable image, found a damaged or different file ({shown(str(error))})"
+        ) from None
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def brightest(file: Path) -> float | None:
+    """The largest value in an image of whole numbers with more than 8 bits; None for others and unreadable files."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            wide = image.mode in _WIDE and image.mode != "F"
+            return float(np.asarray(image, dtype=np.float64).max()) if wide else None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _narrowed(file: Path, values: np.ndarray[Any, Any], mode: str, value_range: float) -> np.ndarray[Any, Any]:
+    top = value_range or (1.0 if mode == "F" else 65535.0)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= top):
+        kind = "floating-point" if mode == "F" else "16-bit"
+        raise DataError(
+            f"{shown(file)}: expected {kind} values from 0 to {top:g}, found {low:g} to {high:g}; "
+            f"set --image-range to the largest value of your images"
+        )
+    scaled: np.ndarray[Any, Any] = (values * (255 / top)).round().astype(np.uint8)
+    return scaled
+
+
+def shown(path: Path | str) -> str:
+    """A file name that can be printed, whatever bytes it is made of."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

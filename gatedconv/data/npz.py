@@ -49,6 +49,12 @@ def load_npz(path: str | Path) -> ImageData:
         train, test = _split(path, archive, "train"), _split(path, archive, "test")
         val = _split(path, archive, "val") if wanted != _REQUIRED else None
         names = _class_names(path, archive) if "class_names" in archive else ()
+    found = torch.cat([train[1], test[1]])
+    if len(found) and int(found.min()) == 1:
+        raise DataError(
+            f"{path}: train_labels: expected labels that begin at 0, found 1 to {int(found.max())}; "
+            f"subtract 1 from every label"
+        )
     channels, height = train[0].shape[1:3]
     return make_image_data(str(path), train, test, Augment(pad=max(1, height // 8), flip=channels == 3), names, val)
 

@@ -17,7 +17,13 @@ _DIGITS_TEST_SHARE = 0.25
 
 
 def load_data(
-    source: str, *, root: str | Path = "data", seed: int = 0, image_size: int = 32, workers: int | None = None
+    source: str,
+    *,
+    root: str | Path = "data",
+    seed: int = 0,
+    image_size: int = 32,
+    workers: int | None = None,
+    image_range: float = 0.0,
 ) -> ImageData:
     """Load a data source as uint8 images, into memory unless `workers` asks for files to stay files.
 
@@ -28,6 +34,7 @@ def load_data(
         seed: seed of the train/test split, for sources that have none of their own (`digits`).
         image_size: side in pixels to which `imagefolder` images are scaled; the other sources keep theirs.
         workers: of `imagefolder`: processes that decode images batch by batch; None decodes them all now.
+        image_range: of `imagefolder`: the brightest value of images of more than 8 bits; 0 for their type's.
 
     Raises:
         DataError: the source is unknown, missing, damaged or not of the expected form.
@@ -37,7 +44,7 @@ def load_data(
     if kind in ("npz", "imagefolder"):
         if not path:
             raise DataError(f"data: expected {kind}:PATH, got {source!r}")
-        return load_npz(path) if kind == "npz" else load_imagefolder(path, image_size, workers)
+        return load_npz(path) if kind == "npz" else load_imagefolder(path, image_size, workers, image_range)
     if source == "digits":
         return _load_digits(seed)
     if source in ("cifar10", "cifar100"):

@@ -29,6 +29,7 @@ def load_images(options: DataOptions) -> ImageData:
         seed=options.split_seed,
         image_size=options.image_size,
         workers=options.workers if options.stream else None,
+        image_range=options.image_range,
     )
     if options.evaluate_on == "val":
         return validation_view(data, options.val_fraction, options.split_seed)

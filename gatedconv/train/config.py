@@ -60,6 +60,7 @@ class DataOptions(_Options):
     data: str = option("digits", "digits, cifar10, cifar100, npz:PATH or imagefolder:PATH")
     data_root: str = option("data", "folder for downloaded data")
     image_size: int = option(32, "side in pixels to which imagefolder images are scaled", low=8, high=2048)
+    image_range: float = option(0.0, "largest value of images of more than 8 bits; 0 for their type's", low=0.0)
     split_seed: int = option(0, "seed of the splits of a source that has none of its own", low=0, high=_SEED_LIMIT)
     evaluate_on: str = option("test", "split to evaluate on; make choices on val", choices=("test", "val"))
     val_fraction: float = option(0.1, "share of the train split that becomes val", above=0.0, high=0.5)
