@@ -13,10 +13,21 @@ from torch import Tensor, nn
 from gatedconv.convert import install
 from gatedconv.convert.branches import Branch, find_branches
 from gatedconv.convert.conversion import Choice, Conversion, Selection
-from gatedconv.convert.flow import Flow
+from gatedconv.convert.flow import (
+    ACTIVATIONS,
+    ELEMENTWISE,
+    MIXING_NORMS,
+    NORMS,
+    PASSING,
+    REDUCTIONS,
+    SPATIAL,
+    SPATIAL_OPS,
+    Flow,
+    op_name,
+)
 from gatedconv.convert.install import Link, attach, open_gate
 from gatedconv.convert.mac_terms import Gated, mac_terms, reachable_share
-from gatedconv.convert.record import Node, Record, Value, record
+from gatedconv.convert.record import CALL, Node, Record, Value, record
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import as_inputs, require_same, require_same_training, tensors_of
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, find_gates, unwrap
@@ -180,6 +191,8 @@ class _Installer:
             if type(n.module) is nn.Conv2d and len(found.calls_of(n.scope)) == 1
         )  # fmt: skip
         first.register_forward_pre_hook(install.DecideBranch(name, axis, link))
+        for reader in _sample_wise(branch, found):
+            self.result.get_submodule(reader).register_forward_pre_hook(install.SelectSamples("", axis, link))
         last.register_forward_hook(install.GateBranch("", axis, link, convs))
         path = f"{start.path}.{name}"
         self.conversion.gated[path] = f"the residual branch of {branch.name or 'the model'}"
@@ -225,6 +238,19 @@ class _Installer:
         """Hooks of the whole model."""
         self.gated = Gated(self.values, self.inputs, self.layers)
         self.result.register_forward_pre_hook(install.BeforeForward(self.links))
+
+
+def _sample_wise(branch: Branch, found: Record) -> list[str]:
+    """Paths of the layers that read the branch's input, where every sample can be computed by itself; else none.
+
+    Code that could see the batch's size, such as ``view``, and reads that are no layer's keep the whole batch.
+    """
+    readers = [node for node in branch.entry.users if node in branch.nodes]
+    layers = (*NORMS, *MIXING_NORMS, *ACTIVATIONS, *PASSING, *SPATIAL, nn.Conv2d, nn.Linear)
+    simple = ELEMENTWISE | SPATIAL_OPS | set(REDUCTIONS) | {"cat", "same", "permute", "transpose"}
+    plain = all(isinstance(n.module, layers) if n.op == CALL else op_name(n) in simple for n in branch.nodes)
+    alone = all(r.op == CALL and len(found.calls_of(r.scope)) == 1 for r in readers)
+    return [r.scope for r in readers] if plain and alone else []
 
 
 def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion: Conversion) -> None:

@@ -6,6 +6,8 @@ the model, so that copies and pickles of a gated model take them along.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,18 +15,36 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating import FrozenGate, Gate, forget
+from gatedconv.gating.gate import LearnedGate
 from gatedconv.nn import FrozenConv2d
+
+_all_samples = 0  # above 0: branches compute all samples in eval, too
+
+
+@contextmanager
+def computing_all_samples() -> Iterator[None]:
+    """Shapes do not depend on what gates decide meanwhile."""
+    global _all_samples
+    _all_samples += 1
+    try:
+        yield
+    finally:
+        _all_samples -= 1
 
 
 class Link:
-    """A decision (N, num_gates) on its way from the place where it is made to the place where it multiplies."""
+    """A decision (N, num_gates) on its way from the place where it is made to the place where it multiplies.
+
+    ``selected``: int64 (K,), the samples that a branch computes; None for all.
+    """
 
     def __init__(self) -> None:
         self.decision: Tensor | None = None
+        self.selected: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A decision belongs to one forward."""
-        return {"decision": None}
+        return {"decision": None, "selected": None}
 
     def read(self, module: nn.Module) -> Tensor:
         """The decision of this forward.
@@ -106,7 +126,23 @@ class DecideBranch(GateHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Decide, and leave the input as it is."""
-        self._decide(module, args[0])
+        assert self.link is not None
+        decision = self._decide(module, args[0])
+        self.link.selected = None
+        all_samples = module.training or _all_samples or torch.compiler.is_compiling()
+        if not all_samples and isinstance(self.gate(module), LearnedGate):
+            self.link.selected = decision.flatten().nonzero().flatten()
+
+
+class SelectSamples(GateHook):
+    """Forward pre-hook of a branch's first layer: in eval it computes the samples whose gate is open, and no other."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Select."""
+        assert self.link is not None
+        if self.link.selected is None:
+            return args
+        return args[0].index_select(0, self.link.selected), *args[1:]
 
 
 class GateBranch(GateHook):
@@ -115,7 +151,10 @@ class GateBranch(GateHook):
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Gate the branch."""
         assert self.link is not None
-        return output * self.link.read(module).reshape(-1, *[1] * (output.dim() - 1)).to(output.dtype)
+        decision, selected = self.link.read(module), self.link.selected
+        if selected is not None and len(output) != len(decision):
+            return output.new_zeros(len(decision), *output.shape[1:]).index_copy(0, selected, output)
+        return output * decision.reshape(-1, *[1] * (output.dim() - 1)).to(output.dtype)
 
 
 class BeforeForward:
@@ -131,7 +170,7 @@ class BeforeForward:
         if model.training:
             forget(model)
             for link in self.links:
-                link.decision = None
+                link.decision = link.selected = None
 
 
 def hooks_of(module: nn.Module) -> list[GateHook]:

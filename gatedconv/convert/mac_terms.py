@@ -266,7 +266,10 @@ def _per_element(node: Node) -> int:
 
 
 def _is_pool(node: Node) -> bool:
-    return isinstance(node.module, nn.AdaptiveAvgPool2d) or op_name(node) == "_adaptive_avg_pool2d"
+    if isinstance(node.module, nn.AdaptiveAvgPool2d) or op_name(node) == "_adaptive_avg_pool2d":
+        return True
+    # what a pool to one pixel becomes
+    return op_name(node) == "mean" and list(node.args[1:2]) == [[-1, -2]] and list(node.args[2:3]) == [True]
 
 
 def _other_macs(node: Node) -> float:

@@ -95,7 +95,7 @@ def _find(folder: Path, names: Sequence[str]) -> _Found:
     """The images below each class's folder, in the order in which torchvision's ImageFolder reads them."""
     found = _Found()
     for label, name in enumerate(names):
-        for place, folders, files in sorted(os.walk(folder / name, followlinks=True)):
+        for place, _, files in sorted(os.walk(folder / name, followlinks=True)):
             if any(part.startswith(".") for part in Path(place).relative_to(folder).parts):
                 continue
             for file in sorted(files):

@@ -94,8 +94,11 @@ class Channels:
             rows = result[0].movedim(self.flow[value].axis - 1, 0).reshape(len(known), -1).float().cpu()
             low, high = rows.amin(dim=1), rows.amax(dim=1)
             known = known & (high - low <= _UNIFORM * high.abs().clamp(min=1e-3)) & rows.isfinite().all(dim=1)
-            if op_name(node) in _EXTENSIVE or _is_padded(node):
+            if op_name(node) in _EXTENSIVE or (_is_padded(node) and not isinstance(node.module, nn.Conv2d)):
                 known = known & (rows == 0).all(dim=1)
+            elif _is_padded(node):  # at the border it sees zeros, which constants are not
+                shown = self.known_to(node, node.inputs[0])[1].reshape(groups_of(node.module), -1)
+                known = known & (shown == 0).all(dim=1).repeat_interleave(len(known) // len(shown))
             constant = torch.where(known, rows[:, 0], 0.0)
         mask = self.masks.values.get(value)
         if mask is not None:
@@ -268,13 +271,6 @@ class Channels:
             if value not in self.masks.values:
                 self._all(value)
             return
-        if is_depthwise(module):
-            times = self.flow[value].size // self.flow[source].size
-            raw = self.raw(value)
-            self.present[source] |= raw.reshape(-1, times).any(dim=1)
-            if value not in self.masks.values:
-                self.present[value] |= self.present[source].repeat_interleave(times)
-            return
         read, write = self.layer_channels(node, value)
         self.present[source] |= read
         if groups_of(module) > 1 and value not in self.masks.values:
@@ -381,9 +377,6 @@ class Channels:
         if kind in ("conv", "linear"):
             if not self.is_sliceable(node):
                 return ~self.zeros(value)
-            if is_depthwise(node.module):
-                held = self.present[node.inputs[0]]
-                return held.repeat_interleave(flow[value].size // len(held))
             return self.layer_channels(node, value)[1]
         if value not in self.masks.values:
             return self.present[value]

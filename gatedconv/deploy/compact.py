@@ -17,12 +17,13 @@ from gatedconv.convert.install import (
     DecideBranch,
     GateBranch,
     GateInput,
+    SelectSamples,
     hooks_of,
     mask_of,
     masks_by_link,
     remove_gates,
 )
-from gatedconv.convert.record import Node, Record, Value, record
+from gatedconv.convert.record import Node, Record, Value, is_computed, record
 from gatedconv.convert.verify import as_inputs, tensors_of
 from gatedconv.deploy.channels import Channels, Masks
 from gatedconv.deploy.shrink import CannotSlice, shrink
@@ -117,6 +118,7 @@ def _compact_rest(
     _plain_convolutions(model)
     found = _recorded(model, example_input)
     flow = Flow(found)
+    _round_up(model, closed, channel_multiple)
     masks = _masks(flow, closed)
     unsliceable: set[str] = set()
     care = 0
@@ -141,11 +143,30 @@ def _closed(model: nn.Module) -> list[tuple[str, type, Tensor]]:
     for path, module in model.named_modules():
         for hook in hooks_of(module):
             mask = mask_of(hook, module, links)
-            if mask is not None and not isinstance(hook, DecideBranch):
+            if mask is not None and not isinstance(hook, (DecideBranch, SelectSamples)):
                 found.append((path, type(hook), mask.cpu()))
         if isinstance(module, Conv2d) and isinstance(module.gate, FrozenGate):
             found.append((path, Conv2d, module.gate.mask.cpu()))
     return found
+
+
+@torch.no_grad()
+def _round_up(model: nn.Module, closed: list[tuple[str, type, Tensor]], channel_multiple: int) -> None:
+    """Keep some closed channels, as zeros that their norm or convolution makes; changes model and masks in place."""
+    for index, (path, kind, mask) in enumerate(closed):
+        module = model.get_submodule(path)
+        surplus = -int(mask.sum()) % channel_multiple
+        layer = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Conv2d)) and module.weight is not None
+        if not layer or not surplus or not bool(mask.any()) or kind in (GateBranch, GateInput) or is_computed(module):
+            continue
+        kept = (~mask).nonzero().flatten()[:surplus]
+        for name in ("weight", "bias"):
+            parameter = getattr(module, name)
+            if parameter is not None:
+                changed = parameter.detach().clone()
+                changed[kept.to(changed.device)] = 0
+                setattr(module, name, nn.Parameter(changed, parameter.requires_grad))
+        closed[index] = (path, kind, mask.index_fill(0, kept, True))
 
 
 def _plain_convolutions(model: nn.Module) -> None:

@@ -100,14 +100,10 @@ def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(masks, Mapping):
-        raise TypeError(
-            f"freeze: masks must be a dict of gate path -> bool tensor, got {type(masks).__name__}"
-        )
+        raise TypeError(f"freeze: masks must be a dict of gate path -> bool tensor, got {type(masks).__name__}")
     missing, unknown = gates.keys() - masks.keys(), masks.keys() - gates.keys()
     if missing or unknown:
-        raise ValueError(
-            f"freeze: masks must name every gate; missing {sorted(missing)}, unknown {sorted(unknown)}"
-        )
+        raise ValueError(f"freeze: masks must name every gate; missing {sorted(missing)}, unknown {sorted(unknown)}")
     checked = {}
     for name, gate in gates.items():
         mask = masks[name]
@@ -131,9 +127,7 @@ def _vote(
     A channel gate inside a block that a sample skips is not asked by that sample; one that no sample
     asked keeps the open rate of its training.
     """
-    votes = {
-        name: torch.zeros_like(gate.running_open_rate, dtype=torch.float64) for name, gate in gates.items()
-    }
+    votes = {name: torch.zeros_like(gate.running_open_rate, dtype=torch.float64) for name, gate in gates.items()}
     asked = dict.fromkeys(gates, 0)
     seen, was_training = 0, {module: module.training for module in model.modules()}
     device = next(iter(votes.values())).device
@@ -153,9 +147,7 @@ def _vote(
         for batch in loader:
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             if not isinstance(x, Tensor):
-                raise TypeError(
-                    f"freeze: the loader must yield tensors or (tensor, ...), got {type(x).__name__}"
-                )
+                raise TypeError(f"freeze: the loader must yield tensors or (tensor, ...), got {type(x).__name__}")
             model(x.to(device))
             seen += x.shape[0]
     finally:
@@ -179,9 +171,7 @@ def _require_finite(rates: Mapping[str, Tensor]) -> None:
         raise ValueError(f"freeze: gate {broken[0]!r} has logits or open rates that are not finite numbers")
 
 
-def _consensus(
-    masks: Mapping[str, Tensor], rates: Mapping[str, Tensor], asked: Mapping[str, int]
-) -> Consensus:
+def _consensus(masks: Mapping[str, Tensor], rates: Mapping[str, Tensor], asked: Mapping[str, int]) -> Consensus:
     """Agreement counts the decisions that were made: those of gates that samples asked."""
     shares = {n: torch.where(masks[n], rates[n], 1 - rates[n]).double() for n in rates if asked[n]}
     agreeing = sum(float(share.sum()) * asked[name] for name, share in shares.items())
@@ -193,9 +183,7 @@ def _consensus(
 def _warn(consensus: Consensus) -> None:
     low = {name: share for name, share in consensus.gate_agreement.items() if share < AGREEMENT_WARNING}
     if consensus.agreement is not None and (consensus.agreement < AGREEMENT_WARNING or low):
-        worst = ", ".join(
-            f"{name} {share:.1%}" for name, share in sorted(low.items(), key=lambda kv: kv[1])[:5]
-        )
+        worst = ", ".join(f"{name} {share:.1%}" for name, share in sorted(low.items(), key=lambda kv: kv[1])[:5])
         warnings.warn(
             f"freeze: the samples agree with the consensus on {consensus.agreement:.2%} of the decisions; "
             f"least on: {worst}",

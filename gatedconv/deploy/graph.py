@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gatedconv.convert.install import hooks_of
+from gatedconv.convert.install import computing_all_samples, hooks_of
 from gatedconv.convert.record import CALL, Node, Record, Value, has_own_hooks, is_computed, record
 from gatedconv.convert.verify import distance
 from gatedconv.deploy.graph_format import is_describable, set_module
@@ -41,18 +41,22 @@ def write_graph(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype = to
         return torch.rand(count, *shape, generator=generator).to(dtype)
 
     inputs = [images(2), images(3)]
+    with computing_all_samples():
+        return _graph_of(model, inputs, images(2, 32, 64))
+
+
+def _graph_of(model: nn.Module, inputs: list[Tensor], larger: Tensor) -> GraphNet:
     try:
         runs = [record(model, (x,), known=_is_leaf) for x in inputs]
     except Exception as error:  # whatever the model's code raises
         raise NoGraph(f"it does not run: {type(error).__name__}: {error}") from error
-    larger = images(2, 32, 64)
     try:
         graph = _write(model, [*runs, record(model, (larger,), known=_is_leaf)])
         _require_same(graph, model, [*inputs, larger])
     except Exception:  # another size is not taken, or takes another way through the code
         graph = _write(model, runs)
         _require_same(graph, model, inputs)
-        vars(graph)["fixed_size"] = tuple(size[1:])
+        vars(graph)["fixed_size"] = tuple(inputs[0].shape[2:])
     return graph
 
 

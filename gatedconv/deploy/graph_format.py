@@ -27,7 +27,8 @@ _PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # torch.fx quotes what is no
 # Our modules: constructor arguments that are tensors of the state, and those that are plain attributes.
 _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "AddBranch": ((), ()), "AppendOnes": ((), ()), "ChannelBias": (("bias",), ()), "Constant": (("value",), ()),
-    "ConstantMap": (("value",), ("stride",)), "EmptyMap": ((), ("kernel_size", "stride", "padding", "dilation")),
+    "ConstantMap": (("value",), ("stride",)),
+    "EmptyMap": ((), ("channels", "kernel_size", "stride", "padding", "dilation")),
     "GatherChannels": (("index",), ("axis",)),
     "ScatterAdd": (("index",), ("axis",)), "ScatterChannels": (("index", "fill"), ("axis",)),
     "SelectOpen": ((), ("at_least",)), "StochasticDepth": ((), ("p", "mode", "scale")),

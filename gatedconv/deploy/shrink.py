@@ -40,7 +40,10 @@ def shrink(model: nn.Module, channels: Channels) -> None:
                 done.add(value)
     for path, call in channels.sliced.items():
         _foreign(model, channels, path, call)
+    inside = tuple(f"{path}." for path in channels.sliced)
     for node in flow.record.nodes:
+        if node.scope.startswith(inside) if inside else False:
+            continue
         if node.op == CALL and node.outputs and flow.kind(node.outputs[0]) == "elementwise":
             _numbers(model, channels, node, node.outputs[0])
     for value in channels.masks.values:
@@ -63,8 +66,7 @@ def _layer(model: nn.Module, channels: Channels, node: Node, value: Value) -> No
     computed = channels.computed(node, value)
     read = held
     if channels.is_sliceable(node):
-        if not is_depthwise(module):
-            read, _ = channels.layer_channels(node, value)
+        read, _ = channels.layer_channels(node, value)
         if bool(read.all()) and bool(computed.all()):
             pass
         elif is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear):
@@ -72,7 +74,12 @@ def _layer(model: nn.Module, channels: Channels, node: Node, value: Value) -> No
         else:
             module = _foreign_layer(channels, node, module, read, computed)
     before = _gather(read, held, channels.flow[source].axis) if not torch.equal(read, held) else []
-    after = _glue(computed, kept, channels.known[value], channels.constant[value], value, axis)
+    closed = channels.known[value]
+    if value not in channels.masks.values and (node, source) not in channels.masks.inputs:
+        closed = channels.zeros(value)  # what is computed is right
+    after = _glue(computed, kept, closed, channels.constant[value], value, axis)
+    if isinstance(module, EmptyMap) and not bool(channels.constant[value].any()):
+        module.channels, before, after = int(kept.sum()), [], []
     model.set_submodule(node.scope, module)
     _frame(model, node.scope, before, after)
 
@@ -132,7 +139,7 @@ def _nothing(module: nn.Module) -> nn.Module:
     if isinstance(padding, str):
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         padding = (0, 0) if padding == "valid" else (total[0] // 2, total[1] // 2)
-    return EmptyMap(module.kernel_size, module.stride, tuple(padding), module.dilation)  # type: ignore[arg-type]
+    return EmptyMap(0, module.kernel_size, module.stride, tuple(padding), module.dilation)  # type: ignore[arg-type]
 
 
 def _set_counts(module: nn.Module, inputs: int, outputs: int, groups: int) -> None:
@@ -145,7 +152,7 @@ def _set_counts(module: nn.Module, inputs: int, outputs: int, groups: int) -> No
 def _foreign_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
     """A layer of a subclass with code of its own: sliced like a plain one, if a trial finds that right."""
     known, constant = channels.known_to(node, node.inputs[0])
-    unread = ~read & known & (constant != 0)
+    unread = ~read & known & (constant != 0) & (not is_depthwise(module))
     assert isinstance(module, (nn.Conv2d, nn.Linear))
     if bool(unread.any()) or not bool(write.any()):
         raise CannotSlice(node.scope)
@@ -174,6 +181,9 @@ def _foreign(model: nn.Module, channels: Channels, path: str, call: ModuleCall) 
     if bool(held.all()):
         return
     module = model.get_submodule(path)
+    if not bool(channels.wanted(value).any()) and value.tensor.shape == source.tensor.shape:
+        model.set_submodule(path, nn.Identity())
+        return
     small = copy.deepcopy(module)
     for part in small.modules():
         _slice_numbers(part, held)
@@ -185,7 +195,10 @@ def _numbers(model: nn.Module, channels: Channels, node: Node, value: Value) -> 
     """Norms and the like: their numbers for each channel."""
     module = model.get_submodule(node.scope)
     computed = channels.computed(node, value)
-    if not bool(computed.all()) and channels._can_slice_numbers(node, value):
+    same = value.tensor.shape == node.inputs[0].tensor.shape and len(channels.record.calls_of(node.scope)) == 1
+    if same and not bool(channels.wanted(value).any()):
+        model.set_submodule(node.scope, nn.Identity())
+    elif not bool(computed.all()) and channels._can_slice_numbers(node, value):
         _slice_numbers(module, computed)
 
 

@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert import install
 from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of
 from gatedconv.deploy.graph_format import build_module, describe_module
 from gatedconv.deploy.shrink import COUNTS
 from gatedconv.gating import Gate
 from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
 
-_HOOKS = {
-    name: getattr(install, name) for name in ("GateOutput", "GateInput", "FollowGate", "DecideBranch", "GateBranch")
-}
-_BEFORE = ("GateInput", "DecideBranch")
+_HOOKS = {cls.__name__: cls for cls in GateHook.__subclasses__()}
+_BEFORE = ("GateInput", "DecideBranch", "SelectSamples")
 
 
 def describe_surgery(model: nn.Module) -> dict[str, Any]:
@@ -43,7 +40,7 @@ def describe_surgery(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, FrozenConv2d):
             frozen.append(path)
         found = {name: value for name in COUNTS if isinstance(value := getattr(module, name, None), int)}
-        if found and not isinstance(module, Gate):
+        if found and not isinstance(module, (Gate, Framed)):
             counts[path] = found
         if mine := hooks_of(module):
             hooks[path] = [_describe_hook(hook, links, paths) for hook in mine]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -128,20 +130,34 @@ class ScatterChannels(nn.Module):
 
 
 class Framed(nn.Sequential):
-    """A layer of a compact model with the small modules that choose its channels: gather, layer, pick, scatter."""
+    """A layer of a compact model with the small modules that choose its channels: gather, layer, pick, scatter.
+
+    Attributes that it does not have are those of the layer.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("gather", "layer", "pick", "scatter"):
+                raise
+            return getattr(super().__getattr__("layer"), name)
 
 
 class EmptyMap(nn.Module):
-    """x (N, C, H, W) -> (N, 0, H', W'): what is left of a convolution whose outputs nobody needs.
+    """x (N, C, H, W) -> zeros (N, channels, H', W'): what is left of a convolution whose outputs nobody needs.
 
     Args:
+        channels: of the result.
         kernel_size, stride, padding, dilation: two ints each, of the convolution.
     """
 
     def __init__(
-        self, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
-    ) -> None:
+        self, channels: int, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.channels = channels
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +167,7 @@ class EmptyMap(nn.Module):
             + 1
             for d in (0, 1)
         )
-        return x.new_zeros((x.shape[0], 0, height, width))
+        return x.new_zeros((x.shape[0], self.channels, height, width))
 
 
 class AppendOnes(nn.Module):

@@ -217,7 +217,7 @@ def masked_forward(model: nn.Module, images: Tensor, masks: Mapping[str, Tensor]
     Args:
         model: a network of this file.
         images: its input.
-        masks: gate path -> bool mask; "path_gate" multiplies the output of the module at "path".
+        masks: gate path -> bool mask; "path.channel_gate" multiplies the output of the module at "path".
         follow: further modules -> the gate whose mask they get too.
     """
     hooks = []
@@ -233,7 +233,7 @@ def masked_forward(model: nn.Module, images: Tensor, masks: Mapping[str, Tensor]
         if gate.endswith("layer_gate"):
             model.get_submodule(gate.removesuffix(".layer_gate")).open = float(mask)
         else:
-            multiply(gate.removesuffix("_gate"), mask)
+            multiply(gate.removesuffix(".channel_gate"), mask)
     for path, gate in follow.items():
         multiply(path, masks[gate])
     result: Tensor = model(images)

@@ -130,7 +130,7 @@ def test_a_layer_with_hooks_is_left_alone():
     model = network("relu")
     model.conv2.register_forward_hook(lambda module, args, output: output + 1)
     gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
-    assert "hooks" in gated.conversion.skipped["conv2"] and "bn1_gate" in gatedconv.gates(gated)
+    assert "hooks" in gated.conversion.skipped["conv2"] and "bn1.channel_gate" in gatedconv.gates(gated)
     assert_cut_is_exact(model)
 
 
@@ -255,7 +255,9 @@ def test_exclude_may_name_what_include_leaves_out():
     gated = gatedconv.gate_model(
         network("residual"), "both", example_input=IMAGES, include="blocks.1", exclude=["stem", "blocks.1.conv2"]
     )
-    assert {"blocks.1.layer_gate", "blocks.1.bn1_gate", "blocks.1.bn3_gate"} == set(gatedconv.gates(gated))
+    assert {"blocks.1.layer_gate", "blocks.1.bn1.channel_gate", "blocks.1.bn3.channel_gate"} == set(
+        gatedconv.gates(gated)
+    )
 
 
 class Auxiliary(nn.Module):

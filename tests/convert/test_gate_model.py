@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gatedconv
+from gatedconv.convert.install import computing_all_samples
 from tests.convert.networks import IMAGES, NETWORKS, Plain, Residual, network
 from tests.tolerances import assert_close
 
@@ -38,7 +39,7 @@ def test_layer_gates_are_found_from_the_additions():
 
 def test_channel_gates_follow_the_norm_and_spare_shortcuts_and_squeeze_excite():
     result = gated("residual", "channel")
-    expected = [f"blocks.{i}.bn{j}_gate" for i in range(3) for j in (1, 2, 3)]
+    expected = [f"blocks.{i}.bn{j}.channel_gate" for i in range(3) for j in (1, 2, 3)]
     assert sorted(gatedconv.gates(result)) == sorted(expected)
     skipped = result.conversion.skipped
     assert "pooled" in skipped["blocks.0.squeeze"] and "shortcut" in skipped["blocks.1.project.0"]
@@ -52,16 +53,15 @@ def test_a_depthwise_convolution_shares_the_gate_of_its_input():
         nn.Sigmoid(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
     ).eval()  # fmt: skip
     result = gatedconv.gate_model(model, "channel", example_input=IMAGES)
-    assert sorted(gatedconv.gates(result)) == ["1_gate", "6_gate"]
+    assert sorted(gatedconv.gates(result)) == ["1.channel_gate", "6.channel_gate"]
     assert "depthwise" in result.conversion.skipped["3"]
 
 
 @pytest.mark.parametrize(
     ("position", "expected"),
     [
-        ("middle", ["blocks.0.act_gate", "blocks.0.act_gate_2", "blocks.1.act_gate", "blocks.1.act_gate_2",
-                    "blocks.2.act_gate", "blocks.2.act_gate_2"]),
-        ("before", ["blocks.0.channel_gate", "blocks.1.channel_gate", "blocks.2.channel_gate"]),
+        ("middle", [f"blocks.{i}.conv2.channel_gate" for i in range(3)]),
+        ("before", ["blocks.0.conv1.channel_gate", "blocks.1.conv1.channel_gate", "blocks.2.conv1.channel_gate"]),
     ],
 )  # fmt: skip
 def test_positions(position, expected):
@@ -74,12 +74,12 @@ def test_positions(position, expected):
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        ({"include": "blocks.1"}, {f"blocks.1.{n}_gate" for n in ("bn1", "bn2", "bn3", "layer")}),
-        ({"include": ["blocks.*.conv1"]}, {f"blocks.{i}.bn1_gate" for i in range(3)}),
+        ({"include": "blocks.1"}, {"blocks.1.layer_gate", *(f"blocks.1.bn{i}.channel_gate" for i in (1, 2, 3))}),
+        ({"include": ["blocks.*.conv1"]}, {f"blocks.{i}.bn1.channel_gate" for i in range(3)}),
         ({"exclude": lambda name, module: "blocks" in name and not name.endswith("conv2")},
-         {f"blocks.{i}.bn2_gate" for i in range(3)}),
+         {f"blocks.{i}.bn2.channel_gate" for i in range(3)}),
         ({"include": "blocks", "exclude": ["blocks.0", "blocks.1"]},
-         {"blocks.2.layer_gate", "blocks.2.bn1_gate", "blocks.2.bn2_gate", "blocks.2.bn3_gate"}),
+         {"blocks.2.layer_gate", *(f"blocks.2.bn{i}.channel_gate" for i in (1, 2, 3))}),
     ],
 )  # fmt: skip
 def test_include_and_exclude(choice, expected):
@@ -115,17 +115,17 @@ class Odd(nn.Module):
 def test_what_is_left_alone_has_a_reason():
     model = Odd().eval()
     result = gatedconv.gate_model(model, "channel", example_input=IMAGES)
-    assert list(gatedconv.gates(result)) == ["first_gate"]
+    assert list(gatedconv.gates(result)) == ["first.channel_gate"]
     reasons = result.conversion.skipped
     assert "called 2 times" in reasons["shared"] and "frozen" in reasons["frozen"]
     assert "shared with another" in reasons["tied"] and "transposed" in reasons["up"]
     assert "the model's outputs" in reasons["last"]
     assert torch.equal(result(IMAGES), model(IMAGES))
-    assert "first_gate" in str(result.conversion) and "transposed" in str(result.conversion)
+    assert "first.channel_gate" in str(result.conversion) and "transposed" in str(result.conversion)
 
 
 class DataDependent(nn.Module):
-    """Control flow that neither tracer can follow."""
+    """Control flow that no tracer can follow."""
 
     def __init__(self):
         super().__init__()
@@ -139,18 +139,16 @@ class DataDependent(nn.Module):
         return self.head(x).mean((2, 3))
 
 
-def test_a_model_without_a_graph_gets_gated_layers():
+def test_a_model_whose_control_flow_depends_on_data_keeps_it():
     model = DataDependent().eval()
     result = gatedconv.gate_model(model, "channel", example_input=IMAGES)
-    assert result.conversion.traced_by == "modules" and result.conversion.note
-    assert torch.equal(result(IMAGES), model(IMAGES))
+    assert torch.equal(result(IMAGES), model(IMAGES)) and torch.equal(result(9 * IMAGES), model(9 * IMAGES))
     masks = {n: torch.arange(g.num_gates) % 2 == 0 for n, g in gatedconv.gates(result).items()}
     frozen = gatedconv.freeze(result, masks=masks)
-    with pytest.warns(UserWarning, match="cannot be traced"):
-        small = gatedconv.compact(frozen, IMAGES)
-    assert torch.equal(small(IMAGES), frozen(IMAGES))
-    with pytest.raises(ValueError, match="layer gates need the model's graph"):
-        gatedconv.gate_model(model, "layer", example_input=IMAGES)
+    small = gatedconv.compact(frozen, IMAGES)
+    assert type(small) is DataDependent and small.conv.out_channels == 3
+    with torch.no_grad():
+        assert_close(small(9 * IMAGES), frozen(9 * IMAGES))
 
 
 @pytest.mark.parametrize("estimator", ["ste", "gumbel", "bernoulli", "batch_mean"])
@@ -187,8 +185,8 @@ def test_in_eval_a_branch_runs_on_the_samples_that_are_open():
     model.blocks.get_submodule("0").conv2.register_forward_hook(lambda m, a, o: seen.append(o.shape[0]))
     with torch.no_grad():
         skipped = model(IMAGES)
-        model.get_submodule("blocks.0.select").train()  # computes all, then multiplies
-        assert_close(model(IMAGES), skipped)
+        with computing_all_samples():
+            assert_close(model(IMAGES), skipped)
     assert seen == [1, 2]
 
 

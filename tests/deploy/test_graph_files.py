@@ -60,7 +60,7 @@ def test_names_that_are_no_identifiers_come_back(tmp_path):
     for key, layer in layers.items():
         model.add_module(key, layer)
     gated = gatedconv.gate_model(model.eval(), "channel", example_input=IMAGES)
-    frozen = gatedconv.freeze(gated, masks={"stem-1.1_gate": torch.arange(8) % 3 > 0})
+    frozen = gatedconv.freeze(gated, masks={"stem-1.1.channel_gate": torch.arange(8) % 3 > 0})
     for multiple in (1, 4):
         small = gatedconv.compact(frozen, IMAGES, channel_multiple=multiple)
         gatedconv.save(small, tmp_path / "m")
