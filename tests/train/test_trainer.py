@@ -24,6 +24,13 @@ from tests.image_files import write_npz
 from tests.tolerances import assert_close
 
 
+@pytest.fixture(autouse=True)
+def no_exports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports take longer than the runs: one test has them."""
+    if "exports" not in request.node.name:
+        monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
+
+
 class Recorder(Callback):
     def __init__(self) -> None:
         self.phases: list[str] = []
@@ -187,7 +194,7 @@ def test_an_interrupted_run_resumes_to_the_same_summary(tmp_path: Path, archive:
     heard = Recorder()
     got = run(config, cut, resume=True, callback=heard)
     assert expected is not None and got is not None
-    varying = {"wall_s"}
+    varying = {"wall_s", "commit"}
     assert {k: v for k, v in got.items() if k not in varying} == {k: v for k, v in expected.items() if k not in varying}
     assert [len(lines) for lines in (heard.replayed, heard.epochs, cut.read_metrics())] == [3, 1, 4]
     for kind in ("dense", "gated", "compact"):
@@ -217,7 +224,6 @@ def test_a_run_with_a_small_time_limit_is_resumed_to_its_end(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a scheduler that queues the job again and again; every start makes a step at least."""
-    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     config, folder = small(archive, latency=False, epochs=1, max_minutes=1e-9), RunFolder(tmp_path / "run")
     starts = [run(config, folder, resume=number > 0) is not None for number in range(5)]
     assert starts == [False] * 4 + [True]  # three steps dense, and three gated: the last dense start makes one of these
@@ -229,7 +235,6 @@ def test_a_resume_that_is_stopped_early_loses_no_metrics(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     """The dense training is told again before the gated one is gone on with; a stop may come in between."""
-    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     config, folder, stop = small(archive, latency=False), RunFolder(tmp_path / "run"), StopRequest()
 
     class Stopping(Callback):
@@ -336,7 +341,6 @@ def test_a_resumed_run_adds_each_epoch_to_tensorboard_once(
     """Also where the event files begin with the resumed run, which then has the earlier epochs, too."""
     from torch.utils.tensorboard import SummaryWriter
 
-    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     points: list[tuple[str, int]] = []
     real = SummaryWriter.add_scalar
 
