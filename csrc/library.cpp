@@ -35,8 +35,8 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
   // A network in one call: input (N, C, H, W), program int64 and weights float32 as gatedconv.Engine packs
   // them. shape says how the output's size follows from the input's, for the fake: output channels, output
   // rank (2 or 4), then for every layer on the way that changes height or width: extent, stride, padding of
-  // both. Returns (N, C') or (N, C', H', W').
-  m.def("plan_run(Tensor input, Tensor program, Tensor weights, int[] shape) -> Tensor");
+  // both. workers 0 is as many threads as PyTorch uses. Returns (N, C') or (N, C', H', W').
+  m.def("plan_run(Tensor input, Tensor program, Tensor weights, int[] shape, int workers=0) -> Tensor");
   m.def("plan_workspace(int[] size, Tensor program, int workers) -> int");
   m.def("plan_release() -> int");
   m.def("plan_isa() -> str");

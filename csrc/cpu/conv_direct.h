@@ -1,6 +1,7 @@
-// Direct convolution and depthwise convolution over NHWC maps with a zero border.
+// Direct convolution over NHWC maps with a zero border.
 #pragma once
 
+#include "activations.h"
 #include "conv_tile.h"
 
 namespace gatedconv::GATEDCONV_ISA {
@@ -62,68 +63,116 @@ static inline void for_lines(const Step& step, const Part& part, const Lines& li
   }
 }
 
-static inline void conv_direct(const Step& step, const Part& part) {
-  const Taps taps = find_taps(step);
-  const Lines lines = find_lines(step);
-  const ptrdiff_t panel_stride = static_cast<ptrdiff_t>(step.kernel_h) * step.kernel_w * step.span * kPanel;
-  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
-  const bool grouped = step.index != nullptr;
+// The convolution of `width` pixels of a line, `v` vectors of output channels; the pointers are at the first
+// pixel, those of the output and residual at the first channel.
+static inline void conv_line(const Step& step, const Lines& lines, Tile& tile, int v, const float* in, float* out,
+                             const float* residual, int width) {
+  for_pieces(width, v, [&](int x, int px) {
+    tile.pixels = in + x * tile.pixel_stride;
+    tile.out = out + x * lines.out;
+    tile.residual = residual ? residual + x * lines.residual : nullptr;
+    tile_function(px, v)(tile);
+    activate_pixels(step.late, step.value, tile.out, px, lines.out, v);
+  });
+}
+
+static inline Tile make_tile(const Step& step, const Taps& taps, const Lines& lines) {
   Tile tile{};
   tile.pixel_stride = lines.in;
   tile.taps = taps.offsets.data();
   tile.num_taps = static_cast<int>(taps.offsets.size());
   tile.run = taps.run;
-  tile.panel_stride = panel_stride;
+  tile.panel_stride = static_cast<ptrdiff_t>(step.kernel_h) * step.kernel_w * step.span * kPanel;
   tile.residual_stride = lines.residual;
   tile.out_stride = lines.out;
   tile.act = step.act;
+  return tile;
+}
+
+static inline void set_vector(const Step& step, int v0, Tile& tile) {
+  tile.weights = step.weights + (v0 / kPanelVectors) * tile.panel_stride + (v0 % kPanelVectors) * kLanes;
+  tile.bias = step.bias + v0 * kLanes;
+  tile.keep = step.keep ? step.keep + v0 * kLanes : nullptr;
+}
+
+static inline const float* residual_at(const Step& step, int64_t image, int64_t y) {
+  return step.residual.data ? step.residual.at(image, y) : nullptr;
+}
+
+static inline void conv_direct(const Step& step, const Part& part) {
+  const Taps taps = find_taps(step);
+  const Lines lines = find_lines(step);
+  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
+  const bool grouped = step.index != nullptr;
+  Tile tile = make_tile(step, taps, lines);
   const int typical = is_flat(step) || lines.per_image == 0 ? 2 * max_pixels(2) : lines.width;
   for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
     v = tile_vectors(last - v0, typical);
     if (grouped) v = std::min(v, kPanelVectors - v0 % kPanelVectors);  // panels read different input channels
     const int channel = v0 * kLanes;
     const float* group = step.in.data + (grouped ? step.index[v0 / kPanelVectors] : 0);
-    tile.weights = step.weights + (v0 / kPanelVectors) * panel_stride + (v0 % kPanelVectors) * kLanes;
-    tile.bias = step.bias + channel;
-    tile.keep = step.keep ? step.keep + channel : nullptr;
+    set_vector(step, v0, tile);
     for_lines(step, part, lines, [&](int64_t image, int64_t y, int width) {
       const float* in = group + image * step.in.image + y * step.stride_h * step.in.row;
-      float* out = step.out.at(image, y) + channel;
-      const float* residual = step.residual.data ? step.residual.at(image, y) + channel : nullptr;
-      for_pieces(width, v, [&](int x, int px) {
-        tile.pixels = in + x * lines.in;
-        tile.out = out + x * lines.out;
-        tile.residual = residual ? residual + x * lines.residual : nullptr;
-        tile_function(px, v)(tile);
-      });
+      const float* residual = residual_at(step, image, y);
+      conv_line(step, lines, tile, v, in, step.out.at(image, y) + channel, residual ? residual + channel : nullptr,
+                width);
     });
   }
 }
 
-static inline void conv_depthwise(const Step& step, const Part& part) {
-  const int padded = (step.out.channels + kPanel - 1) / kPanel * kPanel;
+// Pixels that are changed at a time: they stay in the nearest caches while all outputs are made of them.
+static inline int changed_pixels(const Step& step) {
+  return std::clamp(24576 / std::max(step.in.channels, 1), 28, 224);
+}
+
+static inline size_t changed_scratch(const Step& step) {
+  return static_cast<size_t>(changed_pixels(step)) * ((step.in.channels + kPanel - 1) / kPanel * kPanel);
+}
+
+// `count` input pixels times their image's gate, then scaled, shifted and activated, into `to`.
+static inline void change_pixels(const Step& step, const float* from, ptrdiff_t stride, int count, const float* gate,
+                                 ptrdiff_t gate_stride, float* to) {
+  const int channels = step.in.channels, padded = (channels + kPanel - 1) / kPanel * kPanel;
+  const Act quick = step.pre_act <= Act::kRelu6 ? step.pre_act : Act::kNone;
+  for (int i = 0; i < count; ++i, from += stride, gate += gate_stride, to += padded) {
+    for (int c = 0; c < channels; c += kLanes) {
+      vec value = load(from + c);
+      if (step.gate.data) value *= load(gate + c);
+      if (step.pre) value = value * load(step.pre + c) + load(step.pre + padded + c);
+      store(to + c, activate(value, quick));
+    }
+    if (step.pre_act > Act::kRelu6) activate_pixels(step.pre_act, step.value, to, 1, 0, vectors(channels));
+  }
+}
+
+// A 1x1 convolution of what a gate or a norm in front of it makes of the input.
+static inline void conv_changed(const Step& step, const Part& part, float* scratch) {
+  const Taps taps{{0}, step.span};
+  const Lines lines = find_lines(step);
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
-  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
-    const int64_t image = unit / step.rows, y = unit % step.rows;
-    const float* top = step.in.data + image * step.in.image +
-                       (y * step.stride_h - step.pad_top) * step.in.row - step.pad_left * step.in.pixel;
-    for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
-      const int c = v * kLanes;
-      for (int x = 0; x < step.out.width; ++x) {
-        const float* window = top + x * step.stride_w * step.in.pixel + c;
-        vec sum = load(step.bias + c);
-        const float* w = step.weights + c;
-        for (int i = 0; i < step.kernel_h; ++i) {
-          for (int j = 0; j < step.kernel_w; ++j, w += padded) {
-            sum += load(window + i * step.dilation_h * step.in.row + j * step.dilation_w * step.in.pixel) *
-                   load(w);
-          }
-        }
-        if (step.residual.data) sum += load(step.residual.at(image, y) + x * step.residual.pixel + c);
-        store(step.out.at(image, y) + x * step.out.pixel + c, activate(sum, step.act));
+  const int block = changed_pixels(step);
+  const bool by_image = lines.per_image == 0;
+  Tile tile = make_tile(step, taps, lines);
+  tile.pixel_stride = (step.in.channels + kPanel - 1) / kPanel * kPanel;
+  for_lines(step, part, lines, [&](int64_t image, int64_t y, int width) {
+    const float* in = step.in.data + image * step.in.image + y * step.stride_h * step.in.row;
+    const float* gate = step.gate.data ? step.gate.at(image, 0) : nullptr;
+    const ptrdiff_t gate_stride = gate && by_image ? step.gate.image : 0;
+    const float* residual = residual_at(step, image, y);
+    for (int x = 0; x < width; x += block) {
+      const int count = std::min(block, width - x);
+      change_pixels(step, in + x * lines.in, lines.in, count, gate ? gate + x * gate_stride : nullptr, gate_stride,
+                    scratch);
+      for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
+        v = tile_vectors(last - v0, count);
+        const int channel = v0 * kLanes;
+        set_vector(step, v0, tile);
+        conv_line(step, lines, tile, v, scratch, step.out.at(image, y) + x * lines.out + channel,
+                  residual ? residual + x * lines.residual + channel : nullptr, count);
       }
     }
-  }
+  });
 }
 
 }  // namespace gatedconv::GATEDCONV_ISA

@@ -217,6 +217,11 @@ static inline void transform_results(const Step& step, TileCursor at, int tiles,
       target.out += kLanes;
       if (target.residual) target.residual += kLanes;
     }
+    if (step.late == Act::kNone) continue;
+    for (int y = 0; y < std::min(M, target.rows); ++y) {
+      activate_pixels(step.late, step.value, target.out - v * kLanes + y * step.out.row,
+                      std::min(M, target.columns), step.out.pixel, v);
+    }
   }
 }
 

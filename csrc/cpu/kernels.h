@@ -8,7 +8,10 @@
 
 #include "conv_direct.h"
 #include "conv_winograd.h"
+#include "depthwise.h"
 #include "map_kernels.h"
+#include "norm_kernels.h"
+#include "pool_kernels.h"
 
 namespace gatedconv::GATEDCONV_ISA {
 
@@ -24,26 +27,49 @@ static void clear_borders(const Step& step, const Part& part) {
   }
 }
 
+// Applies the late activation to all that a part has written.
+static void activate_part(const Step& step, const Part& part) {
+  const int first = part.panel0 * kPanelVectors;
+  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    float* row = step.out.at(unit / step.rows, unit % step.rows) + first * kLanes;
+    activate_pixels(step.late, step.value, row, step.out.width, step.out.pixel, last - first);
+  }
+}
+
 static void run(const Step& step, const Part& part, float* scratch) {
+  bool activates = false, clears = false;  // whether the kernel has done that itself
   switch (step.op) {
     case Op::kInput:
       return read_input(step, part);
     case Op::kOutput:
       return write_output(step, part);
+    case Op::kView:
+      return;
     case Op::kConv:
-      conv_direct(step, part);
+      activates = true;
+      if (step.changes_input) {
+        conv_changed(step, part, scratch);
+      } else {
+        conv_direct(step, part);
+      }
       break;
     case Op::kWinograd2:
+      activates = true;
       if (!conv_winograd<2>(step, part, scratch)) conv_instead(step, part, 2);
       break;
     case Op::kWinograd4:
+      activates = true;
       if (!conv_winograd<4>(step, part, scratch)) conv_instead(step, part, 4);
       break;
     case Op::kDepthwise:
+      activates = true;
       conv_depthwise(step, part);
       break;
     case Op::kMaxPool:
     case Op::kAvgPool:
+    case Op::kAdaptiveMaxPool:
+    case Op::kAdaptiveAvgPool:
       pool(step, part);
       break;
     case Op::kMeanPool:
@@ -53,21 +79,53 @@ static void run(const Step& step, const Part& part, float* scratch) {
     case Op::kSubsample:
       move_channels(step, part);
       break;
+    case Op::kCopy:
+      clears = true;
+      copy(step, part);
+      break;
     case Op::kFill:
       fill(step, part);
       break;
     case Op::kScatterAdd:
+      scatter_add(step, part);
+      break;
     case Op::kAdd:
-      add(step, part);
+      combine(step, part, [](vec a, vec b) { return a + b; });
+      break;
+    case Op::kMultiply:
+      combine(step, part, [](vec a, vec b) { return a * b; });
+      break;
+    case Op::kNearest:
+      resize_nearest(step, part);
+      break;
+    case Op::kBilinear:
+      resize_bilinear(step, part);
+      break;
+    case Op::kPixelShuffle:
+      pixel_shuffle(step, part);
+      break;
+    case Op::kLayerNorm:
+      layer_norm(step, part);
+      break;
+    case Op::kGroupNorm:
+      activates = clears = true;
+      group_norm(step, part);
+      break;
+    case Op::kSoftmax:
+      softmax(step, part);
+      break;
+    case Op::kPrelu:
+      prelu(step, part);
       break;
   }
-  clear_borders(step, part);
+  if (!activates && step.late != Act::kNone) activate_part(step, part);
+  if (!clears) clear_borders(step, part);
 }
 
 static size_t scratch_floats(const Step& step) {
   if (step.op == Op::kWinograd2) return winograd_scratch<2>(step);
   if (step.op == Op::kWinograd4) return winograd_scratch<4>(step);
-  return 0;
+  return step.changes_input ? changed_scratch(step) : 0;
 }
 
 }  // namespace gatedconv::GATEDCONV_ISA

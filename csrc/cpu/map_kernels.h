@@ -1,11 +1,12 @@
-// Kernels that move or pool maps: input and output conversion, pooling, gather, scatter-add, subsample, add.
+// Kernels that move or combine maps: input and output conversion, gather, subsample, copies, sums, products,
+// upsampling, pixel shuffle.
 #pragma once
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-#include "simd.h"
+#include "activations.h"
 
 namespace gatedconv::GATEDCONV_ISA {
 
@@ -66,59 +67,6 @@ static inline void write_output(const Step& step, const Part& part) {
     float* to = step.target + image * in.channels * area + y * in.width;
     for (int c = 0; c < in.channels; ++c) {
       for (int x = 0; x < in.width; ++x) to[c * area + x] = from[x * in.pixel + c];
-    }
-  }
-}
-
-// Max or average over windows clipped to the image.
-static inline void pool(const Step& step, const Part& part) {
-  const bool max = step.op == Op::kMaxPool;
-  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
-  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
-    const int64_t image = unit / step.rows, y = unit % step.rows;
-    const int top = static_cast<int>(y) * step.stride_h - step.pad_top;
-    const int y0 = std::max(top, 0), y1 = std::min(top + step.kernel_h, step.in.height);
-    for (int x = 0; x < step.out.width; ++x) {
-      const int left = x * step.stride_w - step.pad_left;
-      const int x0 = std::max(left, 0), x1 = std::min(left + step.kernel_w, step.in.width);
-      // With ceil_mode the last window may hang over the padding too; PyTorch counts up to the padding's end.
-      const int whole = (std::min(top + step.kernel_h, step.in.height + step.pad_top) - top) *
-                        (std::min(left + step.kernel_w, step.in.width + step.pad_left) - left);
-      const float scale = 1.0f / (step.option ? whole : (y1 - y0) * (x1 - x0));
-      for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
-        vec sum = max ? splat(-std::numeric_limits<float>::infinity()) : vec{};
-        for (int i = y0; i < y1; ++i) {
-          const float* from = step.in.at(image, i) + v * kLanes;
-          for (int j = x0; j < x1; ++j) {
-            const vec value = load(from + j * step.in.pixel);
-            if (max) {
-              sum = (value <= sum) | (sum != sum) ? sum : value;  // a NaN wins and stays
-            } else {
-              sum += value;
-            }
-          }
-        }
-        store(step.out.at(image, y) + x * step.out.pixel + v * kLanes,
-              activate(max ? sum : sum * scale, step.act));
-      }
-    }
-  }
-}
-
-// Mean over the whole map: one output pixel.
-static inline void pool_mean(const Step& step, const Part& part) {
-  const float scale = 1.0f / (static_cast<float>(step.in.height) * step.in.width);
-  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
-  for (int64_t image = part.unit0; image < part.unit1; ++image) {
-    for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
-      vec total{};
-      for (int y = 0; y < step.in.height; ++y) {  // a sum of row sums rounds less than one long sum
-        const float* from = step.in.at(image, y) + v * kLanes;
-        vec sum{};
-        for (int x = 0; x < step.in.width; ++x) sum += load(from + x * step.in.pixel);
-        total += sum;
-      }
-      store(step.out.at(image, 0) + v * kLanes, total * scale);
     }
   }
 }
@@ -191,13 +139,11 @@ static inline void fill(const Step& step, const Part& part) {
   }
 }
 
-// out = act(residual + in), or, with an index list, act(residual) with act(residual + in) at the listed
-// channels.
-static inline void add(const Step& step, const Part& part) {
+// out = act(residual) with act(residual + in) at the listed channels.
+static inline void scatter_add(const Step& step, const Part& part) {
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
-  const bool scatter = step.op == Op::kScatterAdd;
-  std::vector<int> source(scatter ? step.out.channels : 0, -1);
-  for (int64_t k = 0; scatter && k < step.index_size; ++k) source[step.index[k]] = static_cast<int>(k);
+  std::vector<int> source(step.out.channels, -1);
+  for (int64_t k = 0; k < step.index_size; ++k) source[step.index[k]] = static_cast<int>(k);
   const std::vector<std::vector<Piece>> pieces = find_pieces(source);
   for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
@@ -208,8 +154,147 @@ static inline void add(const Step& step, const Part& part) {
          ++x, from += step.in.pixel, stream += step.residual.pixel, to += step.out.pixel) {
       for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
         const int c = v * kLanes;
-        const vec part_of = scatter ? assemble(from, pieces[v]) : load(from + c);
-        store(to + c, activate(load(stream + c) + part_of, step.act));
+        store(to + c, activate(load(stream + c) + assemble(from, pieces[v]), step.act));
+      }
+    }
+  }
+}
+
+// out = act(in op residual); the residual is a map of the same size, one pixel for all, or one channel for all.
+template <typename Combine>
+static inline void combine(const Step& step, const Part& part, Combine op) {
+  const Map& other = step.residual;
+  const bool one_pixel = other.height == 1 && other.width == 1;
+  const bool one_channel = other.channels == 1 && step.out.channels > 1;
+  const ptrdiff_t pixel = one_pixel ? 0 : other.pixel;
+  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    const int64_t image = unit / step.rows, y = unit % step.rows;
+    const float* from = step.in.at(image, y);
+    const float* with = other.at(image, one_pixel ? 0 : y);
+    float* to = step.out.at(image, y);
+    for (int x = 0; x < step.out.width; ++x, from += step.in.pixel, with += pixel, to += step.out.pixel) {
+      for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
+        const int c = v * kLanes;
+        const vec second = one_channel ? splat(with[0]) : load(with + c);
+        store(to + c, activate(op(load(from + c), second), step.act));
+      }
+    }
+  }
+}
+
+// Into channels of a wider map, not one float beyond them.
+static inline void copy(const Step& step, const Part& part) {
+  const Map &in = step.in, &out = step.out;
+  const int channels = out.channels, body = channels / kLanes * kLanes;
+  const auto clear = [&](float* from, int64_t pixels) {
+    for (int64_t i = 0; i < pixels; ++i) std::fill_n(from + i * out.pixel, channels, 0.0f);
+  };
+  const int64_t row_pixels = out.halo + out.width + out.right();
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    const int64_t image = unit / step.rows, y = unit % step.rows;
+    const float* from = in.at(image, y);
+    float* to = out.at(image, y);
+    for (int x = 0; x < out.width; ++x, from += in.pixel, to += out.pixel) {
+      for (int c = 0; c < body; c += kLanes) store(to + c, load(from + c));
+      for (int c = body; c < channels; ++c) to[c] = from[c];
+    }
+    clear(out.at(image, y) - out.halo * out.pixel, out.halo);
+    clear(out.at(image, y) + out.width * out.pixel, out.right());
+    for (int row = -out.halo; row < 0 && y == 0; ++row) clear(out.at(image, row) - out.halo * out.pixel, row_pixels);
+    for (int row = out.height; row < out.height + out.bottom() && y + 1 == out.height; ++row) {
+      clear(out.at(image, row) - out.halo * out.pixel, row_pixels);
+    }
+  }
+}
+
+// Pixel `to` of an upsampled line as PyTorch finds its source: floor(to * size / out).
+static inline void resize_nearest(const Step& step, const Part& part) {
+  const Map &in = step.in, &out = step.out;
+  const float down = static_cast<float>(in.height) / out.height, across = static_cast<float>(in.width) / out.width;
+  const int last = std::min(vectors(out.channels), part.panel1 * kPanelVectors);
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    const int64_t image = unit / step.rows, y = unit % step.rows;
+    const float* row = in.at(image, std::min(static_cast<int>(y * down), in.height - 1));
+    float* to = out.at(image, y);
+    for (int x = 0; x < out.width; ++x, to += out.pixel) {
+      const float* from = row + std::min(static_cast<int>(x * across), in.width - 1) * in.pixel;
+      for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
+        store(to + v * kLanes, activate(load(from + v * kLanes), step.act));
+      }
+    }
+  }
+}
+
+// Two neighbors and their weights on a line.
+struct Between {
+  int first, second;
+  float weight;  // of the second
+};
+
+static inline Between between(int64_t at, int size, int out, bool corners) {
+  float source;
+  if (corners) {
+    source = out > 1 ? at * (static_cast<float>(size - 1) / (out - 1)) : 0.0f;
+  } else {
+    source = std::max((at + 0.5f) * (static_cast<float>(size) / out) - 0.5f, 0.0f);
+  }
+  const int first = std::min(static_cast<int>(source), size - 1);
+  return {first, std::min(first + 1, size - 1), std::min(source - first, 1.0f)};
+}
+
+static inline void resize_bilinear(const Step& step, const Part& part) {
+  const Map &in = step.in, &out = step.out;
+  const bool corners = step.option != 0;
+  const int last = std::min(vectors(out.channels), part.panel1 * kPanelVectors);
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    const int64_t image = unit / step.rows;
+    const Between down = between(unit % step.rows, in.height, out.height, corners);
+    const float *upper = in.at(image, down.first), *lower = in.at(image, down.second);
+    float* to = out.at(image, unit % step.rows);
+    for (int x = 0; x < out.width; ++x, to += out.pixel) {
+      const Between across = between(x, in.width, out.width, corners);
+      const ptrdiff_t left = across.first * in.pixel, right = across.second * in.pixel;
+      for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
+        const int c = v * kLanes;
+        const vec top = load(upper + left + c) * (1.0f - across.weight) + load(upper + right + c) * across.weight;
+        const vec bottom = load(lower + left + c) * (1.0f - across.weight) + load(lower + right + c) * across.weight;
+        store(to + c, activate(top * (1.0f - down.weight) + bottom * down.weight, step.act));
+      }
+    }
+  }
+}
+
+// out[y r + i, x r + j, c] = in[y, x, (c r + i) r + j].
+static inline void pixel_shuffle(const Step& step, const Part& part) {
+  const int r = step.kernel_h, channels = step.out.channels;
+  const int whole = vectors(channels) * kLanes;
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    const int64_t image = unit / step.rows, y = unit % step.rows;
+    float* to = step.out.at(image, y);
+    for (int x = 0; x < step.out.width; ++x, to += step.out.pixel) {
+      const float* from = step.in.at(image, y / r) + x / r * step.in.pixel + (y % r) * r + x % r;
+      for (int c = 0; c < channels; ++c) to[c] = from[c * r * r];
+      for (int c = channels; c < whole; ++c) to[c] = 0.0f;
+    }
+    for (int x = 0; x < step.out.width && step.act != Act::kNone; ++x) {
+      float* at = step.out.at(image, y) + x * step.out.pixel;
+      for (int c = 0; c < whole; c += kLanes) store(at + c, activate(load(at + c), step.act));
+    }
+  }
+}
+
+// x where x > 0, else x times its channel's slope.
+static inline void prelu(const Step& step, const Part& part) {
+  const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
+  for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
+    const int64_t image = unit / step.rows, y = unit % step.rows;
+    const float* from = step.in.at(image, y);
+    float* to = step.out.at(image, y);
+    for (int x = 0; x < step.out.width; ++x, from += step.in.pixel, to += step.out.pixel) {
+      for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
+        const vec value = load(from + v * kLanes);
+        store(to + v * kLanes, value > 0.0f ? value : value * load(step.bias + v * kLanes));
       }
     }
   }

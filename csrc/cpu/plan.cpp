@@ -28,7 +28,7 @@ int64_t map_bytes(const Map& map) {
 }
 
 int64_t step_bytes(const Step& step) {
-  return map_bytes(step.in) + map_bytes(step.out) + (step.residual.data ? map_bytes(step.residual) : 0);
+  return map_bytes(step.in) + map_bytes(step.out) + (step.residual.exists() ? map_bytes(step.residual) : 0);
 }
 
 // Images that one step takes together, so that its maps fit the cache and its weights serve as many as they
@@ -51,7 +51,8 @@ class Chunk {
     for (Step& step : steps_) {
       place(step.in, slot);
       place(step.out, slot);
-      if (step.residual.data) place(step.residual, slot);
+      if (step.residual.exists()) place(step.residual, slot);
+      if (step.gate.exists()) place(step.gate, slot);
     }
   }
 
@@ -60,7 +61,8 @@ class Chunk {
     Step step = steps_[index];
     step.in.data += image * step.in.image;
     step.out.data += image * step.out.image;
-    if (step.residual.data) step.residual.data += image * step.residual.image;
+    if (step.residual.exists()) step.residual.data += image * step.residual.image;
+    if (step.gate.exists()) step.gate.data += image * step.gate.image;
     if (step.source) step.source += (first + image) * step.source_stride[0];
     step.target = output + (first + image) * plan.out_channels * plan.out_height * plan.out_width;
     return step;
@@ -68,7 +70,7 @@ class Chunk {
 
  private:
   static void place(Map& map, const std::vector<float*>& slot) {
-    map.data = slot[map.slot] + map.halo * (map.row + map.pixel);
+    map.data = slot[map.slot] + map.halo * (map.row + map.pixel) + map.offset;
   }
   std::vector<Step> steps_;
 };
@@ -114,7 +116,8 @@ Split split_step(const Step& step, int64_t images, int workers) {
   const int64_t maps = images * step_bytes(step) / 4;
   const int tasks = workers;
   const bool by_channels =
-      is_conv(step) && split.panels >= workers && (weights > maps || split.units < workers);
+      (is_conv(step) || step.op == Op::kMeanPool) && split.panels >= workers &&
+      (weights > maps || split.units < workers);
   if (by_channels) {
     split.blocks = tasks;
   } else {

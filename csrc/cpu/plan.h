@@ -1,6 +1,6 @@
 // A plan: a network as a flat list of fused instructions over feature maps in NHWC with a zero border.
 //
-// The program is a list of int64 that gatedconv/deploy/engine writes (field order: the enums below); it holds
+// The program is a list of int64 that gatedconv/engine writes (field order: the enums below); it holds
 // no size of an image, so one program serves every batch, height and width. What depends on those is worked
 // out at the start of a run, in plan.cpp. Everything here is independent of PyTorch and of the instruction
 // set.
@@ -13,7 +13,7 @@
 namespace gatedconv {
 
 constexpr int kPanel = 16;       // output channels of one packed weight panel, on every instruction set
-constexpr int64_t kVersion = 2;  // of the program's encoding
+constexpr int64_t kVersion = 3;  // of the program's encoding
 
 enum class Op : int64_t {
   kInput,      // NCHW tensor of any strides -> map
@@ -28,14 +28,40 @@ enum class Op : int64_t {
   kGather,      // channels by an index list
   kScatterAdd,  // residual, with the input added at the channels of an index list
   kSubsample,   // every stride-th pixel, channels moved up by `offset`, zeros elsewhere
-  kAdd,
-  kFill,  // a constant for every channel, of the size of every stride-th pixel of the input
+  kAdd,       // residual of the same size, of one pixel, or of one channel
+  kFill,      // a constant for every channel, of the size of every stride-th pixel of the input
+  kMultiply,  // residual as for kAdd
+  kView,      // channels of another map's pixels, or all pixels of a concatenation: nothing runs
+  kCopy,      // into channels of a concatenation that whole vectors would overrun
+  kAdaptiveMaxPool,  // kernel: height and width of the output
+  kAdaptiveAvgPool,
+  kNearest,   // upsampling: kernel is the factor, or the residual is a map of the size to reach
+  kBilinear,  // as kNearest; option 1 aligns the corners
+  kPixelShuffle,  // kernel is the factor
+  kLayerNorm,     // over the channels of every pixel; bias: scale, then shift
+  kGroupNorm,     // span is the number of groups; bias: scale, then shift
+  kSoftmax,       // over the channels of every pixel
+  kPrelu,         // bias: the slope of every channel
 };
 
-enum class Act : int64_t { kNone, kRelu, kRelu6 };
+enum class Act : int64_t {
+  kNone,
+  kRelu,
+  kRelu6,  // up to here inside of the kernels, the others over what a kernel has just written
+  kLeakyRelu,
+  kElu,
+  kSilu,
+  kHardSwish,
+  kHardSigmoid,
+  kSigmoid,
+  kTanh,
+  kGelu,
+  kGeluTanh,
+  kMish,
+};
 
 // Fields of one map and one instruction in the program.
-enum MapField { kChannels, kPixel, kHalo, kMultiple, kSlot, kMapFields };
+enum MapField { kChannels, kPixel, kHalo, kMultiple, kSlot, kOffset, kMapFields };
 enum StepField {
   kOp,
   kIn,
@@ -58,6 +84,10 @@ enum StepField {
   kIndex,
   kOption,
   kDirect,
+  kValue,   // bits of a float: slope or alpha of an activation, epsilon of a norm
+  kGate,    // map (N, C, 1, 1) that a 1x1 convolution's input is multiplied by, -1 for none
+  kPre,     // weights: scale, then shift, of a 1x1 convolution's input; 0 for none
+  kPreAct,  // activation of that input
   kStepFields
 };
 
@@ -66,20 +96,26 @@ enum StepField {
 struct Map {
   int channels = 0, height = 0, width = 0;
   int halo = 0, multiple = 1, slot = 0;
-  ptrdiff_t pixel = 0, row = 0, image = 0;
+  ptrdiff_t pixel = 0, row = 0, image = 0, offset = 0;  // offset: of channel 0 in its pixel
   float* data = nullptr;
   int bottom() const { return halo + (height + multiple - 1) / multiple * multiple - height; }
   int right() const { return halo + (width + multiple - 1) / multiple * multiple - width; }
+  bool exists() const { return height > 0; }
   float* at(int64_t n, int64_t y) const { return data + n * image + y * row; }
 };
 
 struct Step {
   Op op;
-  Act act;
+  Act act;   // applied to the registers of a kernel: at most kRelu6
+  Act late;  // applied to what a kernel has written; one of the two is kNone
+  float value;
   int kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   int span;  // input channels that one output channel reads (fewer than all of them if grouped)
   int64_t option;
-  Map in, out, residual;  // residual.data is null where there is none
+  Map in, out, residual, gate;  // residual and gate: a map of height 0 where there is none
+  bool changes_input;  // by the gate, by `pre`, or by both
+  Act pre_act;
+  const float* pre;  // null, or scale and shift of the input, each rounded up to 16 floats
   const float* weights;
   const float* direct;  // of a Winograd step: weights for what it cannot compute, as kConv's
   const float* bias;

@@ -1,5 +1,6 @@
 // Decodes a program for one input size. Nothing is taken on trust: what decode accepts, run can run.
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "plan.h"
@@ -50,6 +51,7 @@ struct Reader {
   const char* read_map(const int64_t* field, Map& map) const;
   const char* read_step(const int64_t* field, std::vector<Map>& maps, Step& step) const;
   const char* read_index(int64_t at, Step& step) const;
+  const char* read_weights(const int64_t* field, Step& step) const;
 };
 
 const char* Reader::read_header() {
@@ -69,7 +71,7 @@ const char* Reader::read_map(const int64_t* field, Map& map) const {
   const int64_t multiple = field[kMultiple];
   if (!within(field[kChannels], 1, kLargest) || !within(field[kPixel], field[kChannels], kLargest) ||
       !within(field[kHalo], 0, kLargest) || (multiple != 1 && multiple != 2 && multiple != 4) ||
-      !within(field[kSlot], 0, maps - 1)) {
+      !within(field[kSlot], 0, maps - 1) || !within(field[kOffset], 0, field[kPixel] - field[kChannels])) {
     return "a map is damaged";
   }
   map.channels = static_cast<int>(field[kChannels]);
@@ -77,6 +79,7 @@ const char* Reader::read_map(const int64_t* field, Map& map) const {
   map.halo = static_cast<int>(field[kHalo]);
   map.multiple = static_cast<int>(multiple);
   map.slot = static_cast<int>(field[kSlot]);
+  map.offset = field[kOffset];
   return nullptr;
 }
 
@@ -104,43 +107,114 @@ const char* check_index(const Step& step) {
   return nullptr;
 }
 
-// Channels and borders that the kernels rely on.
-const char* check_maps(const Step& step, const int64_t* field) {
-  const Map &in = step.in, &out = step.out;
-  const bool wide_in = step.op != Op::kInput && step.op != Op::kOutput && step.op != Op::kConv;
-  const auto is_wide = [](const Map& map) { return map.pixel >= round_up(map.channels, kPanel); };
-  if ((wide_in && !is_wide(in)) || (step.residual.data && !is_wide(step.residual)) ||
-      (step.op != Op::kInput && step.op != Op::kOutput && !is_wide(out))) {
-    return "a pixel is too narrow for vectors";
+bool is_wide(const Map& map) {
+  return map.pixel >= round_up(map.channels, kPanel);
+}
+
+// Whether whole vectors of the map end inside of its own pixels.
+bool takes_vectors(const Map& map) {
+  return map.offset + round_up(map.channels, kPanel) <= map.pixel;
+}
+
+bool same_size(const Map& a, const Map& b) {
+  return a.height == b.height && a.width == b.width;
+}
+
+// A second operand: of the output's size, of one pixel, or of one channel.
+const char* check_operand(const Step& step) {
+  const Map &other = step.residual, &out = step.out;
+  const bool broadcasts = step.op == Op::kAdd || step.op == Op::kMultiply;
+  const bool pixel = other.height == 1 && other.width == 1;
+  if (!is_wide(other)) return "a pixel is too narrow for vectors";
+  if (same_size(other, out) ? other.channels == out.channels || (broadcasts && other.channels == 1)
+                            : broadcasts && pixel && other.channels == out.channels) {
+    return nullptr;
   }
-  const bool same = step.op == Op::kDepthwise || step.op == Op::kMaxPool || step.op == Op::kAvgPool ||
-                    step.op == Op::kMeanPool || step.op == Op::kAdd;
-  if (same && in.channels != out.channels) return "two maps differ in channels";
-  const bool grouped = step.op == Op::kConv && step.index;
-  const bool dense = step.op == Op::kConv || winograd_tile(step.op) > 1;
-  if (dense && (grouped ? !within(step.span, 1, in.channels) : step.span != in.channels)) {
-    return "a convolution reads more channels than there are";
+  return "a residual has another size than what it is added to";
+}
+
+// What a 1x1 convolution does to its input before it reads it.
+const char* check_input_change(const Step& step) {
+  if (!step.changes_input) return nullptr;
+  const bool pointwise = step.op == Op::kConv && !step.index && step.kernel_h == 1 && step.kernel_w == 1 &&
+                         step.pad_top == 0 && step.pad_left == 0;
+  if (!pointwise || !is_wide(step.in)) return "only a 1x1 convolution changes its input";
+  if (step.gate.exists() && (step.gate.channels != step.in.channels || step.gate.height != 1 ||
+                             step.gate.width != 1 || !is_wide(step.gate))) {
+    return "a gate has another size than what it multiplies";
   }
-  if (step.op == Op::kSubsample && !within(step.option, 0, out.channels - in.channels))
-    return "an offset is out of range";
+  return nullptr;
+}
+
+const char* check_window(const Step& step, const int64_t* field) {
+  for (const StepField pad : {kPadTop, kPadLeft, kPadBottom, kPadRight}) {
+    if (field[pad] > step.in.halo) return "a border is narrower than a layer's padding";
+  }
   const int tile = winograd_tile(step.op);
-  if (has_weights(step.op)) {
-    for (const StepField pad : {kPadTop, kPadLeft, kPadBottom, kPadRight}) {
-      if (field[pad] > in.halo) return "a border is narrower than a layer's padding";
-    }
-  }
   if (tile > 1 &&
-      (in.multiple % tile != 0 || step.kernel_h != 3 || step.kernel_w != 3 || step.stride_h != 1 ||
+      (step.in.multiple % tile != 0 || step.kernel_h != 3 || step.kernel_w != 3 || step.stride_h != 1 ||
        step.stride_w != 1 || step.dilation_h != 1 || step.dilation_w != 1 || step.pad_top != 1 ||
        step.pad_left != 1 || field[kPadBottom] != 1 || field[kPadRight] != 1)) {
     return "a Winograd layer is no 3x3 convolution with stride and padding 1";
   }
-  const bool needs_residual = step.op == Op::kAdd || step.op == Op::kScatterAdd;
-  if (needs_residual && !step.residual.data) return "an addition lacks an operand";
-  if (step.residual.data && (step.residual.height != out.height || step.residual.width != out.width ||
-                             step.residual.channels != out.channels)) {
-    return "a residual has another size than what it is added to";
+  return nullptr;
+}
+
+// Channels that an operation keeps, drops or needs.
+const char* check_channels(const Step& step) {
+  const Map &in = step.in, &out = step.out;
+  switch (step.op) {
+    case Op::kConv:
+    case Op::kWinograd2:
+    case Op::kWinograd4:
+      if (step.op == Op::kConv && step.index ? !within(step.span, 1, in.channels) : step.span != in.channels) {
+        return "a convolution reads more channels than there are";
+      }
+      return nullptr;
+    case Op::kSubsample:
+      return within(step.option, 0, out.channels - in.channels) ? nullptr : "an offset is out of range";
+    case Op::kPixelShuffle:
+      return in.channels == int64_t{out.channels} * step.kernel_h * step.kernel_h
+                 ? nullptr
+                 : "two maps differ in channels";
+    case Op::kGroupNorm:
+      if (step.span < 1 || in.channels % step.span != 0) return "channels do not make whole groups";
+      break;
+    case Op::kInput:
+    case Op::kOutput:
+    case Op::kGather:
+    case Op::kScatterAdd:
+    case Op::kFill:
+      return nullptr;
+    case Op::kView:
+      if (out.slot != in.slot || out.pixel != in.pixel || out.halo != in.halo || out.multiple != in.multiple) {
+        return "a view has another form than its map";
+      }
+      return nullptr;
+    default:
+      break;
   }
+  return in.channels == out.channels ? nullptr : "two maps differ in channels";
+}
+
+// Channels and borders that the kernels rely on.
+const char* check_maps(const Step& step, const int64_t* field) {
+  const bool ends = step.op == Op::kInput || step.op == Op::kOutput;
+  const bool exact = ends || step.op == Op::kView || step.op == Op::kCopy;
+  if ((!ends && step.op != Op::kConv && !is_wide(step.in)) || (!exact && !takes_vectors(step.out))) {
+    return "a pixel is too narrow for vectors";
+  }
+  const bool needs = step.op == Op::kAdd || step.op == Op::kScatterAdd || step.op == Op::kMultiply;
+  if (needs && !step.residual.exists()) return "an addition lacks an operand";
+  if (const char* error = check_channels(step)) return error;
+  if (has_weights(step.op)) {
+    if (const char* error = check_window(step, field)) return error;
+  }
+  const bool resizes = step.op == Op::kNearest || step.op == Op::kBilinear;
+  if (step.residual.exists() && !resizes) {
+    if (const char* error = check_operand(step)) return error;
+  }
+  if (const char* error = check_input_change(step)) return error;
   return check_index(step);
 }
 
@@ -166,19 +240,53 @@ const char* resolve_size(Step& step, const int64_t* field) {
   } else if (step.op == Op::kSubsample || step.op == Op::kFill) {
     out.height = (in.height + step.stride_h - 1) / step.stride_h;
     out.width = (in.width + step.stride_w - 1) / step.stride_w;
+  } else if (step.op == Op::kAdaptiveMaxPool || step.op == Op::kAdaptiveAvgPool) {
+    out.height = step.kernel_h;
+    out.width = step.kernel_w;
+  } else if (step.op == Op::kNearest || step.op == Op::kBilinear || step.op == Op::kPixelShuffle) {
+    const bool given = step.residual.exists();
+    const int64_t height = given ? step.residual.height : int64_t{in.height} * step.kernel_h;
+    const int64_t width = given ? step.residual.width : int64_t{in.width} * step.kernel_w;
+    if (height > kLargest || width > kLargest) return "a map grows too large";
+    out.height = static_cast<int>(height);
+    out.width = static_cast<int>(width);
   }
   // Taps are reached by 32-bit offsets.
   const int64_t reach =
       int64_t{step.dilation_h} * step.kernel_h * in.row + int64_t{step.dilation_w} * step.kernel_w * in.pixel;
   if (reach > INT32_MAX) return "the input is too wide";
   const int tile = winograd_tile(step.op);
-  step.rows = (out.height + tile - 1) / tile;
+  step.rows = step.op == Op::kGroupNorm ? std::max(step.span, 1) : (out.height + tile - 1) / tile;
   out.row = (out.halo + out.width + out.right()) * out.pixel;
   return nullptr;
 }
 
+// Where the weights of a step begin; without weights (a plan that is only sized) nothing but whether they fit.
+const char* Reader::read_weights(const int64_t* field, Step& step) const {
+  const int64_t channels = round_up(step.out.channels, kPanel);
+  const auto find = [&](StepField name, int64_t floats, const float*& found) {
+    if (!within(field[name], 0, weights_size - floats)) return false;
+    found = weights ? weights + field[name] : nullptr;
+    return true;
+  };
+  bool found = true;
+  if (has_weights(step.op)) {
+    found = find(kWeights, weight_floats(step), step.weights) && find(kBias, channels, step.bias);
+    if (winograd_tile(step.op) > 1) found = found && find(kDirect, channels * step.span * 9, step.direct);
+  } else if (step.op == Op::kFill || step.op == Op::kPrelu) {
+    found = find(kBias, channels, step.bias);
+  } else if (step.op == Op::kLayerNorm || step.op == Op::kGroupNorm) {
+    found = find(kBias, 2 * channels + kPanel, step.bias);  // the vectors of a group begin at any channel
+  }
+  if (field[kPre] != 0) {
+    found = found && find(kPre, 2 * round_up(step.in.channels, kPanel), step.pre);
+  }
+  return found ? nullptr : "a weight is out of range";
+}
+
 const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step& step) const {
-  if (!within(field[kOp], 0, int64_t(Op::kFill)) || !within(field[kAct], 0, int64_t(Act::kRelu6))) {
+  if (!within(field[kOp], 0, int64_t(Op::kPrelu)) || !within(field[kAct], 0, int64_t(Act::kMish)) ||
+      !within(field[kPreAct], 0, int64_t(Act::kMish)) || !within(field[kValue], 0, UINT32_MAX)) {
     return "an instruction is unknown";
   }
   for (int name = kKernelH; name <= kDilationW; ++name) {
@@ -187,7 +295,10 @@ const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step&
   }
   const auto number = [&](StepField name) { return static_cast<int>(field[name]); };
   step.op = static_cast<Op>(field[kOp]);
-  step.act = static_cast<Act>(field[kAct]);
+  const Act act = static_cast<Act>(field[kAct]);
+  (act <= Act::kRelu6 ? step.act : step.late) = act;
+  step.pre_act = static_cast<Act>(field[kPreAct]);
+  step.value = std::bit_cast<float>(static_cast<uint32_t>(field[kValue]));
   step.kernel_h = number(kKernelH);
   step.kernel_w = number(kKernelW);
   step.stride_h = number(kStrideH);
@@ -227,31 +338,15 @@ const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step&
   if (field[kResidual] >= 0) {
     if (!is_made(kResidual)) return "a map is read before it is written";
     step.residual = all[field[kResidual]];
-    // Not placed yet, but known to be there.
-    static float there;
-    step.residual.data = &there;
   }
+  if (field[kGate] >= 0) {
+    if (!is_made(kGate)) return "a map is read before it is written";
+    step.gate = all[field[kGate]];
+  }
+  step.changes_input = step.gate.exists() || field[kPre] != 0;
   if (const char* error = resolve_size(step, field)) return error;
+  if (const char* error = read_weights(field, step)) return error;
   if (const char* error = check_maps(step, field)) return error;
-  if (step.op == Op::kFill) {
-    if (!within(field[kBias], 0, weights_size - round_up(step.out.channels, kPanel))) {
-      return "a weight is out of range";
-    }
-    step.bias = weights + field[kBias];
-  }
-  if (has_weights(step.op)) {
-    if (!within(field[kWeights], 0, weights_size - weight_floats(step)) ||
-        !within(field[kBias], 0, weights_size - round_up(step.out.channels, kPanel))) {
-      return "a weight is out of range";
-    }
-    if (winograd_tile(step.op) > 1) {
-      const int64_t direct = round_up(step.out.channels, kPanel) * step.span * 9;
-      if (!within(field[kDirect], 0, weights_size - direct)) return "a weight is out of range";
-      step.direct = weights + field[kDirect];
-    }
-    step.weights = weights + field[kWeights];
-    step.bias = weights + field[kBias];
-  }
   if (step.op != Op::kOutput) all[field[kOut]] = step.out;
   return nullptr;
 }
@@ -284,7 +379,7 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
       const int64_t floats = (out.halo + out.height + out.bottom()) * out.row + kPanel;
       plan.slot_floats[out.slot] = std::max(plan.slot_floats[out.slot], round_up(floats, kPanel));
     }
-    plan.steps.push_back(step);
+    if (step.op != Op::kView) plan.steps.push_back(step);
   }
   const Map& last = plan.steps.back().in;
   plan.out_channels = last.channels;
@@ -292,7 +387,7 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
   plan.out_width = last.width;
   // Images lie a whole slot apart in every map, so that one image's maps never reach into another image's.
   for (Step& step : plan.steps) {
-    for (Map* map : {&step.in, &step.out, &step.residual}) map->image = plan.slot_floats[map->slot];
+    for (Map* map : {&step.in, &step.out, &step.residual, &step.gate}) map->image = plan.slot_floats[map->slot];
   }
   return nullptr;
 }

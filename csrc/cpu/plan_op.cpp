@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
+#include <algorithm>
 #include <string>
 
 #include "plan.h"
@@ -14,7 +14,7 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weights,
-                std::vector<int64_t> shape) {
+                std::vector<int64_t> shape, int64_t workers) {
   STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == torch::headeronly::ScalarType::Float,
                   "plan_run: input must be float32 (N, C, H, W)");
   STD_TORCH_CHECK(program.scalar_type() == torch::headeronly::ScalarType::Long && program.is_contiguous() &&
@@ -42,8 +42,9 @@ Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weight
     STD_TORCH_CHECK(plan.out_height == 1 && plan.out_width == 1, "plan_run: the output is no vector");
   }
   Tensor output = torch::stable::new_empty(input, size);
+  if (workers < 1) workers = torch::stable::get_num_threads();
   const bool ran = gatedconv::run(plan, *kernels, source, static_cast<float*>(output.mutable_data_ptr()),
-                                  static_cast<int>(torch::stable::get_num_threads()));
+                                  static_cast<int>(std::min<int64_t>(workers, 64)));
   STD_TORCH_CHECK(ran, "plan_run: no memory for the workspace");
   return output;
 }

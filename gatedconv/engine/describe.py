@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.plan import CudaPlan
-from gatedconv.engine.plan_module import PlanModule
 from gatedconv.engine.program import Map, Step
 from gatedconv.ops.plan import plan_isa, plan_workspace
 
@@ -24,9 +24,7 @@ def describe(engine: Engine) -> str:
     size = " x ".join(map(str, engine.example_size))
     lines = [f"Engine for inputs of {size}; {_machine(engine)}."]
     plans = {
-        name: module
-        for name, module in engine.body.named_children()
-        if isinstance(module, (PlanModule, CudaPlan))
+        name: module for name, module in engine.body.named_children() if isinstance(module, (PlanModule, CudaPlan))
     }
     rest = []
     assert isinstance(engine.body, torch.fx.GraphModule)
@@ -80,10 +78,13 @@ def _describe_step(step: Step, maps: list[Map]) -> str:
     assert layer is not None
     target, source = maps[step.target], maps[step.source]
     kernel = " ".join((_KERNELS.get(step.op, step.op), f"{layer.kernel[0]}x{layer.kernel[1]}"))
-    if layer.kind in ("add", "fill", "gather", "mean_pool", "scatter_add", "subsample"):
-        kernel = step.op
+    if layer.kind not in ("conv", "max_pool", "avg_pool"):
+        kernel = "view" if step.op == "view" else step.op
     extras = [f"stride {layer.stride[0]}"] if layer.stride != (1, 1) else []
     extras += [f"{layer.groups} groups"] if layer.groups > 1 else []
+    if layer.before is not None:
+        extras.append("of norm" + (f" and {layer.before[2]}" if layer.before[2] else ""))
+    extras += ["of gated input"] if step.gate >= 0 else []
     extras += ["+ residual"] if step.residual >= 0 and layer.kind == "conv" else []
     extras += [f"+ {layer.act}"] if layer.act else []
     shape = " -> ".join(f"{m.channels}x{m.height}x{m.width}" for m in (source, target))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.deploy.compact import compact
+from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.describe import describe
 from gatedconv.engine.fuse import fuse
-from gatedconv.engine.graph import trace
-from gatedconv.engine.layers import Layer
+from gatedconv.engine.layers import Layer, runs_on_cuda
+from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import find_segments
-from gatedconv.engine.plan_module import PlanModule
 from gatedconv.engine.program import lay_out, write_program
 from gatedconv.gating import FrozenGate, find_gates, unwrap
 from gatedconv.ops.plan import unavailable
@@ -76,9 +76,11 @@ class Engine(nn.Module):
             self.reason = f"torch.fx cannot trace the model: {type(error).__name__}: {error}"
             return
         calls: dict[fx.Node, fx.Node] = {}  # the result of a segment -> the call that makes it now
-        for i, segment in enumerate(find_segments(traced)):
+        on_cpu = self.device.type == "cpu"
+        segments = find_segments(traced) if on_cpu else find_segments(traced, runs_on_cuda)
+        for i, segment in enumerate(segments):
             name = f"plan{i}"
-            layers = fuse(segment.layers, segment.result)
+            layers = fuse(segment.layers, segment.result, change_inputs=on_cpu)
             traced.add_submodule(name, self._plan(segment.source, layers, segment.result, example_input.shape[0]))
             with traced.graph.inserting_after(segment.nodes[-1]):
                 call = traced.graph.call_module(name, (calls.get(segment.source, segment.source),))
@@ -167,9 +169,7 @@ def _why_not(model: nn.Module) -> str | None:
     return unavailable()
 
 
-def _check_input(
-    x: Tensor, what: str, channels: int | None, dtype: torch.dtype, device: torch.device
-) -> None:
+def _check_input(x: Tensor, what: str, channels: int | None, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"Engine: {what} must be a tensor (N, C, H, W), got {type(x).__name__}")
     if x.layout != torch.strided:

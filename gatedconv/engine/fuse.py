@@ -7,13 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from gatedconv.engine.layers import Layer
+from gatedconv.engine.layers import Layer, map_size
 
-_TAKES_ACT = ("conv", "add", "scatter_add", "max_pool", "avg_pool", "fill")
+_NORMS = ("layer_norm", "group_norm")
+_TAKES_ACT = ("conv", "affine", "add", "multiply", "scatter_add", "max_pool", "avg_pool", "mean_pool", "fill", *_NORMS)
+_TAKES_VALUE = ("leaky_relu", "elu")  # activations with a number of their own, for which a norm has no room
 
 
-def fuse(layers: list[Layer], result: fx.Node) -> list[Layer]:
-    """Return fewer layers that compute the same; `result` is the segment's output."""
+def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> list[Layer]:
+    """Return fewer layers that compute the same.
+
+    Args:
+        layers: Of a segment.
+        result: The segment's output.
+        change_inputs: Let a 1x1 convolution do itself what a gate, a norm or an activation does to its input.
+    """
     fused: list[Layer] = []
     producer: dict[fx.Node, Layer] = {}
 
@@ -21,12 +29,22 @@ def fuse(layers: list[Layer], result: fx.Node) -> list[Layer]:
         """The layer that makes a node, if nobody but the layer at hand reads it."""
         return producer.get(node) if len(node.users) == 1 and node is not result else None
 
+    def remove(layer: Layer) -> None:
+        fused[:] = [other for other in fused if other is not layer]
+
     for layer in layers:
         before = private(layer.inputs[0])
+        while change_inputs and before is not None and _change_input(layer, before):
+            remove(before)
+            before = private(layer.inputs[0])
         if layer.kind == "affine" and before is not None and _fold_affine(before, layer):
             target = before
-        elif layer.kind == "act" and before is not None and before.kind in _TAKES_ACT and before.act is None:
+        elif layer.kind == "act" and before is not None and _takes_act(before, layer):
             before.act = layer.act
+            if layer.act in _TAKES_VALUE:
+                before.value = layer.value
+            target = before
+        elif layer.kind == "alias" and before is not None and "flattened" not in layer.output.meta:
             target = before
         elif layer.kind == "add" and (last := _absorbing(layer, private, fused)) is not None:
             assert layer.residual is not None
@@ -41,11 +59,41 @@ def fuse(layers: list[Layer], result: fx.Node) -> list[Layer]:
     return [_as_depthwise(layer) for layer in fused]
 
 
+def _takes_act(layer: Layer, act: Layer) -> bool:
+    if layer.kind not in _TAKES_ACT or layer.act is not None:
+        return False
+    one_number = layer.kind in _NORMS or (layer.before is not None and layer.before[2] in _TAKES_VALUE)
+    return not (one_number and act.act in _TAKES_VALUE)
+
+
+def _change_input(conv: Layer, before: Layer) -> bool:
+    """Let a 1x1 convolution take over the layer in front of it: a product with a pixel, a norm, an activation."""
+    if conv.kind != "conv" or conv.groups != 1 or conv.kernel != (1, 1) or any(conv.padding) or conv.gate is not None:
+        return False
+    assert conv.weight is not None
+    channels = conv.weight.shape[1]
+    if before.kind == "multiply" and before.residual is not None and before.act is None:
+        if conv.residual is not None or map_size(before.residual) != (channels, 1, 1):
+            return False
+        if map_size(before.inputs[0])[1:] == (1, 1):
+            return False
+        conv.gate = before.residual
+    elif before.kind in ("affine", "act") and conv.before is None:
+        ones = torch.ones(channels, dtype=torch.float64, device="cpu")
+        scale = ones if before.weight is None else before.weight
+        conv.before = (scale, 0 * ones if before.bias is None else before.bias, before.act)
+        conv.value = before.value
+    else:
+        return False
+    conv.inputs = [before.inputs[0]]
+    return True
+
+
 def _fold_affine(conv: Layer, affine: Layer) -> bool:
-    if conv.kind != "conv" or conv.act is not None or conv.residual is not None:
+    if conv.kind not in ("conv", "affine") or conv.act is not None or conv.residual is not None:
         return False
     assert conv.weight is not None and affine.weight is not None and affine.bias is not None
-    conv.weight = conv.weight * affine.weight[:, None, None, None]
+    conv.weight = conv.weight * affine.weight.view(-1, *[1] * (conv.weight.dim() - 1))
     conv.bias = affine.bias if conv.bias is None else conv.bias * affine.weight + affine.bias
     return True
 
@@ -53,7 +101,7 @@ def _fold_affine(conv: Layer, affine: Layer) -> bool:
 def _absorbing(add: Layer, private: Callable[[fx.Node], Layer | None], fused: list[Layer]) -> Layer | None:
     """The convolution that an addition can join: the later one, so that the other operand is there."""
     assert add.residual is not None
-    if add.residual is add.inputs[0]:
+    if add.residual is add.inputs[0] or map_size(add.residual) != map_size(add.inputs[0]):
         return None
     found = [
         (layer, other)
@@ -79,7 +127,7 @@ def _as_depthwise(layer: Layer) -> Layer:
         layer.weight = layer.weight[:, None, None, None]
         layer.kind = "conv"
     elif layer.kind == "act":
-        channels = int(layer.inputs[0].meta["tensor_meta"].shape[1])
+        channels = map_size(layer.inputs[0])[0]
         layer.groups = channels
         layer.weight = torch.ones(channels, 1, 1, 1, dtype=torch.float64)
         layer.kind = "conv"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
 
-from gatedconv.engine.layers import Layer, is_map, read_layer
+from gatedconv.engine.layers import Layer, is_channels_last, is_map, read_layer
 
 
 @dataclass
@@ -26,10 +27,10 @@ class Segment:
     result: fx.Node
 
 
-def find_segments(traced: fx.GraphModule) -> list[Segment]:
-    """Return the longest segments, in order; each holds at least one convolution."""
+def find_segments(traced: fx.GraphModule, supports: Callable[[Layer], bool] = lambda layer: True) -> list[Segment]:
+    """Return the longest segments of layers that `supports` takes, in order; each holds at least one convolution."""
     nodes = [node for node in traced.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
-    layers = [read_layer(node, traced) for node in nodes]
+    layers = [layer if layer and supports(layer) else None for layer in (read_layer(n, traced) for n in nodes)]
     segments = []
     start = 0
     while start < len(nodes):
@@ -50,6 +51,8 @@ def _longest_from(nodes: list[fx.Node], layers: list[Layer | None], start: int) 
         if layer is None:
             break
         for read in node.all_input_nodes:
+            if read.op == "get_attr":
+                continue  # a constant
             if read in open_uses:
                 open_uses[read] -= 1
                 if open_uses[read] == 0:
@@ -66,6 +69,6 @@ def _longest_from(nodes: list[fx.Node], layers: list[Layer | None], start: int) 
         if len(open_uses) == 1 and any(layer.kind == "conv" for layer in run):
             result = next(iter(open_uses))
             source = next(iter(sources))
-            if is_map(source):
+            if is_map(source) and not is_channels_last(result) and "flattened" not in result.meta:
                 best = Segment(list(inside), list(run), source, result)
     return best

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from gatedconv.engine.layers import Layer
+from gatedconv.engine.layers import Layer, map_size
 from gatedconv.engine.pack import (
     PANEL,
     pack_depthwise,
@@ -17,7 +18,7 @@ from gatedconv.engine.pack import (
     round_up,
 )
 
-VERSION = 2
+VERSION = 3
 OPS = (
     "input",
     "output",
@@ -33,8 +34,34 @@ OPS = (
     "subsample",
     "add",
     "fill",
+    "multiply",
+    "view",
+    "copy",
+    "adaptive_max_pool",
+    "adaptive_avg_pool",
+    "nearest",
+    "bilinear",
+    "pixel_shuffle",
+    "layer_norm",
+    "group_norm",
+    "softmax",
+    "prelu",
 )
-ACTS = (None, "relu", "relu6")
+ACTS = (
+    None,
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "silu",
+    "hard_swish",
+    "hard_sigmoid",
+    "sigmoid",
+    "tanh",
+    "gelu",
+    "gelu_tanh",
+    "mish",
+)
 
 
 @dataclass
@@ -49,6 +76,8 @@ class Map:
         halo: Pixels of zeros around it, as many as its readers' padding.
         multiple: The border at the bottom and right is widened until height and width are multiples of this.
         slot: Its place in the workspace; maps that are never needed at the same time share one.
+        holder: The map whose channels these are, as a part of it; None for a map with memory of its own.
+        offset: The first of those channels.
     """
 
     channels: int
@@ -58,19 +87,28 @@ class Map:
     halo: int = 0
     multiple: int = 1
     slot: int = -1
+    holder: int | None = None
+    offset: int = 0
 
 
 @dataclass
 class Step:
-    """One instruction, as encoded and as reported."""
+    """One instruction, as encoded and as reported; `parts` are the maps of a concatenation."""
 
     op: str
     layer: Layer | None
     source: int
     target: int
     residual: int = -1
+    gate: int = -1
+    parts: tuple[int, ...] = ()
     macs: int = 0
     weight_bytes: int = 0
+
+    @property
+    def reads(self) -> set[int]:
+        """The maps that it needs."""
+        return {self.source, self.residual, self.gate, *self.parts} - {-1}
 
 
 @dataclass
@@ -81,9 +119,7 @@ class Program:
     weights: Tensor
     steps: list[Step]
     maps: list[Map]
-    shape: list[
-        int
-    ]  # how the output's size follows from the input's: see gatedconv.ops.plan.plan_output_size
+    shape: list[int]  # how the output's size follows from the input's: see gatedconv.ops.plan.plan_output_size
 
 
 def lay_out(
@@ -95,8 +131,7 @@ def lay_out(
 
     def new_map(node: fx.Node) -> int:
         of[node] = len(maps)
-        shape = tuple(node.meta["tensor_meta"].shape) + (1, 1)
-        maps.append(Map(*shape[1:4]))
+        maps.append(Map(*map_size(node)))
         return of[node]
 
     steps = [Step("input", None, -1, new_map(source))]
@@ -104,9 +139,12 @@ def lay_out(
         if layer.kind == "alias":
             of[layer.output] = of[layer.inputs[0]]
             continue
-        read = of[layer.inputs[0]]
+        reads = [of[node] for node in layer.inputs]
         residual = of[layer.residual] if layer.residual is not None else -1
-        steps.append(Step(_choose_op(layer, maps[read], batch), layer, read, new_map(layer.output), residual))
+        gate = of[layer.gate] if layer.gate is not None else -1
+        op = _choose_op(layer, maps[reads[0]], batch)
+        parts = tuple(reads) if op == "cat" else ()
+        steps.append(Step(op, layer, reads[0], new_map(layer.output), residual, gate, parts))
     steps.append(Step("output", None, of[result], -1))
     shape = [maps[steps[-1].source].channels, len(result.meta["tensor_meta"].shape), *_windows(steps)]
     return steps, maps, shape
@@ -115,31 +153,41 @@ def lay_out(
 def write_program(source: fx.Node, layers: list[Layer], result: fx.Node, batch: int) -> Program:
     """Pack the fused layers of a segment from `source` to `result`, at its best for `batch` images."""
     steps, maps, shape = lay_out(source, layers, result, batch)
+    steps = join_maps(steps, maps)
     _shape_maps(steps, maps)
     _place_maps(steps, maps)
     weights = _Blob()
     lists: list[int] = [0]
     fields = [_encode(step, maps, weights, lists) for step in steps]
-    header = [VERSION, len(maps), len(steps), 4 + 5 * len(maps) + sum(map(len, fields))]
-    described = [number for m in maps for number in (m.channels, m.pixel, m.halo, m.multiple, m.slot)]
+    header = [VERSION, len(maps), len(steps), 4 + 6 * len(maps) + sum(map(len, fields))]
+    described = [number for m in maps for number in (m.channels, m.pixel, m.halo, m.multiple, m.slot, m.offset)]
     code = header + described + [number for field in fields for number in field] + lists
     return Program(torch.tensor(code, dtype=torch.int64, device="cpu"), weights.tensor(), steps, maps, shape)
 
 
 def _windows(steps: list[Step]) -> list[int]:
-    """Extent, stride and padding of every layer on the way to the output that changes a map's size."""
+    """Six numbers for every layer on the way to the output that changes a map's size: see `plan_output_size`."""
     maker = {step.target: step for step in steps}
     windows: list[int] = []
     at = steps[-1].source
     while (layer := maker[at].layer) is not None:
-        extent = [d * (k - 1) + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True)]
-        padding = [layer.padding[0] + layer.padding[2], layer.padding[1] + layer.padding[3]]
-        if layer.kind == "mean_pool":
-            windows = [0] * 6 + windows
-        elif layer.stride != (1, 1) or [e - p for e, p in zip(extent, padding, strict=True)] != [1, 1]:
-            rows = [n for e, s, p in zip(extent, layer.stride, padding, strict=True) for n in (e, s, p)]
-            windows = rows + windows
-        at = maker[at].source
+        kernel, step = layer.kernel, maker[at]
+        rows: list[int] = []
+        follow = step.source
+        if layer.kind in ("mean_pool", "adaptive_max_pool", "adaptive_avg_pool"):
+            rows = [0, kernel[0], 0, 0, kernel[1], 0]
+        elif layer.kind in ("nearest", "bilinear", "pixel_shuffle"):
+            if step.residual >= 0:
+                follow = step.residual
+            else:
+                rows = [-kernel[0], 1, 0, -kernel[1], 1, 0]
+        else:
+            extent = [d * (k - 1) + 1 for k, d in zip(kernel, layer.dilation, strict=True)]
+            padding = [layer.padding[0] + layer.padding[2], layer.padding[1] + layer.padding[3]]
+            if layer.stride != (1, 1) or [e - p for e, p in zip(extent, padding, strict=True)] != [1, 1]:
+                rows = [n for e, s, p in zip(extent, layer.stride, padding, strict=True) for n in (e, s, p)]
+        windows = rows + windows
+        at = follow
     return windows
 
 
@@ -174,42 +222,147 @@ def _choose_winograd(layer: Layer, read: Map, batch: int) -> str:
     return min(costs, key=lambda name: costs[name])
 
 
+def join_maps(steps: list[Step], maps: list[Map]) -> list[Step]:
+    """Make slices and the parts of concatenations views of one map; return the steps with copies of what cannot be one.
+
+    A part becomes a view if whole vectors of it end where the next part begins: the kernels write whole vectors.
+    """
+    made_by = {step.target: step for step in steps}
+    for step in steps:
+        if step.op == "slice":
+            assert step.layer is not None
+            maps[step.target].holder, maps[step.target].offset = step.source, step.layer.option
+    copied: dict[tuple[int, int], int] = {}  # (concatenation, position) -> the view that a copy fills
+    for step in reversed([step for step in steps if step.op == "cat"]):
+        at = 0
+        _adopt(step, maps)
+        for position, part in enumerate(step.parts):
+            if not _place_part(step, position, at, maps, made_by):
+                m = maps[part]
+                copied[step.target, position] = len(maps)
+                maps.append(Map(m.channels, m.height, m.width, holder=step.target, offset=at))
+            at += maps[part].channels
+    for m in maps:  # a view of a view is one of what that is a view of
+        while m.holder is not None and (above := maps[m.holder]).holder is not None:
+            m.offset, m.holder = m.offset + above.offset, above.holder
+    joined: list[Step] = []
+    for step in steps:
+        if step.op != "cat":
+            joined.append(replace(step, op="view") if step.op == "slice" else step)
+            continue
+        views = [copied.get((step.target, position), part) for position, part in enumerate(step.parts)]
+        for part, view in zip(step.parts, views, strict=True):
+            if part != view:
+                joined.append(Step("copy", step.layer, part, view))
+        joined.append(Step("view", step.layer, views[0], step.target, parts=tuple(views)))
+    return joined
+
+
+def _adopt(cat: Step, maps: list[Map]) -> None:
+    """Make a concatenation whose parts lie one after another in a longer one a view of that."""
+    root, at = _root(cat.parts[0], maps), _offset(cat.parts[0], maps)
+    if root in cat.parts or root == cat.target:
+        return
+    offset = at
+    for part in cat.parts:
+        if _root(part, maps) != root or _offset(part, maps) != at:
+            return
+        at += maps[part].channels
+    maps[cat.target].holder, maps[cat.target].offset = root, offset
+
+
+def _place_part(cat: Step, position: int, at: int, maps: list[Map], made_by: dict[int, Step]) -> bool:
+    """Make a part of a concatenation, from channel `at` on, a view of the concatenation's map, if it can be one."""
+    part = cat.parts[position]
+    m = maps[part]
+    end = at + m.channels
+    if _root(part, maps) == _root(cat.target, maps):
+        # Placed with a longer concatenation that begins alike, or with what it is a slice of.
+        return _offset(part, maps) == _offset(cat.target, maps) + at
+    maker = made_by[part]
+    if maker.op == "slice" and m.offset == 0 and m.holder is not None:
+        # All slices of a map in their order: the map itself is the part.
+        whole = maps[m.holder]
+        channels = 0
+        for other in cat.parts[position:]:
+            if maps[other].holder != m.holder or maps[other].offset != channels or channels == whole.channels:
+                break
+            channels += maps[other].channels
+        if channels != whole.channels or made_by[m.holder].op in ("slice", "input"):
+            return False
+        m, end, part = whole, at + channels, m.holder
+    elif maker.op in ("slice", "input"):
+        return False
+    if m.holder is not None:
+        return False
+    last = end == maps[cat.target].channels
+    base = _offset(cat.target, maps)
+    if (base + at) % PANEL or (end % PANEL and not (last and maps[cat.target].holder is None)):
+        return False
+    m.holder, m.offset = cat.target, at
+    return True
+
+
+def _root(at: int, maps: list[Map]) -> int:
+    while (holder := maps[at].holder) is not None:
+        at = holder
+    return at
+
+
+def _offset(at: int, maps: list[Map]) -> int:
+    offset = 0
+    while (holder := maps[at].holder) is not None:
+        offset += maps[at].offset
+        at = holder
+    return offset
+
+
 def _shape_maps(steps: list[Step], maps: list[Map]) -> None:
-    """Give every map the border and the pixel that its readers want."""
-    for i, m in enumerate(maps):
-        readers = [step for step in steps if i in (step.source, step.residual)]
-        for step in readers:
-            if step.source == i and step.layer is not None and step.op not in ("max_pool", "avg_pool"):
-                m.halo = max(m.halo, *step.layer.padding)
-                m.multiple = max(m.multiple, {"winograd2": 2, "winograd4": 4}.get(step.op, 1))
+    """Give every map the border and the pixel that its readers want; views have those of the map that holds them."""
+    narrow = set(range(len(maps)))
+    for step in steps:
+        layer = step.layer
+        if layer is not None and layer.kind == "conv":
+            m = maps[_root(step.source, maps)]
+            m.halo = max(m.halo, *layer.padding)
+            m.multiple = max(m.multiple, {"winograd2": 2, "winograd4": 4}.get(step.op, 1))
         # Only direct convolution reads single channels; everything else reads whole vectors.
-        narrow = all(
-            s.op == "conv" and s.layer is not None and s.layer.groups == 1 and s.residual != i
-            for s in readers
-        )
-        if i == steps[0].target and narrow and m.channels < PANEL:
+        changes = layer is not None and (layer.before is not None or layer.gate is not None)
+        single = step.op == "conv" and layer is not None and layer.groups == 1 and not changes
+        narrow -= step.reads - ({step.source} if single and step.residual != step.source else set())
+    for i, m in enumerate(maps):
+        if m.holder is not None:
+            continue
+        if i == steps[0].target and i in narrow and m.channels < PANEL:
             m.pixel = m.channels
         else:
             m.pixel = round_up(m.channels, PANEL)
             # Pixels a multiple of 2 KiB apart share too few sets of the first cache.
             m.pixel += PANEL if m.pixel % 512 == 0 else 0
+    for m in maps:
+        if m.holder is not None:
+            holder = maps[m.holder]
+            m.pixel, m.halo, m.multiple = holder.pixel, holder.halo, holder.multiple
 
 
 def _place_maps(steps: list[Step], maps: list[Map]) -> None:
-    """Linear scan over the steps: a slot is free again after the last reader of its map."""
-    last_read = {i: at for at, step in enumerate(steps) for i in (step.source, step.residual) if i >= 0}
+    """Linear scan over the steps: a slot is free again after the last reader of its map and of that map's views."""
+    roots = [_root(i, maps) for i in range(len(maps))]
+    last_read = {roots[i]: at for at, step in enumerate(steps) for i in step.reads}
     free: list[int] = []
     slots = 0
     for at, step in enumerate(steps):
-        if step.target >= 0:
-            m = maps[step.target]
+        root = roots[step.target] if step.target >= 0 else -1
+        if root >= 0 and maps[root].slot < 0:
             if free:
-                m.slot = free.pop()
+                maps[root].slot = free.pop()
             else:
-                m.slot, slots = slots, slots + 1
-        for i in {step.source, step.residual} - {-1}:
+                maps[root].slot, slots = slots, slots + 1
+        for i in {roots[i] for i in step.reads}:
             if last_read[i] == at:
                 free.append(maps[i].slot)
+    for i, m in enumerate(maps):
+        m.slot = maps[roots[i]].slot
 
 
 def _zeros(count: int) -> Tensor:
@@ -224,8 +377,9 @@ class _Blob:
         self.parts: list[Tensor] = [_zeros(PANEL)]
         self.size = PANEL
 
-    def add(self, values: Tensor) -> int:
+    def add(self, *vectors: Tensor) -> int:
         start = self.size
+        values = torch.cat(vectors)
         padded = _zeros(round_up(values.numel(), PANEL))
         padded[: values.numel()] = values.float()
         self.parts.append(padded)
@@ -237,72 +391,62 @@ class _Blob:
         return torch.cat([*self.parts, _zeros(2 * PANEL)])
 
 
+# The fields of an instruction after its op, as in csrc/cpu/plan.h, with what they are where a layer has none.
+_FIELDS = {
+    "source": -1, "target": -1, "residual": -1, "act": 0, "kernel_h": 1, "kernel_w": 1, "stride_h": 1, "stride_w": 1,
+    "top": 0, "left": 0, "bottom": 0, "right": 0, "dilation_h": 1, "dilation_w": 1, "weights": 0, "bias": 0, "span": 0,
+    "index": 0, "option": 0, "direct": 0, "value": 0, "gate": -1, "before": 0, "before_act": 0,
+}  # fmt: skip
+
+
 def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> list[int]:
     layer = step.layer
-    if layer is None:
-        return [
-            OPS.index(step.op),
-            step.source,
-            step.target,
-            -1,
-            0,
-            1,
-            1,
-            1,
-            1,
-            0,
-            0,
-            0,
-            0,
-            1,
-            1,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-        ]
-    weight_at = direct_at = bias_at = span = index_at = 0
+    fields = dict(_FIELDS, source=step.source, target=step.target, residual=step.residual, gate=step.gate)
+    if layer is not None and step.op not in ("view", "copy"):
+        fields.update(_describe(step, layer, maps, weights, lists))
+    return [OPS.index(step.op), *fields.values()]
+
+
+def _describe(step: Step, layer: Layer, maps: list[Map], weights: _Blob, lists: list[int]) -> dict[str, int]:
+    fields: dict[str, int] = {"act": ACTS.index(layer.act), "option": layer.option}
     index = layer.index
-    if layer.weight is not None:
-        packed, span, starts = _pack(step.op, layer)
+    if layer.kind in ("layer_norm", "group_norm"):
+        assert layer.weight is not None and layer.bias is not None
+        fields["bias"] = weights.add(_panels(layer.weight), _panels(layer.bias))
+        fields["span"] = layer.groups
+    elif layer.weight is not None:
+        packed, fields["span"], starts = _pack(step.op, layer)
         index = index or starts
-        weight_at = weights.add(packed)
+        fields["weights"] = weights.add(packed)
         if step.op.startswith("winograd"):
             # For images with a NaN or an infinity, which Winograd's transforms would spread.
-            direct_at = weights.add(pack_panels(layer.weight))
+            fields["direct"] = weights.add(pack_panels(layer.weight))
         bias = layer.bias if layer.bias is not None else _zeros(layer.weight.shape[0])
-        bias_at = weights.add(torch.nn.functional.pad(bias, (0, -bias.numel() % PANEL)))
+        fields["bias"] = weights.add(_panels(bias))
         target = maps[step.target]
         step.macs = layer.weight.numel() * target.height * target.width
         step.weight_bytes = 4 * packed.numel()
     elif layer.bias is not None:
-        bias_at = weights.add(torch.nn.functional.pad(layer.bias, (0, -layer.bias.numel() % PANEL)))
+        fields["bias"] = weights.add(_panels(layer.bias))
     if index:
-        index_at = len(lists)
+        fields["index"] = len(lists)
         lists += [len(index), *index]
-    top, left, bottom, right = layer.padding
-    return [
-        OPS.index(step.op),
-        step.source,
-        step.target,
-        step.residual,
-        ACTS.index(layer.act),
-        *layer.kernel,
-        *layer.stride,
-        top,
-        left,
-        bottom,
-        right,
-        *layer.dilation,
-        weight_at,
-        bias_at,
-        span,
-        index_at,
-        layer.option,
-        direct_at,
-    ]
+    number = layer.value
+    if layer.kind in ("layer_norm", "group_norm"):
+        number = layer.epsilon
+    fields["value"] = struct.unpack("<I", struct.pack("<f", number))[0]
+    if layer.before is not None:
+        scale, shift, act = layer.before
+        fields["before"] = weights.add(_panels(scale), _panels(shift))
+        fields["before_act"] = ACTS.index(act)
+    for name in ("kernel", "stride", "dilation"):
+        fields[f"{name}_h"], fields[f"{name}_w"] = getattr(layer, name)
+    fields.update(zip(("top", "left", "bottom", "right"), layer.padding, strict=True))
+    return fields
+
+
+def _panels(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values, (0, -values.numel() % PANEL))
 
 
 def _pack(op: str, layer: Layer) -> tuple[Tensor, int, list[int]]:

@@ -28,7 +28,7 @@ def unavailable() -> str | None:
     return None
 
 
-def plan_run(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int]) -> Tensor:
+def plan_run(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int], workers: int = 0) -> Tensor:
     """Run a plan. `unavailable` must have returned None in this process.
 
     Args:
@@ -36,11 +36,12 @@ def plan_run(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[in
         program: (P,), int64: the instructions.
         weights: (Q,), float32: the packed weights.
         shape: What `plan_output_size` reads.
+        workers: Threads; 0 for as many as PyTorch uses.
 
     Returns:
         (N, C') or (N, C', H', W'), contiguous.
     """
-    return torch.ops.gatedconv.plan_run.default(input, program, weights, shape)
+    return torch.ops.gatedconv.plan_run.default(input, program, weights, shape, workers)
 
 
 def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
@@ -49,7 +50,8 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
     Args:
         size: The input's (N, C, H, W).
         shape: Output channels, output rank (2 or 4), then for every layer that changes height or width:
-            extent, stride, total padding of the height, then of the width; extent 0 is a mean over the map.
+            extent, stride, total padding of the height, then of the width. Extent 0: the new size is `stride`;
+            a negative extent: the size is multiplied by -extent.
 
     Raises:
         ValueError: The input is empty or smaller than a kernel, or makes no single pixel where the output is a vector.
@@ -59,7 +61,10 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
         raise ValueError(f"input of {height} x {width} pixels is empty")
     for i in range(2, len(shape), 6):
         if shape[i] == 0:
-            height, width = 1, 1
+            height, width = shape[i + 1], shape[i + 4]
+            continue
+        if shape[i] < 0:
+            height, width = -shape[i] * height, -shape[i + 3] * width
             continue
         if height + shape[i + 2] < shape[i] or width + shape[i + 5] < shape[i + 3]:
             raise ValueError(
@@ -106,7 +111,7 @@ def plan_check(size: Sequence[int], shape: Sequence[int]) -> None:
             ) from None
 
 
-def _fake(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int]) -> Tensor:
+def _fake(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int], workers: int = 0) -> Tensor:
     return input.new_empty(plan_output_size(input.shape, shape))
 
 

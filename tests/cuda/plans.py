@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gatedconv
 from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.fuse import fuse
-from gatedconv.engine.graph import trace
+from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import find_segments
 from gatedconv.engine.program import lay_out
 

@@ -15,7 +15,7 @@ struct Builder {
 
   int64_t map(int64_t channels, int64_t pixel, int64_t halo, int64_t multiple) {
     const int64_t index = static_cast<int64_t>(maps.size()) / kMapFields;
-    maps.insert(maps.end(), {channels, pixel, halo, multiple, index});
+    maps.insert(maps.end(), {channels, pixel, halo, multiple, index, 0});
     return index;
   }
   void step(Op op, int64_t in, int64_t out, int64_t residual = -1, int64_t kernel = 1, int64_t stride = 1,
@@ -44,7 +44,10 @@ struct Builder {
                                          bias,
                                          channels,
                                          0,
-                                         0};
+                                         0,
+                                         0,
+                                         0,
+                                         -1};
     steps.insert(steps.end(), fields, fields + kStepFields);
     ++count;
   }

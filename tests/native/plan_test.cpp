@@ -103,11 +103,12 @@ void check(const Kernels& kernels, const Case& c, int workers) {
   for (int o = 0; o < c.outputs; ++o) weights[bias + o] = 0.25f * o;
   const int64_t multiple = c.op == Op::kWinograd4 ? 4 : c.op == Op::kWinograd2 ? 2 : 1;
   const auto padded = [](int64_t channels) { return (channels + 15) / 16 * 16; };
-  std::vector<int64_t> program = {kVersion,           2,     3,        0, c.channels,
-                                  padded(c.channels), c.pad, multiple, 0, c.outputs,
-                                  padded(c.outputs),  0,     1,        1};
+  std::vector<int64_t> program = {kVersion, 2, 3, 0};
+  program.insert(program.end(), {c.channels, padded(c.channels), c.pad, multiple, 0, 0});
+  program.insert(program.end(), {c.outputs, padded(c.outputs), 0, 1, 1, 0});
   const auto step = [&](std::vector<int64_t> fields) {
     fields.resize(kStepFields);
+    fields[kGate] = -1;
     program.insert(program.end(), fields.begin(), fields.end());
   };
   step({int64_t(Op::kInput), -1, 0, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
