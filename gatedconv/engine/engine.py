@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
 
 from gatedconv.deploy.compact import compact
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.plan import CudaPlan
-from gatedconv.engine.describe import describe
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer, runs_on_cuda
 from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import find_segments
-from gatedconv.engine.program import lay_out, write_program
+from gatedconv.engine.program import Map, Step, lay_out, write_program
 from gatedconv.gating import FrozenGate, find_gates, unwrap
-from gatedconv.ops.plan import unavailable
+from gatedconv.ops.plan import plan_isa, plan_workspace, unavailable
+
+_KERNELS = {"conv": "direct", "winograd2": "Winograd F(2x2)", "winograd4": "Winograd F(4x4)"}
+
+
+# A plan that is right differs from its model by rounding, far below this; one that is wrong, by far more.
+_WRONG = 1e-4
 
 
 class Engine(nn.Module):
@@ -33,21 +40,33 @@ class Engine(nn.Module):
     types at most twice PyTorch's own error against float32.
 
     Args:
-        model: A frozen, compact or plain model; a frozen one is cut first. It is copied, and not changed.
+        model: A frozen, compact or plain model; a frozen one is compacted first. It is copied, and not changed.
         example_input: (N, C, H, W): a size that the model accepts. Any other batch, height and width that the
             model accepts may follow, on the CPU up to 2^18 pixels a side; the algorithms are chosen for this one.
+        threads: Threads that a plan runs on, on the CPU; None for as many as PyTorch uses at the time of the call.
+        verify: On the CPU, compare the result with the model's on the example, on another batch size and, where the
+            model accepts one, on another image size, before the engine is returned. Where they differ by more than
+            rounding, a warning says so and everything runs in PyTorch.
 
     Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
 
     Raises:
         TypeError: `model` is no module, or `example_input` no dense tensor of the model's dtype.
-        ValueError: `example_input` has another rank or device, or the model has gates that are not frozen.
+        ValueError: `example_input` has another rank or device, the model has gates that are not frozen, or `threads`
+            is below 1.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, example_input: Tensor, *, threads: int | None = None, verify: bool = True
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Engine: the model must be a torch.nn.Module, got {type(model).__name__}")
+        if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool)):
+            raise TypeError(f"Engine: threads must be an int or None, got {type(threads).__name__}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"Engine: threads must be at least 1, got {threads}")
+        self.threads = threads
         model = unwrap(model)
         dtype, device = _kind(model)
         _check_input(example_input, "example_input", None, dtype, device)
@@ -65,6 +84,8 @@ class Engine(nn.Module):
             self.body: nn.Module = source
             if self.reason is None:
                 self._build(source, example_input)
+            if verify and self.reason is None and device.type == "cpu" and self.plans:
+                self._verify(source, example_input)
         self.eval()
 
     def _build(self, source: nn.Module, example_input: Tensor) -> None:
@@ -96,7 +117,23 @@ class Engine(nn.Module):
     def _plan(self, source: fx.Node, layers: list[Layer], result: fx.Node, batch: int) -> nn.Module:
         if self.device.type == "cuda":
             return CudaPlan(*lay_out(source, layers, result, batch), self.dtype, self.device)
-        return PlanModule(write_program(source, layers, result, batch))
+        return PlanModule(write_program(source, layers, result, batch), self.threads or 0)
+
+    def _verify(self, source: nn.Module, example: Tensor) -> None:
+        """Run everything in PyTorch, with a warning, if a result is not the model's."""
+        batch, channels, height, width = example.shape
+        generator = torch.Generator().manual_seed(0)
+        for size in (None, (1 + (batch == 1), channels, height, width), (1, channels, height + 9, width + 6)):
+            x = example if size is None else torch.randn(size, generator=generator, dtype=self.dtype, device="cpu")
+            try:
+                expected = source(x.clone())
+            except Exception:  # the model's own code: it does not accept this size
+                continue
+            if (problem := _difference(self.body, x, expected)) is not None:
+                self.reason = f"for an input of shape {tuple(x.shape)} {problem}"
+                self.body = source
+                warnings.warn(f"Engine: everything runs in PyTorch, because {self.reason}", stacklevel=3)
+                return
 
     @property
     def plans(self) -> list[PlanModule | CudaPlan]:
@@ -119,8 +156,8 @@ class Engine(nn.Module):
         return self.body(x.detach())
 
     def describe(self) -> str:
-        """Say what runs where: layers, kernels, MACs, bytes, instruction set, workspace."""
-        return describe(self)
+        """Report what runs where: layers, kernels, MACs, bytes, instruction set, workspace."""
+        return _describe(self)
 
     def train(self, mode: bool = True) -> Engine:
         """Stay in eval: a packed network cannot be trained."""
@@ -138,7 +175,32 @@ class Engine(nn.Module):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Engine, (self.source, torch.zeros(self.example_size, dtype=self.dtype, device=self.device))
+        example = torch.zeros(self.example_size, dtype=self.dtype, device=self.device)
+        return _restore, (self.source, example, self.threads)
+
+
+def _restore(source: nn.Module, example: Tensor, threads: int | None) -> Engine:
+    return Engine(source, example, threads=threads, verify=False)
+
+
+def _difference(body: nn.Module, x: Tensor, expected: Any) -> str | None:
+    """How the plans' result differs from what is expected by more than rounding, None if it does not."""
+    wanted, form = tree_flatten(expected)
+    try:
+        found, found_form = tree_flatten(body(x))
+    except (RuntimeError, ValueError) as error:
+        return f"the plan fails: {error}"
+    if form != found_form:
+        return "the plan returns another structure than the model"
+    for a, b in zip(found, wanted, strict=True):
+        if not isinstance(b, Tensor) or not b.is_floating_point() or not bool(b.isfinite().all()) or b.numel() == 0:
+            continue
+        if a.shape != b.shape:
+            return f"the plan returns shape {tuple(a.shape)}, the model {tuple(b.shape)}"
+        error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+        if not error <= _WRONG:
+            return f"the plan differs from the model by {error:.1e} of its largest value"
+    return None
 
 
 def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:
@@ -182,3 +244,81 @@ def _check_input(x: Tensor, what: str, channels: int | None, dtype: torch.dtype,
         raise ValueError(f"Engine: {what} must be on the model's device {device}, got {x.device}")
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f"Engine: {what} must have {channels} channels, got shape {tuple(x.shape)}")
+
+
+def _describe(engine: Engine) -> str:
+    if engine.reason is not None:
+        return f"Everything runs in PyTorch: {engine.reason}."
+    size = " x ".join(map(str, engine.example_size))
+    lines = [f"Engine for inputs of {size}; {_machine(engine)}."]
+    plans = {
+        name: module for name, module in engine.body.named_children() if isinstance(module, (PlanModule, CudaPlan))
+    }
+    rest = []
+    assert isinstance(engine.body, torch.fx.GraphModule)
+    for node in engine.body.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        if str(node.target) in plans:
+            lines += _describe_plan(str(node.target), plans[str(node.target)], engine)
+        else:
+            lines.append(f"PyTorch: {node.name} ({_node_kind(engine, node)})")
+            rest.append(node.name)
+    lines.append(f"In PyTorch: {len(rest)} operations." if rest else "Nothing is left to PyTorch.")
+    return "\n".join(lines)
+
+
+def _node_kind(engine: Engine, node: torch.fx.Node) -> str:
+    if node.op == "call_module":
+        return type(engine.body.get_submodule(str(node.target))).__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _machine(engine: Engine) -> str:
+    if engine.device.type == "cpu":
+        return f"native kernels: {plan_isa()}, {torch.get_num_threads()} threads"
+    modes = {plan.mode for plan in engine.plans if isinstance(plan, CudaPlan)}
+    return f"{engine.device}, {engine.dtype}, GATEDCONV_CUDA_KERNELS: {', '.join(sorted(modes)) or 'no plan'}"
+
+
+def _describe_plan(name: str, plan: PlanModule | CudaPlan, engine: Engine) -> list[str]:
+    if isinstance(plan, CudaPlan):
+        lines = [f"{name}: {len(plan.instructions)} instructions in one graph"]
+        lines += ["  " + line for line in plan.describe(engine.example_size[0])]
+        macs = sum(one.macs for one in plan.instructions)
+        return [*lines, f"  in all {macs / 1e6:.2f} M MACs an image"]
+    lines = [f"{name}: {len(plan.steps)} instructions in one call"]
+    lines += ["  " + _describe_step(step, plan.maps) for step in plan.steps if step.layer is not None]
+    macs = sum(step.macs for step in plan.steps)
+    weights = plan.weights.numel() * plan.weights.element_size()
+    first = plan.maps[plan.steps[0].target]
+    size = (engine.example_size[0], first.channels, first.height, first.width)
+    workspace = plan_workspace(size, plan.program, torch.get_num_threads())
+    lines.append(
+        f"  in all {macs / 1e6:.2f} M MACs an image, weights {_bytes(weights)}, "
+        f"workspace {_bytes(workspace)} at batch {size[0]}"
+    )
+    return lines
+
+
+def _describe_step(step: Step, maps: list[Map]) -> str:
+    layer = step.layer
+    assert layer is not None
+    target, source = maps[step.target], maps[step.source]
+    kernel = " ".join((_KERNELS.get(step.op, step.op), f"{layer.kernel[0]}x{layer.kernel[1]}"))
+    if layer.kind not in ("conv", "max_pool", "avg_pool"):
+        kernel = "view" if step.op == "view" else step.op
+    extras = [f"stride {layer.stride[0]}"] if layer.stride != (1, 1) else []
+    extras += [f"{layer.groups} groups"] if layer.groups > 1 else []
+    if layer.before is not None:
+        extras.append("of norm" + (f" and {layer.before[2]}" if layer.before[2] else ""))
+    extras += ["of gated input"] if step.gate >= 0 else []
+    extras += ["+ residual"] if step.residual >= 0 and layer.kind == "conv" else []
+    extras += [f"+ {layer.act}"] if layer.act else []
+    shape = " -> ".join(f"{m.channels}x{m.height}x{m.width}" for m in (source, target))
+    line = f"{layer.name:<28} {shape:<28} {' '.join([kernel, *extras])}"
+    return line + (f"; {step.macs / 1e6:.2f} M MACs, {_bytes(step.weight_bytes)}" if step.macs else "")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 1024:.1f} KiB"

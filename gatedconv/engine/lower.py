@@ -200,7 +200,9 @@ def _slice(node: fx.Node, traced: fx.GraphModule) -> tuple[Any, tuple[Any, ...]]
         if _argument(parts, 2, "dim", 0) not in (1, -3) or size is None or index < 0:
             return None
         if str(getattr(parts.target, "__name__", parts.target)) == "split" and isinstance(given, (list, tuple)):
-            widths = [int(width) for width in given]
+            if not all(isinstance(width, int) for width in given):
+                return None
+            widths = list(given)
         elif isinstance(given, int):
             chunk = str(getattr(parts.target, "__name__", parts.target)) == "chunk"
             width = -(-size[1] // given) if chunk else given

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from gatedconv.engine.layers import Layer, is_channels_last, is_map, read_layer
+from gatedconv.engine.layers import Layer, is_channels_last, is_map
+from gatedconv.engine.read_layer import read_layer
 
 
 @dataclass

@@ -1,0 +1,216 @@
+"""Every operation of the native plan over a grid of shapes: one pixel, one channel, odd sizes, empty batches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gatedconv
+from tests.engine.nets import ISAS, error, settle, supported
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    if not supported(request.param):
+        pytest.skip(f"no {request.param} here")
+    monkeypatch.setenv("GATEDCONV_ISA", request.param)
+    return request.param
+
+
+class Between(nn.Module):
+    """A convolution, a function, a convolution."""
+
+    def __init__(self, function, channels=3, width=16, after=None, kernel=1):
+        super().__init__()
+        self.before = nn.Conv2d(channels, width, kernel, padding=kernel // 2)
+        self.after = nn.Conv2d(after or width, 5, kernel, padding=kernel // 2)
+        self.function = function
+        if isinstance(function, nn.Module):
+            self.module = function
+
+    def forward(self, x):
+        return self.after(self.function(self.before(x)))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels, gate=torch.sigmoid):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+        self.gate = gate
+
+    def forward(self, x):
+        return x * self.gate(self.up(F.silu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+def prelu(channels):
+    module = nn.PReLU(channels)
+    nn.init.uniform_(module.weight, -1, 1)
+    return module
+
+
+def norm(module):
+    nn.init.uniform_(module.weight, 0.5, 1.5)
+    nn.init.uniform_(module.bias, -0.5, 0.5)
+    return module
+
+
+class Constants(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
+        self.register_buffer("shift", torch.randn(1, channels, 1, 1))
+
+    def forward(self, x):
+        return ((x - 0.5) / 3) * self.scale + self.shift
+
+
+class ByPixel(nn.Module):
+    """What ConvNeXt does with the axes permuted."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.up, self.down = norm(nn.LayerNorm(channels)), nn.Linear(channels, 20), nn.Linear(20, channels)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(self.norm(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2) + x
+
+
+def dense(x):
+    a = torch.cat([x, F.relu(x)], 1)
+    b = torch.cat([x, F.relu(x), torch.tanh(a[:, :16])], 1)
+    return torch.cat([a, b], 1)
+
+
+def split_and_join(x):
+    a, b = x.chunk(2, 1)
+    c = torch.tanh(b)
+    return torch.cat([a, b, c, torch.sigmoid(c)], 1)
+
+
+def uneven(x):
+    a, b, c = x.split([1, 6, 9], 1)
+    return torch.cat([torch.tanh(c), b, a, x], 1)
+
+
+def shuffle(x):
+    n, c, h, w = x.size()
+    return x.view(n, 4, c // 4, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+def shuffle_halves(x):
+    a, b = x.chunk(2, dim=1)
+    return F.channel_shuffle(torch.cat((a, torch.relu(b)), 1), 2)
+
+
+def down_and_up(mode, corners=None):
+    def run(x):
+        y = F.interpolate(F.avg_pool2d(x, 2, ceil_mode=False), size=x.shape[-2:], mode=mode, align_corners=corners)
+        return x + y
+
+    return run
+
+
+# Name -> (function of a map of 16 channels, channels that it returns).
+FUNCTIONS = {
+    "squeeze-excite": (lambda: SqueezeExcite(16), 16),
+    "squeeze-excite, hard": (lambda: SqueezeExcite(16, F.hardsigmoid), 16),
+    "prelu": (lambda: prelu(16), 16),
+    "prelu of one slope": (lambda: prelu(1), 16),
+    "constants": (lambda: Constants(16), 16),
+    "product of two maps": (lambda: lambda x: x * torch.tanh(x), 16),
+    "product with one channel": (lambda: lambda x: x * torch.sigmoid(x[:, :1]), 16),
+    "sum with one pixel": (lambda: lambda x: F.adaptive_avg_pool2d(x, 1) + x, 16),
+    "dense block": (lambda: dense, 80),
+    "chunk and cat": (lambda: split_and_join, 32),
+    "uneven split": (lambda: uneven, 32),
+    "channel slice": (lambda: lambda x: x[:, 3:9] + x[:, 7:13], 6),
+    "channel shuffle": (lambda: shuffle, 16),
+    "channel shuffle of halves": (lambda: shuffle_halves, 16),
+    "nearest": (lambda: nn.Upsample(scale_factor=2), 16),
+    "nearest by 3": (lambda: lambda x: F.interpolate(x, scale_factor=3), 16),
+    "bilinear": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), 16),
+    "bilinear, corners": (lambda: nn.Upsample(scale_factor=(2, 3), mode="bilinear", align_corners=True), 16),
+    "nearest to a size": (lambda: down_and_up("nearest"), 16),
+    "bilinear to a size": (lambda: down_and_up("bilinear", False), 16),
+    "pixel shuffle": (lambda: nn.PixelShuffle(2), 4),
+    "max pool": (lambda: nn.MaxPool2d(5, 1, 2), 16),
+    "max pool, called": (lambda: lambda x: F.max_pool2d(x, 3, stride=2, padding=1), 16),
+    "average pool, called": (lambda: lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), 16),
+    "adaptive average": (lambda: nn.AdaptiveAvgPool2d((3, 2)), 16),
+    "adaptive maximum": (lambda: nn.AdaptiveMaxPool2d(2), 16),
+    "group norm": (lambda: norm(nn.GroupNorm(4, 16)), 16),
+    "group norm and SiLU": (lambda: nn.Sequential(norm(nn.GroupNorm(2, 16)), nn.SiLU()), 16),
+    "layer norm, linear": (lambda: ByPixel(16), 16),
+    "softmax": (lambda: nn.Softmax(dim=1), 16),
+    "softmax, called": (lambda: lambda x: x.softmax(1), 16),
+    "norm and ReLU in front": (lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(16), nn.ReLU()), 16),
+    "norm and SiLU in front": (lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(16), nn.SiLU()), 16),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_operation(isa, name):
+    torch.manual_seed(4)
+    function, channels = FUNCTIONS[name]
+    for kernel in (1, 3):
+        net = settle(Between(function(), after=channels, kernel=kernel))
+        engine = gatedconv.Engine(net, torch.randn(1, 3, 8, 10))
+        assert len(engine.plans) == 1 and "Nothing is left to PyTorch" in engine.describe()
+        sizes = (
+            ((8, 10), (9, 7), (2, 2)) if "to a size" in name or name == "pixel shuffle" else ((8, 10), (9, 7), (1, 1))
+        )
+        for size in sizes:
+            for batch in (1, 3):
+                x = torch.randn(batch, 3, *size)
+                assert error(engine(x), net, x) <= 1e-5
+        empty = torch.empty(0, 3, 8, 10)
+        assert engine(empty).shape == net(empty).shape
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [1, 24, 40])
+def test_depthwise(isa, kernel, stride, channels):
+    torch.manual_seed(kernel)
+    layers = [nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels), nn.Hardswish()]
+    net = settle(nn.Sequential(nn.Conv2d(2, channels, 1), *layers, nn.Conv2d(channels, 3, 1)))
+    engine = gatedconv.Engine(net, torch.randn(1, 2, 14, 14))
+    assert "Nothing is left to PyTorch" in engine.describe()
+    for size in ((14, 14), (23, 17), (1, 1), (2, 9)):
+        x = torch.randn(2, 2, *size)
+        assert error(engine(x), net, x) <= 1e-5
+
+
+def test_flattened_maps_and_linear_layers():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(),
+        nn.Dropout(), nn.Linear(20, 4),
+    ).eval()  # fmt: skip
+    engine = gatedconv.Engine(net, torch.randn(1, 3, 16, 16))
+    assert "Nothing is left to PyTorch" in engine.describe()
+    for size in ((16, 16), (21, 33)):
+        x = torch.randn(3, 3, *size)
+        assert error(engine(x), net, x) <= 1e-5
+
+
+def test_a_slice_that_is_written_in_place_stays_in_pytorch():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 32, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            a, b = y.chunk(2, 1)
+            a.relu_()
+            return torch.cat([y, b], 1)
+
+    net, x = Writes().eval(), torch.randn(2, 3, 4, 4)
+    assert torch.allclose(gatedconv.Engine(net, x)(x), net(x), atol=1e-5)
+
+
+def test_parts_of_a_concatenation_are_not_copied():
+    net = Between(dense, after=80)
+    engine = gatedconv.Engine(net.eval(), torch.randn(1, 3, 8, 8))
+    copies = [step for step in engine.plans[0].steps if step.op == "copy"]
+    assert 0 < len(copies) <= 4  # x and relu(x) lie in two concatenations
