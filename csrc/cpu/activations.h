@@ -116,7 +116,7 @@ static inline vec late_activation(vec x, float value) {
   if constexpr (A == Act::kLeakyRelu) return x < 0.0f ? x * value : x;
   if constexpr (A == Act::kElu) return x > 0.0f ? x : value * expm1_negative(x);
   if constexpr (A == Act::kSilu) return sigmoid_times(x, x);
-  if constexpr (A == Act::kHardSwish) return x * clamp_to_six(x + 3.0f) / 6.0f;
+  if constexpr (A == Act::kHardSwish) return x * (clamp_to_six(x + 3.0f) / 6.0f);
   if constexpr (A == Act::kHardSigmoid) return clamp_to_six(x + 3.0f) * (1.0f / 6);
   if constexpr (A == Act::kSigmoid) return sigmoid_times(x, splat(1.0f));
   if constexpr (A == Act::kTanh) return hyperbolic_tangent(x);

@@ -161,7 +161,9 @@ def _join_idioms(traced: fx.GraphModule) -> None:
             joined = traced.graph.call_function(function, args)
         joined.meta.update({key: node.meta[key] for key in ("tensor_meta", "larger_shape") if key in node.meta})
         node.replace_all_uses_with(joined)
-    traced.graph.eliminate_dead_code()
+    for node in reversed(list(traced.graph.nodes)):
+        if not node.users and node.op in ("call_function", "call_method") and not _is_in_place(node, traced):
+            traced.graph.erase_node(node)
     traced.recompile()
 
 
