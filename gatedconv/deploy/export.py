@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ ONNX_OPSET = 18
 
 
 def export(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor, format: str = "onnx") -> None:
-    """Write a model for another runtime, in eval mode, with a dynamic batch size.
+    """Write a model for another runtime, in eval mode, with dynamic batch, height and width.
 
     Args:
         model: compact, or frozen (then it is cut first), or without gates.
         path: the file to write; replaced as a whole or not at all.
-        example_input: (N, C, H, W); C, H and W are fixed in the file. An ONNX file calls its input "input" and
+        example_input: (N, C, H, W); H and W are fixed in the file only where the model fixes them.
+            An ONNX file calls its input "input" and
             its output "output", or as the keys of a dict of outputs, or "output_0", "output_1" and so on.
         format: "onnx" (opset 18, standard operators alone; needs the ``export`` extra), "torch" (a
             ``.pt2`` of torch.export) or "aoti" (a compiled ``.pt2`` package of AOTInductor, for this
@@ -111,8 +112,22 @@ def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
     return example
 
 
+def _dynamic(write: Callable[[tuple[int, ...]], Any]) -> Any:
+    """What ``write`` makes with batch, height and width dynamic or, where the model fixes them, the batch alone."""
+    try:
+        return write((0, 2, 3))
+    except (ImportError, OSError):
+        raise
+    except Exception:  # whatever the exporters raise
+        return write((0,))
+
+
 def _program(model: nn.Module, example: Tensor) -> Any:
-    return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    def write(dims: tuple[int, ...]) -> Any:
+        shapes = (dict.fromkeys(dims, torch.export.Dim.DYNAMIC),)
+        return torch.export.export(model, (example,), dynamic_shapes=shapes)
+
+    return _dynamic(write)
 
 
 def _write_torch(model: nn.Module, path: Path, example: Tensor) -> None:
@@ -137,15 +152,20 @@ def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export: ONNX needs {' and '.join(missing)}: pip install 'gatedconv[export]'")
-    torch.onnx.export(
-        model,
-        (example,),
-        str(path),
-        input_names=["input"],
-        output_names=_output_names(model, example),
-        opset_version=ONNX_OPSET,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    names = {0: "batch", 2: "height", 3: "width"}
+
+    def write(dims: tuple[int, ...]) -> None:
+        torch.onnx.export(
+            model,
+            (example,),
+            str(path),
+            input_names=["input"],
+            output_names=_output_names(model, example),
+            opset_version=ONNX_OPSET,
+            dynamic_shapes=({dim: torch.export.Dim(names[dim]) for dim in dims},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+    _dynamic(write)
