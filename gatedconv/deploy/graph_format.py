@@ -26,12 +26,11 @@ from gatedconv.nn import FrozenConv2d, GraphNet
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # torch.fx quotes what is no identifier
 # Our modules: constructor arguments that are tensors of the state, and those that are plain attributes.
 _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "AddBranch": ((), ()), "AppendOnes": ((), ()), "ChannelBias": (("bias",), ()), "Constant": (("value",), ()),
+    "ChannelBias": (("bias",), ()),
     "ConstantMap": (("value",), ("stride",)),
     "EmptyMap": ((), ("channels", "kernel_size", "stride", "padding", "dilation")),
     "GatherChannels": (("index",), ("axis",)),
     "ScatterAdd": (("index",), ("axis",)), "ScatterChannels": (("index", "fill"), ("axis",)),
-    "SelectOpen": ((), ("at_least",)), "StochasticDepth": ((), ("p", "mode", "scale")),
 }  # fmt: skip
 
 

@@ -5,26 +5,18 @@ from gatedconv.nn.compact_block import ChannelBias, CompactBlock, ConstantMap, G
 from gatedconv.nn.conv import Conv2d
 from gatedconv.nn.graph_net import GraphNet
 from gatedconv.nn.modules import (
-    AddBranch,
-    AppendOnes,
-    Constant,
     EmptyMap,
     Framed,
     FrozenConv2d,
     ScatterChannels,
-    SelectOpen,
-    StochasticDepth,
 )
 from gatedconv.nn.shortcut import PadShortcut
 
 __all__ = [
-    "AddBranch",
-    "AppendOnes",
     "BasicBlock",
     "ChannelBias",
     "CompactBlock",
     "Conv2d",
-    "Constant",
     "ConstantMap",
     "EmptyMap",
     "Framed",
@@ -34,6 +26,4 @@ __all__ = [
     "PadShortcut",
     "ScatterAdd",
     "ScatterChannels",
-    "SelectOpen",
-    "StochasticDepth",
 ]

@@ -161,9 +161,7 @@ class BasicBlock(nn.Module):
             return None
         return ops.NormArguments(norm.weight, norm.bias, mean, var, batches, norm.eps, norm.momentum)
 
-    def _fused_end(
-        self, x: Tensor, pooled: Tensor | None, norm: ops.NormArguments
-    ) -> tuple[Tensor, Tensor | None]:
+    def _fused_end(self, x: Tensor, pooled: Tensor | None, norm: ops.NormArguments) -> tuple[Tensor, Tensor | None]:
         """Run the block in training with bn2, gates, sum and ReLU as one operator; returns the output and its mean."""
         shortcut = x if self.downsample is None else self.downsample(x)
         layer = None if self.layer_gate is None else self.layer_gate(x, pooled)

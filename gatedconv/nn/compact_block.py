@@ -87,9 +87,7 @@ class CompactBlock(nn.Module):
     left; ``scatter`` says where the branch's channels go when only some of them are left.
     """
 
-    def __init__(
-        self, downsample: nn.Module | None, branch: nn.Module | None, scatter: Tensor | None
-    ) -> None:
+    def __init__(self, downsample: nn.Module | None, branch: nn.Module | None, scatter: Tensor | None) -> None:
         super().__init__()
         self.downsample = downsample
         self.branch = branch

@@ -4,51 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gatedconv.nn.conv import Conv2d
-
-
-class SelectOpen(nn.Module):
-    """(x (N, ...), gate (N, 1)) -> the samples whose gate is open; in training all of them.
-
-    Training computes every sample, so that BatchNorm sees the whole batch, and so does a compiled graph,
-    whose shapes must not depend on data.
-
-    Args:
-        at_least: 1 for a branch whose layers refuse an empty batch: where no sample is open, it gets the first.
-    """
-
-    def __init__(self, at_least: int = 0) -> None:
-        super().__init__()
-        self.at_least = at_least
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Select the samples."""
-        if self.training or torch.compiler.is_compiling():
-            return x
-        index = gate.flatten().nonzero().flatten()
-        return x.index_select(0, index) if index.numel() >= self.at_least else x[: self.at_least]
-
-    def extra_repr(self) -> str:
-        """Numbers shown by repr()."""
-        return f"at_least={self.at_least}" if self.at_least else ""
-
-
-class AddBranch(nn.Module):
-    """(shortcut (N, ...), part, gate (N, 1)) -> shortcut + gate * part.
-
-    ``part`` has N samples, or the open ones alone, as ``SelectOpen`` left them; it is not read where none is open.
-    """
-
-    def forward(self, shortcut: Tensor, part: Tensor, gate: Tensor) -> Tensor:
-        """Add the branch to the samples that are open."""
-        factor = gate.reshape(-1, *[1] * (part.dim() - 1))
-        if part.shape[0] == gate.shape[0]:
-            return shortcut + factor * part
-        index = gate.flatten().nonzero().flatten()
-        return shortcut.index_add(0, index, factor.index_select(0, index) * part)
 
 
 class FrozenConv2d(Conv2d):
@@ -70,33 +28,6 @@ class FrozenConv2d(Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Input (N, in_channels, H, W) -> (N, out_channels, H_out, W_out)."""
         return self.masked_forward(input, self.out_open)
-
-
-class StochasticDepth(nn.Module):
-    """Drops its input at random in training, for single samples ("row") or the whole batch ("batch").
-
-    Huang et al. 2016. What survives is divided by 1 - p if ``scale``; in eval the identity.
-    """
-
-    def __init__(self, p: float, mode: str = "row", scale: bool = True) -> None:
-        super().__init__()
-        self.p = p
-        self.mode = mode
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (N, ...) -> the same shape."""
-        if not self.training or self.p == 0:
-            return x
-        count = x.shape[0] if self.mode == "row" else 1
-        kept = torch.empty(count, *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
-        if self.scale and self.p < 1:
-            kept = kept / (1 - self.p)
-        return x * kept
-
-    def extra_repr(self) -> str:
-        """Numbers shown by repr()."""
-        return f"p={self.p}, mode={self.mode}, scale={self.scale}"
 
 
 class ScatterChannels(nn.Module):
@@ -168,32 +99,3 @@ class EmptyMap(nn.Module):
             for d in (0, 1)
         )
         return x.new_zeros((x.shape[0], self.channels, height, width))
-
-
-class AppendOnes(nn.Module):
-    """x (N, C, H, W) -> (N, C + 1, H, W): one more channel, all ones.
-
-    A constant that a zero-padded convolution sees fades at the border; the channel of ones carries all
-    such constants at once.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Append the channel."""
-        return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-
-
-class Constant(nn.Module):
-    """x (N, ...) -> ``value`` (1, ...) for each of the N samples: what does not depend on the input."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = nn.Parameter(value, requires_grad=value.is_floating_point())
-        self._kept = (-1,) * (value.dim() - 1)  # a number for any tracer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Repeat the value."""
-        return self.value.expand(x.shape[0], *self._kept)
-
-    def extra_repr(self) -> str:
-        """Numbers shown by repr()."""
-        return f"shape={tuple(self.value.shape[1:])}"

@@ -33,6 +33,4 @@ def make_shortcut(in_channels: int, out_channels: int, stride: int, option: str)
         return None
     if option == "A":
         return PadShortcut(in_channels, out_channels, stride)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
