@@ -164,10 +164,6 @@ def test_no_sample_open_is_no_error_where_a_branch_refuses_an_empty_batch():
         for batch in (1, 4):
             images = torch.randn(batch, 3, 12, 12)
             torch.testing.assert_close(gated(images), closed(images))
-    assert gated.get_submodule("select").at_least == 1
-    assert gatedconv.gate_model(network("residual"), "layer", example_input=IMAGES).get_submodule(
-        "blocks.0.select"
-    ).at_least == 0  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
