@@ -197,9 +197,9 @@ def _difference(body: nn.Module, x: Tensor, expected: Any) -> str | None:
             continue
         if a.shape != b.shape:
             return f"the plan returns shape {tuple(a.shape)}, the model {tuple(b.shape)}"
-        error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-        if not error <= _WRONG:
-            return f"the plan differs from the model by {error:.1e} of its largest value"
+        wrong = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+        if not wrong <= _WRONG:
+            return f"the plan differs from the model by {wrong:.1e} of its largest value"
     return None
 
 

@@ -196,7 +196,7 @@ def _slice(node: fx.Node, traced: fx.GraphModule) -> tuple[Any, tuple[Any, ...]]
         if step != 1:
             return None
     elif isinstance(index, int) and str(getattr(parts.target, "__name__", parts.target)) in ("chunk", "split"):
-        source = parts.args[0] if parts.args else None
+        source = parts.args[0] if parts.args else None  # type: ignore[assignment]
         given = parts.args[1] if len(parts.args) > 1 else None
         size = _size(source)
         if _argument(parts, 2, "dim", 0) not in (1, -3) or size is None or index < 0:
@@ -291,7 +291,7 @@ def _sized_like(size: Any) -> fx.Node | None:
         return _shape_of_what(size.args[0]) if whole else None
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         return None
-    found = []
+    found: list[Any] = []
     for axis, one in enumerate(size, start=2):
         if not isinstance(one, fx.Node) or len(one.args) != 2 or one.args[1] not in (axis, axis - 4):
             return None

@@ -290,7 +290,7 @@ def _place_part(cat: Step, position: int, at: int, maps: list[Map], made_by: dic
             channels += maps[other].channels
         if channels != whole.channels or made_by[m.holder].op in ("slice", "input"):
             return False
-        m, end, part = whole, at + channels, m.holder
+        m, end = whole, at + channels
     elif maker.op in ("slice", "input"):
         return False
     if m.holder is not None:

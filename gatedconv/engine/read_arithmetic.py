@@ -191,7 +191,7 @@ def read_gelu(node: fx.Node, module: nn.GELU) -> Layer:
 
 def read_call_gelu(call: Call) -> Layer | None:
     """Read a call of F.gelu."""
-    act = {"none": "gelu", "tanh": "gelu_tanh"}.get(call.node.kwargs.get("approximate", "none"))  # type: ignore[arg-type]
+    act = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(call.node.kwargs.get("approximate", "none")))
     return make_layer("act", call.node, act=act) if act else None
 
 

@@ -116,7 +116,8 @@ def _call_max_pool(call: Call) -> Layer | None:
         return None
     if call.get(6, "return_indices", False):
         return None
-    return _window("max_pool", call.node, *(call.get(i, n, d) for i, n, d in _WINDOW))
+    kernel, stride, padding = (call.get(i, n, d) for i, n, d in _WINDOW)
+    return _window("max_pool", call.node, kernel, stride, padding)
 
 
 def _avg_pool(node: fx.Node, pool: nn.AvgPool2d) -> Layer | None:
@@ -128,12 +129,13 @@ def _avg_pool(node: fx.Node, pool: nn.AvgPool2d) -> Layer | None:
 def _call_avg_pool(call: Call) -> Layer | None:
     if call.get(4, "ceil_mode", False) or call.get(6, "divisor_override") is not None:
         return None
-    values = [call.get(i, n, d) for i, n, d in _WINDOW]
+    values = kernel, stride, padding = [call.get(i, n, d) for i, n, d in _WINDOW]
     if any(
         isinstance(v, fx.Node) for value in values for v in (value if isinstance(value, (tuple, list)) else [value])
     ):
         return None
-    return _window("avg_pool", call.node, *values, int(call.get(5, "count_include_pad", True)))
+    option = int(call.get(5, "count_include_pad", True))
+    return _window("avg_pool", call.node, kernel, stride, padding, option)
 
 
 _WINDOW = ((1, "kernel_size", None), (2, "stride", None), (3, "padding", 0))
