@@ -222,7 +222,7 @@ def skip_closed(model: nn.Module) -> None:
                 continue
             for conv in hook.convs:
                 path = paths.get(id(conv))
-                if path is None or type(conv) is not nn.Conv2d:
+                if path is None or type(conv) is not nn.Conv2d or "weight" not in conv._parameters:
                     continue
                 if isinstance(hook, GateBranch):
                     closed[path] = mask.expand(conv.out_channels).clone()
