@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,6 +49,29 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Treat the modules that a plan knows as one node each."""
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Let a model iterate over the parts of a chunk or a split whose number is written in the call."""
+        return _Parts(node, self) if _count_parts(node) else super().proxy(node)
+
+
+class _Parts(fx.Proxy):
+    """The result of a chunk or a split."""
+
+    def __len__(self) -> int:
+        return _count_parts(self.node)
+
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        return iter([self[i] for i in range(len(self))])
+
+
+def _count_parts(node: fx.Node) -> int:
+    """The number of parts that a chunk or a split names, 0 if it names none."""
+    if _name(node) == "chunk":
+        parts = _argument(node, 1, "chunks")
+        return parts if isinstance(parts, int) else 0
+    sizes = _argument(node, 1, "split_size") if _name(node) == "split" else 0
+    return len(sizes) if isinstance(sizes, (list, tuple)) else 0
 
 
 def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
@@ -174,6 +198,11 @@ def _size(node: Any, larger: bool = False) -> tuple[int, ...] | None:
     return None if meta is None else tuple(meta)
 
 
+def _name(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def _argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
     return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
 
@@ -195,18 +224,18 @@ def _slice(node: fx.Node, traced: fx.GraphModule) -> tuple[Any, tuple[Any, ...]]
         start, _, step = index[1].indices(size[1])
         if step != 1:
             return None
-    elif isinstance(index, int) and str(getattr(parts.target, "__name__", parts.target)) in ("chunk", "split"):
+    elif isinstance(index, int) and _name(parts) in ("chunk", "split"):
         source = parts.args[0] if parts.args else None  # type: ignore[assignment]
         given = parts.args[1] if len(parts.args) > 1 else None
         size = _size(source)
         if _argument(parts, 2, "dim", 0) not in (1, -3) or size is None or index < 0:
             return None
-        if str(getattr(parts.target, "__name__", parts.target)) == "split" and isinstance(given, (list, tuple)):
+        if _name(parts) == "split" and isinstance(given, (list, tuple)):
             if not all(isinstance(width, int) for width in given):
                 return None
             widths = list(given)
         elif isinstance(given, int):
-            chunk = str(getattr(parts.target, "__name__", parts.target)) == "chunk"
+            chunk = _name(parts) == "chunk"
             width = -(-size[1] // given) if chunk else given
             widths = [min(width, size[1] - at) for at in range(0, size[1], width)]
         else:
