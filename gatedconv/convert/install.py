@@ -175,7 +175,7 @@ class BeforeForward:
 
 def hooks_of(module: nn.Module) -> list[GateHook]:
     """The gates' hooks of one module, in the order in which they run."""
-    found = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    found: tuple[Any, ...] = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return [hook for hook in found if isinstance(hook, GateHook)]
 
 

@@ -116,9 +116,9 @@ class _Labels:
         for value in node.outputs:
             if flow.has_channels(value) and value not in self.needed:
                 self.needed[value] = torch.full((flow[value].size,), UNUSED)
-        value = node.outputs[0] if node.outputs else None
-        kind = flow.kind(value) if value is not None else ""
-        if value is None or not (kind in _PASSING or (kind == "conv" and _is_depthwise(node))):
+        first = node.outputs[0] if node.outputs else None
+        kind = flow.kind(first) if first is not None else ""
+        if first is None or not (kind in _PASSING or (kind == "conv" and _is_depthwise(node))):
             for source in node.inputs:
                 self._add_all(node, source)
             return
@@ -129,7 +129,7 @@ class _Labels:
                 else:
                     self._add_all(node, node.inputs[0])
             return
-        need = self.effective(value)
+        need = self.effective(first)
         if kind == "cat":
             for part, piece in zip(node.args[0], need.split([flow[p].size for p in node.args[0]]), strict=True):
                 self._add(node, part, piece)

@@ -139,7 +139,8 @@ def _compact_rest(
 
 def _closed(model: nn.Module) -> list[tuple[str, type, Tensor]]:
     """Path of each module that frozen gates multiply at, the kind of its hook, and the mask."""
-    links, found = masks_by_link(model), []
+    links = masks_by_link(model)
+    found: list[tuple[str, type, Tensor]] = []
     for path, module in model.named_modules():
         for hook in hooks_of(module):
             mask = mask_of(hook, module, links)

@@ -134,7 +134,8 @@ def _group_bias(
 
 def _nothing(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Conv2d):
-        return GatherChannels(torch.zeros(0, dtype=torch.long, device=module.weight.device), -1)  # type: ignore[union-attr]
+        device = next(module.parameters()).device
+        return GatherChannels(torch.zeros(0, dtype=torch.long, device=device), -1)
     padding = module.padding
     if isinstance(padding, str):
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]

@@ -88,14 +88,14 @@ def operate(dense: nn.Module, surgery: Mapping[str, Any], tensors: Mapping[str, 
         for kind, name, axis, link, convs in found:
             module = model.get_submodule(path)
             shared = None if link is None else links.setdefault(link, Link())
-            hook = _HOOKS[kind](name, int(axis), shared, tuple(model.get_submodule(c) for c in convs))
+            hook: Any = _HOOKS[kind](name, int(axis), shared, tuple(model.get_submodule(c) for c in convs))
             if kind in _BEFORE:
                 module.register_forward_pre_hook(hook)
             else:
                 module.register_forward_hook(hook)
     for path, numbers in surgery["before"].items():
-        hook = BeforeForward([links.setdefault(n, Link()) for n in numbers])
-        model.get_submodule(path).register_forward_pre_hook(hook)
+        before = BeforeForward([links.setdefault(n, Link()) for n in numbers])
+        model.get_submodule(path).register_forward_pre_hook(before)
     _resize(model, tensors)
     return model
 
