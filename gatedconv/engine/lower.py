@@ -62,7 +62,7 @@ class _Parts(fx.Proxy):
         return _count_parts(self.node)
 
     def __iter__(self) -> Iterator[fx.Proxy]:
-        return iter([self[i] for i in range(len(self))])
+        return iter([self[i] for i in range(len(self))])  # type: ignore[index]
 
 
 def _count_parts(node: fx.Node) -> int:
