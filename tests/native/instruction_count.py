@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gatedconv import _build
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/callgrind.json"
 SOURCES = [ROOT / "tests/native/plan_count.cpp"] + [
     ROOT / f"csrc/cpu/{name}.cpp"
