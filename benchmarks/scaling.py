@@ -120,9 +120,13 @@ def checkpoint() -> dict[str, Any]:
         size = (Path(folder) / "gated.pt").stat().st_size
     epoch = 391 * min(steps)
     return {
-        "model": "resnet56", "bytes": size, "write_s": {"median": statistics.median(writes), "most": max(writes)},
-        "step_s_least": min(steps), "epoch_s": epoch, "share_of_an_epoch": max(writes) / epoch,
-    }  # fmt: skip
+        "model": "resnet56",
+        "bytes": size,
+        "write_s": {"median": statistics.median(writes), "most": max(writes)},
+        "step_s_least": min(steps),
+        "epoch_s": epoch,
+        "share_of_an_epoch": max(writes) / epoch,
+    }
 
 
 NETWORKS = [(depth, gate) for depth in (20, 56) for gate in ("layer", "channel")]
@@ -143,9 +147,10 @@ def _rank(index: int, folder: str) -> None:
     for depth, gate in NETWORKS:
         for norms in ("off", "gates"):
             launches = {
-                "launches_without_gates": alone[depth, None], "launches_alone": alone[depth, gate],
+                "launches_without_gates": alone[depth, None],
+                "launches_alone": alone[depth, gate],
                 "launches_together": _launches(depth, gate, norms),
-            }  # fmt: skip
+            }
             rows.append({**_sent(depth, gate, norms), **launches})
     if index == 0:
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
@@ -207,11 +212,17 @@ def _sent(depth: int, gate: str, norms: str) -> dict[str, Any]:
         for modules in ([model], gates)
     )
     return {
-        "model": f"resnet{depth}", "gate": gate, "sync_norm": norms, "gates": sum(g.num_gates for g in gates),
-        "messages_per_step": len(sent) // 6, "bytes_per_step": sum(sent) // 6,
-        "gate_gradient_bytes_per_step": of_gates, "gradient_bytes_per_step": gradients,
-        "step_ms": 1e3 * statistics.median(times[2:]), "messages_ms": 1e3 * spent[0] / 6,
-    }  # fmt: skip
+        "model": f"resnet{depth}",
+        "gate": gate,
+        "sync_norm": norms,
+        "gates": sum(g.num_gates for g in gates),
+        "messages_per_step": len(sent) // 6,
+        "bytes_per_step": sum(sent) // 6,
+        "gate_gradient_bytes_per_step": of_gates,
+        "gradient_bytes_per_step": gradients,
+        "step_ms": 1e3 * statistics.median(times[2:]),
+        "messages_ms": 1e3 * spent[0] / 6,
+    }
 
 
 def kills() -> dict[str, Any]:

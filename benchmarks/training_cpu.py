@@ -162,9 +162,15 @@ def plain_epochs(depth: int, data: ImageData, amp: str, compiled: bool, gated: b
 def our_epochs(network: str, data: ImageData, amp: str, gated: bool, compiled: bool, epochs: int) -> Iterator[float]:
     """The same by `gatedconv.train`, by our recipe."""
     settings = preset_settings("best-c10-r56") | {
-        "model": network, "epochs": epochs, "batch_size": BATCH, "pad": PAD, "amp": amp, "compile": compiled,
-        "device": "cpu", "teacher_at": 1.0,
-    }  # fmt: skip
+        "model": network,
+        "epochs": epochs,
+        "batch_size": BATCH,
+        "pad": PAD,
+        "amp": amp,
+        "compile": compiled,
+        "device": "cpu",
+        "teacher_at": 1.0,
+    }
     if not gated:
         settings |= {"gate": "none", "mac_control": "none", "consensus_at": 1.0}
     config: TrainConfig = make_config(settings)

@@ -108,8 +108,12 @@ def survival() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "collectives": collectives, "on-paper": on_paper, "skipping": skipping, "compile": compiled, "survival": survival,
-}  # fmt: skip
+    "collectives": collectives,
+    "on-paper": on_paper,
+    "skipping": skipping,
+    "compile": compiled,
+    "survival": survival,
+}
 
 
 def _named(row: dict[str, Any]) -> str:

@@ -21,11 +21,17 @@ import gatedconv
 def network() -> nn.Sequential:
     """Two gated convolutions behind a plain one; a closed channel is exactly zero, so no norm may follow a gate."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        gatedconv.Conv2d(32, 64, 3, stride=2, padding=1, gate="channel"), nn.ReLU(),
-        gatedconv.Conv2d(64, 64, 3, padding=1, gate="channel"), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        gatedconv.Conv2d(32, 64, 3, stride=2, padding=1, gate="channel"),
+        nn.ReLU(),
+        gatedconv.Conv2d(64, 64, 3, padding=1, gate="channel"),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
 
 
 def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:

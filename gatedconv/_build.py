@@ -98,9 +98,7 @@ def find_torch() -> Torch:
         answer = subprocess.run([sys.executable, "-I", "-c", question], capture_output=True, text=True)
         origin = answer.stdout.strip()
     if not origin:
-        raise BuildError(
-            f"torch is not installed for {sys.executable}: install it, then install gatedconv again"
-        )
+        raise BuildError(f"torch is not installed for {sys.executable}: install it, then install gatedconv again")
     root = Path(origin).parent
     text = (root / "version.py").read_text()
     version = re.search(r"^__version__ *=.*?['\"](.+?)['\"]", text, re.M)
@@ -126,9 +124,7 @@ def find_toolkit() -> Toolkit:
     candidates = [Path(named)] if named else []
     on_path = shutil.which("nvcc")
     if not named and on_path:
-        told = subprocess.run(
-            [on_path, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True
-        )
+        told = subprocess.run([on_path, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.+)$", told.stderr + told.stdout, re.M)
         if top:
             candidates.append(Path(top[1].strip()).resolve())
@@ -136,11 +132,7 @@ def find_toolkit() -> Toolkit:
     if not named:
         candidates.append(Path("/usr/local/cuda"))
     for root in candidates:
-        if (
-            (root / "bin/nvcc").exists()
-            and (root / "include/cuda_runtime.h").exists()
-            and _cudart_folder(root)
-        ):
+        if (root / "bin/nvcc").exists() and (root / "include/cuda_runtime.h").exists() and _cudart_folder(root):
             told = subprocess.run([str(root / "bin/nvcc"), "--version"], capture_output=True, text=True)
             version = re.search(r"release (\d+\.\d+)", told.stdout)
             if version:
@@ -357,9 +349,7 @@ def _cudart_folder(root: Path) -> Path | None:
     return next((folder for folder in folders if any(folder.glob("libcudart.so*"))), None)
 
 
-def _compile_command(
-    source: Path, csrc: Path, torch: Torch, compiler: str, toolkit: Toolkit | None
-) -> list[str]:
+def _compile_command(source: Path, csrc: Path, torch: Torch, compiler: str, toolkit: Toolkit | None) -> list[str]:
     common = ["-c", str(source), f"-I{csrc}", "-isystem", str(torch.root / "include")]
     common.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
     # Error messages name source files: not by where this machine keeps them.
@@ -435,9 +425,7 @@ def _run_into(output: Path, command: list[str]) -> None:
         except OSError as error:
             raise BuildError(f"{shlex.join(command)}\n{error}") from error
         if done.returncode != 0:
-            raise BuildError(
-                f"{shlex.join(command)}\nexit status {done.returncode}\n{done.stderr.strip()[-4000:]}"
-            )
+            raise BuildError(f"{shlex.join(command)}\nexit status {done.returncode}\n{done.stderr.strip()[-4000:]}")
         os.replace(part, output)
 
 

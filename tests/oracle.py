@@ -22,9 +22,7 @@ def _norm(x: Tensor, sd: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _shortcut(x: Tensor, sd: Mapping[str, Tensor], block: str, stride: int, channels: int) -> Tensor:
     if f"{block}.downsample.0.weight" in sd:
-        return _norm(
-            F.conv2d(x, sd[f"{block}.downsample.0.weight"], stride=stride), sd, f"{block}.downsample.1"
-        )
+        return _norm(F.conv2d(x, sd[f"{block}.downsample.0.weight"], stride=stride), sd, f"{block}.downsample.1")
     if stride == 1 and x.shape[1] == channels:
         return x
     out = x.new_zeros(x.shape[0], channels, -(-x.shape[2] // stride), -(-x.shape[3] // stride))
@@ -44,9 +42,7 @@ def forced_forward(x: Tensor, sd: Mapping[str, Tensor], masks: Mapping[str, Tens
             channel = masks.get(f"{block}.channel_gate")
             factor = None if channel is None else channel.to(x.dtype).view(1, -1, 1, 1)
             h = x * factor if factor is not None and position == "before" else x
-            h = F.relu(
-                _norm(F.conv2d(h, sd[f"{block}.conv1.weight"], stride=stride, padding=1), sd, f"{block}.bn1")
-            )
+            h = F.relu(_norm(F.conv2d(h, sd[f"{block}.conv1.weight"], stride=stride, padding=1), sd, f"{block}.bn1"))
             h = h * factor if factor is not None and position == "middle" else h
             h = _norm(F.conv2d(h, sd[f"{block}.conv2.weight"], padding=1), sd, f"{block}.bn2")
             h = h * factor if factor is not None and position == "after" else h

@@ -28,9 +28,7 @@ def test_the_readme_examples_run_one_after_the_other(capsys):
 
 
 def test_the_numbers_of_the_documents_come_from_the_results():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "write.py"), "--check"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "write.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

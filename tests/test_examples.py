@@ -17,8 +17,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 def output(name: str, *arguments: str, **options: object) -> list[str]:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -55,9 +58,20 @@ def test_finetune_prunes_a_network_on_a_folder(tmp_path):
                 pixels = rng.integers(0, 128, (32, 32, 3)) + (128 if name == "light" else 0)
                 image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
     lines = output(
-        "finetune.py", str(tmp_path / "images"), "--epochs", "3", "--batch-size", "4", "--image-size", "32",
-        "--gate", "channel", "--out", "small.safetensors", cwd=tmp_path,
-    )  # fmt: skip
+        "finetune.py",
+        str(tmp_path / "images"),
+        "--epochs",
+        "3",
+        "--batch-size",
+        "4",
+        "--image-size",
+        "32",
+        "--gate",
+        "channel",
+        "--out",
+        "small.safetensors",
+        cwd=tmp_path,
+    )
     found = re.fullmatch(r"top-1 [\d.]+ %, ([\d.]+) of ([\d.]+) M MACs", lines[-1])
     assert found and float(found[1]) < 0.8 * float(found[2])
     assert (tmp_path / "small.safetensors").stat().st_size > 0

@@ -8,9 +8,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 RANK = {
-    "cli": 9, "report": 8, "train": 8, "engine": 7, "deploy": 6, "convert": 5, "models": 5, "nn": 4, "measure": 4,
-    "gating": 3, "ops": 2, "kernels": 1, "data": 0,
-}  # fmt: skip
+    "cli": 9,
+    "report": 8,
+    "train": 8,
+    "engine": 7,
+    "deploy": 6,
+    "convert": 5,
+    "models": 5,
+    "nn": 4,
+    "measure": 4,
+    "gating": 3,
+    "ops": 2,
+    "kernels": 1,
+    "data": 0,
+}
 MAY_READ_DATA = {"train", "cli", "data"}
 # Modules at the top of the package, by the layer that they belong to.
 TOP = {"_build": "ops", "_native": "ops", "environment": "ops", "_io": "ops", "__main__": "cli"}
@@ -37,9 +48,7 @@ def imported_modules(tree: ast.AST, module: str, is_package: bool) -> list[tuple
                 kept = package[: len(package) - node.level + 1]
                 base = ".".join([*kept, base] if base else kept)
             # `from gatedconv import x` imports the module x where there is one.
-            found += [
-                (node.lineno, f"{base}.{alias.name}" if base == "gatedconv" else base) for alias in node.names
-            ]
+            found += [(node.lineno, f"{base}.{alias.name}" if base == "gatedconv" else base) for alias in node.names]
     return [(line, name) for line, name in found if name.split(".")[0] == "gatedconv"]
 
 
@@ -71,11 +80,7 @@ def python_modules() -> list[tuple[Path, str]]:
 def test_every_module_imports_downwards_only():
     modules = [(path, name) for path, name in python_modules() if name != "gatedconv"]
     assert len(modules) > 20
-    wrong = [
-        line
-        for path, name in modules
-        for line in check_imports(path.read_text(), name, path.stem == "__init__")
-    ]
+    wrong = [line for path, name in modules for line in check_imports(path.read_text(), name, path.stem == "__init__")]
     assert not wrong, "\n".join(wrong)
 
 

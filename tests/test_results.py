@@ -42,8 +42,10 @@ def test_the_demo_meets_the_figures_and_is_faster() -> None:
 )
 def test_figures_that_fall_short_are_found(network: str | None, figure: str, value: float) -> None:
     summary: dict[str, Any] = {
-        "dense": {"macs": 100, "top1": 99.0}, "frozen": {"macs": 55, "top1": 97.5}, "agreement": 0.99,
-    }  # fmt: skip
+        "dense": {"macs": 100, "top1": 99.0},
+        "frozen": {"macs": 55, "top1": 97.5},
+        "agreement": 0.99,
+    }
     assert_figures(summary)
     (summary if network is None else summary[network])[figure] = value
     with pytest.raises(AssertionError):

@@ -2,8 +2,8 @@
 //
 // Errors against float64 in units in the last place of the result, where that is no subnormal number: ELU 1,
 // sigmoid, tanh, hard sigmoid and hard swish 2, SiLU 2.5, Mish 4, GELU 7; GELU's tanh form 3 for x >= -1 and
-// below, where its argument's own rounding is magnified, 2e-5 of the result. (PyTorch's GELU cancels in its tail
-// and keeps no digits there.) NaN and infinities give what PyTorch gives in float64.
+// below, where its argument's own rounding is magnified, 2e-5 of the result. (PyTorch's GELU cancels in its
+// tail and keeps no digits there.) NaN and infinities give what PyTorch gives in float64.
 #pragma once
 
 #include "simd.h"
@@ -26,13 +26,15 @@ struct Reduced {
 };
 
 static inline Reduced reduce(vec x) {
-  const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded product
+  const vec shifted =
+      x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded product
   Reduced reduced;
   reduced.k = reinterpret_cast<lanes_of_int>(shifted) - 0x4b400000;
   const vec k = shifted - 12582912.0f;
   reduced.r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
   vec p = splat(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+  for (const float c :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
     p = p * reduced.r + c;
   }
   reduced.tail = p;
@@ -74,22 +76,27 @@ static inline vec hyperbolic_tangent(vec x) {
   const vec far = 1.0f - 2.0f * e / (1.0f + e);
   const vec z = x * x;
   vec p = splat(-5.70498872745e-3f);
-  for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f}) p = p * z + c;
+  for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+    p = p * z + c;
   const vec near = p * z * x + x;
   return select(a < 0.625f, near, select(x < 0.0f, -far, far));
 }
 
-// x times the normal distribution function: for x < 0 it is exp(-x^2 / 2) times a polynomial in 1 / (1 + |x| / 4).
+// x times the normal distribution function: for x < 0 it is exp(-x^2 / 2) times a polynomial in 1 / (1 + |x|
+// / 4).
 static inline vec gelu(vec x) {
   vec a = absolute(x);
   a = a > 15.0f ? splat(15.0f) : a;
   const vec t = 1.0f / (1.0f + 0.25f * a);
   vec p = splat(0.0171899041f);
-  for (const float c : {-0.0661441429f, 0.0596352347f, 0.0176365092f, 0.0218405611f, 0.0816656477f, 0.0737616362f, 0.0951288774f, 0.0995404142f, 0.099745363f}) p = p * t + c;
+  for (const float c : {-0.0661441429f, 0.0596352347f, 0.0176365092f, 0.0218405611f, 0.0816656477f,
+                        0.0737616362f, 0.0951288774f, 0.0995404142f, 0.099745363f})
+    p = p * t + c;
   // exp(-a^2 / 2) by the upper half of a, whose square is exact, and the rest.
   const vec high = reinterpret_cast<vec>(reinterpret_cast<lanes_of_int>(a) & ~0xfff);
   const vec y = (high - a) * (high + a) * 0.5f;
-  const vec tail = p * t * exp_negative(-0.5f * high * high) * (1.0f + y * (1.0f + y * (0.5f + y * (1.0f / 6))));
+  const vec tail =
+      p * t * exp_negative(-0.5f * high * high) * (1.0f + y * (1.0f + y * (0.5f + y * (1.0f / 6))));
   return x * select(x < 0.0f, tail, 1.0f - tail);
 }
 
@@ -129,12 +136,14 @@ static inline vec late_activation(vec x, float value) {
 template <Act A>
 static void activate_all(float* at, int pixels, ptrdiff_t stride, int vectors, float value) {
   for (int i = 0; i < pixels; ++i, at += stride) {
-    for (int v = 0; v < vectors; ++v) store(at + v * kLanes, late_activation<A>(load(at + v * kLanes), value));
+    for (int v = 0; v < vectors; ++v)
+      store(at + v * kLanes, late_activation<A>(load(at + v * kLanes), value));
   }
 }
 
 // Applies an activation to vectors of pixels that were just written.
-static inline void activate_pixels(Act act, float value, float* at, int pixels, ptrdiff_t stride, int vectors) {
+static inline void activate_pixels(Act act, float value, float* at, int pixels, ptrdiff_t stride,
+                                   int vectors) {
   using Function = void (*)(float*, int, ptrdiff_t, int, float);
   static constexpr Function functions[] = {
       nullptr,

@@ -65,8 +65,8 @@ static inline void for_lines(const Step& step, const Part& part, const Lines& li
 
 // The convolution of `width` pixels of a line, `v` vectors of output channels; the pointers are at the first
 // pixel, those of the output and residual at the first channel.
-static inline void conv_line(const Step& step, const Lines& lines, Tile& tile, int v, const float* in, float* out,
-                             const float* residual, int width) {
+static inline void conv_line(const Step& step, const Lines& lines, Tile& tile, int v, const float* in,
+                             float* out, const float* residual, int width) {
   for_pieces(width, v, [&](int x, int px) {
     tile.pixels = in + x * tile.pixel_stride;
     tile.out = out + x * lines.out;
@@ -115,8 +115,8 @@ static inline void conv_direct(const Step& step, const Part& part) {
     for_lines(step, part, lines, [&](int64_t image, int64_t y, int width) {
       const float* in = group + image * step.in.image + y * step.stride_h * step.in.row;
       const float* residual = residual_at(step, image, y);
-      conv_line(step, lines, tile, v, in, step.out.at(image, y) + channel, residual ? residual + channel : nullptr,
-                width);
+      conv_line(step, lines, tile, v, in, step.out.at(image, y) + channel,
+                residual ? residual + channel : nullptr, width);
     });
   }
 }
@@ -131,8 +131,8 @@ static inline size_t changed_scratch(const Step& step) {
 }
 
 // `count` input pixels times their image's gate, then scaled, shifted and activated, into `to`.
-static inline void change_pixels(const Step& step, const float* from, ptrdiff_t stride, int count, const float* gate,
-                                 ptrdiff_t gate_stride, float* to) {
+static inline void change_pixels(const Step& step, const float* from, ptrdiff_t stride, int count,
+                                 const float* gate, ptrdiff_t gate_stride, float* to) {
   const int channels = step.in.channels, padded = (channels + kPanel - 1) / kPanel * kPanel;
   const Act quick = step.pre_act <= Act::kRelu6 ? step.pre_act : Act::kNone;
   for (int i = 0; i < count; ++i, from += stride, gate += gate_stride, to += padded) {
@@ -162,8 +162,8 @@ static inline void conv_changed(const Step& step, const Part& part, float* scrat
     const float* residual = residual_at(step, image, y);
     for (int x = 0; x < width; x += block) {
       const int count = std::min(block, width - x);
-      change_pixels(step, in + x * lines.in, lines.in, count, gate ? gate + x * gate_stride : nullptr, gate_stride,
-                    scratch);
+      change_pixels(step, in + x * lines.in, lines.in, count, gate ? gate + x * gate_stride : nullptr,
+                    gate_stride, scratch);
       for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
         v = tile_vectors(last - v0, count);
         const int channel = v0 * kLanes;

@@ -10,11 +10,11 @@ namespace gatedconv::GATEDCONV_ISA {
 
 constexpr int kMostPixels = 8;  // sums in registers: enough to hide the latency of their additions
 
-// PX neighboring pixels, all channels of the part. A weight is loaded once for the pixels; the input comes from
-// memory, as an operand of the multiplication.
+// PX neighboring pixels, all channels of the part. A weight is loaded once for the pixels; the input comes
+// from memory, as an operand of the multiplication.
 template <int K, int S, int PX>
-static void depthwise_tile(const Step& step, const float* window, float* out, const float* residual, int first,
-                           int last) {
+static void depthwise_tile(const Step& step, const float* window, float* out, const float* residual,
+                           int first, int last) {
   const ptrdiff_t row = step.in.row, pixel = step.in.pixel;
   const int padded = (step.out.channels + kPanel - 1) / kPanel * kPanel;
   for (int v = first; v < last; ++v) {
@@ -42,15 +42,16 @@ static void depthwise_tile(const Step& step, const float* window, float* out, co
 }
 
 // One pixel of any kernel, stride and dilation.
-static void depthwise_pixel(const Step& step, const float* window, float* out, const float* residual, int first,
-                            int last) {
+static void depthwise_pixel(const Step& step, const float* window, float* out, const float* residual,
+                            int first, int last) {
   const int padded = (step.out.channels + kPanel - 1) / kPanel * kPanel;
   for (int c = first * kLanes; c < last * kLanes; c += kLanes) {
     vec sum = load(step.bias + c);
     const float* w = step.weights + c;
     for (int i = 0; i < step.kernel_h; ++i) {
       for (int j = 0; j < step.kernel_w; ++j, w += padded) {
-        sum += load(window + i * step.dilation_h * step.in.row + j * step.dilation_w * step.in.pixel + c) * load(w);
+        sum += load(window + i * step.dilation_h * step.in.row + j * step.dilation_w * step.in.pixel + c) *
+               load(w);
       }
     }
     if (residual) sum += load(residual + c);
@@ -90,15 +91,16 @@ static inline void conv_depthwise(const Step& step, const Part& part) {
   const int pieces = depthwise_function(step, 1) ? (width + kMostPixels - 1) / kMostPixels : width;
   for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
-    const float* top = step.in.data + image * step.in.image + (y * step.stride_h - step.pad_top) * step.in.row -
-                       step.pad_left * step.in.pixel;
+    const float* top = step.in.data + image * step.in.image +
+                       (y * step.stride_h - step.pad_top) * step.in.row - step.pad_left * step.in.pixel;
     const float* residual = residual_at(step, image, y);
     float* out = step.out.at(image, y);
     for (int i = 0, x = 0; i < pieces; ++i) {
       const int px = width / pieces + (i < width % pieces);
       const DepthwiseFunction function = depthwise_function(step, px);
-      (function ? function : depthwise_pixel)(step, top + x * step.stride_w * step.in.pixel, out + x * step.out.pixel,
-                                              residual ? residual + x * step.residual.pixel : nullptr, first, last);
+      (function ? function : depthwise_pixel)(
+          step, top + x * step.stride_w * step.in.pixel, out + x * step.out.pixel,
+          residual ? residual + x * step.residual.pixel : nullptr, first, last);
       activate_pixels(step.late, step.value, out + x * step.out.pixel + first * kLanes, px, step.out.pixel,
                       last - first);
       x += px;

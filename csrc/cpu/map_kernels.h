@@ -160,7 +160,8 @@ static inline void scatter_add(const Step& step, const Part& part) {
   }
 }
 
-// out = act(in op residual); the residual is a map of the same size, one pixel for all, or one channel for all.
+// out = act(in op residual); the residual is a map of the same size, one pixel for all, or one channel for
+// all.
 template <typename Combine>
 static inline void combine(const Step& step, const Part& part, Combine op) {
   const Map& other = step.residual;
@@ -201,7 +202,8 @@ static inline void copy(const Step& step, const Part& part) {
     }
     clear(out.at(image, y) - out.halo * out.pixel, out.halo);
     clear(out.at(image, y) + out.width * out.pixel, out.right());
-    for (int row = -out.halo; row < 0 && y == 0; ++row) clear(out.at(image, row) - out.halo * out.pixel, row_pixels);
+    for (int row = -out.halo; row < 0 && y == 0; ++row)
+      clear(out.at(image, row) - out.halo * out.pixel, row_pixels);
     for (int row = out.height; row < out.height + out.bottom() && y + 1 == out.height; ++row) {
       clear(out.at(image, row) - out.halo * out.pixel, row_pixels);
     }
@@ -211,7 +213,8 @@ static inline void copy(const Step& step, const Part& part) {
 // Pixel `to` of an upsampled line as PyTorch finds its source: floor(to * size / out).
 static inline void resize_nearest(const Step& step, const Part& part) {
   const Map &in = step.in, &out = step.out;
-  const float down = static_cast<float>(in.height) / out.height, across = static_cast<float>(in.width) / out.width;
+  const float down = static_cast<float>(in.height) / out.height,
+              across = static_cast<float>(in.width) / out.width;
   const int last = std::min(vectors(out.channels), part.panel1 * kPanelVectors);
   for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
@@ -257,8 +260,10 @@ static inline void resize_bilinear(const Step& step, const Part& part) {
       const ptrdiff_t left = across.first * in.pixel, right = across.second * in.pixel;
       for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
         const int c = v * kLanes;
-        const vec top = load(upper + left + c) * (1.0f - across.weight) + load(upper + right + c) * across.weight;
-        const vec bottom = load(lower + left + c) * (1.0f - across.weight) + load(lower + right + c) * across.weight;
+        const vec top =
+            load(upper + left + c) * (1.0f - across.weight) + load(upper + right + c) * across.weight;
+        const vec bottom =
+            load(lower + left + c) * (1.0f - across.weight) + load(lower + right + c) * across.weight;
         store(to + c, activate(top * (1.0f - down.weight) + bottom * down.weight, step.act));
       }
     }

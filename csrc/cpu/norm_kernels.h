@@ -38,10 +38,12 @@ static inline void layer_norm(const Step& step, const Part& part) {
       vec sum{}, squares{};
       for_vectors(from, 0, channels, 0.0f, [&](int, vec value) { sum += value; });
       const float mean = sum_lanes(sum) / channels;
-      for_vectors(from, 0, channels, mean, [&](int, vec value) { squares += (value - mean) * (value - mean); });
+      for_vectors(from, 0, channels, mean,
+                  [&](int, vec value) { squares += (value - mean) * (value - mean); });
       const float scale = 1.0f / std::sqrt(sum_lanes(squares) / channels + step.value);
       for (int c = 0; c < channels; c += kLanes) {
-        store(to + c, activate((load(from + c) - mean) * scale * load(step.bias + c) + load(shift + c), step.act));
+        store(to + c,
+              activate((load(from + c) - mean) * scale * load(step.bias + c) + load(shift + c), step.act));
       }
     }
   }
@@ -55,7 +57,8 @@ static inline void softmax(const Step& step, const Part& part) {
     float* to = step.out.at(image, y);
     for (int x = 0; x < step.out.width; ++x, from += step.in.pixel, to += step.out.pixel) {
       float largest = -std::numeric_limits<float>::infinity();
-      for (int c = 0; c < channels; ++c) largest = from[c] <= largest || largest != largest ? largest : from[c];
+      for (int c = 0; c < channels; ++c)
+        largest = from[c] <= largest || largest != largest ? largest : from[c];
       vec sum{};
       for_vectors(from, 0, channels, -std::numeric_limits<float>::infinity(), [&](int c, vec value) {
         const vec e = exp_negative(value - largest);
@@ -80,7 +83,8 @@ static inline void group_norm(const Step& step, const Part& part) {
       for (int y = 0; y < in.height; ++y) {
         vec row{};
         for (int x = 0; x < in.width; ++x) {
-          for_vectors(in.at(image, y) + x * in.pixel, begin, end, fill, [&](int, vec v) { row += value_of(v); });
+          for_vectors(in.at(image, y) + x * in.pixel, begin, end, fill,
+                      [&](int, vec v) { row += value_of(v); });
         }
         sum += sum_lanes(row);
       }
@@ -95,7 +99,8 @@ static inline void group_norm(const Step& step, const Part& part) {
         for_vectors(in.at(image, y) + x * in.pixel, begin, end, 0.0f, [&](int c, vec v) {
           v = (v - mean) * scale * load(step.bias + c) + load(step.bias + padded + c);
           v = activate(v, step.act);
-          if (step.late != Act::kNone) activate_pixels(step.late, step.value, reinterpret_cast<float*>(&v), 1, 0, 1);
+          if (step.late != Act::kNone)
+            activate_pixels(step.late, step.value, reinterpret_cast<float*>(&v), 1, 0, 1);
           if (c + kLanes <= end) return store(to + c, v);
           for (int i = 0; c + i < end; ++i) to[c + i] = v[i];
         });

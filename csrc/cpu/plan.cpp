@@ -115,9 +115,8 @@ Split split_step(const Step& step, int64_t images, int workers) {
       is_conv(step) ? static_cast<int64_t>(step.kernel_h) * step.kernel_w * step.span * channels : 0;
   const int64_t maps = images * step_bytes(step) / 4;
   const int tasks = workers;
-  const bool by_channels =
-      (is_conv(step) || step.op == Op::kMeanPool) && split.panels >= workers &&
-      (weights > maps || split.units < workers);
+  const bool by_channels = (is_conv(step) || step.op == Op::kMeanPool) && split.panels >= workers &&
+                           (weights > maps || split.units < workers);
   if (by_channels) {
     split.blocks = tasks;
   } else {

@@ -167,7 +167,8 @@ const char* check_channels(const Step& step) {
     case Op::kConv:
     case Op::kWinograd2:
     case Op::kWinograd4:
-      if (step.op == Op::kConv && step.index ? !within(step.span, 1, in.channels) : step.span != in.channels) {
+      if (step.op == Op::kConv && step.index ? !within(step.span, 1, in.channels)
+                                             : step.span != in.channels) {
         return "a convolution reads more channels than there are";
       }
       return nullptr;
@@ -187,7 +188,8 @@ const char* check_channels(const Step& step) {
     case Op::kFill:
       return nullptr;
     case Op::kView:
-      if (out.slot != in.slot || out.pixel != in.pixel || out.halo != in.halo || out.multiple != in.multiple) {
+      if (out.slot != in.slot || out.pixel != in.pixel || out.halo != in.halo ||
+          out.multiple != in.multiple) {
         return "a view has another form than its map";
       }
       return nullptr;
@@ -261,7 +263,8 @@ const char* resolve_size(Step& step, const int64_t* field) {
   return nullptr;
 }
 
-// Where the weights of a step begin; without weights (a plan that is only sized) nothing but whether they fit.
+// Where the weights of a step begin; without weights (a plan that is only sized) nothing but whether they
+// fit.
 const char* Reader::read_weights(const int64_t* field, Step& step) const {
   const int64_t channels = round_up(step.out.channels, kPanel);
   const auto find = [&](StepField name, int64_t floats, const float*& found) {
@@ -387,7 +390,8 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
   plan.out_width = last.width;
   // Images lie a whole slot apart in every map, so that one image's maps never reach into another image's.
   for (Step& step : plan.steps) {
-    for (Map* map : {&step.in, &step.out, &step.residual, &step.gate}) map->image = plan.slot_floats[map->slot];
+    for (Map* map : {&step.in, &step.out, &step.residual, &step.gate})
+      map->image = plan.slot_floats[map->slot];
   }
   return nullptr;
 }

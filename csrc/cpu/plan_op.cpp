@@ -13,8 +13,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weights,
-                std::vector<int64_t> shape, int64_t workers) {
+Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weights, std::vector<int64_t> shape,
+                int64_t workers) {
   STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == torch::headeronly::ScalarType::Float,
                   "plan_run: input must be float32 (N, C, H, W)");
   STD_TORCH_CHECK(program.scalar_type() == torch::headeronly::ScalarType::Long && program.is_contiguous() &&

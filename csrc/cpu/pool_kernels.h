@@ -1,4 +1,5 @@
-// Pooling: maxima and means over windows, clipped to the image, of fixed size or as many as the output has pixels.
+// Pooling: maxima and means over windows, clipped to the image, of fixed size or as many as the output has
+// pixels.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +14,11 @@ struct Window {
   int begin, end, count;
 };
 
-static inline Window window(int64_t at, int size, int kernel, int stride, int pad, bool adaptive, bool padded) {
+static inline Window window(int64_t at, int size, int kernel, int stride, int pad, bool adaptive,
+                            bool padded) {
   if (adaptive) {  // `kernel` is the size of the output
-    const int begin = static_cast<int>(at * size / kernel), end = static_cast<int>(((at + 1) * size + kernel - 1) / kernel);
+    const int begin = static_cast<int>(at * size / kernel),
+              end = static_cast<int>(((at + 1) * size + kernel - 1) / kernel);
     return {begin, end, end - begin};
   }
   const int from = static_cast<int>(at) * stride - pad;
@@ -29,7 +32,8 @@ static inline void pool(const Step& step, const Part& part) {
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
   for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
-    const Window down = window(y, step.in.height, step.kernel_h, step.stride_h, step.pad_top, adaptive, step.option);
+    const Window down =
+        window(y, step.in.height, step.kernel_h, step.stride_h, step.pad_top, adaptive, step.option);
     for (int x = 0; x < step.out.width; ++x) {
       const Window across =
           window(x, step.in.width, step.kernel_w, step.stride_w, step.pad_left, adaptive, step.option);

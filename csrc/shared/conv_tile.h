@@ -69,10 +69,11 @@ GATEDCONV_HOST_DEVICE inline int32_t larger(int32_t a, int32_t b) {
 template <class Math>
 inline void set_access(ConvArgs& a) {
   constexpr int64_t kUnit = kVector<Math>;
-  const auto whole = [&](const void* data, const Strides4& s, int64_t channels, int64_t height, int64_t width) {
+  const auto whole = [&](const void* data, const Strides4& s, int64_t channels, int64_t height,
+                         int64_t width) {
     // The stride of a dimension of size 1 says nothing: a pooled map is (C, 1, 1, 1) apart.
-    const bool strides = s.c == 1 && (a.batch == 1 || s.n % kUnit == 0) && (height == 1 || s.h % kUnit == 0) &&
-                         (width == 1 || s.w % kUnit == 0);
+    const bool strides = s.c == 1 && (a.batch == 1 || s.n % kUnit == 0) &&
+                         (height == 1 || s.h % kUnit == 0) && (width == 1 || s.w % kUnit == 0);
     return data == nullptr ||
            (strides && channels % kUnit == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0);
   };

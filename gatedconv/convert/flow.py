@@ -31,15 +31,43 @@ from gatedconv.nn import GatherChannels
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
 ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
-    nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Hardtanh, nn.LogSigmoid, nn.Softsign, nn.Hardshrink, nn.Softshrink,
-    nn.Tanhshrink, nn.Threshold, nn.RReLU,
-)  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.Mish,
+    nn.Softplus,
+    nn.Hardtanh,
+    nn.LogSigmoid,
+    nn.Softsign,
+    nn.Hardshrink,
+    nn.Softshrink,
+    nn.Tanhshrink,
+    nn.Threshold,
+    nn.RReLU,
+)
 PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 SPATIAL = (
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.Upsample, nn.ZeroPad2d,
-    nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d,
-)  # fmt: skip
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.LPPool2d,
+    nn.Upsample,
+    nn.ZeroPad2d,
+    nn.ConstantPad2d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
+    nn.CircularPad2d,
+)
 MOVING = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, GatherChannels)
 ACTIVATION_OPS = frozenset(
     "relu silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu elu selu celu mish softplus hardtanh "
@@ -62,9 +90,11 @@ MOVES = frozenset(
     "unsafe_split_with_sizes slice select unbind expand roll flip index_select index channel_shuffle "
     "native_channel_shuffle alias detach same narrow unfold_copy chunk unsafe_chunk".split()
 )
-MIXING_OPS = frozenset("addmm mm bmm baddbmm matmul convolution _convolution einsum linear mkldnn_rnn_layer lstm gru "
-                       "_scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
-                       "_native_multi_head_attention".split())  # fmt: skip
+MIXING_OPS = frozenset(
+    "addmm mm bmm baddbmm matmul convolution _convolution einsum linear mkldnn_rnn_layer lstm gru "
+    "_scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
+    "_native_multi_head_attention".split()
+)
 
 
 def op_name(node: Node) -> str:

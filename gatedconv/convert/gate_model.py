@@ -36,9 +36,16 @@ from gatedconv.nn.block import GATES, POSITIONS
 
 
 def gate_model(
-    model: nn.Module, gate: str = "layer", *, position: str = "after", estimator: str = "ste", example_input: Any,
-    include: Choice = None, exclude: Choice = None, verify: bool = True,
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    gate: str = "layer",
+    *,
+    position: str = "after",
+    estimator: str = "ste",
+    example_input: Any,
+    include: Choice = None,
+    exclude: Choice = None,
+    verify: bool = True,
+) -> nn.Module:
     """A gated copy of any convolutional network: the same class, code, weights and names, and gates in its modules.
 
     The model runs once on ``example_input``, whatever its code does; what it computes shows where gates can be. A layer
@@ -187,9 +194,10 @@ class _Installer:
         link = Link()
         self.links.append(link)
         convs = tuple(
-            self.result.get_submodule(n.scope) for n in branch.nodes
+            self.result.get_submodule(n.scope)
+            for n in branch.nodes
             if type(n.module) is nn.Conv2d and len(found.calls_of(n.scope)) == 1
-        )  # fmt: skip
+        )
         first.register_forward_pre_hook(install.DecideBranch(name, axis, link))
         for reader in _sample_wise(branch, found):
             self.result.get_submodule(reader).register_forward_pre_hook(install.SelectSamples("", axis, link))

@@ -169,9 +169,11 @@ def is_known(module: nn.Module) -> bool:
 
 
 def record(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
     known: Callable[[nn.Module], bool] = is_known,
-) -> Record:  # fmt: skip
+) -> Record:
     """Run the model in eval mode, without gradients, and note what it computes; ``known`` layers as one node each.
 
     Raises:

@@ -191,8 +191,9 @@ class SiteFinder:
                 return "its channels are the model's outputs"
             warnings.warn(
                 f"gate_model: {name} is gated because include names it, though its channels are the model's outputs: "
-                f"a closed one is constant for every image", stacklevel=5,
-            )  # fmt: skip
+                f"a closed one is constant for every image",
+                stacklevel=5,
+            )
         return ""
 
     def _explain_the_rest(self) -> None:

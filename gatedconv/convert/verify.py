@@ -123,8 +123,11 @@ def distance(got: Any, wanted: Any) -> float:
         same = (x == y) | (x.isnan() & y.isnan())
         if y.numel() and not bool(same.all()):
             apart = torch.where(same, 0, (x - y).abs())
-            found = float(apart.max() / y.double().abs().nan_to_num(0, 0, 0).max().clamp(min=1e-30)) if not (
-                y.is_complex()) else float(apart.abs().max() / y.abs().max())  # fmt: skip
+            found = (
+                float(apart.max() / y.double().abs().nan_to_num(0, 0, 0).max().clamp(min=1e-30))
+                if not (y.is_complex())
+                else float(apart.abs().max() / y.abs().max())
+            )
             worst = max(worst, found if found == found else math.inf)
     return worst
 

@@ -355,8 +355,11 @@ class Channels:
         assert source is not None and index is not None
         size = self.flow[source].size
         whole = len(index) == size and torch.equal(index, torch.arange(size))
-        flat = value.tensor.dim() == 2 and len(index) % size == 0 and torch.equal(
-            index, torch.arange(size).repeat_interleave(len(index) // size))  # fmt: skip
+        flat = (
+            value.tensor.dim() == 2
+            and len(index) % size == 0
+            and torch.equal(index, torch.arange(size).repeat_interleave(len(index) // size))
+        )
         name, direct = op_name(node), node.inputs[0] is source
         safe = whole and (name in _SAFE_MOVES or isinstance(node.module, PASSING))
         safe = safe or ((whole or flat) and isinstance(node.module, MOVING))

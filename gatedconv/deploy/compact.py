@@ -181,9 +181,14 @@ def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
     """A ``torch.nn.Conv2d`` that shares the parameters, hooks and children of a convolution of ours."""
     geometry: tuple[Any, Any, Any, Any] = (module.kernel_size, module.stride, module.padding, module.dilation)
     plain = nn.Conv2d(
-        module.in_channels, module.out_channels, *geometry, module.groups, bias=False,
-        padding_mode=module.padding_mode, device="meta",
-    )  # fmt: skip
+        module.in_channels,
+        module.out_channels,
+        *geometry,
+        module.groups,
+        bias=False,
+        padding_mode=module.padding_mode,
+        device="meta",
+    )
     plain.weight, plain.bias = module.weight, module.bias
     plain._forward_hooks, plain._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
     plain._modules.update({name: child for name, child in module._modules.items() if name != "gate"})

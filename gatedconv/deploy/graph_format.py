@@ -30,8 +30,9 @@ _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ConstantMap": (("value",), ("stride",)),
     "EmptyMap": ((), ("channels", "kernel_size", "stride", "padding", "dilation")),
     "GatherChannels": (("index",), ("axis",)),
-    "ScatterAdd": (("index",), ("axis",)), "ScatterChannels": (("index", "fill"), ("axis",)),
-}  # fmt: skip
+    "ScatterAdd": (("index",), ("axis",)),
+    "ScatterChannels": (("index", "fill"), ("axis",)),
+}
 
 
 _LAYERS = frozenset(
@@ -197,9 +198,11 @@ def _gate_arguments(gate: Gate) -> dict[str, Any]:
         raise TypeError(f"save: a {type(gate).__name__} is no gate of gatedconv")
     hidden = gate.fc1.out_features if gate.fc1 is not None else None
     arguments = {
-        "in_channels": gate.in_channels, "hidden": hidden, "estimator": gate.estimator.name,
+        "in_channels": gate.in_channels,
+        "hidden": hidden,
+        "estimator": gate.estimator.name,
         "temperature": gate.estimator.temperature,
-    }  # fmt: skip
+    }
     if isinstance(gate, ChannelGate):
         arguments |= {"num_gates": gate.num_gates, "pool": gate.pool, "feature_size": gate.feature_size}
     return arguments
@@ -263,19 +266,27 @@ _OPERATORS = {
     "operator.floordiv": operator.floordiv,
 }
 # The ATen operations that a graph may call: they compute, and touch neither files nor the process.
-_ATEN = ELEMENTWISE | SPATIAL_OPS | MOVES | MIXING_OPS | frozenset(REDUCTIONS) | frozenset(
-    "cat stack constant_pad_nd reflection_pad1d replication_pad1d circular_pad native_batch_norm "
-    "_native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update native_group_norm "
-    "native_layer_norm _fused_rms_norm _softmax _log_softmax pixel_shuffle pixel_unshuffle _weight_norm_interface "
-    "_weight_norm var_mean std_mean cumsum topk sort argmax argmin max min any all gather scatter index_put prod "
-    "grid_sampler_2d im2col col2im view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c real imag complex conj "
-    "_conj resolve_conj polar dot mv addmv outer linalg_vector_norm upsample_linear1d upsample_nearest1d "
-    "upsample_trilinear3d upsample_nearest3d avg_pool1d avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d "
-    "convolution_overrideable slow_conv2d_forward mkldnn_convolution tril triu one_hot eye full_like new_zeros "
-    "new_ones new_full repeat repeat_interleave scalar_tensor item _unsafe_index isfinite isinf remainder fmod trunc "
-    "frac atan2 hypot sinh cosh asin acos tan log2 log10 exp2 expm1 erfc erfinv cross cdist _cdist_forward nonzero "
-    "fmax fmin logical_xor scatter_add index_add masked_select mish glu prelu _prelu_kernel rrelu_with_noise".split()
-)  # fmt: skip
+_ATEN = (
+    ELEMENTWISE
+    | SPATIAL_OPS
+    | MOVES
+    | MIXING_OPS
+    | frozenset(REDUCTIONS)
+    | frozenset(
+        "cat stack constant_pad_nd reflection_pad1d replication_pad1d circular_pad native_batch_norm "
+        "_native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update native_group_norm "
+        "native_layer_norm _fused_rms_norm _softmax _log_softmax pixel_shuffle pixel_unshuffle _weight_norm_interface "
+        "_weight_norm var_mean std_mean cumsum topk sort argmax argmin max min any all gather scatter index_put prod "
+        "grid_sampler_2d im2col col2im view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c real imag complex conj "
+        "_conj resolve_conj polar dot mv addmv outer linalg_vector_norm upsample_linear1d upsample_nearest1d "
+        "upsample_trilinear3d upsample_nearest3d avg_pool1d avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d "
+        "convolution_overrideable slow_conv2d_forward mkldnn_convolution tril triu one_hot eye full_like new_zeros "
+        "new_ones new_full repeat repeat_interleave scalar_tensor item _unsafe_index isfinite isinf remainder fmod "
+        "trunc frac atan2 hypot sinh cosh asin acos tan log2 log10 exp2 expm1 erfc erfinv cross cdist _cdist_forward "
+        "nonzero fmax fmin logical_xor scatter_add index_add masked_select mish glu prelu _prelu_kernel "
+        "rrelu_with_noise".split()
+    )
+)
 _OURS = ("gatedconv.gated_scale.default", "gatedconv.masked_conv2d.default")
 _TORCHVISION = ("torchvision.nms.default", "torchvision.roi_align.default", "torchvision.deform_conv2d.default")
 

@@ -53,16 +53,28 @@ class HubModel(
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, revision: str | None = None, cache_dir: str | Path | None = None,
-        force_download: bool = False, local_files_only: bool = False, token: str | bool | None = None, **ignored: Any,
-    ) -> HubModel:  # fmt: skip
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **ignored: Any,
+    ) -> HubModel:
         folder = Path(model_id)
         if folder.is_dir() and not (folder / FILE_NAME).is_file():
             raise FileNotFoundError(f"from_pretrained: {folder} holds no {FILE_NAME}; save_pretrained writes one")
         if folder.is_dir():
             return cls(load(folder / FILE_NAME))
         path = hf_hub_download(
-            repo_id=model_id, filename=FILE_NAME, revision=revision, cache_dir=cache_dir,
-            force_download=force_download, local_files_only=local_files_only, token=token,
-        )  # fmt: skip
+            repo_id=model_id,
+            filename=FILE_NAME,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
         return cls(load(path))

@@ -177,8 +177,11 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
         description["conversion"] = dataclasses.asdict(conversion)
     if size := getattr(model, "input_size", None):
         description["input_size"] = list(size)
-    more = {} if graph is None or graph is model else {
-        name: t for name, t in graph.state_dict().items() if name not in model.state_dict()}  # fmt: skip
+    more = (
+        {}
+        if graph is None or graph is model
+        else {name: t for name, t in graph.state_dict().items() if name not in model.state_dict()}
+    )
     if more:
         description["extra"] = sorted(more)
     return description, more

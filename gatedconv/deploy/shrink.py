@@ -52,8 +52,18 @@ def shrink(model: nn.Module, channels: Channels) -> None:
     for node, value in channels.masks.inputs:
         if flow.kind(node.outputs[0]) not in ("conv", "linear") or not channels.is_sliceable(node):
             mask = channels.masks.inputs[node, value]
-            _frame(model, node.scope, before=_glue(~channels.zeros(value), ~channels.zeros(value), ~mask,
-                                                   torch.zeros(len(mask)), value, flow[value].axis))  # fmt: skip
+            _frame(
+                model,
+                node.scope,
+                before=_glue(
+                    ~channels.zeros(value),
+                    ~channels.zeros(value),
+                    ~mask,
+                    torch.zeros(len(mask)),
+                    value,
+                    flow[value].axis,
+                ),
+            )
 
 
 # -- single modules ------------------------------------------------------------------------------------
@@ -219,9 +229,15 @@ def _slice_numbers(module: nn.Module, kept: Tensor) -> None:
 
 
 def _require_slice(
-    channels: Channels, path: str, module: nn.Module, small: nn.Module, source: Value, read: Tensor, write: Tensor,
+    channels: Channels,
+    path: str,
+    module: nn.Module,
+    small: nn.Module,
+    source: Value,
+    read: Tensor,
+    write: Tensor,
     axis: int,
-) -> None:  # fmt: skip
+) -> None:
     """Raise CannotSlice unless ``small`` gives the channels ``write`` of what the module gives."""
     x = torch.randn(source.tensor.shape, generator=torch.Generator().manual_seed(0)).to(source.tensor)
     source_axis = channels.flow[source].axis

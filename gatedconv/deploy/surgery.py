@@ -32,9 +32,14 @@ def describe_surgery(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         if isinstance(module, Framed):
             frames[path] = [
-                [name, None if name == "layer" and not isinstance(part, (EmptyMap, GatherChannels))
-                 else describe_module(f"{path}.{name}", part)] for name, part in module.named_children()
-            ]  # fmt: skip
+                [
+                    name,
+                    None
+                    if name == "layer" and not isinstance(part, (EmptyMap, GatherChannels))
+                    else describe_module(f"{path}.{name}", part),
+                ]
+                for name, part in module.named_children()
+            ]
         if isinstance(module, Gate):
             gates[path] = describe_module(path, module)
         if isinstance(module, FrozenConv2d):

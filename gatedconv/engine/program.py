@@ -393,10 +393,31 @@ class _Blob:
 
 # The fields of an instruction after its op, as in csrc/cpu/plan.h, with what they are where a layer has none.
 _FIELDS = {
-    "source": -1, "target": -1, "residual": -1, "act": 0, "kernel_h": 1, "kernel_w": 1, "stride_h": 1, "stride_w": 1,
-    "top": 0, "left": 0, "bottom": 0, "right": 0, "dilation_h": 1, "dilation_w": 1, "weights": 0, "bias": 0, "span": 0,
-    "index": 0, "option": 0, "direct": 0, "value": 0, "gate": -1, "before": 0, "before_act": 0,
-}  # fmt: skip
+    "source": -1,
+    "target": -1,
+    "residual": -1,
+    "act": 0,
+    "kernel_h": 1,
+    "kernel_w": 1,
+    "stride_h": 1,
+    "stride_w": 1,
+    "top": 0,
+    "left": 0,
+    "bottom": 0,
+    "right": 0,
+    "dilation_h": 1,
+    "dilation_w": 1,
+    "weights": 0,
+    "bias": 0,
+    "span": 0,
+    "index": 0,
+    "option": 0,
+    "direct": 0,
+    "value": 0,
+    "gate": -1,
+    "before": 0,
+    "before_act": 0,
+}
 
 
 def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> list[int]:

@@ -81,8 +81,17 @@ def read_conv(node: fx.Node, conv: nn.Conv2d) -> Layer | None:
     else:
         top, left = pair(conv.padding)
         padding = (top, left, top, left)
-    return make_layer("conv", node, kernel=kernel, stride=pair(conv.stride), padding=padding, dilation=dilation,
-                  groups=conv.groups, weight=double(conv.weight), bias=double(conv.bias))  # fmt: skip
+    return make_layer(
+        "conv",
+        node,
+        kernel=kernel,
+        stride=pair(conv.stride),
+        padding=padding,
+        dilation=dilation,
+        groups=conv.groups,
+        weight=double(conv.weight),
+        bias=double(conv.bias),
+    )
 
 
 def read_linear(node: fx.Node, linear: nn.Linear) -> Layer | None:

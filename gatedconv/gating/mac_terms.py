@@ -90,9 +90,7 @@ def _expected(
     joined = torch.cat(list(rates.values())) if rates else torch.zeros(0)
     sizes = {name: rate.numel() for name, rate in rates.items()}
     key = ("expected", tuple(amounts), tuple(sizes.items()), joined.device, joined.dtype)
-    form = cached(
-        unwrap(model), key, lambda: Multilinear.build(amounts, [_factors(t) for t in terms], sizes, joined)
-    )
+    form = cached(unwrap(model), key, lambda: Multilinear.build(amounts, [_factors(t) for t in terms], sizes, joined))
     return multilinear(joined, form)
 
 

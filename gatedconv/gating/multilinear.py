@@ -81,9 +81,7 @@ class Multilinear(NamedTuple):
         merged: dict[tuple[Factor, ...], float] = {}
         for amount, term in zip(amounts, factors, strict=True):
             merged[tuple(term)] = merged.get(tuple(term), 0.0) + amount
-        means = {
-            factor: k for k, factor in enumerate(dict.fromkeys(f for term in merged for f in term), start=1)
-        }
+        means = {factor: k for k, factor in enumerate(dict.fromkeys(f for term in merged for f in term), start=1)}
         starts = dict(zip(sizes, _cumulative(sizes.values()), strict=True))
         average = torch.zeros(len(means) + 1, sum(sizes.values()), dtype=torch.float64)
         for (gate, channels), k in means.items():

@@ -34,13 +34,9 @@ def require_gates(model: nn.Module, owner: str) -> dict[str, Gate]:
     """``find_gates``, but ValueError, naming ``owner``, where there are none."""
     found = find_gates(model)
     if not found:
-        raise ValueError(
-            f"{owner}: the model has no gates; build it with gate=... or use gatedconv.gate_model"
-        )
+        raise ValueError(f"{owner}: the model has no gates; build it with gate=... or use gatedconv.gate_model")
     if "" in found:
-        raise ValueError(
-            f"{owner}: expected a model that contains gates, got a {type(model).__name__} itself"
-        )
+        raise ValueError(f"{owner}: expected a model that contains gates, got a {type(model).__name__} itself")
     return found
 
 

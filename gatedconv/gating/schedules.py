@@ -34,8 +34,7 @@ def staged(progress: float, boundaries: Sequence[float], values: Sequence[float]
     _check_progress(progress)
     if len(values) != len(boundaries) + 1:
         raise ValueError(
-            f"staged: expected {len(boundaries) + 1} values for {len(boundaries)} boundaries, "
-            f"got {len(values)}"
+            f"staged: expected {len(boundaries) + 1} values for {len(boundaries)} boundaries, got {len(values)}"
         )
     if list(boundaries) != sorted(boundaries):
         raise ValueError(f"staged: boundaries must rise, got {tuple(boundaries)}")

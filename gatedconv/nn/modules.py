@@ -19,9 +19,17 @@ class FrozenConv2d(Conv2d):
 
     def __init__(self, conv: nn.Conv2d, out_open: Tensor) -> None:
         super().__init__(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-            conv.groups, False, conv.padding_mode, device="meta",
-        )  # fmt: skip
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            False,
+            conv.padding_mode,
+            device="meta",
+        )
         self.weight, self.bias = conv.weight, conv.bias
         self.register_buffer("out_open", out_open)
 
@@ -84,9 +92,13 @@ class EmptyMap(nn.Module):
     """
 
     def __init__(
-        self, channels: int, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+        self,
+        channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
         dilation: tuple[int, int],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation

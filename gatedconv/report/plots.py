@@ -84,9 +84,15 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
         for epoch, weight in _jumps(lines):
             axes.axvline(epoch - 0.5, color=STAGE, linewidth=1.4)
             axes.annotate(
-                f"λ = {weight:g}", (epoch - 0.5, 1), xycoords=("data", "axes fraction"), xytext=(3, 2),
-                textcoords="offset points", color=STAGE, fontsize=8, annotation_clip=False,
-            )  # fmt: skip
+                f"λ = {weight:g}",
+                (epoch - 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 2),
+                textcoords="offset points",
+                color=STAGE,
+                fontsize=8,
+                annotation_clip=False,
+            )
         labels = [name.removesuffix("_gate").replace(".layer", "").replace(".channel", " ch") for name in names]
         every = max(1, -(-len(names) // 30))
         axes.set_yticks(range(0, len(names), every), labels[::every])

@@ -92,9 +92,17 @@ def train(
         OSError: the checkpoint could not be written; the previous one is kept.
     """
     training = Training(
-        model, data, config, phase=phase, checkpoint=checkpoint, on_step=on_step, on_note=on_note,
-        deadline=deadline, stop=stop, teacher=teacher,
-    )  # fmt: skip
+        model,
+        data,
+        config,
+        phase=phase,
+        checkpoint=checkpoint,
+        on_step=on_step,
+        on_note=on_note,
+        deadline=deadline,
+        stop=stop,
+        teacher=teacher,
+    )
     slow = precision_note(config.amp, training.device)
     if slow:
         on_note(slow)
@@ -146,9 +154,13 @@ class Training:
         """Train epoch by epoch; see `train`."""
         torch.manual_seed((self.config.seed + 7919 * self.ranks.rank) % 2**63)  # the gates' own noise
         self.stepper = make_stepper(
-            self.model, self.config, self.device, self.ranks,
-            macs_per_image=self._compact_macs(), observe=self._observe,
-        )  # fmt: skip
+            self.model,
+            self.config,
+            self.device,
+            self.ranks,
+            macs_per_image=self._compact_macs(),
+            observe=self._observe,
+        )
         if self.teacher is not None:
             self.teacher.begin(self.stepper)
         if resume:

@@ -16,9 +16,21 @@ from gatedconv.train.callbacks import StepReport
 from tests.image_files import write_npz
 
 METRICS = EpochMetrics(
-    "gated", 2, 0.1, 0.5, 90.0, 0.4, 91.25, 3.0, polarization=0.0123, macs=0.455, open_rate=0.5,
-    gates_dead=1, gates_saturated=2, num_gates=9,
-)  # fmt: skip
+    "gated",
+    2,
+    0.1,
+    0.5,
+    90.0,
+    0.4,
+    91.25,
+    3.0,
+    polarization=0.0123,
+    macs=0.455,
+    open_rate=0.5,
+    gates_dead=1,
+    gates_saturated=2,
+    num_gates=9,
+)
 
 
 def bar() -> tuple[BarProgress, Progress, io.StringIO]:

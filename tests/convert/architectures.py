@@ -185,9 +185,21 @@ def _short(stage: str, error: Exception) -> str:
 
 
 HEAD = (
-    "network", "pixels", "gates", "reach", "removed at 70 %", "at 30 %", "one open", "none open", "MACs off (points)",
-    "largest error", "ONNX", "Engine", "trains", "remarks",
-)  # fmt: skip
+    "network",
+    "pixels",
+    "gates",
+    "reach",
+    "removed at 70 %",
+    "at 30 %",
+    "one open",
+    "none open",
+    "MACs off (points)",
+    "largest error",
+    "ONNX",
+    "Engine",
+    "trains",
+    "remarks",
+)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -212,10 +224,18 @@ def line(row: Row) -> str:
     """One row, for people who wait."""
     off = " / ".join(map(_points, row.macs_off.values()))
     cells = [
-        "ok  " if row.ok else "FAIL", row.name, f"{row.size}px", f"{row.gates} gates", f"reach {row.reach:.1%}",
-        f"error {row.error:.1e}", f"onnx {row.onnx}", f"engine {row.engine}", f"macs off {off}",
-        f"gate {row.seconds[0]:.1f}s cut {row.seconds[1]:.1f}s", "; ".join(row.failures),
-    ]  # fmt: skip
+        "ok  " if row.ok else "FAIL",
+        row.name,
+        f"{row.size}px",
+        f"{row.gates} gates",
+        f"reach {row.reach:.1%}",
+        f"error {row.error:.1e}",
+        f"onnx {row.onnx}",
+        f"engine {row.engine}",
+        f"macs off {off}",
+        f"gate {row.seconds[0]:.1f}s cut {row.seconds[1]:.1f}s",
+        "; ".join(row.failures),
+    ]
     return " ".join(cells)
 
 

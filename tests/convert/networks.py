@@ -187,7 +187,7 @@ NETWORKS = {
     "attention": lambda: Attention(),
     "computed": lambda: Computed(),
     "unet": lambda: UNet(),
-}  # fmt: skip
+}
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 

@@ -49,9 +49,17 @@ def test_channel_gates_follow_the_norm_and_spare_shortcuts_and_squeeze_excite():
 
 def test_a_depthwise_convolution_shares_the_gate_of_its_input():
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8),
-        nn.Sigmoid(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.BatchNorm2d(8),
+        nn.Sigmoid(),
+        nn.Conv2d(8, 4, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    ).eval()
     result = gatedconv.gate_model(model, "channel", example_input=IMAGES)
     assert sorted(gatedconv.gates(result)) == ["1.channel_gate", "6.channel_gate"]
     assert "depthwise" in result.conversion.skipped["3"]
@@ -63,7 +71,7 @@ def test_a_depthwise_convolution_shares_the_gate_of_its_input():
         ("middle", [f"blocks.{i}.conv2.channel_gate" for i in range(3)]),
         ("before", ["blocks.0.conv1.channel_gate", "blocks.1.conv1.channel_gate", "blocks.2.conv1.channel_gate"]),
     ],
-)  # fmt: skip
+)
 def test_positions(position, expected):
     model = network("residual")
     result = gatedconv.gate_model(model, "channel", position=position, example_input=IMAGES)
@@ -76,12 +84,16 @@ def test_positions(position, expected):
     [
         ({"include": "blocks.1"}, {"blocks.1.layer_gate", *(f"blocks.1.bn{i}.channel_gate" for i in (1, 2, 3))}),
         ({"include": ["blocks.*.conv1"]}, {f"blocks.{i}.bn1.channel_gate" for i in range(3)}),
-        ({"exclude": lambda name, module: "blocks" in name and not name.endswith("conv2")},
-         {f"blocks.{i}.bn2.channel_gate" for i in range(3)}),
-        ({"include": "blocks", "exclude": ["blocks.0", "blocks.1"]},
-         {"blocks.2.layer_gate", *(f"blocks.2.bn{i}.channel_gate" for i in (1, 2, 3))}),
+        (
+            {"exclude": lambda name, module: "blocks" in name and not name.endswith("conv2")},
+            {f"blocks.{i}.bn2.channel_gate" for i in range(3)},
+        ),
+        (
+            {"include": "blocks", "exclude": ["blocks.0", "blocks.1"]},
+            {"blocks.2.layer_gate", *(f"blocks.2.bn{i}.channel_gate" for i in (1, 2, 3))},
+        ),
     ],
-)  # fmt: skip
+)
 def test_include_and_exclude(choice, expected):
     result = gated("residual", "both", **choice)
     assert set(gatedconv.gates(result)) == expected

@@ -91,8 +91,15 @@ def test_the_class_is_kept_and_every_step_is_exact(kind):
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("norm", [lambda c: nn.GroupNorm(2, c), lambda c: nn.InstanceNorm2d(c, affine=True),
-                                  lambda c: nn.BatchNorm2d(c, affine=False), nn.SyncBatchNorm])  # fmt: skip
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda c: nn.GroupNorm(2, c),
+        lambda c: nn.InstanceNorm2d(c, affine=True),
+        lambda c: nn.BatchNorm2d(c, affine=False),
+        nn.SyncBatchNorm,
+    ],
+)
 def test_gates_are_behind_norms_of_any_class(norm):
     model = Base(norm).eval()
     gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)

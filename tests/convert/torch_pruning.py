@@ -34,9 +34,12 @@ def prune(name: str) -> dict[str, Any]:
     started = time.process_time()
     try:
         pruner = torch_pruning.pruner.BasePruner(
-            model, images, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=0.5,
+            model,
+            images,
+            importance=torch_pruning.importance.MagnitudeImportance(p=2),
+            pruning_ratio=0.5,
             ignored_layers=outputs,
-        )  # fmt: skip
+        )
         pruner.step()
         with torch.no_grad():
             model(images)

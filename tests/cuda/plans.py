@@ -37,9 +37,7 @@ def conv_pack(weight: Tensor, in_index: Tensor | None, tf32: bool) -> Tensor:
     return padded.view(outputs, -1, step, height * width).permute(1, 3, 0, 2).reshape(-1).contiguous()
 
 
-def conv_run(
-    input, packed, bias, in_index, out_index, residual, output, geometry, act, skip_closed, tf32, tile
-):  # fmt: skip
+def conv_run(input, packed, bias, in_index, out_index, residual, output, geometry, act, skip_closed, tf32, tile):
     """What the operator promises, in float64."""
     height, width, *rest = geometry
     stride, (top, left), dilation = rest[:2], rest[2:4], rest[4:]

@@ -36,8 +36,10 @@ def test_inputs_that_a_sample_closes_are_not_read(name, per_sample_outputs, grou
     assert_close(mine[1], theirs[1], algorithm="gradient")
     assert_close(mine[0], theirs[0] * in_open[:, :, None, None], algorithm="gradient")
     with torch.no_grad():
-        torch.testing.assert_close(getattr(ops, name)(given, kernel, torch.ones(8), out_open, in_open, padding=1,
-                                                      groups=groups, relu=True), out)  # fmt: skip
+        torch.testing.assert_close(
+            getattr(ops, name)(given, kernel, torch.ones(8), out_open, in_open, padding=1, groups=groups, relu=True),
+            out,
+        )
 
 
 class OnDevice:

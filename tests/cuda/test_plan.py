@@ -220,6 +220,7 @@ def test_two_processes_keep_each_others_choices(tmp_path):
 
 def test_what_breaks_the_device_is_raised_and_not_kept(tmp_path, monkeypatch):
     """After such an error every candidate fails, the right ones too."""
+
     def broken():
         raise RuntimeError("launch failed")
 

@@ -63,9 +63,16 @@ def compare(model, x, dtype, ranks, tuner=None):
     return plan
 
 
-@pytest.mark.parametrize("position,shortcut,share", [
-    ("after", "B", 0.45), ("middle", "B", 0.5), ("before", "A", 0.45), ("after", "A", 0.0), ("middle", "A", 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "position,shortcut,share",
+    [
+        ("after", "B", 0.45),
+        ("middle", "B", 0.5),
+        ("before", "A", 0.45),
+        ("after", "A", 0.0),
+        ("middle", "A", 1.0),
+    ],
+)
 @pytest.mark.parametrize("dtype,ranks", [(torch.float16, 1), (torch.bfloat16, 4), (torch.float32, 2)])
 def test_a_cut_resnet_is_one_launch(position, shortcut, share, dtype, ranks, twin, monkeypatch):
     served(monkeypatch, twin)
@@ -211,9 +218,8 @@ def test_places_never_overlap_while_they_are_needed(model):
         if step.target in run.maps:
             live[step.target] = run.maps[step.target].at
         spans = {
-            (run.maps[n].at, run.maps[n].at + run.maps[n].units * run.maps[n].plane)
-            for n in live if last[n] >= at
-        }  # fmt: skip
+            (run.maps[n].at, run.maps[n].at + run.maps[n].units * run.maps[n].plane) for n in live if last[n] >= at
+        }
         for one in spans:
             assert sum(one[0] < other[1] and other[0] < one[1] for other in spans) == 1
         assert max(end for _, end in spans) <= run.map_bytes

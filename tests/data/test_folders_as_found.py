@@ -78,9 +78,12 @@ def test_suffixes(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     ("name", "pixels"),
-    [("a.png", (RAMP * 65535).astype(np.uint16)), ("a.tif", RAMP.astype(np.float32)),
-     ("b.tif", (RAMP * 65535).astype(np.int32))],
-)  # fmt: skip
+    [
+        ("a.png", (RAMP * 65535).astype(np.uint16)),
+        ("a.tif", RAMP.astype(np.float32)),
+        ("b.tif", (RAMP * 65535).astype(np.int32)),
+    ],
+)
 def test_more_than_8_bits_keep_their_range(tmp_path, name, pixels):
     Image.fromarray(pixels).save(tmp_path / name)
     got = read_image(tmp_path / name, 16)[0, 8].double()

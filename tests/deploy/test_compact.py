@@ -91,9 +91,7 @@ def test_the_cut_net_trains_scripts_and_traces():
 
 def test_bad_arguments_are_named():
     model = gatedconv.models.resnet20(gate="layer")
-    with pytest.raises(
-        ValueError, match="freeze the model first; gate 'layer1.0.layer_gate' is still learning"
-    ):
+    with pytest.raises(ValueError, match="freeze the model first; gate 'layer1.0.layer_gate' is still learning"):
         gatedconv.compact(model, X)
     with pytest.raises(TypeError, match="must be a torch.nn.Module"):
         gatedconv.compact("model", X)

@@ -126,9 +126,15 @@ def test_widths_are_rounded_up_on_request(multiple):
 def test_a_dropped_in_conv_in_front_of_a_norm_leaves_the_norms_constant(act):
     torch.manual_seed(0)
     model = nn.Sequential(
-        gatedconv.Conv2d(3, 8, 3, padding=1, gate="channel"), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 6, 3, padding=1),
-        act(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
-    )  # fmt: skip
+        gatedconv.Conv2d(3, 8, 3, padding=1, gate="channel"),
+        nn.BatchNorm2d(8),
+        act(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        act(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
     model(torch.randn(16, 3, 12, 12))
     nn.init.uniform_(model[1].bias, 0.2, 0.8)
     model.eval()
@@ -159,12 +165,22 @@ class Grouped(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
-            nn.Conv2d(12, 24, 3, padding=1, groups=4), nn.BatchNorm2d(24), nn.ReLU(),
-            nn.Conv2d(24, 24, 5, padding=2, groups=24), nn.BatchNorm2d(24), nn.ReLU(),
-            nn.Conv2d(24, 48, 3, padding=1, groups=24), nn.BatchNorm2d(48), nn.Sigmoid(),
-            nn.Conv2d(48, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(3, 12, 3, padding=1),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 24, 3, padding=1, groups=4),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.Conv2d(24, 24, 5, padding=2, groups=24),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.Conv2d(24, 48, 3, padding=1, groups=24),
+            nn.BatchNorm2d(48),
+            nn.Sigmoid(),
+            nn.Conv2d(48, 8, 3, padding=1, groups=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+        )
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x):

@@ -43,9 +43,7 @@ def test_frozen_and_compact_equal_the_oracle(gate, position, shortcut, dtype):
             outputs[kind] = expected
             assert relative_error(frozen(x), expected) <= tolerance
             assert relative_error(small(x), expected) <= tolerance
-            assert (
-                relative_error(small(x.contiguous(memory_format=torch.channels_last)), expected) <= tolerance
-            )
+            assert relative_error(small(x.contiguous(memory_format=torch.channels_last)), expected) <= tolerance
     # The masks must matter, or the comparisons above compare nothing.
     assert relative_error(outputs["closed"], outputs["open"]) > 1e-2
     assert relative_error(outputs["odd"], outputs["open"]) > 1e-2

@@ -142,9 +142,7 @@ def test_bad_arguments_are_named():
 
 def test_a_gate_held_twice_is_frozen_twice():
     gate = gatedconv.ChannelGate(3)
-    net = torch.nn.Sequential(
-        gatedconv.Conv2d(3, 3, 1, gate=gate), gatedconv.Conv2d(3, 3, 1, gate=gate)
-    ).eval()
+    net = torch.nn.Sequential(gatedconv.Conv2d(3, 3, 1, gate=gate), gatedconv.Conv2d(3, 3, 1, gate=gate)).eval()
     frozen = gatedconv.freeze(net, masks={"0.gate": torch.tensor([True, False, True])})
     assert frozen[0].gate is frozen[1].gate and frozen[1].gate.mask is not None
     with pytest.raises(ValueError, match="a model that contains gates"):
@@ -165,7 +163,5 @@ def test_agreement_counts_only_decisions_that_were_made():
 def test_gates_that_are_not_numbers_are_refused():
     model = tiny("layer")
     gatedconv.gates(model)["layer2.0.layer_gate"].fc2.bias.data.fill_(float("nan"))
-    with pytest.raises(
-        ValueError, match="'layer2.0.layer_gate' has logits or open rates that are not finite"
-    ):
+    with pytest.raises(ValueError, match="'layer2.0.layer_gate' has logits or open rates that are not finite"):
         gatedconv.freeze(model, [torch.randn(4, 3, 8, 8)])

@@ -130,7 +130,7 @@ def new_node(op, target, *args):
         (lambda d: d["graph"].pop("nodes"), "damaged"),
         (lambda d: d.update(graph=[1, 2]), "damaged"),
     ],
-)  # fmt: skip
+)
 def test_a_description_that_we_did_not_write_is_refused(change, message, tmp_path):
     gatedconv.save(stages("residual")["compact"], tmp_path / "m")
     edit(tmp_path / "m", change)

@@ -19,9 +19,14 @@ def file(tmp_path):
     """A compact network's file: path, its tensors and its description."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(4, 2),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    ).eval()
     images = torch.randn(2, 3, 8, 8)
     gated = gatedconv.gate_model(model, "channel", example_input=images, verify=False)
     masks = {n: torch.arange(g.num_gates) % 2 == 0 for n, g in gatedconv.gates(gated).items()}
@@ -40,10 +45,17 @@ def rewrite(path, tensors, description):
 
 @pytest.mark.parametrize(
     "target",
-    ["aten.from_file.default", "aten.save.default", "aten.fill_.Scalar", "aten.empty.memory_format",
-     "prim.device.default",
-     "operator.attrgetter", "os.system", "torch.load"],
-)  # fmt: skip
+    [
+        "aten.from_file.default",
+        "aten.save.default",
+        "aten.fill_.Scalar",
+        "aten.empty.memory_format",
+        "prim.device.default",
+        "operator.attrgetter",
+        "os.system",
+        "torch.load",
+    ],
+)
 def test_functions_outside_the_list_are_refused(file, tmp_path, target):
     path, tensors, description, *_ = file
     nodes = description["graph"]["nodes"]
@@ -104,9 +116,14 @@ def test_a_changed_description_loads_or_is_a_value_error(file, seed):
 def test_a_users_network_comes_back_into_its_class(file):
     path, tensors, _, small, images = file
     dense = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(4, 2),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
     back = gatedconv.load(path, into=dense)
     assert type(back) is nn.Sequential and back[0].out_channels == 4 and dense[0].out_channels == 8
     assert torch.equal(back(images), small.eval()(images))

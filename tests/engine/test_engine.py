@@ -187,9 +187,7 @@ def test_two_threads_share_one_engine(engine, model):
     assert wrong == []
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
 def test_copies_compute_the_same(engine, copied):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(copied(engine)(x), engine(x))

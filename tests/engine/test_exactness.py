@@ -73,9 +73,7 @@ def test_torchvision(name):
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 14), (1, 1), (33, 6)])
 def test_every_3x3_algorithm(isa, kernel, size, monkeypatch):
     monkeypatch.setattr(program, "_choose_winograd", lambda *_: kernel)
-    model = settle(
-        nn.Sequential(nn.Conv2d(3, 11, 1), Residual(11, 37), Residual(11, 5), nn.Conv2d(11, 50, 3, 1, 1))
-    )
+    model = settle(nn.Sequential(nn.Conv2d(3, 11, 1), Residual(11, 37), Residual(11, 5), nn.Conv2d(11, 50, 3, 1, 1)))
     x = torch.randn(3, 3, *size)
     engine = gatedconv.Engine(model, x)
     assert sum(step.op == kernel for step in engine.plans[0].steps) >= 5
@@ -117,9 +115,13 @@ def test_any_convolution(case, relu, isa, monkeypatch):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    kernel=st.integers(1, 4), stride=st.integers(1, 3), size=st.integers(4, 15), channels=st.integers(1, 20),
-    kind=st.sampled_from(["max", "avg", "avg_inside"]), data=st.data(),
-)  # fmt: skip
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    size=st.integers(4, 15),
+    channels=st.integers(1, 20),
+    kind=st.sampled_from(["max", "avg", "avg_inside"]),
+    data=st.data(),
+)
 def test_any_pooling(kernel, stride, size, channels, kind, data):
     padding = data.draw(st.integers(0, kernel // 2))
     pool = {
@@ -156,9 +158,7 @@ def test_every_way_to_share_a_batch(isa, small, batch, threads):
 
 
 def test_maps_too_large_for_a_core_share_the_work():
-    model = settle(
-        nn.Sequential(nn.Conv2d(3, 40, 3, 1, 1), Residual(40, 56, 2), nn.MaxPool2d(2), Residual(40, 24))
-    )
+    model = settle(nn.Sequential(nn.Conv2d(3, 40, 3, 1, 1), Residual(40, 56, 2), nn.MaxPool2d(2), Residual(40, 24)))
     x = torch.randn(9, 3, 130, 150)
     assert error(gatedconv.Engine(model, x)(x), model, x) <= LIMIT
 

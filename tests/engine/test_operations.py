@@ -183,9 +183,15 @@ def test_depthwise(isa, kernel, stride, channels):
 
 def test_flattened_maps_and_linear_layers():
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(),
-        nn.Dropout(), nn.Linear(20, 4),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d((3, 2)),
+        nn.Flatten(),
+        nn.Linear(48, 20),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(20, 4),
+    ).eval()
     engine = gatedconv.Engine(net, torch.randn(1, 3, 16, 16))
     assert "Nothing is left to PyTorch" in engine.describe()
     for size in ((16, 16), (21, 33)):

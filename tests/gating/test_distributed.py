@@ -15,12 +15,7 @@ import gatedconv
 from tests.tolerances import assert_close
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-X = (
-    X
-    + torch.linspace(-4, 4, 8)[
-        torch.randperm(8, generator=torch.Generator().manual_seed(2)), None, None, None
-    ]
-)
+X = X + torch.linspace(-4, 4, 8)[torch.randperm(8, generator=torch.Generator().manual_seed(2)), None, None, None]
 
 
 def gated_model():

@@ -16,9 +16,7 @@ from gatedconv import ChannelGate, LayerGate
 def table_2(gate, features):
     """Logits by the functional layers, batch statistics."""
     h = F.linear(features, gate.fc1.weight, gate.fc1.bias)
-    h = (h - h.mean(0)) / (
-        h.var(0, unbiased=False) + gate.norm.eps
-    ).sqrt() * gate.norm.weight + gate.norm.bias
+    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + gate.norm.eps).sqrt() * gate.norm.weight + gate.norm.bias
     return F.linear(F.relu(h), gate.fc2.weight, gate.fc2.bias)
 
 
@@ -121,8 +119,7 @@ def test_a_used_gate_copies_and_pickles():
     for other in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
         assert other.open_rate is None and other.logits is None
         assert all(
-            torch.equal(a, b)
-            for a, b in zip(gate.state_dict().values(), other.state_dict().values(), strict=True)
+            torch.equal(a, b) for a, b in zip(gate.state_dict().values(), other.state_dict().values(), strict=True)
         )
 
 

@@ -48,9 +48,7 @@ def test_activation_is_equation_10_uniform_or_weighted(model):
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 @pytest.mark.parametrize("position", ["before", "middle", "after"])
 def test_expected_macs_at_a_mask_are_the_macs_and_parameters_of_the_cut_net(position, shortcut):
-    model = gatedconv.models.resnet20(
-        gate="both", position=position, shortcut=shortcut, input_size=(3, 16, 16)
-    ).eval()
+    model = gatedconv.models.resnet20(gate="both", position=position, shortcut=shortcut, input_size=(3, 16, 16)).eval()
     masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", seed=1)
     x = torch.randn(1, 3, 16, 16)
     small = gatedconv.compact(gatedconv.freeze(model, masks=masks), x)
@@ -79,9 +77,7 @@ def test_errors_name_the_loss_and_the_cause(model):
     for loss in (polarization_loss, activation_loss, mac_target_loss):
         with pytest.raises(ValueError, match=f"{loss.__name__}: the model has no gates"):
             loss(dense)
-        with pytest.raises(
-            ValueError, match=f"{loss.__name__}: gate 'layer1.0.layer_gate' has seen no batch"
-        ):
+        with pytest.raises(ValueError, match=f"{loss.__name__}: gate 'layer1.0.layer_gate' has seen no batch"):
             loss(fresh)
     with pytest.raises(ValueError, match=r"target must be in \(0, 1\], got 0"):
         mac_target_loss(model, 0)

@@ -59,9 +59,22 @@ def test_gate(layout, flatten, hidden, need_dx):
     gate, rate, logits, pooled, *saved = out
     weights = (parameters.weight1, parameters.norm_weight, parameters.norm_bias, parameters.weight2)
     backward = (
-        gate, rate, None, x if flatten else pooled, logits, *saved, *weights, None, 1 if flatten else 15, need_dx,
-        "batch_mean", 1.0, True, True, x.dtype,
-    )  # fmt: skip
+        gate,
+        rate,
+        None,
+        x if flatten else pooled,
+        logits,
+        *saved,
+        *weights,
+        None,
+        1 if flatten else 15,
+        need_dx,
+        "batch_mean",
+        1.0,
+        True,
+        True,
+        x.dtype,
+    )
     assert_promise_kept(gate_op._backward_kernels, gate_op._backward_fake, backward)
 
 

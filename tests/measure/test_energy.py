@@ -159,10 +159,12 @@ def nvml(energy_mj: Any = 1500) -> SimpleNamespace:
         return int(energy_mj)
 
     return SimpleNamespace(
-        NVMLError=NVMLError, nvmlInit=lambda: None, asked=asked,
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        asked=asked,
         nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or "handle",
         nvmlDeviceGetTotalEnergyConsumption=read,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

@@ -61,13 +61,10 @@ def test_every_gate_trains_and_gets_a_gradient(gate, position):
 
 def test_flattened_gates_fit_every_position():
     for position in ("before", "middle", "after"):
-        model = gatedconv.models.resnet20(
-            gate="channel", position=position, pool="flatten", input_size=(3, 13, 10)
-        )
+        model = gatedconv.models.resnet20(gate="channel", position=position, pool="flatten", input_size=(3, 13, 10))
         assert model(torch.randn(2, 3, 13, 10)).shape == (2, 10)
     sizes = [
-        g.fc1.in_features
-        for g in gatedconv.gates(gatedconv.models.resnet20(gate="channel", pool="flatten")).values()
+        g.fc1.in_features for g in gatedconv.gates(gatedconv.models.resnet20(gate="channel", pool="flatten")).values()
     ]
     assert sizes[0] == 16 * 32 * 32 and sizes[-1] == 64 * 8 * 8
 

@@ -57,9 +57,24 @@ def build(folder: Path, options: list[str]) -> str:
 
 
 def call(
-    twin, math, x, weight, bias, out_open, in_open=None, residual=None, *, stride, padding, dilation,
-    act=0, in_place=False, last=(True, True), tile=(0, 0), budget=48 * 1024,
-):  # fmt: skip
+    twin,
+    math,
+    x,
+    weight,
+    bias,
+    out_open,
+    in_open=None,
+    residual=None,
+    *,
+    stride,
+    padding,
+    dilation,
+    act=0,
+    in_place=False,
+    last=(True, True),
+    tile=(0, 0),
+    budget=48 * 1024,
+):
     """Run a case; returns the output as float64, or None where no tile fits, and the tile."""
     number, dtype, _ = MATHS[math]
     size = [
@@ -68,15 +83,33 @@ def call(
     masks = 1 if out_open.dim() == 1 else x.shape[0]
     in_masks = 0 if in_open is None else in_open.numel() // x.shape[1]
     header = [
-        number, *tile, *x.shape, weight.shape[0], *size, *weight.shape[2:], *stride, *padding, *dilation, masks, act,
-        bias is not None, residual is not None, in_masks, in_place, *last,
+        number,
+        *tile,
+        *x.shape,
+        weight.shape[0],
+        *size,
+        *weight.shape[2:],
+        *stride,
+        *padding,
+        *dilation,
+        masks,
+        act,
+        bias is not None,
+        residual is not None,
+        in_masks,
+        in_place,
+        *last,
         budget if tile[0] else 4,
-    ]  # fmt: skip
+    ]
     twin.stdin.write(struct.pack(f"{len(header)}i", *map(int, header)))
     for tensor, order, kind in (
-        (x, last[0], dtype), (weight, False, dtype), (bias, False, torch.float32), (residual, last[1], dtype),
-        (out_open, False, torch.bool), (in_open, False, torch.bool),
-    ):  # fmt: skip
+        (x, last[0], dtype),
+        (weight, False, dtype),
+        (bias, False, torch.float32),
+        (residual, last[1], dtype),
+        (out_open, False, torch.bool),
+        (in_open, False, torch.bool),
+    ):
         if tensor is not None:
             tensor = tensor.permute(0, 2, 3, 1) if order else tensor
             twin.stdin.write(tensor.to(kind).contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -126,8 +159,16 @@ def compare(twin, math, x, weight, bias, out_open, in_open=None, residual=None, 
     geometry = [options[name] for name in ("stride", "padding", "dilation")]
     bias = None if bias is None else bias.float().double()
     exact = expected(x, weight, bias, out_open, in_open, residual, *geometry, act)
-    scale = expected(x.abs(), weight.abs(), None if bias is None else bias.abs(), out_open, in_open,
-                     None if residual is None else residual.abs(), *geometry, 0)  # fmt: skip
+    scale = expected(
+        x.abs(),
+        weight.abs(),
+        None if bias is None else bias.abs(),
+        out_open,
+        in_open,
+        None if residual is None else residual.abs(),
+        *geometry,
+        0,
+    )
     closed = ~out_open.expand(x.shape[0], -1) if out_open.dim() == 1 else ~out_open
     assert torch.equal(out[closed], exact.to(dtype).double()[closed])
     assert bool(((out - exact).abs() <= limit * scale + 1e-7).all()), float((out - exact).abs().max())
@@ -160,11 +201,20 @@ def cases(draw):
     weight[~(out_open if out_open.dim() == 1 else out_open.any(0))] = float("nan")
     size = F.conv2d(x[:1, :1], weight[:1, :1], None, stride, padding, dilation).shape[2:]
     return dict(
-        math=math, x=x, weight=weight, bias=normal(outputs) if draw(st.booleans()) else None, out_open=out_open,
-        in_open=in_open, residual=normal(batch, outputs, *size) if draw(st.booleans()) else None,
-        act=draw(st.sampled_from([0, 1, 2])), stride=stride, padding=padding, dilation=dilation,
-        last=draw(st.tuples(st.booleans(), st.booleans())), tile=draw(st.sampled_from(TILES)),
-    )  # fmt: skip
+        math=math,
+        x=x,
+        weight=weight,
+        bias=normal(outputs) if draw(st.booleans()) else None,
+        out_open=out_open,
+        in_open=in_open,
+        residual=normal(batch, outputs, *size) if draw(st.booleans()) else None,
+        act=draw(st.sampled_from([0, 1, 2])),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        last=draw(st.tuples(st.booleans(), st.booleans())),
+        tile=draw(st.sampled_from(TILES)),
+    )
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -180,8 +230,18 @@ def test_a_tile_is_found_while_taps_reach_over_400_pixels(twin, math, kernel, di
     x, weight = torch.randn(1, 5, 40, 380).double(), torch.randn(9, 5, *kernel).double()
     for tile in TILES:
         out_open = torch.rand(9) < 0.5
-        used = compare(twin, math, x[:, :, :, : 370 if kernel[0] == 1 else 40], weight, None, out_open, stride=(3, 7),
-                       padding=(1, 2), dilation=dilation, tile=tile)  # fmt: skip
+        used = compare(
+            twin,
+            math,
+            x[:, :, :, : 370 if kernel[0] == 1 else 40],
+            weight,
+            None,
+            out_open,
+            stride=(3, 7),
+            padding=(1, 2),
+            dilation=dilation,
+            tile=tile,
+        )
         assert used is not None, tile
 
 
@@ -199,9 +259,13 @@ def test_closed_outputs_stay_in_memory_where_the_plan_says_so(twin):
 def test_layers_of_a_resnet(twin, math):
     """Whole vectors, many chunks of channels, several slots of outputs and samples in a tile."""
     for channels, outputs, size, stride, kernel in (
-        (16, 16, 32, 1, 3), (64, 64, 8, 1, 3), (32, 64, 16, 2, 3), (256, 64, 7, 1, 1), (64, 128, 8, 2, 1),
+        (16, 16, 32, 1, 3),
+        (64, 64, 8, 1, 3),
+        (32, 64, 16, 2, 3),
+        (256, 64, 7, 1, 1),
+        (64, 128, 8, 2, 1),
         (8, 64, 24, 2, 7),
-    ):  # fmt: skip
+    ):
         x = torch.randn(3, channels, size, size).double()
         weight = torch.randn(outputs, channels, kernel, kernel).double()
         options = dict(stride=(stride, stride), padding=(kernel // 2, kernel // 2), dilation=(1, 1))

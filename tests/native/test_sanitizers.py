@@ -52,9 +52,7 @@ def test_under_sanitizers(name, tmp_path):
         )
         assert built.returncode == 0, built.stderr
     program = str(tmp_path / "program")
-    linked = subprocess.run(
-        [*compiler, *SANITIZE, *objects, "-o", program, "-pthread"], capture_output=True, text=True
-    )
+    linked = subprocess.run([*compiler, *SANITIZE, *objects, "-o", program, "-pthread"], capture_output=True, text=True)
     assert linked.returncode == 0, linked.stderr
     done = subprocess.run([program], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -51,9 +51,12 @@ def test_training_moves_the_buffers_and_evaluation_leaves_them():
     out = ops.gate(x, parameters, statistics, ops.GateOptions("batch_mean"))
     h = F.linear(x, parameters.weight1, parameters.bias1)
     expected = (
-        0.9 * before[0] + 0.1 * h.mean(0), 0.9 * before[1] + 0.1 * h.var(0), torch.tensor(1),
-        0.9 * before[3] + 0.1 * out.open_rate, 0.9 * before[4] + 0.1 * out.logits.mean(0),
-    )  # fmt: skip
+        0.9 * before[0] + 0.1 * h.mean(0),
+        0.9 * before[1] + 0.1 * h.var(0),
+        torch.tensor(1),
+        0.9 * before[3] + 0.1 * out.open_rate,
+        0.9 * before[4] + 0.1 * out.logits.mean(0),
+    )
     for got, want in zip(statistics, expected, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -70,8 +73,9 @@ def test_registered_operators_equal_the_reference(estimator, hidden, flatten):
     leaves = [t for t in (x, *parameters) if t is not None]
     for leaf in leaves:
         leaf.requires_grad_()
-    expected = ops.gate_reference(x, parameters, ops.GateStatistics(*(
-        None if s is None else s.clone() for s in statistics)), options, noise)  # fmt: skip
+    expected = ops.gate_reference(
+        x, parameters, ops.GateStatistics(*(None if s is None else s.clone() for s in statistics)), options, noise
+    )
     got = torch.ops.gatedconv.gate_forward(*operator_arguments(x, parameters, statistics, options, noise))[:3]
     weights = [torch.randn_like(t) for t in expected]
     for a, b in zip(got, expected, strict=True):
@@ -142,13 +146,16 @@ def test_modules_compile_in_one_graph():
         (lambda: gate(torch.ones(2, 3, 1)), ValueError, r"got shape \(2, 3, 1\)"),
         (lambda: gate(torch.ones(2, 4)), ValueError, "gives 4 features"),
         (lambda: gate(torch.ones(2, 3), "argmax"), ValueError, "got 'argmax'"),
-        (lambda: gate(torch.ones(2, 3), "gumbel", torch.rand(2, 4)), ValueError,
-         r"noise must have shape \(2, 5\), got \(2, 4\)"),
+        (
+            lambda: gate(torch.ones(2, 3), "gumbel", torch.rand(2, 4)),
+            ValueError,
+            r"noise must have shape \(2, 5\), got \(2, 4\)",
+        ),
         (lambda: gate(torch.ones(1, 3)), ValueError, "more than 1 value per channel"),
         (lambda: ops.estimate(torch.ones(2, 3), "argmax"), ValueError, "got 'argmax'"),
         (lambda: ops.gated_scale(torch.ones(2, 3, 4, 4), torch.ones(2, 1)), ValueError, r"gate \(N, C\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(call, kind, message):
     with pytest.raises(kind, match=message):
         call()

@@ -8,9 +8,12 @@ OPEN = torch.ones(4, dtype=torch.bool)
 
 def call(function, **changes):
     arguments = {
-        "input": torch.randn(2, 3, 5, 5), "weight": torch.randn(4, 3, 3, 3), "bias": torch.randn(4),
-        "out_open": OPEN, "in_open": None,
-    }  # fmt: skip
+        "input": torch.randn(2, 3, 5, 5),
+        "weight": torch.randn(4, 3, 3, 3),
+        "bias": torch.randn(4),
+        "out_open": OPEN,
+        "in_open": None,
+    }
     return function(**{**arguments, **changes})
 
 
@@ -59,7 +62,7 @@ BAD = {
     "relu a tensor": ({"relu": torch.ones(4)}, TypeError, "relu must be a bool, got Tensor"),
     "relu a number": ({"relu": 1}, TypeError, "relu must be a bool, got int"),
     "same with a stride": ({"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("function", [masked_conv2d, masked_conv2d_reference])

@@ -49,9 +49,7 @@ def install(wheel: Path, target: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(target)], check=True)
     python = target / "bin/python"
     site = Path(
-        run(
-            [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], target
-        ).stdout.strip()
+        run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], target).stdout.strip()
     )
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)

@@ -118,9 +118,7 @@ def test_instruction_set_flags_go_to_their_files_alone_and_only_on_x86(tmp_path,
     monkeypatch.setattr(_build.platform, "machine", lambda: "x86_64")
     torch = _build.Torch(Path("/torch"), "2.15.0", None)
     flags = {
-        path.name: [
-            flag for flag in _build._compile_command(path, tmp_path, torch, "c++", None) if flag[:2] == "-m"
-        ]
+        path.name: [flag for flag in _build._compile_command(path, tmp_path, torch, "c++", None) if flag[:2] == "-m"]
         for path in _build.source_files(tmp_path, "cpu")
     }
     assert flags["library.cpp"] == flags["conv.cpp"] == []

@@ -25,9 +25,7 @@ def _age(path: Path) -> int:
 
 
 def undefined_symbols(library: Path) -> set[str]:
-    told = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
-    )
+    told = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
     # Weak ones may stay undefined; @GLIBC and @CXXABI ones belong to the system.
     lines = [line.split() for line in told.stdout.splitlines()]
     return {name for kind, name in lines if kind == "U" and "@GLIBC" not in name and "@CXXABI" not in name}
@@ -39,9 +37,7 @@ def test_every_undefined_symbol_is_exported_by_torch_or_cudart(target):
     if not path.exists():
         pytest.skip(f"no {target} library here: {_native.build_info().get('reasons', {}).get(target)}")
     folder = Path(torch.__file__).parent / "lib"
-    names = ["libtorch_cpu.so", "libc10.so"] + (
-        ["libtorch_cuda.so", "libc10_cuda.so"] if target == "cuda" else []
-    )
+    names = ["libtorch_cpu.so", "libc10.so"] + (["libtorch_cuda.so", "libc10_cuda.so"] if target == "cuda" else [])
     exporters = [ctypes.CDLL(str(folder / name)) for name in names] + [ctypes.CDLL("libstdc++.so.6")]
     symbols = {name.split("@")[0] for name in undefined_symbols(path)}
     assert any(name.startswith("aoti_torch_") for name in symbols)
@@ -55,9 +51,7 @@ def test_the_libraries_use_the_stable_abi_alone():
     library = _native.load("cpu")
     assert library.path is not None
     assert "torch_library_impl" in undefined_symbols(library.path)
-    foreign = [
-        n for n in undefined_symbols(library.path) if n.startswith(("_ZN2at", "_ZN3c10", "_ZNK3c10", "Py"))
-    ]
+    foreign = [n for n in undefined_symbols(library.path) if n.startswith(("_ZN2at", "_ZN3c10", "_ZNK3c10", "Py"))]
     assert not foreign
 
 
@@ -69,9 +63,7 @@ def test_code_for_an_instruction_set_cannot_leak_to_processors_without_it():
     if not objects:
         pytest.skip("no objects for a special instruction set")
     for path in objects:
-        told = subprocess.run(
-            ["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True
-        )
+        told = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True)
         weak = [line for line in told.stdout.splitlines() if line.split()[1] in "WVu"]
         weak = [line for line in weak if "DW.ref." not in line]  # a pointer, the same from every unit
         assert not weak, f"{path.name} shares inline functions: {weak[:5]}"

@@ -42,9 +42,7 @@ def run_a_layer(python: Path, folder: Path, **variables: str) -> dict:
 
 def modules_of(project: Path) -> set[str]:
     own = {path.relative_to(project).as_posix() for path in (project / "gatedconv").rglob("*.py")}
-    kernels = {
-        f"gatedconv/{path.relative_to(project).as_posix()}" for path in (project / "kernels").rglob("*.py")
-    }
+    kernels = {f"gatedconv/{path.relative_to(project).as_posix()}" for path in (project / "kernels").rglob("*.py")}
     native = {
         f"gatedconv/_csrc/{path.relative_to(project / 'csrc').as_posix()}"
         for path in (project / "csrc").rglob("*")
@@ -67,9 +65,7 @@ def test_the_pure_wheel_holds_every_module_and_source(project, pure_wheel):
         info = json.loads(archive.read("gatedconv/_build_info.json"))
     assert len(modules_of(project)) > 40 and modules_of(project) - names == set()
     assert "gatedconv/py.typed" in names
-    assert not [
-        name for name in names if name.startswith(("tests/", "kernels/", "csrc/")) or name.endswith(".so")
-    ]
+    assert not [name for name in names if name.startswith(("tests/", "kernels/", "csrc/")) or name.endswith(".so")]
     assert info["reasons"] == dict.fromkeys(("cpu", "cuda"), "left out: GATEDCONV_BUILD=off")
 
 

@@ -79,11 +79,26 @@ def lists_of(mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(
-    form: str, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None,
-    out_open: Tensor | None = None, in_open: Tensor | None = None, stride: int = 1, padding: int = 0,
-    dilation: int = 1, act: int = 0, tile: tuple[int, int] = (1, 2), in_place: bool = False, last: bool = True,
-    architecture: int = 90, seed: int = 0, kernel: Kernel | None = None, edit: nvcc.Edit | None = None,
-) -> tuple[Tensor, Machine]:  # fmt: skip
+    form: str,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_open: Tensor | None = None,
+    in_open: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    act: int = 0,
+    tile: tuple[int, int] = (1, 2),
+    in_place: bool = False,
+    last: bool = True,
+    architecture: int = 90,
+    seed: int = 0,
+    kernel: Kernel | None = None,
+    edit: nvcc.Edit | None = None,
+) -> tuple[Tensor, Machine]:
     """Launch a convolution; tensors are of the format's dtype, masks bool (C) or (N, C).
 
     With `in_place` the output is the residual's memory, whose closed channels stay as they are; `last`: the output is
@@ -124,23 +139,36 @@ def run(
         if in_open.dim() == 1:  # one mask for all: the weights are packed in its order
             order, count = np.ascontiguousarray(lists[0]), int(counts[0])
     for name, values in (
-        ("batch in_channels height width", x.shape), ("out_channels out_h out_w", (outputs, *sizes)),
-        ("kernel_h kernel_w", taps), ("stride_h stride_w", (stride, stride)),
-        ("pad_top pad_left", (padding, padding)), ("dilation_h dilation_w", (dilation, dilation)),
-    ):  # fmt: skip
+        ("batch in_channels height width", x.shape),
+        ("out_channels out_h out_w", (outputs, *sizes)),
+        ("kernel_h kernel_w", taps),
+        ("stride_h stride_w", (stride, stride)),
+        ("pad_top pad_left", (padding, padding)),
+        ("dilation_h dilation_w", (dilation, dilation)),
+    ):
         for field, value in zip(name.split(), values, strict=True):
             setattr(args, field, value)
     args.act, args.skip_closed = act, in_place
     packed = np.zeros(library.packed(number, channels, taps[0] * taps[1], outputs), flat(x).dtype)
     library.pack(
-        number, flat(weight).ctypes.data_as(POINTER), (I64 * 4)(*weight.stride()), outputs, channels, *taps,
-        None if order is None else order.ctypes.data_as(POINTER), count, packed.ctypes.data_as(POINTER),
-    )  # fmt: skip
+        number,
+        flat(weight).ctypes.data_as(POINTER),
+        (I64 * 4)(*weight.stride()),
+        outputs,
+        channels,
+        *taps,
+        None if order is None else order.ctypes.data_as(POINTER),
+        count,
+        packed.ctypes.data_as(POINTER),
+    )
     args.weights = memory.place(packed)
     assert library.tile(number, ctypes.byref(args), ctypes.byref(made), *tile), "no tile fits"
     machine = Machine(memory, seed)
     machine.launch(
-        kernel or find_kernel(form, tile, architecture, edit), (made.pixel_tiles, made.slot_tiles), THREADS,
-        [bytes(args), bytes(made)], made.shared_bytes,
-    )  # fmt: skip
+        kernel or find_kernel(form, tile, architecture, edit),
+        (made.pixel_tiles, made.slot_tiles),
+        THREADS,
+        [bytes(args), bytes(made)],
+        made.shared_bytes,
+    )
     return as_tensor(memory.read_back(args.output, flat(output)), output), machine

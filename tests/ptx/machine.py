@@ -77,9 +77,7 @@ class Warp:
                     raise Fault(f"store in the shared memory of a block that has ended: {self.where()}")
                 to.shared.write(self, to, used[lanes] & 0xFFFFFF, data[lanes])
 
-    def copy_async(
-        self, to: np.ndarray, source: np.ndarray, size: int, used: np.ndarray, mask: np.ndarray
-    ) -> None:
+    def copy_async(self, to: np.ndarray, source: np.ndarray, size: int, used: np.ndarray, mask: np.ndarray) -> None:
         """Begin a cp.async: the first `used` bytes of `size` are copied, the rest becomes zero."""
         memory = self.block.machine.memory
         index = self.block.shared.begin_copy(self, to[mask], size)
@@ -182,9 +180,14 @@ class Warp:
 PLAIN, BRANCH, EXIT, TOGETHER, BARRIER, CLUSTER_ARRIVE, CLUSTER_WAIT = range(7)
 BARRIERS = {BARRIER: "barrier", CLUSTER_ARRIVE: "arrived", CLUSTER_WAIT: "cluster"}
 KINDS = {
-    "plain": PLAIN, "branch": BRANCH, "exit": EXIT, "together": TOGETHER, "barrier": BARRIER,
-    "cluster arrive": CLUSTER_ARRIVE, "cluster wait": CLUSTER_WAIT,
-}  # fmt: skip
+    "plain": PLAIN,
+    "branch": BRANCH,
+    "exit": EXIT,
+    "together": TOGETHER,
+    "barrier": BARRIER,
+    "cluster arrive": CLUSTER_ARRIVE,
+    "cluster wait": CLUSTER_WAIT,
+}
 
 
 class Block:
@@ -224,9 +227,15 @@ class Machine:
         self.instructions = 0
 
     def launch(
-        self, kernel: Kernel, grid: Sequence[int], threads: int, arguments: Sequence[bytes], shared_bytes: int = 0,
-        ranks: int = 1, program: Program | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        kernel: Kernel,
+        grid: Sequence[int],
+        threads: int,
+        arguments: Sequence[bytes],
+        shared_bytes: int = 0,
+        ranks: int = 1,
+        program: Program | None = None,
+    ) -> None:
         """Run a kernel to its end.
 
         Args:

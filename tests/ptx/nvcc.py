@@ -84,9 +84,7 @@ def _compiled(command: list[str], csrc: Path, source: Path, suffix: str) -> Path
     if not finished.exists():
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / finished.name
-            done = subprocess.run(
-                [*command, f"-I{csrc}", str(source), "-o", str(part)], capture_output=True, text=True
-            )
+            done = subprocess.run([*command, f"-I{csrc}", str(source), "-o", str(part)], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             CACHE.mkdir(parents=True, exist_ok=True)
             write_atomic(finished, part.read_bytes())

@@ -140,8 +140,11 @@ class Operands:
 
         def put(warp: Warp, mask: np.ndarray, value: np.ndarray) -> None:
             if value.dtype != type and width > 1:
-                value = value.astype(SIGNED[width] if value.dtype.kind == "i" else type).view(type) \
-                    if value.dtype.itemsize * 8 != width else value.view(type)  # fmt: skip
+                value = (
+                    value.astype(SIGNED[width] if value.dtype.kind == "i" else type).view(type)
+                    if value.dtype.itemsize * 8 != width
+                    else value.view(type)
+                )
             if mask is not ALL:
                 old = warp.registers[at]
                 value = np.where(mask, value, type(0) if old is None else old)
@@ -220,12 +223,25 @@ def _upper(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 SIMPLE: dict[str, Callable[..., Any]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "abs": np.abs, "fma": _fma, "mad": _fma,
-    "sqrt": np.sqrt, "rsqrt": lambda x: x.dtype.type(1) / np.sqrt(x), "rcp": lambda x: x.dtype.type(1) / x,
-    "ex2": np.exp2, "lg2": np.log2, "tanh": np.tanh, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "neg": np.negative,
+    "abs": np.abs,
+    "fma": _fma,
+    "mad": _fma,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: x.dtype.type(1) / np.sqrt(x),
+    "rcp": lambda x: x.dtype.type(1) / x,
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "tanh": np.tanh,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
     "copysign": lambda x, y: np.copysign(y, x),
-}  # fmt: skip
+}
 
 
 @op(*SIMPLE)
@@ -375,9 +391,17 @@ def count_ones(parts: list[str], args: tuple[str, ...], operands: Operands) -> A
 
 
 COMPARE = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 

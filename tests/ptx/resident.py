@@ -42,9 +42,20 @@ class Driver:
         memory = GlobalMemory()
         source, made = memory.place(flat(input)), memory.place(flat(torch.full_like(output, float("nan"))))
         arguments = struct.pack(
-            "<3Q8q7i4x", source, made, memory.place(stream.numpy()), *input.stride(), *output.stride(),
-            stream.numel() // PIECE, pieces, record_at, table_at, ring_at, ranks, shared_bytes,
-        )  # fmt: skip
+            "<3Q8q7i4x",
+            source,
+            made,
+            memory.place(stream.numpy()),
+            *input.stride(),
+            *output.stride(),
+            stream.numel() // PIECE,
+            pieces,
+            record_at,
+            table_at,
+            ring_at,
+            ranks,
+            shared_bytes,
+        )
         form = FORMS[input.dtype]
         kernel = self.kernel or find_kernel(form, ranks > 1, self.architecture, self.edit)
         machine = Machine(memory, self.seed, resident=2, slice=200)

@@ -70,9 +70,14 @@ def driver_run(monkeypatch, ranks):
     def run(kernel, seed):
         torch.manual_seed(0)
         return test_resident.check(
-            monkeypatch, test_resident.sanitized_network(), torch.randn(1, 3, 12, 12), torch.float16, ranks,
-            kernel=kernel, seed=seed,
-        )  # fmt: skip
+            monkeypatch,
+            test_resident.sanitized_network(),
+            torch.randn(1, 3, 12, 12),
+            torch.float16,
+            ranks,
+            kernel=kernel,
+            seed=seed,
+        )
 
     return run
 

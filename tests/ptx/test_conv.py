@@ -18,14 +18,24 @@ NAN = float("nan")
 
 # (channels, outputs, size, kernel, stride, padding, dilation)
 SHAPES = [
-    (16, 16, 9, 3, 1, 1, 1), (16, 24, 9, 3, 2, 1, 1), (40, 72, 5, 1, 1, 0, 1), (3, 8, 9, 7, 2, 3, 1),
-    (11, 13, 7, 3, 1, 1, 1), (8, 8, 10, 3, 1, 4, 4), (64, 16, 4, 1, 2, 0, 1), (33, 20, 6, 3, 1, 1, 1),
-]  # fmt: skip
+    (16, 16, 9, 3, 1, 1, 1),
+    (16, 24, 9, 3, 2, 1, 1),
+    (40, 72, 5, 1, 1, 0, 1),
+    (3, 8, 9, 7, 2, 3, 1),
+    (11, 13, 7, 3, 1, 1, 1),
+    (8, 8, 10, 3, 1, 4, 4),
+    (64, 16, 4, 1, 2, 0, 1),
+    (33, 20, 6, 3, 1, 1, 1),
+]
 # (masks of outputs, masks of inputs, residual and output are one, output is channels_last)
 MASKS = [
-    (None, None, False, True), ("batch", "batch", False, True), ("sample", None, False, False),
-    ("sample", "sample", False, True), ("batch", None, True, True), (None, "sample", False, False),
-]  # fmt: skip
+    (None, None, False, True),
+    ("batch", "batch", False, True),
+    ("sample", None, False, False),
+    ("sample", "sample", False, True),
+    ("batch", None, True, True),
+    (None, "sample", False, False),
+]
 
 
 def check(form, shape, masks, tile, ledger, architecture=90, act=1, **options):
@@ -46,24 +56,40 @@ def check(form, shape, masks, tile, ledger, architecture=90, act=1, **options):
         x = torch.where(in_open.view(-1, channels, 1, 1), x, NAN).contiguous(memory_format=layout)
     opened = torch.ones(outputs, dtype=torch.bool) if out_open is None else out_open
     pair = {name: (value, value) for name, value in geometry.items()}
-    exact = expected(
-        x.double(), weight.double(), bias.double(), opened, in_open, residual.double(), act=act, **pair
-    )
+    exact = expected(x.double(), weight.double(), bias.double(), opened, in_open, residual.double(), act=act, **pair)
     if in_place:  # closed outputs stay in memory, without even an activation
         shut = ~opened.expand(batch, -1)
         exact[shut] = residual.double()[shut]
     scale = expected(
-        x.double().abs(), weight.double().abs(), bias.double().abs(), opened, in_open, residual.double().abs(), act=0,
+        x.double().abs(),
+        weight.double().abs(),
+        bias.double().abs(),
+        opened,
+        in_open,
+        residual.double().abs(),
+        act=0,
         **pair,
-    )  # fmt: skip
+    )
     out, machine = convolution.run(
-        form, x, weight, bias=bias, residual=residual.clone(memory_format=torch.preserve_format), out_open=out_open,
-        in_open=in_open, act=act, tile=tile, in_place=in_place, last=last, architecture=architecture, **geometry,
+        form,
+        x,
+        weight,
+        bias=bias,
+        residual=residual.clone(memory_format=torch.preserve_format),
+        out_open=out_open,
+        in_open=in_open,
+        act=act,
+        tile=tile,
+        in_place=in_place,
+        last=last,
+        architecture=architecture,
+        **geometry,
         **options,
-    )  # fmt: skip
+    )
     if ledger is not None:
-        ledger.add(f"conv_kernel {form}", architecture, str(tile), str((shape, masks)), machine.covered,
-                   machine.instructions)  # fmt: skip
+        ledger.add(
+            f"conv_kernel {form}", architecture, str(tile), str((shape, masks)), machine.covered, machine.instructions
+        )
     assert not machine.notes, dict(machine.notes)
     closed = ~opened.expand(batch, -1)
     assert torch.equal(out.double()[closed], exact.to(dtype).double()[closed])

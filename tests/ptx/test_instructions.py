@@ -66,36 +66,40 @@ def signed(words):
     return words.view(np.int32).tolist()
 
 
-@pytest.mark.parametrize(("instruction", "values", "expected"), [
-    ("add.s32 %r9, %r2, -3", [2, 3], [-1, 0]),
-    ("sub.s32 %r9, %r2, 5", [2, 0x80000000], [-3, 0x7FFFFFFB]),
-    ("mul.lo.s32 %r9, %r2, %r2", [65537, 0xFFFFFFFF], [131073, 1]),
-    ("mul.hi.u32 %r9, %r2, %r2", [65536, 0xFFFFFFFF], [1, -2]),
-    ("mul.hi.s32 %r9, %r2, %r2", [65536, 0xFFFFFFFF], [1, 0]),
-    ("mad.lo.s32 %r9, %r2, 3, %r2", [5, 0xFFFFFFFF], [20, -4]),
-    ("div.s32 %r9, %r2, 4", [7, 0xFFFFFFF9], [1, -1]),
-    ("rem.s32 %r9, %r2, 4", [7, 0xFFFFFFF9], [3, -3]),
-    ("div.u32 %r9, %r2, 4", [7, 0xFFFFFFF9], [1, 0x3FFFFFFE]),
-    ("min.s32 %r9, %r2, 1", [7, 0xFFFFFFF9], [1, -7]),
-    ("max.u32 %r9, %r2, 1", [0, 0xFFFFFFF9], [1, -7]),
-    ("shl.b32 %r9, 1, %r2", [0, 31, 32, 40], [1, -(1 << 31), 0, 0]),
-    ("shr.u32 %r9, -8, %r2", [1, 32], [0x7FFFFFFC, 0]),
-    ("shr.s32 %r9, -8, %r2", [1, 32, 99], [-4, -1, -1]),
-    ("shf.l.wrap.b32 %r9, 0x80000001, %r2, 4", [1], [0x18]),
-    ("shf.r.clamp.b32 %r9, 0x80000001, %r2, 40", [5], [5]),
-    ("bfi.b32 %r9, %r2, -1, 4, 8", [0x1AB], [-1 & ~0xFF0 | 0xAB0]),
-    ("bfe.u32 %r9, %r2, 4, 8", [0xABCD], [0xBC]),
-    ("bfe.s32 %r9, %r2, 4, 8", [0xABCD, 0x7CD], [-0x44, 0x7C]),
-    ("bfe.s32 %r9, %r2, 28, 8", [0x80000000, 0x40000000], [-8, 4]),
-    ("prmt.b32 %r9, %r2, 0x44332211, 0x5140", [0xDDCCBBAA], [0x22BB11AA]),
-    ("prmt.b32 %r9, %r2, 0, 0x9998", [0x80FF], [-1]),
-    ("lop3.b32 %r9, %r2, 0xFF00FF00, 0xF0F0F0F0, 0x96", [0xFFFF0000], [0xFFFF0000 ^ 0xFF00FF00 ^ 0xF0F0F0F0]),
-    ("popc.b32 %r9, %r2", [0, 0xF00F], [0, 8]),
-    ("neg.s32 %r9, %r2", [1, 0x80000000], [-1, -(1 << 31)]),
-    ("not.b32 %r9, %r2", [0], [-1]),
-    ("mov.b32 {%h3, %h4}, %r2; mov.b32 %r9, {%h4, %h3}", [0x11223344], [0x33441122]),
-    ("selp.s32 %r9, 1, 2, %p0; setp.gt.s32 %p1, %r2, 0; selp.s32 %r9, 1, 2, %p1", [1, 0xFFFFFFFF], [1, 2]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("instruction", "values", "expected"),
+    [
+        ("add.s32 %r9, %r2, -3", [2, 3], [-1, 0]),
+        ("sub.s32 %r9, %r2, 5", [2, 0x80000000], [-3, 0x7FFFFFFB]),
+        ("mul.lo.s32 %r9, %r2, %r2", [65537, 0xFFFFFFFF], [131073, 1]),
+        ("mul.hi.u32 %r9, %r2, %r2", [65536, 0xFFFFFFFF], [1, -2]),
+        ("mul.hi.s32 %r9, %r2, %r2", [65536, 0xFFFFFFFF], [1, 0]),
+        ("mad.lo.s32 %r9, %r2, 3, %r2", [5, 0xFFFFFFFF], [20, -4]),
+        ("div.s32 %r9, %r2, 4", [7, 0xFFFFFFF9], [1, -1]),
+        ("rem.s32 %r9, %r2, 4", [7, 0xFFFFFFF9], [3, -3]),
+        ("div.u32 %r9, %r2, 4", [7, 0xFFFFFFF9], [1, 0x3FFFFFFE]),
+        ("min.s32 %r9, %r2, 1", [7, 0xFFFFFFF9], [1, -7]),
+        ("max.u32 %r9, %r2, 1", [0, 0xFFFFFFF9], [1, -7]),
+        ("shl.b32 %r9, 1, %r2", [0, 31, 32, 40], [1, -(1 << 31), 0, 0]),
+        ("shr.u32 %r9, -8, %r2", [1, 32], [0x7FFFFFFC, 0]),
+        ("shr.s32 %r9, -8, %r2", [1, 32, 99], [-4, -1, -1]),
+        ("shf.l.wrap.b32 %r9, 0x80000001, %r2, 4", [1], [0x18]),
+        ("shf.r.clamp.b32 %r9, 0x80000001, %r2, 40", [5], [5]),
+        ("bfi.b32 %r9, %r2, -1, 4, 8", [0x1AB], [-1 & ~0xFF0 | 0xAB0]),
+        ("bfe.u32 %r9, %r2, 4, 8", [0xABCD], [0xBC]),
+        ("bfe.s32 %r9, %r2, 4, 8", [0xABCD, 0x7CD], [-0x44, 0x7C]),
+        ("bfe.s32 %r9, %r2, 28, 8", [0x80000000, 0x40000000], [-8, 4]),
+        ("prmt.b32 %r9, %r2, 0x44332211, 0x5140", [0xDDCCBBAA], [0x22BB11AA]),
+        ("prmt.b32 %r9, %r2, 0, 0x9998", [0x80FF], [-1]),
+        ("lop3.b32 %r9, %r2, 0xFF00FF00, 0xF0F0F0F0, 0x96", [0xFFFF0000], [0xFFFF0000 ^ 0xFF00FF00 ^ 0xF0F0F0F0]),
+        ("popc.b32 %r9, %r2", [0, 0xF00F], [0, 8]),
+        ("neg.s32 %r9, %r2", [1, 0x80000000], [-1, -(1 << 31)]),
+        ("not.b32 %r9, %r2", [0], [-1]),
+        ("mov.b32 {%h3, %h4}, %r2; mov.b32 %r9, {%h4, %h3}", [0x11223344], [0x33441122]),
+        ("selp.s32 %r9, 1, 2, %p0; setp.gt.s32 %p1, %r2, 0; selp.s32 %r9, 1, 2, %p1", [1, 0xFFFFFFFF], [1, 2]),
+    ],
+    ids=str,
+)
 def test_integers(instruction, values, expected):
     if "%p0" in instruction:
         instruction = "setp.eq.s32 %p0, %r2, 0; " + instruction
@@ -110,23 +114,30 @@ def test_wide_results():
     assert apply("mov.b64 %rd9, {%r2, 7}", [5], "%rd9").tolist() == [7 << 32 | 5]
 
 
-@pytest.mark.parametrize(("instruction", "values", "expected"), [
-    ("add.f32 %f9, %f2, 0f3F800000", [1.0, -1.0], [2.0, 0.0]),
-    ("fma.rn.f32 %f9, %f2, %f2, 0fBF800000", [1 + 2.0**-12], [2.0**-11 + 2.0**-24]),
-    ("mul.f32 %f9, %f2, %f2", [1 + 2.0**-12], [np.float32(1 + 2.0**-12) * np.float32(1 + 2.0**-12)]),
-    ("min.f32 %f9, %f2, 0f00000000", [np.nan, -1.0], [0.0, -1.0]),
-    ("max.NaN.f32 %f9, %f2, 0f00000000", [np.nan, -1.0], [np.nan, 0.0]),
-    ("abs.f32 %f9, %f2", [-2.0], [2.0]),
-    ("rsqrt.approx.f32 %f9, %f2", [4.0], [0.5]),
-    ("ex2.approx.f32 %f9, %f2", [3.0], [8.0]),
-    ("lg2.approx.f32 %f9, %f2", [8.0], [3.0]),
-    ("div.rn.f32 %f9, %f2, 0f40400000", [1.0], [np.float32(1) / np.float32(3)]),
-    ("copysign.f32 %f9, %f2, 0f40400000", [-1.0], [-3.0]),
-    ("cvt.rn.bf16.f32 %h1, %f2; mov.b32 %r9, {0, %h1}; mov.b32 %f9, %r9", [1 + 2.0**-8, 1 + 3 * 2.0**-8],
-     [1.0, 1 + 2.0**-6]),
-    ("cvt.rna.tf32.f32 %r9, %f2; mov.b32 %f9, %r9", [1 + 2.0**-11, -1 - 2.0**-11], [1 + 2.0**-10, -1 - 2.0**-10]),
-    ("cvt.rn.f16.f32 %h1, %f2; cvt.f32.f16 %f9, %h1", [1 + 2.0**-11, 65520.0], [1.0, np.inf]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("instruction", "values", "expected"),
+    [
+        ("add.f32 %f9, %f2, 0f3F800000", [1.0, -1.0], [2.0, 0.0]),
+        ("fma.rn.f32 %f9, %f2, %f2, 0fBF800000", [1 + 2.0**-12], [2.0**-11 + 2.0**-24]),
+        ("mul.f32 %f9, %f2, %f2", [1 + 2.0**-12], [np.float32(1 + 2.0**-12) * np.float32(1 + 2.0**-12)]),
+        ("min.f32 %f9, %f2, 0f00000000", [np.nan, -1.0], [0.0, -1.0]),
+        ("max.NaN.f32 %f9, %f2, 0f00000000", [np.nan, -1.0], [np.nan, 0.0]),
+        ("abs.f32 %f9, %f2", [-2.0], [2.0]),
+        ("rsqrt.approx.f32 %f9, %f2", [4.0], [0.5]),
+        ("ex2.approx.f32 %f9, %f2", [3.0], [8.0]),
+        ("lg2.approx.f32 %f9, %f2", [8.0], [3.0]),
+        ("div.rn.f32 %f9, %f2, 0f40400000", [1.0], [np.float32(1) / np.float32(3)]),
+        ("copysign.f32 %f9, %f2, 0f40400000", [-1.0], [-3.0]),
+        (
+            "cvt.rn.bf16.f32 %h1, %f2; mov.b32 %r9, {0, %h1}; mov.b32 %f9, %r9",
+            [1 + 2.0**-8, 1 + 3 * 2.0**-8],
+            [1.0, 1 + 2.0**-6],
+        ),
+        ("cvt.rna.tf32.f32 %r9, %f2; mov.b32 %f9, %r9", [1 + 2.0**-11, -1 - 2.0**-11], [1 + 2.0**-10, -1 - 2.0**-10]),
+        ("cvt.rn.f16.f32 %h1, %f2; cvt.f32.f16 %f9, %h1", [1 + 2.0**-11, 65520.0], [1.0, np.inf]),
+    ],
+    ids=str,
+)
 def test_floats(instruction, values, expected):
     found = apply(instruction, bits(*values), "%f9").view(np.float32)
     np.testing.assert_array_equal(found, np.array(expected, np.float32))
@@ -139,10 +150,18 @@ def test_conversions_to_integers_saturate():
     assert signed(apply("cvt.s32.s16 %r9, %h2", [0xFFFF, 0x17FFF])) == [-1, 0x7FFF]
 
 
-@pytest.mark.parametrize(("comparison", "expected"), [
-    ("lt.f32", [1, 0, 0]), ("ltu.f32", [1, 0, 1]), ("ne.f32", [1, 1, 0]), ("neu.f32", [1, 1, 1]),
-    ("num.f32", [1, 1, 0]), ("nan.f32", [0, 0, 1]), ("ge.f32", [0, 1, 0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("comparison", "expected"),
+    [
+        ("lt.f32", [1, 0, 0]),
+        ("ltu.f32", [1, 0, 1]),
+        ("ne.f32", [1, 1, 0]),
+        ("neu.f32", [1, 1, 1]),
+        ("num.f32", [1, 1, 0]),
+        ("nan.f32", [0, 0, 1]),
+        ("ge.f32", [0, 1, 0]),
+    ],
+)
 def test_comparisons_of_floats(comparison, expected):
     assert apply(f"setp.{comparison} %p1, %f2, 0f00000000", bits(-1.0, 1.0, np.nan), "%p1").tolist() == expected
 
@@ -153,12 +172,17 @@ def test_comparisons_of_signed_and_unsigned_numbers():
     assert apply("setp.eq.u32 %p2, %r2, 0; setp.lt.and.s32 %p1, %r2, 9, !%p2", [0, 5], "%p1").tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(("mode", "clamp", "source"), [
-    ("bfly.b32 %r9, %r1, 3", 31, LANES ^ 3), ("up.b32 %r9, %r1, 2", 0, np.where(LANES < 2, LANES, LANES - 2)),
-    ("down.b32 %r9, %r1, 2", 31, np.where(LANES > 29, LANES, LANES + 2)), ("idx.b32 %r9, %r1, 7", 31, LANES * 0 + 7),
-    ("idx.b32 %r9, %r1, 1", 24 << 8 | 31, (LANES & 24) + 1),
-    ("down.b32 %r9, %r1, 1", 24 << 8 | 31, np.where(LANES % 8 == 7, LANES, LANES + 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "clamp", "source"),
+    [
+        ("bfly.b32 %r9, %r1, 3", 31, LANES ^ 3),
+        ("up.b32 %r9, %r1, 2", 0, np.where(LANES < 2, LANES, LANES - 2)),
+        ("down.b32 %r9, %r1, 2", 31, np.where(LANES > 29, LANES, LANES + 2)),
+        ("idx.b32 %r9, %r1, 7", 31, LANES * 0 + 7),
+        ("idx.b32 %r9, %r1, 1", 24 << 8 | 31, (LANES & 24) + 1),
+        ("down.b32 %r9, %r1, 1", 24 << 8 | 31, np.where(LANES % 8 == 7, LANES, LANES + 1)),
+    ],
+)
 def test_shuffles(mode, clamp, source):
     assert apply(f"shfl.sync.{mode}, {clamp}, -1", np.zeros(32)).tolist() == source.tolist()
 
@@ -193,9 +217,10 @@ def test_products_of_fragments(form, depth):
     a, b = draw.integers(-8, 8, (16, depth)).astype(np.float32), draw.integers(-8, 8, (depth, 8)).astype(np.float32)
     words = 1 if form == "tf32" else 2
     pack = {
-        "f16": lambda v: v.astype(np.float16).view(np.uint16), "tf32": lambda v: v.view(np.uint32),
+        "f16": lambda v: v.astype(np.float16).view(np.uint16),
+        "tf32": lambda v: v.view(np.uint32),
         "bf16": lambda v: (v.view(np.uint32) >> 16).astype(np.uint16),
-    }[form]  # fmt: skip
+    }[form]
 
     def register(matrix, rows, columns):
         """A register of every lane: `words` elements at (rows, columns .. columns + words - 1)."""
@@ -291,16 +316,23 @@ def test_blocks_of_a_cluster_write_to_each_other():
         assert machine.notes
 
 
-@pytest.mark.parametrize(("body", "message"), [
-    ("ld.global.u32 %r9, [%rd1+-4];", "out of bounds"),
-    ("ld.global.u32 %r9, [%rd1+2];", "misaligned"),
-    ("mov.u32 %r3, room; ld.shared.u32 %r9, [%r3+4096];", "out of bounds"),
-    ("st.global.u32 [%rd1], %r30;", "never written"),
-    ("div.u32 %r9, %r1, %r1;", "division by zero"),
-    ("trap;", "trap"),
-    ("setp.lt.u32 %p1, %r1, 16; @%p1 bra skip; shfl.sync.bfly.b32 %r9, %r1, 1, 31, -1; ret; "
-     "skip: vote.sync.any.pred %p2, %p1, -1;", "wait at different instructions"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("ld.global.u32 %r9, [%rd1+-4];", "out of bounds"),
+        ("ld.global.u32 %r9, [%rd1+2];", "misaligned"),
+        ("mov.u32 %r3, room; ld.shared.u32 %r9, [%r3+4096];", "out of bounds"),
+        ("st.global.u32 [%rd1], %r30;", "never written"),
+        ("div.u32 %r9, %r1, %r1;", "division by zero"),
+        ("trap;", "trap"),
+        (
+            "setp.lt.u32 %p1, %r1, 16; @%p1 bra skip; shfl.sync.bfly.b32 %r9, %r1, 1, 31, -1; ret; "
+            "skip: vote.sync.any.pred %p2, %p1, -1;",
+            "wait at different instructions",
+        ),
+    ],
+    ids=str,
+)
 def test_what_a_gpu_would_stop_at_is_a_fault(body, message):
     with pytest.raises(Fault, match=message):
         machine_of(body)

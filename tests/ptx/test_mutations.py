@@ -17,11 +17,17 @@ from tests.ptx.test_barriers import noticed
 SHAPES, MASKS = test_conv.SHAPES, test_conv.MASKS
 # Cases in the order in which they are tried, until one fails.
 CASES = [
-    (SHAPES[4], MASKS[3], (1, 2)), (SHAPES[2], MASKS[0], (1, 4)), (SHAPES[1], MASKS[4], (1, 4)),
-    (SHAPES[7], MASKS[1], (1, 4)), (SHAPES[5], MASKS[2], (2, 1)), (SHAPES[3], MASKS[5], (1, 1)),
-    ((16, 40, 9, 3, 1, 1, 1), MASKS[1], (2, 2)), ((40, 24, 14, 3, 1, 1, 1), MASKS[0], (1, 4)),
-    ((48, 8, 5, 5, 1, 2, 1), MASKS[4], (2, 1)), ((16, 72, 9, 7, 1, 3, 1), MASKS[0], (1, 8)),
-]  # fmt: skip
+    (SHAPES[4], MASKS[3], (1, 2)),
+    (SHAPES[2], MASKS[0], (1, 4)),
+    (SHAPES[1], MASKS[4], (1, 4)),
+    (SHAPES[7], MASKS[1], (1, 4)),
+    (SHAPES[5], MASKS[2], (2, 1)),
+    (SHAPES[3], MASKS[5], (1, 1)),
+    ((16, 40, 9, 3, 1, 1, 1), MASKS[1], (2, 2)),
+    ((40, 24, 14, 3, 1, 1, 1), MASKS[0], (1, 4)),
+    ((48, 8, 5, 5, 1, 2, 1), MASKS[4], (2, 1)),
+    ((16, 72, 9, 7, 1, 3, 1), MASKS[0], (1, 8)),
+]
 
 
 def check_conv(form, edit):
@@ -101,9 +107,11 @@ def check_triton(which, monkeypatch):
     from tests.ptx.triton_device import simulated
 
     cases = {
-        "gate": test_training.GATES, "batch mean": [(test_gate.test_every_estimator, ("batch_mean", 16))],
-        "residual": test_training.RESIDUALS[:2], "scale": test_training.RESIDUALS[4:],
-    }[which]  # fmt: skip
+        "gate": test_training.GATES,
+        "batch mean": [(test_gate.test_every_estimator, ("batch_mean", 16))],
+        "residual": test_training.RESIDUALS[:2],
+        "scale": test_training.RESIDUALS[4:],
+    }[which]
     for test, arguments in cases:
         with simulated(90) as device:
             test_training.run(test, arguments, monkeypatch)

@@ -35,8 +35,14 @@ def check(monkeypatch, model, x, dtype, ranks, ledger=None, case="", **attribute
     for machine in driver.machines:
         if ledger is not None:
             kind = "cluster" if ranks > 1 else "block"
-            ledger.add(f"resident_kernel {FORMS[dtype]} {kind}", driver.architecture, kind, f"{case} {ranks}",
-                       machine.covered, machine.instructions)  # fmt: skip
+            ledger.add(
+                f"resident_kernel {FORMS[dtype]} {kind}",
+                driver.architecture,
+                kind,
+                f"{case} {ranks}",
+                machine.covered,
+                machine.instructions,
+            )
         assert not machine.notes, dict(machine.notes)
     assert error(mine, low, given) <= max(2 * error(theirs, low, given), FLOOR[dtype])
     return driver
@@ -60,8 +66,13 @@ def widths():
     yield "wide", nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Residual(8, 96, 1), Residual(8, 24, 2)), 14
     yield "narrow", nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), Residual(5, 7, 1), nn.Conv2d(5, 33, 1)), 24
     yield "large", nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)), 32
-    yield "scatter", nn.Sequential(nn.Conv2d(3, 16, 1), Scattering(16, 9, True, True), Scattering(16, 5, False, False),
-                                   nn.Conv2d(16, 4, 1)), 9  # fmt: skip
+    yield (
+        "scatter",
+        nn.Sequential(
+            nn.Conv2d(3, 16, 1), Scattering(16, 9, True, True), Scattering(16, 5, False, False), nn.Conv2d(16, 4, 1)
+        ),
+        9,
+    )
     yield "relu6", nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU6(), nn.Conv2d(40, 64, 3, 2), nn.ReLU6()), 16
 
 

@@ -129,9 +129,10 @@ def test_sums_of_fused_products_are_noted(monkeypatch):
 
     original = triton.runtime.jit.JITFunction.run
     monkeypatch.setattr(
-        triton.runtime.jit.JITFunction, "run",
+        triton.runtime.jit.JITFunction,
+        "run",
         lambda self, *args, **options: original(self, *args, **options | {"enable_fp_fusion": True}),
-    )  # fmt: skip
+    )
     with simulated(90) as device:
         run(test_gate.test_every_estimator, ("ste", 16), monkeypatch)
     assert any("different values to one address" in note or "race" in note for note in device.notes)

@@ -23,18 +23,26 @@ EVIL = "<script>alert('x')</script>&\"'"
 SUMMARY: dict[str, Any] = {
     "dense": {"top1": 93.0, "macs": 41_000_000, "params": 272_000, "latency_ms": {"1": 3.1, "32": 46.9}},
     "frozen": {
-        "top1": 92.5, "macs": 20_000_000, "params": 150_000, "latency_ms": {"1": 1.6, "32": 20.0},
-        "engine_latency_ms": {"1": 0.41}, "energy_j": {"1": 0.0123, "32": None},
+        "top1": 92.5,
+        "macs": 20_000_000,
+        "params": 150_000,
+        "latency_ms": {"1": 1.6, "32": 20.0},
+        "engine_latency_ms": {"1": 0.41},
+        "energy_j": {"1": 0.0123, "32": None},
     },
     "agreement": 0.9987,
-    "energy_j": 12345.6, "energy_source": "GPU 0 (NVML)",
+    "energy_j": 12345.6,
+    "energy_source": "GPU 0 (NVML)",
     "blocks": [
         {"block": "layer1.0", "open": 7, "channels": 16, "runs": True, "macs": 3_000_000, "ms": 0.21},
         {"block": "layer1.1", "open": 0, "channels": 16, "runs": False, "macs": 0, "ms": None},
         {"block": EVIL, "open": None, "channels": None, "runs": False, "macs": 0, "ms": None},
     ],
-    "versions": {"torch": "2.x"}, "commit": "abc", "device": EVIL, "threads": 2,
-}  # fmt: skip
+    "versions": {"torch": "2.x"},
+    "commit": "abc",
+    "device": EVIL,
+    "threads": 2,
+}
 HISTORY = [
     {"epoch": epoch, "phase": "gated", "gate_open_rates": {"layer1.0.channel_gate": 1 / epoch, EVIL: 0.5}}
     for epoch in (1, 2, 3)
@@ -81,9 +89,26 @@ def test_a_page_has_everything_and_asks_nobody() -> None:
     page = Page(text)
     assert page.fetched == [] and "script" not in page.tags and "url(" not in text and "@import" not in text
     for shown in (
-        "93.00", "41.00", "20.00", "272.0", "1.600", "0.410", "0.0123", "12,346 J", "GPU 0 (NVML)", "99.87%",
-        "7 of 16", "0 of 16", "removed", "3.00", "0.210", "torch", "2.x", "abc", "lr",
-    ):  # fmt: skip
+        "93.00",
+        "41.00",
+        "20.00",
+        "272.0",
+        "1.600",
+        "0.410",
+        "0.0123",
+        "12,346 J",
+        "GPU 0 (NVML)",
+        "99.87%",
+        "7 of 16",
+        "0 of 16",
+        "removed",
+        "3.00",
+        "0.210",
+        "torch",
+        "2.x",
+        "abc",
+        "lr",
+    ):
         assert shown in page.text, shown
     assert page.text.count(EVIL) >= 6  # as text, wherever a run can put words
     assert text.count("<rect") == 6 and "50.0% open" in page.text
@@ -140,14 +165,20 @@ def test_names_of_points_do_not_lie_upon_each_other_or_outside() -> None:
 @pytest.mark.parametrize(
     "summary",
     [
-        None, {}, {"frozen": {"top1": 1.0, "macs": None, "params": None}}, {"dense": 3, "blocks": 7 * [None]},
+        None,
+        {},
+        {"frozen": {"top1": 1.0, "macs": None, "params": None}},
+        {"dense": 3, "blocks": 7 * [None]},
         {"frozen": {"top1": 90.0, "macs": 5, "latency_ms": None, "energy_j": 3.0}, "versions": 3, "energy_j": None},
-        {"blocks": [{"block": None}]}, {"blocks": 3}, {"blocks": "abc"}, {"agreement": "all"},
+        {"blocks": [{"block": None}]},
+        {"blocks": 3},
+        {"blocks": "abc"},
+        {"agreement": "all"},
         {"blocks": [{"block": 1, "macs": "many", "ms": [], "channels": {}, "open": None}, {"macs": float("nan")}]},
         {"frozen": {"top1": 1.0, "macs": "x", "params": {}, "energy_j_image": "y", "latency_ms": {"1": "z"}}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_whatever_is_missing_the_page_is_whole(summary: Any) -> None:
     page = Page(html_page([RunView("half", {}, (), summary, ["lost"])]))
     assert "lost" in page.text

@@ -18,12 +18,17 @@ def history(gates: int = 3, epochs: int = 10, *, weights: list[float] | None = N
             gated = phase == "gated"
             lines.append(
                 {
-                    "phase": phase, "epoch": epoch, "train_top1": 50.0 + epoch, "test_top1": 60.0 + epoch,
-                    "open_rate": 0.5, "macs": 0.6, "polarization": 0.1,
+                    "phase": phase,
+                    "epoch": epoch,
+                    "train_top1": 50.0 + epoch,
+                    "test_top1": 60.0 + epoch,
+                    "open_rate": 0.5,
+                    "macs": 0.6,
+                    "polarization": 0.1,
                     "polar_weight": (weights or [0.0] * epochs)[epoch - 1],
                     "gate_open_rates": rates if gated else {},
                 }
-            )  # fmt: skip
+            )
     return lines
 
 

@@ -34,19 +34,34 @@ _SERVER.set_forkserver_preload(["tests.train.imported"])
 RECIPES: dict[str, dict[str, Any]] = {
     "layer gates": {},
     "channel gates, accumulate 2, mac_control rank, consensus_at 0.5, teacher_at 0.1": {
-        "gate": "channel", "position": "middle", "accumulate": 2, "mac_weight": 0.0, "mac_control": "rank",
-        "mac_ramp": (0.1, 0.3), "consensus_at": 0.5, "teacher_at": 0.1, "epochs": 4,
+        "gate": "channel",
+        "position": "middle",
+        "accumulate": 2,
+        "mac_weight": 0.0,
+        "mac_control": "rank",
+        "mac_ramp": (0.1, 0.3),
+        "consensus_at": 0.5,
+        "teacher_at": 0.1,
+        "epochs": 4,
     },
-}  # fmt: skip
+}
 
 
 def small_config(archive: Path, **changes: Any) -> TrainConfig:
     """Settings of a run of about a second that writes a checkpoint after every step."""
     settings = {
-        "data": f"npz:{archive}", "epochs": 3, "batch_size": 16, "mac_weight": 4.0, "gate": "layer", "latency": False,
-        "dense_baseline": False, "device": "cpu", "threads": 1, "checkpoint_minutes": 1e-9,
+        "data": f"npz:{archive}",
+        "epochs": 3,
+        "batch_size": 16,
+        "mac_weight": 4.0,
+        "gate": "layer",
+        "latency": False,
+        "dense_baseline": False,
+        "device": "cpu",
+        "threads": 1,
+        "checkpoint_minutes": 1e-9,
         "bn_reestimate": False,
-    }  # fmt: skip
+    }
     return TrainConfig(**(settings | changes))
 
 

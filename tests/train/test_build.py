@@ -14,9 +14,15 @@ from gatedconv.train.config import TrainConfig
 
 def test_every_gate_setting_reaches_the_network():
     config = TrainConfig(
-        gate="channel", position="before", estimator="gumbel", temperature=0.5, hidden=8, pool="flatten",
-        shortcut="A", model="resnet32",
-    )  # fmt: skip
+        gate="channel",
+        position="before",
+        estimator="gumbel",
+        temperature=0.5,
+        hidden=8,
+        pool="flatten",
+        shortcut="A",
+        model="resnet32",
+    )
     network = build_model(config, load_data("digits"))
     assert network.config | {"num_classes": 10, "input_size": [1, 8, 8]} == network.config
     gate = gatedconv.gates(network)["layer1.0.channel_gate"]

@@ -23,11 +23,19 @@ def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def early(archive: Path, **changes: Any) -> TrainConfig:
     settings = {
-        "data": f"npz:{archive}", "epochs": 4, "batch_size": 16, "gate": "channel", "position": "middle",
+        "data": f"npz:{archive}",
+        "epochs": 4,
+        "batch_size": 16,
+        "gate": "channel",
+        "position": "middle",
         "device": "cpu",
-        "mac_control": "rank", "mac_ramp": (0.0, 0.3), "consensus_at": 0.5, "consensus_by": "logit", "latency": False,
+        "mac_control": "rank",
+        "mac_ramp": (0.0, 0.3),
+        "consensus_at": 0.5,
+        "consensus_by": "logit",
+        "latency": False,
         "polar_schedule": "constant",
-    }  # fmt: skip
+    }
     return TrainConfig(**(settings | changes))
 
 

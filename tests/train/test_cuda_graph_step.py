@@ -52,10 +52,20 @@ class Operations(TorchDispatchMode):
 
     NAMES = frozenset(
         {
-            "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim",
-            "bincount", "lift_fresh", "lift", "_pin_memory", "repeat_interleave",
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "is_nonzero",
+            "equal",
+            "_unique2",
+            "unique_dim",
+            "bincount",
+            "lift_fresh",
+            "lift",
+            "_pin_memory",
+            "repeat_interleave",
         }
-    )  # fmt: skip
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -167,7 +177,7 @@ def test_nothing_in_it_waits_for_the_device(name: str) -> None:
         lambda t: t.nonzero(),
         lambda t: float(t),
         lambda t: t.cpu(),
-    ],  # fmt: skip
+    ],
 )
 def test_the_trap_sees_what_waits(wait: Any) -> None:
     with pytest.raises(AssertionError, match="waits|counts"), no_wait():

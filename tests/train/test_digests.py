@@ -35,11 +35,29 @@ RUNS: dict[str, list[list[str]]] = {
     "resumed": [[*_DEFAULT, "--max-minutes", "1e-6"], ["--resume", "resumed", "--max-minutes", "0"]],
 }
 # Numbers of the CPU at hand, of time and of the machine.
-_VARYING = {"seconds", "wall_s", "versions", "commit", "device", "threads", "energy_j", "energy_reason",
-            "energy_source", "energy_j_image", "blocks", "exports"}  # fmt: skip
+_VARYING = {
+    "seconds",
+    "wall_s",
+    "versions",
+    "commit",
+    "device",
+    "threads",
+    "energy_j",
+    "energy_reason",
+    "energy_source",
+    "energy_j_image",
+    "blocks",
+    "exports",
+}
 # Bits that depend on no CPU: one thread, PyTorch's plain loops, MKL's common path, no oneDNN, no kernels of ours.
-_SETTINGS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "GATEDCONV_ISA": "portable",
-             "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+_SETTINGS = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "COMPATIBLE",
+    "GATEDCONV_ISA": "portable",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 _PROGRAM = """
 import json, sys
 import torch
@@ -62,8 +80,11 @@ def train_all(folder: Path, python: str = sys.executable) -> dict[str, dict[str,
     _write_digits(folder / "digits.npz")
     done = subprocess.run(
         [python, "-c", _PROGRAM, json.dumps(RUNS)],
-        cwd=folder, env=os.environ | _SETTINGS, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=os.environ | _SETTINGS,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: digests(folder / name) for name in RUNS}
 

@@ -26,10 +26,20 @@ from tests.tolerances import assert_close
 from tests.train.test_loop import assert_same_state, comparable, network
 
 CONFIG = TrainConfig(
-    epochs=4, batch_size=16, lr=0.05, gate="channel", position="middle", polar_schedule="constant",
-    mac_control="rank", mac_ramp=(0.3, 0.5), consensus_at=0.5, teacher_at=0.3, teacher_weight=0.6, device="cpu",
+    epochs=4,
+    batch_size=16,
+    lr=0.05,
+    gate="channel",
+    position="middle",
+    polar_schedule="constant",
+    mac_control="rank",
+    mac_ramp=(0.3, 0.5),
+    consensus_at=0.5,
+    teacher_at=0.3,
+    teacher_weight=0.6,
+    device="cpu",
     latency=False,
-)  # fmt: skip
+)
 SINGLE = dataclasses.replace(CONFIG, mac_control="none", consensus_at=1.0)
 DENSE = dataclasses.replace(SINGLE, gate="none", teacher_at=1.0)
 

@@ -30,9 +30,17 @@ from tests.train.still_norms import StillNorms, still_network
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 # 15 images on two ranks: 7 and 8.
 CONFIG = TrainConfig(
-    epochs=2, batch_size=15, lr=0.05, gate="both", position="middle", mac_weight=1.0, act_weight=0.1, polar_weight=2.0,
-    polar_schedule="constant", device="cpu",
-)  # fmt: skip
+    epochs=2,
+    batch_size=15,
+    lr=0.05,
+    gate="both",
+    position="middle",
+    mac_weight=1.0,
+    act_weight=0.1,
+    polar_weight=2.0,
+    polar_schedule="constant",
+    device="cpu",
+)
 # Losses on gates that are linear in the open rates, for which it is all one how a batch is divided.
 LINEAR: dict[str, Any] = {"batch_size": 16, "polar_weight": 0.0, "mac_weight": 0.0, "act_weight": 1.0}
 

@@ -75,9 +75,13 @@ class Scripted:
     ids=["known", "unknown"],
 )
 def test_the_energy_of_an_epoch_outlives_a_restart(
-    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch,
-    before: tuple[Any, ...], after: tuple[Any, ...], expected: tuple[float | None, str],
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    data: ImageData,
+    monkeypatch: pytest.MonkeyPatch,
+    before: tuple[Any, ...],
+    after: tuple[Any, ...],
+    expected: tuple[float | None, str],
+) -> None:
     """A stop after the first of three steps; the reads are those of start, last step and end."""
     config, path = TrainConfig(epochs=1, batch_size=16, gate="none", device="cpu"), tmp_path / "gated.pt"
     for values, deadline in ((before, 0.0), (after, None)):

@@ -21,9 +21,18 @@ from tests.tolerances import assert_close
 from tests.train.losses import total_loss
 
 CONFIG = TrainConfig(
-    epochs=4, batch_size=8, lr=0.05, warmup_epochs=0.0, mac_weight=1.0, act_weight=0.1, weight_decay=0.01,
-    gate_weight_decay=0.01, gate="layer", device="cpu", channels_last=False,
-)  # fmt: skip
+    epochs=4,
+    batch_size=8,
+    lr=0.05,
+    warmup_epochs=0.0,
+    mac_weight=1.0,
+    act_weight=0.1,
+    weight_decay=0.01,
+    gate_weight_decay=0.01,
+    gate="layer",
+    device="cpu",
+    channels_last=False,
+)
 CPU = torch.device("cpu")
 
 
@@ -56,8 +65,11 @@ def plain_steps(model: ResNet, config: TrainConfig, count: int = 6) -> None:
     decay = {"weights": config.weight_decay, "norms": config.weight_decay, "gates": config.gate_weight_decay}
     optimizer = torch.optim.SGD(
         [{"params": found, "weight_decay": decay[kind]} for kind, found in kinds.items()],
-        lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True,
-    )  # fmt: skip
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=True,
+    )
     generator = torch.Generator().manual_seed(1)
     for number in range(count):
         x = torch.randn(8, 1, 8, 8, generator=generator)

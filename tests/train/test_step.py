@@ -28,9 +28,16 @@ from tests.train.losses import total_loss
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
-    epochs=2, batch_size=8, lr=0.05, gate="layer", mac_weight=1.0, act_weight=0.1, polar_schedule="constant",
-    device="cpu", channels_last=False,
-)  # fmt: skip
+    epochs=2,
+    batch_size=8,
+    lr=0.05,
+    gate="layer",
+    mac_weight=1.0,
+    act_weight=0.1,
+    polar_schedule="constant",
+    device="cpu",
+    channels_last=False,
+)
 IMAGES, LABELS = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 
 
@@ -240,9 +247,14 @@ def test_metrics_of_an_accumulated_step_have_the_open_rates_of_all_parts() -> No
         nn.init.normal_(gate.fc2.weight, std=10.0)
     meter = EpochMeter(model)
     config = dataclasses.replace(CONFIG, accumulate=3)  # parts of 3, 3 and 2 images
-    stepper = Stepper(model, config, CPU, observe=lambda result, labels: meter.add(
-        result.logits, labels, result.loss, result.polarization, result.open_rates, result.bad
-    ))  # fmt: skip
+    stepper = Stepper(
+        model,
+        config,
+        CPU,
+        observe=lambda result, labels: meter.add(
+            result.logits, labels, result.loss, result.polarization, result.open_rates, result.bad
+        ),
+    )
     first = next(iter(gatedconv.gates(model).values()))
     first.register_forward_hook(lambda gate, inputs, opened: parts.append(opened.detach()))
     with stepper.active():

@@ -28,15 +28,27 @@ RUN_ID = "TORCHELASTIC_RUN_ID"
 
 # Of six steps to a consensus, all of them taught, the last four may shut gates; six more of what is cut.
 ALL_AT_ONCE: dict[str, Any] = {
-    "mac_weight": 0.0, "mac_control": "rank", "mac_ramp": (0.1, 0.5), "teacher_at": 0.1, "consensus_at": 0.5,
-}  # fmt: skip
+    "mac_weight": 0.0,
+    "mac_control": "rank",
+    "mac_ramp": (0.1, 0.5),
+    "teacher_at": 0.1,
+    "consensus_at": 0.5,
+}
 
 
 def config(archive: Path, **changes: Any) -> TrainConfig:
     settings = {
-        "data": f"npz:{archive}", "epochs": 2, "batch_size": 8, "gate": "channel", "position": "middle",
-        "mac_weight": 1.0, "latency": False, "device": "cpu", "threads": 1, "bn_reestimate": False,
-    }  # fmt: skip
+        "data": f"npz:{archive}",
+        "epochs": 2,
+        "batch_size": 8,
+        "gate": "channel",
+        "position": "middle",
+        "mac_weight": 1.0,
+        "latency": False,
+        "device": "cpu",
+        "threads": 1,
+        "bn_reestimate": False,
+    }
     return TrainConfig(**(settings | changes))
 
 

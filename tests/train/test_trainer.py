@@ -70,8 +70,11 @@ def test_a_run_writes_everything_and_the_summary_is_true(tmp_path: Path, archive
     assert summary is not None and summary == folder.read_summary()
     assert heard.phases == ["dense", "gated", "finish"]
     assert [(line.phase, line.epoch) for line in heard.epochs] == [
-        ("dense", 1), ("dense", 2), ("gated", 1), ("gated", 2),
-    ]  # fmt: skip
+        ("dense", 1),
+        ("dense", 2),
+        ("gated", 1),
+        ("gated", 2),
+    ]
     assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == [
         line.as_dict() for line in heard.epochs
     ]
@@ -142,9 +145,16 @@ def begun(path: Path) -> RunFolder:
 def test_the_ledger_takes_over_the_energy_of_an_image(tmp_path: Path, joules: float | None) -> None:
     net = {"top1": 93.0, "macs": 1e8, "params": 5, "energy_j": None, "energy_j_image": joules}
     summary = {
-        "dense": net, "model": "resnet56", "epochs": {"dense": 3}, "device": "cpu", "commit": None, "versions": {},
-        "wall_s": 1.0, "evaluated_on": "test", "train_macs": 3e15,
-    }  # fmt: skip
+        "dense": net,
+        "model": "resnet56",
+        "epochs": {"dense": 3},
+        "device": "cpu",
+        "commit": None,
+        "versions": {},
+        "wall_s": 1.0,
+        "evaluated_on": "test",
+        "train_macs": 3e15,
+    }
     experiment = find_experiment("headline-r56-c10-dense")
     row = training_row(experiment, 0, begun(tmp_path), summary, {})
     assert row.energy_j_image == joules
@@ -154,12 +164,23 @@ def test_the_ledger_takes_over_the_energy_of_an_image(tmp_path: Path, joules: fl
 def test_a_row_of_the_recipe_tells_of_the_whole_network_too(tmp_path: Path) -> None:
     net = {"top1": 76.0, "macs": 5e6, "params": 5}
     summary = {
-        "dense": net | {"top1": 78.0, "macs": 1e7}, "frozen": net, "model": "resnet20",
-        "epochs": {"gated": 17, "cut": 7}, "device": "cpu", "commit": None, "versions": {}, "wall_s": 1.0,
-        "evaluated_on": "test", "train_macs": 1e12,
-        "macs_dense": 1e7, "open_ratio": 0.5, "pruning_rate": 0.5, "polarization": 0.0, "agreement": 1.0,
+        "dense": net | {"top1": 78.0, "macs": 1e7},
+        "frozen": net,
+        "model": "resnet20",
+        "epochs": {"gated": 17, "cut": 7},
+        "device": "cpu",
+        "commit": None,
+        "versions": {},
+        "wall_s": 1.0,
+        "evaluated_on": "test",
+        "train_macs": 1e12,
+        "macs_dense": 1e7,
+        "open_ratio": 0.5,
+        "pruning_rate": 0.5,
+        "polarization": 0.0,
+        "agreement": 1.0,
         "dynamic": {"top1": 70.0, "macs": 5e6},
-    }  # fmt: skip
+    }
     row = training_row(find_experiment("cpu-r20-c10"), 0, begun(tmp_path), summary, {})
     assert (row.top1_last, row.top1_whole, row.macs, row.macs_dense, row.epochs) == (76.0, 78.0, 5e6, 1e7, 24)
 
@@ -307,11 +328,14 @@ def with_biases(biases: list[float]) -> Any:
     return build
 
 
-@pytest.mark.parametrize(("dead", "changes", "noted"), [
-    (4, {"mac_weight": 0.0}, 0),
-    (5, {"mac_weight": 0.0}, 1),
-    (5, {"mac_target": 0.5}, 0),  # half of the MACs is what was asked for
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dead", "changes", "noted"),
+    [
+        (4, {"mac_weight": 0.0}, 0),
+        (5, {"mac_weight": 0.0}, 1),
+        (5, {"mac_target": 0.5}, 0),  # half of the MACs is what was asked for
+    ],
+)
 def test_dead_gates_are_noted_once_where_nothing_asks_for_them(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, dead: int, changes: dict[str, Any], noted: int
 ) -> None:

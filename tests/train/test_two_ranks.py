@@ -26,9 +26,14 @@ from tests.train.still_norms import still_network
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 CONFIG = TrainConfig(
-    batch_size=15, gate="channel", position="middle", consensus_by="logit", device="cpu", augment=False,
+    batch_size=15,
+    gate="channel",
+    position="middle",
+    consensus_by="logit",
+    device="cpu",
+    augment=False,
     bn_reestimate=False,
-)  # fmt: skip
+)
 
 
 def small_spread() -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,8 @@
 // block's shared memory; multiply(lanes, table, weights) multiplies one step.
 #pragma once
 
-#include "shared/conv_body.h"
 #include "cuda/experimental/resident.h"
+#include "shared/conv_body.h"
 
 namespace gatedconv {
 

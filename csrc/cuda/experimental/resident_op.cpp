@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "cuda/op_support.h"
 #include "cuda/experimental/resident_launch.h"
+#include "cuda/op_support.h"
 
 namespace {
 

@@ -132,9 +132,19 @@ class _TiledConv:
             )
         geometry = [*one.kernel, *one.stride, *one.padding[:2], *one.dilation]
         return cuda_conv.conv_run(
-            x, self.packed, self.bias, self.inputs, self.outputs, residual, output, geometry,
-            _ACT_NUMBERS[one.act], skip, self.tf32, self.tile,
-        )  # fmt: skip
+            x,
+            self.packed,
+            self.bias,
+            self.inputs,
+            self.outputs,
+            residual,
+            output,
+            geometry,
+            _ACT_NUMBERS[one.act],
+            skip,
+            self.tf32,
+            self.tile,
+        )
 
 
 def spread(values: Tensor, index: Sequence[int], size: int) -> Tensor:

@@ -242,9 +242,7 @@ class _Builder:
                 index = one.index or list(range(one.channels[0]))
             stride = one.stride if one.op == "subsample" else (1, 1)
             index = self._index(one.target, index)
-            self.steps.append(
-                ResidentStep("move", one.source, one.target, one.residual, None, index, stride, one.act)
-            )
+            self.steps.append(ResidentStep("move", one.source, one.target, one.residual, None, index, stride, one.act))
 
     def _add_conv(self, one: Instruction) -> None:
         source, clear = one.source, not one.in_place

@@ -136,8 +136,9 @@ def _mark_nonnegative(made: list[Instruction]) -> None:
     least_zero: set[int] = set()
     for one in made:
         one.keeps_closed = one.act is None or (one.act == "relu" and one.residual in least_zero)
-        if one.act is not None or (one.op in ("max_pool", "avg_pool", "mean_pool", "gather", "subsample")
-                                   and one.source in least_zero):  # fmt: skip
+        if one.act is not None or (
+            one.op in ("max_pool", "avg_pool", "mean_pool", "gather", "subsample") and one.source in least_zero
+        ):
             least_zero.add(one.target)
 
 

@@ -183,9 +183,7 @@ class CudaPlan(nn.Module):
         runs = self.runs.get(tuple(x.shape), {})
         return self._execute(x, lambda at, *_: self._candidate(at, chosen[at] if chosen else "cudnn"), runs, {})
 
-    def _execute(
-        self, x: Tensor, pick: Pick, runs: dict[int, tuple[Run, str]], sources: dict[int, Tensor]
-    ) -> Tensor:
+    def _execute(self, x: Tensor, pick: Pick, runs: dict[int, tuple[Run, str]], sources: dict[int, Tensor]) -> Tensor:
         """Run everything; at the positions in `sources` the map that is read there is copied into it."""
         maps = {self.first: self._enter(x)}
         at = 0

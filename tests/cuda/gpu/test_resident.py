@@ -130,9 +130,19 @@ def test_the_engine_measures_both_and_takes_one(monkeypatch, tmp_path):
         assert launches is None or found == launches, mode
 
 
-@pytest.mark.parametrize("change", [
-    {0: 16}, {0: 0}, {1: 3}, {5: 1 << 30}, {6: 7}, {7: 31}, {9: 99},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {0: 16},
+        {0: 0},
+        {1: 3},
+        {5: 1 << 30},
+        {6: 7},
+        {7: 31},
+        {9: 99},
+    ],
+    ids=str,
+)
 def test_a_layout_that_does_not_fit_is_refused(change):
     x = torch.randn(1, 3, 32, 32, device="cuda").half()
     (run, candidate), *_ = launches(resident_plan(gated(), x, 1), x)

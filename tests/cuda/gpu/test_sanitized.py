@@ -53,9 +53,12 @@ def test_tiles(tile, dtype):
 
 def sanitized_network():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), Residual(8, 72, 2), gatedconv.nn.PadShortcut(8, 13, 2), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(3, 8, 3),
+        Residual(8, 72, 2),
+        gatedconv.nn.PadShortcut(8, 13, 2),
+        nn.AdaptiveAvgPool2d(1),
         nn.Conv2d(13, 5, 1),
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

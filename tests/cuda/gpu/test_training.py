@@ -110,9 +110,7 @@ def test_replayed_steps_are_the_plain_ones(name: str) -> None:
         assert float((mine - theirs).abs().max()) <= rounding * max(scale, 0.1), key
     if plain.pruner is not None and captured.pruner is not None:
         assert bool(plain.pruner.pruned.any())
-        torch.testing.assert_close(
-            captured.pruner.sensitivity, plain.pruner.sensitivity, rtol=0.1, atol=rounding * 0.1
-        )
+        torch.testing.assert_close(captured.pruner.sensitivity, plain.pruner.sensitivity, rtol=0.1, atol=rounding * 0.1)
 
 
 def test_a_replay_makes_the_host_wait_for_nothing() -> None:
