@@ -192,7 +192,7 @@ def _foreign(model: nn.Module, channels: Channels, path: str, call: ModuleCall) 
     if bool(held.all()):
         return
     module = model.get_submodule(path)
-    idle = value in channels.masks.values or not bool(channels.need[value].any())  # else its constants are read
+    idle = value in channels.masks.values  # else a reader further on may want its constants
     if idle and not bool(channels.wanted(value).any()) and value.tensor.shape == source.tensor.shape:
         model.set_submodule(path, nn.Identity())
         return
@@ -208,7 +208,7 @@ def _numbers(model: nn.Module, channels: Channels, node: Node, value: Value) -> 
     module = model.get_submodule(node.scope)
     computed = channels.computed(node, value)
     same = value.tensor.shape == node.inputs[0].tensor.shape and len(channels.record.calls_of(node.scope)) == 1
-    idle = value in channels.masks.values or not bool(channels.need[value].any())  # else its constants are read
+    idle = value in channels.masks.values  # else a reader further on may want its constants
     if same and idle and not bool(channels.wanted(value).any()):
         model.set_submodule(node.scope, nn.Identity())
     elif not bool(computed.all()) and channels._can_slice_numbers(node, value):
