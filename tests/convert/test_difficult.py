@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import warnings
 
 import pytest
@@ -110,9 +109,7 @@ def test_the_old_weight_norm_is_cut():
     model(IMAGES)
     with torch.no_grad():
         model.eval()(IMAGES)
-    small = assert_cut_is_exact(model)
-    assert type(small.get_submodule("conv2")) is nn.Conv2d
-    assert not small.get_submodule("conv2")._forward_pre_hooks
+    assert_cut_is_exact(model)
 
 
 def test_a_computed_weight_is_left_to_its_owner():
@@ -142,14 +139,14 @@ class Refusing(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.conv = nn.Conv2d(8, 8, 3, padding=1)
         self.norm = nn.InstanceNorm2d(8, affine=True)
-        self.squeeze = nn.Linear(8, 8)
+        self.squeeze, self.end = nn.Linear(8, 8), nn.Identity()
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x):
         x = F.relu(self.stem(x))
         h = self.norm(self.conv(x))
         weight = torch.sigmoid(self.squeeze(h.mean((2, 3)).view(h.shape[0], -1)))
-        x = x + h * weight[:, :, None, None]
+        x = x + self.end(h * weight[:, :, None, None])
         return self.fc(x.mean((2, 3)))
 
 
@@ -180,11 +177,11 @@ def test_other_types(dtype):
     assert torch.isfinite(loss)
 
 
-def test_a_model_without_storage_is_gated():
+def test_a_model_without_weights_is_refused():
     with torch.device("meta"):
         model = Residual()
-    gated = gatedconv.gate_model(model, "both", example_input=torch.empty(2, 3, 12, 12, device="meta"))
-    assert len(gatedconv.gates(gated)) == 12 and {p.device.type for p in gated.parameters()} == {"meta"}
+    with pytest.raises(ValueError, match="the model is on the meta device, without weights; load them first"):
+        gatedconv.gate_model(model, "both", example_input=torch.empty(2, 3, 12, 12, device="meta"))
 
 
 @pytest.mark.parametrize("name", ["residual", "unet", "shuffled"])
@@ -268,22 +265,15 @@ class Auxiliary(nn.Module):
         return (self.fc(y), self.aux(y)) if self.training else self.fc(y)
 
 
-def test_the_record_names_code_that_training_does_not_reach_any_more():
-    for model, named in ((Auxiliary(), r"the model \(Auxiliary\)"), (nn.Sequential(nn.ReLU(), Auxiliary()), "1$")):
+def test_code_that_runs_in_training_alone_is_kept():
+    for model in (Auxiliary(), nn.Sequential(nn.ReLU(), Auxiliary())):
         result = gatedconv.gate_model(model, "channel", example_input=IMAGES)
-        assert isinstance(model.train()(IMAGES), tuple) and isinstance(result.train()(IMAGES), torch.Tensor)
-        assert re.search(f"self.training in the forward of: {named}", result.conversion.note)
-        assert result.conversion.note in str(result.conversion)
-    assert not gatedconv.gate_model(network("residual"), "channel", example_input=IMAGES).conversion.note
+        assert isinstance(result.train()(IMAGES), tuple) and isinstance(result.eval()(IMAGES), torch.Tensor)
 
 
-def test_a_module_of_torch_export_is_gated_in_the_mode_that_it_computes_in():
-    model = network("unet")
-    program = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    gated = gatedconv.gate_model(program.module(), "channel", example_input=IMAGES)
-    assert not gated.training and len(gatedconv.gates(gated)) >= 3
-    torch.testing.assert_close(gated(IMAGES), model(IMAGES))
-    frozen = gatedconv.freeze(gated, masks=odd_masks(gated))
-    assert_close(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES))
-    with pytest.raises(TypeError, match="got ExportedProgram: pass its .module()"):
+def test_an_exported_program_is_refused():
+    program = torch.export.export(network("unet"), (IMAGES,))
+    with pytest.raises(TypeError, match="ExportedProgram"):
         gatedconv.gate_model(program, "channel", example_input=IMAGES)
+    with pytest.raises(ValueError, match="no place for a 'channel' gate in GraphModule"):
+        gatedconv.gate_model(program.module(), "channel", example_input=IMAGES)
