@@ -88,6 +88,8 @@ def _check(frozen: Any, example_input: Any, channel_multiple: int | None) -> int
         if not example_input.is_floating_point() or example_input.is_meta:
             kind = f"{example_input.dtype} on {example_input.device}"
             raise TypeError(f"compact: example_input must be of a floating-point type and hold data, got {kind}")
+    if not tensors_of(as_inputs(example_input)):
+        raise TypeError(f"compact: example_input must be a tensor or hold tensors, got {example_input!r}")
     if channel_multiple is None:
         channel_multiple = 8 if any(t.is_cuda for t in tensors_of(as_inputs(example_input))) else 1
     if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:

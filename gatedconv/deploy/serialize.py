@@ -146,8 +146,10 @@ def _packed(path: Path, model: nn.Module, example_size: Any, tensors: dict[str, 
 def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description of a network that is none of ours, and tensors of its graph beyond its state."""
     description: dict[str, Any] = {"version": VERSION, "stage": "graph"}
+    graph: GraphNet | None
     if isinstance(model, GraphNet):
         graph = model
+        description["graph"] = describe_graph(graph)
     else:
         size = vars(model).get("input_size") or (tuple(example_size[1:]) if example_size else None)
         description["stage"], description["class"] = "module", type(model).__qualname__
@@ -157,7 +159,8 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
                 raise NoGraph("gatedconv has not seen an image that it takes")
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
             graph = write_graph(model, tuple(size), dtype)
-        except NoGraph as error:
+            description["graph"] = describe_graph(graph)
+        except (NoGraph, TypeError) as error:  # such a file is loaded into the user's own network
             if not description["surgery"]:
                 raise TypeError(
                     f"save: gatedconv changed nothing in this {type(model).__name__}, and its forward cannot be "
@@ -165,10 +168,8 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
                 ) from error
             description["no_graph"] = str(error)[:300]
             graph = None
-    if graph is not None:
-        description["graph"] = describe_graph(graph)
-        if "fixed_size" in vars(graph):
-            description["fixed_size"] = list(vars(graph)["fixed_size"])
+    if graph is not None and "fixed_size" in vars(graph):
+        description["fixed_size"] = list(vars(graph)["fixed_size"])
     if consensus := getattr(model, "consensus", None):
         description["consensus"] = _describe_consensus(consensus)
     if terms := getattr(model, "mac_terms", None):

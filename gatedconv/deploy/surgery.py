@@ -28,7 +28,7 @@ def describe_surgery(model: nn.Module) -> dict[str, Any]:
     """
     links: dict[int, int] = {}
     paths = {id(module): name for name, module in model.named_modules()}
-    frames, counts, hooks, gates, frozen, before = {}, {}, {}, {}, [], {}
+    frames, removed, counts, hooks, gates, frozen, before = {}, {}, {}, {}, {}, [], {}
     for path, module in model.named_modules():
         if isinstance(module, Framed):
             frames[path] = [
@@ -40,6 +40,8 @@ def describe_surgery(model: nn.Module) -> dict[str, Any]:
                 ]
                 for name, part in module.named_children()
             ]
+        elif type(module) in (EmptyMap, GatherChannels, nn.Identity) and path:
+            removed[path] = describe_module(path, module)
         if isinstance(module, Gate):
             gates[path] = describe_module(path, module)
         if isinstance(module, FrozenConv2d):
@@ -53,7 +55,8 @@ def describe_surgery(model: nn.Module) -> dict[str, Any]:
             if isinstance(hook, BeforeForward):
                 before[path] = [links.setdefault(id(link), len(links)) for link in hook.links]
     made = frames or gates or frozen or hooks or getattr(model, "consensus", None) is not None
-    kinds = {"frames": frames, "counts": counts, "hooks": hooks, "gates": gates, "frozen": frozen, "before": before}
+    kinds: dict[str, Any] = {"frames": frames, "removed": removed, "counts": counts, "hooks": hooks}
+    kinds |= {"gates": gates, "frozen": frozen, "before": before}
     return kinds if made else {}
 
 
@@ -73,6 +76,8 @@ def operate(dense: nn.Module, surgery: Mapping[str, Any], tensors: Mapping[str, 
         layer = model.get_submodule(path)
         built = [(n, layer if spec is None else build_module(f"{path}.{n}", spec, tensors)) for n, spec in parts]
         model.set_submodule(path, Framed(OrderedDict(built)))
+    for path, spec in surgery["removed"].items():
+        model.set_submodule(path, build_module(path, spec, tensors))
     for path, spec in surgery["gates"].items():
         owner, _, name = path.rpartition(".")
         model.get_submodule(owner).add_module(name, build_module(path, spec, tensors))

@@ -95,7 +95,7 @@ def test_bad_arguments_are_named():
         gatedconv.compact(model, X)
     with pytest.raises(TypeError, match="must be a torch.nn.Module"):
         gatedconv.compact("model", X)
-    with pytest.raises(TypeError, match="example_input must be a tensor"):
+    with pytest.raises(TypeError, match="example_input must be a tensor or hold tensors"):
         gatedconv.compact(gatedconv.models.resnet20(), (1, 3, 16, 16))
 
 
