@@ -21,9 +21,9 @@ class FrozenConv2d(Conv2d):
         super().__init__(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
             conv.dilation,  # type: ignore[arg-type]
             conv.groups,
             False,

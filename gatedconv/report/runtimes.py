@@ -233,5 +233,5 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _channels_last(network: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    moved: nn.Module = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    moved: nn.Module = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved, x.contiguous(memory_format=torch.channels_last)

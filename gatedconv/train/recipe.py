@@ -313,5 +313,6 @@ def placement(options: RuntimeOptions) -> dict[str, Any]:
 def place(model: nn.Module, options: RuntimeOptions) -> nn.Module:
     """Move a network to the device and memory format of the batches; returns it."""
     where = placement(options)
-    moved: nn.Module = model.to(where["device"]).to(memory_format=where["memory_format"])
+    moved = model.to(where["device"])
+    moved = moved.to(memory_format=where["memory_format"])  # type: ignore[call-overload]
     return moved
