@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import gatedconv
 from tests.engine.nets import error, settle
+
+torchvision = pytest.importorskip("torchvision")
 
 LIMIT = 1e-5
 NETWORKS = {
