@@ -116,7 +116,9 @@ $(VENV)/.build: $(SOURCES) $(VENV)/.packages
 	$(BIN)/python gatedconv/_build.py
 	@touch $@
 
-$(VENV)/.dev $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.build
+# Neither the lint nor the documents need the libraries.
+$(VENV)/.bench: $(VENV)/.build
+$(VENV)/.dev $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.packages
 	GATEDCONV_BUILD=off $(PIP) install --quiet --editable ".[$*]"
 	@touch $@
 
