@@ -100,7 +100,7 @@ def test_cluster(ledger, monkeypatch):
 
 @pytest.mark.slow
 def test_training_kernels(ledger, monkeypatch):
-    """Without some barriers of each kernel of a gate and a block's end in turn; Triton puts in more than are needed."""
+    """Barriers of each kernel are left out in turn, from the middle outwards, until one is missed; some are spare."""
     pytest.importorskip("triton")
     from tests.ptx import test_training
     from tests.ptx.triton_device import _programs, simulated
@@ -111,14 +111,15 @@ def test_training_kernels(ledger, monkeypatch):
             run()
         for name, key in sorted(device.covered):
             count = len(_sites(_programs[key][0]))
-            found = 0
-            for which in sorted({0, count // 2, count - 1} & set(range(count))):
+            by = ""
+            for which in sorted(range(count), key=lambda at, middle=count // 2: abs(at - middle)):
                 with simulated(90) as changed:
                     changed.edit = functools.partial(_without, name, which)
                     by = noticed(run) or next(iter(changed.notes), "")
                 ledger.add_mutation("one barrier left out (Triton)", f"{name} barrier {which}", by[:60])
-                found += bool(by)
-            assert found or not count, f"{name}: none of {count} barriers is missed"
+                if by:
+                    break
+            assert by or not count, f"{name}: none of {count} barriers is missed"
 
 
 def _sites(kernel: Kernel) -> list[int]:
