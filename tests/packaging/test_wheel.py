@@ -31,6 +31,12 @@ print(json.dumps({"file": gatedconv.__file__, "source": library.source, "reason"
 warned}))
 """
 
+# The README's examples, one after the other, in an environment that cannot compile.
+README = """
+{examples}
+assert engine.plans and len(gatedconv.gates(model)) > 10
+"""
+
 
 def run_a_layer(python: Path, folder: Path, **variables: str) -> dict:
     done = run([str(python), "-c", RUN_A_LAYER], folder, **variables)
@@ -110,6 +116,9 @@ def test_a_wheel_built_beside_torch_holds_a_library_that_runs(project, tmp_path)
     assert info["reasons"] == {"cuda": "left out: FORCE_CUDA=0"}
     python = install(wheel, tmp_path / "venv")
     assert run_a_layer(python, tmp_path, CXX="false")["source"] == "ahead-of-time"
+    examples = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1:])
+    done = run([str(python), "-c", README.format(examples=examples)], tmp_path, CXX="false")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("mode", ["auto", "require"])
