@@ -10,6 +10,8 @@ namespace {
 
 // The largest size or count, and the largest kernel, stride, padding or dilation: products stay below 2^63.
 constexpr int64_t kLargest = 1 << 18, kLargestWindow = 1 << 10;
+// The most floats of one image's maps together: those of a batch on every worker still have an address.
+constexpr int64_t kMostFloats = int64_t{1} << 44;
 
 bool within(int64_t value, int64_t low, int64_t high) {
   return value >= low && value <= high;
@@ -175,15 +177,18 @@ const char* check_channels(const Step& step) {
     case Op::kSubsample:
       return within(step.option, 0, out.channels - in.channels) ? nullptr : "an offset is out of range";
     case Op::kPixelShuffle:
+      if (step.kernel_h != step.kernel_w || step.residual.exists()) return "a pixel shuffle is damaged";
       return in.channels == int64_t{out.channels} * step.kernel_h * step.kernel_h
                  ? nullptr
                  : "two maps differ in channels";
+    case Op::kGather:
+      return step.stride_h == 1 && step.stride_w == 1 ? nullptr : "a gather has a stride";
     case Op::kGroupNorm:
       if (step.span < 1 || in.channels % step.span != 0) return "channels do not make whole groups";
       break;
-    case Op::kInput:
+    case Op::kInput:  // which writes whole pixels
+      return out.offset == 0 ? nullptr : "the input is no map of its own";
     case Op::kOutput:
-    case Op::kGather:
     case Op::kScatterAdd:
     case Op::kFill:
       return nullptr;
@@ -247,19 +252,25 @@ const char* resolve_size(Step& step, const int64_t* field) {
     out.width = step.kernel_w;
   } else if (step.op == Op::kNearest || step.op == Op::kBilinear || step.op == Op::kPixelShuffle) {
     const bool given = step.residual.exists();
-    const int64_t height = given ? step.residual.height : int64_t{in.height} * step.kernel_h;
-    const int64_t width = given ? step.residual.width : int64_t{in.width} * step.kernel_w;
-    if (height > kLargest || width > kLargest) return "a map grows too large";
-    out.height = static_cast<int>(height);
-    out.width = static_cast<int>(width);
+    out.height = given ? step.residual.height : in.height * step.kernel_h;
+    out.width = given ? step.residual.width : in.width * step.kernel_w;
   }
-  // Taps are reached by 32-bit offsets.
-  const int64_t reach =
-      int64_t{step.dilation_h} * step.kernel_h * in.row + int64_t{step.dilation_w} * step.kernel_w * in.pixel;
-  if (reach > INT32_MAX) return "the input is too wide";
+  if (out.height > kLargest || out.width > kLargest) return "a map grows too large";
+  // Taps are reached by 32-bit offsets, forwards and backwards.
+  const auto reach = [](int dilation, int kernel, int pad) {
+    return std::max<int64_t>(int64_t{dilation} * kernel, pad);
+  };
+  if (reach(step.dilation_h, step.kernel_h, step.pad_top) * in.row +
+          reach(step.dilation_w, step.kernel_w, step.pad_left) * in.pixel >
+      INT32_MAX) {
+    return "the input is too wide";
+  }
   const int tile = winograd_tile(step.op);
   step.rows = step.op == Op::kGroupNorm ? std::max(step.span, 1) : (out.height + tile - 1) / tile;
-  out.row = (out.halo + out.width + out.right()) * out.pixel;
+  const int64_t columns = out.halo + out.width + out.right();
+  // Pixels are counted in 32 bits.
+  if ((out.halo + out.height + out.bottom()) * columns > INT32_MAX) return "a map grows too large";
+  out.row = columns * out.pixel;
   return nullptr;
 }
 
@@ -383,6 +394,11 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
       plan.slot_floats[out.slot] = std::max(plan.slot_floats[out.slot], round_up(floats, kPanel));
     }
     if (step.op != Op::kView) plan.steps.push_back(step);
+  }
+  int64_t floats = 0;
+  for (const int64_t slot : plan.slot_floats) {
+    floats += slot;
+    if (floats > kMostFloats) return "the maps grow too large";
   }
   const Map& last = plan.steps.back().in;
   plan.out_channels = last.channels;

@@ -161,6 +161,64 @@ void check_damage() {
   }
 }
 
+// Programs with one field wrong, each of which would have a kernel read or write outside of its maps.
+void check_refusals() {
+  using Fields = std::vector<int64_t>;
+  const int64_t gather = int64_t(Op::kGather), shuffle = int64_t(Op::kPixelShuffle);
+  const int64_t conv = int64_t(Op::kConv), pool = int64_t(Op::kMaxPool);
+  const Fields wide = {16, 16, 0, 1, 0, 0};
+  const auto map = [](int64_t channels, int64_t pixel, int64_t halo, int64_t slot, int64_t offset) {
+    return Fields{channels, pixel, halo, 1, slot, offset};
+  };
+  const auto refused = [&](const char* what, Fields first, Fields second, Fields step, Input input,
+                           bool refuses = true) {
+    std::vector<int64_t> program = {kVersion, 2, 3, 4 + 2 * kMapFields + 3 * kStepFields};
+    const auto append = [&](Fields fields) { program.insert(program.end(), fields.begin(), fields.end()); };
+    const auto append_step = [&](Fields fields) {
+      fields.resize(kStepFields);
+      fields[kGate] = -1;
+      append(fields);
+    };
+    append(first);
+    append(second);
+    append_step({int64_t(Op::kInput), -1, 0, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
+    append_step(step);
+    append_step({int64_t(Op::kOutput), 1, -1, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
+    append({0, 16, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
+    const std::vector<float> weights(4096);
+    Plan plan;
+    const char* error = decode(program.data(), program.size(), weights.data(), weights.size(), input, plan);
+    if ((error != nullptr) != refuses) {
+      std::printf("%s: %s\n", what, error ? error : "accepted");
+      ++failures;
+    }
+  };
+  const Input small{nullptr, {1, 16, 8, 8}, {1024, 64, 8, 1}};
+  const auto step = [](int64_t op, int64_t residual, int64_t kernel_h, int64_t kernel_w, int64_t stride,
+                       int64_t pad, int64_t index) {
+    Fields fields = {op, 0, 1, residual, 0, kernel_h, kernel_w, stride, stride, pad, pad, pad, pad, 1, 1};
+    fields.resize(kStepFields);
+    if (op == int64_t(Op::kConv)) fields[kSpan] = 16;
+    fields[kIndex] = index;
+    return fields;
+  };
+  const Fields out = map(16, 16, 0, 1, 0), quarter = map(4, 16, 0, 1, 0), one = map(1, 16, 0, 1, 0);
+  refused("a gather", wide, out, step(gather, -1, 1, 1, 1, 0, 1), small, false);
+  refused("a gather with a stride", wide, out, step(gather, -1, 1, 1, 2, 0, 1), small);
+  refused("a shuffle", wide, quarter, step(shuffle, -1, 2, 2, 1, 0, 0), small, false);
+  refused("an oblong shuffle", wide, quarter, step(shuffle, -1, 2, 4, 1, 0, 0), small);
+  refused("a shuffle to a map's size", map(1, 16, 0, 0, 0), one, step(shuffle, 0, 1, 1, 1, 0, 0),
+          {nullptr, {1, 1, 8, 8}, {64, 64, 8, 1}});
+  refused("an input inside of another map", map(16, 48, 0, 0, 32), out, step(pool, -1, 1, 1, 1, 0, 0), small);
+  refused("a map that grows", wide, out, step(pool, -1, 1, 1, 1, 1024, 0),
+          {nullptr, {1, 16, 1 << 18, 1}, {1, 1, 1, 1}});
+  refused("pixels past 32 bits", wide, out, step(conv, -1, 1, 1, 1, 0, 0),
+          {nullptr, {1, 16, 1 << 18, 1 << 14}, {1, 1, 1, 1}});
+  refused("taps behind 32 bits", map(16, 16, 1024, 0, 0), out, step(conv, -1, 1, 1, 1, 1024, 0),
+          {nullptr, {1, 16, 8, 1 << 18}, {1, 1, 1, 1}});
+  refused("a padded convolution", map(16, 16, 3, 0, 0), out, step(conv, -1, 1, 1, 1, 3, 0), small, false);
+}
+
 }  // namespace
 
 int main() {
@@ -181,6 +239,7 @@ int main() {
     }
   }
   check_damage();
+  check_refusals();
   Workspace::release();
   return failures != 0;
 }
