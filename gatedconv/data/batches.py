@@ -32,7 +32,8 @@ class TrainBatches:
     """One pass over the train split per iteration: shuffled, cropped, flipped, normalized, all on the device.
 
     The last, incomplete batch of a pass is left out; another shuffle brings its images back. Every random
-    choice comes from `generator`, whose state is all that a checkpoint needs to resume exactly.
+    choice comes from `generator`, except for the first coins of alternating flips, which `seed` alone decides; `state`
+    has what a checkpoint needs to resume exactly.
 
     With several processes each gets its share of every batch: all of them draw the same numbers, for the full batch.
 
@@ -78,8 +79,11 @@ class TrainBatches:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.share = share(batch_size, rank, world)
         self.position = 0
+        self.passes = 0
         self._begun = self.generator.get_state()
         self._skip_to = 0
+        coins = torch.Generator(device).manual_seed((seed + 1) % 2**63)
+        self._mirrored_first = torch.randint(0, 2, (len(self.labels),), generator=coins, device=device)
         self.images = data.train_images
         if not isinstance(self.images, FileImages):
             self._crops = self._all_crops(self.images)
@@ -98,6 +102,7 @@ class TrainBatches:
         order = self._random(len(self.labels), shuffle=True)
         if first:
             self.generator.set_state(now)
+        parity = self.passes % 2
         batches = order[: len(self) * self.batch_size].split(self.batch_size)[first:]
         taken = [chosen[self.share] for chosen in batches]
         pixels = self.images.batches(taken) if isinstance(self.images, FileImages) else None
@@ -106,13 +111,21 @@ class TrainBatches:
                 images = self._augmented(self._crops, chosen)
             else:
                 images = self._augmented(self._all_crops(next(pixels)), torch.arange(len(chosen)))
+            if self.augment.flip:
+                images = torch.where(self._mirrored(chosen, parity).view(-1, 1, 1, 1), images.flip(3), images)
             images = self.normalize(images)
             self.position = number % len(self)
+            self.passes += not self.position
             yield images, self.labels[chosen]
 
     def state(self) -> dict[str, Tensor | int]:
         """The position of the batches, within a pass or between two."""
-        return {"data": self.generator.get_state(), "begun": self._begun, "position": self.position}
+        return {
+            "data": self.generator.get_state(),
+            "begun": self._begun,
+            "position": self.position,
+            "passes": self.passes,
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`: the next pass is the rest of an interrupted one, if there was one.
@@ -122,6 +135,7 @@ class TrainBatches:
         """
         self._begun = state.get("begun", state["data"])
         self.position = self._skip_to = int(state.get("position", 0))
+        self.passes = int(state.get("passes", 0))
         if state["data"].numel() != self.generator.get_state().numel():
             digest = hashlib.sha256(state["data"].numpy().tobytes()).digest()
             self.generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
@@ -133,18 +147,21 @@ class TrainBatches:
     def _all_crops(self, images: Tensor) -> Tensor:
         """A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every crop of every image: picking crops is one gather."""
         pad = self.augment.pad
-        padded = functional.pad(images.to(self.labels.device, non_blocking=True), (pad, pad, pad, pad))
+        mode = "reflect" if self.augment.mirrored and pad else "constant"
+        padded = functional.pad(images.to(self.labels.device, non_blocking=True), (pad, pad, pad, pad), mode)
         return padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
 
     def _augmented(self, crops: Tensor, chosen: Tensor) -> Tensor:
-        """A random crop, maybe flipped, of each chosen image; only these crops are read."""
+        """A random crop of each chosen image; only these crops are read."""
         places = 2 * self.augment.pad + 1
         top, left = (self._random(self.batch_size, below=places)[self.share] for _ in range(2))
-        images = crops[chosen.to(crops.device), :, top, left]
-        if self.augment.flip:
-            flipped = self._random(self.batch_size, below=2)[self.share].bool().view(-1, 1, 1, 1)
-            images = torch.where(flipped, images.flip(3), images)
-        return images
+        return crops[chosen.to(crops.device), :, top, left]
+
+    def _mirrored(self, chosen: Tensor, parity: int) -> Tensor:
+        """Bool (B,): which of the chosen images are mirrored in a pass of even (0) or odd (1) number."""
+        if self.augment.alternating:
+            return self._mirrored_first[chosen] != parity
+        return self._random(self.batch_size, below=2)[self.share].bool()
 
     def _random(self, count: int, *, below: int = 0, shuffle: bool = False) -> Tensor:
         device = self.labels.device

@@ -22,12 +22,16 @@ class Augment:
     """Random changes made to each training image.
 
     Attributes:
-        pad: pixels of black border added on every side before a random crop of the original size.
+        pad: pixels of border added on every side before a random crop of the original size.
         flip: mirror every other image left to right, at random.
+        mirrored: the border is the image mirrored at its edge, not black.
+        alternating: chance decides in the first epoch alone; each image is then mirrored in every other epoch.
     """
 
     pad: int = 0
     flip: bool = False
+    mirrored: bool = False
+    alternating: bool = False
 
 
 @dataclass(frozen=True)

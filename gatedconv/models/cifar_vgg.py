@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gatedconv import ops
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, MacTerm, forget
 from gatedconv.gating.gate import Gate
+from gatedconv.gating.layer_gate import DEFAULT_TEMPERATURE
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn import Conv2d
 
@@ -109,6 +110,7 @@ class CifarVGG(nn.Module):
         *,
         activation: str = "gelu",
         estimator: str = "ste",
+        temperature: float = DEFAULT_TEMPERATURE,
         hidden: int | None = 16,
         widths: tuple[int, int, int] = WIDTHS,
         input_size: tuple[int, int, int] = (3, 32, 32),
@@ -121,6 +123,7 @@ class CifarVGG(nn.Module):
             "gate": gate,
             "activation": activation,
             "estimator": estimator,
+            "temperature": temperature,
             "hidden": hidden,
             "widths": list(widths),
             "input_size": list(input_size),
@@ -133,7 +136,8 @@ class CifarVGG(nn.Module):
         self.activation = ACTIVATIONS[activation]()
         before = patches
         for number, width in enumerate(widths, start=1):
-            found = ChannelGate(width, hidden=hidden, estimator=estimator) if gate else None
+            options: dict[str, Any] = {"hidden": hidden, "estimator": estimator, "temperature": temperature}
+            found = ChannelGate(width, **options) if gate else None
             self.add_module(f"group{number}", VGGGroup(before, width, activation, found))
             before = width
         self.pool = nn.MaxPool2d(3)
@@ -208,8 +212,9 @@ def cifar_vgg(num_classes: int = 10, gate: str | None = None, **options: Any) ->
     Args:
         num_classes: rows of the last layer.
         gate: None, or "channel" for a gate between the two convolutions of each group.
-        **options: ``activation`` ("gelu", "relu" or "silu"), ``estimator``, ``hidden`` (as in ``resnet20``),
-            ``widths`` (of the three groups) and ``input_size`` ((C, H, W), H and W from 25 to 48, default 32).
+        **options: ``activation`` ("gelu", "relu" or "silu"), ``estimator``, ``temperature`` and ``hidden`` (as in
+            ``resnet20``), ``widths`` (of the three groups) and ``input_size`` ((C, H, W), H and W from 25 to 48,
+            default 32).
 
     Raises:
         ValueError: for any value outside these sets.

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatedconv import models
-from gatedconv.data import ImageData, load_data, validation_view
+from gatedconv.data import EvalBatches, ImageData, load_data, validation_view
 from gatedconv.deploy import compact, freeze
 from gatedconv.gating import find_gates, masks_for_target
 from gatedconv.gating.gate import LearnedGate
-from gatedconv.models import ResNet
+from gatedconv.models import CifarVGG, ResNet
 from gatedconv.train.checkpoint import read_consensus
 from gatedconv.train.config import DataOptions, TrainConfig
+
+Network = ResNet | CifarVGG
+# Of the whitening: the covariance of 2 x 2 patches has 12 rows, and each image has hundreds of patches.
+_WHITENING_IMAGES = 2000
 
 
 def load_images(options: DataOptions) -> ImageData:
@@ -36,10 +41,11 @@ def load_images(options: DataOptions) -> ImageData:
     return data
 
 
-def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> ResNet:
+def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> Network:
     """The network of a run with fresh weights, drawn from the run's seed.
 
-    Dense and gated networks of one seed start from the same weights, gates aside.
+    Dense and gated networks of one seed start from the same weights, gates aside. A first layer that whitens is set
+    from training images.
 
     Args:
         config: has the network and its gates.
@@ -48,21 +54,18 @@ def build_model(config: TrainConfig, data: ImageData, *, gated: bool = True) -> 
     """
     torch.manual_seed(config.seed)
     builder = getattr(models, config.model)
-    size = data.image_shape
-    dense: ResNet = builder(data.num_classes, shortcut=config.shortcut, input_size=size)
+    common: dict[str, Any] = {"num_classes": data.num_classes, "input_size": data.image_shape}
+    of_gates: dict[str, Any] = {"gate": config.gate, "hidden": config.hidden or None}
+    of_gates |= {"estimator": config.estimator, "temperature": config.temperature}
+    if config.model != "cifar_vgg":
+        common |= {"shortcut": config.shortcut}
+        of_gates |= {"position": config.position, "pool": config.pool}
+    dense: Network = builder(**common)
+    if isinstance(dense, CifarVGG):
+        dense.init_whitening(EvalBatches(data, "train").first(min(_WHITENING_IMAGES, len(data.train_images))))
     if not gated or config.gate == "none":
         return dense
-    network: ResNet = builder(
-        data.num_classes,
-        config.gate,
-        config.position,
-        config.shortcut,
-        estimator=config.estimator,
-        temperature=config.temperature,
-        hidden=config.hidden or None,
-        pool=config.pool,
-        input_size=size,
-    )
+    network: Network = builder(**common, **of_gates)
     network.load_state_dict(dense.state_dict(), strict=False)
     for gate in find_gates(network).values():
         assert isinstance(gate, LearnedGate)  # it is new

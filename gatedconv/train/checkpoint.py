@@ -41,12 +41,14 @@ _STATE = {
         "cuda?": torch.Tensor,
         "begun": torch.Tensor,
         "position": int,
+        "passes?": int,
         "ranks?": list,
     },
     "history": list,
     # In the middle of an epoch: its sums so far.
     "within?": {
         "seconds": NUMBER,
+        "core_seconds": NUMBER,
         "energy_j": (*NUMBER, type(None)),
         "executed": NUMBER,
         "saved": NUMBER,

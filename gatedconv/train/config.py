@@ -13,7 +13,7 @@ from typing import Any
 
 from gatedconv.gating import ESTIMATORS
 from gatedconv.gating.channel_gate import POOLS
-from gatedconv.models import BUILDERS
+from gatedconv.models import NETWORKS
 from gatedconv.nn.block import GATES, POSITIONS
 
 if sys.version_info >= (3, 11):
@@ -66,6 +66,15 @@ class DataOptions(_Options):
     val_fraction: float = option(0.1, "share of the train split that becomes val", above=0.0, high=0.5)
     augment: bool = option(True, "random shifts, and flips where the source allows them")
     pad: int = option(-1, "pixels of the largest random shift; -1 for what suits the source", low=-1)
+    border: str = option(
+        "black", "what random shifts bring in: black, or the image mirrored at its edge", choices=("black", "mirrored")
+    )
+    flip: str = option(
+        "random",
+        "which images are flipped: a coin in each epoch; or a coin in the first, and from then on every other epoch, "
+        "so that two epochs show each image both ways (Jordan 2024, arXiv:2404.00498)",
+        choices=("random", "alternating"),
+    )
     stream: bool = option(False, "imagefolder: decode images while training, not all at the start")
     workers: int = option(2, "processes that decode streamed images; 0 decodes between steps", low=0, high=256)
 
@@ -74,7 +83,7 @@ class DataOptions(_Options):
 class ModelOptions(_Options):
     """The network and its gates."""
 
-    model: str = option("resnet20", "network", choices=tuple(BUILDERS))
+    model: str = option("resnet20", "network", choices=NETWORKS)
     shortcut: str = option("B", "shortcut where shapes change: A padding, B projection", choices=("A", "B"))
     gate: str = option("layer", "what is gated; none trains the dense network", choices=("none", *GATES))
     position: str = option("after", "what a channel gate gates and reads", choices=POSITIONS)
@@ -98,7 +107,12 @@ class ScheduleOptions(_Options):
     epochs: int = option(40, "passes over the train split", low=1)
     batch_size: int = option(128, "images per step", low=2)
     lr: float = option(0.1, "highest learning rate", above=0.0)
-    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "staged"))
+    schedule: str = option(
+        "cosine",
+        "learning rate after the warm-up; triangular falls in a line (Page 2018, How to train your ResNet)",
+        choices=("cosine", "staged", "triangular"),
+    )
+    lr_end: float = option(0.0, "triangular: share of lr that is left at the end of the run", low=0.0, high=1.0)
     milestones: tuple[float, ...] = option(
         (0.5, 0.75), "staged: fractions of the run at which the rate drops", above=0.0, high=1.0
     )
@@ -108,6 +122,20 @@ class ScheduleOptions(_Options):
     nesterov: bool = option(True, "Nesterov momentum")
     weight_decay: float = option(5e-4, "weight decay of the network", low=0.0)
     norm_weight_decay: bool = option(True, "weight decay also on BatchNorm and biases")
+    norm_bias_lr_factor: float = option(
+        1.0,
+        "learning rate of the BatchNorm biases over that of the network; their decay in a step stays (Jordan 2024 has "
+        "64: biases that move fast stand in for scales that do not learn)",
+        above=0.0,
+    )
+    lookahead: float = option(
+        0.0,
+        "averaged weights: every 5th step the weights become the mean of themselves and their running mean, whose "
+        "share rises from 0 with the cube of the progress to this at the end (Lookahead, Zhang et al. 2019, as in "
+        "Jordan 2024, who has 0.77); 0 for none",
+        low=0.0,
+        high=0.999,
+    )
     gate_lr_factor: float = option(1.0, "learning rate of the gates over that of the network", above=0.0)
     gate_weight_decay: float = option(0.0, "weight decay of the gates", low=0.0)
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy", low=0.0, high=0.9)
@@ -167,6 +195,7 @@ class ConsensusOptions(_Options):
         choices=("vote", "logit", "fisher"),
     )
     bn_reestimate: bool = option(True, "re-estimate BatchNorm statistics on the frozen network")
+    bn_images: int = option(0, "training images for that, in whole batches, at least one; 0 for all", low=0)
     latency: bool = option(True, "measure latency at batch 1 and 32")
 
 
@@ -264,12 +293,24 @@ class TrainConfig(
         for field, unset in (("mac_control", "none"), ("subnetwork", ""), ("consensus_at", 1.0)):
             if self.gate == "none" and getattr(self, field) != unset:
                 raise ValueError(f"{field}: expected a gate, got gate 'none'")
+        if self.model == "cifar_vgg":
+            self._check_cifar_vgg()
         if self.consensus_at < 1 and self.epochs < 2:
             raise ValueError(f"consensus_at: expected at least 2 epochs, one on either side, got {self.epochs}")
         if self.subnetwork and self.consensus_at < 1:
             raise ValueError("subnetwork: expected consensus_at 1, a sub-network has no gates left; got both")
         if self.subnetwork and self.dense_baseline:
             raise ValueError("subnetwork: expected dense_baseline off, the sub-network is the only network; got both")
+
+    def _check_cifar_vgg(self) -> None:
+        """The network has gates between the convolutions of a group alone, and no residual blocks."""
+        if self.recompute:
+            raise ValueError("recompute: expected a network of residual blocks, got model 'cifar_vgg'")
+        if self.gate == "none":
+            return
+        for field, only in (("gate", "channel"), ("position", "middle"), ("pool", "avg")):
+            if getattr(self, field) != only:
+                raise ValueError(f"{field}: expected {only!r} for model 'cifar_vgg', got {getattr(self, field)!r}")
 
     def _check_teacher(self) -> None:
         if self.teacher_at == 1:

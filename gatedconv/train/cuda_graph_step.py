@@ -21,7 +21,7 @@ from gatedconv.gating import LayerGate, find_gates
 from gatedconv.ops._cuda_graph import capture
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks
-from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate, prune_gates
+from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate
 from gatedconv.train.step import Observer, Stepper, StepResult
 
 # Steps made op by op before a capture: kernels are compiled, cuDNN chooses, caches are filled.
@@ -109,8 +109,7 @@ class CudaGraphStepper(Stepper):
             else:
                 self.macs.add(len(images))
             result = self._replay()
-        if self.pruner is not None:
-            prune_gates(self.pruner, self.config, progress)
+        self._after_step(progress)
         return result
 
     def _set_inputs(self, images: Tensor, labels: Tensor, taught: Tensor | None, epoch: float) -> None:

@@ -123,5 +123,7 @@ class Teacher:
             for key, value in student.optimizer.state[before[name]].items():
                 if isinstance(value, Tensor):
                     stepper.optimizer.state[parameter][key].copy_(value)
+        if stepper.lookahead is not None and student.lookahead is not None:
+            stepper.lookahead.start_from(student.lookahead)
         stepper.guard.buffers.keep()
         return stepper

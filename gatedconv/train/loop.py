@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -149,6 +149,7 @@ class Training:
         self.poll = StopPoll(ranks, self.device)
         self._earlier, self._earlier_energy = dict(_NOTHING), Energy()  # of this epoch, before a restart
         self._started = self._written = time.monotonic()
+        self._cores_started = time.process_time()
 
     def epochs(self, resume: bool) -> Iterator[EpochMetrics]:
         """Train epoch by epoch; see `train`."""
@@ -182,6 +183,7 @@ class Training:
     def _steps(self, epoch: int) -> bool:
         """Make the steps of an epoch that are left; False if the run is to stop before its end."""
         self._started = self._written = time.monotonic()
+        self._cores_started = time.process_time()
         self.energy.start()
         self.model.train()
         steps = len(self.batches)
@@ -198,6 +200,9 @@ class Training:
                     self.on_step(self._checked(epoch))
                 if self.poll.due() and step < steps and not self._continues(epoch):
                     return False
+        if epoch + 1 == self.config.epochs:
+            for stepper in self._steppers():
+                stepper.finish()
         return True
 
     def _observe(self, result: StepResult, labels: Tensor) -> None:
@@ -240,7 +245,9 @@ class Training:
         self.ranks.average_buffers(self.model, self.weight)
         self.meter.load_state_dict(self.meter.total(self.ranks))
         of_gates = self.meter.gate_metrics(self.ranks)  # before the evaluation, whose batches the gates see, too
-        test_loss, test_top1 = evaluate(self.model, self.test_batches, self.ranks, self.forward)
+        # In the precision of training: only the finished network is evaluated in its own. A captured pass has no casts.
+        with nullcontext() if config.cuda_graph else self.stepper.autocast:
+            test_loss, test_top1 = evaluate(self.model, self.test_batches, self.ranks, self.forward)
         report = StepReport(self.phase, epoch + 1, steps, steps, self.meter.mean_loss, self.meter.top1)
         self._require_finite("" if math.isfinite(report.loss) else "every step", report)
         self._require_finite("" if math.isfinite(test_loss) else "the evaluation", report)
@@ -255,6 +262,7 @@ class Training:
             test_loss=test_loss,
             test_top1=test_top1,
             seconds=within["seconds"],
+            core_seconds=self._sum(within["core_seconds"]),
             polar_weight=polar_weight(config, done / config.epochs),
             steps_skipped=int(self.stepper.guard.skipped),
             energy_j=energy.joules,
@@ -294,6 +302,7 @@ class Training:
         """Time and MACs of the epoch so far, those before a restart included."""
         return {
             "seconds": self._earlier["seconds"] + time.monotonic() - self._started,
+            "core_seconds": self._earlier["core_seconds"] + time.process_time() - self._cores_started,
             "executed": self._earlier["executed"] + sum(stepper.macs.executed for stepper in self._steppers()),
             "saved": self._earlier["saved"] + self.stepper.macs.saved,
         }
@@ -314,7 +323,7 @@ class Training:
         if self.batches.position:
             within, energy = self._within(), self._energy()
             within |= {"energy_j": energy.joules, "energy_reason": energy.reason, "energy_source": energy.source}
-            within |= {name: self._sum(within[name]) for name in ("executed", "saved")}
+            within |= {name: self._sum(within[name]) for name in ("executed", "saved", "core_seconds")}
             state["within"] = {**within, "meter": self.meter.total(self.ranks)}
         if self.ranks.main:
             save_checkpoint(self.checkpoint, state)
@@ -332,7 +341,7 @@ class Training:
             words = [str(within.get(name, "")) for name in ("energy_reason", "energy_source")]
             self._earlier_energy = Energy(within["energy_j"], *words)
             if self.ranks.main:  # the sums are those of all ranks
-                self._earlier |= {name: within[name] for name in ("executed", "saved")}
+                self._earlier |= {name: within[name] for name in ("executed", "saved", "core_seconds")}
                 self.meter.load_state_dict(within["meter"])
 
     def _deadline_passed(self) -> bool:
@@ -349,8 +358,8 @@ class Training:
         )
 
 
-# Of an epoch: seconds, MACs executed and skipped.
-_NOTHING = {"seconds": 0.0, "executed": 0.0, "saved": 0.0}
+# Of an epoch: seconds, those of the cores, MACs executed and skipped.
+_NOTHING = {"seconds": 0.0, "core_seconds": 0.0, "executed": 0.0, "saved": 0.0}
 
 
 # ---- stop requests

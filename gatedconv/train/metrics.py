@@ -34,6 +34,7 @@ class EpochMetrics:
         test_loss: mean cross-entropy.
         test_top1: percent, in eval mode, gates deciding per sample.
         seconds: wall time of the epoch, evaluation included.
+        core_seconds: time of all CPU cores on it, of all processes: what the epoch costs on a machine that others use.
         polar_weight: λ of the last step.
         polarization: mean over the epoch of the polarization loss (eqs. 6-8), 0 to 1/4.
         macs: expected MACs per image at the epoch's mean open rates, as a share of the dense network's.
@@ -68,6 +69,7 @@ class EpochMetrics:
     gates_saturated: int = 0
     num_gates: int = 0
     steps_skipped: int = 0
+    core_seconds: float = 0.0
     train_macs: float = 0.0
     macs_saved: float = 0.0
     energy_j: float | None = None

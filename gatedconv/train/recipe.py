@@ -145,31 +145,38 @@ def learning_rate(options: ScheduleOptions, epoch: float) -> float:
         passed = sum(epoch / options.epochs >= milestone for milestone in options.milestones)
         return options.lr * options.lr_decay**passed
     rest = max(options.epochs - options.warmup_epochs, 1e-9)
-    return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - options.warmup_epochs) / rest)))
+    fallen = min(1.0, (epoch - options.warmup_epochs) / rest)
+    if options.schedule == "triangular":
+        return options.lr * (1 - fallen * (1 - options.lr_end))
+    return options.lr * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 def make_optimizer(model: nn.Module, options: ScheduleOptions) -> torch.optim.SGD:
-    """SGD in three groups: weights, BatchNorm and biases, and gates, with a learning rate of their own.
+    """SGD in groups: weights, BatchNorm and biases, and, with learning rates of their own, gates and BatchNorm biases.
 
     Gates do not decay by default: decay pulls every logit to 0, where a gate flips.
     """
     of_gates = {id(p) for gate in find_gates(model).values() for p in gate.parameters()}
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "gates": []}
+    of_norms = {id(m.bias) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    factor = options.norm_bias_lr_factor
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "norm biases": [], "gates": []}
     for parameter in model.parameters():
         kind = "gates" if id(parameter) in of_gates else "weights" if parameter.dim() > 1 else "norms"
-        groups[kind].append(parameter)
+        if kind == "norms" and factor != 1 and id(parameter) in of_norms:
+            kind = "norm biases"
+        if parameter.requires_grad:
+            groups[kind].append(parameter)
+    of_norm = options.weight_decay if options.norm_weight_decay else 0.0
     decay = {
         "weights": options.weight_decay,
-        "norms": options.weight_decay if options.norm_weight_decay else 0.0,
+        "norms": of_norm,
+        "norm biases": of_norm / factor,
         "gates": options.gate_weight_decay,
     }
+    factors = {"norm biases": factor, "gates": options.gate_lr_factor}
     optimizer = torch.optim.SGD(
         [
-            {
-                "params": found,
-                "weight_decay": decay[kind],
-                "lr_factor": options.gate_lr_factor if kind == "gates" else 1.0,
-            }
+            {"params": found, "weight_decay": decay[kind], "lr_factor": factors.get(kind, 1.0)}
             for kind, found in groups.items()
             if found
         ],
@@ -194,7 +201,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def augmentation(data: ImageData, options: DataOptions) -> Augment:
-    """The augmentation that the source suggests, changed by `augment` and `pad`.
+    """The augmentation that the source suggests, changed by `augment`, `pad`, `border` and `flip`.
 
     Raises:
         ValueError: shifts by `pad` could leave nothing of an image.
@@ -204,7 +211,10 @@ def augmentation(data: ImageData, options: DataOptions) -> Augment:
     side = min(data.image_shape[1:])
     if options.pad >= side:
         raise ValueError(f"pad: expected less than {side}, the side of the images, got {options.pad}")
-    return Augment(data.augment.pad if options.pad < 0 else options.pad, data.augment.flip)
+    pad = data.augment.pad if options.pad < 0 else options.pad
+    return Augment(
+        pad, data.augment.flip, mirrored=options.border == "mirrored", alternating=options.flip == "alternating"
+    )
 
 
 def resolve_device(name: str) -> torch.device:

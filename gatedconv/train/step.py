@@ -21,6 +21,7 @@ from gatedconv.gating.losses import RateWindow, accumulating
 from gatedconv.nn import BasicBlock
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks, parallel, synchronized_norms
+from gatedconv.train.lookahead import make_lookahead
 from gatedconv.train.recipe import (
     GateWeights,
     distillation_loss,
@@ -88,8 +89,8 @@ class Stepper:
         observe: called at the end of each step.
 
     Attributes:
-        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, pruner and
-            window.
+        parts: what has a state, by name: model, optimizer, scaler and, where they exist, controller, pruner,
+            window and lookahead.
         guard: counts the bad steps.
         skipping: skips blocks that their gates close.
         macs: counts the MACs that were executed and skipped.
@@ -121,6 +122,9 @@ class Stepper:
         for name, part in (("controller", self.controller), ("pruner", self.pruner), ("window", self.window)):
             if part is not None:
                 self.parts[name] = part.to(device)
+        self.lookahead = make_lookahead(model, config)
+        if self.lookahead is not None:
+            self.parts["lookahead"] = self.lookahead
         self.network = parallel(_compiled(model, config.compile), ranks)
         stateful = nn.ModuleList([part for part in self.parts.values() if isinstance(part, nn.Module)])
         self.guard = StepGuard(stateful, device)
@@ -178,9 +182,20 @@ class Stepper:
             self.skipping.verified(len(images))
         result = self._update(computed)
         self.observe(result, labels)
+        self._after_step(progress)
+        return result
+
+    def finish(self) -> None:
+        """End the run: averaged weights take the place of the last ones."""
+        if self.lookahead is not None:
+            self.lookahead.finish()
+
+    def _after_step(self, progress: float) -> None:
+        """What reads values, and changes weights without a gradient."""
+        if self.lookahead is not None:
+            self.lookahead.step(progress)
         if self.pruner is not None:
             prune_gates(self.pruner, self.config, progress)
-        return result
 
     def _forward_backward(self, images: Tensor, labels: Tensor, progress: float, taught: Tensor | None) -> Computed:
         count = self.config.accumulate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -356,7 +357,9 @@ class Trainer:
     def _re_estimate(self, network: nn.Module) -> None:
         """Re-estimate BatchNorm statistics if configured, each process over its share of the batches; a collective."""
         if self.config.bn_reestimate:
-            re_estimate_batchnorm(network, train_batches(self.config, self.data, ranks=self.ranks))
+            batches = train_batches(self.config, self.data, ranks=self.ranks)
+            count = -(-self.config.bn_images // self.config.batch_size) or None
+            re_estimate_batchnorm(network, islice(batches, count))
             self.ranks.average_buffers(network)
 
     def _record(self, metrics: EpochMetrics, *, replayed: bool) -> None:

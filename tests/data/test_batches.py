@@ -93,3 +93,33 @@ def test_bad_arguments(data: ImageData) -> None:
         TrainBatches(data, 41)
     with pytest.raises(ValueError, match="split: expected 'train' or 'test', got 'val'"):
         EvalBatches(data, "val")
+
+
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs(data: ImageData) -> None:
+    batches = TrainBatches(data, 8, augment=Augment(flip=True, alternating=True), seed=1)
+    sources = data.train_images.numpy()
+    seen: dict[int, list[bool]] = {}
+    for epoch in range(4):
+        if epoch == 2:  # an interrupted pass continues as it began
+            first = TrainBatches(data, 8, augment=Augment(flip=True, alternating=True), seed=1)
+            first.set_state(batches.state())
+            batches = first
+        for images, _ in batches:
+            for image in to_bytes(images, data):
+                number = next(
+                    i
+                    for i, source in enumerate(sources)
+                    if image.tobytes() in (source.tobytes(), source[..., ::-1].tobytes())
+                )
+                seen.setdefault(number, []).append(image.tobytes() != sources[number].tobytes())
+    assert all(flips in ([True, False] * 2, [False, True] * 2) for flips in seen.values())
+    assert 0.2 < np.mean([flips[0] for flips in seen.values()]) < 0.8
+
+
+def test_a_mirrored_border_continues_the_image(data: ImageData) -> None:
+    batches = TrainBatches(data, 40, augment=Augment(pad=2, mirrored=True), seed=1)
+    padded = [np.pad(source, ((0, 0), (2, 2), (2, 2)), "reflect") for source in data.train_images.numpy()]
+    side = data.image_shape[1]
+    crops = {p[:, t : t + side, s : s + side].tobytes() for p in padded for t in range(5) for s in range(5)}
+    images, _ = next(iter(batches))
+    assert all(image.tobytes() in crops for image in to_bytes(images, data))

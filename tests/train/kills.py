@@ -115,7 +115,7 @@ def _kill_in(call: int) -> None:
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything that a run ends with, times and joules aside."""
     found = RunFolder(folder)
-    varying = ("seconds", "energy_j", "energy_reason", "energy_source")
+    varying = ("seconds", "core_seconds", "energy_j", "energy_reason", "energy_source")
     states = {}
     for phase in filter(lambda name: has_checkpoint(found.checkpoint(name)), ("gated", "cut")):
         states[phase] = state = load_checkpoint(found.checkpoint(phase))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import gatedconv
-from gatedconv.data import load_data
+from gatedconv.data import Augment, EvalBatches, load_data
+from gatedconv.data.image_data import make_image_data
 from gatedconv.gating import open_rates
 from gatedconv.train.build import build_model
 from gatedconv.train.config import TrainConfig
@@ -52,3 +53,17 @@ def test_dense_and_gated_networks_of_a_seed_start_from_the_same_weights():
     for name, value in dense.state_dict().items():
         assert torch.equal(gated.state_dict()[name], value), name
     assert not torch.equal(other.conv1.weight, dense.conv1.weight)
+
+
+def test_the_first_layer_of_the_fast_network_whitens_the_training_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 26, 26), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(64) % 4
+    data = make_image_data("test", (images, labels), (images, labels), Augment())
+    config = TrainConfig(model="cifar_vgg", gate="channel", position="middle", hidden=8, temperature=0.5)
+    gated, dense = build_model(config, data), build_model(config, data, gated=False)
+    seen = EvalBatches(data, "train").first(64)
+    out = dense.whiten(seen).movedim(1, 3).reshape(-1, 24)[:, :12]
+    assert (out.T @ out / len(out) - torch.eye(12)).abs().max() < 0.01  # eps of the variances
+    assert torch.equal(gated.whiten.weight, dense.whiten.weight)
+    assert gated.group1.channel_gate.estimator.temperature == 0.5 and gated.group1.channel_gate.fc1.out_features == 8

@@ -111,3 +111,31 @@ def test_polar_weight_schedules() -> None:
     assert polar_weight(constant, 0.0) == 6.0
     warmup = dataclasses.replace(rising, polar_schedule="warmup", gate_warmup=0.5)
     assert [polar_weight(warmup, progress) for progress in (0.0, 0.25, 0.5, 1.0)] == [0.0, 3.0, 6.0, 6.0]
+
+
+def test_triangular_falls_in_a_line_to_what_is_left_of_it() -> None:
+    config = TrainConfig(epochs=10, lr=1.0, warmup_epochs=2.0, schedule="triangular", lr_end=0.1)
+    rates = [learning_rate(config, epoch) for epoch in (1.0, 2.0, 6.0, 10.0)]
+    assert rates == pytest.approx([0.5, 1.0, 0.55, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "gate: expected 'channel' for model 'cifar_vgg', got 'layer'"),
+        ({"gate": "channel"}, "position: expected 'middle'"),
+        ({"gate": "channel", "position": "middle", "pool": "flatten"}, "pool: expected 'avg'"),
+        ({"gate": "none", "recompute": True}, "recompute: expected a network of residual blocks"),
+    ],
+)
+def test_the_fast_network_has_one_place_for_gates(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(model="cifar_vgg", **fields)
+
+
+def test_the_fast_preset_trains_less_than_its_minutes_allow() -> None:
+    """45 minutes of two AVX2 cores, 150 GFLOP/s, are 4e14 FLOPs; training takes at most 3/4 of them."""
+    config = make_config(preset_settings("fast-c10"))
+    macs = 118.3e6 * 3 * 50_000 * config.epochs
+    share = config.consensus_at + (1 - config.consensus_at) * config.mac_target
+    assert 2 * macs * share < 0.75 * 150e9 * 60 * 45

@@ -37,6 +37,7 @@ RUNS: dict[str, list[list[str]]] = {
 # Numbers of the CPU at hand, of time and of the machine.
 _VARYING = {
     "seconds",
+    "core_seconds",
     "wall_s",
     "versions",
     "commit",

@@ -10,6 +10,7 @@ import torch
 
 from gatedconv.data import ImageData
 from gatedconv.gating import find_gates
+from gatedconv.models import cifar_vgg
 from gatedconv.train import TrainConfig, recipe, train
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.recipe import (
@@ -105,3 +106,14 @@ def test_devices() -> None:
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="device: expected one that this machine has"):
         resolve_device("cuda:99")
+
+
+def test_norm_biases_learn_fast_and_decay_as_before() -> None:
+    model = cifar_vgg(10, "channel", widths=(8, 8, 8))
+    optimizer = make_optimizer(model, TrainConfig(norm_bias_lr_factor=64.0, weight_decay=0.5))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    bias = groups["group2.norm1.bias"]
+    assert (bias["lr_factor"], bias["weight_decay"] * bias["lr_factor"]) == (64.0, 0.5)
+    assert groups["group1.channel_gate.norm.bias"]["lr_factor"] == groups["whiten.bias"]["lr_factor"] == 1.0
+    assert "whiten.weight" not in groups and "group1.norm1.weight" not in groups  # they do not learn
