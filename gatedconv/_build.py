@@ -35,6 +35,19 @@ from pathlib import Path
 
 TARGETS = ("cpu", "cuda")
 
+# The library of the package gatedconv-runtime, which needs no torch: the target "plan".
+PLAN_SOURCES = (
+    "gatedconv_plan",
+    "plan",
+    "plan_avx2",
+    "plan_avx512",
+    "plan_decode",
+    "plan_file",
+    "plan_header",
+    "plan_portable",
+    "worker_pool",
+)
+
 # torch 2.11, in the encoding of torch/headeronly/version.h: the oldest torch whose stable ABI the sources may
 # use.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -179,12 +192,15 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: tried {', '.join(names)}")
 
 
-def source_files(csrc: Path, target: str) -> list[Path]:
-    """List the sources of a library, leaving out those for another processor."""
+def source_files(csrc: Path, target: str, *, any_machine: bool = False) -> list[Path]:
+    """List the sources of a library, leaving out those for another processor unless `any_machine`."""
     if target == "cuda":
         return sorted([*csrc.glob("cuda/**/*.cu"), *csrc.glob("cuda/**/*.cpp")])
-    files = [*csrc.glob("*.cpp"), *csrc.glob("cpu/**/*.cpp"), *csrc.glob("shared/**/*.cpp")]
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if target == "plan":
+        files = [csrc / "cpu" / f"{name}.cpp" for name in PLAN_SOURCES]
+    else:
+        files = [*csrc.glob("*.cpp"), *csrc.glob("cpu/**/*.cpp"), *csrc.glob("shared/**/*.cpp")]
+    x86 = any_machine or platform.machine().lower() in ("x86_64", "amd64")
     return sorted(file for file in files if x86 or not _isa_flags(file))
 
 
@@ -203,7 +219,7 @@ def build(
     """Compile and link the library for ``target`` from ``csrc`` into the file ``output``.
 
     Args:
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" or "plan".
         csrc: Folder of the sources.
         output: The library file to write; written to a temporary file, then renamed.
         cache: Folder that keeps the objects between builds.
@@ -214,9 +230,9 @@ def build(
     """
     if sys.platform == "win32":
         raise BuildError("the native libraries are not built on Windows")
-    torch = find_torch()
+    torch = find_torch() if target != "plan" else None
     compiler = find_compiler()
-    toolkit = check_cuda(torch) if target == "cuda" else None
+    toolkit = check_cuda(torch) if torch and target == "cuda" else None
     sources = source_files(csrc, target)
     if not sources:
         raise BuildError(f"no sources for {target} in {csrc}")
@@ -349,11 +365,16 @@ def _cudart_folder(root: Path) -> Path | None:
     return next((folder for folder in folders if any(folder.glob("libcudart.so*"))), None)
 
 
-def _compile_command(source: Path, csrc: Path, torch: Torch, compiler: str, toolkit: Toolkit | None) -> list[str]:
-    common = ["-c", str(source), f"-I{csrc}", "-isystem", str(torch.root / "include")]
-    common.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
+def _compile_command(
+    source: Path, csrc: Path, torch: Torch | None, compiler: str, toolkit: Toolkit | None
+) -> list[str]:
+    common = ["-c", str(source), f"-I{csrc}"]
     # Error messages name source files: not by where this machine keeps them.
-    names = [f"-ffile-prefix-map={csrc}=csrc", f"-ffile-prefix-map={torch.root}=torch"]
+    names = [f"-ffile-prefix-map={csrc}=csrc"]
+    # What needs no torch is compiled without it: its object is the same one in every library.
+    if torch is not None and (source.suffix == ".cu" or b"<torch/" in source.read_bytes()):
+        common += ["-isystem", str(torch.root / "include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        names.append(f"-ffile-prefix-map={torch.root}=torch")
     if toolkit is not None:
         common += ["-isystem", str(toolkit.root / "include")]
     if source.suffix == ".cu" and toolkit is not None:
@@ -399,14 +420,12 @@ def _compiler_version(compiler: str) -> str:
     return told.stdout
 
 
-def _link(objects: list[Path], output: Path, torch: Torch, compiler: str, toolkit: Toolkit | None) -> None:
-    command = [
-        *shlex.split(compiler),
-        "-shared",
-        *map(str, objects),
-        f"-L{torch.root / 'lib'}",
-        "-ltorch_cpu",
-    ]
+def _link(objects: list[Path], output: Path, torch: Torch | None, compiler: str, toolkit: Toolkit | None) -> None:
+    command = [*shlex.split(compiler), "-shared", *map(str, objects)]
+    if torch is not None:
+        command += [f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
+    else:  # stripped, and needing nothing but the C library
+        command += ["-s", "-pthread", "-static-libgcc", "-static-libstdc++"]
     if sys.platform == "linux":
         # A symbol that torch does not export fails here and not in the user's process.
         command.append("-Wl,-z,defs")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from gatedconv.cli.networks import compact_network, example_input
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".aoti.pt2"}
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".aoti.pt2", "plan": ".plan"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("target", type=Path, metavar="RUN|MODEL", help="a run folder or a saved model")
-    parser.add_argument("--format", default="onnx", metavar="{onnx,torch,aoti}", help="what to write [onnx]")
+    parser.add_argument("--format", default="onnx", metavar="{onnx,torch,aoti,plan}", help="what to write [onnx]")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: next to the model")
 
 
@@ -27,6 +28,21 @@ def run(arguments: argparse.Namespace) -> int:
     target: Path = arguments.target
     stem = target / "compact" if target.is_dir() else target.with_suffix("")
     out = arguments.out or stem.with_name(stem.name + SUFFIXES[arguments.format])
-    export(network, out, example_input(network), format=arguments.format)
+    about = _about(target) if arguments.format == "plan" and target.is_dir() else {}
+    export(network, out, example_input(network), format=arguments.format, **about)
     print(f"written to {out}")
     return 0
+
+
+def _about(run: Path) -> dict[str, Any]:
+    """The classes and the normalization of a run's images, for which its data source is read again."""
+    from gatedconv.data import DataError
+    from gatedconv.train.build import load_images
+    from gatedconv.train.run_dir import RunFolder
+
+    try:
+        data = load_images(RunFolder(run).read_config())
+    except DataError as error:
+        print(f"the plan names no classes and no normalization: {error}")
+        return {}
+    return {"classes": data.class_names, "mean": data.mean, "std": data.std}

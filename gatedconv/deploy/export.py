@@ -1,4 +1,4 @@
-"""Exporting a cut model to other runtimes: ONNX, torch.export, AOTInductor."""
+"""Exporting a cut model to other runtimes: ONNX, torch.export, AOTInductor, and a plan of our own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,37 @@ from torch import Tensor, nn
 from gatedconv.deploy.compact import compact
 from gatedconv.gating import FrozenGate, find_gates, unwrap
 
-FORMATS = ("onnx", "torch", "aoti")
 ONNX_OPSET = 18
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor, format: str = "onnx") -> None:
+@dataclass(frozen=True)
+class About:
+    """What a plan says about the images and the classes of its network."""
+
+    classes: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+Writer = Callable[[nn.Module, Path, Tensor, About], None]
+_plan_writer: list[Writer] = []
+
+
+def register_plan_writer(writer: Writer) -> None:
+    """Let ``export`` write plans, which the engine makes."""
+    _plan_writer[:] = [writer]
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Tensor,
+    format: str = "onnx",
+    *,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
     """Write a model for another runtime, in eval mode, with dynamic batch, height and width.
 
     Args:
@@ -34,16 +61,24 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor
             An ONNX file calls its input "input" and
             its output "output", or as the keys of a dict of outputs, or "output_0", "output_1" and so on.
         format: "onnx" (opset 18, standard operators alone; needs the ``export`` extra), "torch" (a
-            ``.pt2`` of torch.export) or "aoti" (a compiled ``.pt2`` package of AOTInductor, for this
-            machine's device; needs a C++ compiler).
+            ``.pt2`` of torch.export), "aoti" (a compiled ``.pt2`` package of AOTInductor, for this
+            machine's device; needs a C++ compiler) or "plan" (for gatedconv-runtime: one file for every CPU, which
+            runs without PyTorch what `Engine` runs; needs a network of which the engine leaves nothing to PyTorch).
+        classes: the names of the outputs; kept in a plan.
+        mean: for each channel, of pixels from 0 to 1: the network's input is (pixel - mean) / std; kept in a plan.
+        std: see mean.
 
     Raises:
         ValueError: an unknown format, a model that still learns its gates, does not run on ``example_input``, or
-            that the exporter cannot write; the exporter's own error is the cause.
+            that the exporter cannot write; the exporter's own error is the cause. Classes, mean or std that do not
+            fit the network, or of another format than "plan".
         ImportError: the packages that ONNX needs are missing.
     """
-    if format not in FORMATS:
-        raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format not in _WRITERS:
+        raise ValueError(f"export: format must be one of {', '.join(_WRITERS)}, got {format!r}")
+    about = About(classes, mean, std)
+    if about != About() and format != "plan":
+        raise ValueError(f"export: classes, mean and std are kept in a plan alone, not in {format!r}")
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         raise TypeError("export: example_input must be a tensor (N, C, H, W)")
     plain = _plain(unwrap(model), example_input).eval()
@@ -52,7 +87,6 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor
     if path.is_dir():
         raise IsADirectoryError(f"export: {path} is a folder; expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti}[format]
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
         warnings.catch_warnings(),
@@ -61,7 +95,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_input: Tensor
         part = Path(folder) / (path.name if format == "onnx" else "model.pt2")
         try:
             with torch.no_grad(), quiet():
-                writer(plain, part, example)
+                _WRITERS[format](plain, part, example_input if format == "plan" else example, about)
         except (ImportError, OSError):
             raise
         except Exception as error:  # whatever the exporters raise
@@ -130,11 +164,11 @@ def _program(model: nn.Module, example: Tensor) -> Any:
     return _dynamic(write)
 
 
-def _write_torch(model: nn.Module, path: Path, example: Tensor) -> None:
+def _write_torch(model: nn.Module, path: Path, example: Tensor, about: About) -> None:
     torch.export.save(_program(model, example), path)
 
 
-def _write_aoti(model: nn.Module, path: Path, example: Tensor) -> None:
+def _write_aoti(model: nn.Module, path: Path, example: Tensor, about: About) -> None:
     torch._inductor.aoti_compile_and_package(_program(model, example), package_path=str(path))
 
 
@@ -148,7 +182,7 @@ def _output_names(model: nn.Module, example: Tensor) -> list[str]:
     return [name for name, _ in names] if all(isinstance(part, Tensor) for _, part in names) else []
 
 
-def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> None:
+def _write_onnx(model: nn.Module, path: Path, example: Tensor, about: About) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export: ONNX needs {' and '.join(missing)}: pip install 'gatedconv[export]'")
@@ -169,3 +203,10 @@ def _write_onnx(model: nn.Module, path: Path, example: Tensor) -> None:
         )
 
     _dynamic(write)
+
+
+def _write_plan(model: nn.Module, path: Path, example: Tensor, about: About) -> None:
+    _plan_writer[0](model, path, example, about)
+
+
+_WRITERS: Mapping[str, Writer] = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti, "plan": _write_plan}

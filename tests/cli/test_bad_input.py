@@ -331,7 +331,7 @@ def test_commands_on_what_does_not_fit(gatedconv: Call, tmp_path: Path, archive:
     package.save(package.models.resnet20(10), model)
     assert_one_line(gatedconv("eval", model), "expected --data SOURCE")
     assert_one_line(gatedconv("eval", model, "--data", f"npz:{archive}"), "3 channel(s) and 10 classes", "1 and 3")
-    assert_one_line(gatedconv("export", model, "--format", "tflite"), "format", "onnx, torch, aoti", "'tflite'")
+    assert_one_line(gatedconv("export", model, "--format", "tflite"), "format", "onnx, torch, aoti, plan", "'tflite'")
     assert_one_line(gatedconv("bench", model, "--batch", 0), "batch: expected at least 1, got 0")
     assert_one_line(gatedconv("bench", model, "--batch", 10**30), "batch: expected at most 1000000, got 1000")
     assert_one_line(gatedconv("bench", model, "--rounds", 0), "rounds: expected at least 1, got 0")
