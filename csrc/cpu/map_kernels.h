@@ -139,7 +139,8 @@ static inline void fill(const Step& step, const Part& part) {
   }
 }
 
-// out = act(residual) with act(residual + in) at the listed channels.
+// out = act(residual + bias) with act(residual + bias + in) at the listed channels; either term may be
+// missing.
 static inline void scatter_add(const Step& step, const Part& part) {
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
   std::vector<int> source(step.out.channels, -1);
@@ -148,13 +149,15 @@ static inline void scatter_add(const Step& step, const Part& part) {
   for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
     const float* from = step.in.at(image, y);
-    const float* stream = step.residual.at(image, y);
+    const float* stream = step.residual.exists() ? step.residual.at(image, y) : nullptr;
     float* to = step.out.at(image, y);
-    for (int x = 0; x < step.out.width;
-         ++x, from += step.in.pixel, stream += step.residual.pixel, to += step.out.pixel) {
+    for (int x = 0; x < step.out.width; ++x, from += step.in.pixel, to += step.out.pixel) {
       for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
         const int c = v * kLanes;
-        store(to + c, activate(load(stream + c) + assemble(from, pieces[v]), step.act));
+        vec value = assemble(from, pieces[v]);
+        if (step.bias) value += load(step.bias + c);
+        if (stream) value += load(stream + x * step.residual.pixel + c);
+        store(to + c, activate(value, step.act));
       }
     }
   }

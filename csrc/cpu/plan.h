@@ -23,16 +23,16 @@ enum class Op : int64_t {
   kWinograd4,  // F(4x4, 3x3); weights [panel][36][c_in][16]
   kDepthwise,  // weights [kh][kw][channels rounded up to 16]
   kMaxPool,
-  kAvgPool,          // weights: 0 divide by the window inside the image, 1 by the window with padding
-  kMeanPool,         // over the whole map
-  kGather,           // channels by an index list
-  kScatterAdd,       // residual, with the input added at the channels of an index list
-  kSubsample,        // every stride-th pixel, channels moved up by `offset`, zeros elsewhere
-  kAdd,              // residual of the same size, of one pixel, or of one channel
-  kFill,             // a constant for every channel, of the size of every stride-th pixel of the input
-  kMultiply,         // residual as for kAdd
-  kView,             // channels of another map's pixels, or all pixels of a concatenation: nothing runs
-  kCopy,             // into channels of a concatenation that whole vectors would overrun
+  kAvgPool,     // weights: 0 divide by the window inside the image, 1 by the window with padding
+  kMeanPool,    // over the whole map
+  kGather,      // channels by an index list
+  kScatterAdd,  // the input at the channels of an index list, plus the residual if any, plus the bias if any
+  kSubsample,   // every stride-th pixel, channels moved up by `offset`, zeros elsewhere
+  kAdd,         // residual of the same size, of one pixel, or of one channel
+  kFill,        // a constant for every channel, of the size that a convolution's output would have
+  kMultiply,    // residual as for kAdd
+  kView,        // channels of another map's pixels, or all pixels of a concatenation: nothing runs
+  kCopy,        // into channels of a concatenation that whole vectors would overrun
   kAdaptiveMaxPool,  // kernel: height and width of the output
   kAdaptiveAvgPool,
   kNearest,       // upsampling: kernel is the factor, or the residual is a map of the size to reach

@@ -211,7 +211,7 @@ const char* check_maps(const Step& step, const int64_t* field) {
   if ((!ends && step.op != Op::kConv && !is_wide(step.in)) || (!exact && !takes_vectors(step.out))) {
     return "a pixel is too narrow for vectors";
   }
-  const bool needs = step.op == Op::kAdd || step.op == Op::kScatterAdd || step.op == Op::kMultiply;
+  const bool needs = step.op == Op::kAdd || step.op == Op::kMultiply;
   if (needs && !step.residual.exists()) return "an addition lacks an operand";
   if (const char* error = check_channels(step)) return error;
   if (has_weights(step.op)) {
@@ -234,7 +234,7 @@ const char* resolve_size(Step& step, const int64_t* field) {
   Map& out = step.out;
   out.height = in.height;
   out.width = in.width;
-  if (has_window(step.op)) {
+  if (has_window(step.op) || step.op == Op::kFill) {
     const int64_t pad_h = field[kPadTop] + field[kPadBottom], pad_w = field[kPadLeft] + field[kPadRight];
     if (in.height + pad_h < static_cast<int64_t>(step.dilation_h) * (step.kernel_h - 1) + 1 ||
         in.width + pad_w < static_cast<int64_t>(step.dilation_w) * (step.kernel_w - 1) + 1) {
@@ -244,7 +244,7 @@ const char* resolve_size(Step& step, const int64_t* field) {
     out.width = window_count(in.width, pad_w, step.kernel_w, step.dilation_w, step.stride_w);
   } else if (step.op == Op::kMeanPool) {
     out.height = out.width = 1;
-  } else if (step.op == Op::kSubsample || step.op == Op::kFill) {
+  } else if (step.op == Op::kSubsample) {
     out.height = (in.height + step.stride_h - 1) / step.stride_h;
     out.width = (in.width + step.stride_w - 1) / step.stride_w;
   } else if (step.op == Op::kAdaptiveMaxPool || step.op == Op::kAdaptiveAvgPool) {
@@ -288,6 +288,8 @@ const char* Reader::read_weights(const int64_t* field, Step& step) const {
     found = find(kWeights, weight_floats(step), step.weights) && find(kBias, channels, step.bias);
     if (winograd_tile(step.op) > 1) found = found && find(kDirect, channels * step.span * 9, step.direct);
   } else if (step.op == Op::kFill || step.op == Op::kPrelu) {
+    found = find(kBias, channels, step.bias);
+  } else if (step.op == Op::kScatterAdd && field[kBias] != 0) {
     found = find(kBias, channels, step.bias);
   } else if (step.op == Op::kLayerNorm || step.op == Op::kGroupNorm) {
     found = find(kBias, 2 * channels + kPanel, step.bias);  // the vectors of a group begin at any channel

@@ -46,6 +46,11 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
             target = before
         elif layer.kind == "alias" and before is not None and "flattened" not in layer.output.meta:
             target = before
+        elif layer.kind == "add" and (scatter := _scattered(layer, private)) is not None:
+            remove(scatter)
+            scatter.residual = layer.residual if scatter.output is layer.inputs[0] else layer.inputs[0]
+            fused.append(scatter)
+            target = scatter
         elif layer.kind == "add" and (last := _absorbing(layer, private, fused)) is not None:
             assert layer.residual is not None
             # Either operand may be the one whose convolution takes the sum; the other becomes its residual.
@@ -96,6 +101,18 @@ def _fold_affine(conv: Layer, affine: Layer) -> bool:
     conv.weight = conv.weight * affine.weight.view(-1, *[1] * (conv.weight.dim() - 1))
     conv.bias = affine.bias if conv.bias is None else conv.bias * affine.weight + affine.bias
     return True
+
+
+def _scattered(add: Layer, private: Callable[[fx.Node], Layer | None]) -> Layer | None:
+    """The scattered channels among constants that an addition can do without storing them."""
+    assert add.residual is not None
+    if add.residual is add.inputs[0] or map_size(add.residual) != map_size(add.inputs[0]):
+        return None
+    for node in (add.inputs[0], add.residual):
+        layer = private(node)
+        if layer is not None and layer.kind == "scatter_add" and layer.residual is None and layer.act is None:
+            return layer
+    return None
 
 
 def _absorbing(add: Layer, private: Callable[[fx.Node], Layer | None], fused: list[Layer]) -> Layer | None:

@@ -21,7 +21,8 @@ class Layer:
             "adaptive_max_pool", "adaptive_avg_pool", "nearest", "bilinear", "pixel_shuffle", "layer_norm",
             "group_norm", "softmax" or "alias" (a view of the same map).
         name: The module or function it came from.
-        inputs: The maps it reads; of "add", "multiply" and "scatter_add" the other operand is `residual`.
+        inputs: The maps it reads; of "add", "multiply" and "scatter_add" the other operand is `residual`, which the
+            last may lack: its channels then lie among the constants `bias`.
         output: The node whose value it makes.
         kernel: Kernel, or the size of an adaptive pooling's output, or the factor of "nearest", "bilinear" and
             "pixel_shuffle".
@@ -109,4 +110,6 @@ def runs_on_cuda(layer: Layer) -> bool:
     if layer.kind not in _CUDA_KINDS or layer.act not in (None, "relu", "relu6"):
         return False
     whole = layer.kind != "add" or shape_of(layer.residual) == shape_of(layer.inputs[0])
+    if layer.kind in ("gather", "scatter_add"):
+        whole = is_map(layer.inputs[0]) and (layer.kind == "gather" or layer.residual is not None)
     return whole and not any(is_channels_last(node) for node in (*layer.inputs, layer.output))

@@ -13,21 +13,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gatedconv.nn import ChannelBias, ConstantMap, Conv2d, GatherChannels, PadShortcut, ScatterAdd
+from gatedconv.nn import (
+    ChannelBias,
+    ConstantMap,
+    Conv2d,
+    EmptyMap,
+    GatherChannels,
+    PadShortcut,
+    ScatterAdd,
+    ScatterChannels,
+)
 
-_LEAVES = (ChannelBias, ConstantMap, Conv2d, GatherChannels, PadShortcut, ScatterAdd)
+_LEAVES = (ChannelBias, ConstantMap, Conv2d, EmptyMap, GatherChannels, PadShortcut, ScatterAdd, ScatterChannels)
 _IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv, torch.relu_}
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # By name: torchvision need not be installed.
 _NOTHING_UNLESS_TRAINING = {"dropout": 2, "dropout2d": 2, "stochastic_depth": 3}  # position of `training`
 
 
-class ConstantMaps(ConstantMap):
-    """A constant map for every image instead of one for all, so that it is a map like any other in a plan."""
+class ConstantMaps(EmptyMap):
+    """A constant for every channel, of the size of a convolution's output: (N, C, H, W) -> (N, K, H', W')."""
+
+    value: Tensor  # (K,)
+
+    def __init__(self, value: Tensor, window: EmptyMap) -> None:
+        w = window
+        super().__init__(value.numel(), w.kernel_size, w.stride, w.padding, w.dilation)
+        self.register_buffer("value", value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, K, ceil(H / stride), ceil(W / stride))."""
-        return super().forward(x).expand(x.shape[0], -1, -1, -1)
+        """Spread the constants over the map."""
+        return super().forward(x) + self.value[:, None, None]
+
+
+def _constant_maps(module: nn.Module) -> ConstantMaps | None:
+    """What a module computes if that is a constant for every channel, whatever its input; else None."""
+    if type(module) is ConstantMap:
+        stride = (module.stride, module.stride)
+        return ConstantMaps(module.value.detach(), EmptyMap(0, (1, 1), stride, (0, 0), (1, 1)))
+    if type(module) is EmptyMap and module.channels:
+        return ConstantMaps(torch.zeros(module.channels, device="cpu"), module)
+    return None
 
 
 def slice_channels(x: Tensor, start: int, stop: int) -> Tensor:
@@ -82,9 +108,9 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     """
     source = copy.deepcopy(model).eval()
     for name, module in list(source.named_modules()):
-        if type(module) is ConstantMap and name and example_input.device.type == "cpu":  # CPU plans know them
-            maps = ConstantMaps(module.value.detach(), module.stride).requires_grad_(False)
-            source.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], maps)
+        maps = _constant_maps(module) if name and example_input.device.type == "cpu" else None  # CPU plans know them
+        if maps is not None:
+            source.set_submodule(name, maps)
     if not is_plain(source) or len(inspect.signature(source.forward).parameters) != 1:
         # A tracer calls a root's forward without its hooks, and takes its defaults for inputs; a child it calls.
         source = nn.Sequential(source)
@@ -100,6 +126,8 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
         _Shapes(traced).run(torch.full((2, channels, height, width), 0.5, dtype=torch.float32, device="cpu"))
     _note_larger_shapes(traced, (2, channels, 4 * height, 4 * width))
     _join_idioms(traced)
+    if example_input.device.type == "cpu":
+        _fill_empty_maps(traced)
     return traced
 
 
@@ -187,6 +215,34 @@ def _join_idioms(traced: fx.GraphModule) -> None:
         node.replace_all_uses_with(joined)
     for node in reversed(list(traced.graph.nodes)):
         if not node.users and node.op in ("call_function", "call_method") and not _is_in_place(node, traced):
+            traced.graph.erase_node(node)
+    traced.recompile()
+
+
+def _fill_empty_maps(traced: fx.GraphModule) -> None:
+    """Write constants that are scattered into a map without channels as constants of its size."""
+    for node in list(traced.graph.nodes):
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(module) is not ScatterChannels or module.axis != 1 or module.index.numel() or _size(node) is None:
+            continue
+        source, window = node.args[0], EmptyMap(0, (1, 1), (1, 1), (0, 0), (1, 1))
+        while isinstance(source, fx.Node) and (_size(source) or (0, 1))[1] == 0:
+            maker = traced.get_submodule(str(source.target)) if source.op == "call_module" else None
+            if type(maker) is EmptyMap:
+                source, window = source.args[0], maker
+                break
+            source = source.args[0] if type(maker) is GatherChannels and maker.axis == 1 else None
+        if not isinstance(source, fx.Node) or len(_size(source) or ()) != 4:
+            continue
+        name = f"constant_maps_{node.name}"
+        traced.add_submodule(name, ConstantMaps(module.fill.detach().flatten(), window))
+        with traced.graph.inserting_before(node):
+            constant = traced.graph.call_module(name, (source,))
+        constant.meta.update(node.meta)
+        node.replace_all_uses_with(constant)
+    chosen = (EmptyMap, GatherChannels, ScatterChannels)
+    for node in reversed(list(traced.graph.nodes)):
+        if not node.users and node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), chosen):
             traced.graph.erase_node(node)
     traced.recompile()
 

@@ -43,14 +43,12 @@ from gatedconv.engine.read_arithmetic import (
     read_prelu,
     source_of,
 )
-from gatedconv.nn import ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd
+from gatedconv.nn import ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd, ScatterChannels
 
 
 def _scatter_add(node: fx.Node, module: ScatterAdd) -> Layer | None:
     stream, part = source_of(node), node.args[1]
-    if not isinstance(part, fx.Node) or not is_map(part) or shape_of(stream) != shape_of(node):
-        return None
-    if module.axis not in (1, -3):
+    if not isinstance(part, fx.Node) or not _along_channels(part, module.axis) or shape_of(stream) != shape_of(node):
         return None
     index = [int(i) for i in module.index]
     if sorted(set(index)) != index:
@@ -58,10 +56,30 @@ def _scatter_add(node: fx.Node, module: ScatterAdd) -> Layer | None:
     return Layer("scatter_add", str(node.target), [part], node, residual=stream, index=index)
 
 
+def _scatter(node: fx.Node, module: ScatterChannels) -> Layer | None:
+    """Channels among constants: a sum with no stream to add to."""
+    index = [int(i) for i in module.index]
+    if not _along_channels(node.args[0], module.axis) or len(set(index)) != len(index):
+        return None
+    fill = module.fill.detach().double().flatten()
+    if fill.numel() != module.fill.shape[module.axis]:
+        return None
+    fill[index] = 0
+    return make_layer("scatter_add", node, index=index, bias=fill)
+
+
 def _gather(node: fx.Node, module: GatherChannels) -> Layer | None:
-    if module.axis not in (1, -3) or not is_map(node):
+    if not _along_channels(node.args[0], module.axis):
         return None
     return make_layer("gather", node, index=[int(i) for i in module.index])
+
+
+def _along_channels(node: Any, axis: int) -> bool:
+    """Whether a node's value is stored with its channels along `axis`."""
+    if not is_stored(node):
+        return False
+    rank = len(node.meta["tensor_meta"].shape)
+    return axis % rank == (3 if is_channels_last(node) else 1)
 
 
 def _shuffled(node: fx.Node, groups: int) -> Layer | None:
@@ -91,8 +109,11 @@ def _subsample(node: fx.Node, module: PadShortcut) -> Layer:
     return make_layer("subsample", node, stride=(module.stride, module.stride), option=module.front)
 
 
-def _fill(node: fx.Node, module: ConstantMaps) -> Layer:
-    return make_layer("fill", node, stride=(module.stride, module.stride), bias=double(module.value))
+def _fill(node: fx.Node, module: ConstantMaps) -> Layer | None:
+    layer = _window("fill", node, module.kernel_size, module.stride, module.padding)
+    if layer is not None:
+        layer.dilation, layer.bias = module.dilation, double(module.value)
+    return layer
 
 
 def _window(kind: str, node: fx.Node, kernel: Any, stride: Any, padding: Any, option: int = 0) -> Layer | None:
@@ -302,6 +323,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Layer | None]] = {
     GatherChannels: _gather,
     PadShortcut: _subsample,
     ScatterAdd: _scatter_add,
+    ScatterChannels: _scatter,
 }
 
 _FUNCTIONS: dict[Any, Callable[[Call], Layer | None]] = {
@@ -368,7 +390,7 @@ _METHODS: dict[str, Callable[[Call], Layer | None]] = {
 
 
 # What may read and make maps whose axes are permuted: each pixel by itself.
-_BY_PIXEL = {"act", "affine", "add", "multiply", "layer_norm", "alias", "conv"}
+_BY_PIXEL = {"act", "affine", "add", "multiply", "layer_norm", "alias", "conv", "gather", "scatter_add"}
 
 
 def read_layer(node: fx.Node, model: nn.Module) -> Layer | None:
@@ -392,8 +414,8 @@ def read_layer(node: fx.Node, model: nn.Module) -> Layer | None:
         layer = reader(Call(node, model)) if reader is not None else None
     else:
         layer = None
-    if layer is None:
-        return None
+    if layer is None or (layer.kind != "conv" and any("flattened" in one.meta for one in layer.inputs)):
+        return None  # only a linear layer knows a vector that is stored as the map it was
     last = [is_channels_last(i) for i in layer.inputs]
     if any(last) and layer.kind in _BY_PIXEL and "permuted" not in node.meta:
         node.meta["channels_last"] = True
