@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gatedconv.gating.gate import Gate
 from gatedconv.gating.multilinear import Multilinear, cached, multilinear
 from gatedconv.gating.registry import open_rates, unwrap
 
@@ -56,11 +57,15 @@ def norm_macs(norm: nn.Module, pixels: int) -> float:
 
 def params_of(*modules: nn.Module) -> int:
     """Number of parameters of modules, without those of gates inside them."""
-    return sum(p.numel() for module in modules for name, p in module.named_parameters() if "gate." not in name)
+    gates = {
+        id(p) for module in modules for part in module.modules() if isinstance(part, Gate) for p in part.parameters()
+    }
+    return sum(p.numel() for module in modules for p in module.parameters() if id(p) not in gates)
 
 
 def _weight_count(layer: nn.Module) -> int:
-    return dict(layer.named_parameters())["weight"].numel()
+    weight: Tensor = layer.weight
+    return weight.numel()
 
 
 def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -> Tensor:

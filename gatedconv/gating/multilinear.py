@@ -7,6 +7,7 @@ can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -82,7 +83,7 @@ class Multilinear(NamedTuple):
         for amount, term in zip(amounts, factors, strict=True):
             merged[tuple(term)] = merged.get(tuple(term), 0.0) + amount
         means = {factor: k for k, factor in enumerate(dict.fromkeys(f for term in merged for f in term), start=1)}
-        starts = dict(zip(sizes, _cumulative(sizes.values()), strict=True))
+        starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))  # and the total
         average = torch.zeros(len(means) + 1, sum(sizes.values()), dtype=torch.float64)
         for (gate, channels), k in means.items():
             columns = range(sizes[gate]) if channels is None else channels
@@ -133,11 +134,3 @@ class _MultilinearForm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
         return grad * slope, None
-
-
-def _cumulative(sizes: Any) -> list[int]:
-    starts, total = [], 0
-    for size in sizes:
-        starts.append(total)
-        total += size
-    return starts

@@ -24,11 +24,13 @@ CLOSED_LOGIT = -10.0  # outside the straight-through window, and too far for Gum
 class GatePruner(nn.Module):
     """Measures how much the loss depends on each gate, and prunes the gates that matter least per MAC.
 
-    To second order, closing a gate raises the loss by half the curvature: the first order adds up to 0 over the gates
-    in front of a norm. The curvature is estimated by the Fisher information, the mean over samples of (dL/dg)^2, which
-    is a by-product of the backward pass (Theis et al. 2018, for channels without gates). A gate is pruned through its
-    own parameters: with zero weights and a bias far below the estimator's window it is closed for every sample,
-    receives no gradient and stays closed.
+    To second order, closing a gate raises the loss by half the curvature: the first order sums to about 0 over the
+    gates in front of a norm. The curvature is estimated by the empirical Fisher information, the mean over samples of
+    (dL/dg)^2, which is a by-product of the backward pass (Theis et al. 2018, for channels without gates). L is the
+    loss of the training step, regularization included where its gradient passes through the gate's output.
+
+    A gate is pruned through its own parameters: with zero weights and a bias far below the estimator's window it is
+    closed for every sample, receives no gradient and stays closed.
 
     Create it before training starts, since it needs about a hundred steps of gradients; call `step` after each
     optimizer step. It holds the model weakly.

@@ -13,8 +13,6 @@ from gatedconv.gating.gate import Gate
 from gatedconv.gating.mac_terms import expected_macs
 from gatedconv.gating.registry import find_gates, require_gates, unwrap
 
-RANKINGS = ("logit", "fisher")
-
 
 def masks_for_target(model: nn.Module, scores: Mapping[str, Tensor], target: float) -> dict[str, Tensor]:
     """Close gates in rising order of their scores until the MACs are as near to ``target`` as they can be.
@@ -52,10 +50,9 @@ def masks_for_target(model: nn.Module, scores: Mapping[str, Tensor], target: flo
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle) <= target else (middle + 1, high)
-    closed = min(low, len(order))
-    if closed and abs(share(closed - 1) - target) < abs(share(closed) - target):
-        closed -= 1
-    mask = _mask(order, closed).bool()
+    if low and abs(share(low - 1) - target) < abs(share(low) - target):
+        low -= 1
+    mask = _mask(order, low).bool()
     return dict(zip(gates, mask.split(sizes), strict=True))
 
 
@@ -64,10 +61,10 @@ def fisher_information(
 ) -> dict[str, Tensor]:
     """Fisher information of every gate at all gates open: the mean over samples of (dL/dg)^2; a collective.
 
-    The straight-through gradient dL/dg is the first order of what closing a gate costs. Behind a gate follows
-    a norm, so the gradients of a block's gates add up to about 0: the first order tells which channels of a
-    block matter more, and nothing of which block does. The second order does: half the curvature, for which
-    the Fisher information stands (Theis et al. 2018, for channels without gates).
+    The straight-through gradient dL/dg is the first order of what closing a gate costs. In front of a norm (position
+    "middle") the gradients of a block's gates sum to about 0, since the norm undoes a common scale: the first order
+    then ranks channels within a block, not blocks. The second order does both: half the curvature, for which the
+    empirical Fisher information stands, with the data's own labels (Theis et al. 2018, for channels without gates).
 
     Args:
         model: a gated model; it is left as it is, and a copy in training mode is evaluated.
@@ -112,23 +109,26 @@ def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
     A collective.
 
     Args:
-        model: a gated model; its mode is put back.
+        model: a gated model; the mode of each of its modules is restored.
         batches: (images, labels); with several processes, of each its share, which may be none.
     """
     gates = require_gates(model, "mean_logits")
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
     totals = {name: _zeros(gate) for name, gate in gates.items()}
     counts = dict.fromkeys(gates, 0)
-    for images, _ in batches:
-        for gate in gates.values():
-            gate.logits = None
-        model(images)
-        for name, gate in gates.items():
-            if gate.logits is not None:
-                totals[name] += gate.logits.double().sum(0)
-                counts[name] += len(gate.logits)
-    model.train(was_training)
+    try:
+        for images, _ in batches:
+            for gate in gates.values():
+                gate.logits = None
+            model(images)
+            for name, gate in gates.items():
+                if gate.logits is not None:
+                    totals[name] += gate.logits.double().sum(0)
+                    counts[name] += len(gate.logits)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
     totals, counts = sum_votes(totals, counts)
     return {name: total.cpu() / max(1, counts[name]) for name, total in totals.items()}
 

@@ -26,19 +26,19 @@ class SynchronisedNorm(nn.BatchNorm1d):
             return super().forward(x)
         count, features = x.shape
         exact = x.double()
-        means = global_mean(torch.cat([exact.mean(dim=0), (exact * exact).mean(dim=0)]), count)
-        mean, square = means[:features], means[features:]
+        inverse = exact.new_full((1,), 1 / count)  # its mean over all samples is ranks / (sum of counts)
+        means = global_mean(torch.cat([exact.mean(dim=0), (exact * exact).mean(dim=0), inverse]), count)
+        mean, square, inverse = means.split([features, features, 1])
         var = (square - mean * mean).clamp_min(0)
-        self._track(mean.detach(), var.detach(), count)
+        self._track(mean.detach(), var.detach(), world_size() / inverse.detach())
         normed = ((exact - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
         return normed if self.weight is None else normed * self.weight + self.bias
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def _track(self, mean: Tensor, var: Tensor, total: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
-        total = count * world_size()  # ranks differ by a sample at most: the factor n / (n - 1) hardly notices
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean), momentum)
         self.running_var.lerp_((var * (total / (total - 1))).to(self.running_var), momentum)

@@ -12,10 +12,12 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import gatedconv
+from gatedconv.gating.sync_norm import synchronised
 from tests.tolerances import assert_close
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 X = X + torch.linspace(-4, 4, 8)[torch.randperm(8, generator=torch.Generator().manual_seed(2)), None, None, None]
+ROWS = torch.randn(7, 3, generator=torch.Generator().manual_seed(3))
 
 
 def gated_model():
@@ -44,8 +46,11 @@ def rank(index: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
     wrapped = DistributedDataParallel(gated_model())
     loss = step(wrapped, X[index * 4 : index * 4 + 4])
+    norm = synchronised(torch.nn.BatchNorm1d(3))
+    norm(ROWS[:5] if index == 0 else ROWS[5:])
     torch.save(
         {
+            "norm": norm.state_dict(),
             "loss": loss,
             "grads": {name: p.grad for name, p in wrapped.module.named_parameters()},
             "own": torch.cat([gate.open_rate.detach() for gate in gatedconv.gates(wrapped).values()]),
@@ -64,7 +69,10 @@ def test_two_ranks_equal_one_with_the_joined_batch(tmp_path: Path):
     whole = copy.deepcopy(model)
     step(whole, X)
     assert not torch.equal(ranks[0]["own"], ranks[1]["own"])  # open_rate stays the rank's own
+    norm = torch.nn.BatchNorm1d(3)
+    norm(ROWS)
     for found in ranks:
+        assert_close(found["norm"], dict(norm.state_dict()))  # of 5 rows and of 2
         torch.testing.assert_close(found["loss"], loss)
         for name, parameter in whole.named_parameters():
             assert_close(found["grads"][name], parameter.grad, algorithm="gradient", name=name)
