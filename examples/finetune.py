@@ -9,6 +9,7 @@ torchvision or timm, or a file: a state dict of the same network, under its own 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,7 +121,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
     parser.add_argument("--out", type=Path, help="write the compact network, a file for gatedconv.load")
+    parser.add_argument("--result", type=Path, help="write the figures as JSON")
     return parser.parse_args()
 
 
@@ -128,10 +131,11 @@ def main() -> None:
     """See the module's docstring."""
     arguments = parsed()
     torch.manual_seed(arguments.seed)
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     train_batches, test_batches, classes = loaders(arguments.folder, arguments.image_size, arguments.batch_size)
     example = torch.zeros(2, 3, arguments.image_size, arguments.image_size)
     model = pretrained(arguments.model, arguments.weights, classes)
-    dense_macs = gatedconv.count_macs(model, example[:1])
+    result = {"dense_macs": gatedconv.count_macs(model, example[:1])}
     if arguments.gate == "none":
         train(model, train_batches, range(arguments.epochs), arguments)
     else:
@@ -141,13 +145,21 @@ def main() -> None:
         frozen = gatedconv.freeze(model, train_batches)  # each gate by the vote of the images
         gatedconv.re_estimate_batchnorm(frozen, train_batches)
         model = gatedconv.compact(frozen, example)
+        result["agreement"] = frozen.consensus.agreement
         print(f"agreement of the gates: {frozen.consensus.agreement:.1%}")
         train(model, train_batches, range(end, arguments.epochs), arguments)
     gatedconv.re_estimate_batchnorm(model, train_batches)
-    macs = gatedconv.count_macs(model, example[:1])
-    print(f"top-1 {top1(model, test_batches):.1f} %, {macs / 1e6:.1f} of {dense_macs / 1e6:.1f} M MACs")
+    result |= {"top1": top1(model, test_batches), "macs": gatedconv.count_macs(model, example[:1])}
+    print(f"top-1 {result['top1']:.1f} %, {result['macs'] / 1e6:.1f} of {result['dense_macs'] / 1e6:.1f} M MACs")
     if arguments.out:
         gatedconv.save(model, arguments.out)
+    if arguments.result:
+        result |= {
+            "params": sum(p.numel() for p in model.parameters()),
+            "arguments": {name: getattr(value, "name", value) for name, value in vars(arguments).items()},
+            "versions": {module.__name__: module.__version__ for module in (gatedconv, torch, torchvision)},
+        }
+        arguments.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

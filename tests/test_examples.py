@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -70,8 +71,12 @@ def test_finetune_prunes_a_network_on_a_folder(tmp_path):
         "channel",
         "--out",
         "small.safetensors",
+        "--result",
+        "result.json",
         cwd=tmp_path,
     )
     found = re.fullmatch(r"top-1 [\d.]+ %, ([\d.]+) of ([\d.]+) M MACs", lines[-1])
     assert found and float(found[1]) < 0.8 * float(found[2])
     assert (tmp_path / "small.safetensors").stat().st_size > 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert f"{result['macs'] / 1e6:.1f}" == found[1] and result["arguments"]["epochs"] == 3
