@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from .common import FIXED_ORDER, TILE, as_map, ceil_div, map_at, multiprocessors, on_device, power_of_two, relu
 
@@ -44,8 +45,15 @@ class GateForward(NamedTuple):
     threshold: Tensor
 
 
+class PooledRows(NamedTuple):
+    """What the pooling row passes write: part (S, N, M), pooled (N, C)."""
+
+    part: Tensor
+    pooled: Tensor
+
+
 @triton.jit
-def channel_means(x, n, c, C, HW, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+def channel_means(x, n, c, C, HW, BLOCK_C: constexpr, BLOCK_S: constexpr):
     """Means of some channels of sample n."""
     sums = tl.zeros((BLOCK_C,), tl.float32)
     for s0 in range(0, HW, BLOCK_S):
@@ -57,20 +65,9 @@ def channel_means(x, n, c, C, HW, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def gate_pool_dense(
-    part_ptr,
-    pooled_ptr,
-    x,
-    weight_ptr,
-    N,
-    C,
-    HW,
-    M,
-    C_PER_SLICE,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    out, x, weight_ptr, N, C, HW, M, C_PER_SLICE, BLOCK_M: constexpr, BLOCK_C: constexpr, BLOCK_S: constexpr
 ):
-    """Write pooled (N, C), the mean of x over HW, and part, slices of pooled @ weight (M, C).T. Grid (N, S)."""
+    """Write pooled, the mean of x (N, C, HW) over HW, and part, slices of pooled @ weight (M, C).T. Grid (N, S)."""
     n = tl.program_id(0)
     split = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
@@ -78,27 +75,16 @@ def gate_pool_dense(
     for start in range(0, C_PER_SLICE, BLOCK_C):
         c = split * C_PER_SLICE + start + tl.arange(0, BLOCK_C)
         pooled = channel_means(x, n, c, C, HW, BLOCK_C, BLOCK_S)
-        tl.store(pooled_ptr + n * C + c, pooled, mask=c < C)
+        tl.store(out.pooled + n * C + c, pooled, mask=c < C)
         mask = (m < M)[:, None] & (c < C)[None, :]
         weight = tl.load(weight_ptr + m[:, None] * C + c[None, :], mask=mask, other=0.0)
         product += tl.sum(weight * pooled[None, :], 1)
-    tl.store(part_ptr + (split * N + n) * M + m, product, mask=m < M)
+    tl.store(out.part + (split * N + n) * M + m, product, mask=m < M)
 
 
 @triton.jit
 def gate_pool_wide(
-    part_ptr,
-    pooled_ptr,
-    x,
-    weight_ptr,
-    N,
-    C,
-    HW,
-    M,
-    BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    out, x, weight_ptr, N, C, HW, M, BLOCK_R: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr, BLOCK_S: constexpr
 ):
     """As gate_pool_dense for many units: a weight is read once for BLOCK_R samples. Grid (N tiles, S = C tiles)."""
     r = tl.arange(0, BLOCK_R)
@@ -108,30 +94,20 @@ def gate_pool_wide(
     pooled = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for i in range(0, tl.minimum(N - first, BLOCK_R)):
         mean = channel_means(x, first + i, c, C, HW, BLOCK_C, BLOCK_S)
-        tl.store(pooled_ptr + (first + i) * C + c, mean, mask=c < C)
+        tl.store(out.pooled + (first + i) * C + c, mean, mask=c < C)
         pooled = tl.where((r == i)[:, None], mean[None, :], pooled)
     for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         mask = (c < C)[:, None] & (m < M)[None, :]
         weight = tl.load(weight_ptr + m[None, :] * C + c[:, None], mask=mask, other=0.0)
         product = tl.dot(pooled, weight, input_precision="ieee")
-        at = part_ptr + (split * N + first + r)[:, None] * M + m[None, :]
+        at = out.part + (split * N + first + r)[:, None] * M + m[None, :]
         tl.store(at, product, mask=(first + r < N)[:, None] & (m < M)[None, :])
 
 
 @triton.jit
 def gate_dense(
-    part_ptr,
-    x,
-    weight_ptr,
-    N,
-    K,
-    HW,
-    M,
-    K_PER_SLICE,
-    BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    part_ptr, x, weight_ptr, N, K, HW, M, K_PER_SLICE, BLOCK_R: constexpr, BLOCK_M: constexpr, BLOCK_K: constexpr
 ):
     """Write part, slices of x (N, K) @ weight (M, K).T; feature k is (k // HW, k % HW). Grid (N tiles, S, M tiles)."""
     n = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -158,7 +134,7 @@ def logistic_noise(u):
 
 
 @triton.jit
-def decide(z, u, threshold, ESTIMATOR: tl.constexpr):
+def decide(z, u, threshold, ESTIMATOR: constexpr):
     """Whether a gate opens: logits z, uniform noise u or None, threshold of the batch-mean estimator."""
     if ESTIMATOR == "batch_mean":
         opens = z - threshold > 0.0
@@ -192,17 +168,17 @@ def move(buffer_ptr, value, momentum, mask):
 def hidden_statistics(
     stat_ptr,
     part_ptr,
-    bias1_ptr,
+    parameters,
     running,
     N,
     S,
     H,
     eps,
     momentum,
-    BATCH_STATS: tl.constexpr,
-    UPDATE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BATCH_STATS: constexpr,
+    UPDATE: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_H: constexpr,
 ):
     """Mean and 1 / sqrt(var + eps) of the hidden layer; program 0 writes stat and moves the running statistics."""
     j = tl.arange(0, BLOCK_H)
@@ -210,7 +186,7 @@ def hidden_statistics(
     if BATCH_STATS:
         mean = tl.zeros((BLOCK_H,), tl.float32)
         squares = tl.zeros((BLOCK_H,), tl.float32)
-        bias1 = tl.load(bias1_ptr + j, mask=in_h, other=0.0)
+        bias1 = tl.load(parameters.bias1 + j, mask=in_h, other=0.0)
         # Two exact passes: E[h^2] - E[h]^2 would cancel.
         for start in range(0, N, BLOCK_N):
             rows = start + tl.arange(0, BLOCK_N)
@@ -257,13 +233,13 @@ def gate_tail(
     eps,
     norm_momentum,
     momentum,
-    ESTIMATOR: tl.constexpr,
-    BATCH_STATS: tl.constexpr,
-    TRAIN: tl.constexpr,
-    UPDATE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    ESTIMATOR: constexpr,
+    BATCH_STATS: constexpr,
+    TRAIN: constexpr,
+    UPDATE: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_H: constexpr,
+    BLOCK_O: constexpr,
 ):
     """Write gate, rate, logits, hidden, stat and threshold from part (S, N, H or O). Grid (O tiles,)."""
     r = tl.arange(0, BLOCK_N)
@@ -273,19 +249,7 @@ def gate_tail(
     bias2 = tl.load(parameters.bias2 + o, mask=in_o, other=0.0)
     if parameters.weight1 is not None:
         mean, rstd = hidden_statistics(
-            out.stat,
-            part_ptr,
-            parameters.bias1,
-            running,
-            N,
-            S,
-            H,
-            eps,
-            norm_momentum,
-            BATCH_STATS,
-            UPDATE,
-            BLOCK_N,
-            BLOCK_H,
+            out.stat, part_ptr, parameters, running, N, S, H, eps, norm_momentum, BATCH_STATS, UPDATE, BLOCK_N, BLOCK_H
         )
         gamma = tl.load(parameters.norm_weight + j, mask=in_h, other=0.0)
         beta = tl.load(parameters.norm_bias + j, mask=in_h, other=0.0)
@@ -370,25 +334,12 @@ def forward(
     tiles = tail_tiles(hidden)
     with on_device(x):
         part = _pooled_rows(x, first, out.pooled) if pooling else _dense_rows(x, first)
+        noise = None if noise is None else noise.contiguous()
+        sizes = (x.shape[0], part.shape[0], hidden, gates)
+        numbers = (options.eps, options.norm_momentum or 0.0, options.momentum)
+        flags = {"BATCH_STATS": options.batch_stats, "TRAIN": options.training, "UPDATE": update, **FIXED_ORDER}
         gate_tail[(ceil_div(gates, tiles["BLOCK_O"]),)](
-            out,
-            part,
-            parameters,
-            None if noise is None else noise.contiguous(),
-            running,
-            x.shape[0],
-            part.shape[0],
-            hidden,
-            gates,
-            options.eps,
-            options.norm_momentum or 0.0,
-            options.momentum,
-            ESTIMATOR=options.estimator,
-            BATCH_STATS=options.batch_stats,
-            TRAIN=options.training,
-            UPDATE=update,
-            **tiles,
-            **FIXED_ORDER,
+            out, part, parameters, noise, running, *sizes, *numbers, ESTIMATOR=options.estimator, **flags, **tiles
         )
     return out
 
@@ -408,25 +359,13 @@ def _pooled_rows(x: Tensor, weight: Tensor, pooled: Tensor) -> Tensor:
     split = wide or channels * pixels > SPLIT_ABOVE
     per_slice = block_c if split else ceil_div(channels, block_c) * block_c
     part = torch.empty(ceil_div(channels, per_slice), batch, units, device=x.device, dtype=torch.float32)
-    blocks = {"BLOCK_C": block_c, "BLOCK_S": power_of_two(pixels, most=TILE // block_c)}
-    sizes = (batch, channels, pixels, units)
+    block_s = power_of_two(pixels, most=TILE // block_c)
+    blocks: dict[str, Any] = {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_stages": 1, **FIXED_ORDER}
+    given = (PooledRows(part, pooled), x_map, weight, batch, channels, pixels, units)
     if wide:
-        gate_pool_wide[(ceil_div(batch, DENSE_ROWS), part.shape[0])](
-            part, pooled, x_map, weight, *sizes, BLOCK_R=DENSE_ROWS, BLOCK_M=32, **blocks, num_stages=1, **FIXED_ORDER
-        )
+        gate_pool_wide[(ceil_div(batch, DENSE_ROWS), part.shape[0])](*given, BLOCK_R=DENSE_ROWS, BLOCK_M=32, **blocks)
     else:
-        gate_pool_dense[(batch, part.shape[0])](
-            part,
-            pooled,
-            x_map,
-            weight,
-            *sizes,
-            per_slice,
-            BLOCK_M=power_of_two(units, 16),
-            **blocks,
-            num_stages=1,
-            **FIXED_ORDER,
-        )
+        gate_pool_dense[(batch, part.shape[0])](*given, per_slice, BLOCK_M=power_of_two(units, 16), **blocks)
     return part
 
 
@@ -440,19 +379,8 @@ def _dense_rows(x: Tensor, weight: Tensor) -> Tensor:
     slices = max(1, min(32, ceil_div(features, SLICE_FEATURES), ceil_div(multiprocessors(x), tiles)))
     per_slice = ceil_div(ceil_div(features, slices), 64) * 64
     part = torch.empty(ceil_div(features, per_slice), batch, units, device=x.device, dtype=torch.float32)
+    blocks: dict[str, Any] = {"BLOCK_R": DENSE_ROWS, "BLOCK_M": block_m, "BLOCK_K": 64, "num_stages": 2}
     gate_dense[(ceil_div(batch, DENSE_ROWS), part.shape[0], ceil_div(units, block_m))](
-        part,
-        as_map(x),
-        weight,
-        batch,
-        features,
-        pixels,
-        units,
-        per_slice,
-        BLOCK_R=DENSE_ROWS,
-        BLOCK_M=block_m,
-        BLOCK_K=64,
-        num_stages=2,
-        **FIXED_ORDER,
+        part, as_map(x), weight, batch, features, pixels, units, per_slice, **blocks, **FIXED_ORDER
     )
     return part

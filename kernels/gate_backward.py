@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from .common import FIXED_ORDER, as_map, ceil_div, gradient_like, multiprocessors, on_device, power_of_two, relu
 from .gate import GateForward, logistic_noise, tail_tiles
@@ -74,7 +75,7 @@ class DenseGradients(NamedTuple):
 
 
 @triton.jit
-def through_estimator(d, z, u, threshold, temperature, ESTIMATOR: tl.constexpr):
+def through_estimator(d, z, u, threshold, temperature, ESTIMATOR: constexpr):
     """Gradient d of a gate as the gradient of its logit z; noise u or None."""
     if ESTIMATOR == "bernoulli":
         p = tl.sigmoid(z)
@@ -91,7 +92,7 @@ def through_estimator(d, z, u, threshold, temperature, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR: tl.constexpr):
+def gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR: constexpr):
     """Gradient of the logits through gates and open rates."""
     at = rows[:, None] * O + o[None, :]
     result = tl.zeros(mask.shape, tl.float32)
@@ -119,9 +120,7 @@ def own_gradient(decision, rows, o, mask, O):
 
 
 @triton.jit
-def center_of_tile(
-    decision, o, N, O, ESTIMATOR: tl.constexpr, CENTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr
-):
+def center_of_tile(decision, o, N, O, ESTIMATOR: constexpr, CENTER: constexpr, BLOCK_N: constexpr, BLOCK_O: constexpr):
     """CENTER: the mean over the batch of the gradient through the gates of a tile; else 0."""
     mean = tl.zeros((BLOCK_O,), tl.float32)
     if CENTER:
@@ -134,15 +133,7 @@ def center_of_tile(
 
 @triton.jit
 def gate_backward_logits(
-    dz_ptr,
-    d_bias2_ptr,
-    decision,
-    N,
-    O,
-    ESTIMATOR: tl.constexpr,
-    CENTER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    dz_ptr, d_bias2_ptr, decision, N, O, ESTIMATOR: constexpr, CENTER: constexpr, BLOCK_N: constexpr, BLOCK_O: constexpr
 ):
     """Write dz (N, O) and d bias2 (O,). Grid (O tiles,)."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -178,11 +169,11 @@ def gate_backward_rows(
     H,
     O,
     T,
-    ESTIMATOR: tl.constexpr,
-    CENTER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    ESTIMATOR: constexpr,
+    CENTER: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_H: constexpr,
+    BLOCK_O: constexpr,
 ):
     """Write da (N, H), sums (5, T, H), d weight2 (O, H), d bias2 (O,). Grid (T row tiles + O tiles,).
 
@@ -207,11 +198,11 @@ def rows_of_hidden(
     H,
     O,
     T,
-    ESTIMATOR: tl.constexpr,
-    CENTER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    ESTIMATOR: constexpr,
+    CENTER: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_H: constexpr,
+    BLOCK_O: constexpr,
 ):
     """One row tile: da = dz @ weight2, neither centered nor masked by the ReLU, and its part of the sums."""
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -255,11 +246,11 @@ def weights_of_gates(
     N,
     H,
     O,
-    ESTIMATOR: tl.constexpr,
-    CENTER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    ESTIMATOR: constexpr,
+    CENTER: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_H: constexpr,
+    BLOCK_O: constexpr,
 ):
     """The second dense layer's gradients for one tile of gates."""
     j = tl.arange(0, BLOCK_H)
@@ -284,7 +275,7 @@ def weights_of_gates(
 
 
 @triton.jit
-def sum_of_tiles(sums_ptr, row, m, T, M, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr = 16):
+def sum_of_tiles(sums_ptr, row, m, T, M, BLOCK_M: constexpr, BLOCK_T: constexpr = 16):
     """Add up one row of sums (5, T, M) over T, for units m."""
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, T, BLOCK_T):
@@ -295,7 +286,7 @@ def sum_of_tiles(sums_ptr, row, m, T, M, BLOCK_M: tl.constexpr, BLOCK_T: tl.cons
 
 
 @triton.jit
-def norm_sums(sums_ptr, m, N, M, T, CENTER: tl.constexpr, BLOCK_M: tl.constexpr):
+def norm_sums(sums_ptr, m, N, M, T, CENTER: constexpr, BLOCK_M: constexpr):
     """For units m: what to subtract from da, and the gradients of the norm's bias and weight."""
     center = tl.zeros((BLOCK_M,), tl.float32)
     d_beta = center
@@ -311,7 +302,7 @@ def norm_sums(sums_ptr, m, N, M, T, CENTER: tl.constexpr, BLOCK_M: tl.constexpr)
 
 
 @triton.jit
-def dense_gradient(n, m, center, d_beta, d_gamma, dh_ptr, layer, N, M, BATCH_STATS: tl.constexpr):
+def dense_gradient(n, m, center, d_beta, d_gamma, dh_ptr, layer, N, M, BATCH_STATS: constexpr):
     """Gradient at the first dense layer's output, samples n by units m."""
     mask = (n < N)[:, None] & (m < M)[None, :]
     at = n[:, None] * M + m[None, :]
@@ -343,11 +334,11 @@ def gate_backward_dense(
     T,
     N_PER_GROUP,
     scale,
-    BATCH_STATS: tl.constexpr,
-    CENTER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BATCH_STATS: constexpr,
+    CENTER: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_K: constexpr,
 ):
     """Write d weight (M, K) = dh.T @ x (N, K), dx = scale * dh @ weight, and the norm's gradients (M,).
 
@@ -440,15 +431,9 @@ def backward(
             tiles = tail_tiles(hidden)
             row_tiles = ceil_div(batch, tiles["BLOCK_N"])
             d_first, sums = torch.empty(batch, hidden, **new), torch.empty(SUMS, row_tiles, hidden, **new)
-            d_weight2 = torch.empty(gates, hidden, **new)
+            out = RowGradients(d_first, sums, torch.empty(gates, hidden, **new), d_bias2)
             gate_backward_rows[(row_tiles + ceil_div(gates, tiles["BLOCK_O"]),)](
-                RowGradients(d_first, sums, d_weight2, d_bias2),
-                decision,
-                layer,
-                parameters.weight2,
-                *(batch, hidden, gates, row_tiles),
-                **flags,
-                **tiles,
+                out, decision, layer, parameters.weight2, batch, hidden, gates, row_tiles, **flags, **tiles
             )
         dx = gradient_like(features, dtype) if need_dx else None
         weight = parameters.weight2 if layer is None else parameters.weight1
@@ -457,7 +442,7 @@ def backward(
     dx = torch.empty(0, **new) if dx is None else dx
     if layer is None:
         return dx, torch.empty(0, 0, **new), *first[1:], first.weight, d_bias2
-    return dx, *first, d_weight2, d_bias2
+    return dx, *first, out.weight2, d_bias2
 
 
 def _dense(
@@ -478,22 +463,13 @@ def _dense(
         *(torch.empty(0 if layer is None else units, device=x.device, dtype=torch.float32) for _ in range(3)),
     )
     block_n, block_k = (32, 16) if features <= FEW_FEATURES else (16, 32)
+    blocks: dict[str, Any] = {"BLOCK_N": block_n, "BLOCK_M": power_of_two(units, 16, 32), "BLOCK_K": block_k}
     columns = ceil_div(features, block_k)
     groups = min(ceil_div(batch, block_n), ceil_div(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x), columns))
     per_group = ceil_div(ceil_div(batch, groups), block_n) * block_n
+    sizes = (batch, features, pixels, units, 1 if sums is None else sums.shape[1], per_group)
+    dx_map = as_map(x if dx is None else dx)
     gate_backward_dense[(columns, 1 if dx is None else 1 + ceil_div(batch, per_group))](
-        as_map(x if dx is None else dx),
-        out,
-        dh,
-        sums,
-        layer,
-        as_map(x),
-        weight,
-        *(batch, features, pixels, units, 1 if sums is None else sums.shape[1], per_group, scale),
-        BLOCK_N=block_n,
-        BLOCK_M=power_of_two(units, 16, 32),
-        BLOCK_K=block_k,
-        num_stages=2,
-        **flags,
+        dx_map, out, dh, sums, layer, as_map(x), weight, *sizes, scale, **blocks, num_stages=2, **flags
     )
     return out

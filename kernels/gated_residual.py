@@ -19,10 +19,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from . import gate, gate_backward
 from .common import (
     FIXED_ORDER,
+    Map,
     as_map,
     ceil_div,
     gradient_like,
@@ -37,7 +39,8 @@ from .common import (
 # Of a pass that sums over the batch: 4 programs of 2048 elements keep 16 KB (fp16) in flight on a multiprocessor, about
 # what the latency of a Hopper's memory needs by arithmetic; unmeasured.
 PROGRAMS_PER_MULTIPROCESSOR = 4
-FINISH = {"BLOCK_G": 64, "BLOCK_C": 32}  # tile of partial sums of the kernels that finish a reduction; unmeasured
+# Tile of partial sums of the kernels that finish a reduction; unmeasured.
+FINISH: dict[str, Any] = {"BLOCK_G": 64, "BLOCK_C": 32, **FIXED_ORDER}
 
 
 class Norm(NamedTuple):
@@ -46,6 +49,33 @@ class Norm(NamedTuple):
     stat: Tensor
     gamma: Tensor
     beta: Tensor
+
+
+class Incoming(NamedTuple):
+    """What both passes of the backward read: gradients of out and of its mean, out, x, and what ``out`` was made of."""
+
+    d_out: Map | None
+    d_pooled: Tensor | None
+    out: Map
+    x: Map
+    norm: Norm
+    layer: Tensor | None
+    channel: Tensor | None
+
+
+class Parts(NamedTuple):
+    """Sums left to be finished: norm (G, 2, C) over groups of samples; layer (N, T) over channel tiles, or None."""
+
+    norm: Tensor
+    layer: Tensor | None
+
+
+class Finished(NamedTuple):
+    """Gradients of the norm, beta and gamma (C,), and of the layer gate (N, 1), None without one."""
+
+    beta: Tensor
+    gamma: Tensor
+    layer: Tensor | None
 
 
 class ResidualForward(NamedTuple):
@@ -64,7 +94,7 @@ class ResidualForward(NamedTuple):
 
 
 @triton.jit
-def statistics(part_ptr, pooled_ptr, x, N, C, HW, N_PER_GROUP, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+def statistics(part_ptr, pooled_ptr, x, N, C, HW, N_PER_GROUP, BLOCK_C: constexpr, BLOCK_S: constexpr):
     """Write pooled (N, C) = mean of x over HW; part (G, 2, C) = mean, squared deviations of some samples.
 
     Grid (G, C tiles). Tiles are merged by Chan's formula: no difference of large sums. The mean that is written comes
@@ -100,18 +130,7 @@ def statistics(part_ptr, pooled_ptr, x, N, C, HW, N_PER_GROUP, BLOCK_C: tl.const
 
 @triton.jit
 def finish_statistics(
-    out,
-    part_ptr,
-    pooled_ptr,
-    norm,
-    N,
-    C,
-    HW,
-    G,
-    N_PER_GROUP,
-    UPDATE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    out, part_ptr, pooled_ptr, norm, N, C, HW, G, N_PER_GROUP, UPDATE: constexpr, BLOCK_G: constexpr, BLOCK_C: constexpr
 ):
     """Write stat (3, C) and normed (N, C), the pooled BN(x), unless that is None. Grid (C tiles,)."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -158,7 +177,7 @@ def finish_statistics(
 
 
 @triton.jit
-def gate_factor(layer_ptr, channel_ptr, n, c, C, BLOCK_C: tl.constexpr):
+def gate_factor(layer_ptr, channel_ptr, n, c, C, BLOCK_C: constexpr):
     """Layer gate * channel gate of sample n; 1 for one that is None."""
     factor = tl.full((BLOCK_C,), 1.0, tl.float32)
     if layer_ptr is not None:
@@ -170,7 +189,7 @@ def gate_factor(layer_ptr, channel_ptr, n, c, C, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def residual_forward(
-    out, pooled_out_ptr, x, shortcut, norm, layer_ptr, channel_ptr, C, HW, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+    out, pooled_out_ptr, x, shortcut, norm, layer_ptr, channel_ptr, C, HW, BLOCK_C: constexpr, BLOCK_S: constexpr
 ):
     """Write out = ReLU(shortcut + factor * BN(x)) and pooled_out (N, C), its mean. Grid (N, C tiles)."""
     n = tl.program_id(0)
@@ -204,7 +223,7 @@ def sum_gradient(d_out, pooled_share, out, n, c, s, mask):
 
 
 @triton.jit
-def pooled_gradient(d_pooled_ptr, n, c, C, HW, BLOCK_C: tl.constexpr):
+def pooled_gradient(d_pooled_ptr, n, c, C, HW, BLOCK_C: constexpr):
     """The gradient of the pooled out at one position; 0 if it is None."""
     share = tl.zeros((BLOCK_C,), tl.float32)
     if d_pooled_ptr is not None:
@@ -213,93 +232,62 @@ def pooled_gradient(d_pooled_ptr, n, c, C, HW, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def residual_reduce(
-    part_ptr,
-    layer_part_ptr,
-    d_channel_ptr,
-    d_out,
-    d_pooled_ptr,
-    out,
-    x,
-    norm,
-    layer_ptr,
-    channel_ptr,
-    N,
-    C,
-    HW,
-    N_PER_GROUP,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Gradients of the gates, and part (G, 2, C) = sums of dy and of dy * normed x, dy the gradient of BN(x).
+def residual_reduce(part, d_channel_ptr, given, N, C, HW, N_PER_GROUP, BLOCK_C: constexpr, BLOCK_S: constexpr):
+    """Gradients of the gates, and part.norm (G, 2, C) = sums of dy and of dy * normed x, dy the gradient of BN(x).
 
-    layer_part (N, C tiles) is left to be summed; d_channel (N, C). Grid (G, C tiles).
+    part.layer (N, C tiles) is left to be summed; d_channel (N, C). Grid (G, C tiles).
     """
     group = tl.program_id(0)
     tile = tl.program_id(1)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
-    mean = tl.load(norm.stat + c, mask=in_c, other=0.0)
-    rstd = tl.load(norm.stat + C + c, mask=in_c, other=0.0)
-    gamma = tl.load(norm.gamma + c, mask=in_c, other=0.0)
-    beta = tl.load(norm.beta + c, mask=in_c, other=0.0)
+    mean = tl.load(given.norm.stat + c, mask=in_c, other=0.0)
+    rstd = tl.load(given.norm.stat + C + c, mask=in_c, other=0.0)
+    gamma = tl.load(given.norm.gamma + c, mask=in_c, other=0.0)
+    beta = tl.load(given.norm.beta + c, mask=in_c, other=0.0)
     sum_dy = tl.zeros((BLOCK_C,), tl.float32)
     sum_dyx = tl.zeros((BLOCK_C,), tl.float32)
     for i in range(0, tl.minimum(N - group * N_PER_GROUP, N_PER_GROUP)):
         n = group * N_PER_GROUP + i
-        share = pooled_gradient(d_pooled_ptr, n, c, C, HW, BLOCK_C)
+        share = pooled_gradient(given.d_pooled, n, c, C, HW, BLOCK_C)
         plain = tl.zeros((BLOCK_C,), tl.float32)
         normed = tl.zeros((BLOCK_C,), tl.float32)
         for s0 in range(0, HW, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
             mask = in_c[:, None] & (s < HW)[None, :]
-            grad = sum_gradient(d_out, share, out, n, c, s, mask)
-            value = tl.load(map_at(x, n, c, s), mask=mask, other=0.0).to(tl.float32)
+            grad = sum_gradient(given.d_out, share, given.out, n, c, s, mask)
+            value = tl.load(map_at(given.x, n, c, s), mask=mask, other=0.0).to(tl.float32)
             plain += tl.sum(grad, 1)
             normed += tl.sum(grad * ((value - mean[:, None]) * rstd[:, None]), 1)
         branch = gamma * normed + beta * plain
-        if channel_ptr is not None:
-            tl.store(d_channel_ptr + n * C + c, branch * gate_factor(layer_ptr, None, n, c, C, BLOCK_C), mask=in_c)
-        if layer_ptr is not None:
-            d_layer = tl.sum(branch * gate_factor(None, channel_ptr, n, c, C, BLOCK_C), 0)
-            tl.store(layer_part_ptr + n * tl.num_programs(1) + tile, d_layer)
-        factor = gate_factor(layer_ptr, channel_ptr, n, c, C, BLOCK_C)
+        if given.channel is not None:
+            tl.store(d_channel_ptr + n * C + c, branch * gate_factor(given.layer, None, n, c, C, BLOCK_C), mask=in_c)
+        if given.layer is not None:
+            d_layer = tl.sum(branch * gate_factor(None, given.channel, n, c, C, BLOCK_C), 0)
+            tl.store(part.layer + n * tl.num_programs(1) + tile, d_layer)
+        factor = gate_factor(given.layer, given.channel, n, c, C, BLOCK_C)
         sum_dy += factor * plain
         sum_dyx += factor * normed
-    tl.store(part_ptr + (group * 2) * C + c, sum_dy, mask=in_c)
-    tl.store(part_ptr + (group * 2 + 1) * C + c, sum_dyx, mask=in_c)
+    tl.store(part.norm + (group * 2) * C + c, sum_dy, mask=in_c)
+    tl.store(part.norm + (group * 2 + 1) * C + c, sum_dyx, mask=in_c)
 
 
 @triton.jit
 def finish_reduce(
-    d_beta_ptr,
-    d_gamma_ptr,
-    d_layer_ptr,
-    part_ptr,
-    layer_part_ptr,
-    d_normed_ptr,
-    pooled_ptr,
-    norm,
-    N,
-    C,
-    G,
-    T,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    out, part, d_normed_ptr, pooled_ptr, norm, N, C, G, T, BLOCK_G: constexpr, BLOCK_C: constexpr, BLOCK_T: constexpr
 ):
-    """Write d beta and d gamma (C,), the two sums that BN's backward needs, and d_layer (N,) from (N, T).
+    """Write the gradients of the norm, the two sums that BN's backward needs, and of the layer gate from (N, T).
 
     d_normed (N, C) or None is the gradient of the pooled BN(x). Grid (C tiles,).
     """
-    if d_layer_ptr is not None:
+    if out.layer is not None:
         if tl.program_id(0) == 0:
             t = tl.arange(0, BLOCK_T)
             for n0 in range(0, N, BLOCK_C):
                 n = n0 + tl.arange(0, BLOCK_C)
                 mask = (n < N)[:, None] & (t < T)[None, :]
-                parts = tl.load(layer_part_ptr + n[:, None] * T + t[None, :], mask=mask, other=0.0)
-                tl.store(d_layer_ptr + n, tl.sum(parts, 1).to(d_layer_ptr.dtype.element_ty), mask=n < N)
+                parts = tl.load(part.layer + n[:, None] * T + t[None, :], mask=mask, other=0.0)
+                tl.store(out.layer + n, tl.sum(parts, 1).to(out.layer.dtype.element_ty), mask=n < N)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     d_beta = tl.zeros((BLOCK_C,), tl.float32)
@@ -307,8 +295,8 @@ def finish_reduce(
     for g0 in range(0, G, BLOCK_G):
         g = g0 + tl.arange(0, BLOCK_G)
         mask = (g < G)[:, None] & in_c[None, :]
-        d_beta += tl.sum(tl.load(part_ptr + (g * 2)[:, None] * C + c[None, :], mask=mask, other=0.0), 0)
-        d_gamma += tl.sum(tl.load(part_ptr + (g * 2 + 1)[:, None] * C + c[None, :], mask=mask, other=0.0), 0)
+        d_beta += tl.sum(tl.load(part.norm + (g * 2)[:, None] * C + c[None, :], mask=mask, other=0.0), 0)
+        d_gamma += tl.sum(tl.load(part.norm + (g * 2 + 1)[:, None] * C + c[None, :], mask=mask, other=0.0), 0)
     if d_normed_ptr is not None:
         mean = tl.load(norm.stat + c, mask=in_c, other=0.0)
         rstd = tl.load(norm.stat + C + c, mask=in_c, other=0.0)
@@ -319,49 +307,32 @@ def finish_reduce(
             pooled = tl.load(pooled_ptr + n[:, None] * C + c[None, :], mask=rows, other=0.0)
             d_beta += tl.sum(d_normed, 0)
             d_gamma += tl.sum(d_normed * (pooled - mean[None, :]) * rstd[None, :], 0)
-    tl.store(d_beta_ptr + c, d_beta, mask=in_c)
-    tl.store(d_gamma_ptr + c, d_gamma, mask=in_c)
+    tl.store(out.beta + c, d_beta, mask=in_c)
+    tl.store(out.gamma + c, d_gamma, mask=in_c)
 
 
 @triton.jit
-def residual_backward(
-    dx,
-    d_shortcut,
-    d_out,
-    d_pooled_ptr,
-    out,
-    x,
-    norm,
-    layer_ptr,
-    channel_ptr,
-    d_beta_ptr,
-    d_gamma_ptr,
-    d_normed_ptr,
-    N,
-    C,
-    HW,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def residual_backward(dx, d_shortcut, given, sums, d_normed_ptr, N, C, HW, BLOCK_C: constexpr, BLOCK_S: constexpr):
     """Write dx through factor and BN, and d_shortcut unless it is None. Grid (N, C tiles)."""
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     count = (N * 1.0) * HW  # an argument of 1 is a plain number in a kernel
-    factor = gate_factor(layer_ptr, channel_ptr, n, c, C, BLOCK_C)
-    share = pooled_gradient(d_pooled_ptr, n, c, C, HW, BLOCK_C)
-    mean = tl.load(norm.stat + c, mask=in_c, other=0.0)
-    rstd = tl.load(norm.stat + C + c, mask=in_c, other=0.0)
-    scale = tl.load(norm.gamma + c, mask=in_c, other=0.0) * rstd
-    mean_dyx = tl.load(d_gamma_ptr + c, mask=in_c, other=0.0) / count
-    shift = -tl.load(d_beta_ptr + c, mask=in_c, other=0.0) / count
+    factor = gate_factor(given.layer, given.channel, n, c, C, BLOCK_C)
+    share = pooled_gradient(given.d_pooled, n, c, C, HW, BLOCK_C)
+    mean = tl.load(given.norm.stat + c, mask=in_c, other=0.0)
+    rstd = tl.load(given.norm.stat + C + c, mask=in_c, other=0.0)
+    scale = tl.load(given.norm.gamma + c, mask=in_c, other=0.0) * rstd
+    mean_dyx = tl.load(sums.gamma + c, mask=in_c, other=0.0) / count
+    shift = -tl.load(sums.beta + c, mask=in_c, other=0.0) / count
     if d_normed_ptr is not None:
         shift += tl.load(d_normed_ptr + n * C + c, mask=in_c, other=0.0) / HW
     for s0 in range(0, HW, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         mask = in_c[:, None] & (s < HW)[None, :]
-        grad = sum_gradient(d_out, share, out, n, c, s, mask)
-        normed = (tl.load(map_at(x, n, c, s), mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+        grad = sum_gradient(given.d_out, share, given.out, n, c, s, mask)
+        value = tl.load(map_at(given.x, n, c, s), mask=mask, other=0.0).to(tl.float32)
+        normed = (value - mean[:, None]) * rstd[:, None]
         result = scale[:, None] * (factor[:, None] * grad + shift[:, None] - normed * mean_dyx[:, None])
         tl.store(map_at(dx, n, c, s), result.to(dx.ptr.dtype.element_ty), mask=mask)
         if d_shortcut is not None:
@@ -382,7 +353,7 @@ def forward(
         update: move the running buffers of the norm and of the channel gate in place.
     """
     new: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
-    batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    batch, channels, _ = sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
     x_map = as_map(x)
     groups, per_group, tiles, blocks = _grid(x_map.ptr)
     part, pooled_out = torch.empty(groups, 2, channels, **new), torch.empty(batch, channels, **new)
@@ -392,22 +363,9 @@ def forward(
         out, pooled_out, torch.empty(3, channels, **new), torch.empty(batch, channels, **new), normed, None
     )
     with on_device(x):
-        statistics[(groups, tiles)](
-            part, kept.pooled, x_map, batch, channels, pixels, per_group, **blocks, **FIXED_ORDER
-        )
+        statistics[(groups, tiles)](part, kept.pooled, x_map, *sizes, per_group, **blocks, **FIXED_ORDER)
         finish_statistics[(ceil_div(channels, FINISH["BLOCK_C"]),)](
-            kept,
-            part,
-            kept.pooled,
-            norm,
-            batch,
-            channels,
-            pixels,
-            groups,
-            per_group,
-            UPDATE=update,
-            **FINISH,
-            **FIXED_ORDER,
+            kept, part, kept.pooled, norm, *sizes, groups, per_group, UPDATE=update, **FINISH
         )
         if channel is not None:
             parameters, running, options, noise = channel
@@ -423,8 +381,7 @@ def forward(
             Norm(kept.stat, norm.weight, norm.bias),
             None if layer is None else layer.contiguous(),
             None if channel is None else decision.gate,
-            channels,
-            pixels,
+            *sizes[1:],
             **blocks,
             **FIXED_ORDER,
         )
@@ -457,27 +414,23 @@ def backward(
         shortcut_dtype: of the shortcut's gradient; None if it is not needed.
     """
     new: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
-    batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    batch, channels, _ = sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
     x_map, layer = as_map(x), None if layer is None else layer.contiguous()
     groups, per_group, tiles, blocks = _grid(x_map.ptr)
     affine = Norm(saved.stat, norm.weight, norm.bias)
-    gates = None if saved.decision is None else saved.decision.gate
-    incoming = (
+    given = Incoming(
         None if d_out is None else as_map(d_out),
         None if d_pooled is None else d_pooled.contiguous(),
         as_map(saved.out),
         x_map,
         affine,
         layer,
-        gates,
+        None if saved.decision is None else saved.decision.gate,
     )
-    part = torch.empty(groups, 2, channels, **new)
-    layer_part = None if layer is None else torch.empty(batch, tiles, **new)
+    part = Parts(torch.empty(groups, 2, channels, **new), None if layer is None else torch.empty(batch, tiles, **new))
     d_channel = None if channel is None else torch.empty(batch, channels, **new)
     with on_device(x):
-        residual_reduce[(groups, tiles)](
-            part, layer_part, d_channel, *incoming, batch, channels, pixels, per_group, **blocks, **FIXED_ORDER
-        )
+        residual_reduce[(groups, tiles)](part, d_channel, given, *sizes, per_group, **blocks, **FIXED_ORDER)
         d_normed, d_parameters = None, (None,) * 6
         if channel is not None:
             parameters, _, options, noise = channel
@@ -487,38 +440,15 @@ def backward(
             )
         dx = gradient_like(x, x.dtype)
         d_shortcut = None if shortcut_dtype is None else gradient_like(saved.out, shortcut_dtype)
-        d_weight, d_bias = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
         d_layer = None if layer is None else torch.empty_like(layer)
+        sums = Finished(torch.empty_like(norm.weight), torch.empty_like(norm.weight), d_layer)
+        last = {"BLOCK_T": power_of_two(tiles), **FINISH}
         finish_reduce[(ceil_div(channels, FINISH["BLOCK_C"]),)](
-            d_bias,
-            d_weight,
-            d_layer,
-            part,
-            layer_part,
-            d_normed,
-            saved.pooled,
-            affine,
-            batch,
-            channels,
-            groups,
-            tiles,
-            BLOCK_T=power_of_two(tiles),
-            **FINISH,
-            **FIXED_ORDER,
+            sums, part, d_normed, saved.pooled, affine, batch, channels, groups, tiles, **last
         )
-        residual_backward[(batch, tiles)](
-            as_map(dx),
-            None if d_shortcut is None else as_map(d_shortcut),
-            *incoming,
-            d_bias,
-            d_weight,
-            d_normed,
-            batch,
-            channels,
-            pixels,
-            **blocks,
-        )
-    return dx, d_shortcut, d_layer, d_weight, d_bias, *d_parameters
+        d_short = None if d_shortcut is None else as_map(d_shortcut)
+        residual_backward[(batch, tiles)](as_map(dx), d_short, given, sums, d_normed, *sizes, **blocks)
+    return dx, d_shortcut, d_layer, sums.gamma, sums.beta, *d_parameters
 
 
 def _grid(x: Tensor) -> tuple[int, int, int, dict[str, int]]:

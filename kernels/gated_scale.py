@@ -6,12 +6,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from .common import FIXED_ORDER, as_map, gradient_like, map_at, map_tiles, on_device
 
 
 @triton.jit
-def gated_scale_forward(out, x, gate_ptr, C, HW, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+def gated_scale_forward(out, x, gate_ptr, C, HW, BLOCK_C: constexpr, BLOCK_S: constexpr):
     """Write out = gate * x. Grid (N, C tiles)."""
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -24,7 +25,7 @@ def gated_scale_forward(out, x, gate_ptr, C, HW, BLOCK_C: tl.constexpr, BLOCK_S:
 
 
 @triton.jit
-def gated_scale_backward(dx, d_gate_ptr, d_out, x, gate_ptr, C, HW, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+def gated_scale_backward(dx, d_gate_ptr, d_out, x, gate_ptr, C, HW, BLOCK_C: constexpr, BLOCK_S: constexpr):
     """Write dx = gate * d_out and d_gate (N, C), the sum of d_out * x over HW. Grid (N, C tiles)."""
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
