@@ -1,7 +1,7 @@
 """What training at scale costs and saves, measured: ``python -m benchmarks.scaling STAGE...``, one file each.
 
-Stages: skipping, compile, checkpoint, collectives, kills; the results go to results/scaling/STAGE.json. Two ways of
-doing one thing are timed in turns, in one process, and compared by ratios: the machine may be busy.
+Stages: skipping, compile, checkpoint, collectives, kills; the results go to results/scaling/STAGE.json. What is
+compared is timed interleaved, in one process, and given as ratios: the machine may be busy.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 import gatedconv
 from gatedconv._io import write_atomic
 from gatedconv.environment import provenance
+from gatedconv.measure.interleaved import Interleaved
 from gatedconv.models import resnet20, resnet56
 from gatedconv.train import TrainConfig
 from gatedconv.train.checkpoint import save_checkpoint
@@ -35,23 +36,18 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "scaling"
 CPU = torch.device("cpu")
 
 
-def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
-    """Seconds of each way, round by round: their medians and minima, and the ratio of first to second."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for call in ways.values():
-        call()
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+    """Seconds of two calls, round by round: their medians and minima, and the ratio of the first to the second."""
+    timing = Interleaved(calls, sample_ms=0.0, warmup=1, lead_in=0, wait=False)
     for _ in range(rounds):
-        for name, call in ways.items():
-            began = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - began)
-    first, second = ways
-    pairs = [a / b for a, b in zip(times[first], times[second], strict=True)]
+        timing.round()
+    first, second = calls
+    spreads = {name: timing.spread(name) for name in calls}
     return {
-        "seconds": {n: {"median": statistics.median(t), "least": min(t)} for n, t in times.items()},
+        "seconds": {name: {"median": at.median / 1e3, "least": at.least / 1e3} for name, at in spreads.items()},
         "ratio": f"{first} / {second}",
-        "ratio_median": statistics.median(pairs),
-        "ratio_of_least": min(times[first]) / min(times[second]),
+        "ratio_median": timing.ratio(first, second).median,
+        "ratio_of_least": spreads[first].least / spreads[second].least,
         "rounds": rounds,
     }
 
@@ -70,20 +66,20 @@ def stepping(config: TrainConfig, model: torch.nn.Module, images: torch.Tensor) 
 
 
 def skipping() -> dict[str, Any]:
-    """ResNet-56, every other gate saturated shut: a training step with and without leaving their blocks out."""
+    """ResNet-56, every other gate saturated closed: a training step with and without skipping their blocks."""
     images = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
     config = TrainConfig(batch_size=32, lr=1e-4, gate="layer", mac_weight=1.0)
-    ways, nets = {}, {}
-    for name, skip in (("whole", False), ("left_out", True)):
+    calls, nets = {}, {}
+    for name, skip in (("computed", False), ("skipped", True)):
         torch.manual_seed(0)
         nets[name] = net = resnet56(gate="layer")
         for number, gate in enumerate(gatedconv.gates(net).values()):
             torch.nn.init.constant_(gate.fc2.bias, -20.0 if number % 2 else 0.5)
-        ways[name] = stepping(TrainConfig(**{**vars(config), "skip_blocks": skip}), net, images)
-    found = in_turns(ways, 9)
+        calls[name] = stepping(TrainConfig(**{**vars(config), "skip_blocks": skip}), net, images)
+    found = interleaved(calls, 9)
     weights = [{name: p.detach() for name, p in net.named_parameters()} for net in nets.values()]
     worst = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
-    return {"model": "resnet56", "batch": 32, "gates_shut": 13, "gates": 27, **found, "largest_difference": worst}
+    return {"model": "resnet56", "batch": 32, "gates_closed": 13, "gates": 27, **found, "largest_difference": worst}
 
 
 def compiled() -> dict[str, Any]:
@@ -91,17 +87,17 @@ def compiled() -> dict[str, Any]:
     rows = []
     for gate, position in (("layer", "after"), ("channel", "middle")):
         images = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
-        ways = {}
+        calls = {}
         for name in ("eager", "compiled"):
             config = TrainConfig(batch_size=32, lr=1e-4, gate=gate, skip_blocks=False, compile=name == "compiled")
             torch.manual_seed(0)
-            ways[name] = stepping(config, resnet20(gate=gate, position=position), images)
-        rows.append({"model": "resnet20", "gate": gate, "position": position, "batch": 32, **in_turns(ways, 9)})
+            calls[name] = stepping(config, resnet20(gate=gate, position=position), images)
+        rows.append({"model": "resnet20", "gate": gate, "position": position, "batch": 32, **interleaved(calls, 9)})
     return {"rows": rows}
 
 
 def checkpoint() -> dict[str, Any]:
-    """The writing of a checkpoint of ResNet-56 against an epoch of CIFAR-10 (391 steps of 128), on the CPU."""
+    """Writing a checkpoint of ResNet-56 against an epoch of CIFAR-10 (391 steps of 128), on the CPU."""
     model, images = resnet56(gate="layer"), torch.randn(128, 3, 32, 32)
     config = TrainConfig(batch_size=128, lr=1e-4, gate="layer")
     step = stepping(config, model, images.to(memory_format=torch.channels_last))
@@ -226,7 +222,7 @@ def _sent(depth: int, gate: str, norms: str) -> dict[str, Any]:
 
 
 def kills() -> dict[str, Any]:
-    """Fifty runs by two recipes in turns, each killed at random until its end, against ones that nothing disturbs."""
+    """Fifty runs, alternating two recipes, each killed at random until it ends, against undisturbed runs."""
     from tests.image_files import write_npz
     from tests.train.kills import RECIPES, differences, killed_round, outcome, run_in_child, small_config
 
@@ -265,7 +261,7 @@ STAGES = {
 
 
 def main(stages: list[str]) -> None:
-    """Measure the stages that are asked for."""
+    """Measure some stages."""
     torch.set_num_threads(1)
     for name in stages:
         found = {"stage": name, **STAGES[name](), **provenance(CPU)}

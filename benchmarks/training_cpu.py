@@ -1,18 +1,17 @@
-"""Epochs of our training beside those of a plain PyTorch loop, on a CPU: ``python -m benchmarks.training_cpu``.
+"""Epochs of our training loop and of a plain PyTorch loop, on a CPU: ``python -m benchmarks.training_cpu``.
 
 The plain loop is the fastest that we could write: a plain ResNet, one gather that crops and flips, channels_last, a
-fused optimiser, no metrics but the top-1 of the evaluation. It shares no code with ours. Epochs are whole ones, in
-timing. A gated network is held against a plain one with the gates and the loss that the paper has, and against the
-network without gates. Nothing teaches it.
+fused optimizer, no metrics but the top-1 of the evaluation. It shares no code with ours. Whole epochs are timed,
+interleaved. A gated network is compared with a plain one that has the gates and the loss of the paper, and with the
+network without gates. It has no teacher.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,17 @@ from benchmarks.roofline import epoch_ms, layer_work, measured_rates
 from gatedconv.data import ImageData
 from gatedconv.data.image_data import Augment, make_image_data
 from gatedconv.environment import commit, versions
+from gatedconv.measure.interleaved import Interleaved
 from gatedconv.train import TrainConfig, train
 from gatedconv.train.build import build_model
 from gatedconv.train.config import make_config
 from gatedconv.train.presets import preset_settings
 
 RESULTS = Path(__file__).parent / "results" / "training-cpu.json"
-WHAT = """Milliseconds per step of whole epochs, evaluation included, in turns with the fastest plain loop that we could
-write, which shares no code with ours; {threads} threads, {steps} steps an epoch. The plain loop of a gated network has
-gates as in the paper and no more: ours ranks them and follows a MAC target, too. The roofline is what convolutions and
-linear layers multiply and move, at the rates of large products and a large copy on the same machine."""
+WHAT = """Milliseconds per step of whole epochs, evaluation included, interleaved with the fastest plain loop that we
+could write, which shares no code with ours; {threads} threads, {steps} steps an epoch. The plain loop of a gated network
+has gates as in the paper and no more: ours also ranks them and follows a MAC target. The roofline is the time that the
+convolutions and linear layers need at the rates of large products and a large copy on the same machine."""
 # Network, side of the images, gated, amp, compiled.
 CASES = (
     ("resnet20", 32, False, "bf16", False),
@@ -62,7 +62,7 @@ class PlainGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in channels_last -> the same, closed channels 0; keeps its term of equations 6 to 8."""
         with torch.autocast("cpu", enabled=False):
-            # Summed over dimensions that are neighbours in memory: the gradient of a mean comes in another order.
+            # Summed over dimensions that are neighbors in memory: the gradient of a mean comes in another order.
             pooled = x.permute(0, 2, 3, 1).sum((1, 2), dtype=torch.float32) / (x.shape[2] * x.shape[3])
             logits = self.fc2(functional.relu_(self.norm(self.fc1(pooled))))
             soft = logits.clamp(-1, 1)
@@ -121,13 +121,13 @@ class PlainImages:
             top, left = torch.randint(2 * self.pad + 1, (2, batch, 1))
             columns = torch.where(torch.rand(batch, 1) < 0.5, along, along.flip(0)) + left
             crop = self.pixels[chosen[:, None, None], (along + top)[:, :, None], columns[:, None]]
-            yield self.normalised(crop), self.labels[chosen]
+            yield self.normalized(crop), self.labels[chosen]
 
     def test_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order."""
-        yield from zip(map(self.normalised, self.pixels.split(batch)), self.labels.split(batch), strict=True)
+        yield from zip(map(self.normalized, self.pixels.split(batch)), self.labels.split(batch), strict=True)
 
-    def normalised(self, pixels: Tensor) -> Tensor:
+    def normalized(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, C) -> float32 (N, C, H, W) in channels_last."""
         return pixels.permute(0, 3, 1, 2).to(torch.float32).sub_(self.mean).mul_(self.scale)
 
@@ -188,7 +188,7 @@ def noise(side: int, train_images: int, test_images: int) -> ImageData:
 
 
 def measure(case: tuple[str, int, bool, str, bool], rounds: int, steps: int) -> dict[str, Any]:
-    """Epochs of both loops in turns; the ratio is the median of the rounds' ratios."""
+    """Interleaved epochs of the loops; the ratio is the median of the rounds' ratios."""
     network, side, gated, amp, compiled = case
     data = noise(side, steps * BATCH, max(2, steps * BATCH // 5))  # as many to a test image as in CIFAR-10
     depth = int(network.removeprefix("resnet"))
@@ -197,33 +197,28 @@ def measure(case: tuple[str, int, bool, str, bool], rounds: int, steps: int) -> 
         loops["ungated"] = plain_epochs(depth, data, amp, compiled)
     # Gates end where 70 % of a run is done; the epochs that are measured come before.
     loops["ours"] = our_epochs(network, data, amp, gated, compiled, 2 * rounds + 2)
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for turn in range(rounds + 1):
-        for name, epochs in loops.items():
-            started = time.perf_counter()
-            next(epochs)
-            if turn:  # the first one warms up, and compiles
-                times[name].append(1000 * (time.perf_counter() - started) / steps)
+    calls = {name: partial(next, epochs) for name, epochs in loops.items()}
+    timing = Interleaved(calls, sample_ms=0.0, warmup=1, lead_in=0, wait=False)  # the first epoch may compile
+    for _ in range(rounds):
+        timing.round()
+    least = {name: timing.least[name] / steps for name in loops}
     dtype = torch.bfloat16 if amp == "bf16" else torch.float32
     work = layer_work(plain_resnet(depth), torch.zeros(1, *data.image_shape))
     rates = measured_rates(torch.device("cpu"), dtype)
     ideal = epoch_ms(work, BATCH, steps, len(data.test_images), dtype.itemsize, rates) / steps
-    ratios = {
-        name: statistics.median(ours / other for other, ours in zip(times[name], times["ours"], strict=True))
-        for name in times
-    }
     row = {
         "network": f"{network}, {side}x{side}" + (", gated" if gated else "") + (", compiled" if compiled else ""),
         "batch": BATCH,
         "dtype": "bfloat16 autocast" if amp == "bf16" else "float32",
-        "plain_ms": round(min(times["plain"]), 3),
-        "ours_ms": round(min(times["ours"]), 3),
-        "ratio": round(ratios["plain"], 4),
-        "roofline": round(ideal / min(times["ours"]), 4),
+        "plain_ms": round(least["plain"], 3),
+        "ours_ms": round(least["ours"], 3),
+        "ratio": round(timing.ratio("ours", "plain").median, 4),
+        "roofline": round(ideal / least["ours"], 4),
         "rounds": rounds,
     }
     if gated:
-        row |= {"ungated_ms": round(min(times["ungated"]), 3), "ungated_ratio": round(ratios["ungated"], 4)}
+        row["ungated_ms"] = round(least["ungated"], 3)
+        row["ungated_ratio"] = round(timing.ratio("ours", "ungated").median, 4)
     return row
 
 

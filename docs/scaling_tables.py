@@ -68,7 +68,7 @@ def skipping() -> str:
     return (
         f"| network | gates closed | batch | speed-up, median of {found['rounds']} rounds | of the least times | "
         "largest difference of a weight |\n|---|---|---|---|---|---|\n"
-        f"| {found['model']} | {found['gates_shut']} of {found['gates']} | {found['batch']} | "
+        f"| {found['model']} | {found['gates_closed']} of {found['gates']} | {found['batch']} | "
         f"{found['ratio_median']:.2f}x | {found['ratio_of_least']:.2f}x | {found['largest_difference']:.1e} |"
     )
 
