@@ -31,9 +31,9 @@ from gatedconv.train.presets import preset_settings
 
 RESULTS = Path(__file__).parent / "results" / "training-cpu.json"
 WHAT = """Milliseconds per step of whole epochs, evaluation included, interleaved with the fastest plain loop that we
-could write, which shares no code with ours; {threads} threads, {steps} steps an epoch. The plain loop of a gated network
-has gates as in the paper and no more: ours also ranks them and follows a MAC target. The roofline is the time that the
-convolutions and linear layers need at the rates of large products and a large copy on the same machine."""
+could write, which shares no code with ours; {threads} threads, {steps} steps an epoch. The plain loop of a gated
+network has gates as in the paper and no more: ours also ranks them and follows a MAC target. The roofline is the time
+that the convolutions and linear layers need at the rates of large products and a large copy on the same machine."""
 # Network, side of the images, gated, amp, compiled.
 CASES = (
     ("resnet20", 32, False, "bf16", False),

@@ -1,7 +1,7 @@
 """The MACs of a recorded run piece by piece, by fvcore's rules, each with the gates that scale it.
 
 A channel's *label* is the gate decision that makes it a constant, on its way forward, or useless, on its
-way back: a convolution between labelled inputs and labelled outputs costs in proportion to both.
+way back: a convolution between labeled inputs and labeled outputs costs in proportion to both.
 """
 
 from __future__ import annotations

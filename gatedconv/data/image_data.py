@@ -36,7 +36,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images, in memory or in files, split in train and test.
+    """Labeled images, in memory or in files, split in train and test.
 
     Attributes:
         train_images: uint8 (N, C, H, W), 0..255.
@@ -147,7 +147,7 @@ def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, 
     """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of 255.
 
     Exact: counted from the 256-bin histogram of each channel. A constant channel gets std 1, so that
-    normalising it is harmless. Images in files are judged by 4096 of them, evenly spaced.
+    normalizing it is harmless. Images in files are judged by 4096 of them, evenly spaced.
     """
     if isinstance(images, FileImages):
         images = images.decode(torch.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).round().long())
@@ -155,9 +155,9 @@ def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, 
     mean, std = [], []
     for channel in images.unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        centre = float((share * values).sum())
-        spread = float((share * (values - centre) ** 2).sum()) ** 0.5
-        mean.append(centre)
+        center = float((share * values).sum())
+        spread = float((share * (values - center) ** 2).sum()) ** 0.5
+        mean.append(center)
         std.append(spread if spread > 0 else 1.0)
     return tuple(mean), tuple(std)
 

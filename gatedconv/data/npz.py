@@ -25,7 +25,7 @@ def load_npz(path: str | Path) -> ImageData:
 
     Images are uint8 (N, H, W) or (N, H, W, C); labels are whole numbers (N,) or (N, 1). Optional:
     `val_images`, `val_labels`, and `class_names`. Augmentation: random crops after padding by an eighth of
-    the side; left-right flips for colour images only, because grey ones are often digits or letters.
+    the side; left-right flips for color images only, because gray ones are often digits or letters.
 
     Raises:
         DataError: naming the file, the key, what was expected and what was found.

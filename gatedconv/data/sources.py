@@ -28,7 +28,7 @@ def load_data(
     """Load a data source as uint8 images, into memory unless `workers` asks for files to stay files.
 
     Args:
-        source: `digits` (scikit-learn's bundled scans, 8x8 grey), `cifar10`, `cifar100` (torchvision,
+        source: `digits` (scikit-learn's bundled scans, 8x8 gray), `cifar10`, `cifar100` (torchvision,
             downloaded to `root`), `npz:PATH` or `imagefolder:PATH`.
         root: folder for downloads.
         seed: seed of the train/test split, for sources that have none of their own (`digits`).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating.estimators import RUNNING_MOMENTUM, Estimator, make_estimator
-from gatedconv.gating.sync_norm import SynchronisedNorm
+from gatedconv.gating.sync_norm import SynchronizedNorm
 
 
 class Gate(nn.Module):
@@ -150,14 +150,14 @@ class LearnedGate(Gate):
         self.check_input(x)
         self.forget()
         features = x if pooled is None or self.pool != "avg" else pooled
-        if self.synchronised:
+        if self.synchronized:
             return self.note(self._decide(features, x.dtype))
         return self.note(ops.gate(features, *self.arguments(x.shape[0], x.dtype)))
 
     @property
-    def synchronised(self) -> bool:
+    def synchronized(self) -> bool:
         """Whether the norm uses the batches of all ranks, which the operators of `gatedconv.ops` do not."""
-        return isinstance(self.norm, SynchronisedNorm) and self.training
+        return isinstance(self.norm, SynchronizedNorm) and self.training
 
     def _decide(self, features: Tensor, dtype: torch.dtype) -> ops.GateOutput:
         """`gatedconv.ops.gate`, module by module."""

@@ -9,7 +9,7 @@ from torch.nn import functional
 from gatedconv.gating.collectives import global_mean, world_size
 
 
-class SynchronisedNorm(nn.BatchNorm1d):
+class SynchronizedNorm(nn.BatchNorm1d):
     """BatchNorm1d whose statistics in training are those of the global batch: one collective, and one backward.
 
     Ranks may hold different numbers of samples. In eval, and with a single process, it is BatchNorm1d. Sums are of
@@ -19,7 +19,7 @@ class SynchronisedNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise: x (N, C) -> (N, C)."""
+        """Normalize: x (N, C) -> (N, C)."""
         if world_size() == 1 and self.training and len(x) == 1 and self.running_mean is not None:
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if not self.training or world_size() == 1:
@@ -44,8 +44,8 @@ class SynchronisedNorm(nn.BatchNorm1d):
         self.running_var.lerp_((var * (total / (total - 1))).to(self.running_var), momentum)
 
 
-def synchronised(norm: nn.BatchNorm1d) -> SynchronisedNorm:
+def synchronized(norm: nn.BatchNorm1d) -> SynchronizedNorm:
     """A norm over all processes that shares a norm's parameters, buffers and mode."""
-    twin = SynchronisedNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    twin = SynchronizedNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     twin._parameters, twin._buffers, twin.training = norm._parameters, norm._buffers, norm.training
     return twin

@@ -144,7 +144,7 @@ class BasicBlock(nn.Module):
         if not all(gate is None or isinstance(gate, LearnedGate) for gate in (self.layer_gate, channel)):
             return False
         inner = channel is not None and self.position == "after"
-        if isinstance(channel, LearnedGate) and inner and (channel.pool != "avg" or channel.synchronised):
+        if isinstance(channel, LearnedGate) and inner and (channel.pool != "avg" or channel.synchronized):
             return False  # it reads every position of bn2's output, or the batches of other processes
         # What is not called on its own cannot call its hooks.
         fused = [self.bn2, self.relu] if channel is None or not inner else [self.bn2, self.relu, channel]

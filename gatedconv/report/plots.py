@@ -68,7 +68,7 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
     with plt.rc_context(STYLE):
         height = min(9.0, 1.5 + 0.22 * len(names))
         figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
-        # Edges, not centres, so that epoch e covers the column from e - 0.5 to e + 0.5.
+        # Edges, not centers, so that epoch e covers the column from e - 0.5 to e + 0.5.
         extent = (lines[0]["epoch"] - 0.5, lines[-1]["epoch"] + 0.5, len(names) - 0.5, -0.5)
         image = axes.imshow(
             rates,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gatedconv.gating.gate import LearnedGate
-from gatedconv.gating.sync_norm import synchronised
+from gatedconv.gating.sync_norm import synchronized
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def synchronized_norms(model: nn.Module, which: str) -> Iterator[None]:
 
 def _synchronized_norm(parent: nn.Module, child: nn.Module, which: str) -> nn.Module | None:
     if isinstance(parent, LearnedGate) and isinstance(child, nn.BatchNorm1d):
-        return synchronised(child)
+        return synchronized(child)
     if which != "all" or not isinstance(child, nn.modules.batchnorm._BatchNorm):
         return None
     if child.weight is not None and not child.weight.is_cuda:

@@ -24,7 +24,7 @@ def data(tmp_path: Path) -> ImageData:
 
 
 def to_bytes(batch: torch.Tensor, data: ImageData) -> np.ndarray:
-    """Undo the normalisation, in float64."""
+    """Undo the normalization, in float64."""
     mean, std = (np.array(values).reshape(1, -1, 1, 1) for values in (data.mean, data.std))
     return np.rint((batch.double().numpy() * std + mean) * 255).astype(np.uint8)
 

@@ -64,7 +64,7 @@ def test_forced_masks_frozen_compact_and_engine_agree(activation, kind):
 def test_whitening_makes_patches_uncorrelated():
     torch.manual_seed(0)
     model = cifar_vgg(**SMALL)
-    images = torch.nn.functional.avg_pool2d(torch.randn(64, 3, 28, 31), 3, 1)  # neighbours are alike
+    images = torch.nn.functional.avg_pool2d(torch.randn(64, 3, 28, 31), 3, 1)  # neighbors are alike
     model.init_whitening(images, eps=0.0)
     out = model.whiten(images).movedim(1, 3).reshape(-1, 24)
     assert_close(out[:, :12].T @ out[:, :12] / len(out), torch.eye(12), algorithm="gradient")

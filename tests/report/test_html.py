@@ -232,7 +232,7 @@ def chromium(*arguments: str) -> str:
 
 
 def test_a_browser_draws_the_page(tmp_path: Path) -> None:
-    """The picture shows both plots and the heat map: their colours are there, in numbers."""
+    """The picture shows both plots and the heat map: their colors are there, in numbers."""
     np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
     view = copy.deepcopy(full())
@@ -242,5 +242,5 @@ def test_a_browser_draws_the_page(tmp_path: Path) -> None:
     chromium(f"--screenshot={picture}", page.as_uri())
     pixels = np.asarray(image.open(picture).convert("RGB")).reshape(-1, 3)
     assert len(pixels) == 1200 * 1800
-    for colour in ((11, 93, 86), (15, 118, 110)):  # an open gate; bars of what is left
-        assert (abs(pixels.astype(int) - colour).max(axis=1) <= 4).sum() > 300, colour
+    for color in ((11, 93, 86), (15, 118, 110)):  # an open gate; bars of what is left
+        assert (abs(pixels.astype(int) - color).max(axis=1) <= 4).sum() > 300, color

@@ -60,7 +60,7 @@ def test_a_recipe_has_its_dense_net_and_both_controls(name: str) -> None:
         assert control.needs == name and control.seeds == gated.seeds and control.preset == gated.preset
 
 
-def test_an_unknown_name_is_told_its_neighbours() -> None:
+def test_an_unknown_name_is_told_its_neighbors() -> None:
     with pytest.raises(ValueError, match="unknown experiment 'headline-r56'; did you mean headline-r56-c10"):
         find_experiment("headline-r56")
 

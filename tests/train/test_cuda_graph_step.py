@@ -185,7 +185,7 @@ def test_the_trap_sees_what_waits(wait: Any) -> None:
 
 
 def test_it_reads_its_inputs_where_they_were_first() -> None:
-    """Addresses of inputs, weights and metrics stay, and so do numbers in the optimiser's groups."""
+    """Addresses of inputs, weights and metrics stay, and so do numbers in the optimizer's groups."""
     stepper, meter = trained(CudaGraphStepper, dataclasses.replace(CONFIG, mac_weight=1.0), capture=False)
     assert isinstance(stepper, CudaGraphStepper)
 

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 import gatedconv
 from gatedconv.data import EvalBatches, load_data
 from gatedconv.gating.collectives import require_same_masks
-from gatedconv.gating.sync_norm import synchronised
+from gatedconv.gating.sync_norm import synchronized
 from gatedconv.measure import energy
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import RunFolder, TrainConfig, train
@@ -120,7 +120,7 @@ def norm_of_the_whole(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """A norm and a loss over this rank's share of x; gradients as DistributedDataParallel averages them."""
     ranks = current()
     mine = x[: 3 if ranks.rank == 0 else 5] if ranks.rank == 0 else x[3:]
-    norm = synchronised(torch.nn.BatchNorm1d(4))
+    norm = synchronized(torch.nn.BatchNorm1d(4))
     share = mine.clone().requires_grad_()
     out = norm(share)
     (out**3).sum().mul(ranks.world / len(x)).backward()
@@ -249,7 +249,7 @@ def test_a_batch_too_small_for_the_processes_is_refused(both: tuple[list[dict[st
     assert "batch_size: expected at least 4, 2 images for each of 2 processes, got 3" in both[0][0]["small"]
 
 
-def test_a_synchronised_norm_is_that_of_the_joined_batch(both: tuple[list[dict[str, Any]], Path]) -> None:
+def test_a_synchronized_norm_is_that_of_the_joined_batch(both: tuple[list[dict[str, Any]], Path]) -> None:
     x = torch.arange(32.0).view(8, 4).sin()
     norm = torch.nn.BatchNorm1d(4)
     whole = x.clone().requires_grad_()

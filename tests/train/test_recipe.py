@@ -1,4 +1,4 @@
-"""What a recipe makes of a config: batches, groups of the optimiser, the loss, the device."""
+"""What a recipe makes of a config: batches, groups of the optimizer, the loss, the device."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.gating import fisher_information, mean_logits
-from gatedconv.gating.sync_norm import synchronised
+from gatedconv.gating.sync_norm import synchronized
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import Callback, RunFolder, TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks, current
@@ -77,7 +77,7 @@ def rank(index: int, folder: str) -> None:
     found = decided(load_data(f"npz:{folder}/blobs.npz"), Path(folder) / "two", current())
     found["re-estimated"] = re_estimated(load_data(f"npz:{folder}/blobs.npz"), Path(folder) / "two", current())
     x, slope = (each[:50] if index == 0 else each[50:] for each in small_spread())
-    norm = synchronised(torch.nn.BatchNorm1d(4))
+    norm = synchronized(torch.nn.BatchNorm1d(4))
     x = x.clone().requires_grad_()
     out = norm(x)
     (out * slope).sum().backward()
@@ -120,7 +120,7 @@ def test_each_process_re_estimates_over_its_share(both: tuple[list[dict[str, Any
         torch.testing.assert_close(first[name], alone[name], rtol=0.1, atol=0.05)
 
 
-def test_a_synchronised_norm_keeps_a_small_spread_around_a_large_mean(
+def test_a_synchronized_norm_keeps_a_small_spread_around_a_large_mean(
     both: tuple[list[dict[str, Any]], Path],
 ) -> None:
     """Squares around 2,500 leave fp32 no digits of a variance of 4e-4. In fp64, by the definition of the variance."""
