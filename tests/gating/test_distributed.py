@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import gatedconv
-from gatedconv.gating.sync_norm import synchronised
+from gatedconv.gating.sync_norm import synchronized
 from tests.tolerances import assert_close
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ def rank(index: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
     wrapped = DistributedDataParallel(gated_model())
     loss = step(wrapped, X[index * 4 : index * 4 + 4])
-    norm = synchronised(torch.nn.BatchNorm1d(3))
+    norm = synchronized(torch.nn.BatchNorm1d(3))
     norm(ROWS[:5] if index == 0 else ROWS[5:])
     torch.save(
         {
