@@ -158,7 +158,7 @@ class Machine:
             graph: capture them in a CUDA graph.
             inner: count launches and memory, which a captured call hides.
         """
-        inner = inner and not graph
+        inner = inner and not graph and not (self.dry and self.stands_in)  # an interpreter launches nothing
         launches = self.count_launches(calls[0]) if inner else None
         memory = self.peak_bytes(calls[0]) if inner else None
 
@@ -171,7 +171,7 @@ class Machine:
 
     def measure(self, call: Call) -> dict[str, float]:
         """Milliseconds per call: ``ms_median``, ``ms_min`` and ``ms_iqr`` over samples of many calls each."""
-        for _ in range(1 if self.dry else self.WARM_UP):
+        for _ in range(0 if self.dry else self.WARM_UP):
             call()
         repeats = 1 if self.dry else max(1, min(200, int(self.ROUND_MS / max(self._sample(call, 3), 1e-3))))
         times = sorted(self._sample(call, repeats) for _ in range(2 if self.dry else self.rounds))

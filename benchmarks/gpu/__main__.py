@@ -120,7 +120,7 @@ def dry_walk(cases: Sequence[Case]) -> int:
     """Run the cases on the CPU and print their rows; nothing is kept."""
     machine, rows = Machine(dry=True), list[Row]()
     with stand_in(machine) as installed:
-        machine.stands_in = installed is not None
+        machine.stands_in = bool(installed)
         for case in cases:
             new = attempt(case, machine)
             rows += new

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,10 +42,11 @@ def network_rows(machine: Machine, model: str, cut: str, batch: int, dtype: str,
         model, batch, dtype = "resnet20", min(batch, 2), "bfloat16"
     case = NetworkCase(model, cut, batch)
     network, x = case.build()
+    x = x[:, :, :8, :8] if machine.dry else x
     network, x = network.to(machine.device), x.to(machine.device)
     with tempfile.TemporaryDirectory() as cache, variable("GATEDCONV_CACHE", None if machine.dry else cache):
         with precision(dtype), variable("GATEDCONV_CUDA_KERNELS", PROVIDERS[provider]), torch.inference_mode():
-            images = _several(x, 2 if machine.dry else 64)
+            images = _several(x, 1 if machine.dry else 64)
             with precision("float32"):
                 exact = _batched(network, images, batch)
             low, given = copy.deepcopy(network).to(DTYPES[dtype]), x.to(DTYPES[dtype])
@@ -61,9 +62,10 @@ def network_rows(machine: Machine, model: str, cut: str, batch: int, dtype: str,
 
 def build(machine: Machine, provider: str, network: nn.Module, x: Tensor) -> Run:
     """The network as a provider runs it: input in NCHW, output in memory of its own."""
-    if PROVIDERS[provider] is not None:
-        # There is no engine for half precision on a CPU.
-        return network if machine.dry else gatedconv.Engine(network, x)
+    if PROVIDERS[provider] is not None and not machine.dry:
+        return gatedconv.Engine(network, x)
+    if PROVIDERS[provider] is not None:  # there is no engine for half precision on a CPU, but its plans run there
+        return _dry_plan(network, x, provider) if machine.stands_in else network
     network = network.to(memory_format=torch.channels_last)
     last = {"memory_format": torch.channels_last}
     if provider == COMPILED:
@@ -80,6 +82,22 @@ def build(machine: Machine, provider: str, network: nn.Module, x: Tensor) -> Run
         return result.clone()
 
     return run
+
+
+def _dry_plan(network: nn.Module, x: Tensor, provider: str) -> Run:
+    """The plan of an `Engine` on the CPU: each convolution by the widest tile of ours, or all of them in one launch."""
+    from tests.cuda.plans import always, make_plan
+
+    tuner = always("resident x1") if provider == "gatedconv resident" else _Widest()
+    return make_plan(network, x, dtype=x.dtype, mode=PROVIDERS[provider], tuner=tuner)
+
+
+class _Widest:
+    """A tuner that measures nothing."""
+
+    def choose(self, key: str, candidates: Mapping[str, object], prefer: str = "") -> str:
+        """Return the last candidate of one row of fragments: they come in order of width."""
+        return [name for name in candidates if not name.startswith("gatedconv 2")][-1]
 
 
 def _candidates(cache: Path, case: NetworkCase, dtype: str, provider: str) -> Iterator[Row]:
@@ -156,7 +174,8 @@ def layer_rows(machine: Machine, layer: LayerCase, batch: int = 32, dtype: str =
     "compact cudnn" convolves the open outputs and adds them in place by index (atomics); "dense cudnn" convolves all
     outputs with zero rows for the closed ones, fused with the addition and ReLU. Ours has to beat the faster one.
     """
-    batch, dtype = (2, "bfloat16") if machine.dry else (batch, dtype)
+    if machine.dry:
+        layer, batch, dtype = replace(layer, size=8), 2, "bfloat16"
     rows = []
     with precision(dtype), torch.inference_mode():
         providers = layer_providers(machine, layer, batch, DTYPES[dtype])
@@ -195,7 +214,7 @@ def layer_providers(machine: Machine, layer: LayerCase, batch: int, dtype: torch
         return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *arguments)
 
     found: dict[str, Run] = {"compact cudnn": compact, "dense cudnn": dense}
-    if not machine.dry:
+    if machine.stands_in:
         found["gatedconv"] = _ours(layer, wide if scatters else weight, wide_bias if scatters else bias, stream, index)
     return {name: [lambda x=x, r=run: r(x) for x in maps] for name, run in found.items()}
 

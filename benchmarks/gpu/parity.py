@@ -106,6 +106,7 @@ def resident_rows(machine: Machine, ranks: int) -> list[Row]:
     from tests.cuda.plans import always, make_plan
 
     network, x = NetworkCase("resnet20", "mid-50", 3).build()
+    x = x[:1, :, :12, :12] if machine.dry else x
     name, dtype = f"resident x{ranks}", "float16"
     with exact_memory(dtype):
         exact = copy.deepcopy(network).double()(x.double())

@@ -52,13 +52,30 @@ def test_cases_have_names_of_their_own_and_first_comes_first() -> None:
     assert all(names.index(name) > slow for name in limits if "compile" in name)
 
 
-def test_a_dry_walk_runs_the_smallest_case_of_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_walk_runs_the_smallest_case_of_each_kind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cases, "STAND_IN", "no.such.module")  # the references run
     chosen = [each for each in all_cases() if each.dry and not each.name.startswith(("engine", "gate-layer-comp"))]
     assert command.dry_walk(chosen) == 0
     text = capsys.readouterr().out
     for word in ("ceiling", "tiled convolution 1x1", "resident x1", "gate, 2 repeats", "block end", "layer 16x4x4"):
         assert word in text, word
     assert "0 failed" in text and "training step" in text and "not run: " in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_dry_walk_executes_the_compiled_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    stand_in = pytest.importorskip(cases.STAND_IN)
+    if not stand_in.has_nvcc():
+        pytest.skip("no nvcc")
+    assert command.dry_walk([each for each in all_cases() if each.dry]) == 0
+    text = capsys.readouterr().out
+    assert "0 failed" in text and "layer      16->8 of 16 3x3 @8" in text
+    engines = [line.split() for line in text.splitlines() if line.startswith("engine ")]
+    assert {"gatedconv", "resident", "reduce-overhead"} <= {word for line in engines for word in line}
 
 
 def test_without_a_gpu_it_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,11 @@ from tests.cuda.test_plan import gated
 from tests.engine.nets import Residual, error, settle
 from tests.native import resident_twin
 from tests.native.test_sanitizers import SANITIZE
+from tests.tolerances import assert_close, tolerance
 
-LOW = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# Allowed even where PyTorch's own error is small by luck. Here float32 multiplies in tf32, which has no peer on a CPU.
+FLOOR = {dtype: tolerance(dtype) for dtype in (torch.float16, torch.bfloat16)}
+FLOOR[torch.float32] = tolerance("tf32", "network")
 H100, T4 = 232448, 65536
 
 
@@ -58,8 +61,7 @@ def compare(model, x, dtype, ranks, tuner=None):
     with torch.no_grad():
         theirs = low(given_)
     assert mine.dtype == dtype and mine.shape == theirs.shape
-    floor = 5e-3 if dtype == torch.float32 else LOW[dtype]  # float32 multiplies in tf32 here
-    assert error(mine, low, given_) <= max(2 * error(theirs, low, given_), floor)
+    assert error(mine, low, given_) <= max(2 * error(theirs, low, given_), FLOOR[dtype])
     return plan
 
 
@@ -259,7 +261,7 @@ def test_the_faster_of_launch_and_layers_is_taken(twin, monkeypatch):
     ((_, results),) = tuner.calls
     assert set(results) == {"layers", "resident x1", "resident x2", "resident x4", "resident x8"}
     for result in results.values():
-        torch.testing.assert_close(result, results["layers"], rtol=2e-2, atol=2e-2)
+        assert_close(result, results["layers"], algorithm="network")
 
 
 @pytest.mark.parametrize("mode", ["off", "on", "auto"])
@@ -278,5 +280,5 @@ def test_sizes_and_batches_have_launches_of_their_own(twin, monkeypatch):
     low = copy.deepcopy(model).half()
     for shape in ((1, 3, 8, 8), (3, 3, 8, 8), (1, 3, 5, 13), (1, 3, 8, 8)):
         x = torch.randn(shape).half()
-        assert error(plan(x), low, x) <= 2e-3
+        assert error(plan(x), low, x) <= tolerance(torch.float16)
     assert len(plan._launches) == 2 and len(plan.runs) == 3

@@ -1,12 +1,11 @@
 """`-m slow` runs a few cases of every kernel, `-m ptx_all` the full matrix and all mutations.
 
-With GATEDCONV_PTX_RESULTS=FILE what ran is added to that file (benchmarks/results/ptx.json; see tests/ptx/ledger.py).
+With GATEDCONV_PTX_LEDGER=1 what ran is kept for the table of the documents (tests/ptx/ledger.py).
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,10 @@ from tests.ptx.ledger import Ledger
 
 
 def pytest_collection_modifyitems(config, items):
-    """The full matrix takes half an hour: it runs only where it is asked for."""
+    """The full matrix takes an hour: it runs only where it is asked for."""
+    for item in items:
+        if item.get_closest_marker("ptx_all"):
+            item.add_marker(pytest.mark.timeout(1800))
     if "ptx_all" in config.getoption("markexpr"):
         return
     left_out = [item for item in items if item.get_closest_marker("ptx_all")]
@@ -29,8 +31,8 @@ def ledger():
     """What ran in this session."""
     made = Ledger()
     yield made
-    if path := os.environ.get("GATEDCONV_PTX_RESULTS"):
-        made.merge_into(Path(path))
+    if os.environ.get("GATEDCONV_PTX_LEDGER"):
+        made.save()
 
 
 @pytest.fixture(autouse=True)

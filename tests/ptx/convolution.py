@@ -107,29 +107,17 @@ def run(
     Returns:
         The output, and the machine with what it noted.
     """
-    number, _, dtype, _ = FORMATS[form]
-    library = nvcc.host()
-    assert (library.sizes(0), library.sizes(1)) == (ctypes.sizeof(ConvArgs), ctypes.sizeof(ConvTile))
-    batch, channels, height, width = x.shape
     outputs, _, *taps = weight.shape
-    sizes = [
-        (size + 2 * padding - dilation * (tap - 1) - 1) // stride + 1
-        for size, tap in zip((height, width), taps, strict=True)
-    ]
+    spread = [dilation * (tap - 1) + 1 for tap in taps]
+    sizes = [(size + 2 * padding - reach) // stride + 1 for size, reach in zip(x.shape[2:], spread, strict=True)]
     layout = torch.channels_last if last else torch.contiguous_format
-    output = torch.full((batch, outputs, *sizes), float("nan"), dtype=dtype).contiguous(memory_format=layout)
-    memory, args, made = GlobalMemory(), ConvArgs(), ConvTile()
-    args.input = memory.place(flat(x))
+    output = torch.full((len(x), outputs, *sizes), float("nan"), dtype=x.dtype).contiguous(memory_format=layout)
+    memory = GlobalMemory()
     if in_place:
         output = residual
-    args.output = memory.place(flat(output))
-    if residual is not None:
-        args.residual = args.output if in_place else memory.place(flat(residual))
-        args.res_strides[:] = residual.stride()
-    if bias is not None:
-        args.bias = memory.place(bias.float().numpy())
-    args.in_strides[:], args.out_strides[:] = x.stride(), output.stride()
-    args.masks, order, count = 1, None, channels
+    geometry = [*taps, stride, stride, padding, padding, dilation, dilation]
+    args = arguments(memory, x, bias, residual, output, geometry)
+    order = None
     if out_open is not None:
         lists, counts = lists_of(out_open)
         args.masks, args.out_index, args.out_count = len(lists), memory.place(lists), memory.place(counts)
@@ -137,19 +125,38 @@ def run(
         lists, counts = lists_of(in_open)
         args.in_masks, args.in_index, args.in_count = len(lists), memory.place(lists), memory.place(counts)
         if in_open.dim() == 1:  # one mask for all: the weights are packed in its order
-            order, count = np.ascontiguousarray(lists[0]), int(counts[0])
-    for name, values in (
-        ("batch in_channels height width", x.shape),
-        ("out_channels out_h out_w", (outputs, *sizes)),
-        ("kernel_h kernel_w", taps),
-        ("stride_h stride_w", (stride, stride)),
-        ("pad_top pad_left", (padding, padding)),
-        ("dilation_h dilation_w", (dilation, dilation)),
-    ):
-        for field, value in zip(name.split(), values, strict=True):
-            setattr(args, field, value)
+            order = lists[0, : counts[0]]
     args.act, args.skip_closed = act, in_place
-    packed = np.zeros(library.packed(number, channels, taps[0] * taps[1], outputs), flat(x).dtype)
+    args.weights = memory.place(pack(form, weight, order))
+    machine = launch(form, memory, args, tile, architecture, seed, kernel, edit)
+    return as_tensor(memory.read_back(args.output, flat(output)), output), machine
+
+
+def arguments(
+    memory: GlobalMemory, x: Tensor, bias: Tensor | None, residual: Tensor | None, output: Tensor, geometry: list[int]
+) -> ConvArgs:
+    """Place the tensors and describe them; `geometry` as `gatedconv.ops.cuda_conv.conv_run` takes it."""
+    args = ConvArgs()
+    args.input, args.output = memory.place(flat(x)), memory.place(flat(output))
+    if residual is not None:
+        args.residual = args.output if residual is output else memory.place(flat(residual))
+        args.res_strides[:] = residual.stride()
+    if bias is not None:
+        args.bias = memory.place(bias.float().numpy())
+    args.in_strides[:], args.out_strides[:] = x.stride(), output.stride()
+    args.masks = 1
+    names = "batch in_channels height width out_channels out_h out_w kernel_h kernel_w stride_h stride_w"
+    names += " pad_top pad_left dilation_h dilation_w"
+    for name, value in zip(names.split(), [*x.shape, *output.shape[1:], *geometry], strict=True):
+        setattr(args, name, value)
+    return args
+
+
+def pack(form: str, weight: Tensor, order: np.ndarray | None) -> np.ndarray:
+    """Pack weights (C_out, C_in, KH, KW), of the listed inputs, None for all."""
+    number, library = FORMATS[form][0], nvcc.host()
+    outputs, channels, *taps = weight.shape
+    packed = np.zeros(library.packed(number, channels, taps[0] * taps[1], outputs), flat(weight).dtype)
     library.pack(
         number,
         flat(weight).ctypes.data_as(POINTER),
@@ -157,18 +164,55 @@ def run(
         outputs,
         channels,
         *taps,
-        None if order is None else order.ctypes.data_as(POINTER),
-        count,
+        None if order is None else np.ascontiguousarray(order).ctypes.data_as(POINTER),
+        channels if order is None else len(order),
         packed.ctypes.data_as(POINTER),
     )
-    args.weights = memory.place(packed)
-    assert library.tile(number, ctypes.byref(args), ctypes.byref(made), *tile), "no tile fits"
-    machine = Machine(memory, seed)
-    machine.launch(
-        kernel or find_kernel(form, tile, architecture, edit),
-        (made.pixel_tiles, made.slot_tiles),
-        THREADS,
-        [bytes(args), bytes(made)],
-        made.shared_bytes,
-    )
-    return as_tensor(memory.read_back(args.output, flat(output)), output), machine
+    return packed
+
+
+def launch(
+    form: str,
+    memory: GlobalMemory,
+    args: ConvArgs,
+    tile: tuple[int, int],
+    architecture: int = 90,
+    seed: int = 0,
+    kernel: Kernel | None = None,
+    edit: nvcc.Edit | None = None,
+) -> Machine:
+    """Run the kernel of a tile, (0, 0) for the library's choice, and return the machine that ran it."""
+    library, made = nvcc.host(), ConvTile()
+    assert (library.sizes(0), library.sizes(1)) == (ctypes.sizeof(ConvArgs), ctypes.sizeof(ConvTile))
+    assert library.tile(FORMATS[form][0], ctypes.byref(args), ctypes.byref(made), *tile), "no tile fits"
+    kernel = kernel or find_kernel(form, (made.mt, made.nt), architecture, edit)
+    machine, grid = Machine(memory, seed), (made.pixel_tiles, made.slot_tiles)
+    machine.launch(kernel, grid, THREADS, [bytes(args), bytes(made)], made.shared_bytes)
+    return machine
+
+
+def conv_pack(weight: Tensor, in_index: Tensor | None, tf32: bool) -> Tensor:
+    """In place of `gatedconv.ops.cuda_conv.conv_pack`."""
+    return torch.from_numpy(
+        pack(form_of(weight, tf32), weight, None).view(np.int16 if weight.itemsize == 2 else np.int32)
+    ).view(weight.dtype)
+
+
+def conv_run(x, packed, bias, in_index, out_index, residual, output, geometry, act, skip_closed, tf32, tile):
+    """In place of `gatedconv.ops.cuda_conv.conv_run`."""
+    memory = GlobalMemory()
+    args = arguments(memory, x, bias, residual, output, geometry)
+    if in_index is not None:
+        args.in_index, args.in_channels = memory.place(in_index.numpy()), len(in_index)
+    if out_index is not None:  # all outputs, then how many of them are open
+        args.out_index = memory.place(out_index.numpy())
+        args.out_count = args.out_index + 4 * output.shape[1]
+    args.weights, args.act, args.skip_closed = memory.place(flat(packed)), act, skip_closed
+    machine = launch(form_of(x, tf32), memory, args, tile)
+    assert not machine.notes, dict(machine.notes)
+    return output.copy_(as_tensor(memory.read_back(args.output, flat(output)), output))
+
+
+def form_of(x: Tensor, tf32: bool) -> str:
+    """The format in which tensors of a dtype are multiplied."""
+    return {torch.float16: "f16", torch.bfloat16: "bf16"}.get(x.dtype, "tf32" if tf32 else "fp32")

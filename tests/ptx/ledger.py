@@ -1,55 +1,117 @@
 """What was executed: instructions and coverage of every kernel, mutations found.
 
-`python -m tests.ptx.ledger` prints benchmarks/results/ptx.json as tables.
+Sessions of the tests add to build/ptx/ledger.json; `python -m tests.ptx.ledger` sums it up in
+benchmarks/results/ptx.json, of which docs/write.py makes the table in docs/performance.md. With names of kernels
+("conv_kernel f16 sm_90") it prints the lines of csrc/ with instructions that have not run.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "ptx.json"
+from gatedconv._io import write_atomic
+from tests.ptx.parser import Kernel
+
+ROOT = Path(__file__).parents[2]
+SESSIONS = ROOT / "build" / "ptx" / "ledger.json"
+RESULTS = ROOT / "benchmarks" / "results" / "ptx.json"
 
 
 class Ledger:
-    """Collects rows by (kernel, architecture) and mutations by name."""
+    """Collects what ran, by kernel and architecture, and mutations by name.
+
+    Attributes:
+        kernels: "kernel sm_90" -> the instructions executed, the names of cases, and for every compiled variant its
+            digest, and how many of its instructions have run from each line of the sources.
+        mutations: Name -> its kind, the kernels that it changes, and what found it, "" for nothing.
+    """
 
     def __init__(self) -> None:
-        self.cases: dict[str, set[str]] = {}
-        self.executed: dict[str, int] = {}
-        self.covered: dict[str, dict[str, np.ndarray]] = {}
-        self.mutations: dict[str, dict[str, Any]] = {}
+        self.kernels: dict[str, dict[str, Any]] = {}
+        self.mutations: dict[str, dict[str, str]] = {}
 
-    def add(self, kernel: str, architecture: int, variant: str, case: str, covered: np.ndarray, executed: int) -> None:
-        """Record a launch: of which compiled variant, for which case, what ran."""
-        key = f"{kernel} sm_{architecture}"
-        self.cases.setdefault(key, set()).add(case)
-        self.executed[key] = self.executed.get(key, 0) + executed
-        seen = self.covered.setdefault(key, {})
-        seen[variant] = seen[variant] | covered if variant in seen else covered.copy()
+    def add(self, name: str, architecture: int, variant: str, case: str, kernel: Kernel, ran: np.ndarray, count: int):
+        """Record launches of a compiled variant for one case: which instructions ran, and how many in all."""
+        row = self.kernels.setdefault(f"{name} sm_{architecture}", {"executed": 0, "cases": [], "variants": {}})
+        row["executed"] += count
+        row["cases"] = sorted({*row["cases"], case})
+        digest = hashlib.sha256("\n".join(one.text for one in kernel.instructions).encode()).hexdigest()[:16]
+        lines = [f"{file}:{line}" for file, line in (one.source for one in kernel.instructions)]
+        seen = row["variants"].setdefault(variant, {"digest": digest, "ran": "", "lines": lines})
+        seen["ran"] = _join(seen["ran"], "".join("01"[int(one)] for one in ran))
 
-    def add_mutation(self, kind: str, name: str, found: str) -> None:
+    def add_mutation(self, kind: str, kernel: str, name: str, found: str) -> None:
         """Record a mutation, `found` by what, or ""."""
-        self.mutations[name] = {"kind": kind, "found": found}
+        self.mutations[name] = {"kind": kind, "kernel": kernel, "found": found}
 
-    def merge_into(self, path: Path) -> None:
-        """Write the file; rows and mutations of other sessions stay, those of this one replace theirs."""
-        body = json.loads(path.read_text()) if path.exists() else {"kernels": {}, "mutations": {}}
-        for key, seen in self.covered.items():
-            body["kernels"][key] = {
-                "cases": len(self.cases[key]),
-                "variants": len(seen),
-                "executed": self.executed[key],
-                "instructions": sum(one.size for one in seen.values()),
-                "covered": int(sum(one.sum() for one in seen.values())),
-            }
-        body["mutations"].update(self.mutations)
-        for part in body:
-            body[part] = dict(sorted(body[part].items()))
-        path.write_text(json.dumps(body, indent=1) + "\n")
+    def save(self, path: Path = SESSIONS) -> None:
+        """Add this session to a file; a kernel there that was compiled from other sources is forgotten."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._add_to(path)
+
+    def _add_to(self, path: Path) -> None:
+        found = json.loads(path.read_text()) if path.exists() else {"kernels": {}, "mutations": {}}
+        for key, row in self.kernels.items():
+            old = found["kernels"].get(key)
+            if old is None or any(
+                variant in row["variants"] and row["variants"][variant]["digest"] != seen["digest"]
+                for variant, seen in old["variants"].items()
+            ):
+                found["kernels"][key] = row
+                continue
+            old["executed"] += row["executed"]
+            old["cases"] = sorted({*old["cases"], *row["cases"]})
+            for variant, seen in row["variants"].items():
+                known = old["variants"].setdefault(variant, seen)
+                known["ran"] = _join(known["ran"], seen["ran"])
+        found["mutations"].update(self.mutations)
+        write_atomic(path, json.dumps(found).encode())
+
+
+def _join(a: str, b: str) -> str:
+    """Which instructions have run in one of two sessions."""
+    return "".join(map(max, a, b)) if a else b
+
+
+def summary(sessions: dict[str, Any]) -> dict[str, Any]:
+    """The rows of the result file."""
+    body: dict[str, Any] = {"kernels": {}, "mutations": dict(sorted(sessions["mutations"].items()))}
+    for key, row in sorted(sessions["kernels"].items()):
+        ran = "".join(seen["ran"] for seen in row["variants"].values())
+        body["kernels"][key] = {
+            "cases": len(row["cases"]),
+            "variants": len(row["variants"]),
+            "executed": row["executed"],
+            "instructions": len(ran),
+            "covered": ran.count("1"),
+        }
+    return body
+
+
+def left_out(row: dict[str, Any]) -> list[str]:
+    """A line for each line of the sources with instructions that have not run."""
+    of, missing = Counter[str](), Counter[str]()
+    for seen in row["variants"].values():
+        of.update(seen["lines"])
+        missing.update(line for line, ran in zip(seen["lines"], seen["ran"], strict=True) if ran == "0")
+    folder = ROOT / "csrc"
+    files = {str(path.relative_to(folder)): path.read_text().splitlines() for path in folder.rglob("*.*h")}
+    found = []
+    for line, count in sorted(missing.items()):
+        file, number = line.split(":")
+        text = files[file][int(number) - 1].strip() if file in files and number != "0" else ""
+        found.append(f"{line:<28} {count:>5} of {of[line]:>5}  {text}")
+    return found
 
 
 def table(body: dict[str, Any]) -> str:
@@ -64,15 +126,21 @@ def table(body: dict[str, Any]) -> str:
         lines.append(
             f"| {kernel} | {architecture} | {row['cases']} | {row['variants']} | {row['executed']:,} | {share:.0%} |"
         )
-    lines += ["", "| mutations | tried | found | not found |", "| --- | ---: | ---: | --- |"]
-    kinds = sorted({one["kind"] for one in body["mutations"].values()})
-    for kind in kinds:
-        of_kind = {name: one for name, one in body["mutations"].items() if one["kind"] == kind}
-        missed = [name for name, one in of_kind.items() if not one["found"]]
+    lines += ["", "| mutations | kernels | tried | found | not found |", "| --- | --- | ---: | ---: | --- |"]
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    for name, one in body["mutations"].items():
+        groups.setdefault((one["kind"], one["kernel"]), {})[name] = one["found"]
+    for (kind, kernels), tried in sorted(groups.items()):
+        missed = [name for name, found in tried.items() if not found]
         names = "; ".join(missed) if len(missed) <= 4 else f"{len(missed)} that change nothing in these cases"
-        lines.append(f"| {kind} | {len(of_kind)} | {len(of_kind) - len(missed)} | {names or 'none'} |")
+        lines.append(f"| {kind} | {kernels} | {len(tried)} | {len(tried) - len(missed)} | {names or 'none'} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table(json.loads(RESULTS.read_text())))
+    recorded = json.loads(SESSIONS.read_text())
+    for name in sys.argv[1:]:
+        print(name, *left_out(recorded["kernels"][name]), sep="\n")
+    if not sys.argv[1:]:
+        RESULTS.write_text(json.dumps(summary(recorded), indent=1) + "\n")
+        print(table(summary(recorded)))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.ptx.memory import ALL, Fault, GlobalMemory, SharedMemory
+from tests.ptx.memory import ALL, LANES, Fault, GlobalMemory, SharedMemory
 from tests.ptx.opcodes import Program, translate
 from tests.ptx.parser import Kernel
 
@@ -24,9 +24,10 @@ class Warp:
         self.block, self.index = block, index
         self.number = block.number * 64 + index
         self.registers: list[np.ndarray | None] = [None] * block.machine.program.registers
-        self.groups: dict[int, np.ndarray] = {0: ALL}
+        lanes = block.machine.threads - 32 * index
+        self.live = ALL if lanes >= 32 else LANES < lanes
+        self.groups: dict[int, np.ndarray] = {0: self.live}
         self.waiting: dict[int, np.ndarray] = {}
-        self.live = ALL
         self.state = "ready"
         self.open_copies: list[tuple] = []
         self.copy_groups: list[list[tuple]] = []
@@ -197,7 +198,7 @@ class Block:
         self.machine, self.number, self.id = machine, number, id
         self.shared = SharedMemory(machine.shared_bytes)
         self.epoch = self.cluster_epoch = self.cluster_began = 0
-        self.warps = [Warp(self, index) for index in range(machine.threads // 32)]
+        self.warps = [Warp(self, index) for index in range(-(-machine.threads // 32))]
         self.cluster: list[Block] = [self]
 
     @property
@@ -234,23 +235,23 @@ class Machine:
         arguments: Sequence[bytes],
         shared_bytes: int = 0,
         ranks: int = 1,
-        program: Program | None = None,
     ) -> None:
         """Run a kernel to its end.
 
         Args:
             kernel: What to run.
             grid: Blocks along x, y, z; `ranks` neighbors along x form a cluster.
-            threads: Of a block, a multiple of 32.
+            threads: Of a block.
             arguments: The bytes of each parameter, in order.
             shared_bytes: Of a block, including what the kernel declares itself.
             ranks: Blocks of a cluster.
-            program: A translation of the kernel that was made before.
 
         Raises:
             Fault: An access out of bounds or misaligned, a divergent barrier, a deadlock.
         """
-        self.program = program or translate(kernel, KINDS)
+        if kernel.program is None:
+            kernel.program = translate(kernel, KINDS)
+        self.program: Program = kernel.program
         self.grid, self.threads = (*grid, 1, 1)[:3], threads
         self.shared_bytes = max(shared_bytes, kernel.shared_bytes, 16)
         self.parameters = np.zeros(max(kernel.parameter_bytes, 8), np.uint8)

@@ -26,7 +26,7 @@ Edit = tuple[str, str, str]  # file below csrc, what is there, what takes its pl
 def nvcc() -> list[str]:
     """Return the command of nvcc; the test is skipped where there is none."""
     try:
-        return [str(_build.find_toolkit().root / "bin/nvcc"), "-std=c++20", "-O3", "-DUSE_CUDA"]
+        return [str(_build.find_toolkit().root / "bin/nvcc"), "-std=c++20", "-O3", "-lineinfo", "-DUSE_CUDA"]
     except _build.BuildError as error:
         pytest.skip(f"no nvcc: {error}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "b128": 128}
 
@@ -17,12 +18,14 @@ class Instruction:
         operands: In order; a vector in braces or an address in brackets is one operand.
         guard: Predicate register and whether it is negated; None: always executed.
         text: As it is written, for messages.
+        source: File (below csrc/) and line that it was compiled from; ("", 0) where the PTX does not say.
     """
 
     opcode: str
     operands: tuple[str, ...] = ()
     guard: tuple[str, bool] | None = None
     text: str = ""
+    source: tuple[str, int] = ("", 0)
 
     @property
     def parts(self) -> list[str]:
@@ -40,6 +43,7 @@ class Kernel:
         labels: name -> index of the instruction that follows.
         shared: symbol -> offset in shared memory; a dynamic one follows the static ones.
         shared_bytes: Of the static ones.
+        program: What `opcodes.translate` made of it, once it has run.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Kernel:
     shared: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
+    program: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def parameter_bytes(self) -> int:
@@ -69,14 +74,19 @@ class Kernel:
 
 def parse(text: str) -> dict[str, Kernel]:
     """Return the kernels of a module by name."""
+    named = re.findall(r"^\s*\.file\s+(\d+)\s+\"([^\"]*)\"", text, re.M)
+    files = {number: name.rpartition("/csrc/")[2] for number, name in named}
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)
-    text = re.sub(r"^\s*\.(loc|file|section)\b[^\n]*$", "", text, flags=re.M)
+    text = re.sub(r"^\s*\.section\b.*?^\s*\}", "", text, flags=re.M | re.S)
+    text = re.sub(r"^\s*\.(file|section)\b[^\n]*$", "", text, flags=re.M)
+    text = re.sub(r"^(\s*\.loc\b[^\n]*)$", r"\1;", text, flags=re.M)
     dynamic = re.findall(r"\.extern\s+\.shared[^;]*?\.b8\s+([\w$]+)\s*\[", text)
     kernels = {}
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{(.*?)\n\}", text, re.S):
         kernel = Kernel(match[1], _parameters(match[2]))
+        source = ("", 0)
         for statement in match[4].split(";"):
-            _add_statement(kernel, statement)
+            source = _add_statement(kernel, statement, source, files)
         kernel.shared.update((symbol, -(-kernel.shared_bytes // 16) * 16) for symbol in dynamic)
         kernels[kernel.name] = kernel
     return kernels
@@ -100,7 +110,8 @@ def _parameters(text: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _add_statement(kernel: Kernel, statement: str) -> None:
+def _add_statement(kernel: Kernel, statement: str, source: tuple[str, int], files: dict[str, str]) -> tuple[str, int]:
+    """Add a statement that was compiled from a source; returns the source of the next one."""
     statement = statement.strip()
     # Scopes of inline assembly, and labels, precede what a statement says.
     while match := re.match(r"(?:[{}]|[\w$]+:(?!:))\s*", statement):
@@ -108,7 +119,10 @@ def _add_statement(kernel: Kernel, statement: str) -> None:
             kernel.labels[match[0].strip()[:-1]] = len(kernel.instructions)
         statement = statement[match.end() :]
     if not statement or statement.startswith(".pragma"):
-        return
+        return source
+    if statement.startswith(".loc"):
+        number, line = statement.split()[1:3]
+        return files[number], int(line)
     if statement.startswith(".reg"):
         kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
         bits = 1 if kind == "pred" else int(kind[1:])
@@ -119,10 +133,11 @@ def _add_statement(kernel: Kernel, statement: str) -> None:
         at = -(-kernel.shared_bytes // int(align or 1)) * int(align or 1)
         kernel.shared[name], kernel.shared_bytes = at, at + int(count)
     else:
-        kernel.instructions.append(_instruction(statement))
+        kernel.instructions.append(_instruction(statement, source))
+    return source
 
 
-def _instruction(text: str) -> Instruction:
+def _instruction(text: str, source: tuple[str, int]) -> Instruction:
     guard, rest = None, text
     if match := re.match(r"@(!?)(%?[\w$]+)\s+", text):
         guard, rest = (match[2], match[1] == "!"), text[match.end() :]
@@ -130,7 +145,7 @@ def _instruction(text: str) -> Instruction:
     if "\t" in opcode:
         opcode, _, first = opcode.partition("\t")
         operands = first + " " + operands
-    return Instruction(opcode.strip(), tuple(split(operands)), guard, " ".join(text.split()))
+    return Instruction(opcode.strip(), tuple(split(operands)), guard, " ".join(text.split()), source)
 
 
 def split(operands: str) -> list[str]:

@@ -46,7 +46,7 @@ def leave_out(kernel, machine, run, ledger, family, limit=None):
     missed = []
     for text, changed in sites(kernel, machine)[:limit]:
         found = next((by for seed in (1, 2) if (by := noticed(lambda c=changed, s=seed: run(c, s)))), "")
-        ledger.add_mutation("one barrier or wait left out", f"{family} {text}", found)
+        ledger.add_mutation("one barrier or wait left out", family.split()[0], f"{family} {text}", found)
         missed += [] if found else [text]
     return missed
 
@@ -103,20 +103,20 @@ def test_training_kernels(ledger, monkeypatch):
     """Barriers of each kernel are left out in turn, from the middle outwards, until one is missed; some are spare."""
     pytest.importorskip("triton")
     from tests.ptx import test_training
-    from tests.ptx.triton_device import _programs, simulated
+    from tests.ptx.triton_device import _kernels, simulated
 
     for test, arguments in (test_training.GATES[0], test_training.RESIDUALS[0]):
         run = functools.partial(test_training.run, test, arguments, monkeypatch)
         with simulated(90) as device:
             run()
         for name, key in sorted(device.covered):
-            count = len(_sites(_programs[key][0]))
+            count = len(_sites(_kernels[key]))
             by = ""
             for which in sorted(range(count), key=lambda at, middle=count // 2: abs(at - middle)):
                 with simulated(90) as changed:
                     changed.edit = functools.partial(_without, name, which)
                     by = noticed(run) or next(iter(changed.notes), "")
-                ledger.add_mutation("one barrier left out (Triton)", f"{name} barrier {which}", by[:60])
+                ledger.add_mutation("one barrier left out", "training kernels", f"{name} barrier {which}", by[:60])
                 if by:
                     break
             assert by or not count, f"{name}: none of {count} barriers is missed"

@@ -88,7 +88,13 @@ def check(form, shape, masks, tile, ledger, architecture=90, act=1, **options):
     )
     if ledger is not None:
         ledger.add(
-            f"conv_kernel {form}", architecture, str(tile), str((shape, masks)), machine.covered, machine.instructions
+            f"conv_kernel {form}",
+            architecture,
+            str(tile),
+            str((shape, masks)),
+            machine.program.kernel,
+            machine.covered,
+            machine.instructions,
         )
     assert not machine.notes, dict(machine.notes)
     closed = ~opened.expand(batch, -1)
@@ -117,6 +123,30 @@ def test_two_convolutions(form, architecture, ledger):
 @pytest.mark.parametrize("act", [0, 2])
 def test_activations(act, ledger):
     check("f16", SHAPES[6], MASKS[1], (1, 1), ledger, act=act)
+
+
+def check_tile(form, tile, ledger, architecture=90):
+    """Almost every instruction of a tile's kernel: whole vectors; lists of each sample; odd numbers of channels."""
+    outputs = 8 * tile[1]
+    check(form, (64, outputs, 4, 1, 2, 0, 1), (None, None, False, True), tile, ledger, architecture)
+    check(form, (64, outputs, 4, 1, 2, 0, 1), ("sample", "sample", False, True), tile, ledger, architecture, act=2)
+    check(form, (33, outputs + 4, 4, 3, 1, 1, 1), ("sample", "sample", False, False), tile, ledger, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_almost_every_instruction(tile, ledger):
+    check_tile("f16", tile, ledger)
+
+
+@pytest.mark.ptx_all
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("architecture", [75, 80, 90])
+@pytest.mark.parametrize("form", FORMATS)
+def test_almost_every_instruction_of_every_format(form, architecture, tile, ledger):
+    if architecture < FORMATS[form][3]:
+        pytest.skip(f"{form} needs compute capability {FORMATS[form][3] / 10}")
+    check_tile(form, tile, ledger, architecture)
 
 
 @pytest.mark.ptx_all

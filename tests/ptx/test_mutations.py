@@ -72,8 +72,8 @@ def changed_source(mutation):
 def judge(mutation, run, ledger):
     """Record whether a mutation is noticed; one that is not fails the test."""
     found = noticed(run)
-    kind = "one mistake in a Triton source" if mutation.run == "triton" else "one mistake in a CUDA source"
-    ledger.add_mutation(kind, f"{mutation.file.split('/')[-1]}: {mutation.name}", found)
+    kernels = {"conv": "conv_kernel", "resident": "resident_kernel", "triton": "training kernels"}[mutation.run]
+    ledger.add_mutation("one mistake in a source", kernels, f"{mutation.file.split('/')[-1]}: {mutation.name}", found)
     assert found, f"not noticed: {mutation.name}"
 
 

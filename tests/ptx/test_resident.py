@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gatedconv
 from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda.experimental import TILES
 from tests.cuda import plans
 from tests.cuda.gpu.test_sanitized import sanitized_network
-from tests.cuda.test_resident import H100, Scattering
+from tests.cuda.test_resident import FLOOR, H100, Scattering
 from tests.engine.nets import Residual, error, settle
 from tests.ptx.resident import FORMS, Driver
-
-# As in tests/cuda/test_resident.py; tf32 has no peer on a CPU.
-FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 5e-3}
 
 
 def check(monkeypatch, model, x, dtype, ranks, ledger=None, case="", **attributes):
@@ -40,6 +40,7 @@ def check(monkeypatch, model, x, dtype, ranks, ledger=None, case="", **attribute
                 driver.architecture,
                 kind,
                 f"{case} {ranks}",
+                machine.program.kernel,
                 machine.covered,
                 machine.instructions,
             )
@@ -59,6 +60,60 @@ def test_every_kind_of_step(ranks, ledger, monkeypatch):
 @pytest.mark.parametrize("dtype", FORMS)
 def test_every_format_and_cluster(ranks, dtype, ledger, monkeypatch):
     check(monkeypatch, sanitized_network(), torch.randn(1, 3, 12, 12), dtype, ranks, ledger, "steps")
+
+
+class Added(nn.Module):
+    """relu6(x + a convolution of x), in all channels or in some."""
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+        self.part = nn.Conv2d(channels, count, 1)
+        index = torch.randperm(channels)[:count].sort().values
+        self.scatter = gatedconv.nn.ScatterAdd(index) if count < channels else torch.add
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu6(self.scatter(x, self.part(x)))
+
+
+def every_tile() -> tuple[nn.Module, list[tuple[int, int]]]:
+    """A network with two convolutions for each of `TILES`, the large ones on large maps; and the tiles in order."""
+    layers, order = [nn.Conv2d(3, 32, 3, padding=1)], [TILES[-1]]
+    for tile in reversed(TILES):
+        if tile == (2, 4):
+            layers.append(nn.Conv2d(32, 32, 1, 2))
+            order.append(tile)
+        layers += [Added(32, 32), Added(32, 25)]
+        order += [tile, tile]
+    return settle(nn.Sequential(*layers)), order
+
+
+def check_tiles(monkeypatch, dtype, ranks, architecture, ledger):
+    """Every tile in turn, whatever the plan would choose; 12 x 12 pixels fill the largest."""
+    model, order = every_tile()
+    tiles = itertools.cycle(order)
+
+    def choose(fragments, blocks):
+        mt, nt = next(tiles)
+        groups = -(-blocks // nt)
+        return experimental.Tile(mt, nt, groups, -(-fragments // (experimental.WARPS // groups * mt)))
+
+    monkeypatch.setattr(experimental, "choose_tile", choose)
+    x = 3 * torch.randn(1, 3, *(12, 12) if ranks == 1 else (16, 16))
+    check(monkeypatch, model, x, dtype, ranks, ledger, "tiles", architecture=architecture)
+
+
+@pytest.mark.slow
+def test_every_tile(ledger, monkeypatch):
+    check_tiles(monkeypatch, torch.float16, 1, 90, ledger)
+
+
+@pytest.mark.ptx_all
+@pytest.mark.parametrize(
+    ("dtype", "ranks", "architecture"),
+    [*itertools.product(FORMS, (1, 2), (90,)), *itertools.product(FORMS, (1,), (80,)), (torch.float16, 1, 75)],
+)
+def test_every_tile_of_every_format(dtype, ranks, architecture, ledger, monkeypatch):
+    check_tiles(monkeypatch, dtype, ranks, architecture, ledger)
 
 
 def widths():

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from gatedconv import ops
 from tests.kernels.interpreted import test_gate, test_gated_residual
 from tests.kernels.interpreted.compare import Case, assert_close, leaf
-from tests.ptx.triton_device import simulated
+from tests.ptx.triton_device import _kernels, simulated
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -64,10 +64,8 @@ def run(test, arguments, monkeypatch):
 
 def record(device, ledger, case):
     """Take down what ran, and that nothing was noted."""
-    for (name, key), covered in device.covered.items():
-        ledger.add(name, device.capability, key, case, covered, 0)
-    for name, count in device.instructions.items():
-        ledger.executed[f"{name} sm_{device.capability}"] += count
+    for (name, key), ran in device.covered.items():
+        ledger.add(name, device.capability, key, case, _kernels[key], ran, device.instructions[name, key])
     assert device.launches
     assert not device.notes, dict(device.notes)
 

@@ -7,6 +7,7 @@ driver's launcher, which reads the PTX from Triton's cache.
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -20,13 +21,12 @@ import torch
 from torch import Tensor
 
 from gatedconv.ops import _triton
-from tests.ptx.machine import KINDS, Machine
+from tests.ptx.machine import Machine
 from tests.ptx.memory import GlobalMemory
-from tests.ptx.opcodes import Program, translate
 from tests.ptx.parser import Kernel, parse
 
 SCALARS = {"fp32": "<f", "fp64": "<d", "i1": "<?", "u1": "<?", "i32": "<i", "i64": "<q", "u32": "<I", "u64": "<Q"}
-_programs: dict[str, tuple[Kernel, Program]] = {}
+_kernels: dict[str, Kernel] = {}
 
 
 class Device:
@@ -35,7 +35,7 @@ class Device:
     Attributes:
         notes: Problems found, with kernel and instruction -> how often.
         launches: Name of a kernel -> how often it ran.
-        instructions: Name of a kernel -> warp instructions executed.
+        instructions: Name and hash of a compiled variant -> warp instructions executed.
         covered: Name and hash of a compiled variant -> which of its instructions have run.
         edit: Changes a kernel before it runs: a mutation.
     """
@@ -44,7 +44,7 @@ class Device:
         self.capability, self.seed = capability, seed
         self.notes: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
-        self.instructions: Counter[str] = Counter()
+        self.instructions: Counter[tuple[str, str]] = Counter()
         self.covered: dict[tuple[str, str], np.ndarray] = {}
         self.edit: Any = None
         self.launcher_cls = lambda source, metadata: _Launcher(self, source, metadata)
@@ -67,9 +67,7 @@ class Device:
 
         return GPUTarget("cuda", self.capability, 32)
 
-    def run(
-        self, name: str, key: str, kernel: Kernel, program: Program, grid: Any, metadata: Any, values: list[Any]
-    ) -> None:
+    def run(self, name: str, key: str, kernel: Kernel, grid: Any, metadata: Any, values: list[Any]) -> None:
         """Launch on copies of the tensors' memory, then copy it back."""
         memory, homes, arguments = GlobalMemory(), {}, []
         for value, kind in values:
@@ -84,11 +82,11 @@ class Device:
                 arguments.append(struct.pack(SCALARS.get(kind, "<i"), value))
         self.seed += 1
         machine = Machine(memory, self.seed, resident=6, slice=40)
-        machine.launch(kernel, grid, 32 * metadata.num_warps, arguments, metadata.shared, program=program)
+        machine.launch(kernel, grid, 32 * metadata.num_warps, arguments, metadata.shared)
         for address, raw in homes.values():
             raw[...] = memory.read_back(address, raw)
         self.launches[name] += 1
-        self.instructions[name] += machine.instructions
+        self.instructions[name, key] += machine.instructions
         seen = self.covered.setdefault((name, key), np.zeros(len(kernel.instructions), bool))
         seen |= machine.covered
         self.notes.update({f"{name}: {note}": count for note, count in machine.notes.items()})
@@ -102,19 +100,18 @@ class _Launcher:
 
         self.device, self.metadata, self.signature = device, metadata, list(source.signature.values())
         self.name, self.key = source.fn.__name__, metadata.hash
-        if self.key not in _programs:
+        if self.key not in _kernels:
             text = Path(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")).read_text()
-            (kernel,) = parse(text).values()
-            _programs[self.key] = (kernel, translate(kernel, KINDS))
+            (_kernels[self.key],) = parse(text).values()
 
     def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
         bound = rest[-len(self.signature) :]  # behind stream, function, metadata and hooks
         values = [pair for value, kind in zip(bound, self.signature, strict=True) for pair in _flat(value, kind)]
         device = _current[0]
-        kernel, program = _programs[self.key]
+        kernel = _kernels[self.key]
         if device.edit is not None and (changed := device.edit(self.name, kernel)) is not None:
-            kernel, program = changed, translate(changed, KINDS)
-        device.run(self.name, self.key, kernel, program, (x, y, z), self.metadata, values)
+            kernel = changed
+        device.run(self.name, self.key, kernel, (x, y, z), self.metadata, values)
 
 
 # A compiled variant stays with Triton, and its launcher with it, from one device to the next.
@@ -130,6 +127,13 @@ def _flat(value: Any, kind: Any) -> Iterator[tuple[Any, str]]:
         yield value, kind
 
 
+def _simulated_devices() -> tuple[str, ...]:
+    return () if os.environ.get("GATEDCONV_TRITON") == "off" else ("cpu",)
+
+
+vars(_simulated_devices)["_dynamo_marked_constant"] = True  # as the function that it takes the place of
+
+
 @contextlib.contextmanager
 def simulated(capability: int = 90, seed: int = 0) -> Iterator[Device]:
     """Operators with Triton kernels run them on a simulated GPU; what `torch.empty` returns holds NaN."""
@@ -142,7 +146,7 @@ def simulated(capability: int = 90, seed: int = 0) -> Iterator[Device]:
     try:
         with (
             mock.patch.object(triton.runtime.driver, "_active", device),
-            mock.patch.object(_triton, "_devices", lambda: ("cpu",)),
+            mock.patch.object(_triton, "_devices", _simulated_devices),
         ):
             yield device
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -19,6 +20,7 @@ from gatedconv.train import TrainConfig, train
 from gatedconv.train.cuda_graph_step import WARM_UP, CudaGraphForward, CudaGraphStepper
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.step import Stepper
+from tests.tolerances import assert_close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,14 +105,15 @@ def test_replayed_steps_are_the_plain_ones(name: str) -> None:
     assert isinstance(captured, CudaGraphStepper) and captured._replay is not None
     assert int(plain.guard.skipped) == int(captured.guard.skipped) == (config.amp != "fp16")
     assert plain.macs.executed == captured.macs.executed
-    rounding = 3e-2 if config.amp != "off" else 2e-3
-    torch.testing.assert_close(found._sums, expected._sums, rtol=rounding, atol=rounding)
-    for (key, mine), theirs in zip(captured.model.named_parameters(), plain.model.parameters(), strict=True):
-        scale = float(theirs.detach().abs().max())
-        assert float((mine - theirs).abs().max()) <= rounding * max(scale, 0.1), key
+    # Both round to the same type; the order of sums alone differs, which bf16 forgives as rarely as fp16.
+    dtype = torch.float32 if config.amp == "off" else torch.float16
+    alike = functools.partial(assert_close, dtype=dtype, algorithm="training")
+    alike(found._sums.tolist(), expected._sums.tolist(), scale=1.0)
+    alike(dict(captured.model.named_parameters()), dict(plain.model.named_parameters()), scale=0.1)
     if plain.pruner is not None and captured.pruner is not None:
         assert bool(plain.pruner.pruned.any())
-        torch.testing.assert_close(captured.pruner.sensitivity, plain.pruner.sensitivity, rtol=0.1, atol=rounding * 0.1)
+        # Squares of gradients of a few batches: the least robust of all.
+        assert_close(captured.pruner.sensitivity, plain.pruner.sensitivity, dtype="tf32", algorithm="training")
 
 
 def test_a_replay_makes_the_host_wait_for_nothing() -> None:
@@ -147,17 +150,31 @@ def images() -> ImageData:
     return make_image_data("noise", split, split, Augment(pad=2, flip=True))
 
 
-def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, **CASES["rank"], cuda_graph=True)
-    data = images()
-    straight, path = network(config), tmp_path / "cut.pt"
+@pytest.mark.parametrize("steps", [16, 21], ids=["after an epoch", "within an epoch"])
+@pytest.mark.parametrize("captured", [False, True], ids=["plain", "captured"])
+def test_a_resumed_run_ends_where_the_straight_one_does(
+    captured: bool, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, if the straight run repeats so; a captured step warms up anew, by other algorithms perhaps."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    config, data = dataclasses.replace(CONFIG, **CASES["rank"], cuda_graph=captured), images()
+    straight, again, resumed = network(config), network(config), network(config)
     whole = list(train(straight, data, config))
-    list(itertools.islice(train(network(config), data, config, checkpoint=path), 2))
-    resumed = network(config)
+    list(train(again, data, config))
+    asked, path = itertools.count(), tmp_path / "cut.pt"  # asked before an epoch, then after each of its 8 steps
+    cut = list(train(network(config), data, config, checkpoint=path, stop=lambda: next(asked) == steps + steps // 8))
+    assert len(cut) == steps // 8
+    with torch.no_grad():
+        for parameter in resumed.parameters():
+            parameter.zero_()  # all of it comes from the checkpoint
     joined = list(train(resumed, data, config, checkpoint=path, resume=True))
     assert [line.epoch for line in joined] == [1, 2, 3, 4]
-    assert joined[-1].train_loss == pytest.approx(whole[-1].train_loss, rel=0.05)
     assert joined[-1].train_macs == whole[-1].train_macs
+    states = [model.state_dict() for model in (straight, again, resumed)]
+    repeats = all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    if repeats and not captured:
+        assert all(torch.equal(value, states[2][name]) for name, value in states[0].items())
+    assert_close(states[2], states[0], algorithm="training", scale=0.1)
     assert not torch.backends.cudnn.benchmark
 
 

@@ -148,8 +148,8 @@ def test_a_captured_step_in_mixed_precision_with_a_scaler():
         grads = [grad.clone() for grad in run()]
         assert all(grad.isfinite().all() for grad in grads)
         states.append(grads)
-    for eager, replayed in zip(*states, strict=True):
-        torch.testing.assert_close(replayed, eager, rtol=2e-2, atol=1e-1)
+    # Gradients of the scaled loss; those that cancel are still of terms of a few hundredths of the scale.
+    assert_close(states[1], states[0], dtype=torch.float16, algorithm="training", scale=0.02 * 256.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -208,8 +208,8 @@ def test_a_compiled_network_equals_an_eager_one():
         assert_close(*outs, algorithm="gradient")
     for out, net in zip(outs, (model, other), strict=True):
         (out.sum() + gatedconv.polarization_loss(net)).backward()
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3)
+    found, expected = ([parameter.grad for parameter in net.parameters()] for net in (other, model))
+    assert_close(found, expected, algorithm="training", scale=1.0)
 
 
 def test_gates_run_on_several_streams_at_once():
