@@ -19,7 +19,7 @@ import gatedconv
 
 
 def network() -> nn.Sequential:
-    """Two gated convolutions behind a plain one; a closed channel is exactly zero, so no norm may follow a gate."""
+    """Two gated convolutions behind a plain one; no norm follows them, which would make constants of zeros."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         nn.BatchNorm2d(32),
