@@ -18,7 +18,7 @@ from gatedconv.deploy.compact import compact
 from gatedconv.deploy.freeze import Consensus, freeze_gates
 from gatedconv.deploy.graph import NoGraph, write_graph
 from gatedconv.deploy.graph_format import build_graph, describe_graph, require_small
-from gatedconv.deploy.surgery import describe_surgery, operate, ties_of
+from gatedconv.deploy.module_changes import apply_changes, describe_changes, ties_of
 from gatedconv.gating import FrozenGate, MacTerm, find_gates, unwrap
 from gatedconv.models import BUILDERS, ResNet
 from gatedconv.nn import CompactBlock, GraphNet
@@ -86,7 +86,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     # Copies: tensors that share their memory are written each by itself.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     header = json.dumps(description)
-    if "surgery" not in description or "graph" in description:
+    if "changes" not in description or "graph" in description:
         try:  # a file that cannot be read again is found out now, not when it is needed
             _rebuild(Path(path), header, tensors)
         except ValueError as error:
@@ -153,7 +153,7 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
     else:
         size = vars(model).get("input_size") or (tuple(example_size[1:]) if example_size else None)
         description["stage"], description["class"] = "module", type(model).__qualname__
-        description["surgery"] = describe_surgery(model)
+        description["changes"] = describe_changes(model)
         try:
             if size is None:
                 raise NoGraph("gatedconv has not seen an image that it takes")
@@ -161,7 +161,7 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
             graph = write_graph(model, tuple(size), dtype)
             description["graph"] = describe_graph(graph)
         except (NoGraph, TypeError) as error:  # such a file is loaded into the user's own network
-            if not description["surgery"]:
+            if not description["changes"]:
                 raise TypeError(
                     f"save: gatedconv changed nothing in this {type(model).__name__}, and its forward cannot be "
                     f"written as a graph ({error}); save its state_dict, or write it by gatedconv.export"
@@ -223,17 +223,17 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Modul
         for copied, original in dict(description.get("ties", {})).items():
             tensors[copied] = tensors[original]
         if into is not None:
-            if "surgery" not in description:
+            if "changes" not in description:
                 raise _Unfit(f"load: {path} holds a model that is built without into=")
             for name in description.get("extra", ()):
                 tensors.pop(name)
-            model = operate(into, description["surgery"], tensors)
+            model = apply_changes(into, description["changes"], tensors)
             _set_attributes(model, description)
         elif "graph" in description:
             model = _build_net(description, tensors)
             missing = model.state_dict().keys()
             tensors = {name: tensor for name, tensor in tensors.items() if name in missing}
-        elif "surgery" in description:
+        elif "changes" in description:
             raise _Unfit(
                 f"load: {path} holds a {description['class']}, whose forward no graph describes "
                 f"({description.get('no_graph', '')}): build the dense network and pass it as into="

@@ -101,7 +101,7 @@ class GatePruner(nn.Module):
 
         Args:
             target: share of the dense model's MACs, in (0, 1]; lower it step by step, for example by
-                `gatedconv.gating.schedules.falling`.
+                `gatedconv.gating.weight_schedules.falling`.
         """
         self._steps += 1
         if self._steps % EVERY == 0:

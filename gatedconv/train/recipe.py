@@ -20,7 +20,7 @@ from gatedconv.gating import (
     find_gates,
     mac_target_loss,
     polarization_loss,
-    schedules,
+    weight_schedules,
 )
 from gatedconv.train.config import (
     DataOptions,
@@ -74,7 +74,7 @@ class GateWeights(NamedTuple):
 
 def gate_weights(options: GateOptions, progress: float) -> GateWeights:
     """The weights at a progress in [0, 1]."""
-    ramp = schedules.linear_warmup(progress, 1.0, options.gate_warmup)
+    ramp = weight_schedules.linear_warmup(progress, 1.0, options.gate_warmup)
     controls = options.mac_control == "price" and progress >= options.mac_ramp[0]
     return GateWeights(
         polar_weight(options, progress),
@@ -124,16 +124,16 @@ def prune_gates(pruner: GatePruner, options: GateOptions, progress: float) -> No
 def macs_wanted(options: GateOptions, progress: float) -> float:
     """MACs that `mac_control` aims at, as a share of the dense network's, at a progress in [0, 1]."""
     start, end = options.mac_ramp
-    return schedules.falling(progress, options.mac_target, start, end, options.mac_ramp_power)
+    return weight_schedules.falling(progress, options.mac_target, start, end, options.mac_ramp_power)
 
 
 def polar_weight(options: GateOptions, progress: float) -> float:
     """λ of the polarization loss at a progress in [0, 1]."""
     if options.polar_schedule == "rising":
-        return schedules.rising(progress, options.polar_weight)
+        return weight_schedules.rising(progress, options.polar_weight)
     if options.polar_schedule == "warmup":
-        return schedules.linear_warmup(progress, options.polar_weight, options.gate_warmup)
-    return schedules.constant(progress, options.polar_weight)
+        return weight_schedules.linear_warmup(progress, options.polar_weight, options.gate_warmup)
+    return weight_schedules.constant(progress, options.polar_weight)
 
 
 def learning_rate(options: ScheduleOptions, epoch: float) -> float:

@@ -20,7 +20,7 @@ from gatedconv.gating import (
     masks_for_target,
     mean_logits,
     polarization_loss,
-    schedules,
+    weight_schedules,
 )
 from gatedconv.measure.macs import count_macs
 from gatedconv.models import resnet20
@@ -169,7 +169,7 @@ def test_the_pruner_follows_the_target_and_what_is_shut_stays_shut() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        wanted = schedules.falling(min(1.0, step / 20), 0.5, 0.2, 1.0)
+        wanted = weight_schedules.falling(min(1.0, step / 20), 0.5, 0.2, 1.0)
         pruner.prune(wanted)
         assert (pruner.pruned | ~shut).all()  # nothing opens again
         shut = pruner.pruned.clone()
@@ -260,6 +260,6 @@ def test_the_pruner_needs_gates_that_learn() -> None:
 
 @pytest.mark.parametrize(("progress", "value"), [(0.0, 1.0), (0.2, 1.0), (0.45, 0.75), (0.7, 0.5), (1.0, 0.5)])
 def test_a_falling_target(progress: float, value: float) -> None:
-    assert schedules.falling(progress, 0.5, 0.2, 0.7) == pytest.approx(value)
+    assert weight_schedules.falling(progress, 0.5, 0.2, 0.7) == pytest.approx(value)
     with pytest.raises(ValueError, match="start must not come after end"):
-        schedules.falling(progress, 0.5, 0.8, 0.7)
+        weight_schedules.falling(progress, 0.5, 0.8, 0.7)

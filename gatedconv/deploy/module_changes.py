@@ -20,7 +20,7 @@ _HOOKS = {cls.__name__: cls for cls in GateHook.__subclasses__()}
 _BEFORE = ("GateInput", "DecideBranch", "SelectSamples")
 
 
-def describe_surgery(model: nn.Module) -> dict[str, Any]:
+def describe_changes(model: nn.Module) -> dict[str, Any]:
     """What ``gate_model``, ``freeze`` and ``compact`` did to the modules; empty for a model that they did not make.
 
     Raises:
@@ -65,36 +65,36 @@ def _describe_hook(hook: GateHook, links: dict[int, int], paths: dict[int, str])
     return [type(hook).__name__, hook.name, hook.axis, link, [paths[id(c)] for c in hook.convs if id(c) in paths]]
 
 
-def operate(dense: nn.Module, surgery: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the dense network with the changes that were described, its tensors as large as those of the file.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: they do not fit the network.
     """
     model = copy.deepcopy(dense)
-    for path, parts in surgery["frames"].items():
+    for path, parts in changes["frames"].items():
         layer = model.get_submodule(path)
         built = [(n, layer if spec is None else build_module(f"{path}.{n}", spec, tensors)) for n, spec in parts]
         model.set_submodule(path, Framed(OrderedDict(built)))
-    for path, spec in surgery["removed"].items():
+    for path, spec in changes["removed"].items():
         model.set_submodule(path, build_module(path, spec, tensors))
-    for path, spec in surgery["gates"].items():
+    for path, spec in changes["gates"].items():
         owner, _, name = path.rpartition(".")
         model.get_submodule(owner).add_module(name, build_module(path, spec, tensors))
-    for path in surgery["frozen"]:
+    for path in changes["frozen"]:
         conv = model.get_submodule(path)
         if not isinstance(conv, nn.Conv2d):
             raise ValueError(f"{path} is a {type(conv).__name__}, and the file has a convolution there")
         frozen = FrozenConv2d(conv, torch.ones_like(tensors[f"{path}.out_open"]))
         frozen._modules.update(conv._modules)
         model.set_submodule(path, frozen)
-    for path, numbers in surgery["counts"].items():
+    for path, numbers in changes["counts"].items():
         module = model.get_submodule(path)
         for name in COUNTS:
             if name in numbers and isinstance(getattr(module, name, None), int):
                 setattr(module, name, int(numbers[name]))
     links: dict[int, Link] = {}
-    for path, found in surgery["hooks"].items():
+    for path, found in changes["hooks"].items():
         for kind, name, axis, link, convs in found:
             module = model.get_submodule(path)
             shared = None if link is None else links.setdefault(link, Link())
@@ -103,7 +103,7 @@ def operate(dense: nn.Module, surgery: Mapping[str, Any], tensors: Mapping[str, 
                 module.register_forward_pre_hook(hook)
             else:
                 module.register_forward_hook(hook)
-    for path, numbers in surgery["before"].items():
+    for path, numbers in changes["before"].items():
         before = BeforeForward([links.setdefault(n, Link()) for n in numbers])
         model.get_submodule(path).register_forward_pre_hook(before)
     _resize(model, tensors)

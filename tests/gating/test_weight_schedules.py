@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from gatedconv.gating import weight_schedules
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"), [(0, 0.0), (124, 0.0), (125, 2.0), (189, 2.0), (190, 3.0), (349, 3.0), (350, 3.0)]
+)
+def test_rising_is_table_6(epoch: int, expected: float) -> None:
+    assert weight_schedules.rising(epoch / 350) == expected
+
+
+def test_rising_scales_with_its_last_value() -> None:
+    assert [weight_schedules.rising(progress, 6.0) for progress in (0.0, 0.4, 1.0)] == [0.0, 4.0, 6.0]
+
+
+def test_linear_warmup_is_a_line_then_flat() -> None:
+    values = [weight_schedules.linear_warmup(progress, 8.0, 0.25) for progress in (0.0, 0.125, 0.25, 0.9)]
+    assert values == [0.0, 4.0, 8.0, 8.0]
+
+
+def test_linear_warmup_of_no_duration_is_constant() -> None:
+    assert weight_schedules.linear_warmup(0.0, 8.0, 0.0) == 8.0
+    assert weight_schedules.constant(0.0, 8.0) == 8.0
+
+
+@pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])
+def test_progress_outside_the_run_is_refused(progress: float) -> None:
+    for call in (
+        lambda: weight_schedules.constant(progress, 1.0),
+        lambda: weight_schedules.rising(progress),
+        lambda: weight_schedules.linear_warmup(progress, 1.0, 0.5),
+    ):
+        with pytest.raises(ValueError, match=r"progress must lie in \[0, 1\]"):
+            call()
+
+
+def test_staged_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="expected 2 values for 1 boundaries, got 1"):
+        weight_schedules.staged(0.5, [0.5], [1.0])
+    with pytest.raises(ValueError, match="boundaries must rise"):
+        weight_schedules.staged(0.5, [0.6, 0.5], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="duration must lie"):
+        weight_schedules.linear_warmup(0.5, 1.0, 1.5)
+
+
+def test_the_macs_fall_straight_or_mostly_early() -> None:
+    """At a quarter of the way 3/4 of the fall is left; of a cubic one (3/4)^3 = 27/64."""
+    assert weight_schedules.falling(0.1, 0.5, 0.2, 0.6) == weight_schedules.falling(0.2, 0.5, 0.2, 0.6, 3.0) == 1.0
+    assert weight_schedules.falling(0.3, 0.5, 0.2, 0.6) == pytest.approx(0.875)
+    assert weight_schedules.falling(0.3, 0.5, 0.2, 0.6, 3.0) == pytest.approx(0.5 + 0.5 * 27 / 64)
+    assert weight_schedules.falling(0.6, 0.5, 0.2, 0.6, 3.0) == weight_schedules.falling(1.0, 0.5, 0.2, 0.6) == 0.5
+    assert weight_schedules.falling(0.2, 0.5, 0.2, 0.2, 3.0) == 0.5
+    with pytest.raises(ValueError, match="power must be above 0, got 0"):
+        weight_schedules.falling(0.3, 0.5, 0.2, 0.6, 0.0)
