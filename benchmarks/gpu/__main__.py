@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,19 @@ def last_line(log: Path) -> str:
 
 
 def save(out: Path, rows: Sequence[Row]) -> None:
-    """Write DIR/gpu.json: the header of this machine, and the rows."""
+    """Write DIR/gpu.json: the header of this machine, and the rows, whose notes name no folder of its user."""
     path = out / "gpu.json"
+    hidden = {str(ROOT): "gatedconv", str(Path.home()): "~", tempfile.gettempdir(): "/tmp"}
     with tempfile.TemporaryDirectory() as folder:
         record = Record(Path(folder) / "gpu.json", header())
-        record.add(rows)
+        record.add(replace(row, note=_without(hidden, row.note)) for row in rows)
         write_atomic(path, record.path.read_bytes())
+
+
+def _without(hidden: Mapping[str, str], note: str | None) -> str | None:
+    for folder, name in hidden.items():
+        note = note and note.replace(folder, name)
+    return note
 
 
 def header() -> dict[str, Any]:

@@ -135,6 +135,13 @@ def test_the_next_case_runs_whatever_happened_and_every_row_is_on_the_disk(
     assert read(tmp_path / "gpu.json")["rows"][0]["note"] == "not run: out of time"
 
 
+def test_the_file_to_send_names_no_folder_of_the_user(tmp_path: Path) -> None:
+    note = f"failed: {Path.home()}/.cache/gatedconv/x.so and {command.ROOT}/csrc/a.cu"
+    command.save(tmp_path, [Row("case", "a", 0, "", "", note=note)])
+    (row,) = read(tmp_path / "gpu.json")["rows"]
+    assert row["note"] == "failed: ~/.cache/gatedconv/x.so and gatedconv/csrc/a.cu"
+
+
 def test_rows_of_a_child_come_back(tmp_path: Path) -> None:
     assert command.child(case("b"), tmp_path) == 0
     (tmp_path / "logs").mkdir()
