@@ -16,6 +16,8 @@ import gatedconv
 from tests.oracle import random_masks, randomize_statistics
 from tests.runtime.conftest import X, small_net
 
+IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
 
 def compact_resnet(gate="both", depth="resnet20"):
     torch.manual_seed(0)
@@ -159,3 +161,37 @@ def test_a_forked_process_goes_on_with_a_plan(rt, plan_bytes):
         os._exit(0 if np.array_equal(net(X.numpy()), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
     np.testing.assert_array_equal(net(X.numpy()), expected)
+
+
+def published(name):
+    """A torchvision network with random weights, images of 64 pixels."""
+    networks = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = getattr(networks, name)().eval()
+    randomize_statistics(model, 0)
+    return model
+
+
+def compact_published(name):
+    """The same with a random half of its channels removed."""
+    gated = gatedconv.gate_model(published(name), "channel", position="middle", example_input=IMAGES)
+    masks = random_masks({key: gate.num_gates for key, gate in gatedconv.gates(gated).items()}, "odd", 1)
+    return gatedconv.compact(gatedconv.freeze(gated, masks=masks), IMAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0", "resnet50"])
+@pytest.mark.parametrize("make", [published, compact_published])
+def test_published_networks_are_one_plan_with_the_engines_bits(rt, export, name, make):
+    model = make(name)
+    net, engine = rt.load(export(model, IMAGES)), gatedconv.Engine(model, IMAGES)
+    for x in (IMAGES, torch.randn(2, 3, 96, 64)):
+        np.testing.assert_array_equal(net(x.numpy(), threads=2), engine(x).numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", ["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"])
+def test_cifar_networks_are_one_plan_with_the_engines_bits(rt, export, depth):
+    for model in (getattr(gatedconv.models, depth)().eval(), compact_resnet("both", depth)):
+        x = torch.randn(2, 3, 32, 32)
+        np.testing.assert_array_equal(rt.load(export(model, x))(x.numpy()), gatedconv.Engine(model, x)(x).numpy())

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Fuzzes the reader and the interpreter of plans for SECONDS: run.sh [SECONDS [libFuzzer's options...]]. Needs clang.
+# The corpus is kept in a copy; `run.sh 0 -merge=1 runtime/fuzz/corpus NEW` takes over what reaches new code.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+csrc=$here/../../csrc
+build=${BUILD:-$here/../../build/fuzz}
+seconds=${1:-60}
+shift || true
+mkdir -p "$build/corpus"
+flags=(-std=c++20 -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+  -DFUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION "-I$csrc" "-I$csrc/cpu")
+objects=()
+for source in "$here/fuzz_plan.cpp" "$csrc"/cpu/{gatedconv_plan,plan,plan_avx2,plan_avx512,plan_decode,plan_file,plan_header,plan_portable,worker_pool}.cpp; do
+  isa=()
+  case $source in
+    *_avx2.cpp) isa=(-mavx2 -mfma) ;;
+    *_avx512.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma) ;;
+  esac
+  object=$build/$(basename "$source" .cpp).o
+  objects+=("$object")
+  [ "$object" -nt "$source" ] || "${CLANG:-clang++}" "${flags[@]}" "${isa[@]}" -c "$source" -o "$object"
+done
+"${CLANG:-clang++}" -fsanitize=fuzzer,address,undefined "${objects[@]}" -o "$build/fuzz_plan" -pthread
+if [ "$seconds" = 0 ]; then
+  exec "$build/fuzz_plan" "$@"
+fi
+exec "$build/fuzz_plan" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -max_len=32768 \
+  -artifact_prefix="$build/" "$@" "$build/corpus" "$here/corpus"
