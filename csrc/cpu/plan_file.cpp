@@ -14,6 +14,7 @@
 #include <new>
 
 #include "gatedconv_plan.h"
+#include "plan_weights.h"
 
 namespace gatedconv {
 namespace {
@@ -150,47 +151,64 @@ int64_t tensor_size(const FileHeader& header, const char* name, const char* dtyp
   return entry.shape[0];
 }
 
-// Of the texts but the checksum itself, in the order of their keys, and of the data.
-[[maybe_unused]] std::string checksum_of(const PlanFile& file) {
-  Checksum sum;
-  for (const auto& [key, value] : file.metadata) {
-    if (key == "checksum") continue;
-    sum.add(key.c_str(), key.size() + 1);
-    sum.add(value.c_str(), value.size() + 1);
+// Calls body(begin, end) for the floats between the gaps.
+template <typename Body>
+void for_stored(const std::vector<Gap>& gaps, int64_t size, Body body) {
+  int64_t begin = 0;
+  for (const Gap& gap : gaps) {
+    body(begin, gap.begin);
+    begin = gap.end;
   }
-  sum.add(file.program.data(), 8 * file.program.size());
-  sum.add(file.weights.get(), 4 * static_cast<size_t>(file.weights_size));
-  char text[16];
-  std::snprintf(text, sizeof(text), "crc32:%08x", sum.value());
-  return text;
+  body(begin, size);
+}
+
+void allocate_weights(PlanFile& file, int64_t floats) {
+  const size_t bytes = (static_cast<size_t>(floats) * 4 + 64) / 64 * 64;
+  file.weights.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  if (!file.weights) throw std::bad_alloc();
+  file.weights_size = floats;
 }
 
 PlanFile read_plan(Source& source) {
   FileHeader header = read_header(source);
   check_format(header);
   const int64_t program = tensor_size(header, "program", "I64", 8, 0);
-  const int64_t weights = tensor_size(header, "weights", "F32", 4, 8 * program);
+  const int64_t stored = tensor_size(header, "weights", "F32", 4, 8 * program);
   if (header.tensors.size() != 2) throw FileError("it is no plan");
   // Before memory is asked for: the sizes are those of a file that is there.
-  const uint64_t bytes = 8 * static_cast<uint64_t>(program) + 4 * static_cast<uint64_t>(weights);
+  const uint64_t bytes = 8 * static_cast<uint64_t>(program) + 4 * static_cast<uint64_t>(stored);
   if (source.left() != bytes) {
     throw FileError(source.left() < bytes ? "the file is cut short" : "the file goes on after its end");
   }
   PlanFile file;
-  file.program.resize(static_cast<size_t>(program));
-  source.read(file.program.data(), 8 * static_cast<uint64_t>(program));
-  file.weights_size = weights;
-  file.weights.reset(
-      static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(weights) * 4 + 64) / 64 * 64)));
-  if (!file.weights) throw std::bad_alloc();
-  source.read(file.weights.get(), 4 * static_cast<uint64_t>(weights));
-  file.metadata = std::move(header.metadata);
-
-#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
-  if (file.metadata["checksum"] != checksum_of(file)) {
-    throw FileError("the file is damaged: its checksum is another");
+  Checksum sum;  // of the texts but the checksum itself, in the order of their keys, and of the data
+  for (const auto& [key, value] : header.metadata) {
+    if (key == "checksum") continue;
+    sum.add(key.c_str(), key.size() + 1);
+    sum.add(value.c_str(), value.size() + 1);
   }
+  const auto read = [&](void* to, int64_t count) {
+    source.read(to, static_cast<uint64_t>(count));
+    sum.add(to, static_cast<size_t>(count));
+  };
+  file.program.resize(static_cast<size_t>(program));
+  read(file.program.data(), 8 * program);
+  const std::vector<Gap> gaps = find_gaps(file.program, stored);
+  int64_t floats = stored;
+  for (const Gap& gap : gaps) floats += gap.end - gap.begin;
+  allocate_weights(file, floats);
+  float* weights = file.weights.get();
+  for_stored(gaps, floats, [&](int64_t begin, int64_t end) { read(weights + begin, 4 * (end - begin)); });
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+  char expected[16];
+  std::snprintf(expected, sizeof(expected), "crc32:%08x", sum.value());
+  if (header.metadata["checksum"] != expected)
+    throw FileError("the file is damaged: its checksum is another");
 #endif
+  for (const Gap& gap : gaps)
+    std::fill(weights + gap.begin, weights + gap.end, 0.0f);  // one may read another
+  for (const Gap& gap : gaps) fill_gap(gap, weights);
+  file.metadata = std::move(header.metadata);
   return file;
 }
 

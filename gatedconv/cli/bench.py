@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--energy", action="store_true", help="also the joules of a call, where the machine has a counter"
     )
+    parser.add_argument(
+        "--footprint",
+        action="store_true",
+        help="what ships instead: file, package, memory and the first answer of the compact network, kept with the run",
+    )
     parser.add_argument("--all-settings", action="store_true", help="every setting of a runtime, not only its best")
 
 
@@ -41,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.report.bench import bench_table, best_rows, compare_runtimes
 
     _check(arguments)
+    if arguments.footprint:
+        return _footprint(arguments)
     settings = _settings(arguments.peers)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -59,6 +66,38 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not measured: {provider}, {setting}: {reason}")
     for line in energy:
         print(line)
+    return 0
+
+
+def _footprint(arguments: argparse.Namespace) -> int:
+    """Print what the compact network weighs in each runtime, and keep it for the page of `gatedconv report html`."""
+    import dataclasses
+    import json
+    import tempfile
+
+    from gatedconv._io import write_atomic
+    from gatedconv.cli.networks import compact_network
+    from gatedconv.report.footprint import FILE_NAME, footprint_rows, measure_footprints
+    from gatedconv.report.tables import text_table
+
+    target = Path(arguments.target)
+    network = compact_network(target).eval()
+    size = None if arguments.size is None else (example_input(network).shape[1], arguments.size, arguments.size)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_footprints(
+            network,
+            example_input(network, arguments.batch[0], size),
+            Path(folder),
+            rounds=arguments.rounds,
+            threads=arguments.threads or 1,
+        )
+    rows = [dataclasses.asdict(row) for row in found]
+    if target.is_dir():
+        write_atomic(target / FILE_NAME, (json.dumps(rows, indent=2) + "\n").encode())
+    print(text_table(*footprint_rows(rows)))
+    for row in found:
+        if row.note:
+            print(f"not measured: {row.runtime}: {row.note}")
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedconv._io import write_atomic
+from gatedconv.report.footprint import FILE_NAME, read_footprints
 from gatedconv.report.html import RunView, html_page
 from gatedconv.train.run_dir import RunFolder
 
@@ -50,6 +51,8 @@ def read_view(path: Path) -> RunView:
     config = attempt(lambda: vars(folder.read_config()), {})
     history = attempt(lambda: [line.as_dict() for line in folder.read_metrics()], [])
     summary = attempt(folder.read_summary, None) if folder.summary.is_file() else None
+    shipped = path / FILE_NAME
+    footprint = attempt(lambda: read_footprints(shipped), []) if shipped.is_file() else []
     if summary is None and not problems:
         problems.append(f"not finished after {len(history)} epochs; resume with: gatedconv train --resume {path}")
-    return RunView(str(path), config, history, summary, problems)
+    return RunView(str(path), config, history, summary, problems, footprint)

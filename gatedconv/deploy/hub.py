@@ -6,20 +6,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from gatedconv.deploy.export import About, export
+from gatedconv.deploy.model_card import card_text
 from gatedconv.deploy.serialize import load, save
 
 try:
-    from huggingface_hub import ModelHubMixin, hf_hub_download
+    from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 except ImportError as error:
     raise ImportError("gatedconv.deploy.hub needs huggingface_hub: pip install 'gatedconv[hub]'") from error
 
 FILE_NAME = "model.safetensors"
+PLAN_NAME = "model.plan"
+_CARD = "---\n{{ card_data }}\n---\n\n{{ text }}"
 
 
 class HubModel(
@@ -30,7 +36,8 @@ class HubModel(
 ):
     """Any model that ``gatedconv.save`` writes, with ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
 
-    The repository holds the one file of ``gatedconv.save``, a card and a few words of JSON: no code and no pickle.
+    The repository holds the one file of ``gatedconv.save``, a card and a few words of JSON: no code and no pickle; and
+    the plan for gatedconv-runtime, where ``describe`` was given an example.
 
     Attributes:
         model: the network itself.
@@ -40,6 +47,41 @@ class HubModel(
         super().__init__()
         self.model = model
         self.training = model.training
+        self._about, self._license = About(), None
+        self._summary: Mapping[str, Any] = {}
+        self._example: Tensor | None = None
+
+    def describe(
+        self,
+        *,
+        summary: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        classes: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        example_input: Tensor | None = None,
+    ) -> HubModel:
+        """Say what the card is to say; returns the model.
+
+        Args:
+            summary: measured figures, as in a run's ``summary.json``.
+            license: as the Hub names it, for example "apache-2.0".
+            classes: the names of the outputs.
+            mean: see `gatedconv.export`.
+            std: see `gatedconv.export`.
+            example_input: (N, C, H, W); with it the repository also holds a plan, which runs without PyTorch.
+        """
+        self._about, self._license = About(classes, mean, std), license
+        self._summary, self._example = summary or {}, example_input
+        return self
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return the card: what was measured, images and classes, how to run the network."""
+        data = copy.copy(self._hub_mixin_info.model_card_data)
+        data.license = self._license
+        size = None if self._example is None else tuple(self._example.shape[1:])
+        text = card_text(kwargs.get("repo_id") or "you/name", self._about, self._summary, size)
+        return ModelCard.from_template(card_data=data, template_str=_CARD, text=text)
 
     def forward(self, x: Tensor) -> Any:
         """X (N, C, H, W) -> whatever the model returns."""
@@ -47,6 +89,17 @@ class HubModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self.model, Path(save_directory) / FILE_NAME)
+        if self._example is not None:
+            about = self._about
+            export(
+                self.model,
+                Path(save_directory) / PLAN_NAME,
+                self._example,
+                "plan",
+                classes=about.classes,
+                mean=about.mean,
+                std=about.std,
+            )
         # What the Hub counts downloads by, and what the mixin looks for first.
         config = json.dumps({"library": "gatedconv", "file": FILE_NAME}) + "\n"
         (Path(save_directory) / "config.json").write_text(config)

@@ -33,9 +33,17 @@ def pack_depthwise(weight: Tensor) -> Tensor:
 
 
 def pack_winograd(weight: Tensor, tile: int) -> Tensor:
-    """(C_out, C_in, 3, 3) -> flat [panel][(tile + 2)^2][C_in][16], transformed: G w G^T."""
-    g = winograd_weights(tile).to(weight)
-    return pack_panels(torch.einsum("ia,ocab,jb->ocij", g, weight, g))
+    """(C_out, C_in, 3, 3) -> flat [panel][(tile + 2)^2][C_in][16], transformed: G w G^T.
+
+    In float64, product by product and sum by sum: csrc/cpu/plan_weights.cpp makes the same bits.
+    """
+    g = winograd_weights(tile).tolist()
+
+    def transform(w: Tensor, dim: int) -> Tensor:
+        a, b, c = w.unbind(dim)
+        return torch.stack([(x * a + y * b) + z * c for x, y, z in g], dim)
+
+    return pack_panels(transform(transform(weight.double(), 2), 3).to(weight.dtype))
 
 
 def winograd_weights(tile: int) -> Tensor:

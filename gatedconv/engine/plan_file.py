@@ -49,12 +49,12 @@ def write_plan(model: nn.Module, path: Path, example_input: Tensor, about: About
     for name, values in (("mean", about.mean), ("std", about.std)):
         if values is not None:
             texts[name] = " ".join(repr(float(value)) for value in values)
-    path.write_bytes(plan_bytes(plan.program, plan.weights, texts))
+    path.write_bytes(plan_bytes(plan.program, _stored(plan), texts))
     _require_readable(path)
 
 
 def plan_bytes(program: Tensor, weights: Tensor, texts: Mapping[str, str]) -> bytes:
-    """Return a safetensors file of a program (int64) and weights (float32), with a checksum; the same at every call.
+    """Return a safetensors file of a program (int64) and stored weights (float32): the same bytes at every call.
 
     safetensors' own writer orders the texts differently in every process, so the header is written here.
     """
@@ -69,6 +69,18 @@ def plan_bytes(program: Tensor, weights: Tensor, texts: Mapping[str, str]) -> by
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data
+
+
+def _stored(plan: PlanModule) -> Tensor:
+    """The weights without those of Winograd's algorithms, which the reader makes anew (csrc/cpu/plan_weights.h)."""
+    first, last = 4 + 6 * len(plan.maps), int(plan.program[3])
+    offsets = plan.program[first:last].view(len(plan.steps), -1)[:, 15].tolist()  # kWeights of csrc/cpu/plan.h
+    kept, at = [], 0
+    for step, offset in zip(plan.steps, offsets, strict=True):
+        if step.op.startswith("winograd"):
+            kept.append(plan.weights[at:offset])
+            at = offset + step.weight_bytes // 4
+    return torch.cat([*kept, plan.weights[at:]])
 
 
 def _whole_plan(engine: Engine) -> PlanModule:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import PurePath
 from typing import Any
 
+from gatedconv.report.footprint import footprint_rows
 from gatedconv.report.svg import Point, heat_map, legend, scatter
 from gatedconv.report.tables import joules_text, network_name
 
@@ -43,6 +44,7 @@ class RunView:
         history: one mapping per epoch, with the fields of metrics.jsonl.
         summary: its results, None while it is not finished.
         problems: missing or damaged files.
+        footprint: what the compact network weighs in each runtime: rows of `footprint.json`.
     """
 
     name: str
@@ -50,6 +52,7 @@ class RunView:
     history: Sequence[Mapping[str, Any]] = ()
     summary: Mapping[str, Any] | None = None
     problems: Sequence[str] = ()
+    footprint: Sequence[Mapping[str, Any]] = ()
 
 
 def html_page(runs: Sequence[RunView], title: str = "gatedconv runs") -> str:
@@ -99,6 +102,7 @@ def _run_card(run: RunView) -> str:
         parts.append("<h3>Open gates</h3>" + heat_map(rates, [line["epoch"] for line in gates]))
     if run.summary is not None:
         parts.append(_architecture(run.summary))
+    parts.append(_footprint(run.footprint))
     parts.append(_details("Configuration", run.config))
     parts.append(_details("Versions and machine", _provenance(run.summary or {})))
     return f'<section class="card">{"".join(parts)}</section>'
@@ -167,6 +171,20 @@ def _architecture(summary: Mapping[str, Any]) -> str:
         )
     head = "<tr><th>block</th><th>open channels</th><th>MACs (M)</th><th>ms, batch 1</th></tr>"
     return f'<h3>What is left, block by block</h3><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _footprint(footprint: Sequence[Mapping[str, Any]]) -> str:
+    if not footprint:
+        return ""
+    header, rows = footprint_rows(footprint)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        f'<h3>What you ship</h3><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+        '<p class="sub">Each runtime in processes of its own, the least of some rounds. Package: as installed, without '
+        "what it depends on. Memory: the largest of the process up to its first answer, which includes Python and "
+        "NumPy. First: import, load and one call.</p>"
+    )
 
 
 def _macs_of(block: Mapping[str, Any]) -> float:

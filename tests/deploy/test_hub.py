@@ -30,6 +30,36 @@ def test_a_folder_is_written_and_read(tmp_path):
     assert torch.equal(gatedconv.load(tmp_path / "model.safetensors")(IMAGES), model(IMAGES))
 
 
+def test_the_card_says_what_was_measured_and_how_to_run_it(tmp_path):
+    model = small()
+    outputs = model(IMAGES).shape[1]
+    summary = {
+        "dense": {"top1": 93.5, "macs": 41_000_000, "params": 272_000, "latency_ms": {"1": 3.1}},
+        "frozen": {"top1": 92.25, "macs": 20_500_000, "params": 150_000, "engine_latency_ms": {"1": 0.4}},
+        "agreement": 0.999,
+    }
+    hub = gatedconv.HubModel(model).describe(
+        summary=summary,
+        license="apache-2.0",
+        classes=[f"class {i}" for i in range(outputs)],
+        mean=(0.5, 0.4, 0.3),
+        std=(0.25, 0.25, 0.25),
+        example_input=IMAGES,
+    )
+    hub.save_pretrained(tmp_path, model_card_kwargs={"repo_id": "someone/half"})
+    card = (tmp_path / "README.md").read_text()
+    assert "license: apache-2.0" in card and "library_name: gatedconv" in card
+    assert "| top-1 (%) | 93.50 | 92.25 |" in card and "| MACs (M) | 41.00 | 20.50 |" in card
+    assert "| latency, batch 1 (ms) | 3.100 | - |" in card and "| latency, batch 1, engine (ms) | - | 0.400 |" in card
+    assert "99.90%" in card and "mean (0.5000, 0.4000, 0.3000)" in card and f"{outputs} classes: class 0" in card
+    assert (
+        'HubModel.from_pretrained("someone/half")' in card and 'hf_hub_download("someone/half", "model.plan")' in card
+    )
+    assert (tmp_path / "model.plan").read_bytes()[8:9] == b"{"
+    bare = gatedconv.HubModel(model).generate_model_card().text
+    assert "Measured" not in bare and "gatedconv_runtime" not in bare and "from_pretrained" in bare
+
+
 def test_what_is_pushed_is_what_comes_back(tmp_path, monkeypatch):
     remote, calls = tmp_path / "remote", []
 

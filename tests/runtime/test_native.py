@@ -128,6 +128,7 @@ def test_cmake_and_pkg_config_find_what_was_installed(rt, files, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_wheel_from_the_sdist_runs_with_numpy_alone(plan_bytes, tmp_path):
     """In an environment that holds the wheel and numpy, and nothing else."""
     require_compiler()

@@ -1,0 +1,234 @@
+"""What a network weighs where it runs: the file, the installed package, memory, the time to the first answer.
+
+Every figure is of a whole process of its own, which imports one runtime, loads the network and answers. Runtimes take
+turns, and the least of the rounds is kept: what a busy machine adds is no property of a runtime.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gatedconv._io import require_schema
+from gatedconv.deploy import export, save
+
+FILE_NAME = "footprint.json"
+
+# The process: NumPy is there already, as it is in whoever has an image.
+_PROCESS = """
+import json, resource, sys, time
+import numpy as np
+path, shape, threads, calls = json.loads(sys.argv[1])
+x = np.random.default_rng(0).standard_normal(shape, np.float32)
+begin = time.perf_counter()
+{imports}
+imported = time.perf_counter()
+{load}
+y = np.asarray(run(x))
+answered = time.perf_counter()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+least = float("inf")
+for _ in range(calls):
+    start = time.perf_counter()
+    run(x)
+    least = min(least, time.perf_counter() - start)
+times = [1e3 * (imported - begin), 1e3 * (answered - begin), 1e3 * least]
+print(json.dumps([*times, peak / 1024, y.ravel()[:64].tolist()]))
+"""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A way to run a network.
+
+    Attributes:
+        name: as shown.
+        package: the distribution that is installed for it.
+        suffix: of its file.
+        imports: the statement that imports it.
+        load: statements that define ``run`` from ``path`` and ``threads``.
+    """
+
+    name: str
+    package: str
+    suffix: str
+    imports: str
+    load: str
+
+
+_MAYBE = (int, float, type(None))
+_ROW = {"runtime": str, "version": str, **dict.fromkeys(("file", "package", "peak_mib"), _MAYBE)}
+_ROW |= dict.fromkeys(("import_ms", "first_ms", "call_ms"), _MAYBE)
+
+_ORT = (
+    "options = ort.SessionOptions(); options.intra_op_num_threads = threads; options.log_severity_level = 3\n"
+    "session = ort.InferenceSession(path, options, providers=['CPUExecutionProvider'])\n"
+    "run = lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]"
+)
+_ENGINE = (
+    "torch.set_num_threads(threads)\n"
+    "engine = gatedconv.Engine(gatedconv.load(path).eval(), torch.from_numpy(x))\n"
+    "run = lambda x: engine(torch.from_numpy(x)).numpy()"
+)
+RUNTIMES = (
+    Runtime(
+        "gatedconv-runtime",
+        "gatedconv-runtime",
+        ".plan",
+        "import gatedconv_runtime as rt",
+        "run = rt.load(path, threads=threads)",
+    ),
+    Runtime("ONNX Runtime", "onnxruntime", ".onnx", "import onnxruntime as ort", _ORT),
+    Runtime("gatedconv.Engine", "torch", ".safetensors", "import torch, gatedconv", _ENGINE),
+)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One runtime's figures for one network: bytes, MiB and ms, None where not measured.
+
+    Attributes:
+        runtime: its name.
+        version: of the package.
+        file: bytes of the network's file.
+        package: bytes of the installed package without what it depends on.
+        import_ms: time to import the runtime, beyond NumPy.
+        first_ms: time from before that import to the first answer.
+        call_ms: fastest later call.
+        peak_mib: largest resident memory of the process up to the first answer.
+        note: why nothing was measured.
+    """
+
+    runtime: str
+    version: str = ""
+    file: int | None = None
+    package: int | None = None
+    import_ms: float | None = None
+    first_ms: float | None = None
+    call_ms: float | None = None
+    peak_mib: float | None = None
+    note: str = ""
+
+
+def measure_footprints(
+    network: nn.Module, x: Tensor, folder: Path, *, rounds: int = 5, calls: int = 100, threads: int = 1
+) -> list[Footprint]:
+    """Export a network for every runtime and measure each in processes of its own.
+
+    Args:
+        network: in eval mode, one that `gatedconv.save` takes.
+        x: (N, C, H, W), the size of the calls.
+        folder: for the files.
+        rounds: processes of each runtime.
+        calls: timed calls in a process, after the first.
+        threads: of each runtime.
+    """
+    ready: list[tuple[Runtime, Path]] = []
+    found: dict[str, Footprint] = {}
+    for runtime in RUNTIMES:
+        try:
+            version = importlib.metadata.version(runtime.package)
+            path = folder / f"network{runtime.suffix}"
+            _write(network, x, path)
+            found[runtime.name] = Footprint(
+                runtime.name, version, path.stat().st_size, _installed_bytes(runtime.package)
+            )
+            ready.append((runtime, path))
+        except (ImportError, ValueError, TypeError, OSError) as error:
+            found[runtime.name] = Footprint(runtime.name, note=str(error).splitlines()[0])
+    samples: dict[str, list[Sequence[float]]] = {runtime.name: [] for runtime, _ in ready}
+    with torch.no_grad():
+        expected = network(_input(x.shape)).flatten()[:64]
+    for _ in range(rounds):
+        for runtime, path in ready:
+            *figures, output = _run_once(runtime, path, list(x.shape), threads, calls)
+            if (torch.tensor(output) - expected).abs().max() > 1e-4 * expected.abs().max():
+                raise RuntimeError(f"{runtime.name} computes another output than the model")
+            samples[runtime.name].append(figures)
+    for name, figures in samples.items():
+        least = [min(column) for column in zip(*figures, strict=True)]
+        values = dict(zip(("import_ms", "first_ms", "call_ms", "peak_mib"), least, strict=True))
+        found[name] = Footprint(**{**asdict(found[name]), **values})
+    return list(found.values())
+
+
+def footprint_rows(footprints: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of a table of footprints, as read from JSON."""
+    header = [
+        "runtime",
+        "version",
+        "file (MB)",
+        "package (MB)",
+        "memory (MiB)",
+        "import (ms)",
+        "first (ms)",
+        "call (ms)",
+    ]
+    columns = (("file", 1e-6, 2), ("package", 1e-6, 1), ("peak_mib", 1, 0), ("import_ms", 1, 1), ("first_ms", 1, 1))
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        shown = [*columns, ("call_ms", 1, 3)]
+        return [str(row["runtime"]), str(row["version"])] + [
+            "-" if row[key] is None else f"{scale * row[key]:.{digits}f}" for key, scale, digits in shown
+        ]
+
+    return header, [cells(row) for row in footprints]
+
+
+def read_footprints(path: Path) -> list[dict[str, Any]]:
+    """Read the rows that `gatedconv bench RUN --footprint` keeps.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found damaged text ({error})") from None
+    require_schema(rows, list, str(path))
+    for row in rows:
+        require_schema(row, _ROW, str(path))
+    return rows
+
+
+def _input(shape: Sequence[int]) -> Tensor:
+    """The input of the processes."""
+    return torch.from_numpy(np.random.default_rng(0).standard_normal(tuple(shape), np.float32))
+
+
+def _write(network: nn.Module, x: Tensor, path: Path) -> None:
+    if path.suffix == ".safetensors":
+        save(network, path)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export(network, path, x, "plan" if path.suffix == ".plan" else "onnx")
+
+
+def _installed_bytes(package: str) -> int | None:
+    files = importlib.metadata.files(package) or []
+    sizes = [path.stat().st_size for file in files if (path := Path(str(file.locate()))).is_file()]
+    return sum(sizes) if sizes else None
+
+
+def _run_once(runtime: Runtime, path: Path, shape: list[int], threads: int, calls: int) -> list[Any]:
+    program = _PROCESS.format(imports=runtime.imports, load=runtime.load)
+    arguments = json.dumps([str(path), shape, threads, calls])
+    command = [sys.executable, "-W", "ignore", "-c", program, arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{runtime.name} failed: {done.stderr.strip()[-500:]}")
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
