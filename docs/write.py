@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 from scaling_tables import TABLES  # noqa: E402
 
 from benchmarks import tables as performance  # noqa: E402
+from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
 from gatedconv.train.config import read_toml  # noqa: E402
 from reproduce.ledger import read_ledger  # noqa: E402
@@ -133,6 +134,18 @@ def recipe_search() -> str:
     return f"{table}\n\nCommon settings of the rows with settings: {_settings(common)}." if common else table
 
 
+def footprints() -> str:
+    """What a network weighs in each runtime."""
+    path = ROOT / "benchmarks" / "results" / "footprint.json"
+    if not path.is_file():
+        return "Not measured yet."
+    found = json.loads(path.read_text())
+    header, cells = footprint_rows(found["rows"])
+    rows = [[row["network"], *line] for row, line in zip(found["rows"], cells, strict=True)]
+    table = markdown_table(["network", *header], rows, 3)
+    return f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['commit'])}."
+
+
 def training_speed() -> str:
     """Our training loop compared with a plain one on the CPU."""
     path = ROOT / "benchmarks" / "results" / "training-cpu.json"
@@ -172,7 +185,12 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
     ROOT / "docs" / "scaling.md": TABLES,
-    ROOT / "docs" / "performance.md": {"cpu": performance.cpu, "gpu": performance.gpu, "ptx": executed_kernels},
+    ROOT / "docs" / "performance.md": {
+        "cpu": performance.cpu,
+        "footprint": footprints,
+        "gpu": performance.gpu,
+        "ptx": executed_kernels,
+    },
     ROOT / "docs" / "results.md": {
         "demo": demo,
         "demo-seeds": demo_seeds,

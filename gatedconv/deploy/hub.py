@@ -47,7 +47,8 @@ class HubModel(
         super().__init__()
         self.model = model
         self.training = model.training
-        self._about, self._license = About(), None
+        self._about = About()
+        self._license: str | None = None
         self._summary: Mapping[str, Any] = {}
         self._example: Tensor | None = None
 

@@ -35,7 +35,8 @@ def pack_depthwise(weight: Tensor) -> Tensor:
 def pack_winograd(weight: Tensor, tile: int) -> Tensor:
     """(C_out, C_in, 3, 3) -> flat [panel][(tile + 2)^2][C_in][16], transformed: G w G^T.
 
-    In float64, product by product and sum by sum: csrc/cpu/plan_weights.cpp makes the same bits.
+    Of the float32 weights that direct convolution reads, in float64, product by product and sum by sum:
+    csrc/cpu/plan_weights.cpp makes the same bits of them.
     """
     g = winograd_weights(tile).tolist()
 
@@ -43,7 +44,7 @@ def pack_winograd(weight: Tensor, tile: int) -> Tensor:
         a, b, c = w.unbind(dim)
         return torch.stack([(x * a + y * b) + z * c for x, y, z in g], dim)
 
-    return pack_panels(transform(transform(weight.double(), 2), 3).to(weight.dtype))
+    return pack_panels(transform(transform(weight.float().double(), 2), 3).float())
 
 
 def winograd_weights(tile: int) -> Tensor:

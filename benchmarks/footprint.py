@@ -1,0 +1,51 @@
+"""What a network weighs in each runtime, for docs/performance.md: ``python -m benchmarks.footprint``.
+
+Install gatedconv-runtime (``pip install ./runtime``) and onnxruntime first. Every figure is the least of processes that
+take turns, on one thread: see gatedconv/report/footprint.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import gatedconv
+from gatedconv.environment import commit, versions
+from gatedconv.report.footprint import footprint_rows, measure_footprints
+from gatedconv.report.tables import text_table
+
+RESULTS = Path(__file__).parent / "results" / "footprint.json"
+NETWORKS = {"ResNet-20, CIFAR": "resnet20", "ResNet-56, CIFAR": "resnet56"}
+
+
+def build(name: str) -> nn.Module:
+    """A network of `gatedconv.models` with random weights."""
+    torch.manual_seed(0)
+    model: nn.Module = getattr(gatedconv.models, name)().eval()
+    return model
+
+
+def main() -> None:
+    """Measure, print and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    x = torch.randn((1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    rows = []
+    for title, name in NETWORKS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure_footprints(build(name), x, Path(folder), rounds=arguments.rounds)
+        rows += [{"network": title, **dataclasses.asdict(row)} for row in found]
+        print(f"{title}\n{text_table(*footprint_rows(rows[-len(found) :]))}\n")
+    result = {"rounds": arguments.rounds, "commit": commit(), "versions": versions(), "rows": rows}
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
