@@ -192,6 +192,17 @@ class Machine:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / repeats
 
+    def host_ms(self, call: Call) -> float:
+        """Milliseconds until a call returns, which waits for no GPU: the least of several, each on an idle one."""
+        times = []
+        for _ in range(1 if self.dry else 20):
+            if not self.dry:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        return min(times) * 1e3
+
     def captured(self, call: Call) -> Call:
         """The call as a CUDA graph; it must not synchronize or depend on fresh input.
 

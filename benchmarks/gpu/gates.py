@@ -52,7 +52,10 @@ def gate_steps(gate: torch.nn.Module, inputs: list[Tensor], wrap: Callable[..., 
 
 
 def gate_rows(machine: Machine, kind: str, channels: int, size: int, providers: tuple[str, ...] = EAGER) -> list[Row]:
-    """Every provider on one gate; inputs rotate beyond the L2 cache, except under torch.compile's own graphs."""
+    """Every provider on one gate; inputs rotate beyond the L2 cache, except under torch.compile's own graphs.
+
+    Launches of a small gate may take the host longer than the GPU: the note of an eager row has the host's share.
+    """
     batch, rows = (4 if machine.dry else BATCH), []
     size = 4 if machine.dry else size
     for provider in providers:
@@ -62,7 +65,9 @@ def gate_rows(machine: Machine, kind: str, channels: int, size: int, providers: 
         inputs = [make()] if compiled else machine.copies(make)
         wrap = (lambda f, m=compiled: machine.compile(f, m, True)) if compiled else (lambda f: f)
         with variable("GATEDCONV_TRITON", mode):
-            values = machine.values(gate_steps(gate, inputs, wrap), graph, inner=compiled is None)
-        note = "one input, which may be read from L2" if compiled else None
+            steps = gate_steps(gate, inputs, wrap)
+            values = machine.values(steps, graph, inner=compiled is None)
+            note = None if compiled or graph else f"the host alone: {machine.host_ms(steps[0]):.3f} ms"
+        note = "one input, which may be read from L2" if compiled else note
         rows.append(Row("gate", f"{kind} {channels}x{size}x{size}", batch, "float32", provider, note=note, **values))
     return rows

@@ -222,6 +222,12 @@ def test_errors_are_of_64_images_or_more_in_batches(batch: int, images: int) -> 
     assert torch.equal(engine._batched(run, several, batch), several) and sizes == {batch}
 
 
+def test_eager_rows_have_the_time_of_the_host_alone() -> None:
+    notes = {row.provider: row.note for row in gates.gate_rows(DRY, "layer", 16, 4)}
+    assert all((notes[provider] or "").startswith("the host alone: ") for provider in ("eager", "gatedconv"))
+    assert notes["eager graph"] is None and notes["gatedconv graph"] is None
+
+
 def test_a_gate_step_has_gradients_of_input_and_parameters() -> None:
     gate = gates.make_gate("channel", 3, 4)
     x = torch.randn(4, 3, 4, 4, requires_grad=True)

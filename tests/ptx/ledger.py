@@ -7,7 +7,6 @@ benchmarks/results/ptx.json, of which docs/write.py makes the table in docs/perf
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gatedconv._io import write_atomic
+from gatedconv._io import locked, write_atomic
 from tests.ptx.parser import Kernel
 
 ROOT = Path(__file__).parents[2]
@@ -54,9 +53,7 @@ class Ledger:
 
     def save(self, path: Path = SESSIONS) -> None:
         """Add this session to a file; a kernel there that was compiled from other sources is forgotten."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(path.with_suffix(".lock")):
             self._add_to(path)
 
     def _add_to(self, path: Path) -> None:

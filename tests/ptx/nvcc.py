@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gatedconv import _build
-from gatedconv._io import write_atomic
+from gatedconv._io import locked, write_atomic
 from tests.ptx.parser import Kernel, parse
 
 ROOT = Path(__file__).parents[2]
@@ -78,14 +78,15 @@ class changed:
 
 def _compiled(command: list[str], csrc: Path, source: Path, suffix: str) -> Path:
     """The file that a command makes of a source, from the cache if nothing that goes into it has changed."""
-    headers = [path.read_bytes() for path in sorted(csrc.rglob("*.*h"))]
+    headers = [path.read_bytes() for part in ("cuda", "shared") for path in sorted((csrc / part).rglob("*.*h"))]
     digest = hashlib.sha256("\0".join(command).encode() + b"".join(headers) + source.read_bytes()).hexdigest()[:16]
     finished = CACHE / f"{source.stem}-{digest}{suffix}"
-    if not finished.exists():
+    with locked(finished.with_suffix(".lock")):  # workers that want the same wait for one
+        if finished.exists():
+            return finished
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / finished.name
             done = subprocess.run([*command, f"-I{csrc}", str(source), "-o", str(part)], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
-            CACHE.mkdir(parents=True, exist_ok=True)
             write_atomic(finished, part.read_bytes())
     return finished

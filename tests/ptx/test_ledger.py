@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
+import pytest
 
 from tests.ptx import ledger
 from tests.ptx.parser import parse
@@ -51,3 +53,19 @@ def test_sessions_add_up_until_the_sources_change(tmp_path):
     assert "| k | sm_90 | 2 | 1 | 3 | 67% |" in text and "| one barrier left out | k | 1 | 1 | none |" in text
     changed = session(path, "a", [True, True, False], add="sub.u32")
     assert ledger.summary(changed)["kernels"]["k sm_90"]["cases"] == 1
+
+
+def test_the_record_has_every_kernel_and_most_of_its_instructions():
+    body = json.loads(ledger.RESULTS.read_text())
+    cuda = "".join(path.read_text() for path in (ledger.ROOT / "csrc" / "cuda").rglob("*.cu*"))
+    named = set(re.findall(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+_kernel)\(", cuda))
+    assert len(named) == 6 and named <= {key.split()[0] for key in body["kernels"]}
+    assert all(row["covered"] >= 0.8 * row["instructions"] for row in body["kernels"].values())
+    assert all(one["found"] for one in body["mutations"].values() if one["kind"] == "one mistake in a source")
+
+
+def test_the_record_has_every_training_kernel():
+    pytest.importorskip("triton")
+    from tests.ptx.test_training import kernels
+
+    assert kernels() <= {key.split()[0] for key in json.loads(ledger.RESULTS.read_text())["kernels"]}
