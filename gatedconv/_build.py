@@ -53,7 +53,7 @@ PLAN_SOURCES = (
 # use.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
-# PyTorch's own headers ask for C++20 since 2.13; the older ones accept it.
+# PyTorch's own headers require C++20 since 2.13; the older ones accept it.
 CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
 
@@ -71,12 +71,12 @@ BYTES_PER_JOB = 2 * 2**30
 
 
 class BuildError(RuntimeError):
-    """A library cannot be built here; the message says why, in words for the user."""
+    """A library cannot be built here; the message, for the user, gives the reason."""
 
 
 @dataclass(frozen=True)
 class Torch:
-    """What a build has to know of an installed torch."""
+    """What a build needs of an installed torch."""
 
     root: Path
     version: str
@@ -128,8 +128,7 @@ def find_torch() -> Torch:
 def find_toolkit() -> Toolkit:
     """Find a CUDA toolkit: CUDA_HOME, CUDA_PATH, the home of the nvcc on PATH, or /usr/local/cuda.
 
-    The nvcc on PATH may be a wrapper script, whose folder is no toolkit, so it is asked for its own
-    (``--dryrun``).
+    The nvcc on PATH may be a wrapper script, whose folder is no toolkit; ``--dryrun`` prints that of the real one.
 
     Raises:
         BuildError: None of them holds nvcc, the headers and the run-time library.
@@ -138,8 +137,8 @@ def find_toolkit() -> Toolkit:
     candidates = [Path(named)] if named else []
     on_path = shutil.which("nvcc")
     if not named and on_path:
-        told = subprocess.run([on_path, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
-        top = re.search(r"^#\$ TOP=(.+)$", told.stderr + told.stdout, re.M)
+        answer = subprocess.run([on_path, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", answer.stderr + answer.stdout, re.M)
         if top:
             candidates.append(Path(top[1].strip()).resolve())
         candidates.append(Path(on_path).resolve().parent.parent)
@@ -147,8 +146,8 @@ def find_toolkit() -> Toolkit:
         candidates.append(Path("/usr/local/cuda"))
     for root in candidates:
         if (root / "bin/nvcc").exists() and (root / "include/cuda_runtime.h").exists() and _cudart_folder(root):
-            told = subprocess.run([str(root / "bin/nvcc"), "--version"], capture_output=True, text=True)
-            version = re.search(r"release (\d+\.\d+)", told.stdout)
+            answer = subprocess.run([str(root / "bin/nvcc"), "--version"], capture_output=True, text=True)
+            version = re.search(r"release (\d+\.\d+)", answer.stdout)
             if version:
                 return Toolkit(root, version[1])
     raise BuildError(
@@ -242,7 +241,7 @@ def build(
 
     def compile_one(source: Path) -> Path:
         command = _compile_command(source, csrc, torch, compiler, toolkit)
-        # Where the sources lie is no part of the object: an installed copy shares it with a checkout.
+        # The folder of the sources is not part of the key: an installed copy shares objects with a checkout.
         key = "\0".join(command).replace(str(csrc), "csrc") + _compiler_version(command[0])
         digest = hashlib.sha256(key.encode() + headers + source.read_bytes())
         finished = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
@@ -370,7 +369,7 @@ def _compile_command(
     source: Path, csrc: Path, torch: Torch | None, compiler: str, toolkit: Toolkit | None
 ) -> list[str]:
     common = ["-c", str(source), f"-I{csrc}"]
-    # Error messages name source files: not by where this machine keeps them.
+    # Error messages contain names of source files, without the folders of this machine.
     names = [f"-ffile-prefix-map={csrc}=csrc"]
     # What needs no torch is compiled without it: its object is the same one in every library.
     if torch is not None and (source.suffix == ".cu" or b"<torch/" in source.read_bytes()):
@@ -385,7 +384,7 @@ def _compile_command(
 
 
 def _for_host(flags: list[str]) -> list[str]:
-    # nvcc takes a comma or a blank for the end of what it passes on.
+    # For nvcc a comma or a blank ends what is passed on.
     return [part for flag in flags if not re.search(r"[,\s]", flag) for part in ("-Xcompiler", flag)]
 
 
@@ -412,13 +411,12 @@ def _visible_architectures() -> list[str]:
     if tool is None:
         return []
     query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True)
-    return sorted(set(re.findall(r"^\d+\.\d+$", told.stdout, re.M))) if told.returncode == 0 else []
+    answer = subprocess.run(query, capture_output=True, text=True)
+    return sorted(set(re.findall(r"^\d+\.\d+$", answer.stdout, re.M))) if answer.returncode == 0 else []
 
 
 def _compiler_version(compiler: str) -> str:
-    told = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    return told.stdout
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def _link(objects: list[Path], output: Path, torch: Torch | None, compiler: str, toolkit: Toolkit | None) -> None:
@@ -436,7 +434,7 @@ def _link(objects: list[Path], output: Path, torch: Torch | None, compiler: str,
 
 
 def _run_into(output: Path, command: list[str]) -> None:
-    """Run ``command`` with ``-o`` to a file beside ``output``, then rename: never a half-written file."""
+    """Run ``command`` with ``-o`` to a temporary file next to ``output``, then rename: never a half-written file."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as folder:
         part = Path(folder) / output.name

@@ -52,7 +52,7 @@ class Library:
 
 
 def source_folder() -> Path:
-    """Return the folder of the C++ sources: in the installed package, or beside it in a checkout."""
+    """Return the folder of the C++ sources: in the installed package, or next to it in a checkout."""
     installed = _PACKAGE / "_csrc"
     return installed if installed.is_dir() else _PACKAGE.parent / "csrc"
 
@@ -67,7 +67,7 @@ def cache_folder() -> Path:
 
 
 def build_info() -> dict[str, Any]:
-    """Return what the installation wrote down about its build, empty where it wrote nothing."""
+    """Return what the installation recorded about its build, empty where it recorded nothing."""
     try:
         info = json.loads((_PACKAGE / "_build_info.json").read_text())
     except (OSError, ValueError):
@@ -125,7 +125,7 @@ def _load_first(target: str) -> Library:
 
 
 def _ahead_of_time_reason(target: str) -> str | None:
-    """Say why the built library cannot be used, None if it can."""
+    """Return why the built library cannot be used, None if it can."""
     info = build_info()
     if not (_PACKAGE / _build.library_name(target)).exists():
         reasons = info.get("reasons", {})
@@ -139,7 +139,7 @@ def _compile(target: str) -> Path:
     if os.environ.get("GATEDCONV_BUILD") == "off":
         raise _build.BuildError("GATEDCONV_BUILD=off")
     if target == "cuda" and not torch.cuda.is_available():
-        raise _build.BuildError("no CUDA device is here to compile for")
+        raise _build.BuildError("there is no CUDA device to compile for")
     csrc = source_folder()
     torch_version = torch.__version__.replace("/", "-")
     folder = cache_folder() / f"{_build.source_hash(csrc)}-torch-{torch_version}"

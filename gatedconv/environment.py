@@ -14,8 +14,6 @@ import torch
 
 from gatedconv import _native
 
-__all__ = ["collect", "commit", "cpu_info", "provenance", "version", "versions"]
-
 # Packages that a result depends on; the environment report has the optional ones, too.
 _PACKAGES = ("gatedconv", "torch", "torchvision", "numpy", "fvcore", "scikit-learn", "onnx")
 _OPTIONAL = ("triton", "safetensors", "matplotlib", "onnxruntime", "openvino")
@@ -35,7 +33,7 @@ def collect() -> dict[str, Any]:
 
     Returns:
         Dotted names, such as "packages.torch" or "native.cpu.reason", to strings, numbers, lists or None,
-        ready for JSON. "native.*.source" is "ahead-of-time", "jit" or "none"; "native.*.reason" says why it
+        ready for JSON. "native.*.source" is "ahead-of-time", "jit" or "none"; "native.*.reason" is why it
         is not the first; "native.cuda.get", where the CUDA library is missing, how to get it.
     """
     found: dict[str, Any] = {

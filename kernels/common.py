@@ -15,7 +15,7 @@ from torch import Tensor
 # Its speed is unmeasured.
 TILE = 2048
 REACH = 1 << 31  # offsets within a sample are 32-bit
-ASSUMED_MULTIPROCESSORS = 132  # of an H100 or H200; used where there is no GPU to ask
+ASSUMED_MULTIPROCESSORS = 132  # of an H100 or H200; used where there is no GPU
 
 # Options of every kernel that sums. With fused multiply-adds, the lanes that hold copies of one sum disagree in the
 # last bit, and which copy is kept would be undefined: sums would no longer have a fixed order.

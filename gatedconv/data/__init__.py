@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gatedconv.data.batches import EvalBatches, Normalize, TrainBatches
-from gatedconv.data.errors import DataError
 from gatedconv.data.image_data import Augment, ImageData, validation_view
+from gatedconv.data.image_files import DataError
 from gatedconv.data.sources import SOURCES, load_data
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The one form in which every data source hands over its images."""
+"""The form in which every data source returns its images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gatedconv.data.errors import DataError
-from gatedconv.data.image_files import FileImages
+from gatedconv.data.image_files import DataError, FileImages
 
 Images = Tensor | FileImages
 """uint8 (N, C, H, W), in memory or in files."""

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gatedconv.data.errors import DataError
-
 _WIDE = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # Pillow's modes of more than 8 bits
+
+
+class DataError(ValueError):
+    """A data source that is missing, damaged or not of the expected form; the message is for the user."""
 
 
 class FileImages:

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gatedconv.data.errors import DataError
 from gatedconv.data.image_data import Augment, ImageData, Images, make_image_data
-from gatedconv.data.image_files import FileImages, brightest, shown
+from gatedconv.data.image_files import DataError, FileImages, brightest, shown
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SAMPLE = 32  # files whose range of values is looked at

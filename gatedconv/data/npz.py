@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gatedconv.data.errors import DataError
 from gatedconv.data.image_data import Augment, ImageData, make_image_data
+from gatedconv.data.image_files import DataError
 
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
 _VALIDATION = ("val_images", "val_labels")
-# What NumPy raises for a file that is no archive, a cut-off archive or a damaged member.
+# What NumPy raises for a file that is no archive, a truncated archive or a damaged member.
 _DAMAGED = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError)
 
 

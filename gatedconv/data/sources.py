@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from gatedconv.data.errors import DataError
 from gatedconv.data.image_data import Augment, ImageData, make_image_data, stratified_split
+from gatedconv.data.image_files import DataError
 from gatedconv.data.imagefolder import load_imagefolder
 from gatedconv.data.npz import load_npz
 
@@ -25,7 +25,7 @@ def load_data(
     workers: int | None = None,
     image_range: float = 0.0,
 ) -> ImageData:
-    """Load a data source as uint8 images, into memory unless `workers` asks for files to stay files.
+    """Load a data source as uint8 images, into memory unless `workers` leaves them in their files.
 
     Args:
         source: `digits` (scikit-learn's bundled scans, 8x8 gray), `cifar10`, `cifar100` (torchvision,

@@ -63,7 +63,7 @@ def _before_call(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 
 
 def require_size(model: nn.Module, x: Tensor) -> None:
-    """Raise where a cut network's constants are not those of images like x (N, C, H, W).
+    """Raise where a compact network's constants are not those of images like x (N, C, H, W).
 
     Raises:
         ValueError: naming both sizes.
@@ -78,7 +78,7 @@ def _of_size(x: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(x.shape[2:]) != tuple(size):
         found = " x ".join(str(n) for n in x.shape[2:])
         raise ValueError(
-            f"this network was cut for images of {size[0]} x {size[1]}, got {found}: constants that closed channels "
-            f"left in it hold for that size alone; compact it with an example of the other size"
+            f"this network was compacted for images of {size[0]} x {size[1]}, got {found}: constants that closed "
+            f"channels left in it hold for that size alone; compact it with an example of the other size"
         )
     return x

@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedconv.ops._conv_args import Conv
-from gatedconv.ops._memory_format import conv_memory_format
-
-__all__ = ["Gradients", "compact_backward", "compact_forward", "without_closed_samples"]
+from gatedconv.ops._conv_args import Conv, conv_memory_format
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

@@ -9,8 +9,6 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["capture"]
-
 Result = TypeVar("Result")
 
 # Beginning a capture synchronizes the device, which invalidates a capture that another thread has under way there.

@@ -14,11 +14,8 @@ from torch import Tensor
 from gatedconv import _native
 from gatedconv.ops import cuda_conv
 from gatedconv.ops._compact_conv import compact_backward
-from gatedconv.ops._conv_args import Conv, Geometry
-from gatedconv.ops._memory_format import conv_memory_format
+from gatedconv.ops._conv_args import Conv, Geometry, conv_memory_format
 from gatedconv.ops._triton import arguments_schema
-
-__all__ = ["call", "pack", "ready"]
 
 _NAME = "gatedconv::masked_conv2d"
 _library: torch.library.Library | None = None

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from gatedconv.ops import _native_conv, cuda_conv
 
-__all__ = ["PackedConv"]
-
 
 class PackedConv:
     """Keeps what `masked_conv2d` packs, for one convolution whose masks rarely change.

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KERNEL_DTYPES", "arguments_schema", "kernels_run_on"]
-
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SCHEMA_TYPES = {
     Tensor: "Tensor",

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from gatedconv import _native
 
-__all__ = ["TILES", "allows_tf32", "conv_pack", "conv_run", "cuda_kernels", "kernels_mode", "takes"]
-
 # (16-row fragments of a warp, 8-column fragments of a block) that the library has kernels for.
 TILES = tuple((rows, columns) for rows in (1, 2) for columns in (1, 2, 4, 8))
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

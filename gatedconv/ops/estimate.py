@@ -7,8 +7,6 @@ from torch import Tensor
 
 from gatedconv.ops.ste import ste
 
-__all__ = ["ESTIMATORS", "estimate", "logistic_noise"]
-
 ESTIMATORS = ("ste", "gumbel", "bernoulli", "batch_mean")
 
 

@@ -15,19 +15,6 @@ from gatedconv.ops import _triton
 from gatedconv.ops.estimate import ESTIMATORS, estimate
 from gatedconv.ops.global_average_pool import global_average_pool
 
-__all__ = [
-    "GateOptions",
-    "GateOutput",
-    "GateParameters",
-    "GateStatistics",
-    "check_gate",
-    "gate",
-    "gate_reference",
-    "kernels_can",
-    "move_buffers",
-    "require_batch",
-]
-
 _MAX_HIDDEN = 128  # units of the hidden layer that fit a kernel's tile
 
 

@@ -23,8 +23,6 @@ from gatedconv.ops.gate import (
     require_batch,
 )
 
-__all__ = ["InnerGate", "NormArguments", "ResidualOutput", "gated_residual", "gated_residual_reference"]
-
 
 class NormArguments(NamedTuple):
     """A BatchNorm over (N, H, W) that uses the batch's statistics.

@@ -10,8 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from gatedconv.ops import _triton
 
-__all__ = ["gated_scale", "gated_scale_reference"]
-
 
 def gated_scale(x: Tensor, gate: Tensor) -> Tensor:
     """Multiply the channels of x (N, C, H, W) by gate (N, C).

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["global_average_pool"]
-
 
 def global_average_pool(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The mean of x (N, C, H, W) over H and W, as (N, C) in ``dtype``, added up in fp32 or, for fp64, in fp64.

@@ -11,11 +11,8 @@ from torch.autograd import forward_ad
 
 from gatedconv.ops import _native_conv, cuda_conv
 from gatedconv.ops._compact_conv import compact_backward, compact_forward, without_closed_samples
-from gatedconv.ops._conv_args import Conv, IntPair, check_arguments
-from gatedconv.ops._memory_format import conv_memory_format
+from gatedconv.ops._conv_args import Conv, IntPair, check_arguments, conv_memory_format
 from gatedconv.ops._packed_conv import PackedConv
-
-__all__ = ["masked_conv2d", "masked_conv2d_reference"]
 
 
 def masked_conv2d(

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from gatedconv import _native
 
-__all__ = ["plan_check", "plan_isa", "plan_output_size", "plan_release", "plan_run", "plan_workspace", "unavailable"]
-
 _NAME = "gatedconv::plan_run"
 _library: torch.library.Library | None = None
 
 
 def unavailable() -> str | None:
-    """Load the native library; say why there is none, None if there is one."""
+    """Load the native library; return why there is none, None if there is one."""
     global _library
     library = _native.load("cpu")
     if not library.available:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ste", "ste_reference"]
-
 
 class _Ste(torch.autograd.Function):
     generate_vmap_rule = True

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from gatedconv.data import load_data
-from gatedconv.data.errors import DataError
-from gatedconv.data.image_files import read_image, shown
+from gatedconv.data.image_files import DataError, read_image, shown
 
 RAMP = np.linspace(0, 1, 16)[None, :].repeat(16, 0)
 
