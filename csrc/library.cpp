@@ -4,9 +4,10 @@
 STABLE_TORCH_LIBRARY(gatedconv, m) {
   // input (N, C_in, H, W), weight (C_out, C_in / groups, KH, KW), bias (C_out), residual (N, C_out, P, Q),
   // out_open bool (C_out) or (N, C_out), in_open bool (C_in); padding is top, bottom, left, right.
-  // packed is what masked_conv2d_pack made, which spares the call packing the weights; made of other weights
-  // or masks it is not used on CPUs, and on GPUs wrong: there nobody could tell without waiting. On GPUs
-  // in_open may be (N, C_in), too. allow_tf32 lets GPUs multiply float32 in tf32. Returns (N, C_out, P, Q).
+  // packed is the result of masked_conv2d_pack, so that the call need not pack the weights. If it is of other
+  // weights or masks, it is ignored on CPUs; on GPUs the result is wrong, since checking would synchronize.
+  // On GPUs in_open may be (N, C_in), too. allow_tf32 lets GPUs multiply float32 in tf32. Returns (N, C_out,
+  // P, Q).
   m.def(
       "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor out_open, Tensor? in_open, "
       "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool relu, "
@@ -19,7 +20,7 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
       "bool allow_tf32=False) -> Tensor");
   // One convolution of a plan on a GPU. conv_pack packs weight (C_out, inputs, KH, KW), whose inputs are
   // those of in_index (int32) in their order, or all. conv_run writes act(conv + bias + residual) to output:
-  // in_index says which channels of input are read; out_index, int32 (C_out + 1), lists the open outputs,
+  // in_index lists the channels of input that are read; out_index, int32 (C_out + 1), lists the open outputs,
   // then the closed ones, then how many are open; closed ones become act(residual), or 0, or with skip_closed
   // stay as they are. geometry is kernel, stride, padding (top, left), dilation; act 0 none, 1 ReLU, 2 ReLU6;
   // mt and nt choose the tile, 0 lets us choose.
@@ -33,8 +34,8 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
   // last, stream (uint8) and layout as gatedconv/engine/cuda/experimental.py writes them.
   m.def("resident_run(Tensor input, Tensor stream, Tensor(a!) output, int[] layout, bool allow_tf32) -> ()");
   // A network in one call: input (N, C, H, W), program int64 and weights float32 as gatedconv.Engine packs
-  // them. shape says how the output's size follows from the input's, for the fake: output channels, output
-  // rank (2 or 4), then for every layer on the way that changes height or width: extent, stride, padding of
+  // them. shape gives the output's size as a function of the input's, for the fake: output channels, output
+  // rank (2 or 4), then for every layer that changes height or width: extent, stride, padding of
   // both. workers 0 is as many threads as PyTorch uses. Returns (N, C') or (N, C', H', W').
   m.def("plan_run(Tensor input, Tensor program, Tensor weights, int[] shape, int workers=0) -> Tensor");
   m.def("plan_workspace(int[] size, Tensor program, int workers) -> int");

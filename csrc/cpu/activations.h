@@ -117,7 +117,7 @@ static inline vec clamp_to_six(vec x) {
   return activate(x, Act::kRelu6);
 }
 
-// The result of an activation that `activate` does not know.
+// The result of an activation that `activate` does not have.
 template <Act A>
 static inline vec late_activation(vec x, float value) {
   if constexpr (A == Act::kLeakyRelu) return x < 0.0f ? x * value : x;

@@ -1,9 +1,9 @@
 /* Runs a network that `gatedconv export --format plan` has written: from C, without PyTorch.
  *
  * Nothing in a file is trusted: what is damaged, cut short, foreign or newer is refused with one line of
- * text. Functions that can fail return NULL or -1, and gatedconv_plan_error() says why. A plan does not
- * change after it was opened, so several threads may run it at the same time, each with tensors of its own. A
- * process that was forked may go on with the plans of its parent.
+ * text. Functions that can fail return NULL or -1, and gatedconv_plan_error() returns the reason. A plan does
+ * not change after it was opened, so several threads may run it at the same time, each with tensors of its
+ * own. A process that was forked may keep using the plans of its parent.
  */
 #ifndef GATEDCONV_PLAN_H
 #define GATEDCONV_PLAN_H
@@ -52,13 +52,13 @@ GATEDCONV_PLAN_API int64_t gatedconv_plan_workspace(const gatedconv_plan* plan, 
  * core.
  *
  * input: float32 N, C, H, W of `size`, its strides counted in floats; stride NULL means contiguous.
- * output: room for `output_floats` floats, exactly as many as output_size says; contiguous, not inside of the
- * input. Returns 0, or -1 with `output` unchanged. */
+ * output: room for `output_floats` floats, exactly as many as output_size returns; contiguous, not inside of
+ * the input. Returns 0, or -1 with `output` unchanged. */
 GATEDCONV_PLAN_API int gatedconv_plan_run(const gatedconv_plan* plan, const float* input,
                                           const int64_t size[4], const int64_t stride[4], float* output,
                                           int64_t output_floats, int threads);
 
-/* What the file says under a key, NULL if it says nothing; valid until the plan is closed. Numbers are
+/* The value of a key in the file, NULL without one; valid until the plan is closed. Numbers are
  * decimal: "producer"     name and version of the program that wrote the file "classes"      names of the
  * outputs, one in a line "mean", "std"  for every channel, of pixels from 0 to 1: the network's input is
  * (pixel - mean) / std */

@@ -10,7 +10,7 @@
 
 namespace gatedconv::GATEDCONV_ISA {
 
-// Zeros the border of the output map beside the rows of the part (and above the first, below the last).
+// Zeros the border of the output map next to the rows of the part (and above the first, below the last).
 static inline void clear_border(const Map& map, int64_t image, int y0, int y1, int channel0, int channel1) {
   const auto clear = [&](float* from, int pixels) {
     for (int i = 0; i < pixels; ++i, from += map.pixel) {
@@ -40,7 +40,7 @@ static inline void read_input(const Step& step, const Part& part) {
     for (int c = 0; c < out.channels; ++c) {
       for (int x = 0; x < out.width; ++x) to[x * out.pixel + c] = from[c * stride[1] + x * stride[3]];
     }
-    // Channels between the last one and the pixel's end are read by nobody but whole vectors: keep them
+    // Channels between the last one and the pixel's end are read only as parts of whole vectors: keep them
     // finite.
     for (int c = out.channels; c < out.pixel; ++c) {
       for (int x = 0; x < out.width; ++x) to[x * out.pixel + c] = 0;

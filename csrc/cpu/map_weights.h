@@ -24,7 +24,7 @@ inline bool is_winograd(const ConvShape& s) {
   return s.stride_h == 1 && s.stride_w == 1;
 }
 
-// Open outputs by their place in a pixel of the map. Closed ones stand among them, as -1, where they fill up
+// Open outputs by their place in a pixel of the map. Closed ones are among them, as -1, where they fill up
 // registers that are computed anyway: then nothing has to be moved to its place.
 std::vector<int32_t> place_outputs(const ConvShape& s, const OpenOutputs& outputs, int lanes);
 

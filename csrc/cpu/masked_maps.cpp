@@ -14,7 +14,7 @@ namespace {
 // Multiply-adds of weights beyond which Winograd's, four times as many, would leave the second-level cache.
 constexpr int64_t kMostWeights = 64 * 128;
 
-// Floats of maps that stay in a core's second-level cache beside the weights, and images of a band.
+// Floats of maps that stay in a core's second-level cache with the weights, and images of a band.
 constexpr int64_t kBandFloats = 96 * 1024;
 constexpr int64_t kMostImages = 8;
 
@@ -329,7 +329,8 @@ bool prefer_maps(const ConvShape& s, int64_t inputs, int64_t outputs, int lanes,
       widest > std::numeric_limits<int32_t>::max()) {
     return false;
   }
-  // Register instructions for 16 pixels; what planes and transforms cost beside their sums is measured.
+  // Register instructions for 16 pixels; what planes and transforms cost in addition to their sums is
+  // measured.
   const int64_t in_vectors = ceil_div(inputs, lanes), out_vectors = ceil_div(outputs, lanes);
   const double planes = 1.4 * kTaps * inputs * outputs * 16 / lanes;
   if (!is_winograd(s)) return kTaps * inputs * out_vectors * 16 < 1.5 * planes;

@@ -16,7 +16,7 @@
 namespace gatedconv {
 namespace {
 
-// Floats of copied planes that stay in a core's second-level cache beside the weights.
+// Floats of copied planes that stay in a core's second-level cache with the weights.
 constexpr int64_t kBandFloats = 64 * 1024;
 
 // Floats between planes whose size is a power of 2: the same pixel of all of them would fall on one cache
@@ -130,7 +130,7 @@ void copy_plane(const ConvShape& s, const Strides4& strides, const float* from, 
   clear(to, to + valid.begin * width);
   clear(to + valid.end * width, to + rows * width);
   if (s.stride_w == 1 && s.stride_h == 1 && width == s.width && planar(strides, s.width)) {
-    // The rows are one run, only shifted; what comes from the neighbouring rows is overwritten.
+    // The rows are one run, only shifted; what comes from the neighboring rows is overwritten.
     const int64_t shift = row0 * width + col0;
     const int64_t begin = std::max(valid.begin * width, -shift);
     const int64_t end = std::min(valid.end * width, s.height * width - shift);

@@ -34,7 +34,7 @@ struct PlaneKernels {
   int lanes;        // pixels in a register
   int max_outputs;  // of a tile
   void (*run)(const PlaneTile& tile);
-  // Pixels of `count` neighbouring channels into one plane for each; a null plane is left out.
+  // Pixels of `count` neighboring channels into one plane for each; a null plane is left out.
   void (*to_planes)(const float* from, ptrdiff_t pixel_stride, int64_t pixels, float* const* planes,
                     int64_t count);
   // `pixels` pixels from `first` on of `count` planes, null for zeros, into channels that lie side by side.

@@ -125,8 +125,8 @@ Split split_step(const Step& step, int64_t images, int workers) {
   return split;
 }
 
-// Tasks of one step, handed to workers: each begins with its own and then helps the others, so that a worker
-// that the system has not scheduled holds nobody up but for the one task it may be in.
+// Tasks of one step for the workers: each begins with its own and then helps the others, so that a worker
+// that the system has not scheduled delays only the task it may be in.
 class TaskQueue {
  public:
   void reset(int tasks) {
@@ -152,7 +152,7 @@ class TaskQueue {
   alignas(64) std::atomic<int> done_{0};
 };
 
-// Waits briefly without giving up the core, then in turns with whoever else wants it.
+// Spins briefly, then yields the core between the checks.
 template <typename Condition>
 void wait_until(Condition condition) {
   for (int spins = 0; !condition(); ++spins) {

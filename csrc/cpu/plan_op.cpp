@@ -49,7 +49,8 @@ Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weight
   return output;
 }
 
-// Bytes that plan_run needs beside its input, output and weights for an input of this size on this machine.
+// Bytes that plan_run needs in addition to its input, output and weights for an input of this size on this
+// machine.
 int64_t plan_workspace(std::vector<int64_t> size, const Tensor& program, int64_t workers) {
   STD_TORCH_CHECK(size.size() == 4, "plan_workspace: size must be N, C, H, W");
   const char* error = nullptr;

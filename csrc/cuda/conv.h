@@ -8,7 +8,7 @@
 
 namespace gatedconv {
 
-// One tile a block; grid and shared memory as `tile` says. bf16 and tf32 need compute capability 8.0.
+// One tile a block; grid and shared memory as in `tile`. bf16 and tf32 need compute capability 8.0.
 template <class Math>
 void launch_conv(const ConvArgs& args, const ConvTile& tile, cudaStream_t stream);
 

@@ -24,7 +24,7 @@ __device__ inline void load_matrices(uint32_t (&to)[2], uint32_t row) {
                : "r"(row));
 }
 
-// What the format's instructions ask of the GPU.
+// What the format's instructions require of the GPU.
 template <class Math>
 constexpr int kOldest = 750;
 template <>
@@ -129,7 +129,7 @@ class DeviceWarp {
     for (int j = 0; j < NT; j += kBlocks) {
       if (j >= blocks) break;
       uint32_t right[2 * kBlocks];
-      // With one block the lanes from 16 on name rows that nobody reads.
+      // With one block the lanes from 16 on address rows that are not read.
       load_matrices(right, NT == 1 ? column - (lane() >> 4) * 8 * pitch : column + j * 8 * pitch);
 #pragma unroll
       for (int i = 0; i < MT; ++i) {

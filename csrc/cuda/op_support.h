@@ -1,7 +1,7 @@
 // What the operators of the CUDA library share: streams, what the device is, which format multiplies a dtype.
 #pragma once
 
-// Whoever includes this defines USE_CUDA above all includes: PyTorch's headers ask for it.
+// Files that include this define USE_CUDA above all includes: PyTorch's headers require it.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>

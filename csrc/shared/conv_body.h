@@ -1,4 +1,4 @@
-// The body of the GPU convolution, written once. A `Cta` says how its threads run: on a GPU all at once
+// The body of the GPU convolution, written once. A `Cta` defines how its threads run: on a GPU all at once
 // (cuda/device_cta.cuh), in the tests one after another (tests/native/host_cta.h), lane by lane.
 //
 // Cta: shared() the shared memory; each_thread(f) calls f(tid); each_warp(f) calls f(warp); sync() the
@@ -70,7 +70,7 @@ GATEDCONV_HOST_DEVICE void load_patch(Cta& cta, const ConvArgs& a, const ConvTil
   const T* input = static_cast<const T*>(a.input);
   const int32_t pixels = t.samples * t.patch_h * t.patch_w, vectors = 2 * t.chunks;
   for (int32_t item = tid; item < pixels * vectors; item += kThreads) {
-    // Neighbouring threads take what lies side by side in memory.
+    // Neighboring threads take neighboring elements in memory.
     const int32_t pixel = a.in_planar ? item % pixels : item / vectors;
     const int32_t vector = a.in_planar ? item / pixels : item % vectors;
     const int64_t source = patch_source(a, t, at, pixel);
@@ -138,7 +138,7 @@ GATEDCONV_HOST_DEVICE inline float activate(float value, ConvAct act) {
   return act == ConvAct::kRelu6 && value > 6.0f ? 6.0f : value;
 }
 
-// One thread's share of the outputs, `Wide` neighbouring channels at a time: one, or a whole vector. `sums`
+// One thread's share of the outputs, `Wide` neighboring channels at a time: one, or a whole vector. `sums`
 // holds the tile in rows of 8 * nt + 4 floats.
 template <class Math, int Wide>
 GATEDCONV_HOST_DEVICE void write_tile(const ConvArgs& a, const ConvTile& t, const TileStart& at,

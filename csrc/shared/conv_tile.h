@@ -25,7 +25,7 @@ struct ConvArgs {
   const void* residual;      // (N, C_out, P, Q), or null
   void* output;              // (N, C_out, P, Q)
   const int32_t* in_index;   // open inputs, or null for all; of every sample where in_masks > 1
-  const int32_t* in_count;   // how many, where only the device knows; null: all C_in
+  const int32_t* in_count;   // how many, where the count is on the device; null: all C_in
   const int32_t* out_index;  // for every mask the open outputs, then the closed ones; null: all open
   const int32_t* out_count;  // for every mask the number of open outputs
   Strides4 in, res, out;
@@ -37,7 +37,7 @@ struct ConvArgs {
   bool skip_closed;            // leave closed outputs as they are in memory
   bool in_vector;              // pixels of the input are whole aligned 16-byte vectors
   bool out_vector;             // so are those of output and residual, and all outputs are open
-  bool in_planar, out_planar;  // neighbouring pixels, not channels, are neighbours in memory
+  bool in_planar, out_planar;  // neighboring pixels, not channels, are neighbors in memory
 };
 
 // How a convolution is cut into tiles.
@@ -71,7 +71,7 @@ inline void set_access(ConvArgs& a) {
   constexpr int64_t kUnit = kVector<Math>;
   const auto whole = [&](const void* data, const Strides4& s, int64_t channels, int64_t height,
                          int64_t width) {
-    // The stride of a dimension of size 1 says nothing: a pooled map is (C, 1, 1, 1) apart.
+    // The stride of a dimension of size 1 means nothing: a pooled map is (C, 1, 1, 1) apart.
     const bool strides = s.c == 1 && (a.batch == 1 || s.n % kUnit == 0) &&
                          (height == 1 || s.h % kUnit == 0) && (width == 1 || s.w % kUnit == 0);
     return data == nullptr ||

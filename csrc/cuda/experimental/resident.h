@@ -3,13 +3,13 @@
 // instructions is written by gatedconv/engine/cuda/experimental.py.
 //
 // A map is planes of units: a unit is 16 bytes of channels (8 halves, 4 floats), a plane one unit of every
-// pixel. Eight neighbouring pixels of a plane fill the banks of shared memory exactly, so an ldmatrix of any
+// pixel. Eight neighboring pixels of a plane fill the banks of shared memory exactly, so an ldmatrix of any
 // tap, and the stores of an accumulator, meet in none. `halo` rows of zeros lie above and below, and `halo`
 // zeros between one row and the next, which are the right border of the one and the left border of the other.
 //
-// What a run reads beside its input comes as one stream of bytes in the order in which it is needed, through
-// a ring of pieces in shared memory. A request is aligned to its own size, a power of two, so none lies in
-// two pieces. For every instruction: a record; then for a convolution, `steps` times the fragments of
+// What a run reads in addition to its input is one stream of bytes in the order in which it is needed,
+// through a ring of pieces in shared memory. A request is aligned to its own size, a power of two, so none
+// lies in two pieces. For every instruction: a record; then for a convolution, `steps` times the fragments of
 // `blocks` groups of 8 outputs, then their biases (64 floats) and, where it scatters, their channels (64
 // int32).
 //
@@ -50,7 +50,7 @@ struct ResidentRecord {
   int32_t units;              // that a pixel's sum reads: taps times units of the source
   int32_t fragment;           // of 16 pixels, the first of this pass
   int32_t channel;            // the first of this pass
-  int32_t scatters;           // whether a list says where outputs go; -1 there: nowhere
+  int32_t scatters;           // whether a list gives the places of outputs; -1 there: none
   uint32_t need[kMostRanks];  // rows of the target that a rank reads: first << 16 | end
 };
 

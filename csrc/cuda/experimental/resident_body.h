@@ -1,4 +1,4 @@
-// The body of the resident driver, run by every warp. A `Warp` says how: on a GPU all at once
+// The body of the resident driver, run by every warp. A `Warp` defines how: on a GPU all at once
 // (cuda/experimental/resident_device.cuh), in the tests as threads of the host, lane by lane
 // (tests/native/host_resident.h).
 //
@@ -42,7 +42,7 @@ class Ring {
     at_ += steps * bytes;
     while (landed_ * kPieceBytes < at_) {
       warp_.wait(args_.ring_pieces - 2);
-      warp_.sync();  // nobody reads the piece before any more: its place is free
+      warp_.sync();  // no warp reads the previous piece any more: its place is free
       issue(landed_ + args_.ring_pieces - 1);
       ++landed_;
     }

@@ -14,7 +14,7 @@ class DeviceResident {
   __device__ DeviceResident(uint8_t* shared, int32_t ranks) : shared_(shared), ranks_(ranks) {}
   __device__ uint8_t* shared() const { return shared_; }
   __device__ int index() const { return threadIdx.x / 32; }
-  // A cluster is `ranks` neighbouring blocks.
+  // A cluster is `ranks` neighboring blocks.
   __device__ int ranks() const { return Cluster ? ranks_ : 1; }
   __device__ int rank() const { return Cluster ? static_cast<int>(blockIdx.x) % ranks_ : 0; }
   __device__ int64_t image() const { return Cluster ? static_cast<int>(blockIdx.x) / ranks_ : blockIdx.x; }
