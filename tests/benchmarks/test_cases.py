@@ -10,7 +10,7 @@ from benchmarks.layers import LayerCase, Shape
 from benchmarks.networks import NetworkCase
 
 
-def test_names_tell_cases_apart() -> None:
+def test_names_of_cases_are_unique() -> None:
     for cases in (networks.CASES, layers.CASES):
         assert len({(case.name, case.batch) for case in cases}) == len(cases)
 

@@ -18,13 +18,13 @@ def header() -> dict[str, Any]:
     return machine_header(threads=2)
 
 
-def test_the_header_says_where_the_rows_come_from(header: dict[str, Any]) -> None:
+def test_the_header_names_machine_and_versions(header: dict[str, Any]) -> None:
     assert set(header) == set(HEADER)
     assert header["threads"] == 2 and header["cuda"] is None and header["versions"]["torch"]
     assert json.loads(json.dumps(header)) == header
 
 
-def test_rows_are_kept_and_a_run_goes_on(header: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_are_kept_and_a_run_resumes(header: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "some-folder" / "r.json"
     first = Record(path, header)
     first.add([ROW], [])

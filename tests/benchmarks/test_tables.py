@@ -61,7 +61,7 @@ def line(section: str, start: str) -> list[str]:
     return [cell.strip() for cell in found.strip("|").split("|")]
 
 
-def test_every_committed_file_is_whole() -> None:
+def test_every_committed_file_is_complete() -> None:
     for path in result_files():
         found = read(path)
         assert "+changes" not in (found["commit"] or ""), f"{path}: measured on uncommitted code"

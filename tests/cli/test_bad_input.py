@@ -235,7 +235,7 @@ def test_an_internal_error_is_no_user_error(
         gatedconv("train", *quick, "--run", tmp_path / "run")
 
 
-def test_an_interruption_tells_what_is_kept(
+def test_an_interruption_reports_what_is_kept(
     gatedconv: Call, quick: list[object], one_epoch: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: object, **options: object) -> None:

@@ -14,7 +14,7 @@ QUICK = ("torchvision/resnet18", "torchvision/shufflenet_v2_x1_0", "timm/lcnet_0
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED if os.environ.get("GATEDCONV_ARCHITECTURES") == "all" else QUICK)
-def test_an_architecture_is_gated_trained_cut_and_exact(name):
+def test_an_architecture_is_gated_trained_compacted_and_exact(name):
     pytest.importorskip(name.split("/")[0])
     row = examine(name, onnx=name == QUICK[0], train=True)
     assert not row.failures

@@ -103,7 +103,7 @@ class OldNorm(nn.Module):
         return self.fc(F.relu(self.conv2(F.relu(self.conv1(x)))).mean((2, 3)))
 
 
-def test_the_old_weight_norm_is_cut():
+def test_the_old_weight_norm_is_compacted():
     torch.manual_seed(0)
     model = OldNorm()
     model(IMAGES)
@@ -195,7 +195,7 @@ def test_other_sizes_of_images(name):
         assert_close(small(images), frozen(images))
 
 
-def test_a_cut_network_can_be_gated_and_cut_again():
+def test_a_compact_network_can_be_gated_and_compacted_again():
     model = network("residual")
     gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
     small = gatedconv.compact(gatedconv.freeze(gated, masks=odd_masks(gated)), IMAGES).eval()
@@ -225,7 +225,7 @@ class Pair(nn.Module):
         (nn.Sequential(nn.ReLU()), IMAGES, "no place for a 'layer' gate"),
     ],
 )
-def test_a_model_that_does_not_fit_its_images_is_told_apart(model, images, message, caplog):
+def test_a_model_that_does_not_fit_its_images_is_named(model, images, message, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=message):
         gatedconv.gate_model(copy.deepcopy(model), example_input=images)
     assert not caplog.records

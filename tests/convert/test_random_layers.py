@@ -45,7 +45,7 @@ def test_what_a_layer_does_in_eval_alone_is_kept():
     assert 0 <= gated(IMAGES).min() and gated(IMAGES).max() <= 1
 
 
-def test_noise_stays_in_training_and_leaves_with_the_cut(tmp_path):
+def test_noise_stays_in_training_and_leaves_with_compacting(tmp_path):
     gated = gatedconv.gate_model(Net(inside=Noise()).eval(), "channel", example_input=IMAGES)
     assert torch.equal(gated(IMAGES), gated(IMAGES))
     gated.norm.eval()

@@ -132,7 +132,7 @@ def test_the_built_library(library, capability):
     check_resident(library, capability, set(RESIDENT.values()))
 
 
-def test_formats_that_tell_kernels_apart_are_seen():
+def test_formats_that_distinguish_kernels_are_seen():
     """The checks read opcodes and names: they must notice when there are none."""
     assert described("_ZN9gatedconv11conv_kernelINS_8BFloat16ELi2ELi4EEEvNS_8ConvArgsE") == ("BFloat16", (2, 4))
     with pytest.raises(AssertionError):

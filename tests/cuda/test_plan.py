@@ -49,7 +49,7 @@ def gated(position, share, shortcut="B"):
 @pytest.mark.parametrize("position", ["after", "middle", "before"])
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 @pytest.mark.parametrize("mode", ["off", "on"])
-def test_a_cut_resnet(position, shortcut, mode, kernel):
+def test_a_compact_resnet(position, shortcut, mode, kernel):
     model = gated(position, 0.45, shortcut)
     x = torch.randn(3, 3, 20, 28)
     plan = plans.make_plan(model, x, mode=mode, tuner=always("gatedconv 2x1") if mode == "on" else None)
@@ -245,7 +245,7 @@ def test_where_no_way_can_be_timed_the_first_error_is_raised(tmp_path):
     assert not (tmp_path / "tuned.json").exists()
 
 
-def test_a_map_that_is_not_finite_condemns_nobody_for_good(tmp_path):
+def test_a_map_that_is_not_finite_excludes_no_candidate_for_good(tmp_path):
     inf, nan = float("inf"), float("nan")
     offered = offers(cudnn=torch.tensor([1.0, inf]), same=torch.tensor([1.0, nan]), wrong=torch.tensor([2.0, inf]))
     made = tuner(tmp_path, [2.0, 1.0, 3.0, 4.0, 5.0])
@@ -268,7 +268,7 @@ def test_choices_depend_on_the_python_that_packs(tmp_path):
     assert tuner_module.planner_hash(tmp_path) != before
 
 
-def test_a_capture_of_a_size_that_was_never_tuned_says_so(monkeypatch):
+def test_a_capture_of_a_size_that_was_never_tuned_raises(monkeypatch):
     plan = plans.make_plan(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8), mode="off")
     plan.tune(torch.zeros(1, 3, 8, 8))
     plan.device = torch.device("cuda")
@@ -279,7 +279,7 @@ def test_a_capture_of_a_size_that_was_never_tuned_says_so(monkeypatch):
         plan(torch.zeros(2, 3, 8, 8))
 
 
-def test_a_plan_asks_once_for_each_shape(tmp_path, kernel):
+def test_a_plan_tunes_once_for_each_shape(tmp_path, kernel):
     keys = []
 
     class Asked(always):

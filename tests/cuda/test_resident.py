@@ -76,7 +76,7 @@ def compare(model, x, dtype, ranks, tuner=None):
     ],
 )
 @pytest.mark.parametrize("dtype,ranks", [(torch.float16, 1), (torch.bfloat16, 4), (torch.float32, 2)])
-def test_a_cut_resnet_is_one_launch(position, shortcut, share, dtype, ranks, twin, monkeypatch):
+def test_a_compact_resnet_is_one_launch(position, shortcut, share, dtype, ranks, twin, monkeypatch):
     served(monkeypatch, twin)
     plan = compare(gated(position, share, shortcut), torch.randn(2, 3, 12, 20), dtype, ranks)
     assert len(twin.layouts) >= 1 and {layout[0] for layout in twin.layouts} == {ranks}

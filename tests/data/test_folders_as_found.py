@@ -89,7 +89,7 @@ def test_more_than_8_bits_keep_their_range(tmp_path, name, pixels):
     assert torch.allclose(got, torch.from_numpy(RAMP[0] * 255), atol=1)
 
 
-def test_twelve_bits_in_sixteen_ask_for_their_range(tmp_path):
+def test_twelve_bits_in_sixteen_require_a_range(tmp_path):
     root = make(tmp_path)
     for file in root.rglob("*.png"):
         Image.fromarray((RAMP * 4095).astype(np.uint16)).save(file)

@@ -170,7 +170,7 @@ def test_imagefolder_faults(tmp_path: Path) -> None:
         load_data(f"imagefolder:{tmp_path}")
 
 
-def test_imagefolder_without_pillow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagefolder_without_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write_folder(tmp_path, "train")
     _write_folder(tmp_path, "test")
     monkeypatch.setitem(sys.modules, "PIL", None)

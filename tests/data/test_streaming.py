@@ -76,7 +76,7 @@ def test_more_ranks_than_images_leave_some_without(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_batches_go_on_in_the_middle_of_a_pass(folder: Path, streamed: bool) -> None:
+def test_batches_resume_in_the_middle_of_a_pass(folder: Path, streamed: bool) -> None:
     data = both(folder, 0)[streamed]
     straight = TrainBatches(data, 4, seed=2)
     expected = [x for _ in range(2) for x, _ in straight]

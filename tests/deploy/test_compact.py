@@ -79,7 +79,7 @@ def test_compact_leaves_the_frozen_model_alone_and_shares_nothing_with_it():
     assert torch.equal(frozen(torch.ones(1, 3, 16, 16)), before)
 
 
-def test_the_cut_net_trains_scripts_and_traces():
+def test_the_compact_net_trains_scripts_and_traces():
     small, _ = cut("odd", position="before")
     small.train()(torch.randn(4, 3, 16, 16)).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in small.parameters() if p.grad is not None)

@@ -70,7 +70,7 @@ OFF_BY_36 = pytest.mark.xfail(strict=True, reason="expected MACs are 36 of 78,68
 
 
 @pytest.mark.parametrize("name", [pytest.param("residual", marks=OFF_BY_36), "relu", "sigmoid", "channels_last"])
-def test_expected_macs_are_those_of_the_cut_network(name):
+def test_expected_macs_are_those_of_the_compact_network(name):
     gate = "both" if name == "residual" else "channel"
     _, result = gated(name, gate)
     masks = masks_of(result, "odd")
@@ -154,7 +154,7 @@ def test_a_dropped_in_conv_in_front_of_a_norm_leaves_the_norms_constant(act):
             assert_close(cut(IMAGES), frozen(IMAGES))
 
 
-def test_a_cut_network_can_be_trained_further():
+def test_a_compact_network_can_be_trained_further():
     _, result = gated("residual", "both")
     small = gatedconv.compact(gatedconv.freeze(result.train(), masks=masks_of(result, "odd")), IMAGES)
     assert small.training

@@ -24,12 +24,12 @@ def frozen():
         (IMAGES.to("meta"), TypeError, "hold data.* meta"),
     ],
 )
-def test_compact_says_what_is_wrong_with_the_image(frozen, images, error, message):
+def test_compact_names_what_is_wrong_with_the_image(frozen, images, error, message):
     with pytest.raises(error, match=f"compact: .*{message}"):
         gatedconv.compact(frozen, images)
 
 
-def test_export_says_what_is_wrong_with_the_image(frozen, tmp_path):
+def test_export_names_what_is_wrong_with_the_image(frozen, tmp_path):
     small = gatedconv.compact(frozen, IMAGES)
     for images in (IMAGES.double(), IMAGES[:, :2]):
         with pytest.raises(ValueError, match="export: the model does not run on example_input"):

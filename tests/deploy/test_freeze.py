@@ -91,7 +91,7 @@ def test_masks_by_hand_with_a_loader_measure_agreement():
     assert frozen.consensus.agreement == pytest.approx(1 / 3)
 
 
-def test_training_goes_on_after_freezing_with_gradients_for_open_channels_only():
+def test_training_continues_after_freezing_with_gradients_for_open_channels_only():
     model = tiny(position="middle")
     masks = {name: torch.arange(g.num_gates) % 2 == 0 for name, g in gatedconv.gates(model).items()}
     frozen = gatedconv.freeze(model, masks=masks).train()

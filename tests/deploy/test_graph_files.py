@@ -65,7 +65,7 @@ def test_names_that_are_no_identifiers_come_back(tmp_path):
         torch.testing.assert_close(small(IMAGES), frozen(IMAGES))
 
 
-def test_a_loaded_gated_network_trains_freezes_and_is_cut(tmp_path):
+def test_a_loaded_gated_network_trains_freezes_and_is_compacted(tmp_path):
     model = stages("residual", "both")["gated"]
     gatedconv.save(model, tmp_path / "m")
     loaded = gatedconv.load(tmp_path / "m").train()
@@ -77,7 +77,7 @@ def test_a_loaded_gated_network_trains_freezes_and_is_cut(tmp_path):
         assert_close(small(IMAGES), frozen(IMAGES))
 
 
-def test_a_cut_network_loads_where_its_code_is_not(tmp_path):
+def test_a_compact_network_loads_without_its_code(tmp_path):
     small = stages("shuffled")["compact"]
     gatedconv.save(small, tmp_path / "m")
     torch.save({"x": IMAGES, "y": small(IMAGES).detach()}, tmp_path / "data")
@@ -135,7 +135,7 @@ def test_a_description_that_we_did_not_write_is_refused(change, message, tmp_pat
         gatedconv.load(tmp_path / "m")
 
 
-def test_a_file_cut_short_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     gatedconv.save(stages("relu")["compact"], tmp_path / "m")
     data = (tmp_path / "m").read_bytes()
     for length in (0, 7, 100, len(data) // 2, len(data) - 1):

@@ -100,7 +100,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         gatedconv.HubModel.from_pretrained(tmp_path)
 
 
-def test_without_the_extra_the_error_says_what_to_install():
+def test_without_the_extra_the_error_names_what_to_install():
     program = (
         "import sys\n"
         "sys.modules['huggingface_hub'] = None\n"

@@ -135,7 +135,7 @@ def test_mixed_dtypes_and_moved_masks_survive(tmp_path):
         assert torch.equal(gatedconv.load(tmp_path / "moved")(X), model(X))
 
 
-def test_a_cut_network_that_never_had_gates(tmp_path):
+def test_a_compact_network_that_never_had_gates(tmp_path):
     small = gatedconv.compact(gatedconv.models.resnet20().eval(), X)
     gatedconv.save(small, tmp_path / "m")
     assert torch.equal(gatedconv.load(tmp_path / "m")(X), small(X))

@@ -49,7 +49,7 @@ def test_a_gated_resnet(position, mask, shortcut):
         assert any(step.op == "fill" for step in engine.plans[0].steps)
 
 
-def test_a_layer_cut_resnet():
+def test_a_resnet_compacted_by_layer_gates():
     model = settle(gatedconv.models.resnet32(gate="layer"))
     masks = {name: torch.tensor([i % 2 == 0]) for i, name in enumerate(gatedconv.gates(model))}
     frozen = gatedconv.freeze(model, masks=masks)
@@ -199,7 +199,7 @@ def test_winograd_spreads_no_nan_and_no_infinity(isa, kernel, bad, monkeypatch):
     assert_close(result, expected)
 
 
-def test_a_sum_that_overflows_is_infinite_where_pytorch_says_so(monkeypatch):
+def test_a_sum_that_overflows_is_infinite_where_pytorchs_is(monkeypatch):
     monkeypatch.setattr(program, "_choose_winograd", lambda *_: "winograd4")
     net = nn.Conv2d(8, 8, 3, 1, 1).eval()
     x = torch.randn(1, 8, 16, 16)

@@ -86,7 +86,7 @@ def test_the_engine_computes_what_the_model_does(name):
     assert float((engine(x).detach() - expected).abs().max() / expected.abs().max()) <= 1e-5
 
 
-def test_a_model_that_wants_two_inputs_is_told_of_and_nothing_printed(capfd):
+def test_a_model_of_two_inputs_is_refused_and_nothing_printed(capfd):
     class Sum(nn.Module):
         def forward(self, x, y):
             return x + y

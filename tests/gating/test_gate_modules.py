@@ -76,7 +76,7 @@ def test_gates_start_open_and_inside_the_window():
         assert gate.open_rate.min() == 1 and not gate.saturated.any() and not gate.dead.any()
 
 
-def test_dead_and_saturated_are_told_apart():
+def test_dead_and_saturated_are_distinguished():
     gate = ChannelGate(3, hidden=None).eval()
     torch.nn.init.zeros_(gate.fc2.weight)
     gate.fc2.bias.data = torch.tensor([-2.0, 0.5, 2.0])

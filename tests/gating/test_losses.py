@@ -47,7 +47,7 @@ def test_activation_is_equation_10_uniform_or_weighted(model):
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 @pytest.mark.parametrize("position", ["before", "middle", "after"])
-def test_expected_macs_at_a_mask_are_the_macs_and_parameters_of_the_cut_net(position, shortcut):
+def test_expected_macs_at_a_mask_are_the_macs_and_parameters_of_the_compact_net(position, shortcut):
     model = gatedconv.models.resnet20(gate="both", position=position, shortcut=shortcut, input_size=(3, 16, 16)).eval()
     masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", seed=1)
     x = torch.randn(1, 3, 16, 16)

@@ -40,7 +40,7 @@ def random_scores(model: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("target", [0.25, 0.5, 0.75, 0.9])
-def test_masks_meet_the_target_by_the_count_of_the_cut_network(target: float) -> None:
+def test_masks_meet_the_target_by_the_count_of_the_compact_network(target: float) -> None:
     model, image = network(), torch.zeros(1, *SIZE)
     masks = masks_for_target(model, random_scores(model), target)
     dense = count_macs(resnet20(4, input_size=SIZE).eval(), image)
@@ -156,7 +156,7 @@ def test_the_price_adds_up_the_distances_from_the_target() -> None:
         MacController(0.0)
 
 
-def test_the_pruner_follows_the_target_and_what_is_shut_stays_shut() -> None:
+def test_the_pruner_follows_the_target_and_what_is_closed_stays_closed() -> None:
     model = network().train()
     pruner = GatePruner(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -67,7 +67,7 @@ def test_a_counter_that_cannot_be_read_is_no_zero(values: tuple[Any, ...]) -> No
     assert meter.joules() is None  # and stays so
 
 
-def test_a_counter_that_failed_once_is_asked_again_after_the_next_start() -> None:
+def test_a_counter_that_failed_once_is_read_again_after_the_next_start() -> None:
     """An epoch too short for the counter, or a read that failed, is no verdict on the whole run."""
     meter = measured(Counter(7, 7, 7, 9, OSError("gone"), 10, 14))
     assert meter.joules() is None and meter.reason == "fake: the counter does not move"
@@ -79,13 +79,13 @@ def test_a_counter_that_failed_once_is_asked_again_after_the_next_start() -> Non
     assert meter.joules() == pytest.approx(4)
 
 
-def test_a_counter_that_stands_still_is_no_zero() -> None:
+def test_a_counter_that_does_not_move_is_not_zero() -> None:
     meter = measured(Counter(7, 7))
     assert meter.joules() is None and meter.reason == "fake: the counter does not move"
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_one_counter_that_stands_still_beside_another_is_no_zero(order: int) -> None:
+def test_one_of_two_counters_that_does_not_move_is_not_zero(order: int) -> None:
     """The package's joules alone would pass for those of the GPU too."""
     counters = [Counter(7, 7, 7, name="GPU 0 (NVML)"), Counter(1, 2, 4, name="CPU package-0 (RAPL)")]
     meter = measured(*counters[::order], polls=1)
@@ -94,12 +94,12 @@ def test_one_counter_that_stands_still_beside_another_is_no_zero(order: int) -> 
     assert backwards.joules() is None and backwards.reason == "falling: the counter does not move"
 
 
-def test_a_counter_that_moved_early_and_then_rested_has_told_enough() -> None:
+def test_a_counter_that_moved_early_and_then_rested_counts() -> None:
     meter = measured(Counter(0, 2, 2), Counter(0, 0, 3, name="other"), polls=1)
     assert meter.joules() == pytest.approx(5) and not meter.reason
 
 
-def test_a_counter_asked_too_early_goes_on() -> None:
+def test_a_counter_read_too_early_continues() -> None:
     """A checkpoint within an epoch asks too, maybe before a counter has moved."""
     meter = measured(Counter(7, 7, 9))
     assert meter.joules() is None and meter.reason == "fake: the counter does not move"
@@ -129,7 +129,7 @@ def test_memory_without_a_meter_is_left_out_and_a_package_is_not(tmp_path: Path)
     assert EnergyMeter(CPU, counters=find_counters(CPU, powercap=tmp_path)[0]).source.endswith("CPU package-1 (RAPL)")
 
 
-def test_a_machine_without_rapl_or_with_a_part_of_it_says_so(tmp_path: Path) -> None:
+def test_a_machine_without_rapl_or_with_a_part_of_it_gives_the_reason(tmp_path: Path) -> None:
     assert find_counters(CPU, powercap=tmp_path / "none") == ([], f"no RAPL zones in {tmp_path / 'none'}")
     zone(tmp_path, "0", "package-0", 5.0)
     (zone(tmp_path, "1", "package-1", 5.0) / "energy_uj").unlink()
@@ -196,7 +196,7 @@ def test_a_missing_package_is_named(gpu: None, tmp_path: Path, monkeypatch: pyte
     assert find_counters(GPU, powercap=tmp_path) == ([], "NVML: needs pip install 'gatedconv[energy]'")
 
 
-def test_energy_of_a_call_is_the_whole_over_the_calls() -> None:
+def test_energy_of_a_call_is_the_total_over_the_calls() -> None:
     calls: list[int] = []
     meter = EnergyMeter(CPU, counters=[Counter(5.0, 7.0)])
     joules = energy.energy_per_call(lambda: calls.append(1), meter, seconds=0.01)
@@ -204,7 +204,7 @@ def test_energy_of_a_call_is_the_whole_over_the_calls() -> None:
     assert energy.energy_per_call(lambda: calls.append(1), EnergyMeter(CPU, counters=[])) is None
 
 
-def test_bench_tells_that_nothing_can_be_measured(
+def test_bench_reports_that_nothing_can_be_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import gatedconv

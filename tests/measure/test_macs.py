@@ -29,7 +29,7 @@ def test_layers_by_hand():
 
 
 @pytest.mark.parametrize("position", ["before", "middle", "after"])
-def test_a_frozen_net_executes_the_convolutions_of_its_cut_net(position):
+def test_a_frozen_net_executes_the_convolutions_of_its_compact_net(position):
     model = gatedconv.models.resnet20(gate="both", position=position, input_size=(3, 8, 8)).eval()
     masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", 2)
     x = torch.zeros(1, 3, 8, 8)

@@ -245,7 +245,7 @@ def test_a_tile_is_found_while_taps_reach_over_400_pixels(twin, math, kernel, di
         assert used is not None, tile
 
 
-def test_closed_outputs_stay_in_memory_where_the_plan_says_so(twin):
+def test_closed_outputs_stay_in_memory_where_the_plan_skips_them(twin):
     x, weight, stream = torch.randn(2, 8, 9, 7), torch.randn(16, 8, 3, 3), torch.randn(2, 16, 9, 7)
     out_open = torch.rand(16) < 0.5
     options = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1))

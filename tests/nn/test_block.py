@@ -59,7 +59,7 @@ def test_training_computes_every_sample_as_the_paper_does():
 
 
 @pytest.mark.parametrize("position", ["before", "middle", "after"])
-def test_a_channel_gate_multiplies_after_the_norm_where_it_stands(position):
+def test_a_channel_gate_multiplies_after_the_norm_at_its_position(position):
     torch.manual_seed(0)
     block = BasicBlock(4, 6, 2, position=position, channel_gate=ChannelGate(4 if position == "before" else 6)).eval()
     for norm in (block.bn1, block.bn2):

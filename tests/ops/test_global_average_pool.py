@@ -43,7 +43,7 @@ def test_it_can_be_mapped_over(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_what_arrives_at_the_map_lies_in_memory_as_the_map_does(layout: str) -> None:
+def test_the_gradient_of_a_map_has_its_memory_format(layout: str) -> None:
     """Else adding it to the gradient of the map's other use takes a pass across the grain of memory."""
     x = LAYOUTS[layout](torch.randn(4, 5, 3, 2)).to(torch.bfloat16).requires_grad_()
     (slope,) = torch.autograd.grad(global_average_pool(x, torch.float32)[1, 2], x)

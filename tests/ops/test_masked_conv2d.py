@@ -392,7 +392,7 @@ def test_autocast_computes_in_the_autocast_type(backend):
     assert relative_error(out, expected) <= 2e-2
 
 
-def test_the_cut_convolution_multiplies_only_what_is_open(monkeypatch):
+def test_the_compact_convolution_multiplies_only_what_is_open(monkeypatch):
     monkeypatch.setattr(_native_conv, "ready", lambda: False)
     from torch.utils.flop_counter import FlopCounterMode
 

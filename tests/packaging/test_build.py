@@ -164,7 +164,7 @@ def test_a_compile_error_names_the_file_and_leaves_no_library(tmp_path):
     assert not output.exists() and not list((tmp_path / "objects").iterdir())
 
 
-def test_a_symbol_that_nobody_defines_fails_the_build(tmp_path):
+def test_an_undefined_symbol_fails_the_build(tmp_path):
     csrc = tmp_path / "csrc"
     csrc.mkdir()
     (csrc / "library.cpp").write_text('void nobody(); extern "C" void f() { nobody(); }\n')

@@ -82,7 +82,7 @@ def test_the_pure_wheel_runs_the_references_where_nothing_may_compile(pure_pytho
     assert len(told["warned"]) == 1
 
 
-def test_the_pure_wheel_says_why_a_broken_compiler_left_it_without_a_library(pure_python, tmp_path):
+def test_the_pure_wheel_gives_the_reason_of_a_broken_compiler(pure_python, tmp_path):
     told = run_a_layer(pure_python, tmp_path, CXX="false", GATEDCONV_CACHE=str(tmp_path / "cache"))
     assert told["source"] == "none"
     assert re.search(r"compiled on first use: false .*exit status 1", told["reason"], re.S)
@@ -105,7 +105,7 @@ def test_the_pure_wheel_compiles_on_first_use(pure_python, project, tmp_path):
     assert library.stat().st_mtime_ns == changed, "compiled again"
 
 
-def test_a_wheel_built_beside_torch_holds_a_library_that_runs(project, tmp_path):
+def test_a_wheel_built_with_torch_contains_a_library_that_runs(project, tmp_path):
     done = build_wheel(project, tmp_path / "dist", GATEDCONV_BUILD="require", FORCE_CUDA="0")
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")

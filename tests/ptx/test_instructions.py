@@ -343,7 +343,7 @@ def test_warps_that_skip_a_barrier_are_found():
         machine_of("setp.lt.u32 %p1, %r1, 32; @%p1 bra skip; bar.sync 0; skip: mov.u32 %r2, 0;", threads=64)
 
 
-def test_shared_memory_that_nobody_wrote_is_noted():
+def test_uninitialized_shared_memory_is_reported():
     _, machine = machine_of("mov.u32 %r3, room; ld.shared.u32 %r9, [%r3];")
     assert any("nobody wrote" in note for note in machine.notes)
 

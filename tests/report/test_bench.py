@@ -57,7 +57,7 @@ def row(**changes: object) -> Row:
     return Row(**{**given, **changes})
 
 
-def test_what_is_wrong_is_told_and_not_timed() -> None:
+def test_what_is_wrong_is_reported_and_not_timed() -> None:
     found = comparison(
         right=OUT.clone(),
         close=OUT + 1e-5,
@@ -167,7 +167,7 @@ def chosen(*names: str) -> list[Setting]:
     return [setting for setting in SETTINGS if setting.name in names]
 
 
-def test_every_quick_setting_computes_a_cut_network(cut: nn.Module, tmp_path: Path) -> None:
+def test_every_quick_setting_computes_a_compact_network(cut: nn.Module, tmp_path: Path) -> None:
     settings = [s for s in SETTINGS if s.provider not in ("compile",) and s.missing is None]
     found = compare_runtimes("cut", cut, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2)
     assert not found.failures
@@ -216,7 +216,7 @@ def test_a_network_that_does_not_fit_is_an_error(small: nn.Module) -> None:
         compare_runtimes("pair", Pair(), torch.randn(1, 2, 8, 8), settings=chosen("NCHW"))
 
 
-def test_a_missing_runtime_is_told(small: nn.Module) -> None:
+def test_a_missing_runtime_is_reported(small: nn.Module) -> None:
     absent = Setting("tensorrt", "best", lambda *args: pytest.fail("prepared"), needs=("no_such_runtime",))
     found = compare_runtimes("small", small, torch.randn(1, 3, 8, 8), settings=[*chosen("NCHW"), absent])
     assert "no_such_runtime not installed" in found.failures["tensorrt", "best"]
@@ -231,7 +231,7 @@ def test_openvino_is_held_to_float32(small: nn.Module, tmp_path: Path) -> None:
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
-def test_under_an_instruction_set_limit_onnxruntime_says_that_it_is_not_held(
+def test_under_an_instruction_set_limit_onnxruntime_is_marked_as_unlimited(
     small: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")

@@ -84,7 +84,7 @@ def full() -> RunView:
     return RunView(f"run {EVIL}", {"lr": 0.1, "name": EVIL}, HISTORY, SUMMARY)
 
 
-def test_a_page_has_everything_and_asks_nobody() -> None:
+def test_a_page_has_everything_and_makes_no_request() -> None:
     text = html_page([full()])
     page = Page(text)
     assert page.fetched == [] and "script" not in page.tags and "url(" not in text and "@import" not in text
@@ -121,7 +121,7 @@ def test_a_heat_map_shades_from_closed_to_open() -> None:
     assert len(set(fills)) == 4
 
 
-def test_points_lie_where_their_numbers_say() -> None:
+def test_points_are_at_their_numbers() -> None:
     points = [Point(10, 90, "dense", "a"), Point(20, 95, "frozen", "b"), Point(float("nan"), 1, "dense", "c")]
     picture = ElementTree.fromstring(scatter(points, "x", "y"))
     first, second = picture.iter("circle")
@@ -153,7 +153,7 @@ def test_controls_have_marks_of_their_own_and_points_their_names() -> None:
     assert {"dense-seed0", "even-seed0", "fixed-seed0"} <= set(names)
 
 
-def test_names_of_points_do_not_lie_upon_each_other_or_outside() -> None:
+def test_names_of_points_do_not_overlap_or_leave_the_picture() -> None:
     points = [Point(20.0, 90.0 + 0.01 * number, "dense", "", f"a-run-of-some-name-seed{number}") for number in range(6)]
     picture = ElementTree.fromstring(scatter([*points, Point(1.0, 80.0, "dense", "", "low")], "x", "y"))
     texts = [text for text in picture.iter("text") if (text.text or "").startswith("a-run")]
@@ -179,7 +179,7 @@ def test_names_of_points_do_not_lie_upon_each_other_or_outside() -> None:
     ],
     ids=str,
 )
-def test_whatever_is_missing_the_page_is_whole(summary: Any) -> None:
+def test_whatever_is_missing_the_page_is_complete(summary: Any) -> None:
     page = Page(html_page([RunView("half", {}, (), summary, ["lost"])]))
     assert "lost" in page.text
     if summary is not None:

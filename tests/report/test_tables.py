@@ -52,7 +52,7 @@ def test_figures_and_latency_tables() -> None:
     assert cells(text.splitlines()[2]) == ["dense", "32", "1.500", "1.250", "0.125"]
 
 
-def test_energy_that_no_counter_tells_is_never_a_zero() -> None:
+def test_energy_without_a_counter_is_never_zero() -> None:
     side = {"top1": 90.0, "macs": 1e6, "params": 1e3}
     told = comparison_table({"dense": side, "energy_j": None})
     assert "not measurable here" in told
@@ -62,7 +62,7 @@ def test_energy_that_no_counter_tells_is_never_a_zero() -> None:
     assert cells(told.splitlines()[-1])[-1] == "0.0312"
 
 
-def test_the_energy_of_an_image_is_told_or_said_to_be_unmeasurable() -> None:
+def test_the_energy_of_an_image_is_shown_or_called_unmeasurable() -> None:
     spent = [{"top1": 90.0, "macs": 1e6, "params": 1e3, "energy_j_image": joules} for joules in (0.002, 0.0005, None)]
     lines = comparison_table({"dense": spent[0], "frozen": spent[1], "agreement": 1.0}).splitlines()
     assert cells(lines[5]) == ["energy of an image (J)", "0.002", "0.0005", "-75.0 %"]

@@ -127,7 +127,7 @@ def test_the_advice_on_weights_that_are_gone_helps(bench: Bench, capsys: pytest.
     assert set(read_ledger(bench.ledger)) == {(DENSE, 0), (NAIVE, 0)}
 
 
-def test_a_naive_row_tells_where_it_was_evaluated(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_naive_row_names_the_images_of_its_evaluation(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert runner.run_one(bench, DENSE, 0) == runner.DONE
     here = {"versions": {"torch": "9.9"}, "commit": "abc", "device": "a later one", "threads": 1}
     monkeypatch.setattr(reproduce_rows, "provenance", lambda device: here)
@@ -146,7 +146,7 @@ def test_sigterm_while_a_naive_row_is_made_is_no_failure(bench: Bench, monkeypat
 
 
 @pytest.mark.parametrize("option", ["--results", "--runs"])
-def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_trained(
+def test_a_folder_that_cannot_be_written_to_is_reported_before_anything_is_trained(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -86,7 +86,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     torch.set_num_threads(threads)
 
 
-def test_every_row_is_run_or_stands_for_one_that_is() -> None:
+def test_every_row_is_run_or_represents_one_that_is() -> None:
     assert sorted(name for names in ROWS.values() for name in names) == sorted(EXPERIMENTS)
     assert len(ROWS) > 80
     for first, names in ROWS.items():

@@ -100,7 +100,7 @@ def test_figure_2_has_every_run_where_it_belongs(drawn: dict[str, Any]) -> None:
     assert colors["ours"] == colors["ours, swapped"] != colors["dense"] == colors["dense, swapped"]
 
 
-def test_figure_3_has_both_panels_beside_the_literature(drawn: dict[str, Any]) -> None:
+def test_figure_3_has_both_panels_and_the_literature(drawn: dict[str, Any]) -> None:
     left, right = drawn["figure3.png"].axes
     assert marks(left) == {(0.0, 93.5), (40.0, 92.5), (0.0, 90.0), (20.0, 88.0), (60.0, 86.0)}
     assert legend(left) == {"dense", "ours", "dense, swapped", "ours, swapped"}
@@ -166,7 +166,9 @@ def test_the_bench_is_drawn_from_all_its_seeds(tmp_path: Path) -> None:
         ("table6-c10-r110-lambda-0", '{"epoch": 1, "phase": "dense", "test_top1": 50.0}', "expected open rates"),
     ],
 )
-def test_epochs_that_a_figure_lacks_are_told_by_file(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+def test_epochs_that_a_figure_lacks_are_reported_by_file(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
     if text is not None:
         (tmp_path / f"{name}-seed0.jsonl").write_text(text)
     kind = find_experiment(name).kind
@@ -204,7 +206,7 @@ GATED: dict[str, Any] = {
         (json.dumps(GATED | {"gate_open_rates": {"a": 1, "b": 1, "c": 1}}), "gate_open_rates: .* 'c' differs"),
     ],
 )
-def test_damaged_epochs_are_told_by_file_and_line(tmp_path: Path, damage: str, message: str) -> None:
+def test_damaged_epochs_are_reported_by_file_and_line(tmp_path: Path, damage: str, message: str) -> None:
     path, after = tmp_path / "a.jsonl", '{"epoch": 3, "phase": "cut", "test_top1": 50.0}'
     path.write_text(f"{json.dumps(GATED)}\n{after}\n{damage}\n")
     with pytest.raises(ValueError, match=f"a.jsonl: line 3:? {message}"):

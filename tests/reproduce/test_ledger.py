@@ -79,7 +79,7 @@ def test_a_run_has_one_row(tmp_path: Path) -> None:
         (json.dumps(asdict(row()) | {"dataset": "data/c10.npz"}), "line 2: dataset: expected a name, not a path"),
     ],
 )
-def test_damage_is_told_by_line_and_field_and_nothing_is_written(tmp_path: Path, damage: str, message: str) -> None:
+def test_damage_is_reported_by_line_and_field_and_nothing_is_written(tmp_path: Path, damage: str, message: str) -> None:
     path = tmp_path / "ledger.jsonl"
     append_row(path, row(seed=3))
     path.write_text(path.read_text() + damage + "\n")
@@ -142,7 +142,7 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
     assert set(read_ledger(path)) == {(name, seed) for name in "abc" for seed in range(15)}
 
 
-def test_a_crash_before_the_file_is_whole_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_before_the_file_is_complete_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.jsonl"
     append_row(path, row())
     before = path.read_bytes()

@@ -38,7 +38,7 @@ def test_a_folder_of_results_that_is_not_there_writes_nothing(
     assert "kept" in page.read_text() and list(tmp_path.iterdir()) == [page]
 
 
-def test_the_list_tells_of_rows_that_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_names_rows_that_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for each in (row(), row(seed=1, kind="dense"), row(seed=2, recipe="old")):
         append_row(tmp_path / "ledger.jsonl", each)
     assert main(["list", "--results", str(tmp_path)]) == 0

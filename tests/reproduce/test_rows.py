@@ -68,7 +68,7 @@ def test_defaults_that_recipes_rely_on_stay() -> None:
     assert {name: now[name] for name in known if name in now} == known
 
 
-def test_a_row_of_another_recipe_is_told_and_stops_what_is_made_from_it_alone(
+def test_a_row_of_another_recipe_is_reported_and_stops_only_what_depends_on_it(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append_row(bench.ledger, row(GATED, 0, recipe="0123456789ab"))
@@ -90,7 +90,7 @@ def test_a_row_of_another_recipe_is_told_and_stops_what_is_made_from_it_alone(
         runner.run_one(bench, GATED, 0)
 
 
-def test_a_run_that_fails_lets_the_others_go_on(
+def test_a_run_that_fails_lets_the_others_continue(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real, asked = runner.run_one, []
@@ -108,7 +108,7 @@ def test_a_run_that_fails_lets_the_others_go_on(
     assert "Traceback" in told and f"{GATED} seed 0: failed: no such luck at all\n" in told
 
 
-def test_sigterm_ends_a_run_that_can_go_on_and_starts_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_ends_a_run_that_can_resume_and_starts_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def run(config: TrainConfig, folder: RunFolder, *, stop: StopRequest, **_: Any) -> None:
@@ -148,7 +148,7 @@ def test_a_naive_row_without_its_dense_weights_is_refused_by_name(
     assert f"expected the weights of table1-c10-r56-dense, seed 0, in {weights}" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_goes_on_where_its_images_are_now(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_resumes_where_its_images_are_now(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     real = runner.experiment_config
     with monkeypatch.context() as patch:
         patch.setattr(runner, "experiment_config", lambda *given: replace(real(*given), max_minutes=1e-9))

@@ -38,7 +38,7 @@ def test_every_row_has_a_config_and_a_network_at_its_own_depth(name: str, tmp_pa
                 assert build_model(config, data).config["name"] == config.model
 
 
-def test_what_is_done_is_skipped_and_what_was_cut_short_goes_on(
+def test_what_is_done_is_skipped_and_what_was_interrupted_resumes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "cpu-r20-c10"
@@ -81,9 +81,7 @@ def test_a_finished_run_of_another_recipe_is_refused(bench: Bench, monkeypatch: 
     assert read_ledger(bench.ledger) == {}
 
 
-def test_what_the_machine_is_asked_for_reaches_the_training_and_its_processes(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_machine_options_reach_the_training_and_its_processes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     name, started = "cpu-r20-c10-dense", []
     assert runner.run_one(replace(bench, amp="bf16"), name, 0) == runner.DONE
     assert read_ledger(bench.ledger)[name, 0].amp == bench.folder(name, 0).read_config().amp == "bf16"
@@ -185,7 +183,7 @@ def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_
         (["tables", "--docs", "nowhere"], "nowhere/results.md: expected the results page, found nothing there"),
     ],
 )
-def test_bad_input_is_told_in_a_line(
+def test_bad_input_is_reported_in_one_line(
     arguments: list[str],
     message: str,
     tmp_path: Path,

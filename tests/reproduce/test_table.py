@@ -60,7 +60,7 @@ def test_a_recipe_has_its_dense_net_and_both_controls(name: str) -> None:
         assert control.needs == name and control.seeds == gated.seeds and control.preset == gated.preset
 
 
-def test_an_unknown_name_is_told_its_neighbors() -> None:
+def test_an_unknown_name_gets_suggestions() -> None:
     with pytest.raises(ValueError, match="unknown experiment 'headline-r56'; did you mean headline-r56-c10"):
         find_experiment("headline-r56")
 
@@ -73,7 +73,7 @@ def test_what_an_experiment_needs_comes_before_it() -> None:
         assert each.shown and each.label
 
 
-def test_the_table_is_made_once_and_nobody_changes_it() -> None:
+def test_the_table_is_made_once_and_never_changed() -> None:
     assert all_experiments() is EXPERIMENTS and find_experiment("headline-r56-c10") is EXPERIMENTS["headline-r56-c10"]
     with pytest.raises(TypeError):
         EXPERIMENTS["mine"] = EXPERIMENTS["headline-r56-c10"]  # type: ignore[index]

@@ -15,7 +15,7 @@ def cells(text: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_experiment_has_a_row_and_says_that_it_was_not_run() -> None:
+def test_every_experiment_has_a_row_marked_as_not_run() -> None:
     text = results_text({})
     for title in TITLES.values():
         if title != TITLES["ablations"]:
@@ -64,7 +64,7 @@ def test_energy_that_was_not_measurable_is_said_and_no_zero() -> None:
     assert "Energy not measured: other work ran on the device (1 of these 1 runs)." in text
 
 
-def test_what_pairs_of_seeds_differ_by_is_told_beside_the_control() -> None:
+def test_differences_of_seed_pairs_are_in_the_row_of_the_control() -> None:
     """Seeds that move both alike: the spread of the means hides what every pair shows."""
     tops = {"headline-r56-c10": (92.0, 93.0, 94.0), "headline-r56-c10-fixed-at-init": (91.6, 92.4, 93.5)}
     kinds = {"headline-r56-c10": "gated", "headline-r56-c10-fixed-at-init": "fixed_at_init"}
@@ -80,7 +80,7 @@ def test_what_pairs_of_seeds_differ_by_is_told_beside_the_control() -> None:
     assert verdict.endswith("Agreement at the freeze: 99.90 ± 0.00 %.")
 
 
-def test_macs_without_norms_are_told_where_rows_know_them() -> None:
+def test_macs_without_norms_are_shown_where_rows_have_them() -> None:
     known = row(macs_conv=5.8e7, macs_conv_dense=1.16e8)
     text = results_text({known.key: known, ("headline-r56-c10", 1): row(seed=1)}).split("###")[1]
     line, header = cells(text, "ResNet-56 CIFAR-10 gated"), cells(text, "run")
@@ -111,14 +111,14 @@ def test_rows_that_do_not_fit_the_table_are_left_out_and_that_is_said(changes: d
     assert f"ResNet-56 CIFAR-10 gated: 1 runs {reason} are left out." in text
 
 
-def test_runs_on_held_out_images_belong_into_the_table_that_says_so() -> None:
+def test_runs_on_held_out_images_are_in_their_own_table() -> None:
     name = "cpu-r20-c10-ablation-recipe"
     rows = {(name, 0): row(name, evaluated_on="val")}
     assert cells(results_text(rows), "recipe")[1:3] == ["93.50", "1 of 1"] and "left out" not in results_text(rows)
     assert "recipe: 1 runs evaluated on test (not val) are left out." in results_text({(name, 0): row(name)})
 
 
-def test_rows_of_experiments_that_the_table_does_not_have_are_told() -> None:
+def test_rows_of_unknown_experiments_are_reported() -> None:
     rows = [row(), row("future-thing"), row("future-thing", 1)]
     text = results_text({each.key: each for each in rows})
     assert text.endswith("\n\nLeft out, of experiments that are not in the table (runs): future-thing (2).")

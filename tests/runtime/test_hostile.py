@@ -45,7 +45,7 @@ def refuse(rt, content, words):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_file_cut_short_anywhere_is_refused(rt, plan_bytes):
+def test_a_file_truncated_anywhere_is_refused(rt, plan_bytes):
     length = 8 + int.from_bytes(plan_bytes[:8], "little")
     for size in [*range(0, length, 7), length, length + 9, len(plan_bytes) // 2, len(plan_bytes) - 1]:
         refuse(rt, plan_bytes[:size], "it is no plan|cut short")

@@ -100,7 +100,7 @@ def test_inputs_that_do_not_fit_are_refused(rt, plan_bytes, x, error, words):
         net(x)
 
 
-def test_a_plan_says_what_its_file_says(rt, plan_bytes):
+def test_a_plan_returns_the_metadata_of_its_file(rt, plan_bytes):
     net = rt.load(plan_bytes)
     assert net.input_size == (3, 3, 16, 16) and net.output_size((7, 3, 20, 20)) == (7, 5)
     assert net.classes == ("cat", "dog", "Füchsin", 'a "b"\\', "e")
@@ -156,7 +156,7 @@ def test_threads_share_a_plan_and_run_several(rt, export, plan_bytes):
     assert not wrong
 
 
-def test_a_forked_process_goes_on_with_a_plan(rt, plan_bytes):
+def test_a_forked_process_keeps_using_a_plan(rt, plan_bytes):
     net = rt.load(plan_bytes, threads=2)
     expected = net(X.numpy())
     child = os.fork()

@@ -179,7 +179,7 @@ def test_a_consensus_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert found.masks.keys() == masks.keys() and torch.equal(found.masks["a"], masks["a"])
 
 
-def test_a_cut_has_no_more_channels_on_a_device_that_likes_multiples(
+def test_a_compact_network_has_no_more_channels_on_a_device_that_likes_multiples(
     archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`compact` fills channels up where its example is on a GPU; here everywhere."""

@@ -245,7 +245,7 @@ def test_a_run_without_a_gpu_is_refused_before_it_claims_a_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_it_wants_a_gpu_and_one_process() -> None:
+def test_it_requires_a_gpu_and_one_process() -> None:
     config = dataclasses.replace(CONFIG, device="auto", cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph: expected a GPU, got device 'cpu'"):
         make_stepper(network(CONFIG), config, CPU)
@@ -323,7 +323,7 @@ def test_an_evaluation_by_replays_is_the_plain_one(position: str) -> None:
         forward(split(4)[0][0])
 
 
-def test_an_evaluation_that_cannot_be_captured_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_cannot_be_captured_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(call: Any, *_: Any, retries: int = 1) -> Any:
         raise RuntimeError("not permitted when stream is capturing\nSearch for it")
 

@@ -53,7 +53,9 @@ def teacher(config: TrainConfig, seed: int = 7) -> Teacher:
     "changes", [{}, {"accumulate": 2}, {"amp": "bf16"}, {"momentum": 0.0, "nesterov": False}], ids=lambda c: "-".join(c)
 )
 @pytest.mark.parametrize("at", [0.0, 0.4, 0.5])
-def test_the_whole_trains_as_if_there_were_no_pupil(data: ImageData, at: float, changes: dict[str, Any]) -> None:
+def test_the_dense_network_trains_as_if_there_were_no_student(
+    data: ImageData, at: float, changes: dict[str, Any]
+) -> None:
     """The oracle is a training without gates; up to `teacher_at` it is the pupil's, whose gates stay open.
 
     A teacher that forgets momentum, sees other images or another learning rate, or has the pupil's lesson in its own
@@ -72,7 +74,7 @@ def test_the_whole_trains_as_if_there_were_no_pupil(data: ImageData, at: float, 
     assert not torch.equal(pupil.fc.weight, dense.fc.weight)
 
 
-def test_a_part_that_never_was_whole_is_taught_by_one_that_trains_from_the_start(data: ImageData) -> None:
+def test_a_network_that_was_never_dense_has_a_teacher_that_trains_from_the_start(data: ImageData) -> None:
     config = dataclasses.replace(SINGLE, teacher_at=0.5, subnetwork="even")
     beside, pupil, dense = Teacher(config, lambda: network(DENSE)), network(DENSE, 3), network(DENSE)
     lines = list(train(pupil, data, config, phase="dense", teacher=beside))
@@ -83,7 +85,7 @@ def test_a_part_that_never_was_whole_is_taught_by_one_that_trains_from_the_start
     assert [a.train_loss == b.train_loss for a, b in zip(lines, alone, strict=True)] == [True, True, False, False]
 
 
-def test_the_loss_is_that_of_the_formula_and_teaches_the_pupil_alone() -> None:
+def test_the_loss_is_that_of_the_formula_and_trains_the_student_alone() -> None:
     random = np.random.default_rng(0)
     mine, theirs, task = random.normal(size=(5, 3)), random.normal(size=(5, 3)), 1.25
     p, q = (np.exp(z / 4) / np.exp(z / 4).sum(1, keepdims=True) for z in (theirs, mine))
@@ -121,7 +123,7 @@ def test_its_steps_are_counted(data: ImageData) -> None:
 
 
 @pytest.mark.parametrize("epochs_first", [1, 2, 3])
-def test_a_training_goes_on_with_its_teacher(tmp_path: Path, data: ImageData, epochs_first: int) -> None:
+def test_a_training_resumes_with_its_teacher(tmp_path: Path, data: ImageData, epochs_first: int) -> None:
     straight, beside, again = network(SINGLE), teacher(SINGLE), teacher(SINGLE, seed=8)
     whole = list(train(straight, data, SINGLE, teacher=beside))
     path = tmp_path / "part.pt"
@@ -136,7 +138,7 @@ def test_a_training_goes_on_with_its_teacher(tmp_path: Path, data: ImageData, ep
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_what_is_cut_is_taught_by_what_it_was_cut_from(
+def test_a_compact_network_keeps_its_teacher(
     tmp_path: Path, archive: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
@@ -195,7 +197,7 @@ def test_settings_of_a_teacher_that_is_not_there_are_no_part_of_the_recipe() -> 
         require_same_recipe({**vars(CONFIG), "teacher_temperature": 2.0}, CONFIG, "here")
 
 
-def test_a_pupil_of_another_network_is_refused(data: ImageData) -> None:
+def test_a_student_of_another_network_is_refused(data: ImageData) -> None:
     with pytest.raises(ValueError, match="teacher: expected a gated form of the dense network, it lacks"):
         list(train(network(SINGLE), data, SINGLE, teacher=Teacher(SINGLE, lambda: nn.Conv2d(3, 4, 1))))
 

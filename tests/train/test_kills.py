@@ -50,7 +50,7 @@ def test_runs_killed_at_random_end_the_same(straight: tuple[Path, float]) -> Non
 
 
 @pytest.mark.slow
-def test_runs_that_cut_and_teach_end_the_same_too(straight: tuple[Path, float]) -> None:
+def test_runs_that_compact_and_distill_end_the_same_too(straight: tuple[Path, float]) -> None:
     """Killed in the training of the gates, just after the cut, and in the training of what is left."""
     folder, _ = straight
     config = small_config(folder / "blobs.npz", **RECIPES[LATE])
@@ -143,7 +143,7 @@ def test_a_run_that_is_stopped_resumes_to_the_same_end(straight: tuple[Path, flo
     assert not differences(outcome(folder / "run"), outcome(target.path))
 
 
-def test_a_damaged_run_that_cannot_go_on_says_so(
+def test_a_damaged_run_that_cannot_resume_raises(
     straight: tuple[Path, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = straight

@@ -112,7 +112,7 @@ def test_a_seed_repeats_and_another_differs(data: ImageData) -> None:
     assert not torch.equal(final(1), final(2))
 
 
-def test_it_learns_and_the_metrics_tell_so(data: ImageData) -> None:
+def test_it_learns_and_the_metrics_show_it(data: ImageData) -> None:
     config = dataclasses.replace(CONFIG, epochs=25, batch_size=8, mac_target=0.6, lr=0.1)
     model = network(config)
     lines = list(train(model, data, config))
@@ -261,7 +261,7 @@ def test_bad_steps_in_a_row_are_counted_across_a_restart(tmp_path: Path, data: I
 
 
 @pytest.mark.parametrize("position", [0, 2])
-def test_a_run_goes_on_where_random_numbers_are_made_otherwise(tmp_path: Path, data: ImageData, position: int) -> None:
+def test_a_run_resumes_where_random_numbers_are_made_otherwise(tmp_path: Path, data: ImageData, position: int) -> None:
     """A GPU's generators have states of 16 bytes; the steps that are left are made, on other random numbers."""
     config = dataclasses.replace(CONFIG, epochs=2)
     path, steps = tmp_path / "gated.pt", itertools.count(1)

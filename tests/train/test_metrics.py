@@ -25,7 +25,7 @@ def test_all_devices_of_all_processes_are_named() -> None:
     assert found == Energy(16.0, "", "2 x GPU 0 (NVML), 2 x CPU package-0 (RAPL), 2 x GPU 1 (NVML)")
 
 
-def test_one_process_that_cannot_tell_makes_all_unknown_and_says_why() -> None:
+def test_one_process_without_a_counter_makes_all_unknown_with_the_reason() -> None:
     found = total_energy([Energy(5.0, "", "GPU 0 (NVML)"), Energy(None, "NVML: Not Supported"), Energy()])
     assert found == Energy(None, "NVML: Not Supported", "GPU 0 (NVML)")
 
@@ -46,7 +46,7 @@ def test_a_run_has_the_first_reason_of_its_epochs() -> None:
     assert run_energy([]).joules is None and run_energy([]).reason
 
 
-def test_a_device_that_others_use_too_tells_nothing_and_says_so(
+def test_a_shared_device_has_no_energy_and_gives_the_reason(
     tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meters, "find_counters", lambda device, host=True: ([Scripted(*range(1, 99))], ""))

@@ -58,7 +58,7 @@ def test_a_run_is_frozen_by_who_holds_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(told) == 1 and HELD in told[0]
 
 
-def test_a_second_training_of_a_run_is_refused_and_the_first_goes_on(
+def test_a_second_training_of_a_run_is_refused_and_the_first_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])

@@ -94,7 +94,7 @@ def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position
     torch._dynamo.reset()
 
 
-def test_a_compiled_training_shuts_the_gates_that_a_plain_one_shuts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_training_closes_the_gates_that_a_plain_one_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(pruner, "EVERY", 2)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

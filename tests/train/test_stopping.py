@@ -127,7 +127,7 @@ class Told(Ranks):
         return values
 
 
-def test_processes_ask_each_other_about_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_exchange_the_stop_about_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     for step_s, steps in ((0.01, 100), (0.3, 3), (5.0, 1), (1e-9, 1000)):
         now = [0.0]
         monkeypatch.setattr("gatedconv.train.loop.time.monotonic", lambda now=now: now[0])
@@ -140,7 +140,7 @@ def test_processes_ask_each_other_about_once_a_second(monkeypatch: pytest.Monkey
         assert asked == [1, 1 + steps, 1 + 2 * steps]
 
 
-def test_a_process_alone_asks_itself_after_every_step() -> None:
+def test_a_single_process_polls_after_every_step() -> None:
     poll = StopPoll(Ranks(), CPU)
     assert all(poll.due() for _ in range(5)) and poll.any(True, False) == [True, False]
 
@@ -161,9 +161,7 @@ def test_a_run_that_was_stopped_is_not_started_again_by_torchrun(
     assert codes == [3, 0]
 
 
-def test_under_torchrun_a_folder_that_holds_the_run_is_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_torchrun_an_existing_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often torchrun has started the job: the count of restarts differs between machines."""
     settings = config(write_npz(tmp_path / "blobs.npz"), epochs=3, gate="none")
     folder, stop = RunFolder(tmp_path / "run"), StopRequest()
@@ -179,7 +177,7 @@ def test_under_torchrun_a_folder_that_holds_the_run_is_gone_on_with(
         run(config(tmp_path / "blobs.npz", epochs=3, gate="none", lr=0.9), folder)
 
 
-def test_a_stop_that_comes_when_nobody_looks_any_more_ends_the_process() -> None:
+def test_a_stop_outside_of_training_ends_the_process() -> None:
     stop = StopRequest()
     with stop.deferred():
         stop.request()

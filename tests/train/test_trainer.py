@@ -161,7 +161,7 @@ def test_the_ledger_takes_over_the_energy_of_an_image(tmp_path: Path, joules: fl
     assert (row.train_macs, row.top1_whole) == (3e15, None)
 
 
-def test_a_row_of_the_recipe_tells_of_the_whole_network_too(tmp_path: Path) -> None:
+def test_a_row_of_the_recipe_has_the_dense_network_too(tmp_path: Path) -> None:
     net = {"top1": 76.0, "macs": 5e6, "params": 5}
     summary = {
         "dense": net | {"top1": 78.0, "macs": 1e7},
@@ -185,7 +185,7 @@ def test_a_row_of_the_recipe_tells_of_the_whole_network_too(tmp_path: Path) -> N
     assert (row.top1_last, row.top1_whole, row.macs, row.macs_dense, row.epochs) == (76.0, 78.0, 5e6, 1e7, 24)
 
 
-def test_a_run_counts_what_it_trains_after_the_cut(tmp_path: Path, archive: Path) -> None:
+def test_a_run_counts_what_it_trains_after_compacting(tmp_path: Path, archive: Path) -> None:
     """What is left carries no costs of its pieces; it is counted as it is deployed."""
     config = small(archive, dense_baseline=False, latency=False, consensus_at=0.5, recompute=True)
     folder = RunFolder(tmp_path / "run")
@@ -231,7 +231,7 @@ def test_a_time_limit_ends_a_run_that_can_be_resumed(tmp_path: Path, archive: Pa
     assert run(dataclasses.replace(config, max_minutes=0.0), folder, resume=True) is not None
 
 
-def test_a_run_that_is_stopped_after_the_cut_tells_the_epochs_of_all_of_it(
+def test_a_run_that_is_stopped_after_compacting_reports_all_its_epochs(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(archive, dense_baseline=False, latency=False, consensus_at=0.5, max_minutes=9.0)
@@ -290,7 +290,7 @@ class Tiring:
 
 
 @pytest.mark.parametrize("reads", [3, 99])
-def test_a_summary_says_why_its_energy_is_unknown(
+def test_a_summary_gives_the_reason_of_unknown_energy(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, reads: int
 ) -> None:
     """One epoch that could not be measured is enough; a meter asked at the end would have nothing to complain of."""
@@ -336,7 +336,7 @@ def with_biases(biases: list[float]) -> Any:
         (5, {"mac_target": 0.5}, 0),  # half of the MACs is what was asked for
     ],
 )
-def test_dead_gates_are_noted_once_where_nothing_asks_for_them(
+def test_dead_gates_are_noted_once_unless_they_are_wanted(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, dead: int, changes: dict[str, Any], noted: int
 ) -> None:
     monkeypatch.setattr("gatedconv.train.build.build_model", with_biases([-50.0] * dead + [50.0] * (9 - dead)))

@@ -95,7 +95,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]]
 
 
 @pytest.mark.filterwarnings("ignore:freeze")
-def test_each_process_asks_its_share_and_all_decide_alike(both: tuple[list[dict[str, Any]], Path]) -> None:
+def test_each_process_votes_on_its_share_and_all_decide_alike(both: tuple[list[dict[str, Any]], Path]) -> None:
     """While one passes over everything the others would wait in a collective, whose patience ends."""
     ranks, folder = both
     whole = decided(load_data(f"npz:{folder / 'blobs.npz'}"), folder / "one", SINGLE)
