@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.layers import LayerCase
-from benchmarks.networks import CUTS, NetworkCase
+from benchmarks.networks import VARIANTS, NetworkCase
 
 # How many times faster than the fastest peer, by network and batch.
 NETWORK_GOALS = {
@@ -13,7 +13,9 @@ NETWORK_GOALS = {
     ("resnet56 mid-50", 32): 1.4,
     ("resnet56 half the blocks", 1): 2.0,
     ("resnet56 half the blocks", 32): 1.4,
-    **{(f"{model} {cut}", n): 1.0 for model in ("resnet18", "resnet50") for cut in CUTS[:2] for n in (1, 8)},
+    **{
+        (f"{model} {variant}", n): 1.0 for model in ("resnet18", "resnet50") for variant in VARIANTS[:2] for n in (1, 8)
+    },
 }
 
 # How many times faster than torch.nn.functional.conv2d, by the percentage of open outputs: shapes of networks for

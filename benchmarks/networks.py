@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gatedconv
 
-CUTS = ("dense", "mid-50", "half the blocks")
+VARIANTS = ("dense", "mid-50", "half the blocks")
 
 
 @dataclass(frozen=True)
@@ -19,21 +19,21 @@ class NetworkCase:
 
     Attributes:
         model: "resnet20", "resnet56" or "resnet110" (32x32, ours), "resnet18" or "resnet50" (224x224, torchvision's).
-        cut: "dense"; "mid-50": half of the channels between a block's first and last convolution;
+        variant: "dense"; "mid-50": without half of the channels between a block's first and last convolution;
             "half the blocks": every second block is left with its shortcut.
         batch: images per call.
         quick: whether it belongs to the short selection.
     """
 
     model: str
-    cut: str
+    variant: str
     batch: int
     quick: bool = False
 
     @property
     def name(self) -> str:
         """As result rows call it."""
-        return f"{self.model} {self.cut}"
+        return f"{self.model} {self.variant}"
 
     @property
     def image_size(self) -> int:
@@ -44,14 +44,14 @@ class NetworkCase:
         """The network in eval mode and its input (N, 3, H, W)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = _cifar(self.model, self.cut) if self.image_size == 32 else _imagenet(self.model, self.cut)
+            network = _cifar(self.model, self.variant) if self.image_size == 32 else _imagenet(self.model, self.variant)
             return network.eval(), torch.randn(self.batch, 3, self.image_size, self.image_size)
 
 
 def _cases() -> tuple[NetworkCase, ...]:
-    quick = {("resnet56", cut, batch) for cut in CUTS for batch in (1, 32)} | {("resnet18", "mid-50", 1)}
-    small = itertools.product(("resnet56", "resnet110"), CUTS, (1, 8, 32))
-    large = itertools.product(("resnet18", "resnet50"), CUTS[:2], (1, 8))
+    quick = {("resnet56", variant, batch) for variant in VARIANTS for batch in (1, 32)} | {("resnet18", "mid-50", 1)}
+    small = itertools.product(("resnet56", "resnet110"), VARIANTS, (1, 8, 32))
+    large = itertools.product(("resnet18", "resnet50"), VARIANTS[:2], (1, 8))
     wanted = [*small, *large]
     return tuple(NetworkCase(*case, quick=case in quick) for case in wanted)
 
@@ -59,8 +59,8 @@ def _cases() -> tuple[NetworkCase, ...]:
 CASES = _cases()
 
 
-def _cifar(model: str, cut: str) -> nn.Module:
-    gate = {"dense": None, "mid-50": "channel", "half the blocks": "layer"}[cut]
+def _cifar(model: str, variant: str) -> nn.Module:
+    gate = {"dense": None, "mid-50": "channel", "half the blocks": "layer"}[variant]
     network = getattr(gatedconv.models, model)(gate=gate, position="middle" if gate == "channel" else "after")
     fill_norms(network)
     network.eval()
@@ -73,11 +73,11 @@ def _cifar(model: str, cut: str) -> nn.Module:
     return gatedconv.compact(gatedconv.freeze(network, masks=masks), torch.zeros(1, 3, 32, 32))
 
 
-def _imagenet(model: str, cut: str) -> nn.Module:
+def _imagenet(model: str, variant: str) -> nn.Module:
     import torchvision
 
     network: nn.Module = getattr(torchvision.models, model)(weights=None)
-    if cut == "mid-50":
+    if variant == "mid-50":
         for block in network.modules():
             if hasattr(block, "conv1") and hasattr(block, "conv2") and hasattr(block, "bn2"):
                 _halve_middle(block)

@@ -11,7 +11,7 @@ from benchmarks.harness import read, result_files
 from benchmarks.layers import OPEN, SHAPES, LayerCase
 from benchmarks.networks import CASES as NETWORKS
 from gatedconv.report.bench import Row, best_rows
-from gatedconv.report.runtimes import NOT_HELD_BACK, OURS
+from gatedconv.report.runtimes import OURS, UNLIMITED_ISA
 from gatedconv.report.tables import markdown_table
 
 _SHORT = {
@@ -215,7 +215,7 @@ def _ms(row: Row | None) -> str:
 
 def _verdict(what: str, peers: Sequence[Row], wanted: float | None, judged: Judged) -> list[str]:
     """The ratio against the fastest peer that ran on the same instruction set, and the goal with what became of it."""
-    rivals = [row for row in peers if not row.setting.endswith(NOT_HELD_BACK)]
+    rivals = [row for row in peers if not row.setting.endswith(UNLIMITED_ISA)]
     fastest = min(rivals, key=lambda row: row.ms_median, default=None)
     if fastest is None or fastest.ratio is None:
         return ["-", "" if wanted is None else f"{wanted}"]

@@ -36,11 +36,11 @@ COMPILED = "compile reduce-overhead"
 Run = Callable[[Tensor], Tensor]
 
 
-def network_rows(machine: Machine, model: str, cut: str, batch: int, dtype: str, provider: str) -> list[Row]:
+def network_rows(machine: Machine, model: str, variant: str, batch: int, dtype: str, provider: str) -> list[Row]:
     """One provider on one network; for ours also a row of every candidate that the tuner measured."""
     if machine.dry:
         model, batch, dtype = "resnet20", min(batch, 2), "bfloat16"
-    case = NetworkCase(model, cut, batch)
+    case = NetworkCase(model, variant, batch)
     network, x = case.build()
     x = x[:, :, :8, :8] if machine.dry else x
     network, x = network.to(machine.device), x.to(machine.device)

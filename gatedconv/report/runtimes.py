@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib
 import importlib.util
 import logging
 import os
@@ -23,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.deploy import export
+from gatedconv.engine import Engine
 
 OURS = "gatedconv"
-NOT_HELD_BACK = "on every instruction set of the machine"
+UNLIMITED_ISA = "on every instruction set of the machine"
 Run = Callable[[], Tensor]
 
 
@@ -50,20 +50,18 @@ class Setting:
     @property
     def label(self) -> str:
         """The name, marked where the other runtimes are limited to an older instruction set and this one cannot be."""
-        unheld = self.provider == "onnxruntime" and bool(os.environ.get("ONEDNN_MAX_CPU_ISA"))
-        return f"{self.name}, {NOT_HELD_BACK}" if unheld else self.name
+        unlimited = self.provider == "onnxruntime" and bool(os.environ.get("ONEDNN_MAX_CPU_ISA"))
+        return f"{self.name}, {UNLIMITED_ISA}" if unlimited else self.name
 
     @property
     def missing(self) -> str | None:
         """Why this setting cannot be tried, None if it can."""
         lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
-        if self.provider == OURS and not hasattr(importlib.import_module("gatedconv"), "Engine"):
-            return "gatedconv.Engine is missing"
         return f"{', '.join(lacking)} not installed (pip install 'gatedconv[bench]')" if lacking else None
 
 
 def _engine(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
-    engine = importlib.import_module("gatedconv").Engine(network, x)
+    engine = Engine(network, x)
     return lambda: engine(x)
 
 

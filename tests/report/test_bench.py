@@ -240,6 +240,6 @@ def test_under_an_instruction_set_limit_onnxruntime_is_marked_as_unlimited(
         "small", small, torch.randn(1, 3, 8, 8), settings=chosen("all optimizations", "NCHW"), sample_ms=1
     )
     assert set(found.errors) == {
-        ("onnxruntime", f"all optimizations, {runtimes.NOT_HELD_BACK}"),
+        ("onnxruntime", f"all optimizations, {runtimes.UNLIMITED_ISA}"),
         ("eager", "NCHW"),
     }
