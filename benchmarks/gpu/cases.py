@@ -136,7 +136,7 @@ def build(machine: Machine) -> list[Row]:
     library = _native.load("cuda")
     if not library.available:
         raise RuntimeError(f"no CUDA library: {library.reason}")
-    return [Row("build", "cuda library", 0, "", "gatedconv", note=f"{library.source}: {library.path}")]
+    return [Row("build", "cuda library", 0, "", "gatedconv", note=library.source)]
 
 
 def ceilings(machine: Machine) -> list[Row]:
