@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a gated network, freeze it, compact it, measure it",
     "eval": "top-1, MACs and parameters of a run or a saved model",
     "freeze": "freeze and compact a run from its latest checkpoint",
-    "export": "export a compact network for ONNX Runtime, torch.export or AOTInductor",
+    "export": "export a compact network for ONNX Runtime, PyTorch or the runtime without PyTorch",
     "bench": "latency of a network in our engine and in other runtimes",
     "report": "plots and tables of runs",
     "report html": "one self-contained HTML page about runs",

@@ -85,11 +85,7 @@ class GateOutput(NamedTuple):
 
 
 def gate(
-    x: Tensor,
-    parameters: GateParameters,
-    statistics: GateStatistics,
-    options: GateOptions,
-    noise: Tensor | None = None,
+    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None = None
 ) -> GateOutput:
     """Decide, per sample, which gates are open.
 
@@ -122,11 +118,7 @@ def gate(
 
 
 def gate_reference(
-    x: Tensor,
-    parameters: GateParameters,
-    statistics: GateStatistics,
-    options: GateOptions,
-    noise: Tensor | None = None,
+    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None = None
 ) -> GateOutput:
     """Compute `gate` from PyTorch's own differentiable functions."""
     check_gate(x, parameters, statistics, options, noise)
@@ -239,11 +231,7 @@ def require_batch(x: Tensor, parameters: GateParameters, options: GateOptions) -
 
 
 def kernels_can(
-    x: Tensor,
-    parameters: GateParameters,
-    statistics: GateStatistics,
-    options: GateOptions,
-    noise: Tensor | None = None,
+    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None = None
 ) -> bool:
     """Whether the kernels cover this call: every buffer kept, all in fp32, and no cumulative average."""
     dtypes = _triton.KERNEL_DTYPES
@@ -316,25 +304,19 @@ class BackwardArguments(NamedTuple):
     dtype: torch.dtype
 
 
+def _arguments(
+    x: Tensor, parameters: GateParameters, noise: Tensor | None, s: GateStatistics, o: GateOptions
+) -> ForwardArguments:
+    numbers = (o.flatten, o.eps, o.estimator, o.temperature, o.training, o.batch_stats, o.dtype or x.dtype)
+    flat: tuple[Any, ...] = (x, *parameters, noise, s.mean, s.var, s.threshold, *numbers)
+    return ForwardArguments(*flat)
+
+
 def _compiled(
     x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
 ) -> GateOutput:
     """Compute `gate` through the operators; the buffers move here, in the graph."""
-    arguments = ForwardArguments(
-        x,
-        *parameters,
-        noise,
-        statistics.mean,
-        statistics.var,
-        statistics.threshold,
-        options.flatten,
-        options.eps,
-        options.estimator,
-        options.temperature,
-        options.training,
-        options.batch_stats,
-        options.dtype or x.dtype,
-    )
+    arguments = _arguments(x, parameters, noise, statistics, options)
     gate, rate, logits, _, _, stat, threshold = torch.ops.gatedconv.gate_forward.default(*arguments)
     move_buffers(statistics, options, rate, stat, threshold)
     return GateOutput(gate, rate, logits)
@@ -434,12 +416,8 @@ class _Gate(torch.autograd.Function):
         from gatedconv.kernels import gate as kernels
 
         parameters, (noise, statistics, o) = GateParameters(*rest[:6]), rest[6:]
-        dtype = o.dtype or x.dtype
-        out = kernels.forward(x, parameters, statistics, o, noise, dtype=dtype, update=o.training)
-        running = (statistics.mean, statistics.var, statistics.threshold)
-        numbers = (o.flatten, o.eps, o.estimator, o.temperature, o.training, o.batch_stats, dtype)
-        flat: tuple[Any, ...] = (x, *parameters, noise, *running, *numbers)
-        _save(ctx, ForwardArguments(*flat), out)
+        out = kernels.forward(x, parameters, statistics, o, noise, dtype=o.dtype or x.dtype, update=o.training)
+        _save(ctx, _arguments(x, parameters, noise, statistics, o), out)
         return out.gate, out.rate, out.logits
 
     @staticmethod

@@ -62,11 +62,7 @@ class ResidualOutput(NamedTuple):
 
 
 def gated_residual(
-    x: Tensor,
-    shortcut: Tensor,
-    norm: NormArguments,
-    layer: Tensor | None = None,
-    channel: InnerGate | None = None,
+    x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | None = None, channel: InnerGate | None = None
 ) -> ResidualOutput:
     """Compute out = ReLU(shortcut + layer * channel * BN(x)), the channel gate reading the pooled BN(x).
 
@@ -99,11 +95,7 @@ def gated_residual(
 
 
 def gated_residual_reference(
-    x: Tensor,
-    shortcut: Tensor,
-    norm: NormArguments,
-    layer: Tensor | None = None,
-    channel: InnerGate | None = None,
+    x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | None = None, channel: InnerGate | None = None
 ) -> ResidualOutput:
     """Compute `gated_residual` from PyTorch's own differentiable functions."""
     _check(x, shortcut, norm, layer, channel)
