@@ -201,13 +201,16 @@ class ConsensusOptions(_Options):
 
 @dataclass(frozen=True)
 class TeacherOptions(_Options):
-    """Distillation from the dense network, which trains in the same run."""
+    """Distillation from the dense network, which trains in the same run or has trained before."""
 
     teacher_at: float = option(
         1.0,
         "share of the run from which a dense copy of the network trains too, and teaches; 1 for never",
         low=0.0,
         high=1.0,
+    )
+    teacher_file: str = option(
+        "", "the dense.safetensors of a finished run, which then teaches in place of a copy that trains too"
     )
     teacher_weight: float = option(
         0.5, "weight of the teacher in the loss; the labels have the rest", above=0.0, high=1.0
@@ -314,9 +317,13 @@ class TrainConfig(
 
     def _check_teacher(self) -> None:
         if self.teacher_at == 1:
+            if self.teacher_file:
+                raise ValueError("teacher_file: expected teacher_at below 1, from where on it teaches; got 1")
             return
         if self.gate == "none":
             raise ValueError("teacher_at: expected a gate, the dense network needs no teacher; got gate 'none'")
+        if self.teacher_file:
+            return  # nothing is copied: it may begin at any time
         if self.mac_control == "rank" and self.teacher_at > self.mac_ramp[0]:
             raise ValueError(
                 f"teacher_at: expected at most {self.mac_ramp[0]:g}, where mac_ramp begins to prune and the network "
@@ -353,11 +360,11 @@ def epoch_range(config: TrainConfig, phase: str) -> tuple[int, int]:
 
 
 # Fields that may change when a run is resumed: none belongs to the recipe. Results stay exact where `device` and
-# `threads` stay; others add up in another order, and round differently. The file of `subnetwork` may have moved: the
-# checkpoint loads into no other one.
+# `threads` stay; others add up in another order, and round differently. The files of `subnetwork` and `teacher_file`
+# may have moved: the checkpoint loads into no other sub-network, and has a hash of the teacher.
 FREE_ON_RESUME = frozenset(
-    "name data_root device threads shared_device latency max_minutes tensorboard subnetwork compile cuda_graph "
-    "recompute skip_blocks workers checkpoint_minutes".split()
+    "name data_root device threads shared_device latency max_minutes tensorboard subnetwork teacher_file compile "
+    "cuda_graph recompute skip_blocks workers checkpoint_minutes".split()
 )
 
 

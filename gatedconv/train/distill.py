@@ -1,27 +1,38 @@
-"""Distillation within one run: a dense copy of the network trains along with the student and teaches it."""
+"""Distillation: a dense copy of the network trains along with the student and teaches it; or a finished one does."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatedconv.data import ImageData
+from gatedconv.deploy import load
 from gatedconv.train.build import build_model
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import make_stepper
 from gatedconv.train.distributed import SINGLE, Ranks
-from gatedconv.train.recipe import place
-from gatedconv.train.step import Stepper
+from gatedconv.train.recipe import mixed_dtype, place, resolve_device
+from gatedconv.train.step import StepMacs, Stepper
 
 
-def make_teacher(config: TrainConfig, data: ImageData, phase: str, ranks: Ranks = SINGLE) -> Teacher | None:
-    """The teacher that `config` asks for in a phase; None for a dense baseline."""
+def make_teacher(
+    config: TrainConfig, data: ImageData, phase: str, ranks: Ranks = SINGLE
+) -> Teacher | FinishedTeacher | None:
+    """The teacher that `config` asks for in a phase; None for a dense baseline.
+
+    Raises:
+        ValueError: `teacher_file` is missing, or holds another kind of network.
+    """
     if config.teacher_at == 1 or (phase == "dense" and not config.subnetwork):
         return None
+    if config.teacher_file:
+        return FinishedTeacher(config, build_model(config, data, gated=False))
     return Teacher(config, lambda: build_model(config, data, gated=False), ranks)
 
 
@@ -127,3 +138,63 @@ class Teacher:
             stepper.lookahead.start_from(student.lookahead)
         stepper.guard.buffers.keep()
         return stepper
+
+
+class FinishedTeacher:
+    """A dense network that was trained before: it teaches from `teacher_at` on, and does not change.
+
+    Args:
+        config: of the run; names the file, and the precision.
+        dense: the network of the run without gates, into which the file is loaded.
+
+    Attributes:
+        stepper: None: nothing trains.
+        macs: of its forward passes; counts `executed`.
+
+    Raises:
+        ValueError: the file is missing, or holds the weights of another network.
+    """
+
+    stepper = None
+
+    def __init__(self, config: TrainConfig, dense: nn.Module) -> None:
+        path = Path(config.teacher_file)
+        try:
+            dense.load_state_dict(load(path).state_dict())
+        except (OSError, ValueError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"teacher_file: expected the weights of {config.model}, dense, in {path}: {first}"
+            ) from None
+        self._network = place(dense, config).eval()
+        self._at = config.teacher_at * config.epochs
+        self._digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.macs = StepMacs(self._network)
+        device = resolve_device(config.device)
+        half = mixed_dtype(config.amp, device)
+        self._autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
+
+    def begin(self, student: Stepper) -> None:
+        """Teach a student; nothing depends on which."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: Tensor, epoch: float) -> Tensor | None:
+        """The logits (B, classes) on images (B, C, H, W); None before `teacher_at`."""
+        if epoch < self._at:
+            return None
+        self.macs.executed += len(images) * self.macs.per_image
+        with self._autocast:
+            logits: Tensor = self._network(images)
+        return logits
+
+    def average(self, weight: float) -> None:
+        """Nothing: every rank has the same weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """A hash of the file."""
+        return {"file": self._digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the run continues with the same teacher; ValueError where it does not."""
+        if state.get("file") != self._digest:
+            raise ValueError("teacher_file: another file than the run began with")

@@ -26,7 +26,7 @@ from gatedconv.train.callbacks import StepReport
 from gatedconv.train.checkpoint import State, load_checkpoint, pack_state, restore_state, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import make_forward, make_stepper
-from gatedconv.train.distill import Teacher, make_teacher
+from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import Ranks, by_torchrun, current
 from gatedconv.train.metrics import (
     Energy,
@@ -38,7 +38,7 @@ from gatedconv.train.metrics import (
     total_energy,
 )
 from gatedconv.train.recipe import eval_batches, learning_rate, place, polar_weight, precision_note, train_batches
-from gatedconv.train.step import PASSES_PER_STEP, Stepper, StepResult, checks_immediately
+from gatedconv.train.step import PASSES_PER_STEP, StepMacs, Stepper, StepResult, checks_immediately
 
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.
 _SYNC_EVERY = 20
@@ -60,7 +60,7 @@ def train(
     on_note: Callable[[str], object] = warnings.warn,
     deadline: float | None = None,
     stop: Callable[[], bool] | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | FinishedTeacher | None = None,
 ) -> Iterator[EpochMetrics]:
     """Train a network in place; each item taken from the iterator is an epoch.
 
@@ -129,7 +129,7 @@ class Training:
         on_note: Callable[[str], object] = warnings.warn,
         deadline: float | None = None,
         stop: Callable[[], bool] | None = None,
-        teacher: Teacher | None = None,
+        teacher: Teacher | FinishedTeacher | None = None,
     ) -> None:
         ranks = self.ranks = current()
         self.batches = train_batches(config, data, phase, ranks)
@@ -239,6 +239,11 @@ class Training:
         teacher = None if self.teacher is None else self.teacher.stepper
         return [self.stepper] if teacher is None else [self.stepper, teacher]
 
+    def _counters(self) -> list[StepMacs]:
+        """Of the MACs of every network at work."""
+        counters = [stepper.macs for stepper in self._steppers()]
+        return [*counters, self.teacher.macs] if isinstance(self.teacher, FinishedTeacher) else counters
+
     def _evaluated(self, epoch: int) -> EpochMetrics:
         """The metrics of an epoch whose steps are done; resets the counts for the next one."""
         config, steps = self.config, len(self.batches)
@@ -283,7 +288,8 @@ class Training:
         self.meter.new_epoch()
         for stepper in self._steppers():
             stepper.guard.new_epoch()
-            stepper.macs.new_epoch()
+        for counter in self._counters():
+            counter.new_epoch()
         self._earlier, self._earlier_energy = dict(_NOTHING), Energy()
 
     def _macs(self, executed: float, saved: float) -> dict[str, Any]:
@@ -303,7 +309,7 @@ class Training:
         return {
             "seconds": self._earlier["seconds"] + time.monotonic() - self._started,
             "core_seconds": self._earlier["core_seconds"] + time.process_time() - self._cores_started,
-            "executed": self._earlier["executed"] + sum(stepper.macs.executed for stepper in self._steppers()),
+            "executed": self._earlier["executed"] + sum(counter.executed for counter in self._counters()),
             "saved": self._earlier["saved"] + self.stepper.macs.saved,
         }
 

@@ -24,7 +24,7 @@ from gatedconv.train.callbacks import Callback
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint, read_consensus, restore_part, write_consensus
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import require_graphs
-from gatedconv.train.distill import Teacher, make_teacher
+from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import SINGLE, Ranks, by_torchrun, joined
 from gatedconv.train.loop import StopRequest, Training
 from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard, run_energy
@@ -96,6 +96,8 @@ def run(
         data = load_images(config)
         train_batches(config, data, ranks=ranks)  # raises where the recipe does not fit the data
         # Everything that can refuse the run comes before it creates the folder.
+        if config.teacher_file:
+            make_teacher(config, data, phases(config)[-1])
         networks = {phase: starting_network(config, data, phase) for phase in phases(config) if phase != "cut"}
         if ranks.main:
             folder.require_startable(resume=resume)
@@ -147,7 +149,7 @@ class Trainer:
         self.config, self.data, self.folder, self.callback = config, data, folder, callback
         self.ranks, self.stop, self.deadline, self.resume = ranks, stop or StopRequest(), deadline, resume
         self.device = resolve_device(config.device)
-        self.teacher: Teacher | None = None
+        self.teacher: Teacher | FinishedTeacher | None = None
         self.board: TensorBoard | None = None
         self.writer = MetricsWriter(folder.metrics, self._earlier_lines() if resume else ())
 

@@ -17,10 +17,11 @@ import gatedconv
 from gatedconv.data import ImageData
 from gatedconv.gating import find_gates
 from gatedconv.train import Callback, RunFolder, TrainConfig, run, train
+from gatedconv.train.build import build_model
 from gatedconv.train.config import require_same_recipe
-from gatedconv.train.distill import Teacher
+from gatedconv.train.distill import FinishedTeacher, Teacher
 from gatedconv.train.loop import StopRequest
-from gatedconv.train.recipe import distillation_loss
+from gatedconv.train.recipe import distillation_loss, train_batches
 from gatedconv.train.step import Stepper
 from tests.tolerances import assert_close
 from tests.train.test_loop import assert_same_state, comparable, network
@@ -218,3 +219,41 @@ def test_a_student_of_another_network_is_refused(data: ImageData) -> None:
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_finished_network_teaches_and_stays_as_it_is(
+    tmp_path: Path, archive: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is that of its logits, whose forward passes are counted; a resumed run needs the same file."""
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
+    dense, file = build_model(CONFIG, data, gated=False), tmp_path / "dense.safetensors"
+    dense.fc.weight.data.mul_(3)
+    gatedconv.save(dense, file)
+    before = file.read_bytes()
+    part = {"subnetwork": "even", "mac_control": "none", "consensus_at": 1.0, "data": f"npz:{archive}"}
+    config = dataclasses.replace(CONFIG, **part, teacher_at=0.5, teacher_file=str(file))
+    taught, alone = RunFolder(tmp_path / "taught"), RunFolder(tmp_path / "alone")
+    run(config, taught)
+    run(dataclasses.replace(config, teacher_at=1.0, teacher_file=""), alone)
+    lines, plain = taught.read_metrics(), alone.read_metrics()
+    assert [a.train_loss == b.train_loss for a, b in zip(lines, plain, strict=True)] == [True, True, False, False]
+    images = CONFIG.batch_size * (len(data.train_labels) // CONFIG.batch_size)
+    more = images * sum(term.macs for term in dense.mac_terms)  # one pass, forward
+    assert [a.train_macs - b.train_macs for a, b in zip(lines, plain, strict=True)] == pytest.approx([0, 0, more, more])
+    assert file.read_bytes() == before
+    teacher = FinishedTeacher(config, build_model(CONFIG, data, gated=False))
+    images, labels = next(iter(train_batches(config, data)))
+    with torch.no_grad():
+        assert torch.equal(teacher(images, labels, 3.0), dense.eval()(images))
+    assert teacher(images, labels, 1.9) is None
+    state = teacher.state_dict()
+    dense.fc.weight.data.mul_(2)
+    gatedconv.save(dense, file)
+    with pytest.raises(ValueError, match="another file than the run began with"):
+        FinishedTeacher(config, build_model(CONFIG, data, gated=False)).load_state_dict(state)
+    gatedconv.save(gatedconv.models.resnet32(), file)
+    with pytest.raises(ValueError, match=r"teacher_file: expected the weights of resnet20, dense, in .*dense"):
+        run(config, RunFolder(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="teacher_file: expected teacher_at below 1"):
+        dataclasses.replace(config, teacher_at=1.0)
