@@ -11,8 +11,9 @@ from pathlib import Path
 from gatedconv._io import naming_file, write_atomic
 from gatedconv.cli import Parser, run_command
 from gatedconv.report.tables import text_table
-from reproduce.bench import Bench
+from reproduce.bench import Bench, Key
 from reproduce.ledger import Rows, read_ledger
+from reproduce.plan import planned, status
 from reproduce.rows import present_recipes
 from reproduce.runner import energy_of_images, run_experiments, select
 from reproduce.table import all_experiments
@@ -48,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         help="run what is missing of the experiment table",
         epilog="Exit code 3: --max-minutes or SIGTERM ended it, the same command continues; 1: a run failed.",
     )
+    run.add_argument(
+        "--plan", default="", help="the runs of a plan, in its order, or those that NAMEs choose: cpu or gpu"
+    )
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time [1]")
     run.add_argument("--cuda-graph", action="store_true", help="replay each training step as one CUDA graph")
     run.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads [the recipe's]")
@@ -62,14 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         ("plots", _plots, "draw the figures of docs/results.md from the ledger"),
     ):
         verbs.add_parser(name, parents=[results, docs], help=text).set_defaults(verb=verb)
-    verbs.add_parser("list", parents=[results], help="every experiment, and which seeds are done").set_defaults(
-        verb=_list
-    )
+    shown = verbs.add_parser("list", parents=[results], help="every experiment, and which seeds are done")
+    shown.add_argument("--plan", default="", help="the runs of a plan in order, and how far each is: cpu or gpu")
+    shown.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders [runs]")
+    shown.set_defaults(verb=_list)
     return parser
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="+", metavar="NAME", help="experiments, or patterns such as 'table4-*'")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, or patterns such as 'table4-*'")
     parser.add_argument("--seed", type=int, action="append", metavar="N", help="only this seed; may be repeated")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders [runs]")
     parser.add_argument(
@@ -109,10 +114,23 @@ def _bench(arguments: argparse.Namespace) -> Bench:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {arguments.jobs}")
-    return run_experiments(_bench(arguments), select(arguments.names, arguments.seed), arguments.jobs)
+    return run_experiments(_bench(arguments), _keys(arguments), arguments.jobs)
+
+
+def _keys(arguments: argparse.Namespace) -> list[Key]:
+    """The runs that a plan, names and seeds choose together."""
+    if not arguments.plan and not arguments.names:
+        raise ValueError("run: expected names of experiments, or --plan")
+    if not arguments.plan:
+        return select(arguments.names, arguments.seed)
+    chosen = set(select(arguments.names, None)) if arguments.names else None
+    keys = [key for key in planned(arguments.plan) if chosen is None or key in chosen]
+    return [key for key in keys if not arguments.seed or key[1] in arguments.seed]
 
 
 def _energy(arguments: argparse.Namespace) -> int:
+    if not arguments.names:
+        raise ValueError("energy: expected names of experiments")
     return energy_of_images(_bench(arguments), select(arguments.names, arguments.seed))
 
 
@@ -147,6 +165,8 @@ def _plots(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    if arguments.plan:
+        return _list_plan(arguments)
     rows, recipes = read_ledger(arguments.results / "ledger.jsonl"), present_recipes()
     present = present_rows(rows, recipes)
     lines = []
@@ -155,6 +175,17 @@ def _list(arguments: argparse.Namespace) -> int:
         counts += [f"{count} {reason}" for reason, count in left_out(each, rows, recipes).items()]
         lines.append([each.name, each.kind, ", ".join(counts)])
     print(text_table(["experiment", "kind", "seeds done"], lines))
+    return 0
+
+
+def _list_plan(arguments: argparse.Namespace) -> int:
+    bench = Bench(arguments.runs, arguments.results, {})
+    rows = present_rows(read_ledger(bench.ledger), present_recipes())
+    lines = [
+        [part, name, str(seed), status(bench, (name, seed), rows)]
+        for (name, seed), part in planned(arguments.plan).items()
+    ]
+    print(text_table(["part", "experiment", "seed", "status"], lines))
     return 0
 
 

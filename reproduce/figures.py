@@ -10,8 +10,9 @@ from typing import Any
 
 from gatedconv._io import read_json_lines
 from gatedconv.report import plots
+from reproduce.experiment import Experiment
 from reproduce.ledger import LedgerRow
-from reproduce.table import Experiment, all_experiments
+from reproduce.table import all_experiments
 from reproduce.tables import Rows, mean_spread, runs_of
 
 # Table 1 of the paper: top-1 (%) before and after, and reduction of the FLOPs (%), ResNet-56 on CIFAR-10.

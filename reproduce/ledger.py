@@ -9,7 +9,7 @@ from typing import Any
 
 from gatedconv._io import locked, read_json_lines, write_json_lines
 
-KINDS = ("gated", "dense", "equal_macs", "fixed_at_init", "naive_dropout", "naive_layer")
+KINDS = ("gated", "dense", "equal_macs", "fixed_at_init", "taught_before", "naive_dropout", "naive_layer")
 _NONE = type(None)
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
@@ -33,6 +33,7 @@ _AMOUNTS = (
     "macs_conv",
     "macs_conv_dense",
     "train_macs",
+    "core_minutes",
     "jobs",
 )
 
@@ -64,6 +65,7 @@ class LedgerRow:
         macs_dynamic: expected MACs of the same.
         top1_whole: percent, of the dense teacher after the last epoch; None without a teacher.
         train_macs: multiply-accumulates of the training, the teacher's included; None if unknown.
+        core_minutes: of CPU cores in the training; None in rows older than the field.
         params: parameters of the deployed network.
         energy_j: joules of the training; None where the machine has no counter.
         energy_j_image: joules per image of the deployed network; None where not measured.
@@ -100,6 +102,7 @@ class LedgerRow:
     macs_dynamic: float | None = None
     top1_whole: float | None = None
     train_macs: float | None = None
+    core_minutes: float | None = None
     params: int | None = None
     energy_j: float | None = None
     energy_j_image: float | None = None

@@ -16,9 +16,10 @@ from gatedconv.train.metrics import run_energy
 from gatedconv.train.run_dir import RunFolder
 from reproduce.bench import Bench, Key, dataset_name
 from reproduce.checks import known_images, require_macs
+from reproduce.experiment import Experiment
 from reproduce.ledger import LedgerRow
 from reproduce.presets import preset_settings
-from reproduce.table import Experiment, all_experiments, find_experiment
+from reproduce.table import all_experiments, find_experiment
 
 _NET: Schema = {"top1": NUMBER, "macs": NUMBER, "params": int}
 _SUMMARY: dict[str, Schema] = {
@@ -59,7 +60,7 @@ def recipe_of(experiment: Experiment) -> str:
         if name not in FREE_ON_RESUME | {"seed"} and getattr(config, name) != spec.default
     }
     values["data"] = dataset_name(config.data)
-    derived_from = recipe_of(find_experiment(experiment.needs)) if experiment.needs else ""
+    derived_from = "".join(recipe_of(find_experiment(name)) for name in experiment.sources)
     text = json.dumps([values, experiment.kind, experiment.share, derived_from], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -123,7 +124,8 @@ def training_row(
         source = reference(experiment, seed, rows)
         require_macs(experiment, net["macs"], source)
         macs_dense, macs_conv_dense = source.macs_dense, source.macs_conv_dense
-    energy = run_energy(folder.read_metrics())
+    metrics = folder.read_metrics()
+    energy = run_energy(metrics)
     try:
         return LedgerRow(
             experiment=experiment.name,
@@ -138,6 +140,7 @@ def training_row(
             epochs=sum(summary["epochs"].values()),
             params=net["params"],
             train_macs=summary.get("train_macs") or None,
+            core_minutes=round(sum(line.core_seconds for line in metrics) / 60, 2) or None,
             energy_j=energy.joules,
             energy_reason=energy.reason or None,
             energy_j_image=net.get("energy_j_image"),
@@ -193,5 +196,5 @@ def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key
         recipe=recipe_of(experiment),
         **{name: found[name] for name in ("macs", "macs_conv", "params")},
         **{name: here[name] for name in ("device", "commit", "versions")},
-        **dict.fromkeys(("train_macs", "energy_j", "energy_reason", "energy_j_image")),
+        **dict.fromkeys(("train_macs", "core_minutes", "energy_j", "energy_reason", "energy_j_image")),
     )

@@ -21,14 +21,23 @@ from gatedconv.train.run_dir import RunFolder
 from reproduce.bench import Bench, Key, dataset_name, stem
 from reproduce.checks import known_images, require_complete, require_fit, require_writable
 from reproduce.energy import measure_energy
+from reproduce.experiment import Experiment
 from reproduce.ledger import LedgerRow, append_row, read_ledger
 from reproduce.rows import naive_row, recipe_settings, reference, require_present, training_row
-from reproduce.table import Experiment, all_experiments, find_experiment
+from reproduce.table import all_experiments, find_experiment
 
 DONE, FAILED, TIME_LIMIT = 0, 1, 3
 ROOT = Path(__file__).resolve().parent.parent
 # Many experiments need a dense network; the controls need a gated one.
-_RANKS = {"dense": 0, "gated": 1, "equal_macs": 2, "fixed_at_init": 2, "naive_dropout": 3, "naive_layer": 3}
+_RANKS = {
+    "dense": 0,
+    "gated": 1,
+    "equal_macs": 2,
+    "fixed_at_init": 2,
+    "taught_before": 3,
+    "naive_dropout": 3,
+    "naive_layer": 3,
+}
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError)
 _POLL_S = 0.2
 
@@ -176,6 +185,8 @@ def experiment_config(bench: Bench, experiment: Experiment, seed: int, rows: Map
         settings["mac_target"] = min(1.0, gated.macs / gated.macs_dense)
         if experiment.kind == "fixed_at_init":
             settings["subnetwork"] = str(bench.find_consensus(experiment.needs, seed))
+        if experiment.taught_by:
+            settings["teacher_file"] = str(bench.find_weights(experiment.taught_by, seed))
     settings["data"] = bench.sources.get(dataset_name(settings["data"]), settings["data"])
     settings |= {"device": bench.device} if bench.device else {}
     settings |= {"threads": bench.threads} if bench.threads else {}
@@ -202,8 +213,8 @@ def _plan(keys: Iterable[Key], rows: Mapping[Key, LedgerRow], failures: Failures
     """The missing runs, each after the one that it is derived from; rows of other recipes are failures."""
     queue: list[Key] = []
     for name, seed in keys:
-        needs = find_experiment(name).needs
-        for key in ((needs, seed), (name, seed)) if needs and (name, seed) not in rows else ((name, seed),):
+        sources = () if (name, seed) in rows else find_experiment(name).sources
+        for key in (*((source, seed) for source in sources), (name, seed)):
             if key not in rows:
                 queue += [key] if key not in queue else []
             elif key not in failures:
@@ -226,10 +237,11 @@ def _require_machine(bench: Bench) -> None:
 
 def _blocked(key: Key, failures: Failures, unfinished: Collection[Key] = ()) -> bool:
     """Whether the run that this one is derived from is unfinished or has failed; then this one fails too."""
-    needs = find_experiment(key[0]).needs, key[1]
-    if needs in failures:
-        failures[key] = f"is derived from {needs[0]}, seed {needs[1]}, which failed"
-    return needs in failures or needs in unfinished
+    sources = [(source, key[1]) for source in find_experiment(key[0]).sources]
+    for source in sources:
+        if source in failures and key not in failures:
+            failures[key] = f"is derived from {source[0]}, seed {source[1]}, which failed"
+    return key in failures or any(source in unfinished for source in sources)
 
 
 def _one_by_one(bench: Bench, queue: Sequence[Key], failures: Failures) -> int:
@@ -301,7 +313,10 @@ def _start_some(
         if _blocked(key, failures, unfinished):
             queue.remove(key)
             unfinished |= {key} - failures.keys()
-        elif len(running) < jobs and (find_experiment(key[0]).needs, key[1]) not in {*queue, *running}:
+        elif len(running) < jobs and not {(name, key[1]) for name in find_experiment(key[0]).sources} & {
+            *queue,
+            *running,
+        }:
             queue.remove(key)
             log = _log(bench, key)
             begin = log.stat().st_size if log.is_file() else 0

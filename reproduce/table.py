@@ -1,55 +1,23 @@
 """The experiment table: every run of the paper's tables and figures, our recipes, and their controls.
 
-Ordered by what a GPU minute buys. Nothing here runs anything; `reproduce.runner` does.
+Ordered by what a GPU minute buys; `plan` has other orders. Nothing here runs anything; `reproduce.runner` does.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-Settings = Mapping[str, Any]
+from reproduce.experiment import FIVE, THREE, Experiment, Settings, controls, with_controls
+from reproduce.table_cpu import cpu_bench, fast, few_epochs
 
 PRUNED_SHARES = (20, 30, 50, 60, 80)  # percent, of the naive baselines
 ACT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # λ_act of Figures 2 and 3, in [0, 1]; not printed in the paper
 TABLE1_ACT_WEIGHT = 0.5  # of "Ours", not printed either
-_THREE, _FIVE = (0, 1, 2), (0, 1, 2, 3, 4)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One row of the table.
-
-    Attributes:
-        name: as `python -m reproduce run` takes it.
-        kind: one of `ledger.KINDS`.
-        preset: named settings to start from; "" for the defaults.
-        settings: config fields that override the preset.
-        seeds: one run each.
-        shown: the tables and figures of docs/results.md that it belongs to.
-        label: its name in them.
-        needs: for controls and naive baselines, the experiment whose run of the same seed they are derived from.
-        share: percent that a naive baseline prunes.
-    """
-
-    name: str
-    kind: str
-    preset: str = ""
-    settings: Settings = field(default_factory=dict)
-    seeds: tuple[int, ...] = _THREE
-    shown: tuple[str, ...] = ()
-    label: str = ""
-    needs: str = ""
-    share: int = 0
-
-    @property
-    def trains(self) -> bool:
-        """Whether it trains; naive baselines only evaluate a trained network."""
-        return not self.kind.startswith("naive")
 
 
 @cache
@@ -57,22 +25,24 @@ def all_experiments() -> Mapping[str, Experiment]:
     """Every experiment by name, in table order; read-only."""
     found: dict[str, Experiment] = {}
     for experiment in (
-        *_with_controls("headline-r56-c10", "best-c10-r56", "headline", _FIVE),
+        *with_controls("headline-r56-c10", "best-c10-r56", "headline", FIVE),
         *_table4(),
         *_table1(),
-        *_with_controls("ours-r56-c100", "best-c100-r56", "cifar100"),
-        *_with_controls("ours-r110-c100", "best-c100-r110", "cifar100"),
+        *with_controls("ours-r56-c100", "best-c100-r56", "cifar100"),
+        *with_controls("ours-r110-c100", "best-c100-r110", "cifar100"),
         *_table6(),
         *_table3(),
         *_table5(),
         *_figures(),
-        *_with_controls("ours-r110-c10", "best-c10-r110", "recipes"),
+        *with_controls("ours-r110-c10", "best-c10-r110", "recipes"),
         *(
             row
             for depth in (20, 32, 44)
-            for row in _with_controls(f"ours-r{depth}-c10", f"best-c10-r{depth}", "recipes")
+            for row in with_controls(f"ours-r{depth}-c10", f"best-c10-r{depth}", "recipes")
         ),
-        *_cpu_bench(),
+        *cpu_bench(),
+        *fast(),
+        *few_epochs(),
     ):
         if experiment.name in found:
             raise ValueError(f"experiments: {experiment.name!r} is listed twice")
@@ -93,54 +63,6 @@ def find_experiment(name: str) -> Experiment:
     return known[name]
 
 
-def controls(gated: Experiment) -> tuple[Experiment, Experiment]:
-    """What a gated run has to beat: a dense network of equal MACs, and its own sub-network fixed at epoch 0.
-
-    Both train by the same recipe and for as many epochs, without a teacher. The first keeps the same share of every
-    gate.
-    """
-    without_gates = {"consensus_at": 1.0, "mac_control": "none", "teacher_at": 1.0}
-    settings = {**gated.settings, **without_gates, "subnetwork": "even"}
-    common = replace(gated, settings=settings, needs=gated.name)
-    even, fixed = f"{gated.label}, equal MACs", f"{gated.label}, fixed at epoch 0"
-    name = gated.name.removesuffix("-swapped")
-    suffix = gated.name.removeprefix(name)  # at the end, so that the pattern *-swapped selects one reading
-    return (
-        replace(common, name=f"{name}-equal-macs{suffix}", kind="equal_macs", label=even),
-        replace(common, name=f"{name}-fixed-at-init{suffix}", kind="fixed_at_init", label=fixed),
-    )
-
-
-def _taught(fixed: Experiment) -> Experiment:
-    """The control at its strongest: a dense teacher trains with it from the start, as with the gated network."""
-    settings = {name: value for name, value in fixed.settings.items() if name != "teacher_at"}
-    return replace(fixed, name=f"{fixed.name}-taught", settings=settings, label=f"{fixed.label}, taught")
-
-
-def _with_controls(
-    name: str, preset: str, shown: str, seeds: tuple[int, ...] = _THREE, settings: Settings | None = None
-) -> Iterator[Experiment]:
-    """A gated run, its dense network and its controls, the second of them also with a teacher."""
-    gated = Experiment(name, "gated", preset, settings or {}, seeds, (shown,), f"{_net(name)} gated")
-    yield gated
-    yield _dense(gated, f"{name}-dense")
-    even, fixed = controls(gated)
-    yield from (even, fixed, _taught(fixed))
-
-
-def _dense(gated: Experiment, name: str) -> Experiment:
-    settings = {**gated.settings, "gate": "none", "consensus_at": 1.0, "mac_control": "none", "teacher_at": 1.0}
-    return replace(gated, name=name, kind="dense", settings=settings, label=f"{_net(gated.name)} dense")
-
-
-def _net(name: str) -> str:
-    """headline-r56-c10 -> ResNet-56 CIFAR-10."""
-    parts = name.split("-")
-    depth = next(part[1:] for part in parts if part[:1] == "r" and part[1:].isdigit())
-    data = next(part[1:] for part in parts if part[:1] == "c" and part[1:].isdigit())
-    return f"ResNet-{depth} CIFAR-{data}"
-
-
 def _readings(make: Any) -> Iterator[Experiment]:
     """Both readings of the paper's milestones: as printed, and exchanged between the two data sets."""
     for suffix in ("", "-swapped"):
@@ -155,7 +77,7 @@ def _paper(
     label: str,
     settings: Settings | None = None,
     kind: str = "gated",
-    seeds: tuple[int, ...] = _THREE,
+    seeds: tuple[int, ...] = THREE,
 ) -> Experiment:
     label = label + (", swapped" if suffix else "")
     return Experiment(name + suffix, kind, preset + suffix, settings or {}, seeds, shown, label)
@@ -207,15 +129,15 @@ def _table1() -> Iterator[Experiment]:
             ("table1", "figure2", "figure3"),
             "unpruned",
             kind="dense",
-            seeds=_FIVE,
+            seeds=FIVE,
         )
-        yield _act_run("table1-c10-r56-ours", TABLE1_ACT_WEIGHT, suffix, ("table1", "figure2", "figure3"), _FIVE)
+        yield _act_run("table1-c10-r56-ours", TABLE1_ACT_WEIGHT, suffix, ("table1", "figure2", "figure3"), FIVE)
 
     return _readings(rows)
 
 
 def _act_run(
-    name: str, weight: float, suffix: str, shown: tuple[str, ...], seeds: tuple[int, ...] = _THREE
+    name: str, weight: float, suffix: str, shown: tuple[str, ...], seeds: tuple[int, ...] = THREE
 ) -> Experiment:
     """Layer gates with Gumbel-softmax, rising λ, and an activation loss."""
     settings = {"estimator": "gumbel", "act_weight": weight}
@@ -286,7 +208,7 @@ def _figures() -> Iterator[Experiment]:
                     kind,
                     f"paper-c10-r56-dense{suffix}",
                     {},
-                    _FIVE,
+                    FIVE,
                     ("figure2",),
                     f"naive {label} {share} %" + (", swapped" if suffix else ""),
                     f"table1-c10-r56-dense{suffix}",
@@ -294,61 +216,3 @@ def _figures() -> Iterator[Experiment]:
                 )
 
     return _readings(rows)
-
-
-# ResNet-20 on 25,000 CIFAR-10 images averaged to 16x16: what two CPU cores can afford.
-_CPU_BENCH: Settings = {
-    "data": "npz:cifar10-16x16-25k.npz",
-    "model": "resnet20",
-    "epochs": 24,
-    "warmup_epochs": 1.0,
-    "amp": "bf16",
-    "threads": 1,
-    "latency": False,
-    "device": "cpu",
-    "mac_target": 0.5,
-}
-_EARLY: Settings = {"mac_ramp": (0.125, 0.6), "mac_ramp_power": 3.0, "consensus_at": 0.625}
-_TAUGHT: Settings = {"teacher_at": 0.2}
-# Each changes one factor of the recipe, with one seed, evaluated on 15,000 held-out CIFAR-10 training images. Those of
-# the gates run without a teacher, which would double their cost; the last two are of the teacher.
-_ABLATIONS: dict[str, Settings] = {
-    "no teacher": {},
-    "most gates early": _EARLY,
-    "most gates early, the same share of each": {**_EARLY, "mac_rank": "each"},
-    "early consensus": {"mac_ramp": (0.08, 0.4), "consensus_at": 0.4167},
-    "late consensus": {"mac_ramp": (0.3, 0.85), "consensus_at": 0.875},
-    "at once, by Fisher information": {"mac_control": "none", "consensus_at": 0.5, "consensus_by": "fisher"},
-    "a price on the MACs": {
-        "mac_control": "price",
-        "mac_ramp": (0.15, 0.45),
-        "consensus_at": 0.5,
-        "consensus_by": "logit",
-    },
-    "a fixed weight on the MACs": {"mac_control": "none", "mac_weight": 4.0, "gate_warmup": 0.3, "consensus_at": 1.0},
-    "gates start undecided": {"gate_bias": 0.0},
-    "polarization warmed up": {"polar_schedule": "warmup", "gate_warmup": 0.3},
-    "gates decay": {"gate_weight_decay": 5e-4},
-    "running BatchNorm statistics": {"bn_reestimate": False},
-    "recipe": _TAUGHT,
-    "recipe, the teacher's word for nearly all": {**_TAUGHT, "teacher_weight": 0.9},
-}
-# One seed did not decide when the consensus should come.
-_OF_THREE_SEEDS = ("no teacher", "early consensus", "late consensus")
-
-
-def _cpu_bench() -> Iterator[Experiment]:
-    yield from _with_controls("cpu-r20-c10", "best-c10-r20", "cpu", _FIVE, _CPU_BENCH)
-    for name, change, label in (
-        ("cpu-untaught-r20-c10", {}, "no teacher"),
-        ("cpu-early-r20-c10", _EARLY, "no teacher, most gates early"),
-    ):
-        label = f"{_net(name)} gated, {label}"
-        settings = {**_CPU_BENCH, "teacher_at": 1.0, **change}
-        other = Experiment(name, "gated", "best-c10-r20", settings, shown=("cpu",), label=label)
-        yield from (other, controls(other)[1])
-    for name, change in _ABLATIONS.items():
-        settings = {**_CPU_BENCH, "teacher_at": 1.0, "evaluate_on": "val", **change}
-        slug = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in name).split()).lower()
-        seeds = _THREE if name in _OF_THREE_SEEDS else (0,)
-        yield Experiment(f"cpu-r20-c10-ablation-{slug}", "gated", "best-c10-r20", settings, seeds, ("ablations",), name)

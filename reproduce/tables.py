@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from gatedconv.report.tables import markdown_table
+from reproduce.experiment import Experiment
 from reproduce.ledger import LedgerRow
-from reproduce.table import Experiment, all_experiments
+from reproduce.table import all_experiments
 
 Rows = Mapping[tuple[str, int], LedgerRow]
 
@@ -25,6 +26,14 @@ TITLES = {
     "figure2": "Figures 2 and 3: sweep of λ_act and naive baselines, ResNet-56 on CIFAR-10",
     "recipes": "Our recipe at other depths, CIFAR-10",
     "cpu": "Two CPU cores: ResNet-20 on 25,000 CIFAR-10 images averaged to 16x16, 24 epochs",
+    "fastc10": "The network that trains in minutes: CIFAR-10, 10 epochs, half of the MACs",
+    "fast30": "The same at 30 % of the MACs",
+    "epochs40": "ResNet-56 on CIFAR-10 in 40 epochs: the paper's method and ours",
+    "epochs60": "ResNet-20 on CIFAR-10 in 60 epochs",
+    "fastc100": "CIFAR-100: the network that trains in minutes",
+    "epochs60c100": "CIFAR-100: ResNet-20 in 60 epochs",
+    "small5": "Gradient estimators in small: ResNet-20 on CIFAR-10, 30 epochs, λ 3",
+    "small6": "λ in small: ResNet-20 on CIFAR-10, 30 epochs",
     "ablations": "Ablations of the recipe on held-out training images",
 }
 # Printed in the paper: top-1 (%), and MACs (M) where it gives them.
@@ -64,13 +73,16 @@ _HEADER = (
     "its MACs (M)",
     "teacher (%)",
     "training (TMACs)",
+    "core-minutes",
     "Wh",
     "J / image",
-    "gated less this, seed by seed",
+    "gated less this, seed by seed [95 %]",
     "the paper",
 )
 _NOT_RUN = "not run yet"
-_CONTROLS = ("equal_macs", "fixed_at_init")
+_CONTROLS = ("equal_macs", "fixed_at_init", "taught_before")
+# 97.5 % quantiles of Student's t, by degrees of freedom: half a 95 % interval in standard errors.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FIGURES = {"figure2": {"figure2.png": "Figure 2", "figure3.png": "Figure 3"}}  # by section; table6 has Figure 6
 
 
@@ -178,6 +190,7 @@ def _line(experiment: Experiment, rows: Rows) -> list[str]:
         _shown([None if run.macs_dynamic is None else run.macs_dynamic / 1e6 for run in runs], 2),
         _shown([run.top1_whole for run in runs], 2),
         _shown([None if run.train_macs is None else run.train_macs / 1e12 for run in runs], 2),
+        _shown([run.core_minutes for run in runs], 1),
         _shown([None if run.energy_j is None else run.energy_j / 3600 for run in runs], 2),
         _shown([run.energy_j_image for run in runs], 5),
         _paired(experiment, rows),
@@ -201,8 +214,20 @@ def _paired(control: Experiment, rows: Rows) -> str:
     ahead = _differences(control, rows) if control.kind in _CONTROLS else []
     if not ahead:
         return ""
-    mean, spread = mean_spread(ahead)
-    return f"{mean:+.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    mean, half = interval(ahead)
+    return f"{mean:+.2f}" + (f" [{mean - half:+.2f}, {mean + half:+.2f}]" if half is not None else "")
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval (Student's t); None for a single difference.
+
+    Raises:
+        ValueError: there are none, or more than 10.
+    """
+    if not 1 <= len(differences) <= len(_T95) + 1:
+        raise ValueError(f"interval: expected 1 to {len(_T95) + 1} differences, got {len(differences)}")
+    mean, spread = mean_spread(differences)
+    return mean, None if spread is None else _T95[len(differences) - 2] * spread / len(differences) ** 0.5
 
 
 def _differences(control: Experiment, rows: Rows) -> list[float]:
@@ -265,7 +290,7 @@ def _figures(shown: str, images: Collection[str]) -> list[str]:
 
 
 def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
-    """A sentence for every control: the lead of the gated run, and whether it exceeds the spread."""
+    """A sentence for every control: the lead of the gated run, and whether its 95 % interval excludes 0."""
     known = all_experiments()
     lines = []
     for control in members:
@@ -275,15 +300,14 @@ def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
         seeds = [seed for seed in gated.seeds if {(gated.name, seed), (control.name, seed)} <= rows.keys()]
         if len(seeds) < 2:
             continue
-        mine = mean_spread([rows[gated.name, seed].top1_last for seed in seeds])
-        theirs = mean_spread([rows[control.name, seed].top1_last for seed in seeds])
-        ahead, spread = mine[0] - theirs[0], max(mine[1] or 0.0, theirs[1] or 0.0)
-        verdict = "a win" if ahead > spread else "a loss" if ahead < -spread else "a tie, within the spread"
+        ahead, half = interval(_differences(control, rows))
+        assert half is not None  # there are two seeds
+        verdict = "a win" if ahead > half else "a loss" if ahead < -half else "undecided"
         agreed = _shown([rows[gated.name, seed].agreement for seed in seeds], 2, 100, " %")
         agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
+        rival = control.label.removeprefix(gated.label + ", ")
         lines.append(
-            f"- {gated.label} against {control.label.removeprefix(gated.label + ', ')}: {ahead:+.2f} points, "
-            f"{len(seeds)} seeds, larger spread {spread:.2f}: {verdict}. "
-            f"Seed by seed: {_paired(control, rows)}.{agreement}"
+            f"- {gated.label} against {rival}: {_paired(control, rows)} points in {len(seeds)} seeds: "
+            f"{verdict}.{agreement}"
         )
     return ["\n".join(lines)] if lines else []

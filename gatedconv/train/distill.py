@@ -131,7 +131,7 @@ class Teacher:
         stepper.model.load_state_dict({name: found[name] for name in stepper.model.state_dict()})
         before = dict(student.model.named_parameters())
         for name, parameter in stepper.model.named_parameters():
-            for key, value in student.optimizer.state[before[name]].items():
+            for key, value in student.optimizer.state.get(before[name], {}).items():  # none where it does not learn
                 if isinstance(value, Tensor):
                     stepper.optimizer.state[parameter][key].copy_(value)
         if stepper.lookahead is not None and student.lookahead is not None:

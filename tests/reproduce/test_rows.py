@@ -19,9 +19,10 @@ from gatedconv.train.run_dir import RunFolder
 from reproduce import rows as reproduce_rows
 from reproduce import runner
 from reproduce.bench import Bench
+from reproduce.experiment import Experiment
 from reproduce.ledger import append_row, read_ledger
 from reproduce.rows import present_recipes, recipe_of
-from reproduce.table import Experiment, find_experiment
+from reproduce.table import find_experiment
 from tests.reproduce.ledger_rows import row
 
 GATED, FIXED, DENSE = "cpu-r20-c10", "cpu-r20-c10-fixed-at-init", "cpu-r20-c10-dense"

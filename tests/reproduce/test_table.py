@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import pytest
 
+from gatedconv.train.config import make_config
+from reproduce.rows import recipe_settings
 from reproduce.table import PRUNED_SHARES, all_experiments, find_experiment
 
 EXPERIMENTS = all_experiments()
-PAPER = [each for each in EXPERIMENTS.values() if each.preset.startswith("paper-")]
+SHORT = ("epochs", "small")  # of the paper's networks, in fewer epochs and one reading
+PAPER = [e for e in EXPERIMENTS.values() if e.preset.startswith("paper-") and not e.name.startswith(SHORT)]
+
+SHORT_R56 = "epochs40-r56-c10-paper-layer"
 
 
 def members(shown: str) -> list[str]:
@@ -16,7 +21,30 @@ def test_the_headline_comes_first_then_table_4_1_cifar100_6_3_5() -> None:
     order = [name.split("-")[0] for name in EXPERIMENTS]
     firsts = [order.index(name) for name in ("headline", "table4", "table1", "ours", "table6", "table3", "table5")]
     assert firsts == sorted(firsts) and next(iter(EXPERIMENTS)) == "headline-r56-c10"
-    assert order[-1] == "cpu"
+    assert order.index("cpu") > max(firsts) and order.index("cpu") < order.index("fast") < order.index("epochs40")
+
+
+def test_short_trainings_keep_the_shares_of_the_schedule() -> None:
+    """Milestones and λ switch at the same shares of 40 epochs as of 350; all else is the paper's."""
+    short, paper = (make_config(recipe_settings(e)) for e in map(EXPERIMENTS.get, (SHORT_R56, "table1-c10-r56-ours")))
+    assert short.epochs == 40 and paper.epochs == 350
+    assert (short.lr, short.batch_size, short.polar_schedule) == (paper.lr, paper.batch_size, paper.polar_schedule)
+    assert short.milestones == pytest.approx((125 / 350, 190 / 350, 250 / 350)) and short.estimator == "ste"
+
+
+def test_every_arm_of_the_fast_network_is_there() -> None:
+    kinds = [each.kind for each in EXPERIMENTS.values() if "fastc10" in each.shown]
+    assert sorted(kinds) == sorted(
+        ["gated"] * 2 + ["dense", "equal_macs", "fixed_at_init", "fixed_at_init", "taught_before"]
+    )
+    before, same = EXPERIMENTS["fast-c10-taught-before"], EXPERIMENTS["fast-c10-taught-fixed-at-init-taught"]
+    assert before.sources == ("fast-c10-taught", "fast-c10-dense") and same.needs == "fast-c10-taught"
+    assert (
+        make_config(recipe_settings(same)).teacher_at
+        == make_config(recipe_settings(EXPERIMENTS["fast-c10-taught"])).teacher_at
+    )
+    settings = recipe_settings(before)
+    assert (settings["teacher_at"], settings["subnetwork"], settings["consensus_at"]) == (0.0, "even", 1.0)
 
 
 def test_every_row_of_the_tables_of_the_paper_is_there() -> None:
@@ -68,7 +96,7 @@ def test_an_unknown_name_gets_suggestions() -> None:
 def test_what_an_experiment_needs_comes_before_it() -> None:
     names = list(EXPERIMENTS)
     for each in EXPERIMENTS.values():
-        assert not each.needs or names.index(each.needs) < names.index(each.name)
+        assert all(names.index(source) < names.index(each.name) for source in each.sources)
         assert each.trains != each.name.startswith("figure2-c10-r56-naive")
         assert each.shown and each.label
 

@@ -3,10 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from reproduce.table import all_experiments
-from reproduce.tables import TITLES, present_rows, replace_block, results_text
+from reproduce.tables import TITLES, interval, present_rows, replace_block, results_text
 from tests.reproduce.ledger_rows import row
 
 
@@ -40,15 +41,36 @@ def test_one_run_has_no_spread() -> None:
     assert cells(text, "ResNet-56 CIFAR-10 gated")[1:3] == ["93.50", "1 of 5"]
 
 
-@pytest.mark.parametrize(("ahead", "verdict"), [(2.0, "a win"), (0.5, "a tie, within the spread"), (-2.0, "a loss")])
-def test_a_control_is_beaten_only_by_more_than_the_spread(ahead: float, verdict: str) -> None:
+@pytest.mark.parametrize(("ahead", "verdict"), [(2.0, "a win"), (0.2, "undecided"), (-2.0, "a loss")])
+def test_a_control_is_beaten_only_where_the_interval_excludes_0(ahead: float, verdict: str) -> None:
+    """Paired by seed: the spread of the seeds themselves, here 10 points, does not count."""
     rows = {}
     for seed in range(3):
         for name, top1 in (("headline-r56-c10", 93.0 + ahead), ("headline-r56-c10-equal-macs", 93.0)):
-            each = row(name, seed, top1_last=top1 + seed - 1, kind="gated" if name[-1] == "0" else "equal_macs")
+            apart = 0.1 * (seed - 1) if name[-1] == "0" else 0.0
+            each = row(
+                name,
+                seed,
+                top1_last=top1 - 10 + 10 * seed / 2 + apart,
+                kind="gated" if name[-1] == "0" else "equal_macs",
+            )
             rows[each.key] = each
     (line,) = [line for line in results_text(rows).splitlines() if line.startswith("- ")]
-    assert f"against equal MACs: {ahead:+.2f} points, 3 seeds, larger spread 1.00: {verdict}." in line
+    half = 4.303 * 0.1 / 3**0.5
+    assert f"against equal MACs: {ahead:+.2f} [{ahead - half:+.2f}, {ahead + half:+.2f}] points in 3 seeds: " in line
+    assert line.split(": ")[2].startswith(verdict)
+
+
+def test_the_interval_is_students() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for count in range(2, 11):
+        values = [0.3 * (-1) ** i * i for i in range(count)]
+        low, high = stats.t.interval(0.95, count - 1, loc=np.mean(values), scale=stats.sem(values))
+        mean, half = interval(values)
+        assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+    assert interval([0.5]) == (0.5, None)
+    with pytest.raises(ValueError, match="expected 1 to 10 differences, got 0"):
+        interval([])
 
 
 def test_energy_that_was_not_measurable_is_said_and_no_zero() -> None:
@@ -73,10 +95,11 @@ def test_differences_of_seed_pairs_are_in_the_row_of_the_control() -> None:
     text = results_text({each.key: each for each in rows}).split("###")[1]
     line = cells(text, "ResNet-56 CIFAR-10 gated, fixed at epoch 0")
     header = cells(text, "run")
-    assert line[header.index("gated less this, seed by seed")] == "+0.50 ± 0.10"
-    assert cells(text, "ResNet-56 CIFAR-10 gated")[header.index("gated less this, seed by seed")] == ""
+    column = header.index("gated less this, seed by seed [95 %]")
+    assert line[column] == "+0.50 [+0.25, +0.75]"
+    assert cells(text, "ResNet-56 CIFAR-10 gated")[column] == ""
     (verdict,) = [line for line in text.splitlines() if line.startswith("- ")]
-    assert "+0.50 points, 3 seeds, larger spread 1.00: a tie, within the spread. Seed by seed: +0.50 ± 0.10." in verdict
+    assert "+0.50 [+0.25, +0.75] points in 3 seeds: a win. " in verdict
     assert verdict.endswith("Agreement at the freeze: 99.90 ± 0.00 %.")
 
 
