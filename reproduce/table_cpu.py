@@ -131,7 +131,7 @@ def few_epochs() -> Iterator[Experiment]:
         yield Experiment(name, kind, preset, settings, THREE, ("epochs40",), f"the paper: {label}")
     small = {**_HERE, "epochs": 30, "amp": "auto", "model": "resnet20"}
     for estimator, label in (
-        ("ste", "STE"),
+        ("ste", "STE, λ 3"),
         ("gumbel", "Gumbel-softmax"),
         ("batch_mean", "batch mean, their Bernoulli"),
     ):
