@@ -67,9 +67,10 @@ def controls(gated: Experiment) -> tuple[Experiment, Experiment]:
     )
 
 
-def taught(fixed: Experiment) -> Experiment:
+def taught(fixed: Experiment, gated: Experiment) -> Experiment:
     """The control at its strongest: a dense teacher trains with it from the start, as with the gated network."""
     settings = {name: value for name, value in fixed.settings.items() if name != "teacher_at"}
+    settings |= {name: value for name, value in gated.settings.items() if name == "teacher_at"}
     return replace(fixed, name=f"{fixed.name}-taught", settings=settings, label=f"{fixed.label}, taught")
 
 
@@ -81,7 +82,7 @@ def with_controls(
     yield gated
     yield dense(gated, f"{name}-dense")
     even, fixed = controls(gated)
-    yield from (even, fixed, taught(fixed))
+    yield from (even, fixed, taught(fixed, gated))
 
 
 def dense(gated: Experiment, name: str) -> Experiment:

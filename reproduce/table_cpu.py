@@ -98,7 +98,7 @@ def fast() -> Iterator[Experiment]:
             settings={**own, "teacher_at": 0.3},
             label=f"{network_name(name)} gated, taught",
         )
-        yield from (gated, even, fixed, beside, taught(controls(beside)[1]))
+        yield from (gated, even, fixed, beside, taught(controls(beside)[1], beside))
         teacher = "fast-c10-dense" if data == "cifar10" else f"{name}-dense"
         if target == 0.5:
             yield dense(gated, teacher)
