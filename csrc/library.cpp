@@ -38,6 +38,8 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
   // rank (2 or 4), then for every layer that changes height or width: extent, stride, padding of
   // both. workers 0 is as many threads as PyTorch uses. Returns (N, C') or (N, C', H', W').
   m.def("plan_run(Tensor input, Tensor program, Tensor weights, int[] shape, int workers=0) -> Tensor");
+  // The same run, all workers at every step: how long each step that computes something took, float64, in ms.
+  m.def("plan_times(Tensor input, Tensor program, Tensor weights, int workers=0) -> Tensor");
   m.def("plan_workspace(int[] size, Tensor program, int workers) -> int");
   m.def("plan_release() -> int");
   m.def("plan_isa() -> str");

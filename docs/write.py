@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
 from scaling_tables import TABLES  # noqa: E402
 
+from benchmarks import shipped  # noqa: E402
 from benchmarks import tables as performance  # noqa: E402
 from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
@@ -188,6 +189,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "performance.md": {
         "cpu": performance.cpu,
         "footprint": footprints,
+        "shipped": shipped.section,
         "gpu": performance.gpu,
         "ptx": executed_kernels,
     },

@@ -1,9 +1,10 @@
 // Activations over vectors.
 //
 // Errors against float64 in units in the last place of the result, where that is no subnormal number: ELU 1,
-// sigmoid, tanh, hard sigmoid and hard swish 2, SiLU 2.5, Mish 4, GELU 7; GELU's tanh form 3 for x >= -1 and
-// below, where its argument's own rounding is magnified, 2e-5 of the result. (PyTorch's GELU cancels in its
-// tail and keeps no digits there.) NaN and infinities give what PyTorch gives in float64.
+// sigmoid, tanh, hard sigmoid and hard swish 2 (the last two in simd.h), SiLU 2.5, Mish 4, GELU 7; GELU's
+// tanh form 3 for x >= -1 and below, where its argument's own rounding is magnified, 2e-5 of the result.
+// (PyTorch's GELU cancels in its tail and keeps no digits there.) NaN and infinities give what PyTorch gives
+// in float64.
 #pragma once
 
 #include "simd.h"
@@ -113,18 +114,12 @@ static inline vec mish(vec x) {
   return x * (up / (up + select(negative, splat(2.0f), 2.0f * e * e)));
 }
 
-static inline vec clamp_to_six(vec x) {
-  return activate(x, Act::kRelu6);
-}
-
 // The result of an activation that `activate` does not have.
 template <Act A>
 static inline vec late_activation(vec x, float value) {
   if constexpr (A == Act::kLeakyRelu) return x < 0.0f ? x * value : x;
   if constexpr (A == Act::kElu) return x > 0.0f ? x : value * expm1_negative(x);
   if constexpr (A == Act::kSilu) return sigmoid_times(x, x);
-  if constexpr (A == Act::kHardSwish) return x * (clamp_to_six(x + 3.0f) / 6.0f);
-  if constexpr (A == Act::kHardSigmoid) return clamp_to_six(x + 3.0f) * (1.0f / 6);
   if constexpr (A == Act::kSigmoid) return sigmoid_times(x, splat(1.0f));
   if constexpr (A == Act::kTanh) return hyperbolic_tangent(x);
   if constexpr (A == Act::kGelu) return gelu(x);

@@ -89,7 +89,13 @@ static inline Tile make_tile(const Step& step, const Taps& taps, const Lines& li
   return tile;
 }
 
-static inline void set_vector(const Step& step, int v0, Tile& tile) {
+// With few pixels the weights come from memory about as fast as they are used: while the `v` vectors from v0
+// on are computed, the next ones are fetched.
+constexpr int64_t kFewPixels = 64;
+
+static inline void set_vector(const Step& step, int v0, int v, int last, int64_t pixels, Tile& tile) {
+  const bool more = pixels > 1 && pixels <= kFewPixels && v0 + 2 * v <= last && v0 % kPanelVectors == 0;
+  tile.ahead = more ? step.weights + (v0 + v) / kPanelVectors * tile.panel_stride : nullptr;
   tile.weights = step.weights + (v0 / kPanelVectors) * tile.panel_stride + (v0 % kPanelVectors) * kLanes;
   tile.bias = step.bias + v0 * kLanes;
   tile.keep = step.keep ? step.keep + v0 * kLanes : nullptr;
@@ -105,13 +111,14 @@ static inline void conv_direct(const Step& step, const Part& part) {
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
   const bool grouped = step.index != nullptr;
   Tile tile = make_tile(step, taps, lines);
+  const int64_t pixels = (part.unit1 - part.unit0) * lines.width;
   const int typical = is_flat(step) || lines.per_image == 0 ? 2 * max_pixels(2) : lines.width;
   for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
     v = tile_vectors(last - v0, typical);
     if (grouped) v = std::min(v, kPanelVectors - v0 % kPanelVectors);  // panels read different input channels
     const int channel = v0 * kLanes;
     const float* group = step.in.data + (grouped ? step.index[v0 / kPanelVectors] : 0);
-    set_vector(step, v0, tile);
+    set_vector(step, v0, v, last, pixels, tile);
     for_lines(step, part, lines, [&](int64_t image, int64_t y, int width) {
       const float* in = group + image * step.in.image + y * step.stride_h * step.in.row;
       const float* residual = residual_at(step, image, y);
@@ -134,7 +141,7 @@ static inline size_t changed_scratch(const Step& step) {
 static inline void change_pixels(const Step& step, const float* from, ptrdiff_t stride, int count,
                                  const float* gate, ptrdiff_t gate_stride, float* to) {
   const int channels = step.in.channels, padded = (channels + kPanel - 1) / kPanel * kPanel;
-  const Act quick = step.pre_act <= Act::kRelu6 ? step.pre_act : Act::kNone;
+  const Act quick = in_registers(step.pre_act) ? step.pre_act : Act::kNone;
   for (int i = 0; i < count; ++i, from += stride, gate += gate_stride, to += padded) {
     for (int c = 0; c < channels; c += kLanes) {
       vec value = load(from + c);
@@ -142,7 +149,7 @@ static inline void change_pixels(const Step& step, const float* from, ptrdiff_t 
       if (step.pre) value = value * load(step.pre + c) + load(step.pre + padded + c);
       store(to + c, activate(value, quick));
     }
-    if (step.pre_act > Act::kRelu6) activate_pixels(step.pre_act, step.value, to, 1, 0, vectors(channels));
+    if (!in_registers(step.pre_act)) activate_pixels(step.pre_act, step.value, to, 1, 0, vectors(channels));
   }
 }
 
@@ -153,6 +160,7 @@ static inline void conv_changed(const Step& step, const Part& part, float* scrat
   const int last = std::min(vectors(step.out.channels), part.panel1 * kPanelVectors);
   const int block = changed_pixels(step);
   const bool by_image = lines.per_image == 0;
+  const int64_t pixels = (part.unit1 - part.unit0) * lines.width;
   Tile tile = make_tile(step, taps, lines);
   tile.pixel_stride = (step.in.channels + kPanel - 1) / kPanel * kPanel;
   for_lines(step, part, lines, [&](int64_t image, int64_t y, int width) {
@@ -167,7 +175,7 @@ static inline void conv_changed(const Step& step, const Part& part, float* scrat
       for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
         v = tile_vectors(last - v0, count);
         const int channel = v0 * kLanes;
-        set_vector(step, v0, tile);
+        set_vector(step, v0, v, last, pixels, tile);
         conv_line(step, lines, tile, v, scratch, step.out.at(image, y) + x * lines.out + channel,
                   residual ? residual + x * lines.residual + channel : nullptr, count);
       }

@@ -13,6 +13,7 @@ struct Tile {
   int num_taps;
   int run;                 // consecutive input floats below one tap
   const float* weights;    // [panel][tap][run][16], at the tile's first vector
+  const float* ahead;      // null, or weights of this form that come next, to be fetched
   ptrdiff_t panel_stride;  // from one panel to the next
   const float* bias;       // null for zeros
   const int32_t* keep;     // null, or -1 and 0 for channels to keep and to clear
@@ -29,6 +30,7 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& in, vec
   const ptrdiff_t s = in.pixel_stride;
   const ptrdiff_t panel_stride = in.panel_stride;
   const float* w = in.weights;
+  const float* ahead = in.ahead ? in.ahead : w;  // to fetch what is here already costs next to nothing
   for (int t = 0; t < in.num_taps; ++t) {
     // One pointer for three pixels: q, q + s and q + 2s are addressing modes, so 14 pixels need 5 registers.
     const float* q[kPointers];
@@ -39,6 +41,9 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& in, vec
       for (int v = 0; v < V; ++v)
         b[v] = load(w + (v / kPanelVectors) * panel_stride + (v % kPanelVectors) * kLanes);
       w += kPanel;
+      for (int v = 0; v < V; v += kPanelVectors)
+        __builtin_prefetch(ahead + (v / kPanelVectors) * panel_stride);
+      ahead += kPanel;
 #pragma GCC unroll 16
       for (int p = 0; p < PX; ++p) {
         const vec x = splat(q[p / 3][(p % 3) * s]);
@@ -64,11 +69,12 @@ static void run_tile(const Tile& tile) {
   for (int p = 0; p < PX; ++p) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      vec value = sum[p][v];
-      if (tile.keep) value = keep_lanes(value, tile.keep + v * kLanes);
-      if (tile.residual) value += load(tile.residual + p * tile.residual_stride + v * kLanes);
-      store(tile.out + p * tile.out_stride + v * kLanes, activate(value, tile.act));
+      if (tile.keep) sum[p][v] = keep_lanes(sum[p][v], tile.keep + v * kLanes);
+      if (tile.residual) sum[p][v] += load(tile.residual + p * tile.residual_stride + v * kLanes);
     }
+    activate_each(sum[p], tile.act);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(tile.out + p * tile.out_stride + v * kLanes, sum[p][v]);
   }
 }
 

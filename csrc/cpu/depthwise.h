@@ -36,8 +36,10 @@ static void depthwise_tile(const Step& step, const float* window, float* out, co
 #pragma GCC unroll 8
     for (int p = 0; p < PX; ++p) {
       if (residual) sum[p] += load(residual + p * step.residual.pixel + c);
-      store(out + p * step.out.pixel + c, activate(sum[p], step.act));
     }
+    activate_each(sum, step.act);
+#pragma GCC unroll 8
+    for (int p = 0; p < PX; ++p) store(out + p * step.out.pixel + c, sum[p]);
   }
 }
 

@@ -37,8 +37,16 @@ static inline void read_input(const Step& step, const Part& part) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
     const float* from = step.source + image * stride[0] + y * stride[2];
     float* to = out.at(image, y);
-    for (int c = 0; c < out.channels; ++c) {
-      for (int x = 0; x < out.width; ++x) to[x * out.pixel + c] = from[c * stride[1] + x * stride[3]];
+    if (out.channels == 3 && out.pixel == 3 && stride[3] == 1) {  // a form that compilers make vectors of
+      const float *red = from, *green = from + stride[1], *blue = from + 2 * stride[1];
+      for (int x = 0; x < out.width; ++x) {
+        const float a = red[x], b = green[x], c = blue[x];
+        to[3 * x] = a, to[3 * x + 1] = b, to[3 * x + 2] = c;
+      }
+    } else {
+      for (int c = 0; c < out.channels; ++c) {
+        for (int x = 0; x < out.width; ++x) to[x * out.pixel + c] = from[c * stride[1] + x * stride[3]];
+      }
     }
     // Channels between the last one and the pixel's end are read only as parts of whole vectors: keep them
     // finite.

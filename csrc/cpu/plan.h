@@ -16,14 +16,14 @@ constexpr int kPanel = 16;       // output channels of one packed weight panel, 
 constexpr int64_t kVersion = 3;  // of the program's encoding
 
 enum class Op : int64_t {
-  kInput,      // NCHW tensor of any strides -> map
-  kOutput,     // map -> contiguous NCHW tensor
-  kConv,       // direct convolution; weights [panel][kh][kw][c_in][16]
-  kWinograd2,  // F(2x2, 3x3); weights [panel][16][c_in][16]
-  kWinograd4,  // F(4x4, 3x3); weights [panel][36][c_in][16]
-  kDepthwise,  // weights [kh][kw][channels rounded up to 16]
-  kMaxPool,
-  kAvgPool,     // weights: 0 divide by the window inside the image, 1 by the window with padding
+  kInput,       // NCHW tensor of any strides -> map
+  kOutput,      // map -> contiguous NCHW tensor
+  kConv,        // direct convolution; weights [panel][kh][kw][c_in][16]
+  kWinograd2,   // F(2x2, 3x3); weights [panel][16][c_in][16]
+  kWinograd4,   // F(4x4, 3x3); weights [panel][36][c_in][16]
+  kDepthwise,   // weights [kh][kw][channels rounded up to 16]
+  kMaxPool,     // option 2: the size is rounded up, and the last window may leave the padding
+  kAvgPool,     // as kMaxPool; option 1 (in addition): divide by the window with padding
   kMeanPool,    // over the whole map
   kGather,      // channels by an index list
   kScatterAdd,  // the input at the channels of an index list, plus the residual if any, plus the bias if any
@@ -47,7 +47,7 @@ enum class Op : int64_t {
 enum class Act : int64_t {
   kNone,
   kRelu,
-  kRelu6,  // up to here inside of the kernels, the others over what a kernel has just written
+  kRelu6,
   kLeakyRelu,
   kElu,
   kSilu,
@@ -59,6 +59,11 @@ enum class Act : int64_t {
   kGeluTanh,
   kMish,
 };
+
+// Whether kernels apply an activation to their registers; the others go over what a kernel has just written.
+constexpr bool in_registers(Act act) {
+  return act <= Act::kRelu6 || act == Act::kHardSwish || act == Act::kHardSigmoid;
+}
 
 // Fields of one map and one instruction in the program.
 enum MapField { kChannels, kPixel, kHalo, kMultiple, kSlot, kOffset, kMapFields };
@@ -106,7 +111,7 @@ struct Map {
 
 struct Step {
   Op op;
-  Act act;   // applied to the registers of a kernel: at most kRelu6
+  Act act;   // applied to the registers of a kernel
   Act late;  // applied to what a kernel has written; one of the two is kNone
   float value;
   int kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
@@ -172,7 +177,9 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
 int64_t workspace_bytes(const Plan& plan, const Kernels& kernels, int64_t batch, int workers);
 
 // Runs the plan over the whole batch with up to `workers` threads; false if there is no memory for the
-// workspace.
-bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers);
+// workspace. With `seconds`, an entry for every step, all workers share every step, and the time of each is
+// added to its entry.
+bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers,
+         double* seconds = nullptr);
 
 }  // namespace gatedconv

@@ -229,6 +229,16 @@ int window_count(int size, int64_t pad, int kernel, int dilation, int stride) {
   return static_cast<int>((size + pad - static_cast<int64_t>(dilation) * (kernel - 1) - 1) / stride + 1);
 }
 
+// The same rounded up, but for a window that would begin behind the image and the padding in front of it.
+int window_count_up(int size, int64_t pad, int before, int kernel, int stride) {
+  const int64_t count = (size + pad - kernel + stride - 1) / stride + 1;
+  return static_cast<int>((count - 1) * stride >= size + before ? count - 1 : count);
+}
+
+bool rounds_up(const Step& step) {
+  return (step.op == Op::kMaxPool || step.op == Op::kAvgPool) && (step.option & 2) != 0;
+}
+
 const char* resolve_size(Step& step, const int64_t* field) {
   const Map& in = step.in;
   Map& out = step.out;
@@ -242,6 +252,10 @@ const char* resolve_size(Step& step, const int64_t* field) {
     }
     out.height = window_count(in.height, pad_h, step.kernel_h, step.dilation_h, step.stride_h);
     out.width = window_count(in.width, pad_w, step.kernel_w, step.dilation_w, step.stride_w);
+    if (rounds_up(step)) {
+      out.height = window_count_up(in.height, pad_h, step.pad_top, step.kernel_h, step.stride_h);
+      out.width = window_count_up(in.width, pad_w, step.pad_left, step.kernel_w, step.stride_w);
+    }
   } else if (step.op == Op::kMeanPool) {
     out.height = out.width = 1;
   } else if (step.op == Op::kSubsample) {
@@ -312,7 +326,7 @@ const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step&
   const auto number = [&](StepField name) { return static_cast<int>(field[name]); };
   step.op = static_cast<Op>(field[kOp]);
   const Act act = static_cast<Act>(field[kAct]);
-  (act <= Act::kRelu6 ? step.act : step.late) = act;
+  (in_registers(act) ? step.act : step.late) = act;
   step.pre_act = static_cast<Act>(field[kPreAct]);
   step.value = std::bit_cast<float>(static_cast<uint32_t>(field[kValue]));
   step.kernel_h = number(kKernelH);

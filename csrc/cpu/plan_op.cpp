@@ -13,40 +13,73 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weights, std::vector<int64_t> shape,
-                int64_t workers) {
+// A program decoded for an input, and the kernels that run it here.
+struct Ready {
+  const gatedconv::Kernels* kernels;
+  gatedconv::Input source;
+  gatedconv::Plan plan;
+  int workers;
+};
+
+Ready get_ready(const Tensor& input, const Tensor& program, const Tensor& weights, int64_t workers) {
   STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == torch::headeronly::ScalarType::Float,
                   "plan_run: input must be float32 (N, C, H, W)");
   STD_TORCH_CHECK(program.scalar_type() == torch::headeronly::ScalarType::Long && program.is_contiguous() &&
                       weights.scalar_type() == torch::headeronly::ScalarType::Float &&
                       weights.is_contiguous(),
                   "plan_run: program must be int64, weights float32, both contiguous");
-  STD_TORCH_CHECK(shape.size() >= 2 && (shape[1] == 2 || shape[1] == 4), "plan_run: shape is cut short");
   const char* error = nullptr;
-  const gatedconv::Kernels* kernels = gatedconv::choose_kernels(&error);
-  STD_TORCH_CHECK(kernels, "plan_run: ", error);
-  gatedconv::Input source{static_cast<const float*>(input.const_data_ptr()), {}, {}};
+  Ready ready{
+      gatedconv::choose_kernels(&error), {static_cast<const float*>(input.const_data_ptr()), {}, {}}, {}, 0};
+  STD_TORCH_CHECK(ready.kernels, "plan_run: ", error);
   for (int i = 0; i < 4; ++i) {
-    source.size[i] = input.size(i);
-    source.stride[i] = input.stride(i);
+    ready.source.size[i] = input.size(i);
+    ready.source.stride[i] = input.stride(i);
   }
-  gatedconv::Plan plan;
-  error =
-      gatedconv::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.numel(),
-                        static_cast<const float*>(weights.const_data_ptr()), weights.numel(), source, plan);
+  error = gatedconv::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.numel(),
+                            static_cast<const float*>(weights.const_data_ptr()), weights.numel(),
+                            ready.source, ready.plan);
   STD_TORCH_CHECK(!error, "plan_run: ", error);
-  std::vector<int64_t> size{source.size[0], plan.out_channels};
+  if (workers < 1) workers = torch::stable::get_num_threads();
+  ready.workers = static_cast<int>(std::min<int64_t>(workers, 64));
+  return ready;
+}
+
+void run_ready(const Ready& ready, Tensor& output, double* seconds = nullptr) {
+  const bool ran = gatedconv::run(ready.plan, *ready.kernels, ready.source,
+                                  static_cast<float*>(output.mutable_data_ptr()), ready.workers, seconds);
+  STD_TORCH_CHECK(ran, "plan_run: no memory for the workspace");
+}
+
+Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weights, std::vector<int64_t> shape,
+                int64_t workers) {
+  STD_TORCH_CHECK(shape.size() >= 2 && (shape[1] == 2 || shape[1] == 4), "plan_run: shape is cut short");
+  const Ready ready = get_ready(input, program, weights, workers);
+  const gatedconv::Plan& plan = ready.plan;
+  std::vector<int64_t> size{ready.source.size[0], plan.out_channels};
   if (shape[1] == 4) {
     size.insert(size.end(), {plan.out_height, plan.out_width});
   } else {
     STD_TORCH_CHECK(plan.out_height == 1 && plan.out_width == 1, "plan_run: the output is no vector");
   }
   Tensor output = torch::stable::new_empty(input, size);
-  if (workers < 1) workers = torch::stable::get_num_threads();
-  const bool ran = gatedconv::run(plan, *kernels, source, static_cast<float*>(output.mutable_data_ptr()),
-                                  static_cast<int>(std::min<int64_t>(workers, 64)));
-  STD_TORCH_CHECK(ran, "plan_run: no memory for the workspace");
+  run_ready(ready, output);
   return output;
+}
+
+// Milliseconds of every step, all workers at each.
+Tensor plan_times(const Tensor& input, const Tensor& program, const Tensor& weights, int64_t workers) {
+  const Ready ready = get_ready(input, program, weights, workers);
+  const gatedconv::Plan& plan = ready.plan;
+  Tensor output = torch::stable::new_empty(
+      input, {ready.source.size[0], plan.out_channels, plan.out_height, plan.out_width});
+  const auto steps = static_cast<int64_t>(plan.steps.size());
+  Tensor times = torch::stable::new_empty(input, {steps}, torch::headeronly::ScalarType::Double);
+  double* ms = static_cast<double*>(times.mutable_data_ptr());
+  std::fill_n(ms, steps, 0.0);
+  run_ready(ready, output, ms);
+  for (int64_t i = 0; i < steps; ++i) ms[i] *= 1000;
+  return times;
 }
 
 // Bytes that plan_run needs in addition to its input, output and weights for an input of this size on this
@@ -81,6 +114,7 @@ std::string plan_isa() {
 
 STABLE_TORCH_LIBRARY_IMPL(gatedconv, CPU, m) {
   m.impl("plan_run", TORCH_BOX(&plan_run));
+  m.impl("plan_times", TORCH_BOX(&plan_times));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gatedconv, CompositeExplicitAutograd, m) {

@@ -33,10 +33,10 @@ static inline void pool(const Step& step, const Part& part) {
   for (int64_t unit = part.unit0; unit < part.unit1; ++unit) {
     const int64_t image = unit / step.rows, y = unit % step.rows;
     const Window down =
-        window(y, step.in.height, step.kernel_h, step.stride_h, step.pad_top, adaptive, step.option);
+        window(y, step.in.height, step.kernel_h, step.stride_h, step.pad_top, adaptive, step.option & 1);
     for (int x = 0; x < step.out.width; ++x) {
       const Window across =
-          window(x, step.in.width, step.kernel_w, step.stride_w, step.pad_left, adaptive, step.option);
+          window(x, step.in.width, step.kernel_w, step.stride_w, step.pad_left, adaptive, step.option & 1);
       const float scale = 1.0f / (static_cast<float>(down.count) * across.count);
       for (int v = part.panel0 * kPanelVectors; v < last; ++v) {
         vec sum = max ? splat(-std::numeric_limits<float>::infinity()) : vec{};

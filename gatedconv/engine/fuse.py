@@ -34,6 +34,11 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
 
     for layer in layers:
         before = private(layer.inputs[0])
+        if layer.kind == "conv" and before is not None and before.kind == "pad":
+            remove(before)
+            layer.padding = tuple(map(sum, zip(layer.padding, before.padding, strict=True)))  # type: ignore[assignment]
+            layer.inputs = before.inputs
+            before = private(layer.inputs[0])
         while change_inputs and before is not None and _change_input(layer, before):
             remove(before)
             before = private(layer.inputs[0])
@@ -137,13 +142,13 @@ def _absorbing(add: Layer, private: Callable[[fx.Node], Layer | None], fused: li
 
 
 def _as_depthwise(layer: Layer) -> Layer:
-    """An affine or an activation that nothing could absorb is a depthwise convolution of one pixel."""
+    """An affine, an activation or a border that nothing could absorb is a depthwise convolution of one pixel."""
     if layer.kind == "affine":
         assert layer.weight is not None
         layer.groups = layer.weight.numel()
         layer.weight = layer.weight[:, None, None, None]
         layer.kind = "conv"
-    elif layer.kind == "act":
+    elif layer.kind in ("act", "pad"):
         channels = map_size(layer.inputs[0])[0]
         layer.groups = channels
         layer.weight = torch.ones(channels, 1, 1, 1, dtype=torch.float64)

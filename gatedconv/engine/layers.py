@@ -19,7 +19,7 @@ class Layer:
         kind: "conv", "affine" (scale and shift per channel), "act", "prelu", "add", "multiply", "scatter_add",
             "gather", "cat", "slice", "subsample", "fill" (a constant per channel), "max_pool", "avg_pool", "mean_pool",
             "adaptive_max_pool", "adaptive_avg_pool", "nearest", "bilinear", "pixel_shuffle", "layer_norm",
-            "group_norm", "softmax" or "alias" (a view of the same map).
+            "group_norm", "softmax", "pad" (zeros around a map) or "alias" (a view of the same map).
         name: The module or function it came from.
         inputs: The maps it reads; of "add", "multiply" and "scatter_add" the other operand is `residual`, which the
             last may lack: its channels then lie among the constants `bias`.
@@ -38,7 +38,7 @@ class Layer:
         before: Scale and shift of a 1x1 convolution's input, float64, and the activation that follows.
         index: Channel list of "gather" and "scatter_add".
         option: Channels in front of "subsample"; first channel of "slice"; 1 if "avg_pool" counts its padding or
-            "bilinear" aligns the corners.
+            "bilinear" aligns the corners, 2 (in addition) if "avg_pool" or "max_pool" rounds its size up.
     """
 
     kind: str
@@ -110,6 +110,8 @@ def runs_on_cuda(layer: Layer) -> bool:
     if layer.kind not in _CUDA_KINDS or layer.act not in (None, "relu", "relu6"):
         return False
     whole = layer.kind != "add" or shape_of(layer.residual) == shape_of(layer.inputs[0])
+    if layer.kind in ("max_pool", "avg_pool") and layer.option & 2:
+        return False
     if layer.kind in ("gather", "scatter_add"):
         whole = is_map(layer.inputs[0]) and (layer.kind == "gather" or layer.residual is not None)
     return whole and not any(is_channels_last(node) for node in (*layer.inputs, layer.output))

@@ -118,6 +118,7 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     traced = fx.GraphModule(source, graph, type(model).__name__)
     _drop_nothing(traced)
     _make_functional(traced)
+    _fold_constants(traced)
     traced.graph.lint()
     traced.recompile()
     _, channels, height, width = example_input.shape
@@ -192,6 +193,36 @@ def _make_functional(traced: fx.GraphModule) -> None:
         if _is_in_place(node, traced) and isinstance(node.args[0], fx.Node):
             written = node.args[0]
             written.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])  # noqa: B023
+
+
+def _fold_constants(traced: fx.GraphModule) -> None:
+    """Compute what depends on the model's own tensors alone, such as standardized weights."""
+    for node in list(traced.graph.nodes):
+        reads = node.all_input_nodes
+        if node.op not in ("call_function", "call_method") or not reads or _is_in_place(node, traced):
+            continue
+        if any(read.op != "get_attr" for read in reads):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda read: _attribute(traced, str(read.target)))
+        with torch.no_grad():
+            value = (
+                node.target(*args, **kwargs)
+                if callable(node.target)
+                else getattr(args[0], node.target)(*args[1:], **kwargs)
+            )
+        if isinstance(value, Tensor):
+            name = f"constant_{node.name}"
+            traced.register_buffer(name, value.detach().clone(), persistent=False)
+            with traced.graph.inserting_before(node):
+                node.replace_all_uses_with(traced.graph.get_attr(name))
+            traced.graph.erase_node(node)
+
+
+def _attribute(model: nn.Module, path: str) -> Any:
+    found: Any = model
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -284,7 +315,7 @@ def _slice(node: fx.Node, traced: fx.GraphModule) -> tuple[Any, tuple[Any, ...]]
         source = parts.args[0] if parts.args else None  # type: ignore[assignment]
         given = parts.args[1] if len(parts.args) > 1 else None
         size = _size(source)
-        if _argument(parts, 2, "dim", 0) not in (1, -3) or size is None or index < 0:
+        if _argument(parts, 2, "dim", 0) not in (1, -3) or size is None:
             return None
         if _name(parts) == "split" and isinstance(given, (list, tuple)):
             if not all(isinstance(width, int) for width in given):
@@ -296,7 +327,7 @@ def _slice(node: fx.Node, traced: fx.GraphModule) -> tuple[Any, tuple[Any, ...]]
             widths = [min(width, size[1] - at) for at in range(0, size[1], width)]
         else:
             return None
-        start = sum(widths[:index])
+        start = sum(widths[: index % len(widths)])
     else:
         return None
     assert isinstance(source, fx.Node)

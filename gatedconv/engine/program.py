@@ -184,8 +184,11 @@ def _windows(steps: list[Step]) -> list[int]:
         else:
             extent = [d * (k - 1) + 1 for k, d in zip(kernel, layer.dilation, strict=True)]
             padding = [layer.padding[0] + layer.padding[2], layer.padding[1] + layer.padding[3]]
+            up = layer.kind in ("max_pool", "avg_pool") and layer.option & 2
             if layer.stride != (1, 1) or [e - p for e, p in zip(extent, padding, strict=True)] != [1, 1]:
-                rows = [n for e, s, p in zip(extent, layer.stride, padding, strict=True) for n in (e, s, p)]
+                rows = [
+                    n for e, s, p in zip(extent, layer.stride, padding, strict=True) for n in (e, -s if up else s, p)
+                ]
         windows = rows + windows
         at = follow
     return windows

@@ -44,6 +44,13 @@ class Call:
             return found.detach().double() if isinstance(found, Tensor) and found.dtype == torch.float32 else None
         return None
 
+    def constants(self, *arguments: tuple[int, str]) -> list[Tensor | None] | None:
+        """The values of arguments that are constants or None; None if one is computed."""
+        given = [self.get(*argument) for argument in arguments]
+        found = [None if value is None else self.constant(value) for value in given]
+        computed = any(value is not None and one is None for value, one in zip(given, found, strict=True))
+        return None if computed else found
+
 
 def source_of(node: fx.Node) -> fx.Node:
     """Return the first argument, which must be a node."""
@@ -70,57 +77,85 @@ def make_layer(kind: str, node: fx.Node, **fields: Any) -> Layer:
 
 def read_conv(node: fx.Node, conv: nn.Conv2d) -> Layer | None:
     """Read a convolution."""
-    if conv.padding_mode != "zeros" or not is_map(node.args[0]) or conv.weight.dtype != torch.float32:
+    if conv.padding_mode != "zeros" or conv.weight.dtype != torch.float32:
         return None
-    kernel, dilation = pair(conv.kernel_size), pair(conv.dilation)
-    if conv.padding == "same":
+    window = conv.stride, conv.padding, conv.dilation, conv.groups
+    return _make_conv(node, double(conv.weight), double(conv.bias), *window)
+
+
+def read_call_conv(call: Call) -> Layer | None:
+    """Read a call of F.conv2d with constant weights."""
+    given = [(3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1)]
+    constants = call.constants((1, "weight"), (2, "bias"))
+    if constants is None:
+        return None
+    weight, bias = constants
+    return _make_conv(call.node, weight, bias, *(call.get(*one) for one in given))
+
+
+def _make_conv(
+    node: fx.Node, weight: Tensor | None, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Layer | None:
+    if weight is None or not is_map(node.args[0]):
+        return None
+    kernel, dilation = pair(tuple(weight.shape[2:])), pair(dilation)
+    if padding == "same":
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        padding = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
-    elif conv.padding == "valid":
-        padding = (0, 0, 0, 0)
+        sides = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
     else:
-        top, left = pair(conv.padding)
-        padding = (top, left, top, left)
-    return make_layer(
-        "conv",
-        node,
-        kernel=kernel,
-        stride=pair(conv.stride),
-        padding=padding,
-        dilation=dilation,
-        groups=conv.groups,
-        weight=double(conv.weight),
-        bias=double(conv.bias),
-    )
+        top, left = (0, 0) if padding == "valid" else pair(padding)
+        sides = (top, left, top, left)
+    fields = {"stride": pair(stride), "padding": sides, "dilation": dilation, "groups": groups}
+    return make_layer("conv", node, kernel=kernel, weight=weight, bias=bias, **fields)
 
 
 def read_linear(node: fx.Node, linear: nn.Linear) -> Layer | None:
     """Read a linear layer over vectors, over the channels of every pixel, or over a flattened map."""
-    source = source_of(node)
-    if linear.weight.dtype != torch.float32 or not (is_vector(source) or is_channels_last(source)):
+    if linear.weight.dtype != torch.float32:
         return None
-    weight = double(linear.weight)
-    assert weight is not None
+    return _make_linear(node, double(linear.weight), double(linear.bias))
+
+
+def read_call_linear(call: Call) -> Layer | None:
+    """Read a call of F.linear with constant weights."""
+    constants = call.constants((1, "weight"), (2, "bias"))
+    return None if constants is None else _make_linear(call.node, *constants)
+
+
+def _make_linear(node: fx.Node, weight: Tensor | None, bias: Tensor | None) -> Layer | None:
+    source = source_of(node)
+    if weight is None or not (is_vector(source) or is_channels_last(source)):
+        return None
     size = source.meta.get("flattened")  # of the map that was flattened: a convolution as large as the map
     if size is not None:
-        weight = weight.view(-1, *size)
-        return make_layer("conv", node, kernel=size[1:], weight=weight, bias=double(linear.bias))
-    return make_layer("conv", node, weight=weight[:, :, None, None], bias=double(linear.bias))
+        return make_layer("conv", node, kernel=size[1:], weight=weight.view(-1, *size), bias=bias)
+    return make_layer("conv", node, weight=weight[:, :, None, None], bias=bias)
 
 
 def read_norm(node: fx.Node, norm: nn.BatchNorm2d) -> Layer | None:
     """Read a batch norm with running statistics."""
-    if norm.running_mean is None or norm.running_var is None or norm.running_mean.dtype != torch.float32:
+    if norm.running_mean is None or norm.running_mean.dtype != torch.float32:
         return None
-    if not is_stored(node.args[0]) or is_channels_last(source_of(node)):
+    numbers = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return _make_norm(node, *map(double, numbers), eps=norm.eps)
+
+
+def read_call_norm(call: Call) -> Layer | None:
+    """Read a call of F.batch_norm with constant statistics."""
+    constants = call.constants((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
+    if constants is None or call.get(5, "training", False) is not False:
         return None
-    scale = torch.rsqrt(norm.running_var.detach().double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.detach().double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return make_layer("affine", node, weight=scale, bias=shift)
+    return _make_norm(call.node, *constants, eps=call.get(7, "eps", 1e-5))
+
+
+def _make_norm(
+    node: fx.Node, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, *, eps: float
+) -> Layer | None:
+    if mean is None or var is None or not is_stored(node.args[0]) or is_channels_last(source_of(node)):
+        return None
+    scale = torch.rsqrt(var + eps)
+    scale = scale if weight is None else scale * weight
+    return make_layer("affine", node, weight=scale, bias=-mean * scale if bias is None else bias - mean * scale)
 
 
 def read_channel_bias(node: fx.Node, module: ChannelBias) -> Layer:
@@ -138,19 +173,21 @@ def _over_channels(node: fx.Node, weight: Tensor | None, bias: Tensor | None) ->
 def read_layer_norm(node: fx.Node, norm: nn.LayerNorm) -> Layer | None:
     """Read a layer norm over channels."""
     weight, bias = (None if value is None else value.detach() for value in (norm.weight, norm.bias))
-    return _make_layer_norm(node, list(norm.normalized_shape), weight, bias, norm.eps)
+    return _make_layer_norm(node, list(norm.normalized_shape), weight, bias, eps=norm.eps)
 
 
 def read_call_layer_norm(call: Call) -> Layer | None:
     """Read a call of F.layer_norm over channels."""
-    given = [call.get(2, "weight"), call.get(3, "bias")]
-    weight, bias = (call.constant(value) for value in given)
-    if any(value is not None and found is None for value, found in zip(given, (weight, bias), strict=True)):
+    constants = call.constants((2, "weight"), (3, "bias"))
+    if constants is None:
         return None
-    return _make_layer_norm(call.node, call.get(1, "normalized_shape"), weight, bias, call.get(4, "eps", 1e-5))
+    weight, bias = constants
+    return _make_layer_norm(call.node, call.get(1, "normalized_shape"), weight, bias, eps=call.get(4, "eps", 1e-5))
 
 
-def _make_layer_norm(node: fx.Node, over: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Layer | None:
+def _make_layer_norm(
+    node: fx.Node, over: Any, weight: Tensor | None, bias: Tensor | None, *, eps: float
+) -> Layer | None:
     source = source_of(node)
     if not (is_channels_last(source) or is_vector(source)) or list(over) != [map_size(source)[0]]:
         return None

@@ -28,9 +28,12 @@ from gatedconv.engine.read_arithmetic import (
     pair,
     read_act,
     read_binary,
+    read_call_conv,
     read_call_gelu,
     read_call_hardtanh,
     read_call_layer_norm,
+    read_call_linear,
+    read_call_norm,
     read_channel_bias,
     read_constant_right,
     read_conv,
@@ -127,39 +130,54 @@ def _window(kind: str, node: fx.Node, kernel: Any, stride: Any, padding: Any, op
 
 
 def _max_pool(node: fx.Node, pool: nn.MaxPool2d) -> Layer | None:
-    if pool.ceil_mode or pool.return_indices or pair(pool.dilation) != (1, 1):
+    if pool.return_indices or pair(pool.dilation) != (1, 1):
         return None
-    return _window("max_pool", node, pool.kernel_size, pool.stride, pool.padding)
+    return _window("max_pool", node, pool.kernel_size, pool.stride, pool.padding, 2 * bool(pool.ceil_mode))
 
 
 def _call_max_pool(call: Call) -> Layer | None:
-    if pair(call.get(4, "dilation", 1)) != (1, 1) or call.get(5, "ceil_mode", False):
-        return None
-    if call.get(6, "return_indices", False):
+    if pair(call.get(4, "dilation", 1)) != (1, 1) or call.get(6, "return_indices", False):
         return None
     kernel, stride, padding = (call.get(i, n, d) for i, n, d in _WINDOW)
-    return _window("max_pool", call.node, kernel, stride, padding)
+    return _window("max_pool", call.node, kernel, stride, padding, 2 * bool(call.get(5, "ceil_mode", False)))
 
 
 def _avg_pool(node: fx.Node, pool: nn.AvgPool2d) -> Layer | None:
-    if pool.ceil_mode or pool.divisor_override is not None:
+    if pool.divisor_override is not None:
         return None
-    return _window("avg_pool", node, pool.kernel_size, pool.stride, pool.padding, int(pool.count_include_pad))
+    option = bool(pool.count_include_pad) + 2 * bool(pool.ceil_mode)
+    return _window("avg_pool", node, pool.kernel_size, pool.stride, pool.padding, option)
 
 
 def _call_avg_pool(call: Call) -> Layer | None:
-    if call.get(4, "ceil_mode", False) or call.get(6, "divisor_override") is not None:
+    if call.get(6, "divisor_override") is not None:
         return None
     values = kernel, stride, padding = [call.get(i, n, d) for i, n, d in _WINDOW]
     if any(
         isinstance(v, fx.Node) for value in values for v in (value if isinstance(value, (tuple, list)) else [value])
     ):
         return None
-    option = int(call.get(5, "count_include_pad", True))
+    option = bool(call.get(5, "count_include_pad", True)) + 2 * bool(call.get(4, "ceil_mode", False))
     return _window("avg_pool", call.node, kernel, stride, padding, option)
 
 
 _WINDOW = ((1, "kernel_size", None), (2, "stride", None), (3, "padding", 0))
+
+
+def _pad(node: fx.Node, sides: Any) -> Layer | None:
+    """Zeros around a map."""
+    if not isinstance(sides, (tuple, list)) or not is_map(node.args[0]):
+        return None
+    whole = [*sides, *[0] * (4 - len(sides))]
+    if len(whole) != 4 or not all(isinstance(side, int) and side >= 0 for side in whole):
+        return None
+    left, right, top, bottom = whole
+    return make_layer("pad", node, padding=(top, left, bottom, right))
+
+
+def _call_pad(call: Call) -> Layer | None:
+    zeros = call.get(2, "mode", "constant") == "constant" and call.get(3, "value") in (None, 0)
+    return _pad(call.node, call.get(1, "pad")) if zeros else None
 
 
 def _adaptive(kind: str, node: fx.Node, size: Any) -> Layer | None:
@@ -317,6 +335,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Layer | None]] = {
     nn.UpsamplingBilinear2d: _upsample,
     nn.PixelShuffle: lambda node, module: _pixel_shuffle(node, module.upscale_factor),
     nn.ChannelShuffle: lambda node, module: _shuffled(node, module.groups),
+    nn.ZeroPad2d: lambda node, module: _pad(node, module.padding),
     nn.Flatten: lambda node, module: _flatten(node, module.start_dim, module.end_dim),
     ChannelBias: read_channel_bias,
     ConstantMaps: _fill,
@@ -355,7 +374,11 @@ _FUNCTIONS: dict[Any, Callable[[Call], Layer | None]] = {
     F.mish: _CALL_MISH,
     F.softmax: _of_call(_softmax, (1, "dim", None)),
     torch.softmax: _of_call(_softmax, (1, "dim", None)),
+    F.conv2d: read_call_conv,
+    F.linear: read_call_linear,
+    F.batch_norm: read_call_norm,
     F.layer_norm: read_call_layer_norm,
+    F.pad: _call_pad,
     torch.flatten: _of_call(_flatten, (1, "start_dim", 0), (2, "end_dim", -1)),
     torch.permute: _call_permute,
     torch.mean: _mean,

@@ -42,6 +42,11 @@ def plan_run(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[in
     return torch.ops.gatedconv.plan_run.default(input, program, weights, shape, workers)
 
 
+def plan_times(input: Tensor, program: Tensor, weights: Tensor, workers: int = 0) -> Tensor:
+    """Run a plan, all threads at every step; return how long each step but "view" took, (steps,), float64, in ms."""
+    return torch.ops.gatedconv.plan_times.default(input, program, weights, workers)
+
+
 def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
     """Work out a plan's output size.
 
@@ -49,7 +54,7 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
         size: The input's (N, C, H, W).
         shape: Output channels, output rank (2 or 4), then for every layer that changes height or width:
             extent, stride, total padding of the height, then of the width. Extent 0: the new size is `stride`;
-            a negative extent: the size is multiplied by -extent.
+            a negative extent: the size is multiplied by -extent; a negative stride: the new size is rounded up.
 
     Raises:
         ValueError: The input is empty or smaller than a kernel, or makes no single pixel where the output is a vector.
@@ -69,8 +74,7 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
                 f"input of {size[2]} x {size[3]} pixels is too small: a layer of {shape[i]} x {shape[i + 3]} "
                 f"pixels would run over {height} x {width}"
             )
-        height = (height + shape[i + 2] - shape[i]) // shape[i + 1] + 1
-        width = (width + shape[i + 5] - shape[i + 3]) // shape[i + 4] + 1
+        height, width = _windows(height, *shape[i : i + 3]), _windows(width, *shape[i + 3 : i + 6])
     if shape[1] == 4:
         return [size[0], shape[0], height, width]
     if height != 1 or width != 1:
@@ -79,6 +83,14 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
             f"or flattening, which was built for one"
         )
     return [size[0], shape[0]]
+
+
+def _windows(size: int, extent: int, stride: int, padding: int) -> int:
+    if stride > 0:
+        return (size + padding - extent) // stride + 1
+    count = -((size + padding - extent) // stride) + 1  # rounds up
+    last = (count - 1) * -stride  # where the last window begins
+    return count - 1 if last >= size + padding // 2 else count
 
 
 # As in csrc/cpu/plan_decode.cpp.

@@ -187,6 +187,27 @@ def test_two_threads_share_one_engine(engine, model):
     assert wrong == []
 
 
+def test_engines_of_their_own_in_several_threads(model):
+    example = torch.randn(2, 3, 32, 32)
+    engines = [gatedconv.Engine(model, example, threads=threads) for threads in (1, 1, 2, 3)]
+    inputs = [torch.randn(n, 3, 32, 32) for n in (1, 3, 4)]
+    expected = [[engine(x) for x in inputs] for engine in engines]
+    wrong = []
+
+    def work(engine, results):
+        for i in range(12):
+            if not torch.equal(engine(inputs[i % 3]), results[i % 3]):
+                wrong.append(i)
+
+    pairs = zip(engines, expected, strict=True)
+    workers = [threading.Thread(target=work, args=pair) for pair in pairs]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
 def test_copies_compute_the_same(engine, copied):
     x = torch.randn(2, 3, 32, 32)

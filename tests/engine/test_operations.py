@@ -75,6 +75,29 @@ class ByPixel(nn.Module):
         return self.down(F.gelu(self.up(self.norm(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2) + x
 
 
+class Calls(nn.Module):
+    """Layers written as calls, with weights that are computed from parameters."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(channels, 4, 3, 3)), nn.Parameter(torch.randn(channels))
+        self.norm, self.gain = norm(nn.BatchNorm2d(channels)), nn.Parameter(torch.rand(channels))
+        self.channels = channels
+        settle(self)
+
+    def forward(self, x):
+        n = self.norm
+        standard = F.batch_norm(self.weight.reshape(1, self.channels, -1), None, None, training=True)
+        x = F.conv2d(F.pad(x, (0, 2, 1, 0)), standard.view_as(self.weight), self.bias, 1, 0, groups=4)
+        x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.1, n.eps)
+        return F.silu(x).mul(self.gain.reshape(1, -1, 1, 1))
+
+
+def split_from_the_end(x):
+    a, b = x.split(8, 1)[-1], torch.split(x, 8, 1)[-2]
+    return torch.cat([a, b], 1)
+
+
 def dense(x):
     a = torch.cat([x, F.relu(x)], 1)
     b = torch.cat([x, F.relu(x), torch.tanh(a[:, :16])], 1)
@@ -136,6 +159,14 @@ FUNCTIONS = {
     "max pool": (lambda: nn.MaxPool2d(5, 1, 2), 16),
     "max pool, called": (lambda: lambda x: F.max_pool2d(x, 3, stride=2, padding=1), 16),
     "average pool, called": (lambda: lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), 16),
+    "max pool, rounded up": (lambda: nn.MaxPool2d(3, 2, ceil_mode=True), 16),
+    "max pool, rounded up, padding": (lambda: lambda x: F.max_pool2d(x, 2, 3, 1, ceil_mode=True), 16),
+    "average pool, rounded up": (lambda: nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), 16),
+    "average pool, rounded up, padding": (lambda: nn.AvgPool2d(3, (2, 3), 1, ceil_mode=True), 16),
+    "average pool, rounded up, called": (lambda: lambda x: F.avg_pool2d(x, 3, 3, 1, True, False), 16),
+    "calls": (lambda: Calls(16), 16),
+    "split from the end": (lambda: split_from_the_end, 16),
+    "zeros around": (lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 3)), nn.MaxPool2d(2, 1)), 16),
     "adaptive average": (lambda: nn.AdaptiveAvgPool2d((3, 2)), 16),
     "adaptive maximum": (lambda: nn.AdaptiveMaxPool2d(2), 16),
     "group norm": (lambda: norm(nn.GroupNorm(4, 16)), 16),
@@ -156,9 +187,10 @@ def test_every_operation(isa, name):
         net = settle(Between(function(), after=channels, kernel=kernel))
         engine = gatedconv.Engine(net, torch.randn(1, 3, 8, 10))
         assert len(engine.plans) == 1 and "Nothing is left to PyTorch" in engine.describe()
-        sizes = (
-            ((8, 10), (9, 7), (2, 2)) if "to a size" in name or name == "pixel shuffle" else ((8, 10), (9, 7), (1, 1))
+        least = (
+            4 if "rounded up" in name or name == "calls" else 2 if "to a size" in name or name == "pixel shuffle" else 1
         )
+        sizes = ((8, 10), (9, 7), (11, 12), (least, least))
         for size in sizes:
             for batch in (1, 3):
                 x = torch.randn(batch, 3, *size)

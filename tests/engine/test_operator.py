@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import gatedconv
+from gatedconv.ops.plan import plan_times
 from tests.engine.nets import Residual, settle
 
 
@@ -60,3 +61,13 @@ def test_a_damaged_program_is_refused(engine):
             torch.ops.gatedconv.plan_run.default(x, program.contiguous(), plan.weights, plan.shape)
     with pytest.raises(RuntimeError, match="range"):
         torch.ops.gatedconv.plan_run.default(x, plan.program, plan.weights[:20].contiguous(), plan.shape)
+
+
+def test_times_of_every_step_that_computes():
+    net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1)))
+    x = torch.randn(5, 3, 9, 9)
+    plan = gatedconv.Engine(net, x).plans[0]
+    for threads in (1, 2):
+        times = plan_times(x, plan.program, plan.weights, threads)
+        assert times.dtype == torch.float64 and times.shape == (len([s for s in plan.steps if s.op != "view"]),)
+        assert bool((times > 0).all())

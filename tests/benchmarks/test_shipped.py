@@ -1,0 +1,61 @@
+"""The benchmark of the networks that people ship: its file, that it continues, and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import shipped
+
+
+def test_a_case_is_measured_kept_and_not_measured_twice(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    path, lines = tmp_path / "shipped-here.json", []
+    options = ["--size=32", "--rounds=1", "--threads=1", "--only=yolov8n dense", f"--out={path}"]
+    shipped.main(options, lines.append)
+    found = json.loads(path.read_text())
+    cases = {(row["case"], row["batch"]) for row in found["rows"]}
+    assert cases == {("yolov8n dense", 1), ("yolov8n dense", 8)} and not found["failures"]
+    assert {row["provider"] for row in found["rows"]} == {"gatedconv", "onnxruntime", "openvino"}
+    own = [row for row in found["rows"] if row["provider"] == "gatedconv"]
+    assert all(row["gflops"] > 0 and row["share_of_peak"] > 0 and row["error"] <= 1e-5 for row in own)
+    layers = found["layers"]["yolov8n dense"]
+    assert len(layers) == shipped.SLOWEST
+    assert [layer["ms"] for layer in layers] == sorted((layer["ms"] for layer in layers), reverse=True)
+    before = path.read_bytes()
+    shipped.main(options, lines.append)
+    assert path.read_bytes() == before and len(lines) == 2
+
+
+def test_results_of_another_machine_are_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "shipped-there.json"
+    path.write_text(json.dumps({"machine": {"cpu": "another"}, "rows": [], "failures": [], "layers": {}}))
+    with pytest.raises(ValueError, match="another machine"):
+        shipped.Results(path, {"cpu": "this"})
+
+
+def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(provider: str, setting: str, ms: float, **more: float) -> dict[str, object]:
+        fields = {"benchmark": "network", "case": "resnet18 dense", "batch": 1, "dtype": "float32"}
+        return {**fields, "provider": provider, "setting": setting, "ms_min": ms, "ms_median": 2 * ms, **more}
+
+    machine = {"cpu": "a CPU", "isa": "AVX2", "threads": 2, "torch": "2", "versions": {}, "commit": "c" * 40}
+    found = {
+        "machine": {**machine, "date": "2026-01-02T03:04Z", "peak_gflops": 100.0},
+        "rows": [
+            row("gatedconv", "Engine", 2.0, gflops=50.0, share_of_peak=0.5),
+            row("onnxruntime", "slow", 9.0),
+            row("onnxruntime", "all", 3.0),
+            row("openvino", "latency", 4.0),
+        ],
+        "failures": [],
+        "layers": {},
+    }
+    (tmp_path / "shipped-a.json").write_text(json.dumps(found))
+    monkeypatch.setattr(shipped, "RESULTS", tmp_path)
+    text = shipped.section()
+    assert "| resnet18 dense | 1 | 2.00 (4.00) | 3.00 (6.00) | 4.00 (8.00) | 1.50 | 50 | 50% |" in text
+    assert "fastest in 1 of 1 rows; geometric mean of fastest peer / ours 1.50" in text
