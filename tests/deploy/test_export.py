@@ -95,7 +95,7 @@ def test_the_callers_model_stays_in_its_mode(tmp_path):
 
 def test_bad_arguments_are_named(tmp_path):
     model = gatedconv.models.resnet20(gate="layer")
-    with pytest.raises(ValueError, match="format must be one of onnx, torch, aoti, got 'tflite'"):
+    with pytest.raises(ValueError, match="format must be one of onnx, torch, aoti, plan, got 'tflite'"):
         gatedconv.export(model, tmp_path / "m", X, format="tflite")
     with pytest.raises(ValueError, match="freeze the model first; gate 'layer1.0.layer_gate'"):
         gatedconv.export(model, tmp_path / "m", X)
