@@ -58,21 +58,21 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t mos
   if (draw() % 2 || size < 64 || header > size - 48) return LLVMFuzzerMutate(data, size, most);
   const size_t numbers = (size - 8 - header) / 8;
   const auto place = [&] { return data + 8 + header + 8 * (draw() % numbers); };
-  int64_t value;
+  uint64_t value;  // that may wrap around
   uint8_t* at = place();
   std::memcpy(&value, at, 8);
   switch (draw() % 5) {
     case 0:
-      value = static_cast<int64_t>(draw() % 40) - 2;
+      value = uint64_t{draw() % 40} - 2;
       break;
     case 1:
       std::memcpy(&value, place(), 8);
       break;
     case 2:
-      value += draw() % 2 ? 1 : -1;
+      value += draw() % 2 ? 1 : ~uint64_t{0};
       break;
     case 3:
-      value = int64_t{1} << draw() % 63;
+      value = uint64_t{1} << draw() % 64;
       break;
     default:
       value *= 2;
