@@ -21,6 +21,8 @@ class Conversion:
         gated: gate path -> what it gates (a residual branch or a layer).
         skipped: layer or block -> why it has no gate.
         reachable_macs: 0 to 1, the share of the model's MACs that at least one gate scales.
+        estimated: module -> by how much, where ``expected_macs`` is an estimate: it was off in a trial at random masks.
+            Empty: at masks of 0 and 1 it is what ``count_macs`` finds in the compact network.
         note: what could not be checked or counted; empty otherwise.
     """
 
@@ -28,6 +30,7 @@ class Conversion:
     gated: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     reachable_macs: float = 0.0
+    estimated: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
     def __str__(self) -> str:
@@ -35,6 +38,7 @@ class Conversion:
         lines += [self.note] if self.note else []
         lines += [f"  {gate}: {what}" for gate, what in self.gated.items()]
         lines += [f"  not gated, {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  MACs estimated, {name}: {why}" for name, why in self.estimated.items()]
         return "\n".join(lines)
 
 

@@ -26,7 +26,8 @@ from gatedconv.convert.flow import (
     op_name,
 )
 from gatedconv.convert.install import Link, attach, open_gate
-from gatedconv.convert.mac_terms import Gated, mac_terms, reachable_share
+from gatedconv.convert.mac_terms import Gated, mac_terms, node_terms, reachable_share
+from gatedconv.convert.mac_trial import estimated_parts
 from gatedconv.convert.record import CALL, Node, Record, Value, record
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import as_inputs, require_same, require_same_training, tensors_of
@@ -108,7 +109,9 @@ def gate_model(
         raise ValueError(f"gate_model: no place for a {gate!r} gate in {type(model).__name__}: {reasons}")
     installer.finish()
     total, conversion.note = _total_macs(probe, example_input)
-    terms = mac_terms(flow, installer.gated, total)
+    by_node = node_terms(flow, installer.gated)
+    terms = mac_terms((term for found in by_node.values() for term in found), total)
+    conversion.estimated = estimated_parts(flow, installer.gated, by_node)
     conversion.reachable_macs = reachable_share(terms)
     conversion.gated = {name: conversion.gated[name] for name in find_gates(result)}
     image = next((t for t in tensors_of(as_inputs(example_input)) if t.dim() == 4), None)
@@ -170,6 +173,7 @@ class _Installer:
         self.values: dict[Value, tuple[str, int]] = {}
         self.inputs: dict[tuple[Node, Value], tuple[str, int]] = {}
         self.layers: dict[Node, tuple[str, ...]] = {}
+        self.ends: dict[Value, str] = {}
         self.links: list[Link] = []
         self.link_of: dict[Site, Link] = {}
         self.path_of: dict[Site, str] = {}
@@ -204,6 +208,7 @@ class _Installer:
         last.register_forward_hook(install.GateBranch("", axis, link, convs))
         path = f"{start.path}.{name}"
         self.conversion.gated[path] = f"the residual branch of {branch.name or 'the model'}"
+        self.ends[end.outputs[0]] = path
         for node in branch.nodes:
             self.layers[node] = (*self.layers.get(node, ()), path)
         return ""
@@ -244,7 +249,7 @@ class _Installer:
 
     def finish(self) -> None:
         """Hooks of the whole model."""
-        self.gated = Gated(self.values, self.inputs, self.layers)
+        self.gated = Gated(self.values, self.inputs, self.layers, self.ends)
         self.result.register_forward_pre_hook(install.BeforeForward(self.links))
 
 

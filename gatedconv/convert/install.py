@@ -154,7 +154,10 @@ class GateBranch(GateHook):
         decision, selected = self.link.read(module), self.link.selected
         if selected is not None and len(output) != len(decision):
             return output.new_zeros(len(decision), *output.shape[1:]).index_copy(0, selected, output)
-        return output * decision.reshape(-1, *[1] * (output.dim() - 1)).to(output.dtype)
+        decision = decision.reshape(-1, *[1] * (output.dim() - 1)).to(output.dtype)
+        if not decision.requires_grad:  # a closed branch of frozen convolutions may hold NaN, of 0 / 0
+            output = output.masked_fill(decision == 0, 0)
+        return output * decision
 
 
 class BeforeForward:

@@ -7,12 +7,13 @@ way back: a convolution between labeled inputs and labeled outputs costs in prop
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from gatedconv.convert.channels import Sliceable
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
@@ -27,25 +28,30 @@ class Gated:
     """Where gates multiply.
 
     ``values`` and, at one reader alone, ``inputs``: -> (gate path, number of gates); ``layers``: node -> paths of the
-    layer gates that it runs under.
+    layer gates that it runs under; ``ends``: last value of each branch with a layer gate -> the gate's path.
     """
 
     values: Mapping[Value, tuple[str, int]]
     inputs: Mapping[tuple[Node, Value], tuple[str, int]]
     layers: Mapping[Node, tuple[str, ...]]
+    ends: Mapping[Value, str] = field(default_factory=dict)
 
 
-def mac_terms(flow: Flow, gated: Gated, total: float | None) -> list[MacTerm]:
-    """Terms for one image, one for each combination of gates; the gates' own layers are not part of them.
+def node_terms(flow: Flow, gated: Gated) -> dict[Node, list[MacTerm]]:
+    """Terms for one image: for each operation one for each combination of gates; those of the gates are left out."""
+    return _Labels(flow, gated).terms()
+
+
+def mac_terms(found: Iterable[MacTerm], total: float | None) -> list[MacTerm]:
+    """One term for each combination of gates.
 
     Args:
-        flow: of the model without gates.
-        gated: its gates.
+        found: terms of the operations.
         total: MACs of the model by ``count_macs``; what no term explains of them runs always. None: unknown.
     """
     macs: dict[tuple[object, object], float] = {}
     params: dict[tuple[object, object], int] = {}
-    found = _Labels(flow, gated).terms()
+    found = list(found)
     rest = 0.0 if total is None else total - math.fsum(term.macs for term in found)
     for term in [*found, MacTerm(rest)] if abs(rest) >= 0.5 else found:
         key = (term.gates, term.channels)
@@ -66,6 +72,7 @@ class _Labels:
         self.gated = gated
         self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
         self.gates = list(self.sizes)
+        self.whole: set[Value] = set()  # what holds all of its channels, whatever gates close behind it
         self.forward: dict[Value, Tensor] = {}
         self.needed: dict[Value, Tensor] = {}
         for node in flow.record.nodes:
@@ -73,6 +80,12 @@ class _Labels:
                 if flow.has_channels(value):
                     site = gated.values.get(value)
                     self.forward[value] = self._gate(site[0]) if site else self._label(node, value)
+        sliceable = Sliceable(flow.record)
+        for node in flow.record.nodes:
+            kinds = {flow.kind(value) for value in node.outputs}
+            operands = self.whole.intersection(flow.operands(node)).difference(gated.values)
+            if kinds & {"conv", "linear"} and not sliceable(node) or kinds == {"elementwise"} and operands:
+                self.whole.update(node.outputs)
         for node in reversed(flow.record.nodes):
             self._spread_need(node)
 
@@ -168,9 +181,9 @@ class _Labels:
 
     # -- terms ------------------------------------------------------------------------------------------
 
-    def terms(self) -> list[MacTerm]:
+    def terms(self) -> dict[Node, list[MacTerm]]:
         """One term for each piece of work and pair of gates."""
-        return [term for node in self.flow.record.nodes for term in self._terms_of(node)]
+        return {node: self._terms_of(node) for node in self.flow.record.nodes}
 
     def _terms_of(self, node: Node) -> list[MacTerm]:
         if not node.outputs or node.is_constant:
@@ -179,14 +192,16 @@ class _Labels:
         params = sum(p.numel() for p in node.module.parameters()) if node.module is not None else 0
         value = node.outputs[0]
         kind = self.flow.kind(value)
-        if kind in ("conv", "linear"):
+        if kind in ("conv", "linear") and value not in self.whole:
             return self._dense(node, value, params, layer)
         if kind == "elementwise":
-            per_element = _per_element(node)
-            if not (per_element or params):
+            operations = per_element(node)
+            if not (operations or params):
                 return []
-            counted = self.flow.source(node).tensor if _is_pool(node) else value.tensor
-            return self._by_channel(value, per_element * counted.numel() / counted.shape[0], params, layer)
+            counted = self.flow.source(node).tensor if is_pool(node) else value.tensor
+            if self.whole.intersection(self.flow.operands(node)):
+                return [MacTerm(operations * counted.numel() / counted.shape[0], params, layer)]
+            return self._by_channel(value, operations * counted.numel() / counted.shape[0], params, layer)
         macs = _other_macs(node)
         return [MacTerm(macs, params, layer)] if macs or params else []
 
@@ -251,7 +266,7 @@ def _is_depthwise(node: Node) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1
 
 
-def _per_element(node: Node) -> int:
+def per_element(node: Node) -> int:
     """Operations per element of the output, of the input in a pool, that fvcore counts for an elementwise node."""
     module, name = node.module, op_name(node)
     if isinstance(module, NORMS):
@@ -262,10 +277,11 @@ def _per_element(node: Node) -> int:
     if "batch_norm" in name:
         return 2
     mode = module.mode if isinstance(module, nn.Upsample) else name.removeprefix("upsample_").removesuffix("2d")
-    return 1 if _is_pool(node) else {"nearest": 1, "bilinear": 4}.get(mode, 0)
+    return 1 if is_pool(node) else {"nearest": 1, "bilinear": 4}.get(mode, 0)
 
 
-def _is_pool(node: Node) -> bool:
+def is_pool(node: Node) -> bool:
+    """Whether fvcore counts the node's input elements: a pool to a fixed size."""
     if isinstance(node.module, nn.AdaptiveAvgPool2d) or op_name(node) == "_adaptive_avg_pool2d":
         return True
     # what a pool to one pixel becomes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert import ConversionError, require_same
+from gatedconv.convert.channels import Channels, Masks
 from gatedconv.convert.flow import Flow
 from gatedconv.convert.install import (
     DecideBranch,
@@ -25,7 +26,6 @@ from gatedconv.convert.install import (
 )
 from gatedconv.convert.record import Node, Record, Value, is_computed, record
 from gatedconv.convert.verify import as_inputs, tensors_of
-from gatedconv.deploy.channels import Channels, Masks
 from gatedconv.deploy.shrink import CannotSlice, shrink
 from gatedconv.gating import FrozenGate, find_gates, unwrap
 from gatedconv.models import ResNet, VGGGroup

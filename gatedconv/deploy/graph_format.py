@@ -32,6 +32,7 @@ _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "GatherChannels": (("index",), ("axis",)),
     "ScatterAdd": (("index",), ("axis",)),
     "ScatterChannels": (("index", "fill"), ("axis",)),
+    "Zeros": ((), ()),
 }
 
 

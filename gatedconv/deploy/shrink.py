@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv.convert.channels import Channels, groups_of, is_depthwise
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_exact
-from gatedconv.deploy.channels import Channels, groups_of, is_depthwise
-from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels
+from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels, Zeros
 
 COUNTS = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "num_parameters")
 _CLOSE = 1e-4  # of a foreign module's slice: |slice(x) - module(x)| against the largest output
@@ -44,7 +44,9 @@ def shrink(model: nn.Module, channels: Channels) -> None:
     for node in flow.record.nodes:
         if node.scope.startswith(inside) if inside else False:
             continue
-        if node.op == CALL and node.outputs and flow.kind(node.outputs[0]) == "elementwise":
+        if channels.is_idle(node):
+            model.set_submodule(node.scope, nn.Identity())
+        elif node.op == CALL and node.outputs and flow.kind(node.outputs[0]) == "elementwise":
             _numbers(model, channels, node, node.outputs[0])
     for value in channels.masks.values:
         if value not in done:
@@ -75,7 +77,10 @@ def _layer(model: nn.Module, channels: Channels, node: Node, value: Value) -> No
     held, kept = channels.present[source], channels.present[value]
     computed = channels.computed(node, value)
     read = held
-    if channels.is_sliceable(node):
+    if not channels.is_sliceable(node):
+        if channels.is_dead(node):
+            read, module = computed.new_zeros(len(held)), _nothing(module)
+    else:
         read, _ = channels.layer_channels(node, value)
         if bool(read.all()) and bool(computed.all()):
             pass
@@ -207,11 +212,7 @@ def _numbers(model: nn.Module, channels: Channels, node: Node, value: Value) -> 
     """Norms and the like: their numbers for each channel."""
     module = model.get_submodule(node.scope)
     computed = channels.computed(node, value)
-    same = value.tensor.shape == node.inputs[0].tensor.shape and len(channels.record.calls_of(node.scope)) == 1
-    idle = value in channels.masks.values  # else a reader further on may want its constants
-    if same and idle and not bool(channels.wanted(value).any()):
-        model.set_submodule(node.scope, nn.Identity())
-    elif not bool(computed.all()) and channels._can_slice_numbers(node, value):
+    if not bool(computed.all()) and channels._can_slice_numbers(node, value):
         _slice_numbers(module, computed)
 
 
@@ -279,6 +280,8 @@ def _glue(
     taken = kept & computed & ~known
     if torch.equal(taken, computed) and torch.equal(taken, kept):
         return []
+    if bool(computed.all() & kept.all() & known.all()) and not bool(constant.any()):
+        return [("zeros", Zeros())]  # whichever dimension the channels are in
     modules: list[tuple[str, nn.Module]] = []
     if not torch.equal(taken, computed):
         modules.append(("pick", GatherChannels((computed.cumsum(0) - 1)[taken], axis)))

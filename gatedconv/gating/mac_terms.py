@@ -72,7 +72,9 @@ def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -
     """MACs per image at the given open rates (default: those of the last batch), a differentiable scalar.
 
     sum over terms of macs * prod over its gates of mean(open rate): exact when every gate is polarized,
-    and on average when a layer gate and the channel gates inside it are independent.
+    and on average when a layer gate and the channel gates inside it are independent. Of a model by ``gate_model``,
+    ``conversion.estimated`` names the modules for which it is an estimate; a gate with no open channel also removes
+    what computes for it alone, which is not counted here.
     """
     terms = mac_terms(model, "expected_macs")
     return _expected(terms, [term.macs for term in terms], model, rates)

@@ -13,6 +13,7 @@ from gatedconv.nn.modules import (
     GatherChannels,
     ScatterAdd,
     ScatterChannels,
+    Zeros,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "PadShortcut",
     "ScatterAdd",
     "ScatterChannels",
+    "Zeros",
 ]

@@ -40,12 +40,12 @@ class FrozenConv2d(Conv2d):
 
 
 class ScatterChannels(nn.Module):
-    """x with K channels -> ``size`` channels along ``axis``: x at ``index``, constants elsewhere.
+    """input with K channels -> ``size`` channels along ``axis``: the input at ``index``, constants elsewhere.
 
     Args:
         index: int64 (K,).
-        fill: what the result is where x has no channel: shape (1, ...) with ``size`` at ``axis`` and
-            otherwise as x, or 1.
+        fill: what the result is where the input has no channel: shape (1, ...) with ``size`` at ``axis`` and
+            otherwise as the input, or 1.
         axis: the channels' dimension.
     """
 
@@ -58,11 +58,11 @@ class ScatterChannels(nn.Module):
         self.register_buffer("fill", fill)
         self.axis = axis
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Put x among the constants."""
-        shape = list(x.shape)
+    def forward(self, input: Tensor) -> Tensor:
+        """Put the input among the constants."""
+        shape = list(input.shape)
         shape[self.axis] = self.fill.shape[self.axis]
-        return self.fill.to(x.dtype).expand(shape).index_copy(self.axis, self.index, x)
+        return self.fill.to(input.dtype).expand(shape).index_copy(self.axis, self.index, input)
 
     def extra_repr(self) -> str:
         """Numbers shown by repr()."""
@@ -70,7 +70,7 @@ class ScatterChannels(nn.Module):
 
 
 class Framed(nn.Sequential):
-    """A layer of a compact model with the small modules that choose its channels: gather, layer, pick, scatter.
+    """A layer of a compact model with the small modules around it: gather, layer, pick, scatter or zeros.
 
     Attributes that it does not have are those of the layer.
     """
@@ -79,13 +79,21 @@ class Framed(nn.Sequential):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("gather", "layer", "pick", "scatter"):
+            if name in ("gather", "layer", "pick", "scatter", "zeros"):
                 raise
             return getattr(super().__getattr__("layer"), name)
 
 
+class Zeros(nn.Module):
+    """input -> zeros of its shape: what is left of a closed branch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Forget the input."""
+        return torch.zeros_like(input)
+
+
 class EmptyMap(nn.Module):
-    """x (N, C, H, W) -> zeros (N, channels, H', W'): what is left of a convolution whose outputs nobody needs.
+    """input (N, C, H, W) -> zeros (N, channels, H', W'): what is left of a convolution whose outputs nobody needs.
 
     Args:
         channels: of the result.
@@ -104,18 +112,19 @@ class EmptyMap(nn.Module):
         self.channels = channels
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Work out the size."""
         height, width = (
-            (x.shape[2 + d] + 2 * self.padding[d] - self.dilation[d] * (self.kernel_size[d] - 1) - 1) // self.stride[d]
+            (input.shape[2 + d] + 2 * self.padding[d] - self.dilation[d] * (self.kernel_size[d] - 1) - 1)
+            // self.stride[d]
             + 1
             for d in (0, 1)
         )
-        return x.new_zeros((x.shape[0], self.channels, height, width))
+        return input.new_zeros((input.shape[0], self.channels, height, width))
 
 
 class GatherChannels(nn.Module):
-    """x (N, C, H, W) -> x[:, index] (N, K, H, W); the channels may lie along another ``axis``."""
+    """input (N, C, H, W) -> input[:, index] (N, K, H, W); the channels may lie along another ``axis``."""
 
     index: Tensor
 
@@ -124,9 +133,9 @@ class GatherChannels(nn.Module):
         self.register_buffer("index", index)
         self.axis = axis
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Select the channels."""
-        return x.index_select(self.axis, self.index)
+        return input.index_select(self.axis, self.index)
 
     def extra_repr(self) -> str:
         """Numbers shown by repr()."""

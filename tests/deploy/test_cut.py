@@ -66,20 +66,36 @@ def test_the_other_positions(name, position):
             assert error(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES), model) <= 1e-5
 
 
-OFF_BY_36 = pytest.mark.xfail(strict=True, reason="expected MACs are 36 of 78,684 too low; the cause is not known")
+EXACT_MACS = ("relu", "channels_last", "attention", "computed", "unet")  # of those gated by channels
+ESTIMATED_MACS = {"residual": "blocks.2", "grouped": "blocks.0.conv2", "sigmoid": "conv2", "shuffled": "head"}
 
 
-@pytest.mark.parametrize("name", [pytest.param("residual", marks=OFF_BY_36), "relu", "sigmoid", "channels_last"])
-def test_expected_macs_are_those_of_the_compact_network(name):
-    gate = "both" if name == "residual" else "channel"
+@pytest.mark.parametrize("kind", ["odd", "one"])
+@pytest.mark.parametrize("gate", ["channel", "both"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_expected_macs_are_those_of_the_compact_network_or_the_conversion_names_where_they_are_not(name, gate, kind):
     _, result = gated(name, gate)
-    masks = masks_of(result, "odd")
+    masks = masks_of(result, kind)
     small = gatedconv.compact(gatedconv.freeze(result, masks=masks), IMAGES)
-    expected = gatedconv.expected_macs(result, {n: m.double() for n, m in masks.items()})
-    if name == "sigmoid":  # a padded convolution reads the constants that closed channels leave
-        assert float(expected) <= gatedconv.count_macs(small, IMAGES[:1])
-    else:
-        assert gatedconv.count_macs(small, IMAGES[:1]) == pytest.approx(float(expected), rel=1e-6)
+    expected = float(gatedconv.expected_macs(result, {n: m.double() for n, m in masks.items()}))
+    exact = gatedconv.count_macs(small, IMAGES[:1]) == pytest.approx(expected, abs=0.5)
+    assert exact or result.conversion.estimated
+    assert name not in EXACT_MACS or gate == "both" or (exact and not result.conversion.estimated)
+    if name in ESTIMATED_MACS and (gate == "both") == (name == "residual"):
+        assert ESTIMATED_MACS[name] in result.conversion.estimated
+        assert f"MACs estimated, {ESTIMATED_MACS[name]}: " in str(result.conversion)
+
+
+@pytest.mark.parametrize("gate", ["channel", "both"])
+def test_code_that_pools_a_closed_branch_is_the_only_work_left_in_it(gate):
+    _, result = gated("residual", gate)
+    masks = {n: torch.ones(g.num_gates, dtype=torch.bool) for n, g in gatedconv.gates(result).items()}
+    masks["blocks.1.layer_gate" if gate == "both" else "blocks.1.bn3.channel_gate"][:] = False
+    small = gatedconv.compact(gatedconv.freeze(result, masks=masks), IMAGES)
+    block = small.get_submodule("blocks.1")
+    assert not any(type(m) in (nn.Conv2d, nn.BatchNorm2d) for n, m in block.named_modules() if "project" not in n)
+    project = gatedconv.count_macs(block.get_submodule("project"), torch.zeros(1, 8, 12, 12))
+    assert gatedconv.count_macs(block, torch.zeros(1, 8, 12, 12)) == project + 36  # one channel of 6 x 6 pixels
 
 
 def test_a_frozen_network_runs_nothing_that_is_closed():
@@ -221,6 +237,61 @@ def test_constants_of_every_size_leave_the_size_free():
     other = torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert error(small(other), frozen(other), model) <= 1e-5
+
+
+class ChannelsLastTail(nn.Module):
+    """A branch that ends in code behind which nobody can tell the channels' dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.drop = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Dropout(0.1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.conv(x).permute(0, 2, 3, 1)
+        norm = h.norm(dim=(1, 2), keepdim=True)
+        x = x + self.drop((h * (norm / norm.mean(dim=-1, keepdim=True))).cumsum(-1).permute(0, 3, 1, 2))
+        return self.fc(x.mean((2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_branch_of_unknown_channels_closes_at_every_size(is_open, tmp_path):
+    dense = ChannelsLastTail().eval()
+    gates = gatedconv.gate_model(dense, "layer", example_input=IMAGES)
+    (name,) = gatedconv.gates(gates)
+    frozen = gatedconv.freeze(gates, masks={name: torch.tensor([is_open])})
+    small = gatedconv.compact(frozen, IMAGES)
+    gatedconv.save(small, tmp_path / "small")
+    for other in (IMAGES, torch.randn(3, 3, 20, 16)):
+        expected = dense(other) if is_open else dense.fc(dense.stem(other).mean((2, 3)))
+        for found in (frozen, small, gatedconv.load(tmp_path / "small", into=ChannelsLastTail())):
+            assert_close(found(other), expected)
+
+
+class Amplified(nn.Module):
+    """A response norm that divides by next to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), nn.Linear(64, 3)
+        self.norm = nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        x = self.norm(self.b(self.a(x))).mean((2, 3))
+        return self.fc((x - x.round(decimals=3)) * 1e4)
+
+
+@torch.no_grad()
+def test_rounding_that_a_network_amplifies_is_no_difference():
+    torch.manual_seed(0)
+    gates = gatedconv.gate_model(Amplified().eval(), "channel", example_input=IMAGES)
+    masks = masks_of(gates, "odd")
+    frozen = gatedconv.freeze(gates, masks=masks)
+    small = gatedconv.compact(frozen, IMAGES)
+    found, expected = small.double()(IMAGES.double()), frozen.double()(IMAGES.double())
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-8
 
 
 class Stacked(nn.Module):

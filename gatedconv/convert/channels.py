@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gatedconv.convert.flow import MOVING, PASSING, Flow, op_name
-from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_computed, is_exact
+from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value, is_computed, is_exact
 
 _EXTENSIVE = ("sum", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax")  # depend on the map's size
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
@@ -35,6 +35,37 @@ class Masks:
     values: Mapping[Value, Tensor]
     inputs: Mapping[tuple[Node, Value], Tensor]
     paths: Mapping[Value, str]
+
+
+class Sliceable:
+    """Which layers of a recorded model may lose channels, as far as their weights and their code go."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        modules = record.model.modules()
+        self.owners = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
+        self.read_by_code = {
+            v.name.rpartition(".")[0] for n in record.nodes if n.op != CALL for v in n.inputs if v.name
+        }
+
+    def is_alone(self, path: str, module: nn.Module) -> bool:
+        """Whether a module is called once and shares nothing."""
+        shared = any(self.owners[id(p)] > 1 for p in module.parameters())
+        return len(self.record.calls_of(path)) == 1 and not shared
+
+    def is_own(self, node: Node) -> bool:
+        """Whether a layer is called once, shares nothing, and nobody reads its weights but itself."""
+        assert node.module is not None
+        return node.scope not in self.read_by_code and self.is_alone(node.scope, node.module)
+
+    def __call__(self, node: Node) -> bool:
+        """Whether a convolution or linear layer may lose channels: its own, and its weights no other code's."""
+        module = node.module
+        assert module is not None
+        plain = is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear)
+        if is_computed(module) or not (plain or groups_of(module) == 1 or is_depthwise(module)):
+            return False
+        return self.is_own(node)
 
 
 @dataclass
@@ -59,11 +90,8 @@ class Channels:
         self.need: dict[Value, Tensor] = {}
         self.present: dict[Value, Tensor] = {}
         self.sliced: dict[str, ModuleCall] = {}  # modules of foreign code whose numbers per channel are sliced
-        model = self.record.model
-        self.owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-        self.read_by_code = {
-            v.name.rpartition(".")[0] for n in self.record.nodes if n.op != CALL for v in n.inputs if v.name
-        }
+        self.sliceable = Sliceable(self.record)
+        self.alive: set[Value] = set()  # what code that is left computes with, be it a constant
         with torch.no_grad():
             for node in self.record.nodes:
                 for value in node.outputs:
@@ -173,11 +201,15 @@ class Channels:
                 self.need.setdefault(value, self.zeros(value))
         if node.op == "output":
             self._need_all(node)
+            self.alive.update(node.inputs)
             return
         for value in node.outputs:
             kind = flow.kind(value)
+            replaced = kind in ("conv", "linear") or value in self.masks.values  # by constants where they are known
+            if bool(self.wanted(value).any()) if replaced else value in self.alive:
+                self.alive.update(node.inputs)
             if not flow.has_channels(value):
-                if value.users:
+                if value in self.alive:
                     self._need_all(node)
                 continue
             wanted = self.wanted(value)
@@ -267,6 +299,8 @@ class Channels:
         source, module = node.inputs[0], node.module
         assert module is not None
         if not self.is_sliceable(node):
+            if self.is_dead(node):
+                return
             self._all(source)
             if value not in self.masks.values:
                 self._all(value)
@@ -346,8 +380,7 @@ class Channels:
         return None
 
     def _is_alone(self, path: str, module: nn.Module) -> bool:
-        shared = any(self.owners[id(p)] > 1 for p in module.parameters())
-        return len(self.record.calls_of(path)) == 1 and not shared and path not in self.unsliceable
+        return path not in self.unsliceable and self.sliceable.is_alone(path, module)
 
     def _constrain_move(self, node: Node, value: Value) -> None:
         channels = self.flow[value]
@@ -379,7 +412,7 @@ class Channels:
         flow, kind = self.flow, self.flow.kind(value)
         if kind in ("conv", "linear"):
             if not self.is_sliceable(node):
-                return ~self.zeros(value)
+                return self.zeros(value) if self.is_dead(node) else ~self.zeros(value)
             return self.layer_channels(node, value)[1]
         if value not in self.masks.values:
             return self.present[value]
@@ -389,16 +422,24 @@ class Channels:
             return torch.cat([self.present[p] for p in node.args[0]])
         return ~self.zeros(value)
 
-    def is_sliceable(self, node: Node) -> bool:
-        """Whether a convolution or linear layer may lose channels: called once, sharing nothing, weights its own."""
-        module = node.module
-        assert module is not None
-        if is_computed(module) or node.scope in self.read_by_code:
+    def is_idle(self, node: Node) -> bool:
+        """Whether a module of one input and size computes what nobody reads, or what a gate replaces by constants."""
+        if node.op != CALL or not node.outputs or len(self.record.calls_of(node.scope)) != 1:
             return False
-        if not (is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear)) and groups_of(module) > 1:
-            if not is_depthwise(module):
-                return False
-        return self._is_alone(node.scope, module)
+        value = node.outputs[0]
+        if self.flow.kind(value) not in ("elementwise", "mix") or value.tensor.shape != node.inputs[0].tensor.shape:
+            return False
+        return not bool(self.wanted(value).any()) if value in self.masks.values else value not in self.alive
+
+    def is_sliceable(self, node: Node) -> bool:
+        """Whether a convolution or linear layer may lose channels."""
+        return node.scope not in self.unsliceable and self.sliceable(node)
+
+    def is_dead(self, node: Node) -> bool:
+        """Whether a layer with torch.nn's own code, whose weights nobody else reads, computes what nobody needs."""
+        if type(node.module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+            return False
+        return not bool(self.wanted(node.outputs[0]).any()) and self.sliceable.is_own(node)
 
 
 def groups_of(module: nn.Module | None) -> int:
