@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ from gatedconv.convert.mac_trial import estimated_parts
 from gatedconv.convert.record import CALL, Node, Record, Value, record
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import as_inputs, require_same, require_same_training, tensors_of
-from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, find_gates, unwrap
+from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
 from gatedconv.measure.macs import count_macs
 from gatedconv.nn.block import GATES, POSITIONS
 
@@ -124,7 +123,7 @@ def gate_model(
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except Exception as error:  # whatever the attributes' own code raises
         raise ValueError(f"gate_model: {type(model).__name__} cannot be copied (copy.deepcopy): {error}") from error
 
@@ -267,15 +266,26 @@ def _sample_wise(branch: Branch, found: Record) -> list[str]:
 
 
 def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion: Conversion) -> None:
-    opened = copy.deepcopy(result)
+    opened = copied(result)
     for name, gate in find_gates(opened).items():
         opened.set_submodule(name, FrozenGate(torch.ones_like(gate.running_open_rate, dtype=torch.bool)))
     require_same(model, result, example_input, "gate_model")
     inputs = example_input
     if isinstance(example_input, Tensor):
         inputs = example_input[:4] if len(example_input) > 1 else torch.cat([example_input, example_input.flip(-1)])
-    note = require_same_training(copy.deepcopy(model), opened, inputs, "gate_model")
-    conversion.note = "; ".join(filter(None, (conversion.note, note)))
+    trained = copied(model)
+    note = require_same_training(trained, opened, inputs, "gate_model")
+    conversion.note = "; ".join(filter(None, (conversion.note, note or _without_gradients(trained, conversion))))
+
+
+def _without_gradients(trained: nn.Module, conversion: Conversion) -> str:
+    """The gates of layers that learn by their flags, and got no gradient: inside torch.no_grad() or detached."""
+    found = []
+    for path in conversion.gated:
+        learning = [p for p in trained.get_submodule(path.rpartition(".")[0]).parameters() if p.requires_grad]
+        if learning and all(p.grad is None for p in learning):
+            found.append(path)
+    return f"no gradient reaches {', '.join(found)}: they stay as they are" if found else ""
 
 
 def _check(model: Any, gate: str, position: str, estimator: str, example_input: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gatedconv.convert.record import eval_mode, open_up
+from gatedconv.gating import copied
 
 # Of max|a - b| / max|b|: what another order of summation may cost over many layers, by the type's precision.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -64,7 +65,7 @@ def _same_in_double(source: nn.Module, result: nn.Module, inputs: Inputs) -> boo
     """Whether the difference is rounding: in double precision there is none."""
     try:
         outputs = [
-            _seeded(copy.deepcopy(model).double(), tree_map(lambda t: t.double() if _is_float(t) else t, inputs))
+            _seeded(copied(model).double(), tree_map(lambda t: t.double() if _is_float(t) else t, inputs))
             for model in (source, result)
         ]
     except Exception:  # code or kernels of one type

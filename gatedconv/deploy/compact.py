@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +26,7 @@ from gatedconv.convert.install import (
 from gatedconv.convert.record import Node, Record, Value, is_computed, record
 from gatedconv.convert.verify import as_inputs, tensors_of
 from gatedconv.deploy.shrink import CannotSlice, shrink
-from gatedconv.gating import FrozenGate, find_gates, unwrap
+from gatedconv.gating import FrozenGate, copied, find_gates, unwrap
 from gatedconv.models import ResNet, VGGGroup
 from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, Conv2d, FrozenConv2d, GatherChannels
 from gatedconv.nn.graph_net import require_size
@@ -60,7 +59,7 @@ def compact(
         ConversionError: the result would not compute what ``frozen`` does.
     """
     channel_multiple = _check(frozen, example_input, channel_multiple)
-    model = copy.deepcopy(unwrap(frozen)).eval()
+    model = copied(frozen).eval()
     _compact_our_blocks(model, channel_multiple)
     if isinstance(example_input, Tensor):
         require_size(model, example_input)
@@ -125,7 +124,7 @@ def _compact_rest(
     unsliceable: set[str] = set()
     care = 0
     while True:
-        result = copy.deepcopy(model)
+        result = copied(model)
         try:
             shrink(result, Channels(flow, masks, care, unsliceable))
             if verify:

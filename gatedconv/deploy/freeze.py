@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert.install import skip_closed
-from gatedconv.gating import FrozenGate, Gate, unwrap
+from gatedconv.gating import FrozenGate, Gate, copied
 from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_votes
 from gatedconv.gating.registry import find_gates, require_gates
 
@@ -88,7 +87,7 @@ def freeze(
 
 def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """The copying half of ``freeze``: every gate replaced by the constant ``masks[path]``."""
-    frozen = copy.deepcopy(unwrap(model))
+    frozen = copied(model)
     constants = {gate: FrozenGate(masks[name]) for name, gate in find_gates(frozen).items()}
     for name, module in list(frozen.named_modules(remove_duplicate=False)):  # a gate may be held twice
         if isinstance(module, Gate):

@@ -9,7 +9,7 @@ from gatedconv.gating.mac_controller import MacController
 from gatedconv.gating.mac_terms import MacTerm, expected_macs, pruning_rate
 from gatedconv.gating.pruner import GatePruner
 from gatedconv.gating.ranking import fisher_information, gate_macs, masks_for_target, mean_logits
-from gatedconv.gating.registry import find_gates, forget, open_rates, unwrap
+from gatedconv.gating.registry import copied, find_gates, forget, open_rates, unwrap
 
 __all__ = [
     "ESTIMATORS",
@@ -21,6 +21,7 @@ __all__ = [
     "MacTerm",
     "GatePruner",
     "activation_loss",
+    "copied",
     "expected_macs",
     "find_gates",
     "forget",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gatedconv.gating.gate import Gate
 
@@ -17,6 +20,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of the user's own module; tensors that its last forward left in its attributes come along detached.
+
+    Such are the weights that hooks compute (torch.nn.utils.weight_norm) and features that a model keeps.
+    """
+    model = unwrap(model)
+    left = (t for m in model.modules() for t in tree_leaves(dict(vars(m))) if isinstance(t, Tensor) and not t.is_leaf)
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in left})
 
 
 def find_gates(model: nn.Module) -> dict[str, Gate]:

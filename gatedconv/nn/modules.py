@@ -79,8 +79,8 @@ class Framed(nn.Sequential):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("gather", "layer", "pick", "scatter", "zeros"):
-                raise
+            if name in ("gather", "layer", "pick", "scatter", "zeros") or name.startswith("__"):
+                raise  # a copy is of the frame, and not of the layer alone
             return getattr(super().__getattr__("layer"), name)
 
 

@@ -92,6 +92,13 @@ def test_the_class_is_kept_and_every_step_is_exact(kind):
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+def test_gates_that_no_gradient_reaches_are_named():
+    torch.manual_seed(0)
+    found = gatedconv.gate_model(NoGrad(), "channel", example_input=IMAGES).conversion
+    assert found.note == "no gradient reaches a.1.channel_gate: they stay as they are"
+    assert not gatedconv.gate_model(Base(), "channel", example_input=IMAGES).conversion.note
+
+
 @pytest.mark.parametrize(
     "norm",
     [

@@ -5,9 +5,12 @@ from __future__ import annotations
 import fnmatch
 import random
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 TORCHVISION = (
     "resnet18",
@@ -36,6 +39,25 @@ TIMM = (
     "resnetv2_50",
 )
 NAMED = (*(f"torchvision/{n}" for n in TORCHVISION), *(f"timm/{n}" for n in TIMM))
+# Networks of other tasks, as people bring them.
+TASKS = (
+    *(
+        f"torchvision/{n}"
+        for n in (
+            "lraspp_mobilenet_v3_large",
+            "ssdlite320_mobilenet_v3_large",
+            "fcn_resnet50",
+            "deeplabv3_resnet50",
+            "retinanet_resnet50_fpn",
+            "fcos_resnet50_fpn",
+            "fasterrcnn_resnet50_fpn",
+            "keypointrcnn_resnet50_fpn",
+        )
+    ),
+    "ultralytics/yolov8n",
+    *(f"smp/{n}" for n in ("Unet", "FPN", "DeepLabV3Plus", "PSPNet")),
+    "timm/mobileone_s0",
+)
 # The modules of timm.models that hold convolutional networks; those with attention between pixels are left out.
 FAMILIES = (
     "byobnet",
@@ -88,33 +110,104 @@ NOT_CNN = ("*clip*", "*siglip*", "*hybrid*", "caformer*", "*lambda*", "test_*")
 LARGEST = 60_000_000  # parameters of a network drawn at random: a question of time alone
 
 
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """The network with random weights, in eval mode, and two images of the smallest size that it takes."""
+@dataclass
+class Subject:
+    """A network with random weights, in eval mode.
+
+    Attributes:
+        example: images (2, 3, H, W), or a tuple of arguments.
+        training: arguments of a forward in training.
+        others: examples of two other sizes.
+    """
+
+    model: nn.Module
+    example: Any
+    training: tuple[Any, ...]
+    others: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        """The width of its images."""
+        return int(next(t for t in tree_flatten(self.example)[0] if isinstance(t, Tensor)).shape[-1])
+
+
+def build(name: str) -> Subject:
+    """The network, and two images of the smallest size that it takes."""
     torch.manual_seed(0)
     library, _, short = name.rpartition("/")
     if library == "torchvision":
-        import torchvision
+        return _torchvision(short)
+    if library == "smp":
+        import segmentation_models_pytorch
 
-        options = {"init_weights": False} if short in ("googlenet", "inception_v3") else {}
-        model = torchvision.models.get_model(short, weights=None, **options).eval()
-        sizes: Iterable[int] = (64, 224)
-    else:
-        import timm
+        options = {"encoder_name": "resnet18", "encoder_weights": None, "classes": 3}
+        return _classifier(name, getattr(segmentation_models_pytorch, short)(**options).eval(), (64, 128))
+    if library == "ultralytics":
+        from ultralytics.nn.tasks import DetectionModel
 
-        model = timm.create_model(short, pretrained=False).eval()
-        sizes = (64, 128, model.default_cfg["input_size"][-1])
+        return _classifier(name, DetectionModel(f"{short}.yaml", verbose=False).eval(), (64,))
+    import timm
+
+    model = timm.create_model(short, pretrained=False).eval()
+    return _classifier(name, model, (64, 128, model.default_cfg["input_size"][-1]))
+
+
+def _torchvision(short: str) -> Subject:
+    import torchvision
+
+    kind = torchvision.models.get_model_builder(short).__module__.split(".")[2]
+    options = {"init_weights": False} if short in ("googlenet", "inception_v3") else {}
+    if kind in ("detection", "segmentation"):
+        options["weights_backbone"] = None
+    if kind == "detection" and "ssd" not in short:
+        options |= {"min_size": 128, "max_size": 192}
+    model = torchvision.models.get_model(short, weights=None, **options).eval()
+    if kind == "detection":
+        return _detector(model, short)
+    if kind == "optical_flow":
+        pairs = [(_images(s, s), _images(s, s).flip(0)) for s in (128, 160, 192)]
+        return Subject(model, pairs[0], pairs[0], tuple(pairs[1:]))
+    if kind == "video":
+        clips = [_images(s, s)[:, :, None].repeat(1, 1, 16, 1, 1) for s in (112, 128, 224)]
+        fits = [clip for clip in clips if _runs(model, clip)]
+        return Subject(model, fits[0], (fits[0],), tuple(fits[1:]))
+    return _classifier(short, model, (64, 224))
+
+
+def _classifier(name: str, model: nn.Module, sizes: Iterable[int]) -> Subject:
     for size in sizes:
-        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(5))
-        try:
-            with torch.no_grad():
-                model(images)
-            return model, images
-        except (RuntimeError, AssertionError, ValueError):
-            continue
+        if _runs(model, _images(size, size)):
+            batch = torch.cat([_images(size, size), _images(size, size).flip(-1) * 0.5])
+            return Subject(model, _images(size, size), (batch,), (_images(size + 32, size), _images(size, size + 64)))
     raise RuntimeError(f"{name} takes no image of the sizes {tuple(sizes)}")
 
 
-def randomize(model: nn.Module, images: Tensor) -> None:
+def _detector(model: nn.Module, short: str) -> Subject:
+    box, points = torch.tensor([[8.0, 8.0, 90.0, 100.0]]), torch.tensor([[[40.0, 50.0, 1.0]] * 17])
+    target = {"boxes": box, "labels": torch.tensor([1]), "keypoints": points}
+    examples = []
+    for height, width in ((128, 128), (128, 160), (160, 128)):
+        examples.append(([*_images(height, width)],))
+    masks = torch.zeros(1, 128, 128, dtype=torch.uint8)
+    masks[:, 8:90, 8:90] = 1
+    targets = [{**target, "masks": masks} for _ in range(2)]
+    return Subject(model, examples[0], (examples[0][0], targets), tuple(examples[1:]))
+
+
+def _images(height: int, width: int) -> Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(5))
+
+
+def _runs(model: nn.Module, images: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(images)
+        return True
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+
+
+def randomize(model: nn.Module, example: Any) -> None:
     """Norm weights and layer scales at random, then the norms' statistics from data.
 
     A network fresh from its constructor hardly reacts to its branches, and an error would hide.
@@ -135,7 +228,9 @@ def randomize(model: nn.Module, images: Tensor) -> None:
         norm.momentum = 1.0
         norm.train()
     with torch.no_grad():
-        model(torch.randn(8, *images.shape[1:], generator=generator))
+        if isinstance(example, Tensor):
+            example = torch.randn(8 if example.dim() == 4 else 2, *example.shape[1:], generator=generator)
+        model(*example if isinstance(example, tuple) else (example,))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
@@ -159,14 +254,36 @@ def drawn(count: int, seed: int) -> list[str]:
         for family in order:
             while families[family]:
                 name = families[family].pop()
-                if _parameters(name) <= LARGEST:
+                if _parameters(f"timm/{name}") <= LARGEST:
                     chosen.append(f"timm/{name}")
                     break
     return chosen[:count]
 
 
+def fresh(count: int, seed: int) -> list[str]:
+    """Networks of moderate size of every task and kind: two fifths from torchvision, the others from timm."""
+    import timm
+    import torchvision
+
+    pools = {"torchvision": torchvision.models.list_models(), "timm": timm.list_models(exclude_filters="test_*")}
+    generator = random.Random(seed)
+    chosen: list[str] = []
+    for library, wanted in (("torchvision", count * 2 // 5), ("timm", count - count * 2 // 5)):
+        names = [f"{library}/{name}" for name in pools[library]]
+        generator.shuffle(names)
+        small = (name for name in names if _parameters(name) <= LARGEST)
+        chosen += [name for name, _ in zip(small, range(wanted), strict=False)]
+    generator.shuffle(chosen)
+    return chosen
+
+
 def _parameters(name: str) -> int:
+    library, _, short = name.rpartition("/")
+    if library == "torchvision":
+        import torchvision
+
+        return int(next(iter(torchvision.models.get_model_weights(short))).meta["num_params"])
     import timm
 
     with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name).parameters())
+        return sum(p.numel() for p in timm.create_model(short).parameters())

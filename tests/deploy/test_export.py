@@ -46,6 +46,29 @@ def test_torch_export_round_trip(tmp_path):
         assert_close(loaded(X[:batch]), frozen(X[:batch]))
 
 
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_height_and_width_are_free_where_the_network_leaves_them_free(tmp_path, format):
+    model = network("residual")
+    gated = gatedconv.gate_model(model, "both", example_input=IMAGES)
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(gated).items()}, "odd", 1)
+    frozen, path = gatedconv.freeze(gated, masks=masks), tmp_path / "net"
+    if format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+    gatedconv.export(frozen, path, IMAGES, format=format)
+    if format == "torch":
+        run = torch.export.load(path).module()
+    else:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def run(images):
+            return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+    for shape in ((1, 3, 12, 12), (3, 3, 20, 14), (2, 3, 9, 33)):
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert_close(run(images), frozen(images))
+
+
 @pytest.mark.slow
 def test_a_package_of_aot_inductor_takes_any_batch(tmp_path):
     model = network("residual")
