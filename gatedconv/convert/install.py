@@ -60,6 +60,15 @@ class Link:
         return self.decision
 
 
+def _guard_hooks() -> None:
+    """Have torch.compile look at hooks: else it takes a gated model for the dense one, which is of the same class."""
+    from torch import _dynamo
+
+    if _dynamo.config.skip_nnmodule_hook_guards:
+        _dynamo.config.skip_nnmodule_hook_guards = False
+        _dynamo.reset()  # graphs of the dense model that were made without a look
+
+
 class GateHook:
     """A hook of a gated module.
 
@@ -71,6 +80,11 @@ class GateHook:
     """
 
     of_gatedconv = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> GateHook:
+        """Also of copies and pickles."""
+        _guard_hooks()
+        return super().__new__(cls)
 
     def __init__(
         self, name: str = "", axis: int = 1, link: Link | None = None, convs: tuple[nn.Module, ...] = ()

@@ -29,6 +29,21 @@ def step(model, images=IMAGES):
     return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("first", ["dense", "gated"])
+def test_compiled_models_of_one_class_are_told_apart_by_their_gates(first):
+    torch._dynamo.reset()
+    model, result = gated("channels_last")
+    models = {"dense": torch.compile(model, backend="eager"), "gated": torch.compile(result, backend="eager")}
+    for name in (first, "gated", "dense", "gated"):
+        models[name](IMAGES)
+    masks = {n: torch.zeros(g.num_gates, dtype=torch.bool) for n, g in gatedconv.gates(result).items()}
+    frozen = gatedconv.freeze(result, masks=masks)
+    with torch.no_grad():
+        found = torch.compile(frozen, backend="eager")(IMAGES)
+        assert_close(found, frozen(IMAGES))
+        assert float((found - model(IMAGES)).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["residual", "channels_last", "unet"])
 def test_a_gated_network_compiles_into_one_graph(name, backend):
@@ -132,7 +147,6 @@ def test_computed_weights_survive_a_training_step_and_copies_of_the_compact_netw
     masks = {n: torch.arange(g.num_gates) % 2 == 0 for n, g in gatedconv.gates(result).items()}
     frozen = gatedconv.freeze(result.eval(), masks=masks)
     small = gatedconv.compact(frozen, IMAGES)
-    small(IMAGES)
     with torch.no_grad():
         for found in (small, copy.deepcopy(small), gatedconv.Engine(small, IMAGES)):
             assert_close(found(IMAGES), frozen(IMAGES))
