@@ -145,6 +145,13 @@ class Flow:
         """Whether the value has a channels' dimension and depends on the input."""
         return isinstance(value, Value) and self[value].axis >= 0
 
+    def is_guess(self, value: Value) -> bool:
+        """Whether code that nobody can read left the channels in an unknown dimension."""
+        channels = self[value]
+        while channels.kind in ("elementwise", "move") and channels.source is not None:
+            channels = self[channels.source]
+        return channels.kind == "opaque"
+
     def operands(self, node: Node) -> list[Value]:
         """The inputs of a node that have channels."""
         return [v for v in node.inputs if self.has_channels(v)]

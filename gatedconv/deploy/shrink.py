@@ -264,7 +264,11 @@ def _behind(model: nn.Module, channels: Channels, value: Value) -> None:
     node = value.node
     assert node is not None
     axis, kept = channels.flow[value].axis, channels.present[value]
-    after = _glue(channels.computed(node, value), kept, channels.known[value], channels.constant[value], value, axis)
+    known, constant = channels.known[value], channels.constant[value]
+    if bool(known.all() & kept.all()) and not bool(constant.any()) and channels.flow.is_guess(value):
+        _frame(model, path, [], [("zeros", Zeros())])
+        return
+    after = _glue(channels.computed(node, value), kept, known, constant, value, axis)
     _frame(model, path, [], after)
 
 
@@ -280,8 +284,6 @@ def _glue(
     taken = kept & computed & ~known
     if torch.equal(taken, computed) and torch.equal(taken, kept):
         return []
-    if bool(computed.all() & kept.all() & known.all()) and not bool(constant.any()):
-        return [("zeros", Zeros())]  # whichever dimension the channels are in
     modules: list[tuple[str, nn.Module]] = []
     if not torch.equal(taken, computed):
         modules.append(("pick", GatherChannels((computed.cumsum(0) - 1)[taken], axis)))
