@@ -290,7 +290,7 @@ def _per_channel(value: Tensor, node: fx.Node) -> Tensor | None:
 def _broadcasts(large: fx.Node, small: fx.Node) -> bool:
     """Whether `small` has the size of `large`, or one pixel, or one channel, whatever the size of the images."""
     for shapes in ((shape_of(large), shape_of(small)), (larger_shape_of(large), larger_shape_of(small))):
-        if shapes[0] is None or shapes[1] is None:
+        if not shapes[0] or not shapes[1]:  # unknown, or a number
             if shapes != (None, None):
                 return False
             continue
