@@ -437,7 +437,7 @@ class Channels:
 
     def is_dead(self, node: Node) -> bool:
         """Whether a layer with torch.nn's own code, whose weights nobody else reads, computes what nobody needs."""
-        if type(node.module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+        if getattr(type(node.module), "forward", None) not in (nn.Conv2d.forward, nn.Linear.forward):
             return False
         return not bool(self.wanted(node.outputs[0]).any()) and self.sliceable.is_own(node)
 
