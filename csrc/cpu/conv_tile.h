@@ -24,13 +24,13 @@ struct Tile {
   Act act;
 };
 
-template <int PX, int V>
+template <int PX, int V, bool kFetch = false>
 static inline __attribute__((always_inline)) void accumulate(const Tile& in, vec (&sum)[PX][V]) {
   constexpr int kPointers = (PX + 2) / 3;
   const ptrdiff_t s = in.pixel_stride;
   const ptrdiff_t panel_stride = in.panel_stride;
   const float* w = in.weights;
-  const float* ahead = in.ahead ? in.ahead : w;  // to fetch what is here already costs next to nothing
+  [[maybe_unused]] const float* ahead = in.ahead;
   for (int t = 0; t < in.num_taps; ++t) {
     // One pointer for three pixels: q, q + s and q + 2s are addressing modes, so 14 pixels need 5 registers.
     const float* q[kPointers];
@@ -41,9 +41,11 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& in, vec
       for (int v = 0; v < V; ++v)
         b[v] = load(w + (v / kPanelVectors) * panel_stride + (v % kPanelVectors) * kLanes);
       w += kPanel;
-      for (int v = 0; v < V; v += kPanelVectors)
-        __builtin_prefetch(ahead + (v / kPanelVectors) * panel_stride);
-      ahead += kPanel;
+      if constexpr (kFetch) {
+        for (int v = 0; v < V; v += kPanelVectors)
+          __builtin_prefetch(ahead + (v / kPanelVectors) * panel_stride);
+        ahead += kPanel;
+      }
 #pragma GCC unroll 16
       for (int p = 0; p < PX; ++p) {
         const vec x = splat(q[p / 3][(p % 3) * s]);
@@ -64,7 +66,11 @@ static void run_tile(const Tile& tile) {
 #pragma GCC unroll 16
     for (int p = 0; p < PX; ++p) sum[p][v] = bias;
   }
-  accumulate<PX, V>(tile, sum);
+  if (tile.ahead) {
+    accumulate<PX, V, true>(tile, sum);
+  } else {
+    accumulate<PX, V>(tile, sum);
+  }
 #pragma GCC unroll 16
   for (int p = 0; p < PX; ++p) {
 #pragma GCC unroll 4
