@@ -17,6 +17,7 @@ FUNCTIONAL = (
 )
 NAMES = [f"nn.functional.{name}" for name in FUNCTIONAL.split()]
 NAMES += "sigmoid tanh cat split chunk softmax add mul sub div mean flatten permute".split()
+BY_ELEMENT = "relu relu6 leaky_relu elu silu hardswish hardsigmoid gelu mish sigmoid tanh".split()
 MOST = 40  # samples of an operation: some have hundreds of shapes that are no maps
 
 
@@ -42,6 +43,10 @@ def samples(name):
     for info in common.op_db:
         if name in (info.name, f"{info.name}.{info.variant_test_name}") and not info.variant_test_name:
             for sample in info.sample_inputs("cpu", torch.float32):
+                if (
+                    name.rpartition(".")[2] in BY_ELEMENT and sample.input.numel()
+                ):  # of any shape: as a map of one channel
+                    sample.input = sample.input.reshape(1, 1, 1, -1)
                 fits = (
                     isinstance(sample.input, torch.Tensor) and sample.input.dim() == 4 and min(sample.input.shape) > 0
                 )
