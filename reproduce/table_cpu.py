@@ -76,7 +76,7 @@ def cpu_bench() -> Iterator[Experiment]:
         yield Experiment(f"cpu-r20-c10-ablation-{slug}", "gated", "best-c10-r20", settings, seeds, ("ablations",), name)
 
 
-# On two AVX-512 cores with other work on them, two threads take 10 to 60 times as long as one for the weight gradients
+# On two AVX-512 cores with other work on them, two threads take 4 to 7 times as long as one for the weight gradients
 # of bf16 convolutions of 256 channels: oneDNN's threads spin while they wait for each other.
 _HERE: Settings = {"threads": 1, "latency": False}
 

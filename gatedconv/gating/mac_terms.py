@@ -64,7 +64,8 @@ def params_of(*modules: nn.Module) -> int:
 
 
 def _weight_count(layer: nn.Module) -> int:
-    weight: Tensor = layer.weight
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
     return weight.numel()
 
 

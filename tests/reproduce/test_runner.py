@@ -27,7 +27,9 @@ EXPERIMENTS = all_experiments()
 
 @pytest.mark.parametrize("name", sorted({each.preset for each in EXPERIMENTS.values()}))
 def test_every_row_has_a_config_and_a_network_at_its_own_depth(name: str, tmp_path: Path) -> None:
-    archive, built = write_npz(tmp_path / "blobs.npz"), set()
+    images, labels = blobs(6, side=32)  # as large as CIFAR's: `cifar_vgg` takes no smaller ones
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    archive, built = write_npz(tmp_path / "blobs.npz", **arrays), set()
     data = load_images(TrainConfig(data=f"npz:{archive}"))
     for each in EXPERIMENTS.values():
         if each.preset == name:
@@ -163,10 +165,10 @@ def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "the following arguments are required: NAME"),
+        (["run"], "run: expected names of experiments, or --plan"),
         (["run", "headline-r56-c11"], "unknown experiment 'headline-r56-c11'; did you mean headline-r56-c10"),
         (["run", "headline-r56-c10", "--seed", "7"], "has the seeds 0, 1, 2, 3, 4, got 7"),
-        (["energy"], "the following arguments are required: NAME"),
+        (["energy"], "energy: expected names of experiments"),
         ([], "the following arguments are required: VERB"),
         (["energy", "headline-r56-c10", "--jobs", "2"], "unrecognized arguments: --jobs 2"),
         (["list", "--docs", "docs"], "unrecognized arguments: --docs docs"),
