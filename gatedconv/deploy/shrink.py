@@ -120,10 +120,13 @@ def _small_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor
     else:
         live = read.reshape(groups, -1).any(dim=1)
         per_in, per_out = read.reshape(groups, -1)[live], write.reshape(groups, -1)[live]
+        # A closed channel may fill up its group. What its gate would have multiplied by 0, its weights do.
+        is_open = channels.masks.inputs.get((node, node.inputs[0]), read).reshape(groups, -1)[live]
         parts = []
         for group, (ins, outs) in enumerate(zip(per_in, per_out, strict=True)):
             block = rows[group * int(outs.sum()) : (group + 1) * int(outs.sum())]
-            parts.append(block[:, ins.to(device)])
+            zeros = (~is_open[group][ins]).to(device)
+            parts.append(block[:, ins.to(device)].masked_fill(zeros.reshape(1, -1, 1, 1), 0.0))
         small, bias, groups = torch.cat(parts), _group_bias(channels, node, rows, read, write, groups), int(live.sum())
     old = None if module.bias is None else module.bias[write.to(device)]
     if old is not None or bias is not None:

@@ -159,3 +159,30 @@ def test_a_difference_names_the_first_layer():
     other = gatedconv.freeze(gated, masks={n: ~m for n, m in masks_of(gated).items()})
     with pytest.raises(ConversionError, match=r"test: the result differs by .* first at a\.0|a\.1"):
         gatedconv.convert.require_same(frozen, other, IMAGES, "test")
+
+
+class Grouped(nn.Module):
+    """A grouped convolution whose input is gated behind norm and activation."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1, groups=groups)
+        self.d, self.fc = nn.BatchNorm2d(16), nn.Linear(16, 4)
+        nn.init.normal_(self.b.bias)  # what fills up a group is no zero behind the norm
+        nn.init.normal_(self.d.bias)
+
+    def forward(self, x):
+        return self.fc(self.d(self.c(self.b(self.a(x)).relu())).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("groups", [2, 4, 16])
+@pytest.mark.parametrize("position", ["before", "middle", "after"])
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_of_unequal_size_stay_exact(groups, position, seed):
+    torch.manual_seed(seed)
+    model = Grouped(groups).eval()
+    gated = gatedconv.gate_model(model, "channel", position=position, example_input=IMAGES)
+    masks = {name: torch.rand(gate.num_gates) < 0.5 for name, gate in gatedconv.gates(gated).items()}
+    frozen = gatedconv.freeze(gated, masks=masks)
+    with torch.no_grad():
+        assert_close(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES))
