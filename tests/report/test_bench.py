@@ -171,7 +171,7 @@ def test_every_quick_setting_computes_a_compact_network(cut: nn.Module, tmp_path
     settings = [s for s in SETTINGS if s.provider not in ("compile",) and s.missing is None]
     found = compare_runtimes("cut", cut, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2)
     assert not found.failures
-    assert {(s.provider, s.name) for s in settings} == set(found.errors)
+    assert {(s.provider, s.label) for s in settings} == set(found.errors)
     assert {"eager", "onnxruntime"} <= {provider for provider, _ in found.errors}
 
 
