@@ -63,7 +63,12 @@ def compact(
     _compact_our_blocks(model, channel_multiple)
     if isinstance(example_input, Tensor):
         require_size(model, example_input)
-    result = _compact_rest(model, frozen, example_input, channel_multiple, verify) if find_gates(model) else model
+    if find_gates(model):
+        result = _compact_rest(model, frozen, example_input, channel_multiple, verify)
+    else:  # one of our networks: its blocks know how they shrink
+        result = model
+        if verify:
+            require_same(unwrap(frozen), result, example_input, "compact")
     for attribute in ("mac_terms", "conversion"):
         vars(result).pop(attribute, None)
     if isinstance(example_input, Tensor):
