@@ -122,11 +122,6 @@ class Record:
         return sorted(found, key=lambda call: call.last - call.first)
 
 
-def is_conv(module: Any) -> bool:
-    """Whether the module is a two-dimensional convolution, torch.nn's own or of a subclass."""
-    return isinstance(module, nn.Conv2d)
-
-
 def is_exact(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module is of that very class, its weights computed by a parametrization or not."""
     if type(module) is kind:
