@@ -35,8 +35,8 @@ class Branch:
         """Path of the module whose forward adds."""
         return self.addition.scope
 
-    def end(self, record: Record) -> ModuleCall | str:
-        """The call whose output is the branch's part, but for factors that weights make; or why there is none."""
+    def end(self, record: Record) -> ModuleCall | None:
+        """The call whose output is the branch's part, but for factors that weights make; None without one."""
         value = self.part
         while True:
             for call in record.producers(value):
@@ -47,18 +47,18 @@ class Branch:
             node = value.node
             sources = [v for v in node.inputs if not v.is_constant] if node is not None else []
             if node is None or op_name(node) not in _SCALING or len(sources) != 1 or node not in self.nodes:
-                return "no module of its own ends it"
+                return None
             value = sources[0]
 
-    def start(self, record: Record) -> ModuleCall | str:
-        """The call that the branch's input is given to first; or why there is none."""
+    def start(self, record: Record) -> ModuleCall | None:
+        """The call that the branch's input is given to first; None where that is no module of its own."""
         calls = [c for c in record.readers(self.entry) if c.inputs[0] is self.entry and c.path]
         alone = [c for c in calls if len(record.calls_of(c.path)) == 1]
         block = [c for c in alone if c.path == self.name and not isinstance(c.module, nn.Sequential)]
         inside = [c for c in alone if any(n in self.nodes for n in record.nodes_of(c)[:1])]
         first = min((c.first for c in inside), default=0)
         found = block or [c for c in inside if c.first == first and not isinstance(c.module, nn.Sequential)]
-        return found[0] if found else "no module of its own reads its input"
+        return found[0] if found else None
 
 
 def find_branches(flow: Flow) -> tuple[list[Branch], dict[str, str]]:

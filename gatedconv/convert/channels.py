@@ -1,40 +1,24 @@
-"""Which channels of a frozen model are constant, which are needed, and which its tensors hold once it is compact.
+"""Which channels of a frozen model are needed, and which its tensors hold once it is compact.
 
-Three passes over a recorded run: forward for the constants that closed gates leave, backward for what outputs need,
-and a fixed point for what is present in each tensor, since the model's own code adds, multiplies and concatenates
-tensors whose channels have to match.
+Three passes over a recorded run: forward for the constants that closed gates leave (`constants`), backward for what
+outputs need, and a fixed point for what is present in each tensor, since the model's own code adds, multiplies and
+concatenates tensors whose channels have to match.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from gatedconv.convert.flow import MOVING, PASSING, Flow, op_name
+from gatedconv.convert.constants import Constants, groups_of, is_depthwise, is_padded
+from gatedconv.convert.flow import MOVING, PASSING, op_name
 from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value, is_computed, is_exact
 
-_EXTENSIVE = ("sum", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax")  # depend on the map's size
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
 _VIEWS = ("view", "_unsafe_view", "reshape")
-_UNIFORM = 1e-6  # what rounding leaves between the pixels of an interpolation
-
-
-@dataclass
-class Masks:
-    """What the frozen gates close: bool (C,) for each gated value, and for each value that one node reads gated.
-
-    ``paths``: of the module whose output each gated value is.
-    """
-
-    values: Mapping[Value, Tensor]
-    inputs: Mapping[tuple[Node, Value], Tensor]
-    paths: Mapping[Value, str]
 
 
 class Sliceable:
@@ -69,7 +53,7 @@ class Sliceable:
 
 
 @dataclass
-class Channels:
+class Channels(Constants):
     """The passes; see the module's docstring.
 
     Attributes:
@@ -78,115 +62,19 @@ class Channels:
         unsliceable: paths of modules that have to stay as they are.
     """
 
-    flow: Flow
-    masks: Masks
     care: int = 0
     unsliceable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.record = self.flow.record
-        self.known: dict[Value, Tensor] = {}
-        self.constant: dict[Value, Tensor] = {}
+        super().__post_init__()
         self.need: dict[Value, Tensor] = {}
         self.present: dict[Value, Tensor] = {}
         self.sliced: dict[str, ModuleCall] = {}  # modules of foreign code whose numbers per channel are sliced
         self.sliceable = Sliceable(self.record)
         self.alive: set[Value] = set()  # what code that is left computes with, be it a constant
-        with torch.no_grad():
-            for node in self.record.nodes:
-                for value in node.outputs:
-                    if self.flow.has_channels(value):
-                        self._find_constants(node, value)
         for node in reversed(self.record.nodes):
             self._spread_need(node)
         self._find_present()
-
-    # -- constants -------------------------------------------------------------------------------------
-
-    def zeros(self, value: Value) -> Tensor:
-        """Bool (C,), nothing set."""
-        return torch.zeros(self.flow[value].size, dtype=torch.bool)
-
-    def known_to(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
-        """Bool (C,) and numbers (C,): the constant channels of a value as one node reads it."""
-        known, constant = self.known[value], self.constant[value]
-        mask = self.masks.inputs.get((node, value))
-        return (known, constant) if mask is None else (known | ~mask, torch.where(mask, constant, 0.0))
-
-    def _find_constants(self, node: Node, value: Value) -> None:
-        known = self._candidates(node, value)
-        constant = torch.zeros(len(known))
-        if bool(known.any()):
-            result = self._evaluate(node)
-            result = result[value.index] if isinstance(result, (tuple, list)) else result
-            rows = result[0].movedim(self.flow[value].axis - 1, 0).reshape(len(known), -1).float().cpu()
-            low, high = rows.amin(dim=1), rows.amax(dim=1)
-            known = known & (high - low <= _UNIFORM * high.abs().clamp(min=1e-3)) & rows.isfinite().all(dim=1)
-            if op_name(node) in _EXTENSIVE or (_is_padded(node) and not isinstance(node.module, nn.Conv2d)):
-                known = known & (rows == 0).all(dim=1)
-            elif _is_padded(node):  # at the border it sees zeros, which constants are not
-                shown = self.known_to(node, node.inputs[0])[1].reshape(groups_of(node.module), -1)
-                known = known & (shown == 0).all(dim=1).repeat_interleave(len(known) // len(shown))
-            constant = torch.where(known, rows[:, 0], 0.0)
-        mask = self.masks.values.get(value)
-        if mask is not None:
-            known, constant = known | ~mask, torch.where(mask, constant, 0.0)
-        self.known[value], self.constant[value] = known, constant
-
-    def _candidates(self, node: Node, value: Value) -> Tensor:
-        channels, none = self.flow[value], self.zeros(value)
-        if channels.kind == "move":
-            assert channels.source is not None and channels.index is not None
-            return self.known[channels.source][channels.index]
-        if channels.kind == "cat":
-            return torch.cat([self.known[p] for p in node.args[0]])
-        if channels.kind in ("conv", "linear", "regroup"):
-            source = self.known_to(node, node.inputs[0])[0]
-            groups = channels.size if channels.kind == "regroup" else groups_of(node.module)
-            return source.reshape(groups, -1).all(dim=1).repeat_interleave(channels.size // groups)
-        if channels.kind != "elementwise":
-            return none
-        operands = self.flow.operands(node)
-        known = [self.known_to(node, o)[0].expand(channels.size) for o in operands]
-        both = torch.stack(known).all(dim=0)
-        if op_name(node) == "mul":
-            for operand, mine in zip(operands, known, strict=True):
-                both = both | (mine & (self.known_to(node, operand)[1] == 0).expand(channels.size))
-        return both
-
-    def _evaluate(self, node: Node) -> Any:
-        """The node on one image whose constant channels are as they are, and others 0."""
-
-        def image(item: Any) -> Any:
-            if not isinstance(item, Value):
-                return item
-            if not self.flow.has_channels(item):
-                return item.tensor.clone() if node.op.endswith("_") else item.tensor
-            shape = [-1 if d == self.flow[item].axis else 1 for d in range(item.tensor.dim())]
-            numbers = self.known_to(node, item)[1].to(item.tensor)
-            return numbers.reshape(shape).expand(1, *item.tensor.shape[1:]).clone()
-
-        args, kwargs = tree_map(image, (node.args, node.kwargs), is_leaf=lambda i: isinstance(i, Value))
-        if node.op == "same":
-            return args[0]
-        if node.module is not None:
-            return node.module(*args, **kwargs)
-        if self.flow.kind(node.outputs[0]) == "move":
-            return self._moved(node)
-        return node.func(*args, **kwargs)
-
-    def _moved(self, node: Node) -> list[Tensor]:
-        """The outputs of a move, with every dimension but the channels' of size 1."""
-        results = []
-        for value in node.outputs:
-            channels = self.flow[value]
-            if channels.source is None or channels.index is None:
-                results.append(torch.zeros(1))
-                continue
-            numbers = self.constant[channels.source][channels.index]
-            shape = [-1 if d == channels.axis else 1 for d in range(value.tensor.dim())]
-            results.append(numbers.reshape(shape))
-        return results
 
     # -- demand ----------------------------------------------------------------------------------------
 
@@ -247,7 +135,7 @@ class Channels:
     def read_channels(self, node: Node) -> Tensor:
         """Bool (C_in,): the inputs of a layer that its bias cannot stand for."""
         known, constant = self.known_to(node, node.inputs[0])
-        return ~known | (constant != 0) if _is_padded(node) else ~known
+        return ~known | (constant != 0) if is_padded(node) else ~known
 
     # -- what tensors hold -----------------------------------------------------------------------------
 
@@ -440,33 +328,6 @@ class Channels:
         if getattr(type(node.module), "forward", None) not in (nn.Conv2d.forward, nn.Linear.forward):
             return False
         return not bool(self.wanted(node.outputs[0]).any()) and self.sliceable.is_own(node)
-
-
-def groups_of(module: nn.Module | None) -> int:
-    """The groups of a convolution; 1 for a linear layer."""
-    return module.groups if isinstance(module, nn.Conv2d) else 1
-
-
-def is_depthwise(module: nn.Module | None) -> bool:
-    """Whether each output of a convolution reads one channel."""
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1
-
-
-def _is_padded(node: Node) -> bool:
-    """Whether a layer sees zeros, or whatever its code puts there, around its input."""
-    module = node.module
-    if isinstance(module, nn.AvgPool2d):
-        return module.padding not in (0, (0, 0))
-    if op_name(node) == "avg_pool2d":
-        return len(node.args) > 4 and any(node.args[4])
-    if not isinstance(module, nn.Conv2d):
-        return False
-    if max(module.kernel_size) == 1:
-        return False
-    exact = type(module).forward is nn.Conv2d.forward
-    if isinstance(module.padding, str):
-        return module.padding != "valid" or not exact
-    return any(module.padding) or not exact
 
 
 def _filled(marked: Tensor, live: Tensor) -> Tensor:

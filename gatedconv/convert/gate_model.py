@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from gatedconv.convert import install
 from gatedconv.convert.branches import Branch, find_branches
 from gatedconv.convert.conversion import Choice, Conversion, Selection
+from gatedconv.convert.example import record_example, require_example
 from gatedconv.convert.flow import (
     ACTIVATIONS,
     ELEMENTWISE,
@@ -27,7 +27,7 @@ from gatedconv.convert.flow import (
 from gatedconv.convert.install import Link, attach, open_gate
 from gatedconv.convert.mac_terms import Gated, mac_terms, node_terms, reachable_share
 from gatedconv.convert.mac_trial import estimated_parts
-from gatedconv.convert.record import CALL, Node, Record, Value, record
+from gatedconv.convert.record import CALL, Node, Record, Value
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import as_inputs, require_same, require_same_training, tensors_of
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
@@ -84,7 +84,7 @@ def gate_model(
     selection = Selection(include, exclude)
     model = unwrap(model)
     result, probe = _copied(model), _copied(model)
-    found = _recorded(probe, example_input)
+    found = record_example(probe, example_input, "gate_model")
     flow = Flow(found)
     branches, rejected = find_branches(flow)
     conversion = Conversion("run")
@@ -97,8 +97,10 @@ def gate_model(
     if gate in ("layer", "both"):
         conversion.skipped.update(rejected)
         for branch in branches:
-            if reason := installer.layer(branch, selection):
+            if reason := installer.why_not(branch, selection):
                 conversion.skipped.setdefault(branch.name or f"add_{branch.addition.order}", reason)
+            else:
+                installer.layer(branch)
     for site in sites:
         installer.channel(site)
     selection.require_used()
@@ -126,25 +128,6 @@ def _copied(model: nn.Module) -> nn.Module:
         return copied(model)
     except Exception as error:  # whatever the attributes' own code raises
         raise ValueError(f"gate_model: {type(model).__name__} cannot be copied (copy.deepcopy): {error}") from error
-
-
-def _recorded(model: nn.Module, example_input: Any) -> Record:
-    """The record of two images like the example, or of the example itself where the model takes no others."""
-    args, kwargs = as_inputs(example_input)
-    if isinstance(example_input, Tensor) and example_input.shape[0] < 2:
-        pair = example_input if len(example_input) else example_input.new_zeros(1, *example_input.shape[1:])
-        try:
-            return record(model, (torch.cat([pair, pair]),))
-        except Exception:  # a model for single images
-            pass
-    try:
-        return record(model, args, kwargs)
-    except Exception as error:  # whatever the model's code raises
-        shapes = ", ".join(f"{tuple(t.shape)}, {t.dtype}, on {t.device}" for t in tensors_of((args, kwargs)))
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"gate_model: {type(model).__name__} does not run on example_input ({shapes}): {why}"
-        ) from error
 
 
 def _total_macs(model: nn.Module, example_input: Any) -> tuple[float | None, str]:
@@ -177,20 +160,23 @@ class _Installer:
         self.link_of: dict[Site, Link] = {}
         self.path_of: dict[Site, str] = {}
 
-    def layer(self, branch: Branch, selection: Selection) -> str:
-        """Gate a residual branch; why not, or empty."""
-        found = self.flow.record
+    def why_not(self, branch: Branch, selection: Selection) -> str:
+        """Why a residual branch gets no gate; empty if it does."""
         if reason := selection.reason(branch.name, self.result.get_submodule(branch.name)):
             return reason
         modules = [n.module for n in branch.nodes if n.module is not None]
         parameters = [p for module in modules for p in module.parameters()]
         if parameters and not any(p.requires_grad for p in parameters):
             return "its weights are frozen (requires_grad=False)"
+        if branch.start(self.flow.record) is None:
+            return "no module of its own reads its input"
+        return "no module of its own ends it" if branch.end(self.flow.record) is None else ""
+
+    def layer(self, branch: Branch) -> None:
+        """Gate a residual branch."""
+        found = self.flow.record
         start, end = branch.start(found), branch.end(found)
-        for call in (start, end):
-            if isinstance(call, str):
-                return call
-        assert not isinstance(start, str) and not isinstance(end, str)
+        assert start is not None and end is not None
         channels, axis = self.flow[branch.entry].size, self.flow[branch.entry].axis
         first, last = self.result.get_submodule(start.path), self.result.get_submodule(end.path)
         name = attach(first, open_gate(LayerGate(channels, estimator=self.estimator)), "layer_gate")
@@ -210,7 +196,6 @@ class _Installer:
         self.ends[end.outputs[0]] = path
         for node in branch.nodes:
             self.layers[node] = (*self.layers.get(node, ()), path)
-        return ""
 
     def channel(self, site: Site) -> None:
         """Gate the channels of a layer."""
@@ -303,14 +288,7 @@ def _check(model: Any, gate: str, position: str, estimator: str, example_input: 
             f"gate_model: the model has gates already (as {next(iter(gates))!r}); pass the network without gates, "
             f"gate='both' puts in both kinds; what is frozen can be compacted first, by gatedconv.compact"
         )
-    if not isinstance(example_input, (tuple, list, Mapping)):
-        if not isinstance(example_input, Tensor) or example_input.dim() not in (4, 5):
-            kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-            raise TypeError(
-                f"gate_model: example_input must be a tensor (N, C, H, W), a tuple or a dict of inputs, got {kind}"
-            )
-        if not example_input.is_floating_point():
-            raise TypeError(f"gate_model: example_input must be of a floating-point type, got {example_input.dtype}")
+    require_example(example_input, "gate_model")
     for name, value, allowed in (
         ("gate", gate, GATES),
         ("position", position, POSITIONS),

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gatedconv.convert.channels import Channels, Masks, groups_of
+from gatedconv.convert.channels import Channels
+from gatedconv.convert.constants import Masks, groups_of
 from gatedconv.convert.flow import Flow
 from gatedconv.convert.mac_terms import Gated, is_pool, per_element
 from gatedconv.convert.record import Node, Value

@@ -1,4 +1,4 @@
-"""Exporting a cut model to other runtimes: ONNX, torch.export, AOTInductor, and a plan of our own."""
+"""Exporting a compact model to other runtimes: ONNX, torch.export, AOTInductor, and a plan of our own."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv.convert.example import does_not_run
 from gatedconv.deploy.compact import compact
-from gatedconv.gating import FrozenGate, find_gates, unwrap
+from gatedconv.gating import find_gates, require_frozen, unwrap
 
 ONNX_OPSET = 18
 
@@ -55,7 +56,7 @@ def export(
     """Write a model for another runtime, in eval mode, with dynamic batch, height and width.
 
     Args:
-        model: compact, or frozen (then it is cut first), or without gates.
+        model: compact, or frozen (then it is compacted first), or without gates.
         path: the file to write; replaced as a whole or not at all.
         example_input: (N, C, H, W); H and W are fixed in the file only where the model fixes them.
             An ONNX file calls its input "input" and
@@ -125,11 +126,10 @@ def _origin(error: BaseException) -> str:
 
 
 def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
-    gates = find_gates(model)
-    learning = [name for name, gate in gates.items() if not isinstance(gate, FrozenGate)]
-    if learning:
-        raise ValueError(f"export: freeze the model first; gate {learning[0]!r} is still learning")
-    return compact(model, example_input) if gates else copy.deepcopy(model)  # the caller's stays in its mode
+    require_frozen(model, "export")
+    return (
+        compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
+    )  # the caller's stays in its mode
 
 
 @torch.no_grad()
@@ -140,9 +140,7 @@ def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
     try:
         model(example)
     except Exception as error:  # whatever the layers raise
-        what = f"{tuple(example_input.shape)}, {example_input.dtype}, on {example_input.device}"
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"export: the model does not run on example_input ({what}): {why}") from error
+        raise does_not_run(model, (example_input,), error, "export") from error
     return example
 
 

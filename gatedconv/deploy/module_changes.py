@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of
 from gatedconv.deploy.graph_format import build_module, describe_module
-from gatedconv.deploy.shrink import COUNTS
+from gatedconv.deploy.slicing import COUNTS
 from gatedconv.gating import Gate
 from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.channels import Channels, groups_of, is_depthwise
+from gatedconv.convert.channels import Channels
+from gatedconv.convert.constants import groups_of, is_depthwise
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_exact
+from gatedconv.deploy.slicing import set_weight, slice_numbers
 from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels, Zeros
 
-COUNTS = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "num_parameters")
 _CLOSE = 1e-4  # of a foreign module's slice: |slice(x) - module(x)| against the largest output
 
 
@@ -134,8 +135,7 @@ def _small_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor
         learns = weight.requires_grad if module.bias is None else module.bias.requires_grad
         assert total is not None
         module.bias = nn.Parameter(total.clone(), learns)
-    module.weight = nn.Parameter(small.clone(), weight.requires_grad)
-    _set_counts(module, int(read.sum()), int(write.sum()), groups)
+    set_weight(module, small, groups)
     return module
 
 
@@ -161,13 +161,6 @@ def _nothing(module: nn.Module) -> nn.Module:
     return EmptyMap(0, module.kernel_size, module.stride, tuple(padding), module.dilation)  # type: ignore[arg-type]
 
 
-def _set_counts(module: nn.Module, inputs: int, outputs: int, groups: int) -> None:
-    if isinstance(module, nn.Conv2d):
-        module.in_channels, module.out_channels, module.groups = inputs, outputs, groups
-    elif isinstance(module, nn.Linear):
-        module.in_features, module.out_features = inputs, outputs
-
-
 def _foreign_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
     """A layer of a subclass with code of its own: sliced like a plain one, if a trial finds that right."""
     known, constant = channels.known_to(node, node.inputs[0])
@@ -185,9 +178,7 @@ def _foreign_layer(channels: Channels, node: Node, module: nn.Module, read: Tens
             )
     weight = module.weight[write.to(module.weight.device)]
     weight = weight if is_depthwise(module) else weight[:, read.to(weight.device)]
-    small.weight = nn.Parameter(weight.clone(), module.weight.requires_grad)
-    groups = int(read.sum()) if is_depthwise(module) else 1
-    _set_counts(small, int(read.sum()), int(write.sum()), groups)
+    set_weight(small, weight, int(read.sum()) if is_depthwise(module) else 1)
     _require_slice(
         channels, node.scope, module, small, node.inputs[0], read, write, channels.flow[node.outputs[0]].axis
     )
@@ -206,7 +197,7 @@ def _foreign(model: nn.Module, channels: Channels, path: str, call: ModuleCall) 
         return
     small = copy.deepcopy(module)
     for part in small.modules():
-        _slice_numbers(part, held)
+        slice_numbers(part, held)
     _require_slice(channels, path, module, small, source, held, held, channels.flow[value].axis)
     model.set_submodule(path, small)
 
@@ -216,22 +207,7 @@ def _numbers(model: nn.Module, channels: Channels, node: Node, value: Value) -> 
     module = model.get_submodule(node.scope)
     computed = channels.computed(node, value)
     if not bool(computed.all()) and channels._can_slice_numbers(node, value):
-        _slice_numbers(module, computed)
-
-
-def _slice_numbers(module: nn.Module, kept: Tensor) -> None:
-    size = len(kept)
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() and parameter.shape[0] == size:
-            module._parameters[name] = nn.Parameter(
-                parameter[kept.to(parameter.device)].clone(), parameter.requires_grad
-            )
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.dim() and buffer.shape[0] == size:
-            module._buffers[name] = buffer[kept.to(buffer.device)].clone()
-    for attribute in ("num_features", "num_parameters"):
-        if getattr(module, attribute, None) == size:
-            setattr(module, attribute, int(kept.sum()))
+        slice_numbers(module, computed)
 
 
 def _require_slice(

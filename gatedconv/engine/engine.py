@@ -1,4 +1,4 @@
-"""The engine: a cut network packed into a native plan."""
+"""The engine: a compact network packed into a native plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gatedconv.engine.layers import Layer, runs_on_cuda
 from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import find_segments
 from gatedconv.engine.program import Map, Step, lay_out, write_program
-from gatedconv.gating import FrozenGate, find_gates, unwrap
+from gatedconv.gating import find_gates, require_frozen, unwrap
 from gatedconv.ops.plan import plan_isa, plan_workspace, unavailable
 
 _KERNELS = {"conv": "direct", "winograd2": "Winograd F(2x2)", "winograd4": "Winograd F(4x4)"}
@@ -70,9 +70,7 @@ class Engine(nn.Module):
         model = unwrap(model)
         dtype, device = _kind(model)
         _check_input(example_input, "example_input", None, dtype, device)
-        learning = [name for name, gate in find_gates(model).items() if not isinstance(gate, FrozenGate)]
-        if learning:
-            raise ValueError(f"Engine: freeze the model first; gate {learning[0]!r} is still learning")
+        require_frozen(model, "Engine")
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             source = compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
             source = source.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from gatedconv.gating.mac_controller import MacController
 from gatedconv.gating.mac_terms import MacTerm, expected_macs, pruning_rate
 from gatedconv.gating.pruner import GatePruner
 from gatedconv.gating.ranking import fisher_information, gate_macs, masks_for_target, mean_logits
-from gatedconv.gating.registry import copied, find_gates, forget, open_rates, unwrap
+from gatedconv.gating.registry import copied, find_gates, forget, open_rates, require_frozen, unwrap
 
 __all__ = [
     "ESTIMATORS",
@@ -33,5 +33,6 @@ __all__ = [
     "open_rates",
     "polarization_loss",
     "pruning_rate",
+    "require_frozen",
     "unwrap",
 ]

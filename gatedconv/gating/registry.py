@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gatedconv.gating.gate import Gate
+from gatedconv.gating.gate import FrozenGate, Gate
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -51,6 +51,13 @@ def require_gates(model: nn.Module, owner: str) -> dict[str, Gate]:
     if "" in found:
         raise ValueError(f"{owner}: expected a model that contains gates, got a {type(model).__name__} itself")
     return found
+
+
+def require_frozen(model: nn.Module, owner: str) -> None:
+    """Raise ValueError, naming ``owner``, where a gate of the model still learns."""
+    learning = [name for name, gate in find_gates(model).items() if not isinstance(gate, FrozenGate)]
+    if learning:
+        raise ValueError(f"{owner}: freeze the model first; gate {learning[0]!r} is still learning")
 
 
 def forget(model: nn.Module) -> None:

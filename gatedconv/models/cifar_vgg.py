@@ -61,33 +61,6 @@ class VGGGroup(nn.Module):
         h: Tensor = self.activation(self.norm2(x))
         return h
 
-    @torch.no_grad()
-    def compact(self) -> None:
-        """Remove, in place, the channels that the frozen gate closed, and the gate.
-
-        Where all are closed one channel stays, all zeros. Each activation maps 0 to 0.
-
-        Raises:
-            ValueError: the gate is not frozen.
-        """
-        gate = self.channel_gate
-        if not isinstance(gate, FrozenGate):
-            raise ValueError("VGGGroup: freeze the model first")
-        index = gate.mask.nonzero().flatten() if gate.is_open else torch.zeros(1, dtype=torch.long)
-        index = index.to(self.conv1.weight.device)
-        first, norm, last = self.conv1, self.norm1, self.conv2
-        first.weight, first.out_channels = nn.Parameter(first.weight[index]), len(index)
-        last.weight, last.in_channels = nn.Parameter(last.weight[:, index]), len(index)
-        small = nn.BatchNorm2d(len(index), norm.eps, norm.momentum).to(first.weight).train(norm.training)
-        for name, tensor in small.state_dict(keep_vars=True).items():
-            full = norm.state_dict()[name]
-            tensor.data.copy_(full if full.dim() == 0 else full[index])
-        small.weight.requires_grad_(norm.weight.requires_grad)
-        if not gate.is_open:
-            nn.init.zeros_(small.weight)
-            nn.init.zeros_(small.bias)
-        self.norm1, self.channel_gate = small, None
-
 
 class CifarVGG(nn.Module):
     """The network of `cifar_vgg`, which documents the arguments.

@@ -32,7 +32,7 @@ def test_compact_names_what_is_wrong_with_the_image(frozen, images, error, messa
 def test_export_names_what_is_wrong_with_the_image(frozen, tmp_path):
     small = gatedconv.compact(frozen, IMAGES)
     for images in (IMAGES.double(), IMAGES[:, :2]):
-        with pytest.raises(ValueError, match="export: the model does not run on example_input"):
+        with pytest.raises(ValueError, match="export: .* does not run on example_input"):
             gatedconv.export(small, tmp_path / "model.pt2", images, format="torch")
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,78 @@
+"""How one layer loses channels: its weights, its numbers for each channel, and the counts that go with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gatedconv.convert.record import is_computed
+
+COUNTS = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "num_parameters")
+
+
+def filled_up(mask: Tensor, channel_multiple: int) -> Tensor:
+    """Bool (C,): the open channels and, where there are any, the first closed ones, to a multiple as far as C goes."""
+    kept = mask.clone()
+    if bool(mask.any()):
+        kept[(~mask).nonzero().flatten()[: -int(mask.sum()) % channel_multiple]] = True
+    return kept
+
+
+def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
+    """A ``torch.nn.Conv2d`` that shares the parameters, hooks and children of a convolution of ours.
+
+    Weights that hooks or parametrizations compute become parameters, without what computed them.
+    """
+    geometry: tuple[Any, Any, Any, Any] = (module.kernel_size, module.stride, module.padding, module.dilation)
+    plain = nn.Conv2d(
+        module.in_channels,
+        module.out_channels,
+        *geometry,
+        module.groups,
+        bias=False,
+        padding_mode=module.padding_mode,
+        device="meta",
+    )
+    if is_computed(module):
+        plain.weight = nn.Parameter(module.weight.detach().clone())
+        plain.bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone())
+        return plain.train(module.training)
+    plain.weight, plain.bias = module.weight, module.bias
+    plain._forward_hooks, plain._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+    plain._modules.update({name: child for name, child in module._modules.items() if name != "gate"})
+    return plain.train(module.training)
+
+
+def set_weight(layer: nn.Conv2d | nn.Linear, weight: Tensor, groups: int = 1) -> None:
+    """Give a layer a copy of a weight (C_out, C_in / groups, ...) of another size, and the counts that go with it."""
+    layer.weight = nn.Parameter(weight.detach().clone(), layer.weight.requires_grad)
+    if isinstance(layer, nn.Conv2d):
+        layer.in_channels, layer.out_channels, layer.groups = weight.shape[1] * groups, len(weight), groups
+    else:
+        layer.in_features, layer.out_features = weight.shape[1], len(weight)
+
+
+def slice_numbers(module: nn.Module, kept: Tensor) -> None:
+    """Give a norm or the like its parameters and buffers of the channels ``kept``, bool (C,), alone."""
+    size = len(kept)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() and parameter.shape[0] == size:
+            small = parameter.detach()[kept.to(parameter.device)]
+            module._parameters[name] = nn.Parameter(small, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.dim() and buffer.shape[0] == size:
+            module._buffers[name] = buffer[kept.to(buffer.device)]
+    for attribute in ("num_features", "num_parameters"):
+        if getattr(module, attribute, None) == size:
+            setattr(module, attribute, int(kept.sum()))
+
+
+def zero_channels(module: nn.Module, closed: Tensor) -> None:
+    """Let a norm or convolution make zeros of the channels ``closed``, bool (C,); its parameters are new ones."""
+    for name in ("weight", "bias"):
+        parameter = getattr(module, name)
+        if parameter is not None:
+            changed = parameter.detach().clone()
+            changed[closed.to(changed.device)] = 0
+            setattr(module, name, nn.Parameter(changed, parameter.requires_grad))
