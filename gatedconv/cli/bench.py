@@ -115,7 +115,7 @@ def _energy(name: str, network: Any, x: Any) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from gatedconv.train.config import MAX_THREADS
+    from gatedconv.train.options import MAX_THREADS
 
     for name, values, most in (
         ("batch", arguments.batch, _MOST),

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gatedconv.train.config import TrainConfig, field_specs, field_type, make_config, read_toml
+from gatedconv.train.config import TrainConfig, field_specs, make_config, read_toml
+from gatedconv.train.options import field_type
 from gatedconv.train.presets import preset_settings
 
 _PREFIX = "config_"

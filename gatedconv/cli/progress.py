@@ -9,12 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from gatedconv.data import ImageData
-from gatedconv.train.callbacks import Callback, StepReport
+from gatedconv.train.callbacks import Callback, StepReport, phase_label
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.metrics import EpochMetrics
 
 _FINISH = "freezing, compacting, measuring, exporting"
-_LABELS = {"cut": "compact"}  # of phases, where the name in files is another one
 _COLUMNS = "each line: training loss, accuracy on the evaluation images"
 _GATE_COLUMNS = (
     "; open gates; undecided gates (0 % where all images agree on every gate); MACs, as a share of the dense network's"
@@ -81,7 +80,7 @@ class LineProgress(Callback):
         print(f"note: {text}", flush=True)
 
     def _place(self, metrics: EpochMetrics) -> str:
-        label = _LABELS.get(metrics.phase, metrics.phase)
+        label = phase_label(metrics.phase)
         return f"{label:<5} {metrics.epoch:>{len(str(self._epochs))}}/{self._epochs}"
 
 
@@ -108,7 +107,7 @@ class BarProgress(Callback):
         self._last = None
         total = None if phase == "finish" else float(self._epochs)
         figures = _FINISH if total is None else ""
-        self._task = self._progress.add_task(_LABELS.get(phase, phase), total=total, figures=figures, place="")
+        self._task = self._progress.add_task(phase_label(phase), total=total, figures=figures, place="")
 
     def step(self, report: StepReport) -> None:
         """Move the bar within an epoch."""

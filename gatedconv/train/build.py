@@ -15,7 +15,8 @@ from gatedconv.gating import find_gates, masks_for_target
 from gatedconv.gating.gate import LearnedGate
 from gatedconv.models import CifarVGG, ResNet
 from gatedconv.train.checkpoint import read_consensus
-from gatedconv.train.config import DataOptions, TrainConfig
+from gatedconv.train.config import TrainConfig
+from gatedconv.train.options import DataOptions
 
 Network = ResNet | CifarVGG
 # Of the whitening: the covariance of 2 x 2 patches has 12 rows, and each image has hundreds of patches.

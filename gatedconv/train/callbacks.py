@@ -9,6 +9,11 @@ from gatedconv.train.config import TrainConfig
 from gatedconv.train.metrics import EpochMetrics
 
 
+def phase_label(phase: str) -> str:
+    """What messages call a phase; "cut" is the name of the compact network's phase in files alone."""
+    return "compact" if phase == "cut" else phase
+
+
 @dataclass(frozen=True)
 class StepReport:
     """Progress within an epoch: the step, counted from 1, and the means of the epoch so far.

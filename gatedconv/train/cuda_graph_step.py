@@ -21,7 +21,8 @@ from gatedconv.gating import LayerGate, find_gates
 from gatedconv.ops._cuda_graph import capture
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks
-from gatedconv.train.recipe import GateWeights, gate_weights, learning_rate
+from gatedconv.train.optimizer import learning_rate
+from gatedconv.train.recipe import GateWeights, gate_weights
 from gatedconv.train.step import Observer, Stepper, StepResult
 
 # Steps made op by op before a capture: kernels are compiled, cuDNN chooses, caches are filled.

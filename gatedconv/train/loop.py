@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gatedconv.data import ImageData
 from gatedconv.measure.energy import EnergyMeter
 from gatedconv.measure.macs import count_macs
-from gatedconv.train.callbacks import StepReport
+from gatedconv.train.callbacks import StepReport, phase_label
 from gatedconv.train.checkpoint import State, load_checkpoint, pack_state, restore_state, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import make_forward, make_stepper
@@ -37,7 +37,8 @@ from gatedconv.train.metrics import (
     measured_energy,
     total_energy,
 )
-from gatedconv.train.recipe import eval_batches, learning_rate, place, polar_weight, precision_note, train_batches
+from gatedconv.train.optimizer import learning_rate
+from gatedconv.train.recipe import eval_batches, place, polar_weight, precision_note, train_batches
 from gatedconv.train.step import PASSES_PER_STEP, StepMacs, Stepper, StepResult, checks_immediately
 
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.
@@ -278,8 +279,8 @@ class Training:
         )
         if metrics.steps_skipped:
             self.on_note(
-                f"{self.phase}: epoch {epoch + 1}: {metrics.steps_skipped} of {steps} steps had a loss or gradient "
-                "that is not finite and were skipped"
+                f"{phase_label(self.phase)}: epoch {epoch + 1}: {metrics.steps_skipped} of {steps} steps had a loss or "
+                "gradient that is not finite and were skipped"
             )
         self._new_epoch()
         return metrics
@@ -359,8 +360,8 @@ class Training:
         path = self.checkpoint
         kept = f"; the last good checkpoint is kept at {path}" if path is not None and path.exists() else ""
         raise NonFiniteLoss(
-            f"{at.phase}: loss or gradient not finite in {too_many}, last in epoch {at.epoch}, step {at.step} of "
-            f"{at.steps} (a lower lr or grad_clip may help){kept}"
+            f"{phase_label(at.phase)}: loss or gradient not finite in {too_many}, last in epoch {at.epoch}, "
+            f"step {at.step} of {at.steps} (a lower lr or grad_clip may help){kept}"
         )
 
 

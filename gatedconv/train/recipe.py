@@ -1,8 +1,7 @@
-"""The recipe: losses, their weights over the run, learning rate, optimizer, precision, device and batches."""
+"""The recipe: losses and their weights over the run, precision, device and batches."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,16 +21,9 @@ from gatedconv.gating import (
     polarization_loss,
     weight_schedules,
 )
-from gatedconv.train.config import (
-    DataOptions,
-    GateOptions,
-    RuntimeOptions,
-    ScheduleOptions,
-    TeacherOptions,
-    TrainConfig,
-    epoch_range,
-)
+from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import SINGLE, Ranks
+from gatedconv.train.options import DataOptions, GateOptions, RuntimeOptions, TeacherOptions
 
 
 def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -134,70 +126,6 @@ def polar_weight(options: GateOptions, progress: float) -> float:
     if options.polar_schedule == "warmup":
         return weight_schedules.linear_warmup(progress, options.polar_weight, options.gate_warmup)
     return weight_schedules.constant(progress, options.polar_weight)
-
-
-def learning_rate(options: ScheduleOptions, epoch: float) -> float:
-    """The learning rate after `epoch` epochs (a step within an epoch is a fraction of one)."""
-    if epoch < options.warmup_epochs:
-        # Never exactly 0: the first step would change nothing. Never above lr: a warm-up may be shorter than a step.
-        return min(options.lr, options.lr * max(epoch, 0.01) / options.warmup_epochs)
-    if options.schedule == "staged":
-        passed = sum(epoch / options.epochs >= milestone for milestone in options.milestones)
-        return options.lr * options.lr_decay**passed
-    rest = max(options.epochs - options.warmup_epochs, 1e-9)
-    fallen = min(1.0, (epoch - options.warmup_epochs) / rest)
-    if options.schedule == "triangular":
-        return options.lr * (1 - fallen * (1 - options.lr_end))
-    return options.lr * 0.5 * (1 + math.cos(math.pi * fallen))
-
-
-def make_optimizer(model: nn.Module, options: ScheduleOptions) -> torch.optim.SGD:
-    """SGD in groups: weights, BatchNorm and biases, and, with learning rates of their own, gates and BatchNorm biases.
-
-    Gates do not decay by default: decay pulls every logit to 0, where a gate flips.
-    """
-    of_gates = {id(p) for gate in find_gates(model).values() for p in gate.parameters()}
-    of_norms = {id(m.bias) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    factor = options.norm_bias_lr_factor
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "norm biases": [], "gates": []}
-    for parameter in model.parameters():
-        kind = "gates" if id(parameter) in of_gates else "weights" if parameter.dim() > 1 else "norms"
-        if kind == "norms" and factor != 1 and id(parameter) in of_norms:
-            kind = "norm biases"
-        if parameter.requires_grad:
-            groups[kind].append(parameter)
-    of_norm = options.weight_decay if options.norm_weight_decay else 0.0
-    decay = {
-        "weights": options.weight_decay,
-        "norms": of_norm,
-        "norm biases": of_norm / factor,
-        "gates": options.gate_weight_decay,
-    }
-    factors = {"norm biases": factor, "gates": options.gate_lr_factor}
-    optimizer = torch.optim.SGD(
-        [
-            {"params": found, "weight_decay": decay[kind], "lr_factor": factors.get(kind, 1.0)}
-            for kind, found in groups.items()
-            if found
-        ],
-        lr=options.lr,
-        momentum=options.momentum,
-        nesterov=options.nesterov,
-        fused=True,
-    )
-    if options.momentum:
-        # PyTorch creates them in the first step, and leaves them undefined if that step is skipped. From zeros
-        # the first step is the same.
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, times its factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
 
 
 def augmentation(data: ImageData, options: DataOptions) -> Augment:

@@ -1,8 +1,8 @@
-"""The figures of a finished run: accuracy, MACs, latency, energy, the consensus, and exported files."""
+"""The figures of a finished run (read `measured` first), and the exported files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,51 @@ from gatedconv.deploy import Consensus, export
 from gatedconv.engine import Engine
 from gatedconv.gating import expected_macs, pruning_rate
 from gatedconv.measure.energy import EnergyMeter, energy_per_call
-from gatedconv.measure.latency import measure_latency
+from gatedconv.measure.latency import block_figures, measure_latency
 from gatedconv.measure.macs import conv_macs, count_macs_by_operator
+from gatedconv.train.build import build_model
+from gatedconv.train.checkpoint import read_consensus
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.metrics import evaluate
 from gatedconv.train.recipe import eval_batches
+from gatedconv.train.run_dir import RunFolder
 
 LATENCY_BATCHES = (1, 32)
 NO_ENERGY: dict[str, Any] = {"energy_j": None, "energy_j_image": None}
+Summary = dict[str, Any]
 _EXPORTS = {"onnx": "compact.onnx", "torch": "compact.pt2"}
 
 
 def example_images(data: ImageData, config: TrainConfig, batch: int) -> Tensor:
     """The first test images, normalized, on the run's device, (batch, C, H, W); repeated if there are too few."""
     return eval_batches(config, data).first(batch)
+
+
+def measured(networks: Mapping[str, nn.Module], config: TrainConfig, data: ImageData, folder: RunFolder) -> Summary:
+    """Figures of the dense and the compact network, and of the consensus of a gated run.
+
+    Returns:
+        `dense` and `frozen` with top1 (percent), macs, params, latency_ms and energy, and, for a gated run, agreement,
+        open rates, pruning rate (eq. 11), the gated network's figures and those of each block.
+    """
+    nets = {name: networks[key] for name, key in (("dense", "dense"), ("frozen", "cut")) if key in networks}
+    found: Summary = {}
+    if "gated" in networks:
+        consensus, found = read_consensus(folder.consensus)
+        macs = count_macs_by_operator(build_model(config, data, gated=False), torch.zeros(1, *data.image_shape))
+        found["macs_conv_dense"] = conv_macs(macs)
+    for name, net in nets.items():
+        found[name] = figures(net.eval(), config, data)
+    measures = config.latency and not config.shared_device
+    if measures:
+        for name, times in latencies(nets, config, data).items():
+            found[name] |= times
+    for name, net in nets.items():
+        found[name] |= energies(net, config, data) if measures else NO_ENERGY
+    if "gated" in networks:
+        one = example_images(data, config, 1)
+        found["blocks"] = block_figures(nets["frozen"], consensus.masks, one, rounds=9 if measures else 0)
+    return found
 
 
 def figures(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Any]:

@@ -21,19 +21,16 @@ from gatedconv.gating.losses import RateWindow, accumulating
 from gatedconv.nn import BasicBlock
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks, parallel, synchronized_norms
-from gatedconv.train.lookahead import make_lookahead
+from gatedconv.train.optimizer import learning_rate, make_lookahead, make_optimizer, set_learning_rate
 from gatedconv.train.recipe import (
     GateWeights,
     distillation_loss,
     gate_loss,
     gate_weights,
-    learning_rate,
     make_controller,
-    make_optimizer,
     make_pruner,
     mixed_dtype,
     prune_gates,
-    set_learning_rate,
     task_loss,
     tuned_convolutions,
 )

@@ -16,11 +16,9 @@ from gatedconv.data import ImageData
 from gatedconv.deploy import Consensus, compact, freeze, save
 from gatedconv.environment import provenance
 from gatedconv.gating import fisher_information, gate_macs, masks_for_target, mean_logits
-from gatedconv.measure.latency import block_figures
-from gatedconv.measure.macs import conv_macs, count_macs_by_operator
 from gatedconv.nn.batchnorm import re_estimate_batchnorm
 from gatedconv.train.build import build_model, load_images, phases, starting_network
-from gatedconv.train.callbacks import Callback
+from gatedconv.train.callbacks import Callback, phase_label
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint, read_consensus, restore_part, write_consensus
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import require_graphs
@@ -36,15 +34,7 @@ from gatedconv.train.recipe import (
     resolve_device,
     train_batches,
 )
-from gatedconv.train.results import (
-    NO_ENERGY,
-    consensus_figures,
-    energies,
-    example_images,
-    figures,
-    latencies,
-    write_exports,
-)
+from gatedconv.train.results import consensus_figures, example_images, measured, write_exports
 from gatedconv.train.run_dir import MetricsWriter, RunFolder
 
 # MACs of gates that no gradient reaches any more, off the target by more than this share of it, are worth a note. A
@@ -210,7 +200,7 @@ class Trainer:
         if requested or done < end:
             why = "a stop was requested" if requested else f"max_minutes is {self.config.max_minutes:g}"
             self.callback.note(
-                f"stopped after {done} of {self.config.epochs} epochs ({phase}): {why}; resume with: "
+                f"stopped after {done} of {self.config.epochs} epochs ({phase_label(phase)}): {why}; resume with: "
                 f"gatedconv train --resume {self.folder.path}"
             )
             raise _Stopped
@@ -266,7 +256,8 @@ class Trainer:
             self._re_estimate(networks["dense"])
         if not self.ranks.main:
             return {}
-        outcome = self._measured(networks)
+        outcome = measured(networks, config, self.data, self.folder)
+        files = self._write_models(networks)
         history = self.folder.read_metrics()
         energy = run_energy(history)
         summary = {
@@ -278,6 +269,7 @@ class Trainer:
             "seed": config.seed,
             "epochs": {phase: sum(line.phase == phase for line in history) for phase in phases(config)},
             **outcome,
+            **({"exports": files} if "gated" in networks else {}),
             "taught": config.teacher_at < 1 and {"dense", "gated"} <= networks.keys(),  # then "dense" is the teacher
             "energy_j": energy.joules,
             "energy_source": energy.source,
@@ -314,36 +306,14 @@ class Trainer:
                 networks["dense"] = place(dense, config)
         return networks
 
-    def _measured(self, networks: Networks) -> dict[str, Any]:
-        """Figures of the dense and the compact network, which are saved and exported, and of the consensus.
-
-        Returns:
-            `dense` and `frozen` with top1 (percent), macs, params, latency_ms and energy, and, for a gated run,
-            agreement, open rates, pruning rate (eq. 11) and the network's figures before the freeze.
-        """
-        config, data, folder = self.config, self.data, self.folder
-        nets = {name: networks[key] for name, key in (("dense", "dense"), ("frozen", "cut")) if key in networks}
-        outcome: dict[str, Any] = {}
-        one = example_images(data, config, 1)
-        if "gated" in networks:
-            consensus, found = read_consensus(folder.consensus)
-            dense = build_model(config, data, gated=False)
-            macs = count_macs_by_operator(dense, torch.zeros(1, *data.image_shape))
-            outcome |= {**found, "macs_conv_dense": conv_macs(macs)}
-            save(networks["gated"], folder.model("gated"))
-        for name, net in nets.items():
-            outcome[name] = figures(net.eval(), config, data)
-            save(net, folder.model("compact" if name == "frozen" else name))
-        measures = config.latency and not config.shared_device
-        if measures:
-            for name, times in latencies(nets, config, data).items():
-                outcome[name] |= times
-        for name, net in nets.items():
-            outcome[name] |= energies(net, config, data) if measures else NO_ENERGY
-        if "gated" in networks:
-            outcome["blocks"] = block_figures(nets["frozen"], consensus.masks, one, rounds=9 if measures else 0)
-            outcome["exports"] = write_exports(nets["frozen"], one, folder.path, self.callback.note)
-        return outcome
+    def _write_models(self, networks: Networks) -> list[str]:
+        """Save every network, and export the compact one of a gated run; the names of the exported files."""
+        for phase, network in networks.items():
+            save(network, self.folder.model("compact" if phase == "cut" else phase))
+        if "gated" not in networks:
+            return []
+        one = example_images(self.data, self.config, 1)
+        return write_exports(networks["cut"].eval(), one, self.folder.path, self.callback.note)
 
     def _ranked_masks(self, gated: nn.Module) -> dict[str, Tensor]:
         """Masks of the gates that rank highest over the train split, each process with its share of it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gatedconv.train.config import make_config
-from gatedconv.train.recipe import learning_rate, polar_weight
+from gatedconv.train.optimizer import learning_rate
+from gatedconv.train.recipe import polar_weight
 from reproduce.presets import PAPER, preset_settings
 
 

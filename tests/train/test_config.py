@@ -8,7 +8,8 @@ import pytest
 
 from gatedconv.train import PRESETS, TrainConfig, preset_settings
 from gatedconv.train.config import field_specs, make_config, read_toml, to_toml
-from gatedconv.train.recipe import learning_rate, polar_weight
+from gatedconv.train.optimizer import learning_rate
+from gatedconv.train.recipe import polar_weight
 
 
 @pytest.mark.parametrize(

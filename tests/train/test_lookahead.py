@@ -11,8 +11,8 @@ from torch import nn
 from gatedconv.data import ImageData
 from gatedconv.models import cifar_vgg, resnet20
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.lookahead import EVERY, Lookahead, make_lookahead
 from gatedconv.train.loop import Training
+from gatedconv.train.optimizer import LOOKAHEAD_EVERY, Lookahead, make_lookahead
 
 QUICK = {"epochs": 2, "batch_size": 16, "device": "cpu", "amp": "off", "gate": "channel", "position": "middle"}
 
@@ -21,18 +21,18 @@ def test_every_fifth_step_weights_become_the_mean_of_themselves_and_their_runnin
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     averaged = Lookahead(model, 0.8)
     weight, start = model[0].weight, model[0].weight.detach().clone()
-    for _ in range(EVERY):
+    for _ in range(LOOKAHEAD_EVERY):
         with torch.no_grad():
             weight += 1
             model[1].running_mean += 1
         averaged.step(0.5)
     kept = 0.8 * 0.5**3
-    assert torch.allclose(weight, start + EVERY * (1 - kept))
-    assert torch.allclose(model[1].running_mean, torch.full((2,), EVERY * (1 - kept)))
+    assert torch.allclose(weight, start + LOOKAHEAD_EVERY * (1 - kept))
+    assert torch.allclose(model[1].running_mean, torch.full((2,), LOOKAHEAD_EVERY * (1 - kept)))
     with torch.no_grad():
         weight += 7
     averaged.finish()
-    assert torch.allclose(weight, start + EVERY * (1 - kept))
+    assert torch.allclose(weight, start + LOOKAHEAD_EVERY * (1 - kept))
 
 
 def test_gates_are_left_out() -> None:

@@ -13,9 +13,8 @@ from gatedconv.gating import find_gates
 from gatedconv.models import cifar_vgg
 from gatedconv.train import TrainConfig, recipe, train
 from gatedconv.train.distributed import Ranks
+from gatedconv.train.optimizer import learning_rate, make_optimizer
 from gatedconv.train.recipe import (
-    learning_rate,
-    make_optimizer,
     mixed_dtype,
     precision_note,
     resolve_device,

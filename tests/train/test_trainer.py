@@ -238,7 +238,7 @@ def test_a_run_that_is_stopped_after_compacting_reports_all_its_epochs(
     monkeypatch.setattr("gatedconv.train.loop.Training._deadline_passed", lambda self: self.phase == "cut")
     heard = Recorder()
     assert run(config, RunFolder(tmp_path / "run"), callback=heard) is None
-    assert "stopped after 1 of 2 epochs (cut)" in heard.notes[-1]
+    assert "stopped after 1 of 2 epochs (compact)" in heard.notes[-1]
 
 
 def test_a_run_with_a_small_time_limit_is_resumed_to_its_end(
