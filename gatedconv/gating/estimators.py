@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gatedconv import ops
 from gatedconv.ops import ESTIMATORS
 
 RUNNING_MOMENTUM = 0.1  # as BatchNorm's running statistics: about the last ten batches
@@ -18,7 +17,7 @@ __all__ = ["ESTIMATORS", "RUNNING_MOMENTUM", "Estimator", "make_estimator"]
 
 
 class Estimator(nn.Module):
-    r"""logits (N, num_gates) -> gate (N, num_gates), exactly 0 or 1 in the logits' dtype.
+    r"""What `gatedconv.ops.estimate` takes besides logits (N, num_gates), and their distance from the threshold.
 
     "ste": eqs. 3-4 of the paper: forward z > 0; backward the identity where \|z\| <= 1. "gumbel": hard
     binary Gumbel-softmax (Jang et al. 2017). "bernoulli": a sample of Bernoulli(sigmoid(z)) with the gradient
@@ -53,19 +52,6 @@ class Estimator(nn.Module):
             threshold = logits.mean(dim=0) if self.training else self.running_mean
             return logits - threshold
         return logits if self.name == "ste" else torch.zeros_like(logits)
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Logits (N, num_gates) -> gate (N, num_gates) in {0, 1}."""
-        noise = self.draw_noise(logits.shape[0], logits.shape[1], logits)
-        return ops.estimate(
-            logits,
-            self.name,
-            noise=noise,
-            temperature=self.temperature,
-            threshold=self.running_mean,
-            training=self.training,
-            momentum=RUNNING_MOMENTUM,
-        )
 
 
 def make_estimator(name: str, num_gates: int, temperature: float, *, owner: str) -> Estimator:

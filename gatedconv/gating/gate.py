@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gatedconv import ops
 from gatedconv.gating.estimators import RUNNING_MOMENTUM, Estimator, make_estimator
 from gatedconv.gating.sync_norm import SynchronizedNorm
+from gatedconv.ops.gate import decide
 
 
 class Gate(nn.Module):
@@ -150,28 +151,15 @@ class LearnedGate(Gate):
         self.check_input(x)
         self.forget()
         features = x if pooled is None or self.pool != "avg" else pooled
+        arguments = self.arguments(x.shape[0], x.dtype)
         if self.synchronized:
-            return self.note(self._decide(features, x.dtype))
-        return self.note(ops.gate(features, *self.arguments(x.shape[0], x.dtype)))
+            return self.note(decide(features, *arguments, normalize=self.norm))
+        return self.note(ops.gate(features, *arguments))
 
     @property
     def synchronized(self) -> bool:
         """Whether the norm uses the batches of all ranks, which the operators of `gatedconv.ops` do not."""
         return isinstance(self.norm, SynchronizedNorm) and self.training
-
-    def _decide(self, features: Tensor, dtype: torch.dtype) -> ops.GateOutput:
-        """`gatedconv.ops.gate`, module by module."""
-        assert self.fc1 is not None and self.norm is not None  # there is a norm, hence a hidden layer
-        exact = self.fc2.weight.dtype
-        with torch.autocast(device_type=features.device.type, enabled=False):
-            pooled = features.dim() == 4 and self.pool == "avg"
-            hidden = ops.global_average_pool(features, exact) if pooled else features.flatten(1).to(exact)
-            logits = self.fc2(torch.relu(self.norm(self.fc1(hidden))))
-            gate = self.estimator(logits)
-            open_rate = gate.mean(dim=0)
-            with torch.no_grad():
-                self.running_open_rate.lerp_(open_rate.detach().to(self.running_open_rate.dtype), RUNNING_MOMENTUM)
-        return ops.GateOutput(gate.to(dtype), open_rate, logits)
 
     def note(self, decision: ops.GateOutput) -> Tensor:
         """Keep the last call's logits and open rate; returns the gate."""

@@ -1,4 +1,4 @@
-"""The regularisers of the method: each a differentiable scalar made of the gates' open rates.
+"""The regularizers of the method: each a differentiable scalar made of the gates' open rates.
 
 With more than one process they are functions of the global batch: the open rates are averaged over all
 ranks, the gradient included, before anything nonlinear happens to them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
     single rank. Under `accumulating` the rates are those of all parts of a step.
     """
     rates = open_rates(model, owner)
-    window = _windows.get(unwrap(model))
+    window: RateWindow | None = vars(unwrap(model)).get("rate_window")
     if not model.training or (world_size() == 1 and window is None):
         return rates
     if torch.compiler.is_compiling():
@@ -151,9 +150,6 @@ class RateWindow(nn.Module):
         return mean + (joined - now) / self.parts
 
 
-_windows: WeakKeyDictionary[nn.Module, RateWindow] = WeakKeyDictionary()
-
-
 @contextmanager
 def accumulating(model: nn.Module, window: RateWindow | None) -> Iterator[None]:
     """Context in which the losses see open rates averaged over the last training batches, by ``window``.
@@ -163,10 +159,10 @@ def accumulating(model: nn.Module, window: RateWindow | None) -> Iterator[None]:
     the gradients of the parts add up to that of the step. None changes nothing.
     """
     if window is not None:
-        _windows[unwrap(model)] = window
+        vars(unwrap(model))["rate_window"] = window  # not a submodule: it is the trainer's
     try:
         yield
     finally:
-        _windows.pop(unwrap(model), None)
+        vars(unwrap(model)).pop("rate_window", None)
         for gate in find_gates(model).values():
             gate.global_open_rate = None

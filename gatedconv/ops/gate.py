@@ -110,7 +110,7 @@ def gate(
     """
     check_gate(x, parameters, statistics, options, noise)
     if not kernels_can(x, parameters, statistics, options, noise):
-        return _reference(x, parameters, statistics, options, noise)
+        return decide(x, parameters, statistics, options, noise)
     require_batch(x, parameters, options)
     if torch.compiler.is_compiling():
         return _compiled(x, parameters, statistics, options, noise)
@@ -122,12 +122,18 @@ def gate_reference(
 ) -> GateOutput:
     """Compute `gate` from PyTorch's own differentiable functions."""
     check_gate(x, parameters, statistics, options, noise)
-    return _reference(x, parameters, statistics, options, noise)
+    return decide(x, parameters, statistics, options, noise)
 
 
-def _reference(
-    x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
+def decide(
+    x: Tensor,
+    parameters: GateParameters,
+    statistics: GateStatistics,
+    options: GateOptions,
+    noise: Tensor | None,
+    normalize: Callable[[Tensor], Tensor] | None = None,
 ) -> GateOutput:
+    """`gate_reference` of checked arguments; ``normalize``, (N, H) -> (N, H), may take the place of the norm."""
     dtype = parameters.weight2.dtype
     with torch.autocast(device_type=x.device.type, enabled=False):
         # Half-precision logits would flip decisions near 0.
@@ -137,7 +143,8 @@ def _reference(
             hidden = x.flatten(1).to(dtype)
         if parameters.weight1 is not None:
             hidden = F.linear(hidden, parameters.weight1, parameters.bias1)
-            hidden = torch.relu(_normalize(hidden, parameters, statistics, options))
+            hidden = normalize(hidden) if normalize else _normalize(hidden, parameters, statistics, options)
+            hidden = torch.relu(hidden)
         logits = F.linear(hidden, parameters.weight2, parameters.bias2)
         gate = estimate(
             logits,
