@@ -140,7 +140,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     data = (tmp_path / "m").read_bytes()
     for length in (0, 7, 100, len(data) // 2, len(data) - 1):
         (tmp_path / "m").write_bytes(data[:length])
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
             gatedconv.load(tmp_path / "m")
 
 

@@ -14,11 +14,8 @@ from torch import nn
 import gatedconv
 
 
-@pytest.fixture
-def file(tmp_path):
-    """A compact network's file: path, its tensors and its description."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
+def network():
+    return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8),
         nn.ReLU(),
@@ -26,7 +23,14 @@ def file(tmp_path):
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(4, 2),
-    ).eval()
+    )
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A compact network's file: path, its tensors and its description."""
+    torch.manual_seed(0)
+    model = network().eval()
     images = torch.randn(2, 3, 8, 8)
     gated = gatedconv.gate_model(model, "channel", example_input=images, verify=False)
     masks = {n: torch.arange(g.num_gates) % 2 == 0 for n, g in gatedconv.gates(gated).items()}
@@ -115,15 +119,7 @@ def test_a_changed_description_loads_or_is_a_value_error(file, seed):
 
 def test_a_users_network_comes_back_into_its_class(file):
     path, tensors, _, small, images = file
-    dense = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 4, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 2),
-    )
+    dense = network()
     back = gatedconv.load(path, into=dense)
     assert type(back) is nn.Sequential and back[0].out_channels == 4 and dense[0].out_channels == 8
     assert torch.equal(back(images), small.eval()(images))

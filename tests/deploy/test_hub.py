@@ -96,7 +96,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no model.safetensors"):
         gatedconv.HubModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         gatedconv.HubModel.from_pretrained(tmp_path)
 
 

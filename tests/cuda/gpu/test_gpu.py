@@ -235,10 +235,15 @@ def test_a_users_own_graph_may_hold_an_engine():
     assert torch.equal(out, expected)
 
 
-def test_layer_gates_decide_without_the_host(monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{"gate": "layer"}, {"gate": "channel", "position": "before"}, {"gate": "channel", "position": "middle"}],
+    ids=lambda options: " ".join(options.values()),
+)
+def test_gates_decide_without_the_host(options, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     torch.manual_seed(0)
-    model = settle(gatedconv.models.resnet20(gate="layer")).cuda()
+    model = settle(gatedconv.models.resnet20(**options)).cuda()
     with torch.no_grad():
         for gate in gatedconv.gates(model).values():
             torch.nn.init.normal_(gate.fc2.weight, std=3.0)

@@ -166,8 +166,8 @@ def test_a_dropped_in_conv_in_front_of_a_norm_leaves_the_norms_constant(act):
     for kind in ("none", "all"):
         frozen = gatedconv.freeze(model, masks={"0.gate": torch.full((8,), kind == "all")})
         with torch.no_grad():
-            cut = gatedconv.compact(frozen, IMAGES)
-            assert_close(cut(IMAGES), frozen(IMAGES))
+            small = gatedconv.compact(frozen, IMAGES)
+            assert_close(small(IMAGES), frozen(IMAGES))
 
 
 def test_a_compact_network_can_be_trained_further():
