@@ -175,7 +175,7 @@ class GateBranch(GateHook):
 
 
 class BeforeForward:
-    """Forward pre-hook of the whole model: in training, what belongs to the last forward goes first."""
+    """Forward pre-hook of the whole model: in training it drops what the last forward left."""
 
     of_gatedconv = True
 
@@ -183,7 +183,7 @@ class BeforeForward:
         self.links = links
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        """Let go."""
+        """Drop gates' outputs and decisions."""
         if model.training:
             forget(model)
             for link in self.links:

@@ -71,15 +71,15 @@ def freeze(
     if masks is not None:
         masks = _checked_masks(gates, masks)
     if loader is not None:
-        rates, asked = _vote(model, gates, loader)
+        rates, counts = _vote(model, gates, loader)
     else:
         rates = mean_over_ranks({name: gate.running_open_rate.detach().clone() for name, gate in gates.items()})
-        asked = dict.fromkeys(gates, 0 if masks is not None else 1)
+        counts = dict.fromkeys(gates, 0 if masks is not None else 1)
     _require_finite(rates)
     masks = masks or {name: rate >= 0.5 for name, rate in rates.items()}
     require_same_masks(masks, "freeze")
     frozen = freeze_gates(model, masks)
-    consensus = _consensus(masks, rates, asked)
+    consensus = _consensus(masks, rates, counts)
     vars(frozen)["consensus"] = consensus  # typed here; Module.__setattr__ is not
     _warn(consensus)
     return frozen
@@ -121,22 +121,22 @@ def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> di
 def _vote(
     model: nn.Module, gates: Mapping[str, Gate], loader: Iterable[Any]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Open rate of every gate over the loader, and the number of samples that asked it.
+    """Open rate of every gate over the loader, and the number of samples that reached it.
 
-    A channel gate inside a block that a sample skips is not asked by that sample; one that no sample
-    asked keeps the open rate of its training.
+    A channel gate inside a block that a sample skips does not see that sample; one that no sample
+    reached keeps the open rate of its training.
     """
     votes = {name: torch.zeros_like(gate.running_open_rate, dtype=torch.float64) for name, gate in gates.items()}
-    asked = dict.fromkeys(gates, 0)
+    counts = dict.fromkeys(gates, 0)
     seen, was_training = 0, {module: module.training for module in model.modules()}
     device = next(iter(votes.values())).device
 
     def count(name: str) -> Any:
         def hook(gate: Gate, args: Any, output: Tensor) -> None:
-            # A NaN logit is not above 0 and would pass for a shut gate.
+            # A NaN logit is not above 0 and would pass for a closed gate.
             sane = gate.logits is None or bool(gate.logits.isfinite().all())
             votes[name] += output.sum(dim=0, dtype=torch.float64) if sane else torch.nan
-            asked[name] += output.shape[0]
+            counts[name] += output.shape[0]
 
         return hook
 
@@ -154,14 +154,14 @@ def _vote(
             hook.remove()
         for module, training in was_training.items():
             module.training = training
-    votes, asked = sum_votes(votes, asked)
-    if seen == 0 and not any(asked.values()):
+    votes, counts = sum_votes(votes, counts)
+    if seen == 0 and not any(counts.values()):
         raise ValueError("freeze: the loader yielded no samples")
     rates = {
-        name: vote / asked[name] if asked[name] else gates[name].running_open_rate.double()
+        name: vote / counts[name] if counts[name] else gates[name].running_open_rate.double()
         for name, vote in votes.items()
     }
-    return {name: rate.to(torch.get_default_dtype()) for name, rate in rates.items()}, asked
+    return {name: rate.to(torch.get_default_dtype()) for name, rate in rates.items()}, counts
 
 
 def _require_finite(rates: Mapping[str, Tensor]) -> None:
@@ -170,11 +170,11 @@ def _require_finite(rates: Mapping[str, Tensor]) -> None:
         raise ValueError(f"freeze: gate {broken[0]!r} has logits or open rates that are not finite numbers")
 
 
-def _consensus(masks: Mapping[str, Tensor], rates: Mapping[str, Tensor], asked: Mapping[str, int]) -> Consensus:
-    """Agreement counts the decisions that were made: those of gates that samples asked."""
-    shares = {n: torch.where(masks[n], rates[n], 1 - rates[n]).double() for n in rates if asked[n]}
-    agreeing = sum(float(share.sum()) * asked[name] for name, share in shares.items())
-    decisions = sum(share.numel() * asked[name] for name, share in shares.items())
+def _consensus(masks: Mapping[str, Tensor], rates: Mapping[str, Tensor], counts: Mapping[str, int]) -> Consensus:
+    """Agreement counts the decisions that were made: those of gates that samples reached."""
+    shares = {n: torch.where(masks[n], rates[n], 1 - rates[n]).double() for n in rates if counts[n]}
+    agreeing = sum(float(share.sum()) * counts[name] for name, share in shares.items())
+    decisions = sum(share.numel() * counts[name] for name, share in shares.items())
     per_gate = {name: float(share.mean()) for name, share in shares.items()}
     return Consensus(dict(masks), agreeing / decisions if decisions else None, per_gate, dict(rates))
 

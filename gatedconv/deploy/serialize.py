@@ -119,7 +119,7 @@ def load(path: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.M
             header = (file.metadata() or {}).get(FORMAT)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"load: {path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"load: {path} is not a complete safetensors file: {error}") from error
     if header is None:
         raise ValueError(f"load: {path} is a safetensors file, but gatedconv did not write it")
     model = _rebuild(path, header, tensors, into)
@@ -201,8 +201,8 @@ def _describe(model: ResNet) -> dict[str, Any]:
     consensus: Consensus | None = getattr(model, "consensus", None)
     gates = find_gates(model)
     masks = {name: gate.mask for name, gate in gates.items() if isinstance(gate, FrozenGate)}
-    cut = any(isinstance(module, CompactBlock) for module in model.modules())
-    stage = "frozen" if masks else "gated" if gates else "compact" if cut else "dense"
+    compacted = any(isinstance(module, CompactBlock) for module in model.modules())
+    stage = "frozen" if masks else "gated" if gates else "compact" if compacted else "dense"
     if consensus is not None and masks:  # a state dict may have moved them since the vote
         consensus = dataclasses.replace(consensus, masks=masks)
     description: dict[str, Any] = {"version": VERSION, "model": model.config, "stage": stage}
@@ -266,7 +266,7 @@ def _tie(model: nn.Module, ties: dict[str, str]) -> None:
 
 
 class _Unfit(ValueError):
-    """A file that is whole, and not loaded this way."""
+    """A complete file that cannot be loaded this way."""
 
 
 class _Newer(ValueError):

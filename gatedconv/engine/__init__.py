@@ -1,4 +1,4 @@
-"""A cut network, packed once and run natively."""
+"""A compact network, packed once and run natively."""
 
 from gatedconv.deploy.export import register_plan_writer
 from gatedconv.deploy.serialize import register_packed

@@ -10,7 +10,7 @@ from typing import NamedTuple
 INK, MUTED, GRID, OPEN = "#1f2430", "#6b7280", "#e5e7eb", (11, 93, 86)
 SHAPES = {
     "dense": ("circle", "#64748b"),
-    "frozen": ("circle", "#0f766e"),
+    "compact": ("circle", "#0f766e"),
     "dynamic": ("ring", "#0f766e"),
     "dense teacher": ("ring", "#64748b"),
     "control: equal MACs": ("diamond", "#b45309"),

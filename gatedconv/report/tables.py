@@ -38,7 +38,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], texts: 
 
 
 def comparison_table(summary: Summary) -> str:
-    """Dense against frozen, from a run's summary: top-1, MACs, parameters, latency, agreement.
+    """Dense against compact, from a run's summary: top-1, MACs, parameters, latency, agreement.
 
     A run without a dense baseline, or without gates, leaves that column empty.
     """
@@ -68,12 +68,12 @@ def comparison_table(summary: Summary) -> str:
         rows.append(["training energy (J)", "", joules_text(summary["energy_j"]), ""])
     if frozen is not None:
         rows.append(["agreement (%)", _ABSENT, f"{100 * summary['agreement']:.2f}", ""])
-    return text_table(["", network_name("dense", summary), "frozen", "change"], rows)
+    return text_table(["", network_name("dense", summary), network_name("frozen", summary), "change"], rows)
 
 
 def network_name(kind: str, summary: Summary) -> str:
-    """The label of a network of a run; in a run with a teacher "dense" is that teacher, not a baseline."""
-    return "dense teacher" if kind == "dense" and summary.get("taught") else kind
+    """The label of a network in a summary: "frozen" is the compact one, and "dense" may be the teacher of the run."""
+    return "compact" if kind == "frozen" else "dense teacher" if kind == "dense" and summary.get("taught") else kind
 
 
 def joules_text(joules: float | None) -> str:

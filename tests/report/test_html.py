@@ -122,7 +122,7 @@ def test_a_heat_map_shades_from_closed_to_open() -> None:
 
 
 def test_points_are_at_their_numbers() -> None:
-    points = [Point(10, 90, "dense", "a"), Point(20, 95, "frozen", "b"), Point(float("nan"), 1, "dense", "c")]
+    points = [Point(10, 90, "dense", "a"), Point(20, 95, "compact", "b"), Point(float("nan"), 1, "dense", "c")]
     picture = ElementTree.fromstring(scatter(points, "x", "y"))
     first, second = picture.iter("circle")
     assert float(second.get("cx") or 0) > float(first.get("cx") or 0)

@@ -13,7 +13,7 @@ def cells(line: str) -> list[str]:
 
 def test_comparison_prints_gains_and_losses_alike() -> None:
     lines = comparison_table({"dense": DENSE, "frozen": FROZEN, "agreement": 0.9975}).splitlines()
-    assert cells(lines[0]) == ["dense", "frozen", "change"]
+    assert cells(lines[0]) == ["dense", "compact", "change"]
     assert [cells(line) for line in lines[2:]] == [
         ["top-1 (%)", "99.50", "99.25", "-0.25"],
         ["MACs (M)", "2.50", "1.00", "-60.0 %"],
@@ -41,7 +41,7 @@ def test_runs_table_has_a_row_per_network() -> None:
     rows = [cells(line) for line in text.splitlines()[2:]]
     assert rows == [
         ["runs/a", "dense", "99.50", "2.50", "272.0", "-"],
-        ["runs/a", "frozen", "99.25", "1.00", "136.0", "50.00"],
+        ["runs/a", "compact", "99.25", "1.00", "136.0", "50.00"],
         ["runs/b", "dense", "99.50", "2.50", "272.0", "-"],
     ]
 
