@@ -51,7 +51,7 @@ def demo_seeds() -> str:
                 f"{found['agreement']:.2%}",
             ]
         )
-    return _markdown(["gates", "seed", "dense top-1 (%)", "frozen top-1 (%)", "MACs left", "agreement"], rows)
+    return _markdown(["gates", "seed", "dense top-1 (%)", "compact top-1 (%)", "MACs left", "agreement"], rows)
 
 
 def cifar10() -> str:
