@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
 
 
-def as_parameters(cases: Iterable[Any]) -> list[Any]:
-    """Cases as test parameters, with readable names and the mark of the short selection."""
-    return [
-        pytest.param(
-            case,
-            id=f"{case.name}-batch-{case.batch}".replace(" ", "-"),
-            marks=[pytest.mark.quick] * case.quick + [pytest.mark.goals] * (goal(case) is not None),
-        )
-        for case in cases
-    ]
+def as_parameter(case: Any, name: str, quick: bool) -> Any:
+    """A case as a test parameter, with its name, hyphenated, and the marks of the selections that it is in."""
+    marks = [pytest.mark.quick] * quick + [pytest.mark.goals] * (goal(case) is not None)
+    return pytest.param(case, id=name.replace(" ", "-"), marks=marks)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.layers import LayerCase
+from benchmarks.layers import is_cifar
 from benchmarks.networks import VARIANTS, NetworkCase
+from gatedconv.report.layers import ConvCase
 
 # How many times faster than the fastest peer, by network and batch.
 NETWORK_GOALS = {
@@ -24,10 +25,10 @@ LAYER_GOALS = {50: 1.7, 100: 1.0}
 LAYER_GOALS_FROM_BATCH = 8
 
 
-def goal(case: LayerCase | NetworkCase) -> float | None:
+def goal(case: ConvCase | NetworkCase) -> float | None:
     """The ratio that a case is to reach, None if it has no goal."""
     if isinstance(case, NetworkCase):
         return NETWORK_GOALS.get((case.name, case.batch))
-    if case.shape.family != "cifar" or case.batch < LAYER_GOALS_FROM_BATCH or not isinstance(case.open, int):
+    if not is_cifar(case) or case.batch < LAYER_GOALS_FROM_BATCH or not isinstance(case.open, int):
         return None
     return LAYER_GOALS.get(case.open)

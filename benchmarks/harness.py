@@ -26,6 +26,7 @@ from gatedconv.report.bench import Row
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HEADER = ("device", "cpu", "isa", "threads", "torch", "triton", "cuda", "versions", "commit", "date")
+_NEWER = ("note", "agreement")  # fields that older files lack
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GATEDCONV_ISA")
 
 Call = Callable[[], Any]
@@ -76,7 +77,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = json.loads(path.read_text())
     missing = [key for key in (*HEADER, "rows", "failures") if key not in found]
-    required = [field.name for field in dataclasses.fields(Row) if field.name != "note"]  # newer than some files
+    required = [field.name for field in dataclasses.fields(Row) if field.name not in _NEWER]
     missing += [field for row in found.get("rows", []) for field in required if field not in row]
     if missing:
         raise ValueError(f"{path}: keys are missing: {', '.join(sorted(set(missing)))}")

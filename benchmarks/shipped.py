@@ -1,7 +1,8 @@
-"""The networks that people ship, dense and half pruned, in our engine and in ONNX Runtime and OpenVINO.
+"""The networks that people ship, dense and half pruned, in our engine and in other runtimes.
 
 ``python -m benchmarks.shipped`` measures what its result file lacks; ``--minutes`` bounds it, and a second call
-continues. Runtimes take turns, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours
+continues. ``--group mobile`` and ``--group reduced`` do the same for other peers, each in a file of its own and with our
+engine measured again beside them: runtimes made for phones, and those that compute in fewer bits. Runtimes take turns, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours
 say how many GFLOP/s the fastest call is, and which share of the fastest product that PyTorch computes on the same
 threads; at batch 1 they list the ten slowest layers, each timed with all threads at it.
 """
@@ -13,8 +14,9 @@ import itertools
 import json
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ from benchmarks.roofline import layer_work, measured_rates
 from benchmarks.yolo import Yolo
 from gatedconv._io import write_atomic
 from gatedconv.engine.cpu_plan import PlanModule
+from gatedconv.environment import versions
 from gatedconv.ops.plan import plan_times
-from gatedconv.report.bench import Row, best_rows, compare_runtimes
-from gatedconv.report.runtimes import OURS, SETTINGS
+from gatedconv.report.bench import PROBES, Row, best_rows, compare_runtimes
+from gatedconv.report.quantizers import CALIBRATION
+from gatedconv.report.runtimes import OURS, REDUCED, SETTINGS
 from gatedconv.report.tables import markdown_table
 
 NETWORKS = (
@@ -47,7 +51,15 @@ NETWORKS = (
     "yolov8n",
 )
 CUTS, BATCHES = ("dense", "mid-50"), (1, 8)
-PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "mnn": "MNN", "ncnn": "ncnn", "litert": "LiteRT"}
+OWN = tuple(setting for setting in SETTINGS if setting.provider == OURS)
+GROUPS = {
+    "main": tuple(s for s in SETTINGS if s.provider in (OURS, "onnxruntime", "openvino")),
+    "mobile": OWN + tuple(s for s in SETTINGS if s.provider in ("mnn", "ncnn", "litert")),
+    "reduced": OWN + REDUCED,
+}
+"""What is measured side by side, each in a result file of its own."""
+PACKAGES = {"main": (), "mobile": ("MNN", "ncnn", "pnnx", "ai-edge-litert"), "reduced": ("nncf",)}
 SLOWEST, PROFILES = 10, 20
 
 
@@ -115,12 +127,19 @@ def slowest_layers(network: nn.Module, x: Tensor) -> list[dict[str, Any]]:
     return sorted(layers, key=lambda layer: -layer["ms"])[:SLOWEST]
 
 
-def measure(case: Case, network: nn.Module, rounds: int, threads: int, peak: float, size: int = 224) -> dict[str, Any]:
-    """Rows, failures and the slowest layers of a case."""
-    x = torch.randn(case.batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-    settings = [setting for setting in SETTINGS if setting.provider in (OURS, *PEERS)]
-    found = compare_runtimes(case.name, network, x, settings=settings, threads=threads, sample_ms=60.0)
-    found.rounds(rounds)
+def measure(case: Case, network: nn.Module, folder: Path, options: argparse.Namespace, peak: float) -> dict[str, Any]:
+    """Rows, failures and, in the main group, the slowest layers of a case; files go to the folder."""
+    x = torch.randn(case.batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(1))
+    found = compare_runtimes(
+        case.name,
+        network,
+        x,
+        settings=GROUPS[options.group],
+        folder=folder,
+        threads=options.threads,
+        sample_ms=60.0,
+    )
+    found.rounds(options.rounds)
     macs = sum(macs for macs, _, _ in layer_work(network, x[:1]))
     rows = []
     for row in found.rows():
@@ -132,7 +151,7 @@ def measure(case: Case, network: nn.Module, rounds: int, threads: int, peak: flo
         {"case": case.name, "batch": case.batch, "provider": p, "setting": s, "reason": why}
         for (p, s), why in found.failures.items()
     ]
-    layers = slowest_layers(network, x) if case.batch == 1 else []
+    layers = slowest_layers(network, x) if case.batch == 1 and options.group == "main" else []
     return {"rows": rows, "failures": failures, "layers": {case.name: layers} if layers else {}}
 
 
@@ -151,7 +170,7 @@ class Results:
             different = [
                 key
                 for key in machine
-                if key not in ("date", "peak_gflops") and self.found["machine"][key] != machine[key]
+                if key not in ("date", "peak_gflops") and self.found["machine"].get(key) != machine[key]
             ]
             if different:
                 raise ValueError(f"{path}: has results of another machine or version ({', '.join(different)} differ)")
@@ -175,88 +194,163 @@ class Results:
 
 
 def section() -> str:
-    """The table of docs/performance.md."""
-    parts = [_table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("shipped-*.json"))]
-    return "\n\n".join(parts) or "No results yet."
+    """The tables of docs/performance.md, by machine: all peers in float32, and those in fewer bits."""
+    machines: dict[str, dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob("shipped-*.json")):
+        found = json.loads(path.read_text())
+        machines.setdefault(found["machine"]["device"], {})[found["machine"].get("group", "main")] = found
+    parts = [part for groups in machines.values() if "main" in groups for part in (_table(groups), _reduced(groups))]
+    return "\n\n".join(part for part in parts if part) or "No results yet."
 
 
-def _table(found: dict[str, Any]) -> str:
+class _Timed:
+    """A group's rows: for each case and batch, ours and the fastest setting of each peer and dtype."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        names = set(Row.__dataclass_fields__)
+        rows = [Row(**{key: value for key, value in row.items() if key in names}) for row in found["rows"]]
+        self.best: dict[Case, dict[tuple[str, str], Row]] = {case: {} for case in CASES}
+        for row in best_rows(rows, "ms_min"):
+            case = next(case for case in CASES if (case.name, case.batch) == (row.case, row.batch))
+            self.best[case][row.provider, row.dtype] = row
+
+    def ours(self, case: Case) -> Row | None:
+        return self.best[case].get((OURS, "float32"))
+
+    def peers(self, case: Case) -> dict[tuple[str, str], Row]:
+        return {key: row for key, row in self.best[case].items() if key[0] != OURS}
+
+    def ratios(self, case: Case) -> list[float]:
+        """Peer over ours, of calls that took turns."""
+        ours = self.ours(case)
+        times = [row.ms_min for row in self.peers(case).values() if row.ms_min]
+        return [ms / ours.ms_min for ms in times] if ours is not None and ours.ms_min else []
+
+
+def _table(groups: dict[str, dict[str, Any]]) -> str:
+    found = groups["main"]
     machine = found["machine"]
-    names = {field for field in Row.__dataclass_fields__}
-    rows = [Row(**{key: value for key, value in row.items() if key in names}) for row in found["rows"]]
+    timed = [_Timed(groups[name]) for name in ("main", "mobile") if name in groups]
+    shown = {p: title for p, title in PEERS.items() if any((p, "float32") in t.peers(c) for t in timed for c in CASES)}
     own = {(row["case"], row["batch"]): row for row in found["rows"] if row["provider"] == OURS}
-    best = {(row.case, row.batch, row.provider): row for row in best_rows(rows, "ms_min")}
     lines, ratios = [], []
     for case in CASES:
-        ours = own.get((case.name, case.batch))
-        peers = [best.get((case.name, case.batch, peer)) for peer in PEERS]
-        timed = [peer.ms_min for peer in peers if peer is not None and peer.ms_min is not None]
-        if ours is None or not timed:
+        ours, peers = own.get((case.name, case.batch)), {k: v for t in timed for k, v in t.peers(case).items()}
+        faster = [ratio for t in timed for ratio in t.ratios(case)]
+        if ours is None or not faster:
             continue
-        ratios.append(min(timed) / ours["ms_min"])
-        cells = [f"{ours['ms_min']:.2f} ({ours['ms_median']:.2f})"]
-        cells += ["-" if p is None else f"{p.ms_min:.2f} ({p.ms_median:.2f})" for p in peers]
+        ratios.append(min(faster))
+        cells = [f"{ours['ms_min']:.2f} ({ours['ms_median']:.2f})", *(_ms(peers.get((p, "float32"))) for p in shown)]
         speed = [f"{ratios[-1]:.2f}", f"{ours['gflops']:.0f}", f"{ours['share_of_peak']:.0%}"]
         lines.append([case.name, str(case.batch), *cells, *speed])
-    mean = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else math.nan
-    header = ["network", "batch", "**gatedconv**", *PEERS.values(), "fastest peer / ours", "GFLOP/s", "of the peak"]
-    ahead = sum(ratio >= 1 for ratio in ratios)
+    header = ["network", "batch", "**gatedconv**", *shown.values(), "fastest peer / ours", "GFLOP/s", "of the peak"]
     return (
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32, 224 x 224; torch "
-        f"{machine['torch']}, onnxruntime {machine['versions'].get('onnxruntime')}, openvino "
-        f"{machine['versions'].get('openvino')}; commit `{(machine['commit'] or 'unknown')[:10]}`, "
-        f"{machine['date'][:10]}. Fastest call in ms (median of the rounds), each runtime at its fastest setting. "
-        f"gatedconv is the fastest in {ahead} of {len(ratios)} rows; geometric mean of fastest peer / ours "
-        f"{mean:.2f}. The peak is the fastest product that PyTorch computes on these threads, "
-        f"{machine['peak_gflops']:.0f} GFLOP/s; Winograd's algorithms may pass it, because the multiply-adds of the "
-        f"direct sum are counted.\n\n" + markdown_table(header, lines, 1) + _not_measured(found["failures"])
+        f"**Same precision.** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32, 224 x 224; "
+        f"{_software(groups)}. Fastest call in ms (median of the rounds), each runtime at its fastest setting. "
+        f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows; geometric mean of "
+        f"fastest peer / ours {_geometric_mean(ratios):.2f}. Ratios are of calls that took turns: ONNX Runtime and OpenVINO "
+        f"in one run, MNN, ncnn and LiteRT in another one with our engine. The peak is the fastest product that PyTorch "
+        f"computes on these threads, {machine['peak_gflops']:.0f} GFLOP/s; Winograd's algorithms may pass it, because the "
+        f"multiply-adds of the direct sum are counted.\n\n"
+        + markdown_table(header, lines, 1)
+        + _not_measured(f for name in ("main", "mobile") if name in groups for f in groups[name]["failures"])
     )
 
 
-def _not_measured(failures: list[dict[str, Any]]) -> str:
-    lines = [f"- {f['case']}, batch {f['batch']}, {f['provider']} {f['setting']}: {f['reason']}" for f in failures]
+def _reduced(groups: dict[str, dict[str, Any]]) -> str:
+    if "reduced" not in groups:
+        return ""
+    found = groups["reduced"]
+    timed, exact = _Timed(found), [_Timed(groups[name]) for name in ("main", "mobile") if name in groups]
+    keys = [(s.provider, s.dtype) for s in REDUCED]
+    lines, ratios = [], []
+    for case in CASES:
+        ours, peers = timed.ours(case), timed.peers(case)
+        faster = [ratio for t in (timed, *exact) for ratio in t.ratios(case)]
+        if ours is None or not faster:
+            continue
+        ratios.append(min(faster))
+        cells = [_ms(ours), *(cell for key in keys for cell in (_ms(peers.get(key)), _quality(peers.get(key))))]
+        lines.append([case.name, str(case.batch), *cells, f"{ratios[-1]:.2f}"])
+    titles = [title for p, dtype in keys for title in (f"{PEERS[p]} {dtype}", "error, same top-1")]
+    header = ["network", "batch", "**gatedconv** float32", *titles, "fastest of all peers / ours"]
+    return (
+        f"**Whatever the user could pick.** The same networks, and peers that compute in fewer bits: OpenVINO at its "
+        f"default precision, and int8 after calibration on {CALIBRATION} images (NNCF for OpenVINO, static QDQ for ONNX "
+        f"Runtime). Error: max|a - b| / max|b| of the outputs of {PROBES} other images; same top-1: the share of them with "
+        f"the same largest output. Weights and images are random, so that this is the error of the arithmetic and no loss of "
+        f"accuracy: for that see [Quantize](quantize.md). The last column counts all peers, in float32, too: gatedconv is "
+        f"the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows, geometric mean "
+        f"{_geometric_mean(ratios):.2f}. Commit `{(found['machine']['commit'] or 'unknown')[:10]}`, "
+        f"{found['machine']['date'][:10]}.\n\n" + markdown_table(header, lines, 1) + _not_measured(found["failures"])
+    )
+
+
+def _software(groups: dict[str, dict[str, Any]]) -> str:
+    """Versions, and the commit of each group."""
+    machines = {name: found["machine"] for name, found in groups.items()}
+    known = {name: number for machine in machines.values() for name, number in machine["versions"].items()}
+    packages = ("torch", "onnxruntime", "openvino", *(package for group in PACKAGES.values() for package in group))
+    commits = ", ".join(
+        f"`{(machine['commit'] or 'unknown')[:10]}` ({name}, {machine['date'][:10]})" for name, machine in machines.items()
+    )
+    return f"{', '.join(f'{name} {known[name]}' for name in packages if name in known)}; commit {commits}"
+
+
+def _ms(row: Row | None) -> str:
+    return "-" if row is None else f"{row.ms_min:.2f} ({row.ms_median:.2f})"
+
+
+def _quality(row: Row | None) -> str:
+    return "-" if row is None or row.agreement is None else f"{row.error:.1e}, {row.agreement:.0%}"
+
+
+def _geometric_mean(ratios: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else math.nan
+
+
+def _not_measured(failures: Iterable[dict[str, Any]]) -> str:
+    cases: dict[tuple[str, str, str], list[str]] = {}
+    for f in failures:
+        cases.setdefault((f["provider"], f["setting"], f["reason"]), []).append(f"{f['case']}, batch {f['batch']}")
+    lines = [
+        f"- {provider}, {setting}: {reason} ({'; '.join(names) if len(names) < 4 else f'{len(names)} cases'})"
+        for (provider, setting, reason), names in cases.items()
+    ]
     return "\n\nNot measured:\n\n" + "\n".join(lines) if lines else ""
 
 
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shipped", description=__doc__)
+    parser.add_argument("--group", choices=GROUPS, default="main", help="peers to measure beside our engine [main]")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each case [9]")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every runtime [2]")
     parser.add_argument("--minutes", type=float, help="start no case after this time; run again to continue")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images [224]")
-    parser.add_argument("--out", type=Path, help="result file [benchmarks/results/shipped-DEVICE.json]")
+    parser.add_argument("--out", type=Path, help="result file [benchmarks/results/shipped-DEVICE.json, -GROUP]")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     peak = measured_rates(torch.device("cpu"), torch.float32).flop_per_ms / 1e6
     machine = {**machine_header(options.threads), "size": options.size, "peak_gflops": round(peak, 1)}
-    results = Results(options.out or RESULTS / f"shipped-{machine['device']}.json", machine)
+    end_of_name = ""
+    if options.group != "main":
+        machine |= {"group": options.group, "versions": machine["versions"] | versions(*PACKAGES[options.group])}
+        end_of_name = f"-{options.group}"
+    results = Results(options.out or RESULTS / f"shipped-{machine['device']}{end_of_name}.json", machine)
     for (name, cut), cases in itertools.groupby(CASES, key=lambda case: (case.network, case.cut)):
         left = [case for case in cases if options.only in case.name and not results.has(case)]
         if not left or time.monotonic() > end:
             continue
         network = build(name, cut, options.size)
-        for case in left:
-            results.add(
-                measure(
-                    case,
-                    network,
-                    options.rounds,
-                    options.threads,
-                    results.found["machine"]["peak_gflops"],
-                    options.size,
-                )
-            )
-            say(
-                f"{case.name}, batch {case.batch}: "
-                + ", ".join(
-                    f"{row['provider']} {row['setting']} {row['ms_min']:.2f} ms"
-                    for row in results.found["rows"]
-                    if (row["case"], row["batch"]) == (case.name, case.batch)
-                )
-            )
+        with tempfile.TemporaryDirectory() as folder:  # of both batches: conversion takes longer than measuring
+            for case in left:
+                results.add(measure(case, network, Path(folder), options, results.found["machine"]["peak_gflops"]))
+                rows = [row for row in results.found["rows"] if (row["case"], row["batch"]) == (case.name, case.batch)]
+                times = ", ".join(f"{row['provider']} {row['setting']} {row['ms_min']:.2f} ms" for row in rows)
+                say(f"{case.name}, batch {case.batch}: {times}")
 
 
 if __name__ == "__main__":

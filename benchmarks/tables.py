@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.goals import LAYER_GOALS, LAYER_GOALS_FROM_BATCH, goal
 from benchmarks.harness import read, result_files
-from benchmarks.layers import OPEN, SHAPES, LayerCase
+from benchmarks.layers import OPEN, SHAPES
 from benchmarks.networks import CASES as NETWORKS
 from gatedconv.report.bench import Row, best_rows
+from gatedconv.report.layers import ConvCase
 from gatedconv.report.runtimes import OURS, UNLIMITED_ISA
 from gatedconv.report.tables import markdown_table
 
@@ -173,12 +174,12 @@ def _layers(rows: list[Row], judged: Judged) -> str:
         for batch in dict.fromkeys(row.batch for row in rows):
             cells, seen = [], False
             for share in OPEN:
-                case = LayerCase(shape, batch, share)
+                case = replace(shape, batch=batch, open=share)
                 dense = best.get((case.name, batch, "conv2d"))
                 seen = seen or dense is not None
                 cells.append(_layer_cell(case, dense, judged))
             if seen:
-                lines.append([shape.name, str(batch), *cells])
+                lines.append([shape.shape, str(batch), *cells])
     header = [
         "convolution",
         "batch",
@@ -193,7 +194,7 @@ def _layers(rows: list[Row], judged: Judged) -> str:
     )
 
 
-def _layer_cell(case: LayerCase, dense: Row | None, judged: Judged) -> str:
+def _layer_cell(case: ConvCase, dense: Row | None, judged: Judged) -> str:
     if dense is None or dense.ratio is None:
         return "-"
     wanted = goal(case)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.conftest import as_parameters
-from benchmarks.layers import CASES, LayerCase, compare_layers
+from benchmarks.conftest import as_parameter
+from benchmarks.layers import CASES, is_quick
+from gatedconv.report.layers import ConvCase, compare_layers
 
 
-@pytest.mark.parametrize("case", as_parameters(CASES))
-def test_layer(case: LayerCase, compete: Callable[..., None]) -> None:
+@pytest.mark.parametrize("case", [as_parameter(case, str(case), is_quick(case)) for case in CASES])
+def test_layer(case: ConvCase, compete: Callable[..., None]) -> None:
     compete("layer", case, lambda: compare_layers(case))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.conftest import CACHE, as_parameters
+from benchmarks.conftest import CACHE, as_parameter
 from benchmarks.networks import CASES, NetworkCase
 from gatedconv.report.bench import Comparison, compare_runtimes
 from gatedconv.report.runtimes import SETTINGS
@@ -19,7 +19,7 @@ JIT, WITH_JIT = "freezing, channels_last", ("resnet56", "resnet18")
 
 
 @pytest.mark.timeout(540)
-@pytest.mark.parametrize("case", as_parameters(CASES))
+@pytest.mark.parametrize("case", [as_parameter(case, f"{case.name} batch {case.batch}", case.quick) for case in CASES])
 def test_network(case: NetworkCase, compete: Callable[..., None], cpu_threads: int) -> None:
     def build() -> Comparison:
         network, x = case.build()

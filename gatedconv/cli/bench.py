@@ -15,17 +15,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument(
         "target",
-        metavar="RUN|MODEL",
-        help="a run folder, a saved model, a .pt2 of torch.export, or the name of a torchvision model",
+        metavar="RUN|MODEL|CASE",
+        help="a run folder, a saved model, a .pt2 of torch.export, the name of a torchvision model, or one convolution "
+        "with closed outputs, such as 'n8 i16 o32 h32 k3 s2 open50': batch, input and output channels, height of the map, "
+        "kernel, stride, percentage of outputs that are open; also w width, p padding, d dilation, g groups",
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], metavar="N", help="batch sizes [1 32]")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch sizes [1 32]")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each [15]")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
     parser.add_argument(
         "--peers",
         metavar="NAME,...",
         default="all",
-        help="the other runtimes to measure: eager, compile, onnxruntime, openvino; all or none [all]",
+        help="the other runtimes to measure: eager, compile, onnxruntime, openvino, mnn, ncnn; all or none [all]",
+    )
+    parser.add_argument(
+        "--reduced",
+        action="store_true",
+        help="also the peers that compute in fewer bits, bf16 or int8 calibrated on random images, each with its error",
     )
     parser.add_argument("--size", type=int, metavar="N", help="height and width of the images, if not the model's")
     parser.add_argument(
@@ -46,11 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.report.bench import bench_table, best_rows, compare_runtimes
 
     _check(arguments)
-    if arguments.footprint:
-        return _footprint(arguments)
-    settings = _settings(arguments.peers)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if _is_case(arguments.target):
+        return _layer(arguments)
+    arguments.batch = arguments.batch or [1, 32]
+    if arguments.footprint:
+        return _footprint(arguments)
+    settings = _settings(arguments.peers, arguments.reduced)
     rows, failures, energy = [], {}, []
     for name, (network, size) in _networks(arguments.target, arguments.size).items():
         for batch in arguments.batch:
@@ -66,6 +76,31 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not measured: {provider}, {setting}: {reason}")
     for line in energy:
         print(line)
+    return 0
+
+
+def _is_case(target: str) -> bool:
+    from gatedconv.report.layers import ConvCase
+
+    return ConvCase.is_meant(target) and not Path(target).exists()
+
+
+def _layer(arguments: argparse.Namespace) -> int:
+    """Measure one convolution in our operator and in PyTorch's, and print a table."""
+    from gatedconv.report.bench import bench_table, best_rows
+    from gatedconv.report.layers import ConvCase, compare_layers
+
+    case = ConvCase.parse(arguments.target)
+    given = [name for name in ("batch", "size", "energy", "footprint", "reduced") if getattr(arguments, name)]
+    given += ["peers"] * (arguments.peers != "all")
+    if given:
+        raise ValueError(f"{given[0]}: not for a single convolution, got --{given[0]} with {arguments.target!r}")
+    comparison = compare_layers(case)
+    comparison.rounds(arguments.rounds)
+    rows = comparison.rows()
+    print(bench_table(rows if arguments.all_settings else best_rows(rows, "ms_min")))
+    for (provider, setting), reason in comparison.failures.items():
+        print(f"not measured: {provider}, {setting}: {reason}")
     return 0
 
 
@@ -118,7 +153,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from gatedconv.train.options import MAX_THREADS
 
     for name, values, most in (
-        ("batch", arguments.batch, _MOST),
+        ("batch", arguments.batch or [], _MOST),
         ("rounds", [arguments.rounds], _MOST),
         ("threads", [arguments.threads], MAX_THREADS),
         ("size", [arguments.size], _MOST),
@@ -130,15 +165,16 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name}: expected at most {most}, got {max(given)}")
 
 
-def _settings(peers: str) -> list[Any]:
-    from gatedconv.report.runtimes import OURS, PROVIDERS, SETTINGS
+def _settings(peers: str, reduced: bool) -> list[Any]:
+    from gatedconv.report.runtimes import OURS, PROVIDERS, REDUCED, SETTINGS
 
     others = [name for name in PROVIDERS if name != OURS]
     wanted = {"all": others, "none": []}.get(peers, [name.strip() for name in peers.split(",")])
     unknown = sorted(set(wanted) - set(others))
     if unknown:
         raise ValueError(f"peers: expected some of {', '.join(others)}, all or none; got {unknown[0]!r}")
-    return [setting for setting in SETTINGS if setting.provider == OURS or setting.provider in wanted]
+    known = SETTINGS + REDUCED if reduced else SETTINGS
+    return [setting for setting in known if setting.provider == OURS or setting.provider in wanted]
 
 
 def _networks(target: str, size: int | None) -> dict[str, tuple[Any, tuple[int, int, int] | None]]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.measure.interleaved import Interleaved
-from gatedconv.report.runtimes import OURS, SETTINGS, Run, Setting, fingerprint, quiet
+from gatedconv.report.exported import Run
+from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint, quiet
 from gatedconv.report.tables import text_table
 
 Candidate = tuple[str, str]
@@ -22,6 +23,8 @@ Candidate = tuple[str, str]
 
 TOLERANCE = 1e-4  # max|a - b| / max|b| against eager PyTorch: beyond it the output is wrong, and is not timed
 DISTURBED = 1.3  # median over minimum: beyond it, something else used the machine
+PROBES = 32  # images on which the error of reduced precision is found
+_NONSENSE = 10.0  # an error beyond it is no matter of precision
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Row:
         benchmark: the family of cases, such as "network" or "layer".
         case: the network or layer.
         batch: images per call.
-        dtype: of input and weights.
+        dtype: that it computes in.
         provider: "gatedconv", or a peer by name.
         setting: how the provider was set up.
         ms_median: of the rounds, ms per call; None where nothing was measured, with a ``note``.
@@ -42,7 +45,8 @@ class Row:
         ratio: this over the time of our best setting, pair by pair, median of the rounds; None without ours.
         ratio_low: its 25th percentile.
         ratio_high: its 75th percentile.
-        error: max|a - b| / max|b| of the output against a reference.
+        error: max|a - b| / max|b| of the output against a reference; of reduced precision on images of its own.
+        agreement: share of those images that have the same largest output; None in full precision.
         launches: kernel launches per call; None where they were not counted.
         bytes_peak: memory of a call beyond what was allocated before it; None where it was not measured.
         note: what is missing, and why; begins with "failed" where it should not be missing.
@@ -62,6 +66,7 @@ class Row:
     ratio_low: float | None = None
     ratio_high: float | None = None
     error: float | None = None
+    agreement: float | None = None
     launches: int | None = None
     bytes_peak: int | None = None
     note: str | None = None
@@ -85,10 +90,13 @@ class Comparison:
         batch: images per call, for the rows.
         prepare: candidate -> function that prepares it and returns the call to time.
         expected: candidate -> the right output.
+        reduced: candidate -> dtype of those that compute in fewer bits than the expected output: their error is reported,
+            and does not disqualify them.
         timing: options of `Interleaved`.
 
     Attributes:
         errors: candidate -> max|a - b| / max|b| of its output.
+        agreement: candidate -> share of images with the same largest output, where that was found.
         failures: candidate -> why it is not timed.
         timing: the samples of the candidates in ``errors``.
 
@@ -103,11 +111,14 @@ class Comparison:
         batch: int,
         prepare: Mapping[Candidate, Callable[[], Run]],
         expected: Mapping[Candidate, Tensor],
+        reduced: Mapping[Candidate, str] | None = None,
         **timing: Any,
     ) -> None:
         self.benchmark, self.case, self.batch = benchmark, case, batch
         self.dtype = str(next(iter(expected.values())).dtype).removeprefix("torch.")
+        self.reduced = dict(reduced or {})
         self.errors: dict[Candidate, float] = {}
+        self.agreement: dict[Candidate, float] = {}
         self.failures: dict[Candidate, str] = {}
         runs: dict[Candidate, Run] = {}
         for candidate, build in prepare.items():
@@ -118,8 +129,9 @@ class Comparison:
             except Exception as problem:  # a peer may raise anything; it is reported, and the others continue
                 self.failures[candidate] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
                 continue
-            if not error <= TOLERANCE:
-                self.failures[candidate] = f"wrong output: relative error {error:.1e}, at most {TOLERANCE:.0e} allowed"
+            limit = _NONSENSE if candidate in self.reduced else TOLERANCE
+            if not error <= limit:
+                self.failures[candidate] = f"wrong output: relative error {error:.1e}, at most {limit:.0e} allowed"
                 continue
             self.errors[candidate], runs[candidate] = error, run
         if not runs:
@@ -150,7 +162,7 @@ class Comparison:
                     benchmark=self.benchmark,
                     case=self.case,
                     batch=self.batch,
-                    dtype=self.dtype,
+                    dtype=self.reduced.get(candidate, self.dtype),
                     provider=candidate[0],
                     setting=candidate[1],
                     ms_median=round(time.median, 5),
@@ -161,6 +173,7 @@ class Comparison:
                     ratio_low=None if ratio is None else round(ratio.lower, 4),
                     ratio_high=None if ratio is None else round(ratio.upper, 4),
                     error=float(f"{error:.2e}"),
+                    agreement=self.agreement.get(candidate),
                 )
             )
         return rows
@@ -200,7 +213,13 @@ def compare_runtimes(
         place.mkdir(parents=True, exist_ok=True)
         expected = _eager_output(case, network, x)
         prepare = {(s.provider, s.label): _prepared(s, network, x, place, threads) for s in settings}
-        return Comparison("network", case, len(x), prepare, dict.fromkeys(prepare, expected), **timing)
+        reduced = {(s.provider, s.label): s for s in settings if s.dtype != "float32"}
+        kinds = {candidate: setting.dtype for candidate, setting in reduced.items()}
+        found = Comparison("network", case, len(x), prepare, dict.fromkeys(prepare, expected), kinds, **timing)
+        for candidate in reduced.keys() & found.errors.keys():
+            quality = _quality(reduced[candidate], network, x, place, threads)
+            found.errors[candidate], found.agreement[candidate] = quality
+        return found
 
 
 @torch.inference_mode()
@@ -213,6 +232,15 @@ def _eager_output(case: str, network: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"{case}: expected a network that returns one tensor, got {type(output).__name__}")
     return output.clone()
+
+
+@torch.inference_mode()
+def _quality(setting: Setting, network: nn.Module, x: Tensor, folder: Path, threads: int) -> tuple[float, float]:
+    """Error and agreement of a setting in reduced precision, on images that it was not calibrated on."""
+    images = torch.randn((PROBES, *x.shape[1:]), generator=torch.Generator().manual_seed(3))
+    expected, found = network(images), setting.prepare(network, images, folder, threads)()
+    same = found.flatten(1).argmax(1) == expected.flatten(1).argmax(1)
+    return relative_error(found, expected), float(same.float().mean())
 
 
 def _prepared(setting: Setting, network: nn.Module, x: Tensor, folder: Path, threads: int) -> Callable[[], Run]:
@@ -237,10 +265,10 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 
 
 def best_rows(rows: Iterable[Row], by: str = "ms_median") -> list[Row]:
-    """The fastest setting of each provider for each case and batch, in the order of the rows."""
-    best: dict[tuple[str, str, int, str], Row] = {}
+    """The fastest setting of each provider and dtype for each case and batch, in the order of the rows."""
+    best: dict[tuple[str, str, int, str, str], Row] = {}
     for row in rows:
-        key = (row.benchmark, row.case, row.batch, row.provider)
+        key = (row.benchmark, row.case, row.batch, row.provider, row.dtype)
         if key not in best or _ms(row, by) < _ms(best[key], by):
             best[key] = row
     return list(best.values())
@@ -252,13 +280,16 @@ def bench_table(rows: Sequence[Row]) -> str:
     A line follows where something else disturbed the measurement; its medians, unlike the minima, are not to be used.
     """
     ours = {(row.case, row.batch): _ms(row, "ms_min") for row in best_rows(rows, "ms_min") if row.provider == OURS}
+    with_error = any(row.agreement is not None for row in rows)
     lines = []
     for row in rows:
         own = None if row.provider == OURS else ours.get((row.case, row.batch))
         times = [f"{_ms(row, name):.3f}" for name in ("ms_min", "ms_median", "ms_iqr")]
         ratio = "" if own is None else f"{_ms(row, 'ms_min') / own:.2f}x"
-        lines.append([row.case, str(row.batch), row.provider, row.setting, *times, ratio])
-    header = ["network", "batch", "provider", "setting", "least (ms)", "median (ms)", "IQR (ms)", "ours is faster"]
+        quality = [row.dtype, f"{row.error or 0:.1e}", "" if row.agreement is None else f"{row.agreement:.0%}"] * with_error
+        lines.append([row.case, str(row.batch), row.provider, row.setting, *times, ratio, *quality])
+    what = rows[0].benchmark if rows else "network"
+    header = [what, "batch", "provider", "setting", "least (ms)", "median (ms)", "IQR (ms)", "ours is faster"] + ["dtype", "error", "same top-1"] * with_error
     return "\n".join([text_table(header, lines), *_disturbed(rows)])
 
 

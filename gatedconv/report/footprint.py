@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gatedconv._io import require_schema
 from gatedconv.deploy import export, save
+from gatedconv.report import mobile
 
 FILE_NAME = "footprint.json"
 
@@ -78,6 +79,26 @@ _ORT = (
     "session = ort.InferenceSession(path, options, providers=['CPUExecutionProvider'])\n"
     "run = lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]"
 )
+_MNN = """net = MNN.Interpreter(path)
+session = net.createSession({"backend": "CPU", "precision": "high", "numThread": threads})
+source, kind = net.getSessionInput(session), (MNN.Halide_Type_Float,)
+net.resizeTensor(source, tuple(shape)); net.resizeSession(session)
+def run(x):
+    source.copyFrom(MNN.Tensor(tuple(shape), *kind, x, MNN.Tensor_DimensionType_Caffe))
+    net.runSession(session)
+    result = net.getSessionOutput(session); size = result.getShape()
+    host = MNN.Tensor(size, *kind, np.empty(size, np.float32), MNN.Tensor_DimensionType_Caffe)
+    result.copyToHostTensor(host)
+    return np.array(host.getNumpyData(), np.float32).reshape(size)"""
+_NCNN = """net = ncnn.Net()
+net.opt.num_threads = threads
+for name in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"): setattr(net.opt, f"use_{name}", False)
+net.load_param(path); net.load_model(path.removesuffix("param") + "bin")
+def one(image):
+    extractor = net.create_extractor()
+    extractor.input("in0", ncnn.Mat(image))
+    return np.array(extractor.extract("out0")[1])
+run = lambda x: np.stack([one(image) for image in x])"""
 _ENGINE = (
     "torch.set_num_threads(threads)\n"
     "engine = gatedconv.Engine(gatedconv.load(path).eval(), torch.from_numpy(x))\n"
@@ -92,6 +113,8 @@ RUNTIMES = (
         "run = rt.load(path, threads=threads)",
     ),
     Runtime("ONNX Runtime", "onnxruntime", ".onnx", "import onnxruntime as ort", _ORT),
+    Runtime("MNN", "MNN", ".mnn", "import MNN", _MNN),
+    Runtime("ncnn", "ncnn", ".ncnn.param", "import ncnn", _NCNN),
     Runtime("gatedconv.Engine", "torch", ".safetensors", "import torch, gatedconv", _ENGINE),
 )
 
@@ -144,10 +167,10 @@ def measure_footprints(
             path = folder / f"network{runtime.suffix}"
             _write(network, x, path)
             found[runtime.name] = Footprint(
-                runtime.name, version, path.stat().st_size, _installed_bytes(runtime.package)
+                runtime.name, version, _file_bytes(path), _installed_bytes(runtime.package)
             )
             ready.append((runtime, path))
-        except (ImportError, ValueError, TypeError, OSError) as error:
+        except (ImportError, ValueError, TypeError, OSError, RuntimeError) as error:
             found[runtime.name] = Footprint(runtime.name, note=str(error).splitlines()[0])
     samples: dict[str, list[Sequence[float]]] = {runtime.name: [] for runtime, _ in ready}
     with torch.no_grad():
@@ -212,10 +235,24 @@ def _input(shape: Sequence[int]) -> Tensor:
 def _write(network: nn.Module, x: Tensor, path: Path) -> None:
     if path.suffix == ".safetensors":
         save(network, path)
-        return
+    elif path.suffix == ".mnn":
+        mobile.mnn_file(network, x, path.parent)
+    elif path.suffix == ".param":
+        mobile.ncnn_files(network, x, path.parent)
+    else:
+        _export(network, x, path)
+
+
+def _export(network: nn.Module, x: Tensor, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         export(network, path, x, "plan" if path.suffix == ".plan" else "onnx")
+
+
+def _file_bytes(path: Path) -> int:
+    """Of a network's file, and of its weights where a runtime keeps them in another one."""
+    weights = path.with_suffix(".bin")
+    return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 
 
 def _installed_bytes(package: str) -> int | None:

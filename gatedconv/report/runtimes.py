@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.deploy import export
 from gatedconv.engine import Engine
+from gatedconv.report import mobile, quantizers
+from gatedconv.report.exported import Run, made_once, onnx_file
 
 OURS = "gatedconv"
 UNLIMITED_ISA = "on every instruction set of the machine"
-Run = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Setting:
         prepare: (network in eval mode, input (N, C, H, W) float32, folder for files, threads) -> run.
         needs: required packages.
         split: whether the batch is split in two, so that a batch of one cannot be run.
+        dtype: what it computes in.
+        extra: of the package, with which the required packages are installed.
     """
 
     provider: str
@@ -46,6 +48,8 @@ class Setting:
     prepare: Callable[[nn.Module, Tensor, Path, int], Run]
     needs: tuple[str, ...] = ()
     split: bool = False
+    dtype: str = "float32"
+    extra: str = "bench"
 
     @property
     def label(self) -> str:
@@ -57,7 +61,7 @@ class Setting:
     def missing(self) -> str | None:
         """Why this setting cannot be tried, None if it can."""
         lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
-        return f"{', '.join(lacking)} not installed (pip install 'gatedconv[bench]')" if lacking else None
+        return f"{', '.join(lacking)} not installed (pip install 'gatedconv[{self.extra}]')" if lacking else None
 
 
 def _engine(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
@@ -94,23 +98,17 @@ def _aoti(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     network, x = _channels_last(network, x)
     isa = torch.backends.cpu.get_cpu_capability().lower()
     path = folder / f"aoti-{isa}-{threads}t-batch{len(x)}.pt2"  # all three are compiled in
-    if not path.exists():
+
+    def compile_to(part: Path) -> None:
         program = torch.export.export(network, (x,))
-        part = path.with_suffix(".part.pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs={"freezing": True})
-        os.replace(part, path)
+
+    made_once(path, compile_to)
     runner = torch._inductor.aoti_load_package(str(path))
     return lambda: runner(x)
 
 
-def _onnx_file(network: nn.Module, x: Tensor, folder: Path) -> Path:
-    path = folder / "network.onnx"
-    if not path.exists():
-        export(network, path, x, "onnx")
-    return path
-
-
-def _ort_session(path: Path, batch: int, threads: int, spinning: bool) -> Any:
+def _ort_session(path: Path, batch: int, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -118,24 +116,31 @@ def _ort_session(path: Path, batch: int, threads: int, spinning: bool) -> Any:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_free_dimension_override_by_name("batch", batch)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _ort(spinning: bool) -> Callable[[nn.Module, Tensor, Path, int], Run]:
-    def prepare(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
-        session = _ort_session(_onnx_file(network, x, folder), len(x), threads, spinning)
-        feed = {session.get_inputs()[0].name: x.numpy()}
-        return lambda: torch.from_numpy(session.run(None, feed)[0])
+def _ort_run(session: Any, x: Tensor) -> Run:
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
 
-    return prepare
+
+def _ort(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    return _ort_run(_ort_session(onnx_file(network, x, folder), len(x), threads), x)
+
+
+def _ort_int8(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    source = onnx_file(network, x, folder)
+    images = quantizers.calibration_images(x)
+    path = made_once(folder / "onnxruntime-int8.onnx", lambda part: quantizers.onnxruntime_int8(source, part, images))
+    return _ort_run(_ort_session(path, len(x), threads), x)
 
 
 def _ort_split(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     """Two sessions of half the threads, each on half the batch."""
-    path, halves = _onnx_file(network, x, folder), _halves(x)
-    sessions = [_ort_session(path, len(half), max(1, threads // 2), True) for half in halves]
+    path, halves = onnx_file(network, x, folder), _halves(x)
+    sessions = [_ort_session(path, len(half), max(1, threads // 2)) for half in halves]
     feeds = [{sessions[0].get_inputs()[0].name: half.numpy()} for half in halves]
     other = ThreadPoolExecutor(1)
 
@@ -154,25 +159,45 @@ def _openvino_model(path: Path, shape: Sequence[int], threads: int, **properties
     model = core.read_model(path)
     model.reshape(list(shape))
     # Its default is bfloat16 where the CPU supports it.
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    return core.compile_model(model, "CPU", {**exact, **properties})
+    common = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    wanted = {name: value for name, value in {**common, **properties}.items() if value is not None}
+    return core.compile_model(model, "CPU", wanted)
 
 
-def _openvino(hint: str) -> Callable[[nn.Module, Tensor, Path, int], Run]:
-    def prepare(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
-        path = _onnx_file(network, x, folder)
-        request = _openvino_model(path, x.shape, threads, PERFORMANCE_HINT=hint).create_infer_request()
-        feed = {0: x.numpy()}
-        return lambda: torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0])
+def _openvino_run(compiled: Any, x: Tensor) -> Run:
+    request = compiled.create_infer_request()
+    feed = {0: x.numpy()}
+    return lambda: torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0])
 
-    return prepare
+
+def _openvino(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    path = onnx_file(network, x, folder)
+    return _openvino_run(_openvino_model(path, x.shape, threads, PERFORMANCE_HINT="LATENCY"), x)
+
+
+def _openvino_default(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    path = onnx_file(network, x, folder)
+    properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": None}
+    compiled = _openvino_model(path, x.shape, threads, **properties)
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if precision != "bf16":
+        raise RuntimeError(f"its default precision on this CPU is {precision}")
+    return _openvino_run(compiled, x)
+
+
+def _openvino_int8(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    source, path = onnx_file(network, x, folder), folder / "openvino-int8.xml"
+    if not path.exists():
+        quantizers.openvino_int8(source, path, quantizers.calibration_images(x))
+    properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": None}
+    return _openvino_run(_openvino_model(path, x.shape, threads, **properties), x)
 
 
 def _openvino_split(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     """Two streams, each on half the batch at the same time."""
     halves = _halves(x)
     compiled = _openvino_model(
-        _onnx_file(network, x, folder), halves[0].shape, threads, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=2
+        onnx_file(network, x, folder), halves[0].shape, threads, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=2
     )
     requests = [compiled.create_infer_request() for _ in halves]
     feeds = [{0: half.numpy()} for half in halves]
@@ -194,11 +219,20 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("eager", "BN folded, channels_last", _eager_folded),
     Setting("compile", "freezing, channels_last", _compiled),
     Setting("compile", "AOTInductor, freezing, channels_last", _aoti),
-    Setting("onnxruntime", "all optimizations", _ort(True), ("onnx", "onnxscript", "onnxruntime")),
+    Setting("onnxruntime", "all optimizations", _ort, ("onnx", "onnxscript", "onnxruntime")),
     Setting("onnxruntime", "two sessions", _ort_split, ("onnx", "onnxscript", "onnxruntime"), split=True),
-    Setting("openvino", "latency", _openvino("LATENCY"), ("onnx", "onnxscript", "openvino")),
+    Setting("openvino", "latency", _openvino, ("onnx", "onnxscript", "openvino")),
     Setting("openvino", "two streams", _openvino_split, ("onnx", "onnxscript", "openvino"), split=True),
+    Setting("mnn", "high precision", mobile.mnn, ("onnx", "onnxscript", "MNN"), extra="peers"),
+    Setting("ncnn", "float32, image by image", mobile.ncnn, ("ncnn", "pnnx"), extra="peers"),
 )
+"""In float32."""
+REDUCED: tuple[Setting, ...] = (
+    Setting("onnxruntime", "int8, QDQ", _ort_int8, ("onnx", "onnxscript", "onnxruntime"), dtype="int8"),
+    Setting("openvino", "default", _openvino_default, ("onnx", "onnxscript", "openvino"), dtype="bfloat16"),
+    Setting("openvino", "int8, NNCF", _openvino_int8, ("onnx", "onnxscript", "openvino", "nncf"), dtype="int8", extra="peers"),
+)
+"""In fewer bits, at the price of an error."""
 PROVIDERS = tuple(dict.fromkeys(setting.provider for setting in SETTINGS))
 """The names of the runtimes, ours first."""
 

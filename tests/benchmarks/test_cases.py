@@ -6,8 +6,8 @@ from torch import nn
 
 from benchmarks import layers, networks
 from benchmarks.goals import NETWORK_GOALS, goal
-from benchmarks.layers import LayerCase, Shape
 from benchmarks.networks import NetworkCase
+from gatedconv.report.layers import ConvCase, compare_layers
 
 
 def test_names_of_cases_are_unique() -> None:
@@ -20,10 +20,11 @@ def test_every_goal_is_measured() -> None:
 
 
 def test_layers_have_goals_where_small_networks_have_them() -> None:
-    shape = Shape("cifar", 16, 16, 3, 1, 32)
-    assert [goal(LayerCase(shape, 8, share)) for share in (0, 50, 100, "odd")] == [None, 1.7, 1.0, None]
-    assert goal(LayerCase(shape, 1, 50)) is None and goal(LayerCase(shape, 32, 50)) == 1.7
-    assert goal(LayerCase(Shape("imagenet", 64, 64, 3, 1, 56), 8, 50)) is None
+    def goals(text: str) -> list[float | None]:
+        return [goal(ConvCase.parse(f"{text} open{share}")) for share in (0, 50, 100, "odd")]
+
+    assert goals("n8 i16 o16 h32 k3") == goals("n32 i16 o16 h32 k3") == [None, 1.7, 1.0, None]
+    assert goals("n1 i16 o16 h32 k3") == goals("n8 i64 o64 h56 k3") == [None] * 4
 
 
 def test_the_same_network_every_time() -> None:
@@ -51,13 +52,13 @@ def test_cuts_leave_half() -> None:
 
 @pytest.mark.parametrize(("share", "count"), [(0, 0), (25, 8), (50, 16), (100, 32), ("odd", 15)])
 def test_open_counts(share: int | str, count: int) -> None:
-    case = LayerCase(Shape("cifar", 16, 32, 3, 2, 32), 1, share)
+    case = ConvCase.parse(f"i16 o32 h32 k3 s2 open{share}")
     assert case.open_count == count == int(case.mask().sum())
 
 
 @pytest.mark.parametrize("share", [0, "odd", 100])
 def test_every_way_to_compute_a_layer_is_right(share: int | str) -> None:
-    comparison = layers.compare_layers(LayerCase(Shape("cifar", 3, 8, 3, 2, 7), 2, share), sample_ms=0)
+    comparison = compare_layers(ConvCase.parse(f"n2 i3 o8 h7 k3 s2 open{share}"), sample_ms=0)
     assert not comparison.failures and len(comparison.errors) == 10
     comparison.rounds(1)
     assert {row.provider for row in comparison.rows()} == {

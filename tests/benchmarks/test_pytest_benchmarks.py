@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CASE = "benchmarks/test_layers.py::test_layer[64->64-3x3-@8,-50-%-open-batch-8]"
+CASE = "benchmarks/test_layers.py::test_layer[n8-i64-o64-h8-k3-open50]"
 
 
 def run(*options: object) -> str:

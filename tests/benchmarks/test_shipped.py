@@ -42,7 +42,7 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
         fields = {"benchmark": "network", "case": "resnet18 dense", "batch": 1, "dtype": "float32"}
         return {**fields, "provider": provider, "setting": setting, "ms_min": ms, "ms_median": 2 * ms, **more}
 
-    machine = {"cpu": "a CPU", "isa": "AVX2", "threads": 2, "torch": "2", "versions": {}, "commit": "c" * 40}
+    machine = {"device": "a", "cpu": "a CPU", "isa": "AVX2", "threads": 2, "torch": "2", "versions": {}, "commit": "c" * 40}
     found = {
         "machine": {**machine, "date": "2026-01-02T03:04Z", "peak_gflops": 100.0},
         "rows": [
@@ -59,3 +59,20 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
     text = shipped.section()
     assert "| resnet18 dense | 1 | 2.00 (4.00) | 3.00 (6.00) | 4.00 (8.00) | 1.50 | 50 | 50% |" in text
     assert "fastest in 1 of 1 rows; geometric mean of fastest peer / ours 1.50" in text
+    assert "fewer bits" not in text and "MNN |" not in text
+
+    def also(group: str, rows: list[dict[str, object]], failures: list[dict[str, object]]) -> None:
+        more = {**found, "machine": {**found["machine"], "group": group}, "rows": rows, "failures": failures}
+        (tmp_path / f"shipped-a-{group}.json").write_text(json.dumps(more))
+
+    missing = {"case": "resnet18 dense", "provider": "ncnn", "setting": "float32", "reason": "not installed"}
+    lacking = [{**missing, "batch": batch, "case": name} for name in ("a", "b") for batch in (1, 8)]
+    also("mobile", [row("gatedconv", "Engine", 4.0), row("mnn", "high", 5.0)], lacking)
+    reduced = {**row("onnxruntime", "int8", 1.0, error=0.0123, agreement=0.75), "dtype": "int8"}
+    also("reduced", [row("gatedconv", "Engine", 4.0), reduced], [])
+    text = shipped.section()
+    # Of calls that took turns: MNN's 5.0 over the 4.0 of its own run.
+    assert "| 2.00 (4.00) | 3.00 (6.00) | 4.00 (8.00) | 5.00 (10.00) | 1.25 | 50 | 50% |" in text
+    assert "- ncnn, float32: not installed (4 cases)" in text
+    assert "| 4.00 (8.00) | 1.00 (2.00) | 1.2e-02, 75% | - | - | - | - | 0.25 |" in text
+    assert "fastest in 0 of 1 rows, geometric mean 0.25" in text

@@ -337,6 +337,9 @@ def test_commands_on_what_does_not_fit(gatedconv: Call, tmp_path: Path, archive:
     assert_one_line(gatedconv("bench", model, "--rounds", 0), "rounds: expected at least 1, got 0")
     assert_one_line(gatedconv("bench", model, "--size", 0), "size: expected at least 1, got 0")
     assert_one_line(gatedconv("bench", model, "--peers", "eager,tflite"), "peers: expected some of", "'tflite'")
+    assert_one_line(gatedconv("bench", "n1 i96 o24 h56 k1 open5O"), "'n1 i96 o24 h56 k1 open5O'", "got 'open5O'")
+    assert_one_line(gatedconv("bench", "n1 i9 o9 h5 k1", "--batch", 2), "batch: not for a single convolution")
+    assert_one_line(gatedconv("bench", "n1 i9 o9 h5 k1", "--peers", "none"), "peers: not for a single convolution")
     assert_one_line(gatedconv("bench", "resnet19"), "resnet19", "expected a run folder, a model file")
     assert_one_line(gatedconv("bench", archive.with_suffix(".pt2")), "expected a .pt2", "found nothing")
     gated = tmp_path / "gated.safetensors"

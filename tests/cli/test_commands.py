@@ -59,6 +59,9 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
     assert exported.code == 0, exported.err
     assert {tuple(line.split()[:3]) for line in exported.out.splitlines()[2:]} >= {("net", "3", "eager")}
 
+    layer = gatedconv("bench", "n2 i6 o8 h7 k3 s2 open50", "--rounds", 1)
+    assert layer.code == 0 and "6->8 3x3/2 @7, 50 % open" in layer.out and "mkldnn" in layer.out
+
     reported = gatedconv("report", run, run)
     assert reported.code == 0 and "agreement" in reported.out and str(run / "plots" / "curves.png") in reported.out
 

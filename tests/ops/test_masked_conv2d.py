@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gatedconv.ops import _native_conv, masked_conv2d, masked_conv2d_reference
 from gatedconv.ops._conv_args import check_arguments
+from gatedconv.report.layers import ConvCase
 from tests.ops.conv_oracle import masked_conv2d_oracle
 from tests.tolerances import assert_close, tolerance
 
@@ -121,18 +122,20 @@ def test_the_native_fp64_body_equals_the_definition(case):
 
 
 # Shapes of real layers, odd counts among them, so that bands, tiles and register tails are all met.
-@pytest.mark.parametrize("channels", [(16, 16), (11, 13), (33, 7)])
-@pytest.mark.parametrize("size", [(32, 32), (15, 17), (8, 8)])
-@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (1, 1), (1, 2), (7, 2)])
-def test_real_layers(instruction_set, channels, size, kernel, stride):
-    x, w, b = (
-        torch.randn(3, channels[0], *size),
-        torch.randn(channels[1], channels[0], kernel, kernel),
-        torch.randn(channels[1]),
-    )
-    out_open, in_open = torch.rand(channels[1]) < 0.5, torch.rand(channels[0]) < 0.7
+REAL_LAYERS = [
+    f"n3 {channels} {size} {kernel} open50"
+    for channels in ("i16 o16", "i11 o13", "i33 o7")
+    for size in ("h32", "h15 w17", "h8")
+    for kernel in ("k3", "k3 s2", "k1", "k1 s2", "k7 s2")
+]
+
+
+@pytest.mark.parametrize("text", REAL_LAYERS)
+def test_real_layers(instruction_set, text):
+    case = ConvCase.parse(text)
+    (x, w, b), out_open, in_open = case.tensors(), case.mask(), torch.rand(case.in_channels) < 0.7
     remaining = (x * in_open[:, None, None]).double(), w.double(), b.double()
-    expected = F.conv2d(*remaining, stride, kernel // 2) * out_open[:, None, None]
+    expected = F.conv2d(*remaining, case.stride, case.pad) * out_open[:, None, None]
     for memory_format in (torch.contiguous_format, torch.channels_last):
         out = masked_conv2d(
             x.contiguous(memory_format=memory_format),
@@ -140,8 +143,8 @@ def test_real_layers(instruction_set, channels, size, kernel, stride):
             b,
             out_open,
             in_open,
-            stride=stride,
-            padding=kernel // 2,
+            stride=case.stride,
+            padding=case.pad,
         )
         assert relative_error(out, expected) <= 1e-5
         assert not out[:, ~out_open].any()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.report import runtimes
+from gatedconv.report import exported, runtimes
 from gatedconv.report.bench import (
     Comparison,
     Row,
@@ -17,7 +17,8 @@ from gatedconv.report.bench import (
     compare_runtimes,
     relative_error,
 )
-from gatedconv.report.runtimes import SETTINGS, Setting, fingerprint
+from gatedconv.report.exported import onnx_file
+from gatedconv.report.runtimes import OURS, REDUCED, SETTINGS, Setting, fingerprint
 
 OUT = torch.tensor([1.0, 2.0])
 
@@ -168,11 +169,42 @@ def chosen(*names: str) -> list[Setting]:
 
 
 def test_every_quick_setting_computes_a_compact_network(cut: nn.Module, tmp_path: Path) -> None:
-    settings = [s for s in SETTINGS if s.provider not in ("compile",) and s.missing is None]
+    settings = [s for s in SETTINGS if s.provider in (OURS, "eager", "onnxruntime", "openvino") and s.missing is None]
     found = compare_runtimes("cut", cut, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2)
     assert not found.failures
     assert {(s.provider, s.label) for s in settings} == set(found.errors)
     assert {"eager", "onnxruntime"} <= {provider for provider, _ in found.errors}
+
+
+@pytest.mark.parametrize("provider", ["mnn", "ncnn"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_runtimes_made_for_phones_compute_a_network(small: nn.Module, provider: str, batch: int) -> None:
+    settings = [s for s in SETTINGS if s.provider == provider]
+    if settings[0].missing:
+        pytest.skip(settings[0].missing)
+    found = compare_runtimes("small", small, torch.randn(batch, 3, 8, 8), settings=settings, threads=1, sample_ms=0)
+    assert not found.failures and all(error <= 1e-5 for error in found.errors.values())
+
+
+def test_reduced_precision_is_reported_with_its_error_and_not_refused(small: nn.Module) -> None:
+    settings = [s for s in REDUCED if s.missing is None and s.dtype == "int8"]
+    if not settings:
+        pytest.skip("neither ONNX Runtime nor NNCF")
+    network, x = nn.Sequential(small, nn.Softmax(1)), torch.randn(2, 3, 8, 8)
+    found = compare_runtimes("small", network, x, settings=[*chosen("Engine"), *settings], threads=1, sample_ms=0)
+    found.rounds(1)
+    rows = {(row.provider, row.dtype): row for row in found.rows()}
+    assert not found.failures and rows.keys() == {(OURS, "float32"), *((s.provider, s.dtype) for s in settings)}
+    assert rows.pop((OURS, "float32")).agreement is None
+    assert all(1e-4 < row.error < 0.5 and 0.5 < row.agreement <= 1 for row in rows.values())
+    text = bench_table(found.rows())
+    assert "same top-1" in text and "int8" in text
+
+
+def test_an_output_that_has_nothing_to_do_with_it_is_refused_in_every_precision() -> None:
+    candidates = {("peer", "int8"): lambda: lambda: OUT * 100}
+    with pytest.raises(ValueError, match="wrong output"):
+        Comparison("network", "net", 2, candidates, {("peer", "int8"): OUT}, {("peer", "int8"): "int8"}, wait=False)
 
 
 def test_compiled_settings_compute_the_network(small: nn.Module) -> None:
@@ -198,7 +230,7 @@ def test_prepared_files_are_kept_by_network(small: nn.Module, tmp_path: Path, mo
     x = torch.randn(1, 3, 8, 8)
     compare_runtimes("small", small, x, settings=chosen("all optimizations"), folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [fingerprint(small, x)]
-    monkeypatch.setattr(runtimes, "export", lambda *args: pytest.fail("exported again"))
+    monkeypatch.setattr(exported, "export", lambda *args: pytest.fail("exported again"))
     compare_runtimes("small", small, torch.randn(2, 3, 8, 8), settings=chosen("all optimizations"), folder=tmp_path)
     other = nn.Sequential(*small[:-1], nn.Linear(180, 4)).eval()
     assert fingerprint(other, x) != fingerprint(small, x) != fingerprint(small, torch.randn(1, 3, 8, 9))
@@ -226,7 +258,7 @@ def test_a_missing_runtime_is_reported(small: nn.Module) -> None:
 def test_openvino_is_held_to_float32(small: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     x = torch.randn(2, 3, 8, 8)
-    compiled = runtimes._openvino_model(runtimes._onnx_file(small, x, tmp_path), x.shape, 1)
+    compiled = runtimes._openvino_model(onnx_file(small, x, tmp_path), x.shape, 1)
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 

@@ -1,0 +1,101 @@
+"""Runtimes made for phones, on the CPU and in float32: MNN, ncnn and LiteRT. Each converts the network's own way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gatedconv.report.exported import Run, made_once, onnx_file
+
+
+def mnn(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    """MNN at its high precision, float32; converted from ONNX by the tool in its wheel."""
+    import MNN
+
+    interpreter = MNN.Interpreter(str(mnn_file(network, x, folder)))
+    session = interpreter.createSession({"backend": "CPU", "precision": "high", "numThread": threads})
+    into = interpreter.getSessionInput(session)
+    interpreter.resizeTensor(into, tuple(x.shape))
+    interpreter.resizeSession(session)
+    out = interpreter.getSessionOutput(session)
+    image, size = x.numpy(), tuple(x.shape)
+
+    def run() -> Tensor:
+        given = MNN.Tensor(size, MNN.Halide_Type_Float, image, MNN.Tensor_DimensionType_Caffe)
+        into.copyFrom(given)
+        interpreter.runSession(session)
+        shape = out.getShape()
+        host = MNN.Tensor(shape, MNN.Halide_Type_Float, np.empty(shape, np.float32), MNN.Tensor_DimensionType_Caffe)
+        out.copyToHostTensor(host)
+        return torch.from_numpy(np.array(host.getNumpyData(), np.float32).reshape(shape))
+
+    return run
+
+
+def mnn_file(network: nn.Module, x: Tensor, folder: Path) -> Path:
+    """MNN's file of a network."""
+    source = onnx_file(network, x, folder)
+
+    def convert(path: Path) -> None:
+        # Not MNN.tools.mnnconvert, which installs a package that reports what is converted.
+        call = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+        form = ("-f", "ONNX", "--modelFile", source, "--MNNModel", path, "--bizCode", "none")
+        _tool(sys.executable, "-c", call, *form)
+
+    return made_once(folder / "network.mnn", convert)
+
+
+def ncnn(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    """Ncnn in float32, image by image, since it has no batches; converted by pnnx."""
+    import ncnn as runtime
+
+    parameters, weights = ncnn_files(network, x, folder)
+    net = runtime.Net()
+    net.opt.num_threads = threads
+    for name in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage", "use_vulkan_compute"):
+        setattr(net.opt, name, False)
+    if net.load_param(str(parameters)) or net.load_model(str(weights)):
+        raise RuntimeError("ncnn cannot read what pnnx has written")
+    images = [image.numpy() for image in x]
+
+    def run() -> Tensor:
+        return torch.stack([torch.from_numpy(_ncnn_answer(runtime, net, image)) for image in images])
+
+    return run
+
+
+def _ncnn_answer(runtime: Any, net: Any, image: np.ndarray) -> np.ndarray:
+    extractor = net.create_extractor()
+    extractor.input("in0", runtime.Mat(image))
+    failed, out = extractor.extract("out0")
+    if failed:
+        raise RuntimeError(f"ncnn fails with {failed}")
+    return np.array(out)
+
+
+def ncnn_files(network: nn.Module, x: Tensor, folder: Path) -> tuple[Path, Path]:
+    """Ncnn's two files of a network: parameters, weights."""
+    import pnnx
+
+    parameters, traced = folder / "network.ncnn.param", folder / "network.pt"
+    if not parameters.exists():
+        torch.jit.trace(network, x[:1]).save(str(traced))
+        _tool(pnnx.EXEC_PATH, traced, f"inputshape={list(x[:1].shape)}".replace(" ", ""), "fp16=0")
+    return parameters, folder / "network.ncnn.bin"
+
+
+def _tool(*command: object) -> None:
+    """Run a converter in a process of its own: they print, and some exit.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[:3]} failed: {(done.stderr or done.stdout).strip()[-300:]}")
