@@ -13,6 +13,7 @@
 
 #include "plan.h"
 #include "plan_file.h"
+#include "worker_pool.h"
 #include "workspace.h"
 
 struct gatedconv_plan {
@@ -279,6 +280,13 @@ int64_t gatedconv_plan_workspace(const gatedconv_plan* plan, const int64_t input
 
 int gatedconv_plan_run(const gatedconv_plan* plan, const float* input, const int64_t size[4],
                        const int64_t stride[4], float* output, int64_t output_floats, int threads) {
+  return gatedconv_plan_run_on(plan, input, size, stride, output, output_floats, threads, nullptr, nullptr);
+}
+
+int gatedconv_plan_run_on(const gatedconv_plan* plan, const float* input, const int64_t size[4],
+                          const int64_t stride[4], float* output, int64_t output_floats, int threads,
+                          gatedconv_parallel_for parallel_for, void* user) {
+  const ThreadsInUse in_use(parallel_for, user);
   return guarded(-1, nullptr, [&] {
     const Input source = input_of(size, input, stride);
     const Plan decoded = decode_for(*plan, source);

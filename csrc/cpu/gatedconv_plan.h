@@ -58,6 +58,18 @@ GATEDCONV_PLAN_API int gatedconv_plan_run(const gatedconv_plan* plan, const floa
                                           const int64_t size[4], const int64_t stride[4], float* output,
                                           int64_t output_floats, int threads);
 
+/* Calls task(context, i) once for every i from 0 to count - 1, on any threads, also one after the other in any
+ * order, and returns when all calls have returned. */
+typedef void (*gatedconv_task)(void* context, int index);
+typedef void (*gatedconv_parallel_for)(void* user, int count, gatedconv_task task, void* context);
+
+/* gatedconv_plan_run() on threads of the caller's: parallel_for(user, ...) is called, once or a few times, with a
+ * count of up to `threads`. NULL means the library's own threads. */
+GATEDCONV_PLAN_API int gatedconv_plan_run_on(const gatedconv_plan* plan, const float* input,
+                                             const int64_t size[4], const int64_t stride[4], float* output,
+                                             int64_t output_floats, int threads,
+                                             gatedconv_parallel_for parallel_for, void* user);
+
 /* The value of a key in the file, NULL without one; valid until the plan is closed. Numbers are
  * decimal: "producer"     name and version of the program that wrote the file "classes"      names of the
  * outputs, one in a line "mean", "std"  for every channel, of pixels from 0 to 1: the network's input is

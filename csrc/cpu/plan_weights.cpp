@@ -35,8 +35,11 @@ void make_transform(int tile, double (&g)[6][3]) {
   g[tile + 1][2] = 1;
 }
 
-double dot(const double* g, double a, double b, double c) {
-  return (g[0] * a + g[1] * b) + g[2] * c;
+// A panel's 16 channels at once.
+template <typename From, typename To>
+void dot(const double* g, const From* a, const From* b, const From* c, To* to) {
+  for (int i = 0; i < kPanel; ++i)
+    to[i] = static_cast<To>((g[0] * double{a[i]} + g[1] * double{b[i]}) + g[2] * double{c[i]});
 }
 
 }  // namespace
@@ -88,16 +91,15 @@ void fill_gap(const Gap& gap, float* weights) {
   for (int64_t panel = 0; panel < gap.panels; ++panel) {
     const float* from = weights + gap.direct + panel * 9 * lanes;
     float* to = weights + gap.begin + panel * points * points * lanes;
-    for (int64_t lane = 0; lane < lanes; ++lane, ++from, ++to) {
-      double half[6][3];
+    for (int64_t channel = 0; channel < gap.span; ++channel, from += kPanel, to += kPanel) {
+      double half[6][3][kPanel];
       for (int i = 0; i < points; ++i) {
         for (int b = 0; b < 3; ++b)
-          half[i][b] = dot(g[i], from[b * lanes], from[(3 + b) * lanes], from[(6 + b) * lanes]);
+          dot(g[i], from + b * lanes, from + (3 + b) * lanes, from + (6 + b) * lanes, half[i][b]);
       }
       for (int i = 0; i < points; ++i) {
-        for (int j = 0; j < points; ++j) {
-          to[(i * points + j) * lanes] = static_cast<float>(dot(g[j], half[i][0], half[i][1], half[i][2]));
-        }
+        for (int j = 0; j < points; ++j)
+          dot(g[j], half[i][0], half[i][1], half[i][2], to + (i * points + j) * lanes);
       }
     }
   }

@@ -96,10 +96,38 @@ class Pool {
   int threads_ = 0;
 };
 
+thread_local ParallelFor parallel_for_in_use = nullptr;
+thread_local void* user_in_use = nullptr;
+
+void do_work_elsewhere(Work& work, int workers) {
+  struct Context {
+    Work& work;
+    int workers;
+  } context{work, workers};
+  const auto task = [](void* given, int index) {
+    const Context& all = *static_cast<Context*>(given);
+    if (index >= 0 && index < all.workers) all.work.work(index);
+  };
+  parallel_for_in_use(user_in_use, workers, task, &context);
+  work.work(0);  // what those threads have left, if they have
+}
+
 }  // namespace
+
+ThreadsInUse::ThreadsInUse(ParallelFor parallel_for, void* user)
+    : before_(parallel_for_in_use), user_before_(user_in_use) {
+  parallel_for_in_use = parallel_for;
+  user_in_use = user;
+}
+
+ThreadsInUse::~ThreadsInUse() {
+  parallel_for_in_use = before_;
+  user_in_use = user_before_;
+}
 
 void do_work(const std::shared_ptr<Work>& work, int workers) {
   if (workers <= 1) return work->work(0);
+  if (parallel_for_in_use) return do_work_elsewhere(*work, workers);
   Pool& pool = Pool::of_process();
   pool.offer(work, workers - 1);
   work->work(0);

@@ -18,6 +18,21 @@ class Work {
   virtual void work(int worker) = 0;
 };
 
+// Somebody's threads: calls task(context, i) once for every i below count, and returns when all have returned.
+using ParallelFor = void (*)(void* user, int count, void (*task)(void* context, int index), void* context);
+
+// While one exists, do_work of the thread that made it runs on these threads, or on the pool's if they are null.
+class ThreadsInUse {
+ public:
+  ThreadsInUse(ParallelFor parallel_for, void* user);
+  ThreadsInUse(const ThreadsInUse&) = delete;
+  ~ThreadsInUse();
+
+ private:
+  ParallelFor before_;
+  void* user_before_;
+};
+
 // Does the work with up to `workers` threads, the calling one included. Helpers may still hold `work`
 // afterwards, so outside of its tasks it must touch nothing that it does not own.
 void do_work(const std::shared_ptr<Work>& work, int workers);

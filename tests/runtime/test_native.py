@@ -64,6 +64,14 @@ def test_the_example_is_short_and_runs(rt, package, files, tmp_path):
     assert done.returncode == 1 and done.stderr == f"classify: {damaged}: the file is cut short\n"
 
 
+def test_a_plan_runs_on_the_callers_threads(package, files, tmp_path):
+    require("cc")
+    library = package / "gatedconv_runtime/libgatedconv_plan.so"
+    flags = [f"-I{ROOT / 'csrc/cpu'}", library, f"-Wl,-rpath,{library.parent}", "-pthread"]
+    run(*CC, "-D_POSIX_C_SOURCE=200809L", ROOT / "tests/runtime/threads.c", *flags, "-o", tmp_path / "threads")
+    assert int(run(tmp_path / "threads", files[0])) >= 2 * 4  # a call of each for every batch at least
+
+
 def test_the_library_needs_the_c_library_alone_and_shows_its_interface_alone(package):
     require("readelf", "nm")
     library = package / "gatedconv_runtime/libgatedconv_plan.so"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import gatedconv
+from gatedconv.train.presets import PRESETS
 from tests.oracle import random_masks, randomize_statistics
 from tests.runtime.conftest import X, small_net
 
@@ -59,6 +60,21 @@ def test_outputs_are_the_engines_bit_for_bit(rt, export, name, isa, monkeypatch)
             y = net(x.numpy(), threads=threads)
             assert y.shape == expected.shape == net.output_size(tuple(x.shape)) and y.dtype == np.float32
             np.testing.assert_array_equal(y, expected)
+
+
+def test_the_demos_network_has_the_engines_bits(rt, export):
+    demo = PRESETS["demo"]
+    torch.manual_seed(0)
+    size = (1, 8, 8)  # of the digits
+    make = getattr(gatedconv.models, demo["model"])
+    gated = make(10, demo["gate"], position=demo["position"], input_size=size).eval()
+    randomize_statistics(gated, 0)
+    masks = {name: torch.tensor([i % 2 == 0]) for i, name in enumerate(gatedconv.gates(gated))}
+    x = torch.rand(5, *size)
+    for model in (make(10, input_size=size).eval(), gatedconv.compact(gatedconv.freeze(gated, masks=masks), x)):
+        net, engine = rt.load(export(model, x)), gatedconv.Engine(model, x)
+        for images in (x, x[:1]):
+            np.testing.assert_array_equal(net(images.numpy(), threads=2), engine(images).numpy())
 
 
 def test_inputs_of_any_strides_do(rt, plan_bytes):
