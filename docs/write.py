@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
 from scaling_tables import TABLES  # noqa: E402
 
-from benchmarks import shipped  # noqa: E402
+from benchmarks import busy, shipped  # noqa: E402
 from benchmarks import tables as performance  # noqa: E402
 from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
@@ -103,6 +103,27 @@ def finetune() -> str:
     return _markdown(["network", "epochs", "top-1 (%)", "MACs (M)", "parameters (M)", "agreement"], rows)
 
 
+def quantize() -> str:
+    """A compact network in float32 and in int8: top-1 and times."""
+    path = RESULTS / "quantize.json"
+    if not path.is_file():
+        return "Not measured yet."
+    found = json.loads(path.read_text())
+    rows = [
+        [
+            row["runtime"],
+            f"{row['top1']:.2f}",
+            f"{row['same_top1']:.2f}",
+            f"{row['error']:.1e}",
+            f"{row['ms_1']:.3f}",
+            f"{row['ms_32']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["runtime", "top-1 (%)", "same top-1 (%)", "error", "batch 1 (ms)", "batch 32 (ms)"]
+    return f"{found['what']}\n\n{markdown_table(header, rows, 1)}"
+
+
 def experiments() -> str:
     """The experiment table from the ledger."""
     images = [path.name for path in (ROOT / "docs" / "images").glob("*.png")]
@@ -144,7 +165,23 @@ def footprints() -> str:
     header, cells = footprint_rows(found["rows"])
     rows = [[row["network"], *line] for row, line in zip(found["rows"], cells, strict=True)]
     table = markdown_table(["network", *header], rows, 3)
-    return f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['commit'])}."
+    speeds = [
+        [
+            row["network"],
+            str(row["batch"]),
+            f"{row['runtime_ms']:.3f}",
+            f"{row['engine_ms']:.3f}",
+            f"{row['ratio']:.3f}",
+            "yes" if row["equal"] else "no",
+        ]
+        for row in found.get("speed", [])
+    ]
+    header = ["network", "batch", "runtime (ms)", "engine (ms)", "runtime / engine", "same bits"]
+    text = f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['commit'])}."
+    if not speeds:
+        return text
+    what = "The runtime and the engine in one process, in turns, on one thread; fastest calls, and the median of the rounds' ratios:"
+    return f"{text}\n\n{what}\n\n{markdown_table(header, speeds, 1)}"
 
 
 def training_speed() -> str:
@@ -185,11 +222,13 @@ def executed_kernels() -> str:
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
+    ROOT / "docs" / "quantize.md": {"quantize": quantize},
     ROOT / "docs" / "scaling.md": TABLES,
     ROOT / "docs" / "performance.md": {
         "cpu": performance.cpu,
         "footprint": footprints,
         "shipped": shipped.section,
+        "busy": busy.section,
         "gpu": performance.gpu,
         "ptx": executed_kernels,
     },

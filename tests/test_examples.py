@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+import gatedconv
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -80,3 +83,23 @@ def test_finetune_prunes_a_network_on_a_folder(tmp_path):
     assert (tmp_path / "small.safetensors").stat().st_size > 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert f"{result['macs'] / 1e6:.1f}" == found[1] and result["arguments"]["epochs"] == 3
+
+
+def test_quantize_measures_what_int8_loses(tmp_path):
+    pytest.importorskip("nncf")
+    pytest.importorskip("openvino")
+    rng = np.random.default_rng(0)
+    archive = {}
+    for split, count in (("train", 40), ("test", 30)):
+        archive[f"{split}_images"] = rng.integers(0, 256, (count, 8, 8, 3), np.uint8)
+        archive[f"{split}_labels"] = rng.integers(0, 10, (count, 1))
+    np.savez(tmp_path / "images.npz", **archive)
+    torch.manual_seed(0)
+    gatedconv.save(gatedconv.models.resnet20(10, input_size=(3, 8, 8)).eval(), tmp_path / "net.safetensors")
+    arguments = ["net.safetensors", "images.npz", "--images", "20", "--rounds", "1", "--result", "result.json"]
+    *_, engine, exact, int8 = output("quantize.py", *arguments, "--threads", "1", cwd=tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["runtime"] for row in result["rows"]] == [line[:28].strip() for line in (engine, exact, int8)]
+    errors = [row["error"] for row in result["rows"]]
+    assert max(errors[:2]) <= 1e-5 < errors[2] < 1 and result["rows"][0]["same_top1"] == 100
+    assert (tmp_path / "int8.xml").is_file() and result["int8_bytes"] > 0

@@ -1,0 +1,47 @@
+"""The benchmark beside a busy core: its rows and table, and the process that is busy."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import busy
+from benchmarks.networks import NetworkCase
+
+
+def test_rows_have_both_loads_and_make_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "CASES", (NetworkCase("resnet20", "dense", 1),))
+    monkeypatch.setattr(busy, "CANDIDATES", {("gatedconv", "Engine"): "gatedconv", ("eager", "NCHW"): "eager"})
+    monkeypatch.setattr(busy, "FILE", tmp_path / "busy.json")
+    assert busy.section() == "Not measured yet."
+    busy.main(["--rounds=1", "--seconds=0.01", "--threads=1", f"--out={tmp_path / 'busy.json'}"])
+    rows = json.loads((tmp_path / "busy.json").read_text())["rows"]
+    assert [row["runtime"] for row in rows] == ["gatedconv", "eager"]
+    assert all(row["loss"] == pytest.approx(row["busy_ms"] / row["quiet_ms"], abs=2e-3) for row in rows)
+    assert "| resnet20 dense | 1 | gatedconv | " in busy.section()
+
+
+def test_the_process_computes_only_meanwhile() -> None:
+    def status() -> tuple[str, int]:
+        """State and ticks of user time."""
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[11])
+
+    core = busy.BusyCore()
+    pid = core._process.pid
+    try:
+        with core.running():
+            start = status()[1]
+            while status()[1] < start + 2:
+                time.sleep(0.01)
+        while status()[0] != "T":  # until the signal has arrived
+            time.sleep(0.01)
+        stopped = status()[1]
+        time.sleep(0.05)
+        assert status()[1] == stopped
+    finally:
+        core.close()
+    assert core._process.returncode is not None
