@@ -72,7 +72,7 @@ def main() -> None:
             found = measure_footprints(build(name), x, Path(folder), rounds=arguments.rounds)
         rows += [{"network": title, **dataclasses.asdict(row)} for row in found]
         print(f"{title}\n{text_table(*footprint_rows(rows[-len(found) :]))}\n")
-        speeds += [speed(title, build(name), batch, arguments.rounds) for batch in (1, 32)]
+        speeds += [speed(title, build(name), batch, 5 * arguments.rounds) for batch in (1, 32)]
         for row in speeds[-2:]:
             print(row)
     result = {"rounds": arguments.rounds, "commit": commit(), "versions": versions(), "rows": rows, "speed": speeds}

@@ -165,23 +165,24 @@ def footprints() -> str:
     header, cells = footprint_rows(found["rows"])
     rows = [[row["network"], *line] for row, line in zip(found["rows"], cells, strict=True)]
     table = markdown_table(["network", *header], rows, 3)
-    speeds = [
+    text = f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['commit'])}."
+    return f"{text}\n\n{_speeds(found['speed'])}" if "speed" in found else text
+
+
+def _speeds(rows: list[dict[str, Any]]) -> str:
+    """The runtime beside the engine."""
+    header = ["network", "batch", "runtime (ms)", "engine (ms)", "runtime / engine", "same bits"]
+    cells = [
         [
             row["network"],
             str(row["batch"]),
-            f"{row['runtime_ms']:.3f}",
-            f"{row['engine_ms']:.3f}",
-            f"{row['ratio']:.3f}",
+            *(f"{row[key]:.3f}" for key in ("runtime_ms", "engine_ms", "ratio")),
             "yes" if row["equal"] else "no",
         ]
-        for row in found.get("speed", [])
+        for row in rows
     ]
-    header = ["network", "batch", "runtime (ms)", "engine (ms)", "runtime / engine", "same bits"]
-    text = f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['commit'])}."
-    if not speeds:
-        return text
-    what = "The runtime and the engine in one process, in turns, on one thread; fastest calls, and the median of the rounds' ratios:"
-    return f"{text}\n\n{what}\n\n{markdown_table(header, speeds, 1)}"
+    what = "The runtime and the engine in one process, in turns, on one thread: fastest calls, and the median ratio of the rounds."
+    return f"{what}\n\n{markdown_table(header, cells, 1)}"
 
 
 def training_speed() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +191,7 @@ def compare_layers(case: ConvCase, sample_ms: float = SAMPLE_MS) -> Comparison:
             if build is _compact and case.groups > 1:
                 continue  # what is left of the groups would differ in size
             name = f"{setting}, {layout}" if setting else layout
-            builders[provider, name] = lambda b=build, a=arranged: b(case, *a)
+            builders[provider, name] = partial(build, case, *arranged)
     builders = dict(sorted(builders.items(), key=lambda item: item[0][0] != OURS))
     expected = {candidate: dense if candidate[0] in ("conv2d", "mkldnn") else masked for candidate in builders}
     # All run on PyTorch's own threads: there is no other pool to wait for.
@@ -199,8 +200,10 @@ def compare_layers(case: ConvCase, sample_ms: float = SAMPLE_MS) -> Comparison:
 
 def _masked(case: ConvCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     mask = case.mask()
-    geometry = {"stride": case.stride, "padding": case.pad, "dilation": case.dilation, "groups": case.groups}
-    return lambda: masked_conv2d(x, weight, bias, mask, **geometry)
+    stride, padding, dilation, groups = case.stride, case.pad, case.dilation, case.groups
+    return lambda: masked_conv2d(
+        x, weight, bias, mask, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
 
 
 def _frozen(case: ConvCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
