@@ -45,6 +45,7 @@ PLAN_SOURCES = (
     "plan_file",
     "plan_header",
     "plan_portable",
+    "plan_schedule",
     "plan_weights",
     "worker_pool",
 )

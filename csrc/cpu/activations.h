@@ -1,7 +1,7 @@
 // Activations over vectors.
 //
 // Errors against float64 in units in the last place of the result, where that is no subnormal number: ELU 1,
-// sigmoid, tanh, hard sigmoid and hard swish 2 (the last two in simd.h), SiLU 2.5, Mish 4, GELU 7; GELU's
+// sigmoid, tanh, SiLU, Mish, hard sigmoid and hard swish 2 (the last two in simd.h), GELU 7; GELU's
 // tanh form 3 for x >= -1 and below, where its argument's own rounding is magnified, 2e-5 of the result.
 // (PyTorch's GELU cancels in its tail and keeps no digits there.) NaN and infinities give what PyTorch gives
 // in float64.
@@ -46,13 +46,23 @@ static inline vec power_of_two(lanes_of_int k) {
   return reinterpret_cast<vec>((k + 127) << 23);
 }
 
-// exp(x) for x <= 0, into the subnormal numbers; NaN for NaN.
-static inline vec exp_negative(vec x) {
+// exp(x) for x <= 0, into the subnormal numbers, is value * (1 + rest); NaN for NaN.
+struct Exponential {
+  vec value, rest;
+};
+
+static inline Exponential exp_with_rest(vec x) {
   x = x < -104.0f ? splat(-104.0f) : x;
   const Reduced s = reduce(x);
-  const vec value = (s.tail * (s.r * s.r) + s.r) + 1.0f;
+  const vec more = s.tail * (s.r * s.r), above = more + s.r, value = above + 1.0f;
+  const vec lost = (above - (value - 1.0f)) + (more - (above - s.r));
+  const vec rest = lost * (2.0f - value);  // value is near 1
   const lanes_of_int half = s.k >> 1;  // in two steps, so that the last one rounds into the subnormals
-  return value * power_of_two(half) * power_of_two(s.k - half);
+  return {value * power_of_two(half) * power_of_two(s.k - half), rest};
+}
+
+static inline vec exp_negative(vec x) {
+  return exp_with_rest(x).value;
 }
 
 // exp(x) - 1 for x <= 0.
@@ -63,12 +73,14 @@ static inline vec expm1_negative(vec x) {
   return scale * (s.tail * (s.r * s.r) + s.r) + (scale - 1.0f);
 }
 
-// x * 1 / (1 + exp(-x)), and without x the sigmoid; the rounding of the sum is made good.
+// x * 1 / (1 + exp(-x)), and without x the sigmoid; what the exponential and the sum have lost is made good.
 static inline vec sigmoid_times(vec x, vec factor) {
-  const vec e = exp_negative(-absolute(x));
-  const vec d = 1.0f + e, lost = e - (d - 1.0f);
-  const vec q = select(x < 0.0f, factor * e, factor) / d;
-  return select(e == 0.0f, q, q - q * (lost * (1.0f - 0.5f * e)));
+  const Exponential e = exp_with_rest(-absolute(x));
+  const vec d = 1.0f + e.value, lost = e.value - (d - 1.0f);
+  const lanes_of_int negative = x < 0.0f;
+  const vec q = select(negative, factor * e.value, factor) / d;
+  const vec wrong = (select(negative, e.rest, -e.rest * e.value) - lost) * (1.0f - 0.5f * e.value);
+  return select(e.value == 0.0f, q, q + q * wrong);
 }
 
 static inline vec hyperbolic_tangent(vec x) {
@@ -106,12 +118,17 @@ static inline vec gelu_tanh(vec x) {
   return sigmoid_times(u, x);
 }
 
-// x tanh(log(1 + exp(x))), a quotient of polynomials in exp(-|x|).
+// x tanh(log(1 + exp(x))), by polynomials in e = exp(-|x|): for x < 0 it is x n / (n + 2) with n = e (e + 2), else
+// x - x w / (1 + 2 e + w) with w = 2 e^2. Of what is lost on the way, that which counts is made good.
 static inline vec mish(vec x) {
-  const vec e = exp_negative(-absolute(x));
-  const lanes_of_int negative = x < 0.0f;
-  const vec up = select(negative, e * (e + 2.0f), 1.0f + 2.0f * e);
-  return x * (up / (up + select(negative, splat(2.0f), 2.0f * e * e)));
+  const Exponential exponential = exp_with_rest(-absolute(x));
+  const vec e = exponential.value, rest = exponential.rest;
+  const vec twice = 2.0f * e, n = twice + e * e, d = n + 2.0f, q = n / d, rise = 1.0f - q;
+  const vec lost = (twice - n) + e * e, wrong = rise * (rest * (1.0f + e * (1.0f / 3)) - (n - (d - 2.0f)) * 0.5f);
+  const vec below = x * q, more = below * wrong + x * (lost * rise * rise * 0.5f);
+  const vec w = 2.0f * e * e, s = w / (1.0f + 2.0f * e + w);
+  const vec above = x - x * (s + s * (rest * (2.0f - 1.2f * e)));
+  return select(x < 0.0f, below + more, select(e == 0.0f, x, above));
 }
 
 // The result of an activation that `activate` does not have.

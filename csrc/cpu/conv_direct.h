@@ -63,16 +63,30 @@ static inline void for_lines(const Step& step, const Part& part, const Lines& li
   }
 }
 
+// Weights that are read after those at hand: every tile fetches a panel of them.
+struct Ahead {
+  const float* weights = nullptr;
+  ptrdiff_t panel_stride = 0;
+  int panels = 0;
+  const float* take() {
+    if (panels == 0) return nullptr;
+    --panels;
+    weights += panel_stride;
+    return weights - panel_stride;
+  }
+};
+
 // The convolution of `width` pixels of a line, `v` vectors of output channels; the pointers are at the first
 // pixel, those of the output and residual at the first channel.
-static inline void conv_line(const Step& step, const Lines& lines, Tile& tile, int v, const float* in,
-                             float* out, const float* residual, int width) {
+static inline void conv_line(const Step& step, const Lines& lines, Tile& tile, Ahead& ahead, int v,
+                             const float* in, float* out, const float* residual, int width) {
   for_pieces(width, v, [&](int x, int px) {
     tile.pixels = in + x * tile.pixel_stride;
     tile.out = out + x * lines.out;
     tile.residual = residual ? residual + x * lines.residual : nullptr;
+    tile.ahead = ahead.take();
     tile_function(px, v)(tile);
-    activate_pixels(step.late, step.value, tile.out, px, lines.out, v);
+    if (!tile.pauses) activate_pixels(step.late, step.value, tile.out, px, lines.out, v);
   });
 }
 
@@ -89,20 +103,55 @@ static inline Tile make_tile(const Step& step, const Taps& taps, const Lines& li
   return tile;
 }
 
-// With few pixels the weights come from memory about as fast as they are used: while the `v` vectors from v0
-// on are computed, the next ones are fetched.
+// With few pixels the weights come from memory about as fast as they are used: while some are, the next ones
+// are fetched.
 constexpr int64_t kFewPixels = 64;
 
-static inline void set_vector(const Step& step, int v0, int v, int last, int64_t pixels, Tile& tile) {
-  const bool more = pixels > 1 && pixels <= kFewPixels && v0 + 2 * v <= last && v0 % kPanelVectors == 0;
-  tile.ahead = more ? step.weights + (v0 + v) / kPanelVectors * tile.panel_stride : nullptr;
+static inline void set_vector(const Step& step, int v0, Tile& tile) {
   tile.weights = step.weights + (v0 / kPanelVectors) * tile.panel_stride + (v0 % kPanelVectors) * kLanes;
   tile.bias = step.bias + v0 * kLanes;
   tile.keep = step.keep ? step.keep + v0 * kLanes : nullptr;
 }
 
+// The panels of the vectors behind `v` ones from v0 on.
+static inline Ahead panels_behind(const Step& step, const Tile& tile, int v0, int v, int last) {
+  const int first = (v0 + v) / kPanelVectors, count = (std::min(v, last - v0 - v) + kPanelVectors - 1) / kPanelVectors;
+  if (count <= 0 || v0 % kPanelVectors != 0) return {};
+  return {step.weights + first * tile.panel_stride, tile.panel_stride, count};
+}
+
 static inline const float* residual_at(const Step& step, int64_t image, int64_t y) {
   return step.residual.data ? step.residual.at(image, y) : nullptr;
+}
+
+// The sum over taps and channels in blocks whose weights stay in the nearest cache for all pixels: floats of
+// input below one tap. Between the blocks the sums wait in the output.
+constexpr int kBlock = 96;
+
+// Whether that pays: the weights of one tile's outputs are read more than once and do not fit there anyway.
+static inline bool in_blocks(const Taps& taps, int64_t pixels) {
+  return pixels > max_pixels(kMaxVectors) && pixels <= kFewPixels &&
+         static_cast<int64_t>(taps.offsets.size()) * taps.run > 2 * kBlock;
+}
+
+// A block of the sum: `run` floats below each of some taps.
+struct Block {
+  int tap, taps, first, run;
+  ptrdiff_t weights;  // of its first one in a panel
+};
+
+static inline std::vector<Block> find_blocks(const Taps& taps, bool cut) {
+  const int count = static_cast<int>(taps.offsets.size());
+  if (!cut) return {{0, count, 0, taps.run, 0}};
+  std::vector<Block> blocks;
+  const int pieces = (taps.run + kBlock - 1) / kBlock;
+  for (int tap = 0; tap < count; ++tap) {
+    for (int i = 0; i < pieces; ++i) {
+      const int first = taps.run * i / pieces, end = taps.run * (i + 1) / pieces;
+      blocks.push_back({tap, 1, first, end - first, (static_cast<ptrdiff_t>(tap) * taps.run + first) * kPanel});
+    }
+  }
+  return blocks;
 }
 
 static inline void conv_direct(const Step& step, const Part& part) {
@@ -113,18 +162,34 @@ static inline void conv_direct(const Step& step, const Part& part) {
   Tile tile = make_tile(step, taps, lines);
   const int64_t pixels = (part.unit1 - part.unit0) * lines.width;
   const int typical = is_flat(step) || lines.per_image == 0 ? 2 * max_pixels(2) : lines.width;
+  const std::vector<Block> blocks = find_blocks(taps, in_blocks(taps, pixels));
   for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
     v = tile_vectors(last - v0, typical);
     if (grouped) v = std::min(v, kPanelVectors - v0 % kPanelVectors);  // panels read different input channels
     const int channel = v0 * kLanes;
     const float* group = step.in.data + (grouped ? step.index[v0 / kPanelVectors] : 0);
-    set_vector(step, v0, v, last, pixels, tile);
-    for_lines(step, part, lines, [&](int64_t image, int64_t y, int width) {
-      const float* in = group + image * step.in.image + y * step.stride_h * step.in.row;
-      const float* residual = residual_at(step, image, y);
-      conv_line(step, lines, tile, v, in, step.out.at(image, y) + channel,
-                residual ? residual + channel : nullptr, width);
-    });
+    set_vector(step, v0, tile);
+    const float* weights = tile.weights;
+    for (const Block& block : blocks) {
+      const bool ends = &block == &blocks.back();
+      Ahead ahead;
+      if (pixels > 1 && pixels <= kFewPixels) {
+        ahead = ends ? panels_behind(step, tile, v0, v, last)
+                     : Ahead{weights + (&block)[1].weights, tile.panel_stride, (v + kPanelVectors - 1) / kPanelVectors};
+      }
+      tile.taps = taps.offsets.data() + block.tap;
+      tile.num_taps = block.taps;
+      tile.run = block.run;
+      tile.weights = weights + block.weights;
+      tile.resumes = &block != &blocks.front();
+      tile.pauses = !ends;
+      for_lines(step, part, lines, [&](int64_t image, int64_t y, int width) {
+        const float* in = group + image * step.in.image + y * step.stride_h * step.in.row + block.first;
+        const float* residual = residual_at(step, image, y);
+        conv_line(step, lines, tile, ahead, v, in, step.out.at(image, y) + channel,
+                  residual ? residual + channel : nullptr, width);
+      });
+    }
   }
 }
 
@@ -175,8 +240,10 @@ static inline void conv_changed(const Step& step, const Part& part, float* scrat
       for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
         v = tile_vectors(last - v0, count);
         const int channel = v0 * kLanes;
-        set_vector(step, v0, v, last, pixels, tile);
-        conv_line(step, lines, tile, v, scratch, step.out.at(image, y) + x * lines.out + channel,
+        set_vector(step, v0, tile);
+        Ahead ahead;
+        if (pixels > 1 && pixels <= kFewPixels) ahead = panels_behind(step, tile, v0, v, last);
+        conv_line(step, lines, tile, ahead, v, scratch, step.out.at(image, y) + x * lines.out + channel,
                   residual ? residual + x * lines.residual + channel : nullptr, count);
       }
     }

@@ -13,15 +13,17 @@ struct Tile {
   int num_taps;
   int run;                 // consecutive input floats below one tap
   const float* weights;    // [panel][tap][run][16], at the tile's first vector
-  const float* ahead;      // null, or weights of this form that come next, to be fetched
+  const float* ahead;      // null, or a panel of weights that is read later, to be fetched
   ptrdiff_t panel_stride;  // from one panel to the next
-  const float* bias;       // null for zeros
+  const float* bias;
   const int32_t* keep;     // null, or -1 and 0 for channels to keep and to clear
   const float* residual;   // null for none
   ptrdiff_t residual_stride;
   float* out;
   ptrdiff_t out_stride;  // from pixel to pixel
   Act act;
+  bool resumes;  // `out` holds sums over earlier taps and channels, in place of the bias
+  bool pauses;   // more of them come: `out` gets the plain sums
 };
 
 template <int PX, int V, bool kFetch = false>
@@ -42,8 +44,7 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& in, vec
         b[v] = load(w + (v / kPanelVectors) * panel_stride + (v % kPanelVectors) * kLanes);
       w += kPanel;
       if constexpr (kFetch) {
-        for (int v = 0; v < V; v += kPanelVectors)
-          __builtin_prefetch(ahead + (v / kPanelVectors) * panel_stride);
+        __builtin_prefetch(ahead);
         ahead += kPanel;
       }
 #pragma GCC unroll 16
@@ -62,9 +63,10 @@ static void run_tile(const Tile& tile) {
   vec sum[PX][V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    const vec bias = tile.bias ? load(tile.bias + v * kLanes) : vec{};
+    const vec bias = load(tile.bias + v * kLanes);
 #pragma GCC unroll 16
-    for (int p = 0; p < PX; ++p) sum[p][v] = bias;
+    for (int p = 0; p < PX; ++p)
+      sum[p][v] = tile.resumes ? load(tile.out + p * tile.out_stride + v * kLanes) : bias;
   }
   if (tile.ahead) {
     accumulate<PX, V, true>(tile, sum);
@@ -74,11 +76,11 @@ static void run_tile(const Tile& tile) {
 #pragma GCC unroll 16
   for (int p = 0; p < PX; ++p) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
+    for (int v = 0; v < V && !tile.pauses; ++v) {
       if (tile.keep) sum[p][v] = keep_lanes(sum[p][v], tile.keep + v * kLanes);
       if (tile.residual) sum[p][v] += load(tile.residual + p * tile.residual_stride + v * kLanes);
     }
-    activate_each(sum[p], tile.act);
+    if (!tile.pauses) activate_each(sum[p], tile.act);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(tile.out + p * tile.out_stride + v * kLanes, sum[p][v]);
   }

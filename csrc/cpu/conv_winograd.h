@@ -132,41 +132,44 @@ static inline void transform_result(const Step& step, const float* from, ptrdiff
   }
 }
 
-// The products of one block: for every point, PX tiles times V vectors of output channels.
-struct Products {
-  const float* patches;  // [point][tile][channel], transformed
-  ptrdiff_t patch_point, patch_tile;
-  const float* weights;  // [panel][point][channel][16], at the first vector
-  ptrdiff_t weight_point, weight_panel;
-  float* out;  // [point][tile][vector]
-  ptrdiff_t out_point, out_tile;
-  int points, channels;
+// The product of one point: tiles times vectors of output channels.
+struct Product {
+  const float* patches;  // [tile][channel], transformed
+  ptrdiff_t patch_tile;
+  const float* weights;  // [panel][channel][16], at the first vector
+  const float* ahead;    // null, or a panel of the next point's
+  ptrdiff_t weight_panel;
+  float* out;  // [tile][vector]
+  int channels;
 };
 
+// The weights of one point stay in the nearest caches for all of its tiles.
 template <int PX, int V>
-static void multiply(const Products& products) {
+static void multiply(const Product& product) {
   const int no_tap = 0;
   Tile tile{};
-  tile.pixel_stride = products.patch_tile;
+  tile.pixels = product.patches;
+  tile.pixel_stride = product.patch_tile;
   tile.taps = &no_tap;
   tile.num_taps = 1;
-  tile.run = products.channels;
-  tile.panel_stride = products.weight_panel;
-  for (int point = 0; point < products.points; ++point) {
-    tile.pixels = products.patches + point * products.patch_point;
-    tile.weights = products.weights + point * products.weight_point;
-    float* out = products.out + point * products.out_point;
-    vec sum[PX][V]{};
+  tile.run = product.channels;
+  tile.weights = product.weights;
+  tile.ahead = product.ahead;
+  tile.panel_stride = product.weight_panel;
+  vec sum[PX][V]{};
+  if (tile.ahead) {
+    accumulate<PX, V, true>(tile, sum);
+  } else {
     accumulate<PX, V>(tile, sum);
+  }
 #pragma GCC unroll 16
-    for (int p = 0; p < PX; ++p) {
+  for (int p = 0; p < PX; ++p) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(out + p * products.out_tile + v * kLanes, sum[p][v]);
-    }
+    for (int v = 0; v < V; ++v) store(product.out + (p * V + v) * kLanes, sum[p][v]);
   }
 }
 
-using MultiplyFunction = void (*)(const Products&);
+using MultiplyFunction = void (*)(const Product&);
 
 template <int V, int... I>
 static MultiplyFunction pick_multiply(int px, std::integer_sequence<int, I...>) {
@@ -237,36 +240,39 @@ static bool conv_winograd(const Step& step, const Part& part, float* scratch) {
   const int64_t first = part.unit0 * columns, count = (part.unit1 - part.unit0) * columns;
   const int64_t blocks = (count + block_tiles(step) - 1) / block_tiles(step);
   vec finite{};
-  Products products{};
-  products.patches = scratch;
-  products.patch_tile = padded;
-  products.points = points;
-  products.channels = step.in.channels;
-  products.weight_point = static_cast<ptrdiff_t>(step.in.channels) * kPanel;
-  products.weight_panel = points * products.weight_point;
+  Product product{};
+  product.patch_tile = padded;
+  product.channels = step.in.channels;
+  const ptrdiff_t weight_point = static_cast<ptrdiff_t>(step.in.channels) * kPanel;
+  product.weight_panel = points * weight_point;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t tile0 = first + count * block / blocks;
     const int tiles = static_cast<int>(first + count * (block + 1) / blocks - tile0);
     const TileCursor begin(step, tile0, columns);
-    products.patch_point = point_stride(tiles, padded);
+    const ptrdiff_t patch_point = point_stride(tiles, padded);
     TileCursor at = begin;
     for (int t = 0; t < tiles; ++t, at.next()) {
       const float* patch = step.in.at(at.image, at.y * M - 1) + (at.x * M - 1) * step.in.pixel;
-      transform_patch<M>(step.in, patch, scratch + static_cast<ptrdiff_t>(t) * padded, products.patch_point);
+      transform_patch<M>(step.in, patch, scratch + static_cast<ptrdiff_t>(t) * padded, patch_point);
     }
-    float* sums = scratch + points * products.patch_point;
+    float* sums = scratch + points * patch_point;
     for (int v0 = part.panel0 * kPanelVectors, v = 0; v0 < last; v0 += v) {
       v = tile_vectors(last - v0, tiles);
-      products.out_tile = v * kLanes;
-      products.out_point = point_stride(tiles, v * kLanes);
-      products.weights =
-          step.weights + (v0 / kPanelVectors) * products.weight_panel + (v0 % kPanelVectors) * kLanes;
-      for_pieces(tiles, v, [&](int t, int px) {
-        products.patches = scratch + static_cast<ptrdiff_t>(t) * padded;
-        products.out = sums + t * products.out_tile;
-        multiply_function(px, v)(products);
-      });
-      transform_results<M>(step, begin, tiles, v0, v, sums, products.out_point, finite);
+      const ptrdiff_t sum_point = point_stride(tiles, v * kLanes);
+      const float* weights =
+          step.weights + (v0 / kPanelVectors) * product.weight_panel + (v0 % kPanelVectors) * kLanes;
+      for (int point = 0; point < points; ++point) {
+        product.weights = weights + point * weight_point;
+        Ahead ahead{product.weights + weight_point, product.weight_panel,
+                    point + 1 < points ? (v + kPanelVectors - 1) / kPanelVectors : 0};
+        for_pieces(tiles, v, [&](int t, int px) {
+          product.ahead = ahead.take();
+          product.patches = scratch + point * patch_point + static_cast<ptrdiff_t>(t) * padded;
+          product.out = sums + point * sum_point + static_cast<ptrdiff_t>(t) * v * kLanes;
+          multiply_function(px, v)(product);
+        });
+      }
+      transform_results<M>(step, begin, tiles, v0, v, sums, sum_point, finite);
     }
   }
   bool all = true;

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -9,41 +10,22 @@
 #include <memory>
 #include <thread>
 
+#include "plan_schedule.h"
 #include "worker_pool.h"
 #include "workspace.h"
 
 namespace gatedconv {
 namespace {
 
-// Bytes of feature maps that should stay in a core's own cache while a step runs, and the most images of a
-// group.
-constexpr int64_t kCacheBytes = 384 * 1024;
-constexpr int64_t kMaxGroup = 8;
-
-int ceil_div(int64_t a, int64_t b) {
-  return static_cast<int>((a + b - 1) / b);
-}
-
-int64_t map_bytes(const Map& map) {
-  return 4 * (map.halo + map.height + map.bottom()) * map.row;
-}
-
-int64_t step_bytes(const Step& step) {
-  return map_bytes(step.in) + map_bytes(step.out) + (step.residual.exists() ? map_bytes(step.residual) : 0);
-}
-
-// Images that one step takes together, so that its maps fit the cache and its weights serve as many as they
-// can.
-int64_t group_of(const Step& step, int64_t most) {
-  int64_t group = 1;
-  while (group * 2 <= most && group * 2 * step_bytes(step) <= kCacheBytes) group *= 2;
-  return group;
-}
+constexpr int64_t kMaxGroup = 8;  // images in a workspace
 
 // Where a chunk of images lies in a workspace, and the steps with their maps placed there.
 class Chunk {
  public:
-  Chunk(const Plan& plan, float* workspace, int64_t images) : steps_(plan.steps) {
+  Chunk(const Plan& plan, float* workspace, int64_t images)
+      : steps_(plan.steps),
+        lives_(find_lives(plan)),
+        out_floats_(int64_t{plan.out_channels} * plan.out_height * plan.out_width) {
     std::vector<float*> slot(plan.slot_floats.size());
     for (size_t i = 0; i < slot.size(); ++i) {
       slot[i] = workspace;
@@ -57,15 +39,18 @@ class Chunk {
     }
   }
 
-  // The step for the images from `image` on, image `first` of the batch being image 0 of the chunk.
-  Step at(size_t index, int64_t first, int64_t image, const Plan& plan, float* output) const {
+  // The step for the images from `image` on, image `first` of the batch being image 0 of the chunk. With a
+  // segment, maps that live inside of it are those of image `own`.
+  Step at(size_t index, int64_t first, int64_t image, float* output, const Segment* segment = nullptr,
+          int64_t own = 0) const {
     Step step = steps_[index];
-    step.in.data += image * step.in.image;
-    step.out.data += image * step.out.image;
-    if (step.residual.exists()) step.residual.data += image * step.residual.image;
-    if (step.gate.exists()) step.gate.data += image * step.gate.image;
+    Map* maps[] = {&step.in, &step.out, &step.residual, &step.gate};
+    for (int i = 0; i < 4; ++i) {
+      if (!maps[i]->data) continue;
+      maps[i]->data += (segment && lives_[index][i].inside(*segment) ? own : image) * maps[i]->image;
+    }
     if (step.source) step.source += (first + image) * step.source_stride[0];
-    step.target = output + (first + image) * plan.out_channels * plan.out_height * plan.out_width;
+    step.target = output + (first + image) * out_floats_;
     return step;
   }
 
@@ -74,70 +59,9 @@ class Chunk {
     map.data = slot[map.slot] + map.halo * (map.row + map.pixel) + map.offset;
   }
   std::vector<Step> steps_;
+  std::vector<std::array<Life, 4>> lives_;
+  int64_t out_floats_;
 };
-
-// A run of steps that take the same number of images together.
-struct Segment {
-  size_t begin, end;
-  int64_t group;
-};
-
-std::vector<Segment> find_segments(const Plan& plan, int64_t images) {
-  std::vector<Segment> segments;
-  for (size_t i = 0; i < plan.steps.size(); ++i) {
-    const int64_t group = group_of(plan.steps[i], images);
-    if (segments.empty() || segments.back().group != group) segments.push_back({i, i, group});
-    segments.back().end = i + 1;
-  }
-  return segments;
-}
-
-// How one step is cut into tasks: bands of rows, each in blocks of output channel panels.
-struct Split {
-  int64_t units;
-  int bands, panels, blocks;
-  int tasks() const { return bands * blocks; }
-  Part part(int task) const {
-    const int band = task / blocks, block = task % blocks;
-    return {units * band / bands, units * (band + 1) / bands, panels * block / blocks,
-            panels * (block + 1) / blocks};
-  }
-};
-
-bool is_conv(const Step& step) {
-  return step.op >= Op::kConv && step.op <= Op::kWinograd4;
-}
-
-Split split_step(const Step& step, int64_t images, int workers) {
-  const int channels = step.op == Op::kOutput || step.op == Op::kInput ? kPanel : step.out.channels;
-  Split split{images * step.rows, 1, ceil_div(channels, kPanel), 1};
-  if (workers == 1) return split;
-  const int64_t weights =
-      is_conv(step) ? static_cast<int64_t>(step.kernel_h) * step.kernel_w * step.span * channels : 0;
-  const int64_t maps = images * step_bytes(step) / 4;
-  const int tasks = workers;
-  const bool by_channels = (is_conv(step) || step.op == Op::kMeanPool) && split.panels >= workers &&
-                           (weights > maps || split.units < workers);
-  if (by_channels) {
-    split.blocks = tasks;
-  } else {
-    split.bands = static_cast<int>(std::min<int64_t>(split.units, tasks));
-  }
-  return split;
-}
-
-// Whether one core does a step in about the time that two take to meet after it: below 4 us at 40
-// multiply-adds and 25 bytes a nanosecond, so that 2 us are lost at most where the other core is free at
-// once. The rates and the limit are assumed, not tuned.
-bool is_small(const Step& step, int64_t images) {
-  const int64_t area = int64_t{step.out.height} * step.out.width;
-  const int64_t taps =
-      is_conv(step) || step.op == Op::kDepthwise ? int64_t{step.kernel_h} * step.kernel_w : 1;
-  const int64_t reads = taps * (is_conv(step) ? step.span : 1);
-  const int64_t weights = is_conv(step) ? reads * step.out.channels : 0;
-  const int64_t macs = images * area * step.out.channels * reads;
-  return macs / 40 + 4 * (weights + images * step_bytes(step) / 4) / 25 < 4000;
-}
 
 // Tasks of one step for the workers: each begins with its own and then helps the others, so that a worker
 // that the system has not scheduled delays only the task it may be in.
@@ -178,14 +102,13 @@ void wait_until(Condition condition) {
 }
 
 // One worker, one chunk of images, all steps.
-void run_alone(const Kernels& kernels, const Plan& plan, const Chunk& chunk,
-               const std::vector<Segment>& segments, int64_t first, int64_t images, float* output,
-               float* scratch) {
+void run_alone(const Kernels& kernels, const Chunk& chunk, const std::vector<Segment>& segments, int64_t first,
+               int64_t images, float* output, float* scratch) {
   for (const Segment& segment : segments) {
     for (int64_t image = 0; image < images; image += segment.group) {
       const int64_t group = std::min(segment.group, images - image);
       for (size_t i = segment.begin; i < segment.end; ++i) {
-        const Step step = chunk.at(i, first, image, plan, output);
+        const Step step = chunk.at(i, first, image, output);
         kernels.run(step, split_step(step, group, 1).part(0), scratch);
       }
     }
@@ -197,6 +120,7 @@ struct Schedule {
   bool alone;          // every worker takes its own images through the whole net; else all share every step
   int64_t share;       // images of one worker, or the whole batch
   int64_t most;        // images in a workspace at a time
+  int64_t places;      // images that it has room for: `most`, and one of every worker's own
   int64_t map_floats;  // of one workspace
   int64_t scratch;     // floats of one worker
   int copies;          // workspaces
@@ -215,11 +139,13 @@ Schedule make_schedule(const Plan& plan, const Kernels& kernels, int64_t batch, 
     widest = std::max(widest, step_bytes(step));
   }
   schedule.scratch = (schedule.scratch + 2 * kPanel - 1) / kPanel * kPanel;
-  schedule.alone = !together && widest <= 2 * kCacheBytes && batch >= schedule.workers;
+  schedule.alone = !together && widest <= 2 * cache_bytes() && batch >= schedule.workers;
   schedule.share = schedule.alone ? batch / schedule.workers : batch;
   schedule.most = std::min(schedule.share, kMaxGroup);
   schedule.copies = schedule.alone ? schedule.workers : 1;
-  schedule.map_floats = schedule.most * image_floats;
+  const bool own = !schedule.alone && schedule.most > 1 && schedule.most >= schedule.workers;
+  schedule.places = schedule.most + (own ? schedule.workers : 0);
+  schedule.map_floats = schedule.places * image_floats;
   return schedule;
 }
 
@@ -234,10 +160,10 @@ class ImageWork : public Work {
   }
   void work(int worker) override {
     for (int64_t i; (i = next_.fetch_add(1)) < chunks_; done_.fetch_add(1, std::memory_order_release)) {
-      const Chunk chunk(plan_, workspace_ + worker * schedule_.map_floats, schedule_.most);
+      const Chunk chunk(plan_, workspace_ + worker * schedule_.map_floats, schedule_.places);
       const int64_t begin = images_ * i / chunks_, end = images_ * (i + 1) / chunks_;
       float* scratch = workspace_ + schedule_.copies * schedule_.map_floats + worker * schedule_.scratch;
-      run_alone(kernels_, plan_, chunk, find_segments(plan_, schedule_.most), begin, end - begin, output_,
+      run_alone(kernels_, chunk, find_segments(plan_, schedule_.most), begin, end - begin, output_,
                 scratch);
     }
     if (worker == 0) wait_until([&] { return done_.load(std::memory_order_acquire) == chunks_; });
@@ -253,30 +179,25 @@ class ImageWork : public Work {
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
-// All workers share every step of one chunk of images.
+// All workers share the steps of one chunk of images, and the images of segments that a worker does alone.
 class StepWork : public Work {
  public:
   StepWork(const Plan& plan, const Kernels& kernels, const Schedule& schedule, float* output,
            float* workspace, int64_t first, int64_t images, double* seconds)
       : kernels_(kernels),
         schedule_(schedule),
+        chunk_(plan, workspace, schedule.places),
+        segments_(seconds ? find_segments(plan, images)
+                          : share_segments(plan, images, schedule.workers)),
+        output_(output),
         scratch_(workspace + schedule.copies * schedule.map_floats),
+        first_(first),
         seconds_(seconds) {
-    const Chunk chunk(plan, workspace, schedule.most);
-    size_t head = 0;
-    for (const Segment& segment : find_segments(plan, images)) {
-      for (int64_t image = 0; image < images; image += segment.group) {
-        const int64_t group = std::min(segment.group, images - image);
-        for (size_t i = segment.begin; i < segment.end; ++i) {
-          const Step step = chunk.at(i, first, image, plan, output);
-          const bool small = !seconds && is_small(step, group);
-          if (small && !items_.empty() && items_.back().small)
-            ++items_[head].count;
-          else
-            head = items_.size();
-          items_.push_back({step, split_step(step, group, small ? 1 : schedule.workers), i, 1, small});
-        }
-      }
+    for (const Segment& segment : segments_) {
+      // What does not go round is shared.
+      const int64_t alone = segment.alone ? images / schedule.workers * schedule.workers : 0;
+      if (alone) items_.push_back({{}, {alone, static_cast<int>(alone), 1, 1}, segment.begin, 1, false, &segment});
+      add_steps(plan, segment, alone, images);
     }
     queues_.reset(new TaskQueue[items_.size()]);
     for (size_t i = 0; i < items_.size(); ++i) queues_[i].reset(items_[i].split.tasks());
@@ -286,6 +207,10 @@ class StepWork : public Work {
     auto then = Clock::now();
     for (size_t i = 0; i < items_.size(); i += items_[i].count) {
       for (int task; (task = queues_[i].claim(worker, schedule_.workers)) >= 0; queues_[i].finish()) {
+        if (items_[i].segment) {
+          take_through(*items_[i].segment, task, schedule_.most + worker, scratch);
+          continue;
+        }
         for (size_t j = i; j < i + items_[i].count; ++j) {
           kernels_.run(items_[j].step, items_[j].split.part(task), scratch);
         }
@@ -307,12 +232,38 @@ class StepWork : public Work {
     size_t index;  // of the step in the plan
     size_t count;  // of items that one worker does in a row: small ones need not meet in between
     bool small;
+    const Segment* segment;  // null, or steps that a worker takes an image through; tasks are images
   };
+  void add_steps(const Plan& plan, const Segment& segment, int64_t image, int64_t images) {
+    for (; image < images; image += segment.group) {
+      const int64_t group = std::min(segment.group, images - image);
+      for (size_t i = segment.begin; i < segment.end; ++i) {
+        const bool small = !seconds_ && is_small(plan.steps[i], group);
+        const Step step = chunk_.at(i, first_, image, output_);
+        if (small && !items_.empty() && items_.back().small)
+          ++items_[head_].count;
+        else
+          head_ = items_.size();
+        items_.push_back({step, split_step(step, group, small ? 1 : schedule_.workers), i, 1, small, nullptr});
+      }
+    }
+  }
+  void take_through(const Segment& segment, int64_t image, int64_t own, float* scratch) const {
+    for (size_t i = segment.begin; i < segment.end; ++i) {
+      const Step step = chunk_.at(i, first_, image, output_, &segment, own);
+      kernels_.run(step, split_step(step, 1, 1).part(0), scratch);
+    }
+  }
   const Kernels& kernels_;
   const Schedule schedule_;
+  const Chunk chunk_;
+  const std::vector<Segment> segments_;
+  float* output_;
   float* scratch_;
+  int64_t first_;
   double* seconds_;
   std::vector<Item> items_;
+  size_t head_ = 0;
   std::unique_ptr<TaskQueue[]> queues_;
 };
 

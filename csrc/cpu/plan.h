@@ -166,6 +166,7 @@ struct Input {
 struct Plan {
   std::vector<Step> steps;
   std::vector<int64_t> slot_floats;  // of one image
+  std::vector<bool> slot_parts;      // whether any map in it is a part of another one
   int out_channels = 0, out_height = 0, out_width = 0;
 };
 

@@ -397,6 +397,10 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
     field += kMapFields;
   }
   plan.slot_floats.assign(reader.maps, 0);
+  plan.slot_parts.assign(reader.maps, false);
+  for (const Map& map : maps) {
+    if (map.offset != 0) plan.slot_parts[map.slot] = true;
+  }
   for (int64_t i = 0; i < reader.steps; ++i, field += kStepFields) {
     Step step{};
     if (const char* error = reader.read_step(field, maps, step)) return error;
@@ -409,7 +413,11 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
       const int64_t floats = (out.halo + out.height + out.bottom()) * out.row + kPanel;
       plan.slot_floats[out.slot] = std::max(plan.slot_floats[out.slot], round_up(floats, kPanel));
     }
-    if (step.op != Op::kView) plan.steps.push_back(step);
+    if (step.op == Op::kView) {
+      plan.slot_parts[step.out.slot] = true;
+    } else {
+      plan.steps.push_back(step);
+    }
   }
   int64_t floats = 0;
   for (const int64_t slot : plan.slot_floats) {

@@ -12,13 +12,15 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from gatedconv.deploy.compact import compact
+from gatedconv.engine.choose import Choose, choose_estimated
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer, runs_on_cuda
 from gatedconv.engine.lower import trace
-from gatedconv.engine.partition import find_segments
+from gatedconv.engine.partition import Segment, find_segments
 from gatedconv.engine.program import Map, Step, lay_out, write_program
+from gatedconv.engine.tune import choose_measured
 from gatedconv.gating import find_gates, require_frozen, unwrap
 from gatedconv.ops.plan import plan_isa, plan_workspace, unavailable
 
@@ -47,6 +49,9 @@ class Engine(nn.Module):
         verify: On the CPU, compare the result with the model's on the example, on another batch size and, where the
             model accepts one, on another image size, before the engine is returned. Where they differ by more than
             rounding, a warning says so and everything runs in PyTorch.
+        tune: On the CPU, time every way to compute a 3x3 convolution where estimates choose otherwise. The choices are
+            kept in the folder of GATEDCONV_CACHE (default ~/.cache/gatedconv), a file for each CPU, number of threads
+            and version of the kernels. (On CUDA they always are.)
 
     Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
 
@@ -57,7 +62,13 @@ class Engine(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, example_input: Tensor, *, threads: int | None = None, verify: bool = True
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        tune: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -66,7 +77,7 @@ class Engine(nn.Module):
             raise TypeError(f"Engine: threads must be an int or None, got {type(threads).__name__}")
         if threads is not None and threads < 1:
             raise ValueError(f"Engine: threads must be at least 1, got {threads}")
-        self.threads = threads
+        self.threads, self.tune = threads, tune
         model = unwrap(model)
         dtype, device = _kind(model)
         _check_input(example_input, "example_input", None, dtype, device)
@@ -97,10 +108,11 @@ class Engine(nn.Module):
         calls: dict[fx.Node, fx.Node] = {}  # the result of a segment -> the call that makes it now
         on_cpu = self.device.type == "cpu"
         segments = find_segments(traced) if on_cpu else find_segments(traced, runs_on_cuda)
+        choose = choose_measured(self.threads or 0) if self.tune and on_cpu else choose_estimated
         for i, segment in enumerate(segments):
             name = f"plan{i}"
             layers = fuse(segment.layers, segment.result, change_inputs=on_cpu)
-            traced.add_submodule(name, self._plan(segment.source, layers, segment.result, example_input.shape[0]))
+            traced.add_submodule(name, self._plan(segment, layers, example_input.shape[0], choose))
             with traced.graph.inserting_after(segment.nodes[-1]):
                 call = traced.graph.call_module(name, (calls.get(segment.source, segment.source),))
             calls[segment.result] = call
@@ -112,10 +124,11 @@ class Engine(nn.Module):
         traced.delete_all_unused_submodules()
         self.body = traced.to(self.device, self.dtype) if self.device.type == "cuda" else traced
 
-    def _plan(self, source: fx.Node, layers: list[Layer], result: fx.Node, batch: int) -> nn.Module:
+    def _plan(self, segment: Segment, layers: list[Layer], batch: int, choose: Choose) -> nn.Module:
+        ends = segment.source, layers, segment.result, batch
         if self.device.type == "cuda":
-            return CudaPlan(*lay_out(source, layers, result, batch), self.dtype, self.device)
-        return PlanModule(write_program(source, layers, result, batch), self.threads or 0)
+            return CudaPlan(*lay_out(*ends, lambda *_: "conv"), self.dtype, self.device)
+        return PlanModule(write_program(*ends, choose), self.threads or 0)
 
     def _verify(self, source: nn.Module, example: Tensor) -> None:
         """Run everything in PyTorch, with a warning, if a result is not the model's."""
@@ -174,11 +187,11 @@ class Engine(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         example = torch.zeros(self.example_size, dtype=self.dtype, device=self.device)
-        return _restore, (self.source, example, self.threads)
+        return _restore, (self.source, example, self.threads, self.tune)
 
 
-def _restore(source: nn.Module, example: Tensor, threads: int | None) -> Engine:
-    return Engine(source, example, threads=threads, verify=False)
+def _restore(source: nn.Module, example: Tensor, threads: int | None, tune: bool) -> Engine:
+    return Engine(source, example, threads=threads, tune=tune, verify=False)
 
 
 def _difference(body: nn.Module, x: Tensor, expected: Any) -> str | None:

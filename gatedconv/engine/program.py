@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from gatedconv.engine.choose import Choose, choose_estimated, ways
 from gatedconv.engine.layers import Layer, map_size
 from gatedconv.engine.pack import (
     PANEL,
@@ -123,7 +124,7 @@ class Program:
 
 
 def lay_out(
-    source: fx.Node, layers: list[Layer], result: fx.Node, batch: int
+    source: fx.Node, layers: list[Layer], result: fx.Node, batch: int, choose: Choose
 ) -> tuple[list[Step], list[Map], list[int]]:
     """Return the steps of a segment from `source` to `result`, its maps, and the shape of a `Program`."""
     maps: list[Map] = []
@@ -142,7 +143,7 @@ def lay_out(
         reads = [of[node] for node in layer.inputs]
         residual = of[layer.residual] if layer.residual is not None else -1
         gate = of[layer.gate] if layer.gate is not None else -1
-        op = _choose_op(layer, maps[reads[0]], batch)
+        op = _choose_op(layer, batch, choose)
         parts = tuple(reads) if op == "cat" else ()
         steps.append(Step(op, layer, reads[0], new_map(layer.output), residual, gate, parts))
     steps.append(Step("output", None, of[result], -1))
@@ -150,9 +151,11 @@ def lay_out(
     return steps, maps, shape
 
 
-def write_program(source: fx.Node, layers: list[Layer], result: fx.Node, batch: int) -> Program:
+def write_program(
+    source: fx.Node, layers: list[Layer], result: fx.Node, batch: int, choose: Choose = choose_estimated
+) -> Program:
     """Pack the fused layers of a segment from `source` to `result`, at its best for `batch` images."""
-    steps, maps, shape = lay_out(source, layers, result, batch)
+    steps, maps, shape = lay_out(source, layers, result, batch, choose)
     steps = join_maps(steps, maps)
     _shape_maps(steps, maps)
     _place_maps(steps, maps)
@@ -194,35 +197,14 @@ def _windows(steps: list[Step]) -> list[int]:
     return windows
 
 
-def _choose_op(layer: Layer, read: Map, batch: int) -> str:
+def _choose_op(layer: Layer, batch: int, choose: Choose) -> str:
     if layer.kind != "conv":
         return layer.kind
     assert layer.weight is not None
     out_channels, per_group = layer.weight.shape[:2]
     if layer.groups > 1 and per_group == 1 and out_channels == layer.groups:
         return "depthwise"
-    plain = layer.groups == 1 and layer.stride == (1, 1) and layer.dilation == (1, 1)
-    if plain and layer.kernel == (3, 3) and layer.padding == (1, 1, 1, 1):
-        return _choose_winograd(layer, read, batch)
-    return "conv"
-
-
-def _choose_winograd(layer: Layer, read: Map, batch: int) -> str:
-    """The cheapest of direct, F(2) and F(4), in multiply-adds; the factors are measured."""
-    assert layer.weight is not None
-    out_channels, in_channels = layer.weight.shape[:2]
-    if in_channels < 5:
-        return "conv"
-    costs = {}
-    for name, tile in (("conv", 1), ("winograd2", 2), ("winograd4", 4)):
-        tiles = -(-read.height // tile) * -(-read.width // tile)
-        points = (tile + 2) ** 2
-        weights = points * in_channels * out_channels
-        transforms = 6 * points * (in_channels + out_channels) if tile > 1 else 0
-        # What a cache cannot keep comes from memory once for a group of images: seven multiply-adds a weight.
-        fetched = max(weights - 2**18, 0) / min(max(batch, 1), 8)
-        costs[name] = tiles * (weights + transforms) + 7 * fetched
-    return min(costs, key=lambda name: costs[name])
+    return choose(layer, batch) if len(ways(layer)) > 1 else "conv"
 
 
 def join_maps(steps: list[Step], maps: list[Map]) -> list[Step]:

@@ -20,7 +20,8 @@ def make_plan(model: nn.Module, x: Tensor, dtype=torch.float32, device="cpu", **
     """The plan of a model that is one segment."""
     plain = copy.deepcopy(model).float().cpu().eval()
     (segment,) = find_segments(trace(plain, x))
-    laid_out = lay_out(segment.source, fuse(segment.layers, segment.result), segment.result, x.shape[0])
+    layers = fuse(segment.layers, segment.result)
+    laid_out = lay_out(segment.source, layers, segment.result, x.shape[0], lambda *_: "conv")
     return CudaPlan(*laid_out, dtype, torch.device(device), **options)
 
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gatedconv
-from gatedconv.engine import program
 from tests.engine.nets import ISAS, Residual, error, settle, supported
 from tests.tolerances import assert_close
 
@@ -72,7 +71,7 @@ def test_torchvision(name):
 @pytest.mark.parametrize("kernel", ["conv", "winograd2", "winograd4"])
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 14), (1, 1), (33, 6)])
 def test_every_3x3_algorithm(isa, kernel, size, monkeypatch):
-    monkeypatch.setattr(program, "_choose_winograd", lambda *_: kernel)
+    monkeypatch.setattr("gatedconv.engine.engine.choose_estimated", lambda *_: kernel)
     model = settle(nn.Sequential(nn.Conv2d(3, 11, 1), Residual(11, 37), Residual(11, 5), nn.Conv2d(11, 50, 3, 1, 1)))
     x = torch.randn(3, 3, *size)
     engine = gatedconv.Engine(model, x)
@@ -163,6 +162,48 @@ def test_maps_too_large_for_a_core_share_the_work():
     assert error(gatedconv.Engine(model, x)(x), model, x) <= LIMIT
 
 
+class Shrinking(nn.Module):
+    """Maps too large for a core's cache, then weights larger than their maps, then large maps again: every kind of
+    segment, with a map that is read behind the next one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(3, 48, 3, 1, 1), nn.ReLU(), Residual(48, 24), nn.Conv2d(48, 32, 1))
+        self.deep = nn.Sequential(nn.MaxPool2d(16), nn.Conv2d(32, 200, 3, 1, 1), Residual(200, 170))
+        self.up = nn.Upsample(scale_factor=16)
+        self.last = nn.Sequential(nn.Conv2d(232, 24, 1), nn.ReLU(), nn.Conv2d(24, 5, 3, 1, 1))
+
+    def forward(self, x):
+        wide = self.wide(x)
+        return self.last(torch.cat([wide, self.up(self.deep(wide))], 1))
+
+
+@pytest.fixture(scope="module")
+def shrinking():
+    torch.manual_seed(4)
+    return gatedconv.Engine(settle(Shrinking()), torch.zeros(1, 3, 96, 96), verify=False)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 9])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_images_alone_and_together(shrinking, batch, threads):
+    """As each image by itself, whose result the other tests compare with the model's."""
+    x = torch.randn(batch, 3, 96, 96)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        result = shrinking(x)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(result, torch.cat([shrinking(image[None]) for image in x]))
+
+
+def test_a_network_with_every_kind_of_segment(shrinking):
+    x = torch.randn(1, 3, 96, 96)
+    assert error(shrinking(x), shrinking.source, x) <= LIMIT
+
+
 def test_another_size_than_the_example():
     model = settle(gatedconv.models.resnet20())
     engine = gatedconv.Engine(model, torch.randn(1, 3, 32, 32))
@@ -187,7 +228,7 @@ def test_nan_and_infinity_go_where_pytorch_sends_them():
 @pytest.mark.parametrize("kernel", ["winograd2", "winograd4"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_winograd_spreads_no_nan_and_no_infinity(isa, kernel, bad, monkeypatch):
-    monkeypatch.setattr(program, "_choose_winograd", lambda *_: kernel)
+    monkeypatch.setattr("gatedconv.engine.engine.choose_estimated", lambda *_: kernel)
     net = settle(nn.Sequential(nn.Conv2d(6, 20, 3, 1, 1), nn.ReLU(), nn.Conv2d(20, 9, 3, 1, 1)))
     x = torch.randn(3, 6, 13, 11)
     x[1, 2, 5, 7] = x[1, 0, 12, 0] = bad
@@ -200,7 +241,7 @@ def test_winograd_spreads_no_nan_and_no_infinity(isa, kernel, bad, monkeypatch):
 
 
 def test_a_sum_that_overflows_is_infinite_where_pytorchs_is(monkeypatch):
-    monkeypatch.setattr(program, "_choose_winograd", lambda *_: "winograd4")
+    monkeypatch.setattr("gatedconv.engine.engine.choose_estimated", lambda *_: "winograd4")
     net = nn.Conv2d(8, 8, 3, 1, 1).eval()
     x = torch.randn(1, 8, 16, 16)
     x[0, :, 6, 6] = 3e38

@@ -29,6 +29,7 @@ TESTS = {
         "cpu/plan_avx512.cpp",
         "cpu/plan_decode.cpp",
         "cpu/plan_portable.cpp",
+        "cpu/plan_schedule.cpp",
         "cpu/worker_pool.cpp",
     ],
 }

@@ -1,0 +1,181 @@
+"""Every way to compute the 3x3 convolutions of shipped networks, timed, and whether the plan's choice is the best.
+
+``python -m benchmarks.kernels [CASE ...]`` times the ways of each case in turns and exits with 1 if one that the plan
+would choose is more than 5 % slower than the best. A case is written "n8 i256 o128 h14": images, input and output
+channels, height and width. What is timed is the processor's time of one thread, to which other programs add little, for
+a call of a plan of the layer alone, which also turns its map from NCHW to NHWC and back. ``--save`` keeps the times in
+a result file, ``--fit`` prints the rates of gatedconv/engine/choose.py that suit the result files best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.harness import RESULTS, machine_header
+from gatedconv._io import write_atomic
+from gatedconv.engine.choose import RATES, WAYS, Rates, Work
+from gatedconv.engine.fuse import fuse
+from gatedconv.engine.layers import Layer
+from gatedconv.engine.lower import trace
+from gatedconv.engine.partition import find_segments
+from gatedconv.engine.tune import layer_call, least_ms
+from gatedconv.ops.plan import plan_isa, unavailable
+from gatedconv.report.tables import markdown_table
+
+# Of ResNet-18 and 50, dense and half cut; EfficientNetV2-S, DenseNet-121, YOLOv8n; CIFAR ResNets; odd counts.
+SHAPES = (
+    "i64 o64 h56",
+    "i64 o32 h56",
+    "i32 o64 h56",
+    "i128 o128 h28",
+    "i128 o64 h28",
+    "i64 o128 h28",
+    "i256 o256 h14",
+    "i256 o128 h14",
+    "i128 o256 h14",
+    "i512 o512 h7",
+    "i512 o256 h7",
+    "i256 o512 h7",
+    "i24 o24 h112",
+    "i48 o192 h56",
+    "i64 o256 h28",
+    "i128 o32 h56",
+    "i128 o32 h28",
+    "i128 o32 h14",
+    "i128 o32 h7",
+    "i16 o16 h56",
+    "i32 o32 h28",
+    "i64 o64 h14",
+    "i128 o128 h7",
+    "i16 o16 h32",
+    "i32 o32 h16",
+    "i64 o64 h8",
+    "i27 o61 h28",
+    "i189 o75 h14",
+)
+CASES = tuple(f"n{batch} {shape}" for shape in SHAPES for batch in (1, 8))
+LIMIT = 1.05  # of the chosen way's time over the best one's
+ROUNDS = 3
+
+
+def parse(case: str) -> Work:
+    """Read a case.
+
+    Raises:
+        ValueError: it is no case.
+    """
+    found = dict(re.findall(r"\b([nioh])(\d+)\b", case))
+    if sorted(found) != ["h", "i", "n", "o"] or min(map(int, found.values())) < 1:
+        raise ValueError(f"{case!r} is no case: write images, channels and size as in 'n8 i256 o128 h14'")
+    return Work(*(int(found[key]) for key in "nioh"), int(found["h"]))
+
+
+def layer_of(work: Work) -> Layer:
+    """The convolution as a layer of a plan, with random weights."""
+    conv = nn.Conv2d(work.in_channels, work.out_channels, 3, 1, 1)
+    traced = trace(nn.Sequential(conv), torch.zeros(1, work.in_channels, work.height, work.width))
+    (segment,) = find_segments(traced)
+    (layer,) = fuse(segment.layers, segment.result)
+    return layer
+
+
+def time_ways(work: Work, rounds: int = ROUNDS) -> dict[str, float]:
+    """Each way's least milliseconds, the ways in turns."""
+    layer = layer_of(work)
+    calls = {way: layer_call(layer, work.batch, way, threads=1) for way in WAYS}
+    times = [{way: least_ms(call, time.process_time) for way, call in calls.items()} for _ in range(rounds)]
+    return {way: min(one[way] for one in times) for way in WAYS}
+
+
+def chosen(work: Work) -> str:
+    """The way that a plan would take."""
+    return min(WAYS, key=lambda way: work.estimate(way, RATES))
+
+
+def fit(rows: Iterable[dict[str, Any]]) -> Rates:
+    """The rates, none negative, with the least sum of squares of relative errors, in multiply-adds of direct ones."""
+    amounts, times = [], []
+    for row in rows:
+        work = parse(row["case"])
+        for way, ms in row["ms"].items():
+            turned = work.height * work.width * (work.in_channels + work.out_channels)
+            amounts.append([work.batch * amount / ms for amount in (*work.amounts(way), turned)])
+            times.append(1.0)
+    a, b = np.array(amounts), np.array(times)
+    used = list(range(a.shape[1]))
+    while True:
+        found = np.linalg.lstsq(a[:, used], b, rcond=None)[0]
+        if found.min() >= 0:
+            break
+        del used[int(found.argmin())]
+    rates = np.zeros(a.shape[1])
+    rates[used] = found
+    # The turning of the map is the same for all ways.
+    return Rates(*(round(float(rate / rates[0]), 2) for rate in rates[:-1]))
+
+
+def check(cases: Sequence[str]) -> list[dict[str, Any]]:
+    """Time the cases: case, milliseconds of each way, the chosen way and its time over the best one's."""
+    rows = []
+    for case in cases:
+        work = parse(case)
+        times = time_ways(work)
+        way = chosen(work)
+        rows.append({"case": case, "ms": times, "chosen": way, "over_best": times[way] / min(times.values())})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows, with the GFLOP/s of the direct sum."""
+    lines = []
+    for row in rows:
+        work, best = parse(row["case"]), min(row["ms"].values())
+        flop = 18 * work.batch * work.in_channels * work.out_channels * work.height * work.width
+        cells = [f"{ms:.3f}" for ms in row["ms"].values()]
+        lines.append([row["case"], *cells, row["chosen"], f"{row['over_best']:.2f}", f"{flop / best / 1e6:.0f}"])
+    return markdown_table(["case", *(f"{way} ms" for way in WAYS), "chosen", "over best", "GFLOP/s of the best"], lines, 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="cases [those of shipped networks]")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels-DEVICE-ISA.json")
+    parser.add_argument("--fit", action="store_true", help="time nothing; fit the rates to the result files")
+    options = parser.parse_args(arguments)
+    if options.fit:
+        for path in sorted(RESULTS.glob("kernels-*.json")):
+            found = json.loads(path.read_text())
+            print(f"{found['isa']}: {fit(found['rows'])}")
+        return 0
+    if (reason := unavailable()) is not None:
+        raise SystemExit(reason)
+    torch.set_num_threads(1)
+    rows = check(options.cases or CASES)
+    print(table(rows))
+    if options.save:
+        machine = machine_header(1)
+        save(RESULTS / f"kernels-{machine['device']}-{plan_isa()}.json", machine, rows)
+    return int(any(row["over_best"] > LIMIT for row in rows))
+
+
+def save(path: Path, machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write the times, a case a line."""
+    lines = [json.dumps({"case": r["case"], "ms": {w: round(t, 4) for w, t in r["ms"].items()}}) for r in rows]
+    head = f' "machine": {json.dumps(machine)},\n "isa": {json.dumps(plan_isa())}'
+    write_atomic(path, ("{\n" + head + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n").encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

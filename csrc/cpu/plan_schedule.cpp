@@ -1,0 +1,152 @@
+#include "plan_schedule.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace gatedconv {
+namespace {
+
+int64_t map_bytes(const Map& map) {
+  return 4 * (map.halo + map.height + map.bottom()) * map.row;
+}
+
+bool is_conv(const Step& step) {
+  return step.op >= Op::kConv && step.op <= Op::kWinograd4;
+}
+
+int64_t weight_bytes(const Step& step) {
+  if (!is_conv(step)) return 0;
+  const int side = step.op == Op::kWinograd4 ? 6 : step.op == Op::kWinograd2 ? 4 : 0;
+  const int64_t taps = side ? side * side : int64_t{step.kernel_h} * step.kernel_w;
+  return 4 * taps * step.span * step.out.channels;
+}
+
+// Images that one step takes together: as many as fit the cache, and more while its weights are more than
+// its maps, because every group has the weights come from memory once.
+int64_t group_of(const Step& step, int64_t most) {
+  int64_t group = 1;
+  while (group * 2 <= most && (group * 2 * step_bytes(step) <= cache_bytes() ||
+                               group * step_bytes(step) < weight_bytes(step))) {
+    group *= 2;
+  }
+  return group;
+}
+
+}  // namespace
+
+int ceil_div(int64_t a, int64_t b) {
+  return static_cast<int>((a + b - 1) / b);
+}
+
+int64_t cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t found = 0;
+#endif
+  return std::clamp<int64_t>(found, 512 * 1024, 2048 * 1024) / 4 * 3;
+}
+
+int64_t step_bytes(const Step& step) {
+  return map_bytes(step.in) + map_bytes(step.out) + (step.residual.exists() ? map_bytes(step.residual) : 0);
+}
+
+std::vector<Segment> find_segments(const Plan& plan, int64_t images) {
+  std::vector<Segment> segments;
+  for (size_t i = 0; i < plan.steps.size(); ++i) {
+    const int64_t group = group_of(plan.steps[i], images);
+    if (segments.empty() || segments.back().group != group) segments.push_back({i, i, group, false});
+    segments.back().end = i + 1;
+  }
+  return segments;
+}
+
+// Alone, an image's maps stay in one cache, but every image has the weights come from memory; together, the
+// images share the weights, but their maps do not stay. The way with the fewest bytes for an image, where a
+// change between the two costs the map at hand and the time to meet.
+std::vector<Segment> share_segments(const Plan& plan, int64_t images, int workers) {
+  if (images == 1 || images < workers) return find_segments(plan, images);
+  constexpr int64_t kMeeting = 32 * 1024;
+  const size_t steps = plan.steps.size();
+  std::array<int64_t, 2> bytes{};                   // of the best way that ends together, and that ends alone
+  std::vector<std::array<bool, 2>> before(steps);  // whether the step in front is alone on that way
+  for (size_t i = 0; i < steps; ++i) {
+    const Step& step = plan.steps[i];
+    const int64_t maps = step_bytes(step), change = map_bytes(step.in) + kMeeting;
+    const int64_t own[2] = {images * maps <= workers * cache_bytes() ? kMeeting / images : maps,
+                            weight_bytes(step) + std::max<int64_t>(maps - cache_bytes(), 0)};
+    std::array<int64_t, 2> next;
+    for (const bool alone : {false, true}) {
+      before[i][alone] = bytes[true] + (alone ? 0 : change) < bytes[false] + (alone ? change : 0);
+      next[alone] = own[alone] + bytes[before[i][alone]] + (before[i][alone] != alone ? change : 0);
+    }
+    bytes = next;
+  }
+  std::vector<Segment> segments;
+  bool alone = bytes[true] < bytes[false];
+  for (size_t i = steps; i-- > 0; alone = before[i][alone]) {
+    if (segments.empty() || segments.back().alone != alone) {
+      segments.push_back({i, i + 1, alone ? 1 : images, alone});
+    }
+    segments.back().begin = i;
+  }
+  std::reverse(segments.begin(), segments.end());
+  return segments;
+}
+
+std::vector<std::array<Life, 4>> find_lives(const Plan& plan) {
+  constexpr size_t never = std::numeric_limits<size_t>::max();
+  std::vector<Life> lives(plan.slot_floats.size(), {0, never});  // of maps that are read before they are written
+  std::vector<size_t> current(plan.slot_floats.size());
+  for (size_t slot = 0; slot < current.size(); ++slot) current[slot] = slot;
+  std::vector<std::array<size_t, 4>> found(plan.steps.size());
+  for (size_t i = 0; i < plan.steps.size(); ++i) {
+    const Step& step = plan.steps[i];
+    const auto read = [&](const Map& map) {
+      const size_t life = current[map.slot];
+      if (map.exists() && lives[life].end != never) lives[life].end = i;
+      return life;
+    };
+    found[i] = {read(step.in), 0, read(step.residual), read(step.gate)};
+    if (!plan.slot_parts[step.out.slot]) {  // maps that hold parts of each other live on
+      current[step.out.slot] = lives.size();
+      lives.push_back({i, i});
+    }
+    found[i][1] = current[step.out.slot];
+  }
+  std::vector<std::array<Life, 4>> result(found.size());
+  for (size_t i = 0; i < found.size(); ++i) {
+    for (size_t k = 0; k < 4; ++k) result[i][k] = lives[found[i][k]];
+  }
+  return result;
+}
+
+Split split_step(const Step& step, int64_t images, int workers) {
+  const int channels = step.op == Op::kOutput || step.op == Op::kInput ? kPanel : step.out.channels;
+  Split split{images * step.rows, 1, ceil_div(channels, kPanel), 1};
+  if (workers == 1) return split;
+  const bool by_channels = (is_conv(step) || step.op == Op::kMeanPool) && split.panels >= workers &&
+                           (weight_bytes(step) > images * step_bytes(step) || split.units < workers);
+  if (by_channels) {
+    split.blocks = workers;
+  } else {
+    split.bands = static_cast<int>(std::min<int64_t>(split.units, workers));
+  }
+  return split;
+}
+
+// Below 4 us at 40 multiply-adds and 25 bytes a nanosecond, so that 2 us are lost at most where the other
+// core is free at once. The rates and the limit are assumed, not tuned.
+bool is_small(const Step& step, int64_t images) {
+  const int64_t area = int64_t{step.out.height} * step.out.width;
+  const int64_t taps =
+      is_conv(step) || step.op == Op::kDepthwise ? int64_t{step.kernel_h} * step.kernel_w : 1;
+  const int64_t reads = taps * (is_conv(step) ? step.span : 1);
+  const int64_t weights = is_conv(step) ? reads * step.out.channels : 0;
+  const int64_t macs = images * area * step.out.channels * reads;
+  return macs / 40 + 4 * (weights + images * step_bytes(step) / 4) / 25 < 4000;
+}
+
+}  // namespace gatedconv

@@ -1,0 +1,59 @@
+// Decides how the work of a run is shared out: which steps take how many images together, who does them, and
+// which maps they need of their own.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "plan.h"
+
+namespace gatedconv {
+
+int ceil_div(int64_t a, int64_t b);
+
+// Bytes of feature maps that should stay in a core's own cache while a step runs.
+int64_t cache_bytes();
+
+// Bytes of the maps of one image that a step reads and writes.
+int64_t step_bytes(const Step& step);
+
+// A run of steps that are done alike.
+struct Segment {
+  size_t begin, end;
+  int64_t group;  // images that a step takes together
+  bool alone;     // a worker takes an image through all steps; else all workers share every step
+};
+
+// The segments for images that one worker has to itself.
+std::vector<Segment> find_segments(const Plan& plan, int64_t images);
+
+// The segments for images that some workers share.
+std::vector<Segment> share_segments(const Plan& plan, int64_t images, int workers);
+
+// From the step that writes a map to the last one that reads it.
+struct Life {
+  size_t begin, end;
+  bool inside(const Segment& segment) const { return begin >= segment.begin && end < segment.end; }
+};
+
+// Of every step the lives of the maps `in`, `out`, `residual` and `gate`.
+std::vector<std::array<Life, 4>> find_lives(const Plan& plan);
+
+// How one step is cut into tasks: bands of rows, each in blocks of output channel panels.
+struct Split {
+  int64_t units;
+  int bands, panels, blocks;
+  int tasks() const { return bands * blocks; }
+  Part part(int task) const {
+    const int band = task / blocks, block = task % blocks;
+    return {units * band / bands, units * (band + 1) / bands, panels * block / blocks,
+            panels * (block + 1) / blocks};
+  }
+};
+
+Split split_step(const Step& step, int64_t images, int workers);
+
+// Whether one core does a step in about the time that two take to meet after it.
+bool is_small(const Step& step, int64_t images);
+
+}  // namespace gatedconv

@@ -1,0 +1,73 @@
+"""Times the ways to compute a convolution on the machine at hand, and keeps what was found (`Engine(tune=True)`)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedconv import _build, _native
+from gatedconv.engine.choose import Choose, ways, work_of
+from gatedconv.engine.cuda.tuner import Tuner, cache_path
+from gatedconv.engine.layers import Layer, map_size
+from gatedconv.engine.program import write_program
+from gatedconv.environment import cpu_info
+from gatedconv.ops.plan import plan_isa, plan_run
+
+_EVICT = 2**23  # bytes of copies of a layer's weights: no core's own cache has them when their turn comes again
+_CALLS, _SECONDS = 40, 0.05  # of a measurement: so many calls, or as many as take this long
+
+
+def layer_call(layer: Layer, batch: int, way: str, threads: int) -> Callable[[], Tensor]:
+    """A plan of one convolution, without what is fused to it, on random images: each call returns the same.
+
+    Its weights come from memory as they do in a network: calls take turns with copies.
+    """
+    source = layer.inputs[0]
+    bare = replace(layer, residual=None, gate=None, before=None)
+    program = write_program(source, [bare], layer.output, batch, lambda *_: way)
+    x = torch.randn(batch, *map_size(source), generator=torch.Generator().manual_seed(0))
+    count = min(64, 1 + math.ceil(_EVICT / program.weights.nbytes))
+    copies = cycle([program.weights.clone() for _ in range(count)])
+    return lambda: plan_run(x, program.code, next(copies), program.shape, threads)
+
+
+def least_ms(call: Callable[[], Tensor], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The least milliseconds of some calls: other programs only add to it."""
+    call()
+    best, begun, calls = math.inf, clock(), 0
+    while calls < _CALLS and clock() - begun < _SECONDS or calls < 3:
+        then = clock()
+        call()
+        best, calls = min(best, clock() - then), calls + 1
+    return 1000 * best
+
+
+def choose_measured(threads: int) -> Choose:
+    """A `Choose` that times every way once for each size of layer, CPU, number of threads and version of the kernels.
+
+    Args:
+        threads: Of a plan, 0 for as many as PyTorch uses now.
+    """
+    threads = threads or torch.get_num_threads()
+    header: dict[str, Any] = {
+        "cpu": cpu_info("model name") or "unknown",
+        "isa": plan_isa(),
+        "threads": threads,
+        "sources": _build.source_hash(_native.source_folder()),
+    }
+    tuner = Tuner(cache_path(header), header, least_ms)
+
+    def choose(layer: Layer, batch: int) -> str:
+        work = work_of(layer, batch)
+        key = f"n{batch} i{work.in_channels} o{work.out_channels} h{work.height} w{work.width} k3"
+        builders = {way: lambda way=way: layer_call(layer, batch, way, threads) for way in ways(layer)}  # type: ignore[misc]
+        return tuner.choose(key, builders)
+
+    return choose

@@ -1,0 +1,103 @@
+"""How 3x3 convolutions are computed: the estimate, the measured choice and its file, the benchmark's command."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gatedconv
+from benchmarks import kernels
+from gatedconv.engine import tune
+from gatedconv.engine.choose import WAYS, Rates, Work
+from tests.engine.nets import error, settle
+
+PATTERN = [0.5, 0.25, 1.0]
+
+
+@pytest.fixture
+def fake_times(monkeypatch, tmp_path):
+    """Calls timed by a list instead of a clock: winograd2 is the fastest."""
+    monkeypatch.setenv("GATEDCONV_CACHE", str(tmp_path))
+    timed = []
+
+    def least_ms(call, clock=None):
+        call()
+        timed.append(PATTERN[len(timed) % len(PATTERN)])
+        return timed[-1]
+
+    monkeypatch.setattr(tune, "least_ms", least_ms)
+    return timed
+
+
+def ops(engine):
+    return [step.op for plan in engine.plans for step in plan.steps if step.op in WAYS]
+
+
+def test_tune_takes_the_fastest_way_and_remembers_it(fake_times, tmp_path):
+    model = settle(nn.Sequential(nn.Conv2d(8, 24, 3, 1, 1), nn.ReLU(), nn.Conv2d(24, 8, 1), nn.Conv2d(8, 24, 3, 1, 1)))
+    x = torch.randn(2, 8, 12, 12)
+    engine = gatedconv.Engine(model, x, threads=1, tune=True)
+    assert ops(engine) == ["winograd2", "conv", "winograd2"]
+    assert len(fake_times) == 3  # the two 3x3 layers are of one size
+    assert error(engine(x), model, x) <= 1e-5
+    (path,) = tmp_path.glob("tuned-*.json")
+    found = json.loads(path.read_text())
+    assert found["threads"] == 1 and list(found["choices"]) == ["n2 i8 o24 h12 w12 k3"]
+    assert ops(gatedconv.Engine(model, x, threads=1, tune=True)) == ["winograd2", "conv", "winograd2"]
+    assert len(fake_times) == 3
+    gatedconv.Engine(model, x, threads=2, tune=True)
+    assert len(fake_times) == 6  # another number of threads is another machine
+
+
+def test_a_damaged_file_is_measured_again(fake_times, tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(8, 24, 3, 1, 1)).eval(), torch.randn(1, 8, 9, 9)
+    gatedconv.Engine(net, x, threads=1, tune=True)
+    (path,) = tmp_path.glob("tuned-*.json")
+    path.write_text(path.read_text()[:40])
+    assert ops(gatedconv.Engine(net, x, threads=1, tune=True)) == ["winograd2"]
+    assert len(fake_times) == 6 and json.loads(path.read_text())["choices"]
+
+
+def test_every_way_computes_the_same_for_the_tuner(monkeypatch, tmp_path):
+    monkeypatch.setenv("GATEDCONV_CACHE", str(tmp_path))
+    layer = kernels.layer_of(Work(2, 19, 37, 11, 11))
+    results = [tune.layer_call(layer, 2, way, 1)() for way in WAYS]
+    assert all(torch.allclose(result, results[0], rtol=1e-4, atol=1e-5) for result in results)
+
+
+def test_work_is_counted():
+    work = Work(2, 8, 16, 9, 10)
+    assert work.amounts("conv") == (9 * 8 * 16 * 90, 0, 0, 0, 0)
+    assert work.amounts("winograd2") == (0, 5 * 5 * 16 * 8 * 16, 5 * 5 * 16 * 24, 0, 0)
+    assert work.amounts("winograd4") == (0, 3 * 3 * 36 * 8 * 16, 0, 3 * 3 * 36 * 24, 0)
+    heavy = Work(4, 512, 512, 7, 7)
+    assert heavy.amounts("conv")[4] == (9 * 2**18 - 2**18) / 4
+    assert heavy.estimate("conv", Rates(1, 0, 0, 0, 2)) == 49 * 9 * 2**18 + 4 * 2**18
+
+
+def test_rates_are_found_again_from_their_own_times():
+    rates = Rates(1.0, 1.5, 5.0, 7.0, 30.0)
+    cases = ["n1 i64 o64 h56", "n8 i512 o512 h7", "n1 i512 o256 h7", "n8 i16 o16 h32", "n1 i24 o96 h30"]
+    works = {case: kernels.parse(case) for case in cases}
+    rows = [
+        {"case": case, "ms": {way: 1e-9 * work.batch * work.estimate(way, rates) for way in WAYS}}
+        for case, work in works.items()
+    ]
+    assert kernels.fit(rows) == rates
+
+
+def test_the_command_fails_where_the_choice_is_slow(monkeypatch, capsys):
+    times = {"conv": 1.0, "winograd2": 1.2, "winograd4": 1.0}
+    monkeypatch.setattr(kernels, "time_ways", lambda work: times)
+    monkeypatch.setattr(kernels, "chosen", lambda work: "winograd2")
+    assert kernels.main(["n1 i8 o8 h8"]) == 1
+    times["winograd2"] = 1.04
+    assert kernels.main(["n1 i8 o8 h8"]) == 0
+    assert "n1 i8 o8 h8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["", "n1 i8 o8", "n0 i8 o8 h8", "i8 o8 h8"])
+def test_no_case(case):
+    with pytest.raises(ValueError, match="is no case"):
+        kernels.parse(case)
