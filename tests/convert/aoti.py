@@ -1,8 +1,8 @@
-"""AOTInductor packages of cut networks that differ in kind, for docs/models.md.
+"""AOTInductor packages of compact networks that differ in kind, for docs/models.md.
 
 python -m tests.convert.aoti        kept in results/architectures/aoti.jsonl
 
-Gated with gate="both", masks open with a probability of 70 %, cut, compiled for this machine's CPU, loaded again
+Gated with gate="both", masks open with a probability of 70 %, compacted, compiled for this machine's CPU, loaded again
 and run on the two images that it was compiled with and on five others.
 """
 

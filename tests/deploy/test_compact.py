@@ -24,7 +24,7 @@ OURS = (
 X = torch.zeros(1, 3, 16, 16)
 
 
-def cut(kind, gate="both", position="after", seed=0):
+def compacted(kind, gate="both", position="after", seed=0):
     torch.manual_seed(0)
     model = gatedconv.models.resnet20(gate=gate, position=position, input_size=(3, 16, 16)).eval()
     masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, kind, seed)
@@ -34,14 +34,14 @@ def cut(kind, gate="both", position="after", seed=0):
 @pytest.mark.parametrize("position", ["before", "middle", "after"])
 @pytest.mark.parametrize("kind", ["open", "closed", "one", "odd"])
 def test_only_plain_modules_remain(kind, position):
-    small, _ = cut(kind, position=position)
+    small, _ = compacted(kind, position=position)
     for name, module in small.named_modules():
         assert type(module).__module__.startswith("torch.nn") or type(module) in OURS, name
     assert not any("gate" in name for name in small.state_dict())
 
 
 def test_closed_layers_vanish():
-    small, _ = cut("closed", gate="layer")
+    small, _ = compacted("closed", gate="layer")
     assert [type(block) for block in small.layer1] == [nn.Identity] * 3
     convolutions = [m for m in small.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == 3  # the stem and two projections
@@ -49,7 +49,7 @@ def test_closed_layers_vanish():
 
 
 def test_everything_open_is_the_dense_network():
-    small, _ = cut("open")
+    small, _ = compacted("open")
     dense = gatedconv.models.resnet20()
     assert gatedconv.count_macs(small, X) == gatedconv.count_macs(dense, X)
     assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in dense.parameters())
@@ -57,7 +57,7 @@ def test_everything_open_is_the_dense_network():
 
 @pytest.mark.parametrize(("position", "sides"), [("before", (1, 0)), ("middle", (1, 1)), ("after", (0, 1))])
 def test_convolutions_have_exactly_the_open_channels(position, sides):
-    small, masks = cut("odd", gate="channel", position=position, seed=5)
+    small, masks = compacted("odd", gate="channel", position=position, seed=5)
     for name, mask in masks.items():
         branch = small.get_submodule(name.removesuffix("channel_gate") + "branch")
         count = int(mask.sum())
@@ -82,7 +82,7 @@ def test_compact_leaves_the_frozen_model_alone_and_shares_nothing_with_it():
 
 
 def test_the_compact_net_trains_scripts_and_traces():
-    small, _ = cut("odd", position="before")
+    small, _ = compacted("odd", position="before")
     small.train()(torch.randn(4, 3, 16, 16)).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in small.parameters() if p.grad is not None)
     small.eval()

@@ -14,7 +14,7 @@ from tests.tolerances import assert_close
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def cut_net():
+def compact_net():
     torch.manual_seed(0)
     model = gatedconv.models.resnet20(gate="both", position="after", input_size=(3, 16, 16)).eval()
     randomize_statistics(model, 0)
@@ -24,7 +24,7 @@ def cut_net():
 
 def test_onnx_runs_in_onnxruntime_with_standard_operators_alone(tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    frozen, path = cut_net(), tmp_path / "net.onnx"
+    frozen, path = compact_net(), tmp_path / "net.onnx"
     gatedconv.export(frozen, path, X)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
@@ -39,7 +39,7 @@ def test_onnx_runs_in_onnxruntime_with_standard_operators_alone(tmp_path):
 
 
 def test_torch_export_round_trip(tmp_path):
-    frozen = cut_net()
+    frozen = compact_net()
     gatedconv.export(frozen, tmp_path / "net.pt2", X, format="torch")
     loaded = torch.export.load(tmp_path / "net.pt2").module()
     for batch in (1, 3):

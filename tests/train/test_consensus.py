@@ -1,4 +1,4 @@
-"""A consensus within the run: what is cut trains on, a resumed run keeps its choice, controls train a part alone."""
+"""A consensus within the run: the compact network trains on, a resumed run keeps its choice, controls train a part alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_is_left_trains_on_and_lands_on_the_target(tmp_path: Path, archive:
     assert summary["frozen"]["macs"] == pytest.approx(0.5 * summary["macs_dense"], rel=0.01)
     small, gated = gatedconv.load(folder.model("compact")), gatedconv.load(folder.model("gated"))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gated.parameters())
-    # It has been trained since it was cut out.
+    # It has been trained since it was compacted.
     consensus, figures = read_consensus(folder.consensus)
     untrained = gatedconv.compact(gatedconv.freeze(gated, masks=consensus.masks).eval(), torch.zeros(1, 1, 8, 8))
     assert not torch.equal(untrained.conv1.weight, small.conv1.weight)

@@ -51,7 +51,7 @@ def test_runs_killed_at_random_end_the_same(straight: tuple[Path, float]) -> Non
 
 @pytest.mark.slow
 def test_runs_that_compact_and_distill_end_the_same_too(straight: tuple[Path, float]) -> None:
-    """Killed in the training of the gates, just after the cut, and in the training of what is left."""
+    """Killed in the training of the gates, just after the consensus, and in the training of what is left."""
     folder, _ = straight
     config = small_config(folder / "blobs.npz", **RECIPES[LATE])
     assert run_in_child(config, folder / "late")

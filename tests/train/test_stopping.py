@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 RUN_ID = "TORCHELASTIC_RUN_ID"
 
 
-# Of six steps to a consensus, all of them taught, the last four may shut gates; six more of what is cut.
+# Of six steps to a consensus, all of them taught, the last four may shut gates; six more of the compact network.
 ALL_AT_ONCE: dict[str, Any] = {
     "mac_weight": 0.0,
     "mac_control": "rank",
@@ -191,7 +191,7 @@ def test_a_stop_outside_of_training_ends_the_process() -> None:
 def test_sigterm_after_the_last_step_leaves_as_in_the_middle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_torchrun: bool, code: int
 ) -> None:
-    """While networks are cut and measured, too, torchrun must not start the job again."""
+    """While networks are compacted and measured, too, torchrun must not start the job again."""
     if by_torchrun:
         monkeypatch.setenv(RUN_ID, "some")
     monkeypatch.setattr(Trainer, "finish", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
