@@ -80,7 +80,8 @@ def _compact_group(group: VGGGroup) -> None:
     mask = gate.mask
     kept = mask.clone()
     kept[0] |= not gate.is_open
-    group.conv1, group.conv2 = _conv(group.conv1, write=kept), _conv(group.conv2, read=kept)
+    set_weight(group.conv1, group.conv1.weight[kept])
+    set_weight(group.conv2, group.conv2.weight[:, kept])
     group.norm1, group.channel_gate = _norm(group.norm1, kept, mask), None
 
 
