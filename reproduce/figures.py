@@ -1,4 +1,4 @@
-"""The paper's figures 2, 3 and 6, and the curves of the CPU bench, from the ledger and the kept epochs."""
+"""The overview, the paper's figures 2, 3 and 6, and the curves of the CPU bench, from the ledger and the kept epochs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
+import gatedconv
 from gatedconv._io import read_json_lines
 from gatedconv.report import plots
 from reproduce.experiment import Experiment
 from reproduce.ledger import LedgerRow
 from reproduce.table import all_experiments
-from reproduce.tables import Rows, mean_spread, runs_of
+from reproduce.tables import Rows, dense_of, interval, mean_spread, paired_runs, runs_of
 
 # Table 1 of the paper: top-1 (%) before and after, and reduction of the FLOPs (%), ResNet-56 on CIFAR-10.
 LITERATURE = {
@@ -25,6 +28,26 @@ LITERATURE = {
     "PFEC": (93.04, 91.31, 27.60),
     "VCP": (93.04, 92.26, 20.30),
 }
+# Top-1 (%) of others' ResNets on CIFAR-10 and the MACs removed (%), as printed: SFP and FPGM from scratch
+# (arXiv 1811.00250, table 1), the others as collected in ManiDP (arXiv 2103.05861).
+OTHERS = {
+    "resnet20": {
+        "dense": (92.20, 0.0),
+        "SFP": (90.83, 42.2),
+        "FPGM": (90.44, 54.0),
+        "DSA": (91.38, 50.3),
+        "DHP": (91.54, 51.8),
+        "Hinge": (91.84, 45.5),
+    },
+    "resnet56": {
+        "dense": (93.59, 0.0),
+        "DSA": (92.91, 52.2),
+        "SFP": (92.26, 52.6),
+        "HRank": (93.17, 50.0),
+        "FPGM": (92.93, 52.6),
+        "DHP": (93.58, 50.9),
+    },
+}
 _SERIES = {"gated": "ours", "dense": "dense", "naive_dropout": "naive dropout", "naive_layer": "naive layers"}
 _SERIES_COLORS = {
     "ours": plots.GATED,
@@ -34,7 +57,13 @@ _SERIES_COLORS = {
 }
 _SWAPPED = ", swapped"  # the other reading of the paper's milestones, drawn hollow
 _Series = Mapping[str, Sequence[Sequence[LedgerRow]]]  # by name, the runs of each of its experiments
-_COLORS = {"gated": plots.GATED, "dense": plots.DENSE, "equal_macs": plots.POLAR, "fixed_at_init": plots.STAGE}
+_COLORS = {
+    "gated": plots.GATED,
+    "dense": plots.DENSE,
+    "equal_macs": plots.POLAR,
+    "fixed_at_init": plots.STAGE,
+    "taught_before": plots.MUTED,
+}
 
 
 def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
@@ -67,7 +96,74 @@ def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
     bench = [each for each in known.values() if "cpu" in each.shown and runs_of(each, rows)]
     if bench:
         drawn.append(_draw_bench(bench, rows, epochs, folder / "cpu-bench.png"))
+    if any(_counts(each) and runs_of(each, rows) for each in known.values()):
+        drawn.append(_draw_overview(rows, folder / "overview.png"))
     return drawn
+
+
+def _counts(experiment: Experiment) -> bool:
+    """Whether it belongs in the overview: trained, and evaluated on the test images."""
+    return experiment.trains and experiment.settings.get("evaluate_on", "test") == "test"
+
+
+def _draw_overview(rows: Rows, path: Path) -> Path:
+    """Top-1 over MACs on all of CIFAR-10, and how far every experiment is from its dense network."""
+    plt = plots.pyplot()
+    known = [each for each in all_experiments().values() if _counts(each) and runs_of(each, rows)]
+    apart = [(each, pairs) for each in known if (pairs := _dense_pairs(each, rows))]
+    with plt.rc_context(plots.STYLE):
+        height = max(3.8, 0.6 + 0.22 * len(apart))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
+        for model, others in OTHERS.items():
+            macs = gatedconv.count_macs(getattr(gatedconv.models, model)(), torch.zeros(1, 3, 32, 32)) / 1e6
+            for place, (name, (top1, removed)) in enumerate(others.items()):
+                left.scatter([macs * (1 - removed / 100)], [top1], color=plots.GRID, edgecolor=plots.MUTED, s=12)
+                name = f"ResNet-{model[6:]}" if name == "dense" else name
+                _name_point(left, name, macs * (1 - removed / 100), top1, on_left=place % 2 == 1)
+        for each in known:
+            runs = runs_of(each, rows)
+            if runs[0].dataset == "cifar10":
+                top1, spread = mean_spread([run.top1_last for run in runs])
+                left.errorbar([fmean(run.macs for run in runs) / 1e6], [top1], yerr=spread, **_dot(each))
+        for place, (each, pairs) in enumerate(apart):
+            behind, half = interval([mine.top1_last - theirs.top1_last for mine, theirs in pairs])
+            right.errorbar([behind], [place], xerr=half, **_dot(each))
+        left.set_xlim(0, 1.15 * left.get_xlim()[1])  # room for the names
+        left.set_xlabel("MACs (M)")
+        left.set_ylabel("top-1, last epoch (%)")
+        left.set_title("All of CIFAR-10")
+        right.axvline(0, color=plots.GRID, zorder=0)
+        right.set_xlabel("difference in points, 95 % interval")
+        labels = [_name_with_share(each, pairs) for each, pairs in apart]
+        right.set_yticks(range(len(apart)), labels, fontsize=7)
+        right.invert_yaxis()
+        right.set_title("Against the dense network")
+        kinds = dict.fromkeys(each.kind for each in known)
+        marks = [plt.Line2D([], [], linestyle="none", color=_COLORS[kind], marker="o", markersize=4) for kind in kinds]
+        left.legend(marks, [kind.replace("_", " ").replace("macs", "MACs") for kind in kinds], loc="lower right", fontsize=7)
+        return plots.save(figure, path, plt)
+
+
+def _dense_pairs(experiment: Experiment, rows: Rows) -> list[tuple[LedgerRow, LedgerRow]]:
+    """Its runs and those of its dense network, by seed; none for a dense network."""
+    dense = dense_of(experiment, rows) if experiment.kind != "dense" else None
+    return paired_runs(experiment, dense, rows) if dense else []
+
+
+def _name_with_share(experiment: Experiment, pairs: Sequence[tuple[LedgerRow, LedgerRow]]) -> str:
+    """ResNet-20 CIFAR-10, equal MACs (50 %), with the images' size where they are not the data set's own."""
+    images = pairs[0][0].dataset.partition("-")[2]
+    share = 100 * fmean(mine.macs / theirs.macs for mine, theirs in pairs)
+    return f"{experiment.label}{f' {images}' if images else ''} ({share:.0f} %)"
+
+
+def _dot(experiment: Experiment) -> dict[str, Any]:
+    return {"color": _COLORS[experiment.kind], "marker": "o", "markersize": 4, "linewidth": 1}
+
+
+def _name_point(axes: Any, name: str, x: float, y: float, *, on_left: bool = False) -> None:
+    side = {"xytext": (-4, -2), "ha": "right"} if on_left else {"xytext": (4, 2)}
+    axes.annotate(name, (x, y), textcoords="offset points", fontsize=7, color=plots.MUTED, **side)
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
@@ -175,7 +271,7 @@ def _draw_drops(sweep: _Series, path: Path) -> Path:
         _rates_and_literature(left, sweep)
         for name, (before, after, saved) in LITERATURE.items():
             right.scatter([saved], [before - after], color=plots.MUTED, s=14)
-            right.annotate(name, (saved, before - after), xytext=(4, 2), textcoords="offset points", fontsize=7)
+            _name_point(right, name, saved, before - after)
         for suffix in ("", _SWAPPED):
             name, baselines = "ours" + suffix, sweep.get("dense" + suffix, ())
             dense = [run.top1_last for runs in baselines for run in runs]

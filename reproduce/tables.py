@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -80,14 +81,21 @@ _HEADER = (
     "the paper",
 )
 _NOT_RUN = "not run yet"
+_WAITING = "Waiting"  # title of the section of tables without a run
 _CONTROLS = ("equal_macs", "fixed_at_init", "taught_before")
 # 97.5 % quantiles of Student's t, by degrees of freedom: half a 95 % interval in standard errors.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_OVERVIEW = (
+    "![Top-1 over MACs, and the distance to the dense network](images/overview.png)\n\n"
+    "Left: our networks trained and tested on all of CIFAR-10, mean and spread over the seeds, and in light gray what "
+    "others print for ResNet-20 and ResNet-56 at about half of the MACs, by recipes of 200 epochs and more. Right: what "
+    "each experiment loses against the dense network of the same recipe and seed."
+)
 FIGURES = {"figure2": {"figure2.png": "Figure 2", "figure3.png": "Figure 3"}}  # by section; table6 has Figure 6
 
 
 def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: Collection[str] = ()) -> str:
-    """Every section as Markdown; experiments without a run are "not run yet".
+    """Every section as Markdown; tables without a run are in one list at the end.
 
     Args:
         rows: of the ledger.
@@ -95,14 +103,26 @@ def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: C
         images: names of the figures that exist.
     """
     recipes = recipes or {}
-    present, sections = present_rows(rows, recipes), []
+    present, sections, waiting = present_rows(rows, recipes), list[str](), list[list[str]]()
     for shown, title in TITLES.items():
         members = [each for each in all_experiments().values() if shown in each.shown]
-        if members:
-            parts = [f"### {title}", _table(members, present), *_verdicts(members, present)]
-            parts += [*_unmeasured(members, present), *_remarks(members, rows, recipes), *_figures(shown, images)]
-            sections.append("\n\n".join(parts))
+        remarks = _remarks(members, rows, recipes)
+        if not remarks and not any(runs_of(each, present) for each in members):
+            waiting.append([title, str(sum(len(each.seeds) for each in members)), _printed(members)])
+            continue
+        parts = [f"### {title}", _table(members, present), *_reading(members, present), *_unmeasured(members, present)]
+        sections.append("\n\n".join([*parts, *remarks, *_figures(shown, images)]))
+    if "overview.png" in images:
+        sections.insert(0, _OVERVIEW)
+    if waiting:
+        header = ["table", "runs", "the paper's top-1 (%)"]
+        sections.append(f"### Not run yet\n\n{markdown_table(header, waiting)}")
     return "\n\n".join([*sections, *_unknown(rows)])
+
+
+def _printed(members: Sequence[Experiment]) -> str:
+    """What the paper prints for a table."""
+    return "; ".join(f"{each.label}: {PRINTED[each.name]}" for each in members if each.name in PRINTED)
 
 
 def present_rows(rows: Rows, recipes: Mapping[str, str]) -> dict[tuple[str, int], LedgerRow]:
@@ -211,11 +231,10 @@ def _of(known: Sequence[object], runs: Sequence[object]) -> str:
 
 def _paired(control: Experiment, rows: Rows) -> str:
     """Lead of the gated run over its control, paired by seed, which removes the variance of the seed."""
-    ahead = _differences(control, rows) if control.kind in _CONTROLS else []
-    if not ahead:
+    if control.kind not in _CONTROLS:
         return ""
-    mean, half = interval(ahead)
-    return f"{mean:+.2f}" + (f" [{mean - half:+.2f}, {mean + half:+.2f}]" if half is not None else "")
+    ahead = [a.top1_last - b.top1_last for a, b in paired_runs(all_experiments()[control.needs], control, rows)]
+    return _interval_text(ahead).split(" points")[0] if ahead else ""
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float | None]:
@@ -230,9 +249,22 @@ def interval(differences: Sequence[float]) -> tuple[float, float | None]:
     return mean, None if spread is None else _T95[len(differences) - 2] * spread / len(differences) ** 0.5
 
 
-def _differences(control: Experiment, rows: Rows) -> list[float]:
-    pairs = [((control.needs, seed), (control.name, seed)) for seed in control.seeds]
-    return [rows[mine].top1_last - rows[theirs].top1_last for mine, theirs in pairs if {mine, theirs} <= rows.keys()]
+def dense_of(gated: Experiment, rows: Rows) -> Experiment | None:
+    """The dense experiment of a gated one: same images, network and epochs, and of these the nearest name."""
+
+    def setting(row: LedgerRow) -> tuple[object, ...]:
+        return row.dataset, row.model, row.epochs, row.evaluated_on, row.experiment.endswith("-swapped")
+
+    settings = {setting(row) for row in runs_of(gated, rows)}
+    dense = [each for each in all_experiments().values() if each.kind == "dense"]
+    found = [each for each in dense if settings & {setting(row) for row in runs_of(each, rows)}]
+    return max(found, key=lambda each: len(commonprefix([each.name, gated.name])), default=None)
+
+
+def paired_runs(mine: Experiment, theirs: Experiment, rows: Rows) -> list[tuple[LedgerRow, LedgerRow]]:
+    """The finished runs of two experiments with the same seeds."""
+    keys = [((mine.name, seed), (theirs.name, seed)) for seed in theirs.seeds]
+    return [(rows[a], rows[b]) for a, b in keys if {a, b} <= rows.keys()]
 
 
 def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit: str = "") -> str:
@@ -289,25 +321,46 @@ def _figures(shown: str, images: Collection[str]) -> list[str]:
     return drawn or [f"{' and '.join(dict.fromkeys(title.split(',')[0] for title in wanted.values()))}: not drawn yet."]
 
 
-def _verdicts(members: Sequence[Experiment], rows: Rows) -> list[str]:
-    """A sentence for every control: the lead of the gated run, and whether its 95 % interval excludes 0."""
-    known = all_experiments()
+def _reading(members: Sequence[Experiment], rows: Rows) -> list[str]:
+    """Sentences on every gated run: its distance to the dense network and its cost, and its lead over each control."""
     lines = []
-    for control in members:
-        if control.kind not in _CONTROLS:
+    for gated in members:
+        if gated.kind != "gated" or not runs_of(gated, rows):
             continue
-        gated = known[control.needs]
-        seeds = [seed for seed in gated.seeds if {(gated.name, seed), (control.name, seed)} <= rows.keys()]
-        if len(seeds) < 2:
-            continue
-        ahead, half = interval(_differences(control, rows))
-        assert half is not None  # there are two seeds
-        verdict = "a win" if ahead > half else "a loss" if ahead < -half else "undecided"
-        agreed = _shown([rows[gated.name, seed].agreement for seed in seeds], 2, 100, " %")
-        agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
-        rival = control.label.removeprefix(gated.label + ", ")
-        lines.append(
-            f"- {gated.label} against {rival}: {_paired(control, rows)} points in {len(seeds)} seeds: "
-            f"{verdict}.{agreement}"
-        )
+        lines.append(_cost(gated, rows))
+        lines += [_lead(gated, each, rows) for each in members if each.kind in _CONTROLS and each.needs == gated.name]
+    lines = [f"- {line}" for line in lines if line]
     return ["\n".join(lines)] if lines else []
+
+
+def _cost(gated: Experiment, rows: Rows) -> str:
+    dense = dense_of(gated, rows)
+    pairs = paired_runs(gated, dense, rows) if dense else []
+    if not pairs:
+        return ""
+    macs = fmean(mine.macs / theirs.macs for mine, theirs in pairs)
+    cost = [mine.train_macs / theirs.train_macs for mine, theirs in pairs if mine.train_macs and theirs.train_macs]
+    training = f", training at {fmean(cost):.2f} times the MACs" if cost else ""
+    ahead = _interval_text([mine.top1_last - theirs.top1_last for mine, theirs in pairs])
+    return f"{gated.label} against dense: {ahead} at {100 * macs:.1f} % of the MACs{training}."
+
+
+def _lead(gated: Experiment, control: Experiment, rows: Rows) -> str:
+    pairs = paired_runs(gated, control, rows)
+    if len(pairs) < 2:
+        return ""
+    differences = [mine.top1_last - theirs.top1_last for mine, theirs in pairs]
+    ahead, half = interval(differences)
+    assert half is not None  # there are two seeds
+    verdict = "a win" if ahead > half else "a loss" if ahead < -half else "undecided"
+    agreed = _shown([mine.agreement for mine, _ in pairs], 2, 100, " %")
+    agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
+    rival = control.label.removeprefix(gated.label + ", ")
+    return f"{gated.label} against {rival}: {_interval_text(differences)}: {verdict}.{agreement}"
+
+
+def _interval_text(differences: Sequence[float]) -> str:
+    mean, half = interval(differences)
+    if half is None:
+        return f"{mean:+.2f} points in 1 seed"
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] points in {len(differences)} seeds"

@@ -1,4 +1,4 @@
-"""The paper's figures from a ledger: which are drawn, and that their marks stand where the rows say."""
+"""The paper's figures from a ledger: which are drawn, and that their marks are where the rows say."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(plots, "save", save)
     write_epochs(tmp_path / "epochs", "table4-c10-r110-layer")
     paths = figures.draw_figures(sweep(), tmp_path / "epochs", tmp_path / "images")
-    assert [path.name for path in paths] == ["figure2.png", "figure3.png", "figure6-table4-c10-r110-layer.png"]
+    names = ["figure2.png", "figure3.png", "figure6-table4-c10-r110-layer.png", "overview.png"]
+    assert [path.name for path in paths] == names
     for path in paths:
         with Image.open(path) as image:
             assert image.width > 800 and np.asarray(image.convert("L")).std() > 5
@@ -85,6 +86,23 @@ def marks(axes: Any) -> set[tuple[float, float]]:
 
 def legend(axes: Any) -> set[str]:
     return {text.get_text() for text in axes.get_legend().get_texts()}
+
+
+def test_the_overview_has_every_experiment_and_its_distance_to_dense(drawn: dict[str, Any]) -> None:
+    left, right = drawn["overview.png"].axes
+    ours = {(120.0, 93.5), (60.0, 92.5), (120.0, 90.0), (90.0, 88.0), (30.0, 86.0), (60.0, 93.5)}
+    assert marks(left) == ours  # naive baselines are not trained
+    named = points(left) - {(0.0, 0.0)}  # of the spread's bars
+    assert {y for _, y in named} == {top1 for others in figures.OTHERS.values() for top1, _ in others.values()}
+    labels = [label.get_text() for label in right.get_yticklabels()]
+    found = {labels[round(y)]: x for x, y in marks(right)}
+    assert found == {
+        "CIFAR-10 layer pruned, λ rising (50 %)": 0.5,
+        "ours, λ_act 0.5 (50 %)": -1.0,
+        "ours, λ_act 0.5, swapped (75 %)": -2.0,
+        "ours, λ_act 0.7, swapped (25 %)": -4.0,
+    }
+    assert legend(left) == {"dense", "gated"}
 
 
 def test_figure_2_has_every_run_where_it_belongs(drawn: dict[str, Any]) -> None:
@@ -121,7 +139,7 @@ def test_figure_6_is_drawn_of_every_run_that_has_a_row_and_epochs(tmp_path: Path
     (tmp_path / "epochs" / f"{names[-1]}-seed0.jsonl").unlink()
     rows = {(name, 0): row(name) for name in names[1:]}
     paths = figures.draw_figures(rows, tmp_path / "epochs", tmp_path)
-    assert [path.name for path in paths] == [f"figure6-{name}.png" for name in names[1:-1]]
+    assert [path.name for path in paths] == [*(f"figure6-{name}.png" for name in names[1:-1]), "overview.png"]
 
 
 def test_figure_6_is_of_the_first_seed_that_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,9 +161,9 @@ def test_figure_6_is_of_the_first_seed_that_was_run(tmp_path: Path, monkeypatch:
 
 def test_one_reading_is_enough(tmp_path: Path) -> None:
     name = "figure2-c10-r56-naive-dropout-50-swapped"
-    for swapped in (row(f"{OURS}-swapped"), row(name, kind="naive_dropout")):
+    for swapped, more in ((row(f"{OURS}-swapped"), ["overview.png"]), (row(name, kind="naive_dropout"), [])):
         paths = figures.draw_figures({swapped.key: swapped}, tmp_path / "epochs", tmp_path)
-        assert [path.name for path in paths] == ["figure2.png", "figure3.png"]
+        assert [path.name for path in paths] == ["figure2.png", "figure3.png", *more]
 
 
 def test_the_bench_is_drawn_from_all_its_seeds(tmp_path: Path) -> None:
@@ -154,7 +172,8 @@ def test_the_bench_is_drawn_from_all_its_seeds(tmp_path: Path) -> None:
     rows = {(name, seed): row(name, seed, kind="dense") for seed in (0, 1)}
     for seed in (0, 1):
         write_epochs(tmp_path / "epochs", name, seed)
-    assert [path.name for path in figures.draw_figures(rows, tmp_path / "epochs", tmp_path)] == ["cpu-bench.png"]
+    paths = figures.draw_figures(rows, tmp_path / "epochs", tmp_path)
+    assert [path.name for path in paths] == ["cpu-bench.png", "overview.png"]
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_tables_and_list_from_a_ledger(tmp_path: Path, capsys: pytest.CaptureFix
     page = tmp_path / "results.md"
     page.write_text("# R\n<!-- experiments: begin, written by docs/write.py -->\n<!-- experiments: end -->\n")
     assert main(["tables", "--results", str(tmp_path), "--docs", str(tmp_path)]) == 0
-    assert "not run yet" in page.read_text() and page.read_text().startswith("# R\n")
+    assert "### Not run yet" in page.read_text() and page.read_text().startswith("# R\n")
     capsys.readouterr()
     assert main(["list", "--results", str(tmp_path)]) == 0
     assert "headline-r56-c10" in capsys.readouterr().out

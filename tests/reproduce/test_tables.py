@@ -16,14 +16,42 @@ def cells(text: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_experiment_has_a_row_marked_as_not_run() -> None:
+def test_tables_without_a_run_are_listed_with_what_the_paper_prints() -> None:
     text = results_text({})
-    for title in TITLES.values():
-        if title != TITLES["ablations"]:
-            assert f"### {title}" in text
-    labels = {each.label for each in all_experiments().values()}
-    for label in labels:
-        assert cells(next(part for part in text.split("###") if f"| {label} |" in part), label)[1] == "not run yet"
+    assert text.startswith("### Not run yet") and text.count("###") == 1
+    for shown, title in TITLES.items():
+        members = [each for each in all_experiments().values() if shown in each.shown]
+        assert cells(text, title)[1] == str(sum(len(each.seeds) for each in members))
+    assert cells(text, TITLES["table1"])[2] == "unpruned: 93.43; ours, λ_act 0.5: 92.42 ± 0.14 at 58 %"
+
+
+def test_an_experiment_that_waits_is_a_row_of_its_table() -> None:
+    text = results_text({row().key: row()})
+    assert cells(text, "ResNet-56 CIFAR-10 dense")[1:3] == ["not run yet", "0 of 5"]
+    assert f"| {TITLES['headline']} |" not in text and f"| {TITLES['table4']} |" in text
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_distance_to_the_dense_network_and_its_cost_are_a_sentence(seeds: int) -> None:
+    """Of two dense networks of the same images and epochs it is the one of the same recipe."""
+    rows = {}
+    for seed in range(seeds):
+        for name, kind, top1, macs in (
+            ("epochs40-r56-c10", "gated", 92.0 + 0.1 * seed, 6e7),
+            ("epochs40-r56-c10-dense", "dense", 93.0, 1.2e8),
+            ("epochs40-r56-c10-paper-dense", "dense", 50.0, 1.2e8),
+            ("epochs40-r56-c10-paper-layer", "gated", 49.0, 1.2e8),
+        ):
+            each = row(name, seed, kind=kind, top1_last=top1, macs=macs, epochs=40, train_macs=macs * 1e6)
+            rows[each.key] = each
+    lines = [line for line in results_text(rows).splitlines() if line.startswith("- ")]
+    ahead = "-1.00 points in 1 seed" if seeds == 1 else "-0.90 [-1.15, -0.65] points in 3 seeds"
+    assert lines == [
+        f"- ResNet-56 CIFAR-10 gated against dense: {ahead} at 50.0 % of the MACs, training at 0.50 times the MACs.",
+        "- the paper: layer gates, λ rising against dense: "
+        + ("-1.00 points in 1 seed" if seeds == 1 else "-1.00 [-1.00, -1.00] points in 3 seeds")
+        + " at 100.0 % of the MACs, training at 1.00 times the MACs.",
+    ]
 
 
 def test_mean_spread_and_shares_are_those_of_the_rows() -> None:
@@ -156,10 +184,13 @@ def test_runs_from_sources_with_changes_are_counted() -> None:
 
 
 def test_figures_are_linked_where_they_are_drawn() -> None:
-    text = results_text({}, images=["figure3.png", "figure6-table6-c10-r110-lambda-0.png", "cpu-bench.png"])
+    rows = {each.key: each for each in (row("table1-c10-r56-ours"), row("table6-c10-r110-lambda-0"))}
+    text = results_text(rows, images=["overview.png", "figure3.png", "figure6-table6-c10-r110-lambda-0.png", "cpu-bench.png"])
     assert "![Figure 3](images/figure3.png)" in text and "images/figure2.png" not in text
     assert "![Figure 6, λ 0](images/figure6-table6-c10-r110-lambda-0.png)" in text and "cpu-bench" not in text
-    text = results_text({})
+    assert text.startswith("![Top-1 over MACs")
+    text = results_text(rows)
+    assert "overview" not in text
     assert "Figure 2 and Figure 3: not drawn yet." in text and "Figure 6: not drawn yet." in text
 
 
