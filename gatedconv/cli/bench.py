@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         metavar="NAME,...",
         default="all",
-        help="the other runtimes to measure: eager, compile, onnxruntime, openvino, mnn, ncnn; all or none [all]",
+        help="the other runtimes to measure: eager, compile, onnxruntime, openvino, mnn, ncnn, litert; all or none [all]",
     )
     parser.add_argument(
         "--reduced",

@@ -90,6 +90,29 @@ def ncnn_files(network: nn.Module, x: Tensor, folder: Path) -> tuple[Path, Path]
     return parameters, folder / "network.ncnn.bin"
 
 
+def litert(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    """LiteRT with its XNNPACK kernels, float32; converted from torch.export by litert-torch, for one batch size."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    def convert(path: Path) -> None:
+        import litert_torch
+
+        litert_torch.convert(network, (x,)).export(str(path))
+
+    path = made_once(folder / f"network-batch{len(x)}.tflite", convert)
+    interpreter = Interpreter(str(path), num_threads=threads)
+    interpreter.allocate_tensors()
+    source, target = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+    image = x.numpy()
+
+    def run() -> Tensor:
+        interpreter.set_tensor(source, image)
+        interpreter.invoke()
+        return torch.from_numpy(interpreter.get_tensor(target))
+
+    return run
+
+
 def _tool(*command: object) -> None:
     """Run a converter in a process of its own: they print, and some exit.
 

@@ -225,6 +225,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("openvino", "two streams", _openvino_split, ("onnx", "onnxscript", "openvino"), split=True),
     Setting("mnn", "high precision", mobile.mnn, ("onnx", "onnxscript", "MNN"), extra="peers"),
     Setting("ncnn", "float32, image by image", mobile.ncnn, ("ncnn", "pnnx"), extra="peers"),
+    Setting("litert", "XNNPACK", mobile.litert, ("ai_edge_litert", "litert_torch"), extra="litert"),
 )
 """In float32."""
 REDUCED: tuple[Setting, ...] = (

@@ -176,7 +176,7 @@ def test_every_quick_setting_computes_a_compact_network(cut: nn.Module, tmp_path
     assert {"eager", "onnxruntime"} <= {provider for provider, _ in found.errors}
 
 
-@pytest.mark.parametrize("provider", ["mnn", "ncnn"])
+@pytest.mark.parametrize("provider", ["mnn", "ncnn", "litert"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_runtimes_made_for_phones_compute_a_network(small: nn.Module, provider: str, batch: int) -> None:
     settings = [s for s in SETTINGS if s.provider == provider]
