@@ -100,7 +100,8 @@ def time_ways(work: Work, rounds: int = ROUNDS) -> dict[str, float]:
 
 def chosen(work: Work) -> str:
     """The way that a plan would take."""
-    return min(WAYS, key=lambda way: work.estimate(way, RATES))
+    rates = RATES[plan_isa()]
+    return min(WAYS, key=lambda way: work.estimate(way, rates))
 
 
 def fit(rows: Iterable[dict[str, Any]]) -> Rates:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 from gatedconv.engine.layers import Layer, map_size
+from gatedconv.ops.plan import plan_isa
 
 WAYS = {"conv": 1, "winograd2": 2, "winograd4": 4}  # and the side of the tile of outputs that each computes
 
@@ -35,8 +36,15 @@ class Rates:
     weight: float
 
 
-# Measured with AVX2; `python -m benchmarks.kernels` says whether they suit a machine, `--fit` finds its own.
-RATES = Rates(direct=1.0, product=1.0, transform2=6.0, transform4=6.0, weight=7.0)
+# By instruction set. Those of AVX-512 are fitted to benchmarks/results/kernels-*-avx512.json (`python -m
+# benchmarks.kernels --fit`), where the chosen way takes 5 % longer than the best one in the geometric mean; with the
+# older rates, measured with AVX2, it is 11 %.
+_OLDER = Rates(direct=1.0, product=1.0, transform2=6.0, transform4=6.0, weight=7.0)
+RATES = {
+    "avx512": Rates(direct=1.0, product=1.35, transform2=5.05, transform4=19.5, weight=32.83),
+    "avx2": _OLDER,
+    "portable": _OLDER,
+}
 
 
 @dataclass(frozen=True)
@@ -87,5 +95,5 @@ def work_of(layer: Layer, batch: int) -> Work:
 
 def choose_estimated(layer: Layer, batch: int) -> str:
     """The way with the least estimated time."""
-    work = work_of(layer, batch)
-    return min(ways(layer), key=lambda way: work.estimate(way, RATES))
+    work, rates = work_of(layer, batch), RATES[plan_isa()]
+    return min(ways(layer), key=lambda way: work.estimate(way, rates))

@@ -1,6 +1,7 @@
 """How 3x3 convolutions are computed: the estimate, the measured choice and its file, the benchmark's command."""
 
 import json
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import gatedconv
 from benchmarks import kernels
 from gatedconv.engine import tune
-from gatedconv.engine.choose import WAYS, Rates, Work
+from gatedconv.engine.choose import RATES, WAYS, Rates, Work
 from tests.engine.nets import error, settle
 
 PATTERN = [0.5, 0.25, 1.0]
@@ -85,6 +86,14 @@ def test_rates_are_found_again_from_their_own_times():
         for case, work in works.items()
     ]
     assert kernels.fit(rows) == rates
+
+
+def test_the_rates_are_those_of_the_committed_times():
+    files = sorted(kernels.RESULTS.glob("kernels-*.json"))
+    assert files
+    for path in files:
+        found = json.loads(path.read_text())
+        assert astuple(kernels.fit(found["rows"])) == pytest.approx(astuple(RATES[found["isa"]]), rel=0.01)
 
 
 def test_the_command_fails_where_the_choice_is_slow(monkeypatch, capsys):
