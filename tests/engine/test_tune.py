@@ -11,6 +11,7 @@ import gatedconv
 from benchmarks import kernels
 from gatedconv.engine import tune
 from gatedconv.engine.choose import RATES, WAYS, Rates, Work
+from gatedconv.ops.plan import unavailable
 from tests.engine.nets import error, settle
 
 PATTERN = [0.5, 0.25, 1.0]
@@ -62,6 +63,7 @@ def test_a_damaged_file_is_measured_again(fake_times, tmp_path):
 
 def test_every_way_computes_the_same_for_the_tuner(monkeypatch, tmp_path):
     monkeypatch.setenv("GATEDCONV_CACHE", str(tmp_path))
+    assert unavailable() is None
     layer = kernels.layer_of(Work(2, 19, 37, 11, 11))
     results = [tune.layer_call(layer, 2, way, 1)() for way in WAYS]
     assert all(torch.allclose(result, results[0], rtol=1e-4, atol=1e-5) for result in results)
