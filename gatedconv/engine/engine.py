@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
 
+from gatedconv.convert import ConversionError, require_same
 from gatedconv.deploy.compact import compact
 from gatedconv.engine.choose import Choose, choose_estimated
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer, runs_on_cuda
+from gatedconv.engine.locate import first_difference
 from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import Segment, find_segments
 from gatedconv.engine.program import Map, Step, lay_out, write_program
@@ -25,10 +26,6 @@ from gatedconv.gating import find_gates, require_frozen, unwrap
 from gatedconv.ops.plan import plan_isa, plan_workspace, unavailable
 
 _KERNELS = {"conv": "direct", "winograd2": "Winograd F(2x2)", "winograd4": "Winograd F(4x4)"}
-
-
-# A plan that is right differs from its model by rounding, far below this; one that is wrong, by far more.
-_WRONG = 1e-4
 
 
 class Engine(nn.Module):
@@ -46,9 +43,10 @@ class Engine(nn.Module):
         example_input: (N, C, H, W): a size that the model accepts. Any other batch, height and width that the
             model accepts may follow, on the CPU up to 2^18 pixels a side; the algorithms are chosen for this one.
         threads: Threads that a plan runs on, on the CPU; None for as many as PyTorch uses at the time of the call.
-        verify: On the CPU, compare the result with the model's on the example, on another batch size and, where the
-            model accepts one, on another image size, before the engine is returned. Where they differ by more than
-            rounding, a warning says so and everything runs in PyTorch.
+        verify: On the CPU, compare the result with the model's on the example, a larger batch and, where the model
+            takes them, larger images, before the engine is returned; costs three forwards of each. Where they differ
+            by more than rounding, everything runs in PyTorch, which is right but slower, and a warning names the first
+            layer that a plan computes otherwise.
         tune: On the CPU, time every way to compute a 3x3 convolution where estimates choose otherwise. The choices are
             kept in the folder of GATEDCONV_CACHE (default ~/.cache/gatedconv), a file for each CPU, number of threads
             and version of the kernels. (On CUDA they always are.)
@@ -132,19 +130,12 @@ class Engine(nn.Module):
 
     def _verify(self, source: nn.Module, example: Tensor) -> None:
         """Run everything in PyTorch, with a warning, if a result is not the model's."""
-        batch, channels, height, width = example.shape
-        generator = torch.Generator().manual_seed(0)
-        for size in (None, (1 + (batch == 1), channels, height, width), (1, channels, height + 9, width + 6)):
-            x = example if size is None else torch.randn(size, generator=generator, dtype=self.dtype, device="cpu")
-            try:
-                expected = source(x.clone())
-            except Exception:  # the model's own code: it does not accept this size
-                continue
-            if (problem := _difference(self.body, x, expected)) is not None:
-                self.reason = f"for an input of shape {tuple(x.shape)} {problem}"
-                self.body = source
-                warnings.warn(f"Engine: everything runs in PyTorch, because {self.reason}", stacklevel=3)
-                return
+        try:
+            require_same(source, self.body, example, "the plan", locate=first_difference, integers=False)
+        except ConversionError as error:
+            self.reason = str(error)
+            self.body = source
+            warnings.warn(f"Engine: everything runs in PyTorch, because of {self.reason}", stacklevel=3)
 
     @property
     def plans(self) -> list[PlanModule | CudaPlan]:
@@ -192,26 +183,6 @@ class Engine(nn.Module):
 
 def _restore(source: nn.Module, example: Tensor, threads: int | None, tune: bool) -> Engine:
     return Engine(source, example, threads=threads, tune=tune, verify=False)
-
-
-def _difference(body: nn.Module, x: Tensor, expected: Any) -> str | None:
-    """How the plans' result differs from what is expected by more than rounding, None if it does not."""
-    wanted, form = tree_flatten(expected)
-    try:
-        found, found_form = tree_flatten(body(x))
-    except (RuntimeError, ValueError) as error:
-        return f"the plan fails: {error}"
-    if form != found_form:
-        return "the plan returns another structure than the model"
-    for a, b in zip(found, wanted, strict=True):
-        if not isinstance(b, Tensor) or not b.is_floating_point() or not bool(b.isfinite().all()) or b.numel() == 0:
-            continue
-        if a.shape != b.shape:
-            return f"the plan returns shape {tuple(a.shape)}, the model {tuple(b.shape)}"
-        wrong = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-        if not wrong <= _WRONG:
-            return f"the plan differs from the model by {wrong:.1e} of its largest value"
-    return None
 
 
 def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import gatedconv
+from gatedconv.engine import partition
 from gatedconv.ops import plan
 from tests.engine.nets import Residual, error, settle
 
@@ -298,6 +299,36 @@ def test_what_cannot_be_traced_runs_in_pytorch():
     x = torch.randn(1, 3, 4, 4)
     assert "Everything runs in PyTorch" in engine.describe() and "trace" in engine.describe()
     assert torch.equal(engine(x), engine.source(x))
+
+
+@pytest.mark.parametrize("wrong", ["stem.0", "2.conv2", "4"])
+def test_a_plan_that_is_wrong_is_left_to_pytorch_and_the_layer_named(wrong, monkeypatch):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.norm, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return torch.relu(x + self.conv2(torch.relu_(self.norm(self.conv1(x)))))
+
+    net = nn.Sequential()
+    net.add_module("stem", nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    for name, layer in (("1", Block()), ("2", Block()), ("3", nn.Conv2d(8, 8, 3, 2)), ("4", nn.Conv2d(8, 4, 1))):
+        net.add_module(name, layer)
+    read = partition.read_layer
+
+    def misread(node, traced):
+        layer = read(node, traced)
+        if layer is not None and layer.name == wrong:
+            layer.weight = layer.weight * 1.01
+        return layer
+
+    monkeypatch.setattr(partition, "read_layer", misread)
+    x = torch.randn(2, 3, 16, 16)
+    with pytest.warns(UserWarning, match=rf"everything runs in PyTorch.* on example_input, first at {wrong}$"):
+        engine = gatedconv.Engine(net.eval(), x)
+    assert torch.equal(engine(x), net(x))
+    assert f"first at {wrong}" in engine.describe()
 
 
 def test_float64_runs_in_pytorch():

@@ -1,0 +1,58 @@
+"""Where a plan goes wrong: the first layer that it computes otherwise than PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatedconv.convert import verify
+from gatedconv.engine.cpu_plan import PlanModule
+from gatedconv.engine.fuse import fuse
+from gatedconv.engine.lower import trace
+from gatedconv.engine.partition import Segment, find_segments
+from gatedconv.engine.program import write_program
+
+
+def first_difference(source: nn.Module, body: nn.Module, inputs: verify.Inputs) -> str:
+    """The name of the first layer whose result differs, by plans of the CPU that end behind each layer in turn."""
+    (x,) = inputs[0]
+    traced = trace(source, x)
+    run = _Values(traced)
+    if not verify.is_same(run.run(x.clone()), source(x.clone())):
+        return verify.first_difference(source, traced, inputs)
+    for segment in find_segments(traced):
+        for count in range(1, len(segment.layers) + 1):
+            if not _is_right(segment, count, run.values):
+                return segment.layers[count - 1].name
+    return verify.first_difference(source, body, inputs)
+
+
+class _Values(fx.Interpreter):
+    """Keeps a copy of every tensor, since later nodes may write into it."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.values: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute a node's value and keep it."""
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.values[n] = result.clone()
+        return result
+
+
+def _is_right(segment: Segment, count: int, values: dict[fx.Node, Tensor]) -> bool:
+    """Whether a plan of a segment's first layers computes what PyTorch does; one that cannot be written is."""
+    layers = [replace(layer) for layer in segment.layers[:count]]
+    result = layers[-1].output
+    try:
+        plan = PlanModule(write_program(segment.source, fuse(layers, result, change_inputs=True), result, 1))
+    except (KeyError, ValueError):  # its result is no map that could leave a plan
+        return True
+    with torch.no_grad():
+        found = plan(values[segment.source])
+    return found.shape != values[result].shape or verify.is_same(found, values[result])
