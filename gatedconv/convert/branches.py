@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,6 +11,7 @@ from gatedconv.convert.flow import Flow, op_name
 from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value
 
 _SCALING = ("mul", "div", "clone", "_to_copy")
+_WALKS = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
 @dataclass(eq=False)
@@ -54,11 +56,22 @@ class Branch:
         """The call that the branch's input is given to first; None where that is no module of its own."""
         calls = [c for c in record.readers(self.entry) if c.inputs[0] is self.entry and c.path]
         alone = [c for c in calls if len(record.calls_of(c.path)) == 1]
-        block = [c for c in alone if c.path == self.name and not isinstance(c.module, nn.Sequential)]
+        block = [c for c in alone if c.path == self.name and not _walks_over_children(c.module)]
         inside = [c for c in alone if any(n in self.nodes for n in record.nodes_of(c)[:1])]
         first = min((c.first for c in inside), default=0)
-        found = block or [c for c in inside if c.first == first and not isinstance(c.module, nn.Sequential)]
+        found = block or [c for c in inside if c.first == first and not _walks_over_children(c.module)]
         return found[0] if found else None
+
+
+def _walks_over_children(module: nn.Module) -> bool:
+    """Whether the forward of a module, or a method that it calls, goes through its children: a gate would be one."""
+    kind, names, waiting = type(module), set(), ["forward"]
+    while waiting:
+        code = getattr(inspect.unwrap(getattr(kind, waiting.pop(), None) or len), "__code__", None)
+        new = set(code.co_names) - names if code is not None else set()
+        names |= new
+        waiting += [name for name in new if inspect.isfunction(getattr(kind, name, None))]
+    return isinstance(module, nn.Sequential) or bool(names & _WALKS)
 
 
 def find_branches(flow: Flow) -> tuple[list[Branch], dict[str, str]]:

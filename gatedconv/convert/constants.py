@@ -64,8 +64,11 @@ class Constants:
     def _find_constants(self, node: Node, value: Value) -> None:
         known = self._candidates(node, value)
         constant = torch.zeros(len(known))
-        if bool(known.any()):
-            result = self._evaluate(node)
+        try:
+            result = self._evaluate(node) if bool(known.any()) else None
+        except Exception:  # it ran under autocast, or takes no single image
+            result, known = None, self.zeros(value)
+        if result is not None:
             result = result[value.index] if isinstance(result, (tuple, list)) else result
             rows = result[0].movedim(self.flow[value].axis - 1, 0).reshape(len(known), -1).float().cpu()
             low, high = rows.amin(dim=1), rows.amax(dim=1)

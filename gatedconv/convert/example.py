@@ -13,12 +13,12 @@ from gatedconv.convert.verify import as_inputs, tensors_of
 
 
 def require_example(example_input: Any, owner: str) -> None:
-    """Raise TypeError, naming ``owner``, unless it is images (N, C, H, W), or a tuple or dict that holds tensors."""
+    """Raise TypeError, naming ``owner``, unless it is images (N, C, H, W), clips, vectors (N, C), or a tuple or dict that holds tensors."""
     if isinstance(example_input, (tuple, list, Mapping)):
         if not tensors_of(as_inputs(example_input)):
             raise TypeError(f"{owner}: example_input must be a tensor or hold tensors, got {example_input!r}")
         return
-    if not isinstance(example_input, Tensor) or example_input.dim() not in (4, 5):
+    if not isinstance(example_input, Tensor) or example_input.dim() not in (2, 4, 5):
         kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise TypeError(
             f"{owner}: example_input must be a tensor (N, C, H, W), a tuple or a dict of inputs, got {kind}"

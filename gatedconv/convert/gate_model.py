@@ -85,6 +85,11 @@ def gate_model(
     model = unwrap(model)
     result, probe = _copied(model), _copied(model)
     found = record_example(probe, example_input, "gate_model")
+    if made := sorted(dict(probe.named_modules()).keys() - dict(result.named_modules()).keys()):
+        raise ValueError(
+            f"gate_model: {type(model).__name__} makes modules in its forward ({', '.join(made[:3])}); run it on "
+            f"example_input once, so that they are there"
+        )
     flow = Flow(found)
     branches, rejected = find_branches(flow)
     conversion = Conversion("run")
@@ -115,9 +120,8 @@ def gate_model(
     conversion.estimated = estimated_parts(flow, installer.gated, by_node)
     conversion.reachable_macs = reachable_share(terms)
     conversion.gated = {name: conversion.gated[name] for name in find_gates(result)}
-    image = next((t for t in tensors_of(as_inputs(example_input)) if t.dim() == 4), None)
-    size = tuple(image.shape[1:]) if image is not None else None
-    vars(result).update(mac_terms=terms, conversion=conversion, input_size=size)
+    size = tuple(example_input.shape) if isinstance(example_input, Tensor) else None
+    vars(result).update(mac_terms=terms, conversion=conversion, gatedconv_size=size)
     if verify:
         _verify(model, result, example_input, conversion)
     return result
@@ -134,11 +138,13 @@ def _total_macs(model: nn.Module, example_input: Any) -> tuple[float | None, str
     """MACs of one image by ``count_macs``, or why they are unknown."""
     if not isinstance(example_input, Tensor) or not len(example_input):
         return None, "MACs are those of the recorded layers: count_macs takes a single tensor"
-    try:
-        return float(count_macs(model, example_input[:1])), ""
-    except Exception as error:  # fvcore traces the model's code, which may raise anything
-        why = str(error).splitlines()[0] if str(error) else ""
-        return None, f"MACs are those of the recorded layers, count_macs fails: {type(error).__name__}: {why}"[:200]
+    why = ""
+    for images in (example_input[:1], example_input):  # some code needs a multiple of several images
+        try:
+            return count_macs(model, images) / len(images), ""
+        except Exception as error:  # fvcore traces the model's code, which may raise anything
+            why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None, f"MACs are those of the recorded layers, count_macs fails: {why}"[:200]
 
 
 @dataclass
@@ -252,25 +258,34 @@ def _sample_wise(branch: Branch, found: Record) -> list[str]:
 
 def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion: Conversion) -> None:
     opened = copied(result)
+    without: set[str] = set()  # gates that run in training without gradients
     for name, gate in find_gates(opened).items():
-        opened.set_submodule(name, FrozenGate(torch.ones_like(gate.running_open_rate, dtype=torch.bool)))
+        constant = FrozenGate(torch.ones_like(gate.running_open_rate, dtype=torch.bool))
+        constant.register_forward_hook(lambda *_, n=name: None if torch.is_grad_enabled() else without.add(n))
+        opened.set_submodule(name, constant)
     require_same(model, result, example_input, "gate_model")
     inputs = example_input
     if isinstance(example_input, Tensor):
         inputs = example_input[:4] if len(example_input) > 1 else torch.cat([example_input, example_input.flip(-1)])
     trained = copied(model)
     note = require_same_training(trained, opened, inputs, "gate_model")
-    conversion.note = "; ".join(filter(None, (conversion.note, note or _without_gradients(trained, conversion))))
+    conversion.note = "; ".join(filter(None, (conversion.note, note or _without_gradients(trained, conversion, without))))
 
 
-def _without_gradients(trained: nn.Module, conversion: Conversion) -> str:
-    """The gates of layers that learn by their flags, and got no gradient: inside torch.no_grad() or detached."""
+def _without_gradients(trained: nn.Module, conversion: Conversion, without: set[str]) -> str:
+    """What does not reach the gates of layers that learn by their flags: inside torch.no_grad(), or detached."""
     found = []
     for path in conversion.gated:
         learning = [p for p in trained.get_submodule(path.rpartition(".")[0]).parameters() if p.requires_grad]
         if learning and all(p.grad is None for p in learning):
             found.append(path)
-    return f"no gradient reaches {', '.join(found)}: they stay as they are" if found else ""
+    notes = [f"no gradient reaches {', '.join(found)}: they stay as they are"] if found else []
+    if again := sorted(without.difference(found)):  # backward computes them a second time, with gradients
+        notes.append(
+            f"the losses on the gates do not reach {', '.join(again)}, which a checkpoint with use_reentrant=True runs "
+            f"without gradients; use_reentrant=False lets them"
+        )
+    return "; ".join(notes)
 
 
 def _check(model: Any, gate: str, position: str, estimator: str, example_input: Any) -> None:

@@ -254,6 +254,29 @@ def skip_closed(model: nn.Module) -> None:
         model.set_submodule(path, frozen)
 
 
+@contextmanager
+def keeping_aliases(model: nn.Module) -> Iterator[None]:
+    """What replaces a module meanwhile replaces it in the lists, tuples and dicts of attributes, too."""
+    before = dict(model.named_modules())
+    yield
+    after, seen = dict(model.named_modules()), set()
+    swapped = {id(old): new for path, old in before.items() if (new := after.get(path, old)) is not old}
+
+    def swap(item: Any) -> Any:
+        if type(item) is tuple:
+            return tuple(map(swap, item))
+        if isinstance(item, (list, dict)) and id(item) not in seen:
+            seen.add(id(item))
+            for key, part in item.items() if isinstance(item, dict) else enumerate(item):
+                item[key] = swap(part)
+        return swapped.get(id(item), item)
+
+    for module in list(model.modules()) if swapped else ():
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                vars(module)[name] = swap(value)
+
+
 def attach(module: nn.Module, gate: Gate, base: str) -> str:
     """Make the gate a child of the module, as ``base`` or, where that is taken, with a number; returns the name."""
     name, count = base, 1

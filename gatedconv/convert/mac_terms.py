@@ -72,6 +72,7 @@ class _Labels:
         self.gated = gated
         self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
         self.gates = list(self.sizes)
+        self.images = images_of(flow)
         self.whole: set[Value] = set()  # what holds all of its channels, whatever gates close behind it
         self.forward: dict[Value, Tensor] = {}
         self.needed: dict[Value, Tensor] = {}
@@ -200,16 +201,16 @@ class _Labels:
                 return []
             counted = self.flow.source(node).tensor if is_pool(node) else value.tensor
             if self.whole.intersection(self.flow.operands(node)):
-                return [MacTerm(operations * counted.numel() / counted.shape[0], params, layer)]
-            return self._by_channel(value, operations * counted.numel() / counted.shape[0], params, layer)
-        macs = _other_macs(node)
+                return [MacTerm(operations * counted.numel() / self.images, params, layer)]
+            return self._by_channel(value, operations * counted.numel() / self.images, params, layer)
+        macs = _other_macs(node) / self.images
         return [MacTerm(macs, params, layer)] if macs or params else []
 
     def _dense(self, node: Node, value: Value, params: int, layer: tuple[str, ...]) -> list[MacTerm]:
         source, weight = node.inputs[0], node.module.weight  # type: ignore[union-attr]
         assert isinstance(weight, Tensor)
         groups = self.flow[source].size // weight.shape[1]
-        total = float(weight.numel() * value.tensor.numel() // value.tensor.shape[0] // weight.shape[0])
+        total = weight.numel() * value.tensor.numel() / weight.shape[0] / self.images
         if _is_depthwise(node):
             return self._by_channel(value, total, params, layer)
         outgoing = self.effective(value)
@@ -288,23 +289,29 @@ def is_pool(node: Node) -> bool:
     return op_name(node) == "mean" and list(node.args[1:2]) == [[-1, -2]] and list(node.args[2:3]) == [True]
 
 
+def images_of(flow: Flow) -> int:
+    """The batch that was recorded; views may have folded it into other dimensions, or others into it."""
+    given = [value.tensor for value in flow.record.inputs]
+    batches = [len(t) for t in given if t.dim() in (2, 4, 5)]
+    return max(1, batches[0] if batches else sum(t.dim() == 3 for t in given))  # detectors take a list of images
+
+
 def _other_macs(node: Node) -> float:
-    """MACs per image of work that is not tracked by channels."""
+    """MACs of work that is not tracked by channels."""
     module, out = node.module, node.outputs[0].tensor
     sources = [v.tensor for v in node.inputs]
-    images = max(1, node.inputs[0].tensor.shape[0]) if sources and sources[0].dim() else 1
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return float(module.weight.numel() * math.prod(sources[0].shape[2:]))
+        return float(module.weight.numel() * sources[0].shape[0] * math.prod(sources[0].shape[2:]))
     if isinstance(module, nn.modules.conv._ConvNd):
-        return float(module.weight.numel() * math.prod(out.shape[2:]))
+        return float(module.weight.numel() * out.shape[0] * math.prod(out.shape[2:]))
     if isinstance(module, nn.Linear):
-        return module.weight.numel() * out.numel() / images / module.out_features
+        return float(module.in_features * out.numel())
     if isinstance(module, MIXING_NORMS):
-        return (5 if getattr(module, "weight", None) is not None else 4) * out.numel() / images
+        return float((5 if getattr(module, "weight", None) is not None else 4) * out.numel())
     if node.op == CALL:
         return 0.0
     if op_name(node) == "convolution" and not node.args[6]:
-        return float(sources[1].numel() * math.prod(out.shape[2:]))
+        return float(sources[1].numel() * out.shape[0] * math.prod(out.shape[2:]))
     if op_name(node) in ("addmm", "mm", "bmm", "baddbmm"):
-        return out.numel() / images * sources[-2].shape[-1]
+        return float(out.numel() * sources[-2].shape[-1])
     return 0.0

@@ -176,7 +176,8 @@ def record(
     """
     result = Record(model)
     recorder = _Recorder(result, known)
-    with eval_mode(model), torch.no_grad(), recorder.watching_modules():
+    eager = torch.compiler.set_stance("force_eager")  # a compiled part would hide its operations
+    with eval_mode(model), torch.no_grad(), eager, recorder.watching_modules():
         recorder.start(args, dict(kwargs or {}))
     _forget_unread(result)
     return result

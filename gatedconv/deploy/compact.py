@@ -19,6 +19,7 @@ from gatedconv.convert.install import (
     GateInput,
     SelectSamples,
     hooks_of,
+    keeping_aliases,
     mask_of,
     masks_by_link,
     remove_gates,
@@ -51,8 +52,8 @@ def compact(
         example_input: (N, C, H, W) that the model accepts, or a tuple of positional or a dict of keyword arguments.
         channel_multiple: keep so many closed channels, as zeros, that the width behind each gate is a multiple of
             this. None: 8 where ``example_input`` is on a GPU, whose matrix units need it, else 1.
-        verify: compare the result with ``frozen`` on the example, a larger batch and larger images; costs three
-            forwards of each.
+        verify: compare the result with ``frozen`` on the example, a larger batch and larger images, and try whether it
+            runs in training; costs three forwards of each and one of the result in training.
 
     Raises:
         TypeError: for arguments of another kind.
@@ -73,7 +74,7 @@ def compact(
     for attribute in ("mac_terms", "conversion"):
         vars(result).pop(attribute, None)
     if isinstance(example_input, Tensor):
-        vars(result)["input_size"] = tuple(example_input.shape[1:])
+        vars(result)["gatedconv_size"] = tuple(example_input.shape)
     consensus = getattr(frozen, "consensus", None)
     if consensus is not None:  # a state dict may have moved the masks since the vote
         masks = {name: gate.mask for name, gate in find_gates(frozen).items() if isinstance(gate, FrozenGate)}
@@ -101,7 +102,8 @@ def _compact_rest(
     """Any other model: make layers smaller where they are; with more care where an attempt fails."""
     closed = _closed(model)
     remove_gates(model)
-    _plain_convolutions(model)
+    with keeping_aliases(model):
+        _plain_convolutions(model)
     flow = Flow(record_example(model, example_input, "compact"))
     _fill_up(model, closed, channel_multiple)
     masks = _masks(flow, closed)
@@ -110,9 +112,13 @@ def _compact_rest(
     while True:
         result = copied(model)
         try:
-            shrink(result, Channels(flow, masks, care, unsliceable))
+            with keeping_aliases(result):
+                shrink(result, Channels(flow, masks, care, unsliceable))
             if verify:
                 require_same(unwrap(frozen), result, example_input, "compact")
+                if care < CARE - 1 and not _trains(result, example_input) and _trains(frozen, example_input):
+                    care = CARE - 1
+                    continue
             return result
         except CannotSlice as failure:
             unsliceable.add(failure.path)
@@ -120,6 +126,19 @@ def _compact_rest(
             care += 1
             if care == CARE:
                 raise
+
+
+@torch.no_grad()
+def _trains(model: nn.Module, example_input: Any) -> bool:
+    """Whether code that runs in training alone, such as an auxiliary head, takes the tensors of the model."""
+    args, kwargs = as_inputs(example_input)
+    if isinstance(example_input, Tensor) and len(example_input) == 1:
+        args = (torch.cat([example_input, example_input]),)
+    try:
+        copied(model).train()(*args, **kwargs)
+    except Exception:  # whatever the layers raise
+        return False
+    return True
 
 
 def _closed(model: nn.Module) -> list[tuple[str, type, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.install import skip_closed
+from gatedconv.convert.install import keeping_aliases, skip_closed
 from gatedconv.gating import FrozenGate, Gate, copied
 from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_votes
 from gatedconv.gating.registry import find_gates, require_gates
@@ -93,7 +93,8 @@ def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         if isinstance(module, Gate):
             parent, _, attribute = name.rpartition(".")
             setattr(frozen.get_submodule(parent), attribute, constants[module])
-    skip_closed(frozen)
+    with keeping_aliases(frozen):
+        skip_closed(frozen)
     return frozen
 
 

@@ -27,25 +27,32 @@ def write_graph(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype = to
 
     Args:
         model: it is copied.
-        size: (C, H, W) of its images.
+        size: (N, C, H, W) of images that it takes; of another batch where its code needs a multiple of N.
         dtype: of its images.
 
     Raises:
         NoGraph: what it computes depends on the batch size, changes views in place, or cannot be run.
     """
     model = copy.deepcopy(model).cpu().eval()
+    with computing_all_samples():
+        try:
+            return _graph_of(model, size, dtype, 2, 3)
+        except NoGraph:
+            if size[0] < 2:
+                raise
+        return _graph_of(model, size, dtype, size[0], 2 * size[0])
+
+
+def _graph_of(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, few: int, many: int) -> GraphNet:
     generator = torch.Generator().manual_seed(0)
 
     def images(count: int, *more: int) -> Tensor:
-        shape = (size[0], *(n + m for n, m in zip(size[1:], more or [0] * len(size), strict=False)))
+        kept = len(size) - 1 - len(more)
+        shape = (*size[1 : 1 + kept], *(n + m for n, m in zip(size[1 + kept :], more, strict=True)))
         return torch.rand(count, *shape, generator=generator).to(dtype)
 
-    inputs = [images(2), images(3)]
-    with computing_all_samples():
-        return _graph_of(model, inputs, images(2, 32, 64))
-
-
-def _graph_of(model: nn.Module, inputs: list[Tensor], larger: Tensor) -> GraphNet:
+    # Of clips (N, T, C, H, W), longer ones as well.
+    inputs, larger = [images(few), images(many)], images(few, *{2: (), 4: (32, 64), 5: (1, 0, 32, 64)}[len(size)])
     try:
         runs = [record(model, (x,), known=_is_leaf) for x in inputs]
     except Exception as error:  # whatever the model's code raises
@@ -220,7 +227,10 @@ def _functional(node: Node) -> Any:
     if not func._schema.is_mutable:
         return func
     packet = getattr(torch.ops.aten, name.rstrip("_"), None)
-    found = getattr(packet, func._overloadname, None) if packet is not None else None
-    if found is None or found._schema.is_mutable:
-        raise NoGraph(f"it works in place, by {name}")
-    return found
+    types = [argument.type for argument in func._schema.arguments]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)
+        same = [argument.type for argument in found._schema.arguments] == types
+        if same and not found._schema.is_mutable:
+            return found
+    raise NoGraph(f"it works in place, by {name}")

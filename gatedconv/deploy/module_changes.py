@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of
+from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of, keeping_aliases
 from gatedconv.deploy.graph_format import build_module, describe_module
 from gatedconv.deploy.slicing import COUNTS
 from gatedconv.gating import Gate
@@ -72,22 +72,8 @@ def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping
         ValueError, KeyError, TypeError, AttributeError: they do not fit the network.
     """
     model = copy.deepcopy(dense)
-    for path, parts in changes["frames"].items():
-        layer = model.get_submodule(path)
-        built = [(n, layer if spec is None else build_module(f"{path}.{n}", spec, tensors)) for n, spec in parts]
-        model.set_submodule(path, Framed(OrderedDict(built)))
-    for path, spec in changes["removed"].items():
-        model.set_submodule(path, build_module(path, spec, tensors))
-    for path, spec in changes["gates"].items():
-        owner, _, name = path.rpartition(".")
-        model.get_submodule(owner).add_module(name, build_module(path, spec, tensors))
-    for path in changes["frozen"]:
-        conv = model.get_submodule(path)
-        if not isinstance(conv, nn.Conv2d):
-            raise ValueError(f"{path} is a {type(conv).__name__}, and the file has a convolution there")
-        frozen = FrozenConv2d(conv, torch.ones_like(tensors[f"{path}.out_open"]))
-        frozen._modules.update(conv._modules)
-        model.set_submodule(path, frozen)
+    with keeping_aliases(model):
+        _replace(model, changes, tensors)
     for path, numbers in changes["counts"].items():
         module = model.get_submodule(path)
         for name in COUNTS:
@@ -108,6 +94,26 @@ def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping
         model.get_submodule(path).register_forward_pre_hook(before)
     _resize(model, tensors)
     return model
+
+
+def _replace(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Frames, constants, gates and frozen convolutions, in place."""
+    for path, parts in changes["frames"].items():
+        layer = model.get_submodule(path)
+        built = [(n, layer if spec is None else build_module(f"{path}.{n}", spec, tensors)) for n, spec in parts]
+        model.set_submodule(path, Framed(OrderedDict(built)))
+    for path, spec in changes["removed"].items():
+        model.set_submodule(path, build_module(path, spec, tensors))
+    for path, spec in changes["gates"].items():
+        owner, _, name = path.rpartition(".")
+        model.get_submodule(owner).add_module(name, build_module(path, spec, tensors))
+    for path in changes["frozen"]:
+        conv = model.get_submodule(path)
+        if not isinstance(conv, nn.Conv2d):
+            raise ValueError(f"{path} is a {type(conv).__name__}, and the file has a convolution there")
+        frozen = FrozenConv2d(conv, torch.ones_like(tensors[f"{path}.out_open"]))
+        frozen._modules.update(conv._modules)
+        model.set_submodule(path, frozen)
 
 
 def _resize(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

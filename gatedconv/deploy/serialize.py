@@ -20,8 +20,8 @@ from gatedconv.deploy.graph import NoGraph, write_graph
 from gatedconv.deploy.graph_format import build_graph, describe_graph, require_small
 from gatedconv.deploy.module_changes import apply_changes, describe_changes, ties_of
 from gatedconv.gating import FrozenGate, MacTerm, find_gates, unwrap
-from gatedconv.models import BUILDERS, ResNet
-from gatedconv.nn import CompactBlock, GraphNet
+from gatedconv.models import BUILDERS, CifarVGG, ResNet, cifar_vgg
+from gatedconv.nn import GraphNet
 
 FORMAT = "gatedconv"
 VERSION = 1
@@ -74,7 +74,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model, example_size = _PACKED[type(model)](model)
     ties = ties_of(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
-    if isinstance(model, ResNet):
+    if isinstance(model, (CifarVGG, ResNet)) and (model.config["gate"] or "gatedconv_size" not in vars(model)):
         description = _describe(model)
     else:
         description, more = _describe_net(model, example_size)
@@ -151,7 +151,7 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
         graph = model
         description["graph"] = describe_graph(graph)
     else:
-        size = vars(model).get("input_size") or (tuple(example_size[1:]) if example_size else None)
+        size = vars(model).get("gatedconv_size") or example_size
         description["stage"], description["class"] = "module", type(model).__qualname__
         description["changes"] = describe_changes(model)
         try:
@@ -176,8 +176,8 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
         description["mac_terms"] = [[t.macs, t.params, t.gates, t.channels] for t in terms]
     if conversion := getattr(model, "conversion", None):
         description["conversion"] = dataclasses.asdict(conversion)
-    if size := getattr(model, "input_size", None):
-        description["input_size"] = list(size)
+    if size := vars(model).get("gatedconv_size"):
+        description["example_size"] = list(size)
     more = (
         {}
         if graph is None or graph is model
@@ -197,12 +197,11 @@ def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
     }
 
 
-def _describe(model: ResNet) -> dict[str, Any]:
+def _describe(model: CifarVGG | ResNet) -> dict[str, Any]:
     consensus: Consensus | None = getattr(model, "consensus", None)
     gates = find_gates(model)
     masks = {name: gate.mask for name, gate in gates.items() if isinstance(gate, FrozenGate)}
-    compacted = any(isinstance(module, CompactBlock) for module in model.modules())
-    stage = "frozen" if masks else "gated" if gates else "compact" if compacted else "dense"
+    stage = "frozen" if masks else "gated" if gates else "compact" if model.config["gate"] else "dense"
     if consensus is not None and masks:  # a state dict may have moved them since the vote
         consensus = dataclasses.replace(consensus, masks=masks)
     description: dict[str, Any] = {"version": VERSION, "model": model.config, "stage": stage}
@@ -239,7 +238,7 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Modul
                 f"({description.get('no_graph', '')}): build the dense network and pass it as into="
             )
         else:
-            model = _build_resnet(path, description)
+            model = _build_ours(path, description)
     except (_Newer, _Unfit):
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
@@ -273,13 +272,14 @@ class _Newer(ValueError):
     """A file of a later version."""
 
 
-def _build_resnet(path: Path, description: dict[str, Any]) -> nn.Module:
+def _build_ours(path: Path, description: dict[str, Any]) -> nn.Module:
     config = dict(description["model"])
     name = config.pop("name")
-    if name not in BUILDERS:
-        raise ValueError(f"load: {path} holds an unknown model {name!r}; known: {', '.join(BUILDERS)}")
+    builders: dict[str, Callable[..., nn.Module]] = {**BUILDERS, "cifar_vgg": cifar_vgg}
+    if name not in builders:
+        raise ValueError(f"load: {path} holds an unknown model {name!r}; known: {', '.join(builders)}")
     config["input_size"] = tuple(config["input_size"])
-    model: nn.Module = BUILDERS[name](**config)
+    model = builders[name](**config)
     if description["stage"] in ("frozen", "compact"):
         model = _reshape(model, description, config["input_size"])
     return model
@@ -289,8 +289,7 @@ def _build_net(description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Mo
     model = build_graph(description["graph"], tensors)
     _set_attributes(model, description)
     if "fixed_size" in description:
-        height, width = description["fixed_size"]
-        vars(model)["fixed_size"] = (int(height), int(width))
+        vars(model)["fixed_size"] = tuple(int(n) for n in description["fixed_size"])
     return model
 
 
@@ -304,8 +303,8 @@ def _set_attributes(model: nn.Module, description: dict[str, Any]) -> None:
         ]
     if "conversion" in description:
         vars(model)["conversion"] = Conversion(**description["conversion"])
-    if "input_size" in description:
-        vars(model)["input_size"] = tuple(description["input_size"])
+    if "example_size" in description:
+        vars(model)["gatedconv_size"] = tuple(description["example_size"])
 
 
 def _consensus(stored: dict[str, Any]) -> Consensus:
@@ -325,4 +324,5 @@ def _reshape(model: nn.Module, description: dict[str, Any], input_size: tuple[in
         vars(frozen)["consensus"] = consensus
     if description["stage"] == "frozen":
         return frozen
-    return compact(frozen.eval(), torch.zeros(1, *input_size), channel_multiple=description.get("channel_multiple", 1))
+    multiple = description.get("channel_multiple", 1)
+    return compact(frozen.eval(), torch.zeros(1, *input_size), channel_multiple=multiple, verify=False)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from gatedconv.gating import Gate, forget
 
 # Attributes of a converted network besides its graph and weights, which torch.fx drops when it copies.
-_CARRIED = ("mac_terms", "conversion", "consensus", "input_size", "fixed_size")
+_CARRIED = ("mac_terms", "conversion", "consensus", "gatedconv_size", "fixed_size")
 
 
 class GraphNet(fx.GraphModule):

@@ -61,6 +61,23 @@ def test_forced_masks_frozen_compact_and_engine_agree(activation, kind):
     assert not gatedconv.gates(small)
 
 
+@pytest.mark.parametrize("stage", ["dense", "gated", "frozen", "compact"])
+def test_every_stage_is_loaded_as_it_was_saved(stage, tmp_path):
+    model, x = gated("gelu"), torch.randn(3, 3, 26, 29)
+    if stage == "dense":
+        model = cifar_vgg(10, **SMALL).eval()
+    if stage in ("frozen", "compact"):
+        gates = gatedconv.gates(model)
+        model = gatedconv.freeze(model, masks={n: torch.arange(g.num_gates) % 3 != 1 for n, g in gates.items()})
+    if stage == "compact":
+        model = gatedconv.compact(model, x)
+    gatedconv.save(model, tmp_path / "model")
+    loaded = gatedconv.load(tmp_path / "model")
+    assert type(loaded) is type(model) and loaded.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
 def test_whitening_makes_patches_uncorrelated():
     torch.manual_seed(0)
     model = cifar_vgg(**SMALL)

@@ -1,0 +1,273 @@
+"""Code that looks at its own modules or attributes, folds other dimensions into the batch, or begins with vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gatedconv
+from tests.tolerances import assert_close
+
+
+def images(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def block(i, o, stride=1):
+    return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.fc = block(3, 8), block(8, 8, 2), block(8, 8), nn.Linear(8, 4)
+
+    def features(self, x):
+        return self.c(self.b(self.a(x))).mean((2, 3))
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+class Clips(Base):
+    """(N, T, 3, H, W): the frames are images of one batch."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+
+class Shift(Base):
+    """(N * 4, 3, H, W): a part of the channels comes from the frame before."""
+
+    def features(self, x):
+        x = self.a(x)
+        clips = x.view(-1, 4, *x.shape[1:])
+        x = torch.cat([clips.roll(1, 1)[:, :, :2], clips[:, :, 2:]], 2).flatten(0, 1)
+        return self.c(self.b(x)).mean((2, 3)).view(-1, 4, 8).mean(1)
+
+
+class Patches(Base):
+    """Each quarter of a map is an image of its own."""
+
+    def features(self, x):
+        x = self.a(x)
+        n, c, h, w = x.shape
+        x = x.view(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(n * 4, c, h // 2, w // 2)
+        return self.c(self.b(x)).mean((2, 3)).view(n, 4, 8).amax(1)
+
+
+class Generator(nn.Module):
+    """A vector becomes an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.a, self.b, self.out = nn.Linear(6, 8 * 16), block(8, 8), block(8, 8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, z):
+        x = self.a(F.interpolate(self.fc(z).view(-1, 8, 4, 4), scale_factor=2.0))
+        return self.out(self.b(x)).tanh()
+
+
+class Spectrum(nn.Module):
+    """(N, samples): a wave becomes an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = block(1, 8), block(8, 8), nn.Linear(8, 4)
+
+    def forward(self, wave):
+        window = torch.hann_window(16)
+        x = torch.stft(wave, 16, 8, window=window, return_complex=True).abs().unsqueeze(1)
+        return self.fc(self.b(self.a(x)).mean((2, 3)))
+
+
+class Attributes(Base):
+    """Attributes with names that a library could want."""
+
+    def __init__(self):
+        super().__init__()
+        self.input_size, self.size = [3, 299, 299], (8, 8)
+
+    def forward(self, x):
+        return super().forward(x) * len(self.input_size)
+
+
+class OverChildren(nn.Module):
+    """A residual block whose code goes through its children."""
+
+    def __init__(self, attribute):
+        super().__init__()
+        self.one, self.norm, self.two, self.attribute = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), attribute
+
+    def layers(self):
+        return self._modules.values() if self.attribute else self.children()
+
+    def forward(self, x):
+        y = x
+        for layer in self.layers():
+            y = layer(y)
+        return x + y
+
+
+class Subclass(nn.Sequential):
+    """A residual block that is a Sequential."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Lists(nn.Module):
+    """Layers by their names, and once more in a list, a tuple and a dict, through which the code finds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = block(3, 8)
+        for number in range(3):
+            self.add_module(f"lateral{number}", nn.Conv2d(8, 8, 1))
+            self.add_module(f"norm{number}", nn.BatchNorm2d(8))
+        self.laterals = [self.lateral0, self.lateral1, self.lateral2][::-1]
+        self.by_name = {"norms": (self.norm0, self.norm1, self.norm2)}
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for lateral, norm in zip(self.laterals, self.by_name["norms"], strict=True):
+            x = x + norm(lateral(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@torch.compile(backend="eager")
+def scaled(x):
+    return x * 2 + x.relu()
+
+
+class Compiled(Base):
+    """A part and a function are compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.b.compile(backend="eager")
+
+    def features(self, x):
+        return self.c(scaled(self.b(self.a(x)))).mean((2, 3))
+
+
+def residual(*blocks):
+    return nn.Sequential(block(3, 8), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+KINDS = {
+    "clips": (Clips, images(2, 3, 3, 12, 12), images(1, 5, 3, 16, 12)),
+    "shift": (Shift, images(8, 3, 12, 12), images(4, 3, 14, 12)),
+    "patches": (Patches, images(2, 3, 12, 12), images(3, 3, 16, 20)),
+    "vectors": (Generator, images(2, 6), images(5, 6)),
+    "waves": (Spectrum, images(2, 128), images(3, 200)),
+    "attributes": (Attributes, images(2, 3, 12, 12), images(3, 3, 16, 12)),
+    "children": (lambda: residual(OverChildren(False), OverChildren(True)), images(2, 3, 12, 12), images(3, 3, 9, 8)),
+    "compiled": (Compiled, images(2, 3, 12, 12), images(3, 3, 9, 8)),
+    "lists": (Lists, images(2, 3, 12, 12), images(3, 3, 9, 8)),
+    "sequential": (lambda: residual(Subclass(nn.Conv2d(8, 8, 1)), Subclass(block(8, 8))), images(2, 3, 8, 8), images(3, 3, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_computes_what_the_model_does(kind, tmp_path):
+    make, x, other = KINDS[kind]
+    torch.manual_seed(0)
+    model = make()
+    model(x)
+    model.eval()
+    gated = gatedconv.gate_model(model, "both", example_input=x)
+    assert type(gated) is type(model) and not gated.conversion.note
+    for name in ("input_size", "size"):
+        assert getattr(gated, name, None) == getattr(model, name, None)
+    masks = {name: torch.arange(gate.num_gates) % 3 != 1 for name, gate in gatedconv.gates(gated).items()}
+    frozen = gatedconv.freeze(gated, masks=masks)
+    small = gatedconv.compact(frozen, x)
+    gatedconv.save(small, tmp_path / "small")
+    with torch.no_grad():
+        for batch in (x, other):
+            assert torch.equal(gated(batch), model(batch))
+            loaded = [gatedconv.load(tmp_path / "small", into=make())]
+            if kind != "waves":  # its strides are no part of a graph
+                loaded.append(gatedconv.load(tmp_path / "small"))
+            for found in (small, *loaded):
+                if not vars(found).get("fixed_size") or batch is x:
+                    assert_close(found(batch), frozen(batch))
+    several = 4 if kind == "shift" else 1
+    counted = gatedconv.count_macs(small, x[:several]) / several
+    if not gated.conversion.estimated:
+        rates = {name: mask.float() for name, mask in masks.items()}
+        assert float(gatedconv.expected_macs(gated, rates)) == pytest.approx(counted)
+
+
+def test_a_layer_gate_is_no_child_of_a_block_that_goes_through_its_children():
+    model = KINDS["children"][0]()
+    gated = gatedconv.gate_model(model, "layer", example_input=images(2, 3, 12, 12))
+    assert list(gatedconv.gates(gated)) == ["1.one.layer_gate", "2.one.layer_gate"]
+
+
+class TrainingHead(Base):
+    """A head that runs in training alone, on a map that loses channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = block(8, 8)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        y = self.fc(self.c(x).mean((2, 3)))
+        return (y, self.fc(self.extra(x).mean((2, 3)))) if self.training else y
+
+
+class Casting(Base):
+    """A part that runs in another type."""
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def features(self, x):
+        return super().features(x).float()
+
+
+@pytest.mark.parametrize("kind", [TrainingHead, Casting])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_compact_network_trains(kind, closed):
+    torch.manual_seed(0)
+    x, model = images(2, 3, 12, 12), kind().eval()
+    gated = gatedconv.gate_model(model, "both", example_input=x)
+    gates = gatedconv.gates(gated)
+    frozen = gatedconv.freeze(gated, masks={n: torch.arange(g.num_gates) % 3 < 2 - 2 * closed for n, g in gates.items()})
+    small = gatedconv.compact(frozen, x)
+    with torch.no_grad():
+        assert_close(small(x), frozen(x), dtype=torch.bfloat16 if kind is Casting else None)
+    for out in (small.train()(x), frozen.train()(x)):
+        sum(t.square().mean() for t in (out if isinstance(out, tuple) else (out,))).backward()
+    assert closed or all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gates_whose_losses_a_checkpoint_keeps_away_are_named(reentrant):
+    class Checkpointed(Base):
+        def forward(self, x):
+            return self.fc(self.c(checkpoint(self.b, self.a(x), use_reentrant=reentrant)).mean((2, 3)))
+
+    gated = gatedconv.gate_model(Checkpointed(), "channel", example_input=images(2, 3, 12, 12))
+    assert ("do not reach b.1.channel_gate, which" in gated.conversion.note) == reentrant
+    gated.train()(images(2, 3, 12, 12))
+    assert gatedconv.gates(gated)["b.1.channel_gate"].open_rate.requires_grad != reentrant
+
+
+def test_modules_that_the_forward_makes_are_named():
+    class Growing(Base):
+        def features(self, x):
+            if not hasattr(self, "late"):
+                self.late = nn.Conv2d(3, 3, 1)
+            return super().features(self.late(x))
+
+    model, x = Growing().eval(), images(2, 3, 12, 12)
+    with pytest.raises(ValueError, match=r"makes modules in its forward \(late\); run it"):
+        gatedconv.gate_model(model, "channel", example_input=x)
+    model(x)
+    assert "late" in gatedconv.gate_model(model, "channel", example_input=x).conversion.gated["late.channel_gate"]
