@@ -103,3 +103,38 @@ def test_quantize_measures_what_int8_loses(tmp_path):
     errors = [row["error"] for row in result["rows"]]
     assert max(errors[:2]) <= 1e-5 < errors[2] < 1 and result["rows"][0]["same_top1"] == 100
     assert (tmp_path / "int8.xml").is_file() and result["int8_bytes"] > 0
+
+
+@pytest.mark.parametrize("network", ["yolov8n.yaml", "yolo11n.yaml"])
+def test_yolo_is_pruned_in_its_own_trainer(network, tmp_path, monkeypatch):
+    pytest.importorskip("ultralytics")
+    pytest.importorskip("polars")  # their trainer's tables
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))  # its settings
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+            pixels[16:40, 20:50] = 255
+            image.fromarray(pixels).save(tmp_path / "images" / split / f"{number}.png")
+            (tmp_path / "labels" / split / f"{number}.txt").write_text(f"{number % 2} 0.547 0.4375 0.469 0.375\n")
+    data = {"path": str(tmp_path), "train": "images/train", "val": "images/val", "names": {"0": "a", "1": "b"}}
+    (tmp_path / "data.yaml").write_text(json.dumps(data))
+    sizes = ["--batch-size", "2", "--image-size", "64", "--workers", "0"]
+    lines = output(
+        "yolo_trainer.py",
+        "data.yaml",
+        "--model",
+        network,
+        "--epochs",
+        "2",
+        *sizes,
+        "--out",
+        "small.safetensors",
+        cwd=tmp_path,
+    )
+    found = re.fullmatch(r"mAP50-95 [\d.]+, ([\d.]+) of ([\d.]+) M MACs", lines[-1])
+    assert found and float(found[1]) <= float(found[2])
+    assert (tmp_path / "small.safetensors").stat().st_size > 0
