@@ -67,12 +67,12 @@ def require_same(
             if what in checked:
                 continue
             try:
-                wanted = _seeded(source, inputs)
+                wanted = run_seeded(source, inputs)
             except Exception:  # a size that the source does not take
                 continue
             checked.add(what)
             try:
-                got = _seeded(result, inputs)
+                got = run_seeded(result, inputs)
             except Exception as error:
                 raise ConversionError(
                     f"{owner}: the result fails on {what}: {type(error).__name__}: {error}"
@@ -89,7 +89,7 @@ def _same_in_double(source: nn.Module, result: nn.Module, inputs: Inputs) -> boo
     """Whether the difference is rounding: in double precision there is none."""
     try:
         outputs = [
-            _seeded(copied(model).double(), tree_map(lambda t: t.double() if _is_float(t) else t, inputs))
+            run_seeded(copied(model).double(), tree_map(lambda t: t.double() if _is_float(t) else t, inputs))
             for model in (source, result)
         ]
     except Exception:  # code or kernels of one type
@@ -119,7 +119,7 @@ def require_same_training(source: nn.Module, result: nn.Module, example_input: A
         model.train()
         try:
             with torch.enable_grad():
-                out = _seeded(model, inputs)
+                out = run_seeded(model, inputs)
                 floats = [t for t in tensors_of(out) if t.is_floating_point() and t.requires_grad]
                 sum((t.float().square().mean() for t in floats), torch.zeros(())).backward() if floats else None
         except Exception as error:
@@ -185,7 +185,8 @@ def _tolerance(structure: Any) -> float:
     return max((TOLERANCES.get(t.dtype, 1e-4) for t in tensors_of(structure)), default=1e-4)
 
 
-def _seeded(model: nn.Module, inputs: Inputs) -> Any:
+def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output on copies of its inputs; its random numbers are those of one seed, and nobody else's."""
     devices = {t.device for t in tensors_of(inputs) if t.is_cuda}
     with torch.random.fork_rng(list(devices)):
         torch.manual_seed(0)
@@ -219,7 +220,7 @@ def first_difference(source: nn.Module, result: nn.Module, inputs: Inputs) -> st
     for model in (source, result):
         outputs: dict[tuple[str, int], Any] = {}
         with _outputs_of(model, outputs):
-            _seeded(model, inputs)
+            run_seeded(model, inputs)
         seen.append(outputs)
     for (path, call), wanted in seen[0].items():
         got = seen[1].get((path, call))

@@ -25,7 +25,7 @@ from gatedconv.convert.install import (
     remove_gates,
 )
 from gatedconv.convert.record import Node, Value, is_computed
-from gatedconv.convert.verify import as_inputs, tensors_of
+from gatedconv.convert.verify import as_inputs, run_seeded, tensors_of
 from gatedconv.deploy.blocks import compact_our_blocks
 from gatedconv.deploy.shrink import CannotSlice, shrink
 from gatedconv.deploy.slicing import filled_up, plain_conv, zero_channels
@@ -61,7 +61,8 @@ def compact(
         ConversionError: the result would not compute what ``frozen`` does.
     """
     channel_multiple = _check(frozen, example_input, channel_multiple)
-    model = copied(frozen).eval()
+    model = copied(frozen)
+    model.eval()  # a class with a train() of its own may return nothing from it
     compact_our_blocks(model, channel_multiple)
     if isinstance(example_input, Tensor):
         require_size(model, example_input)
@@ -81,7 +82,8 @@ def compact(
         vars(result)["consensus"] = replace(consensus, masks=masks or consensus.masks)
     if channel_multiple > 1:
         vars(result)["channel_multiple"] = channel_multiple
-    return result.train(frozen.training)
+    result.train(frozen.training)
+    return result
 
 
 def _check(frozen: Any, example_input: Any, channel_multiple: int | None) -> int:
@@ -131,11 +133,13 @@ def _compact_rest(
 @torch.no_grad()
 def _trains(model: nn.Module, example_input: Any) -> bool:
     """Whether code that runs in training alone, such as an auxiliary head, takes the tensors of the model."""
-    args, kwargs = as_inputs(example_input)
+    inputs = as_inputs(example_input)
     if isinstance(example_input, Tensor) and len(example_input) == 1:
-        args = (torch.cat([example_input, example_input]),)
+        inputs = as_inputs(torch.cat([example_input, example_input]))
+    trial = copied(model)
+    trial.train()
     try:
-        copied(model).train()(*args, **kwargs)
+        run_seeded(trial, inputs)
     except Exception:  # whatever the layers raise
         return False
     return True

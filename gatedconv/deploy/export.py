@@ -82,7 +82,8 @@ def export(
         raise ValueError(f"export: classes, mean and std are kept in a plan alone, not in {format!r}")
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         raise TypeError("export: example_input must be a tensor (N, C, H, W)")
-    plain = _plain(unwrap(model), example_input).eval()
+    plain = _plain(unwrap(model), example_input)
+    plain.eval()
     example = _batch(plain, example_input)
     path = Path(path)
     if path.is_dir():

@@ -33,7 +33,8 @@ def write_graph(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype = to
     Raises:
         NoGraph: what it computes depends on the batch size, changes views in place, or cannot be run.
     """
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(model).cpu()
+    model.eval()
     with computing_all_samples():
         try:
             return _graph_of(model, size, dtype, 2, 3)

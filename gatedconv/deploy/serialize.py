@@ -249,7 +249,8 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Modul
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"load: the tensors in {path} do not fit its description: {first}") from error
     _tie(model, dict(description.get("ties", {})))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _tie(model: nn.Module, ties: dict[str, str]) -> None:

@@ -82,7 +82,8 @@ class Engine(nn.Module):
         require_frozen(model, "Engine")
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             source = compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
-            source = source.eval().requires_grad_(False)
+            source.eval()
+            source.requires_grad_(False)
             # Kept out of the submodules: it is what save and pickle keep, and what runs is packed from it.
             self.__dict__["source"] = source
             self.example_size = tuple(example_input.shape)

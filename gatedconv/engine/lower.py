@@ -106,7 +106,8 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     Raises:
         Exception: Whatever tracing or the trial run raises: the model is not traceable.
     """
-    source = copy.deepcopy(model).eval()
+    source = copy.deepcopy(model)
+    source.eval()
     for name, module in list(source.named_modules()):
         maps = _constant_maps(module) if name and example_input.device.type == "cpu" else None  # CPU plans know them
         if maps is not None:

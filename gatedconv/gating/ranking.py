@@ -74,7 +74,8 @@ def fisher_information(
     Returns:
         Per gate path (num_gates,), float64 on the CPU, in units of the loss.
     """
-    probe = copy.deepcopy(unwrap(model)).train()
+    probe = copy.deepcopy(unwrap(model))
+    probe.train()
     gates = require_gates(probe, "fisher_information")
     taps: dict[str, Tensor] = {}
 

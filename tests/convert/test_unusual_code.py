@@ -155,6 +155,14 @@ class Compiled(Base):
         return self.c(scaled(self.b(self.a(x)))).mean((2, 3))
 
 
+class Silent(Base):
+    """Its train() keeps a norm in eval, and returns nothing."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.a[1].eval()
+
+
 def residual(*blocks):
     return nn.Sequential(block(3, 8), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
@@ -167,6 +175,7 @@ KINDS = {
     "waves": (Spectrum, images(2, 128), images(3, 200)),
     "attributes": (Attributes, images(2, 3, 12, 12), images(3, 3, 16, 12)),
     "children": (lambda: residual(OverChildren(False), OverChildren(True)), images(2, 3, 12, 12), images(3, 3, 9, 8)),
+    "silent": (Silent, images(2, 3, 12, 12), images(3, 3, 9, 8)),
     "compiled": (Compiled, images(2, 3, 12, 12), images(3, 3, 9, 8)),
     "lists": (Lists, images(2, 3, 12, 12), images(3, 3, 9, 8)),
     "sequential": (lambda: residual(Subclass(nn.Conv2d(8, 8, 1)), Subclass(block(8, 8))), images(2, 3, 8, 8), images(3, 3, 9, 8)),
@@ -194,6 +203,8 @@ def test_every_step_computes_what_the_model_does(kind, tmp_path):
             loaded = [gatedconv.load(tmp_path / "small", into=make())]
             if kind != "waves":  # its strides are no part of a graph
                 loaded.append(gatedconv.load(tmp_path / "small"))
+            if x.dim() == 4:
+                loaded.append(gatedconv.Engine(small, x))
             for found in (small, *loaded):
                 if not vars(found).get("fixed_size") or batch is x:
                     assert_close(found(batch), frozen(batch))
