@@ -190,7 +190,8 @@ def test_every_step_computes_what_the_model_does(kind, tmp_path):
     model(x)
     model.eval()
     gated = gatedconv.gate_model(model, "both", example_input=x)
-    assert type(gated) is type(model) and not gated.conversion.note
+    assert type(gated) is type(model)
+    assert ("count_macs fails" in gated.conversion.note) == (kind == "compiled")  # it traces the model
     for name in ("input_size", "size"):
         assert getattr(gated, name, None) == getattr(model, name, None)
     masks = {name: torch.arange(gate.num_gates) % 3 != 1 for name, gate in gatedconv.gates(gated).items()}
@@ -208,6 +209,8 @@ def test_every_step_computes_what_the_model_does(kind, tmp_path):
             for found in (small, *loaded):
                 if not vars(found).get("fixed_size") or batch is x:
                     assert_close(found(batch), frozen(batch))
+    if kind == "compiled":
+        return
     several = 4 if kind == "shift" else 1
     counted = gatedconv.count_macs(small, x[:several]) / several
     if not gated.conversion.estimated:
@@ -254,7 +257,8 @@ def test_a_compact_network_trains(kind, closed):
     with torch.no_grad():
         assert_close(small(x), frozen(x), dtype=torch.bfloat16 if kind is Casting else None)
     for out in (small.train()(x), frozen.train()(x)):
-        sum(t.square().mean() for t in (out if isinstance(out, tuple) else (out,))).backward()
+        if not closed:  # else it is a constant
+            sum(t.square().mean() for t in (out if isinstance(out, tuple) else (out,))).backward()
     assert closed or all(p.grad is not None for p in small.parameters())
 
 
