@@ -75,12 +75,14 @@ static void run_tile(const Tile& tile) {
   }
 #pragma GCC unroll 16
   for (int p = 0; p < PX; ++p) {
+    if (!tile.pauses) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V && !tile.pauses; ++v) {
-      if (tile.keep) sum[p][v] = keep_lanes(sum[p][v], tile.keep + v * kLanes);
-      if (tile.residual) sum[p][v] += load(tile.residual + p * tile.residual_stride + v * kLanes);
+      for (int v = 0; v < V; ++v) {
+        if (tile.keep) sum[p][v] = keep_lanes(sum[p][v], tile.keep + v * kLanes);
+        if (tile.residual) sum[p][v] += load(tile.residual + p * tile.residual_stride + v * kLanes);
+      }
+      activate_each(sum[p], tile.act);
     }
-    if (!tile.pauses) activate_each(sum[p], tile.act);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(tile.out + p * tile.out_stride + v * kLanes, sum[p][v]);
   }
