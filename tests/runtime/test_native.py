@@ -88,10 +88,12 @@ def test_the_library_needs_the_c_library_alone_and_shows_its_interface_alone(pac
     assert not [name for name in shown if "gatedconv" in name and name.startswith("_Z")]
 
 
-def test_cmake_lists_the_sources_of_the_package():
+def test_cmake_and_the_fuzzer_list_the_sources_of_the_package():
     text = (ROOT / "runtime/CMakeLists.txt").read_text()
     listed = text.split("set(NAMES ")[1].split(")")[0].split() + text.split("APPEND NAMES ")[1].split(")")[0].split()
     assert set(listed) == set(_build.PLAN_SOURCES)
+    fuzzed = (ROOT / "runtime/fuzz/run.sh").read_text().split("/cpu/{")[1].split("}")[0].split(",")
+    assert set(fuzzed) == set(_build.PLAN_SOURCES)
     for suffix, flags in _build.ISA_FLAGS.items():
         assert f'plan{suffix}.cpp PROPERTIES COMPILE_OPTIONS "{";".join(flags)}"' in " ".join(text.split())
 
