@@ -163,15 +163,12 @@ def distance(got: Any, wanted: Any) -> float:
         return math.inf
     worst = 0.0
     for x, y in zip(a, b, strict=True):
-        x, y = x.detach().to(torch.complex128 if y.is_complex() else torch.float64), y.detach()
+        wide = torch.complex128 if y.is_complex() else torch.float64  # masks of booleans, too, have no difference
+        x, y = x.detach().to(wide), y.detach().to(wide)
         same = (x == y) | (x.isnan() & y.isnan())
         if y.numel() and not bool(same.all()):
-            apart = torch.where(same, 0, (x - y).abs())
-            found = (
-                float(apart.max() / y.double().abs().nan_to_num(0, 0, 0).max().clamp(min=1e-30))
-                if not (y.is_complex())
-                else float(apart.abs().max() / y.abs().max())
-            )
+            apart, largest = torch.where(same, 0, (x - y).abs()).abs().max(), y.abs().nan_to_num(0, 0, 0).max()
+            found = float(apart / largest.clamp(min=1e-30))
             worst = max(worst, found if found == found else math.inf)
     return worst
 

@@ -74,7 +74,11 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _require_same(graph: GraphNet, model: nn.Module, inputs: list[Tensor]) -> None:
     for x in inputs:
-        if not distance(graph.eval()(x), model(x)) <= 1e-5:
+        try:
+            result = graph.eval()(x)
+        except Exception as error:  # of an operation that cannot be called with what was recorded
+            raise NoGraph(f"the graph does not run: {type(error).__name__}: {error}") from error
+        if not distance(result, model(x)) <= 1e-5:
             raise NoGraph("the graph computes something else")
 
 

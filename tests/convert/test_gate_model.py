@@ -12,6 +12,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv.convert.install import computing_all_samples
+from gatedconv.convert.verify import distance
 from tests.convert.networks import IMAGES, NETWORKS, Plain, Residual, network
 from tests.tolerances import assert_close
 
@@ -273,3 +274,10 @@ def test_stochastic_depth_and_dropout_still_work():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         gatedconv.gate_model(**{"model": Plain(), "example_input": IMAGES, **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.complex64])
+def test_outputs_of_any_type_have_a_distance(dtype):
+    wanted = torch.tensor([1, 1, 0]).to(dtype)
+    got = torch.tensor([1, 0, 0]).to(dtype)
+    assert distance((got,), [wanted]) == 1.0 and distance(wanted, wanted) == 0.0

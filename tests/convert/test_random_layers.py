@@ -95,3 +95,24 @@ def test_a_norm_of_vectors_stays_one():
     gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
     assert type(gated) is Exported and type(gated.norm) is nn.BatchNorm1d
     torch.testing.assert_close(gated(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("drop", [F.dropout, F.dropout2d, F.feature_alpha_dropout], ids=lambda f: f.__name__)
+def test_dropout_that_is_always_on_is_kept_and_loads_into_the_dense_network(drop, tmp_path):
+    class AlwaysOn(Net):
+        def forward(self, x):
+            return self.two(drop(torch.relu(self.norm(self.one(x))), 0.5, True))
+
+    model = AlwaysOn().eval()
+    gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
+    masks = {n: torch.arange(g.num_gates) % 2 == 0 for n, g in gatedconv.gates(gated).items()}
+    small = gatedconv.compact(gatedconv.freeze(gated, masks=masks), IMAGES)
+    gatedconv.save(small, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match="into="):
+        gatedconv.load(tmp_path / "small.safetensors")
+    loaded = gatedconv.load(tmp_path / "small.safetensors", into=model)
+    outputs = []
+    for network in (small, loaded):
+        torch.manual_seed(0)
+        outputs.append(network(IMAGES))
+    assert torch.equal(*outputs) and not torch.equal(small(IMAGES), small(IMAGES))
