@@ -53,16 +53,17 @@ class Sliceable:
 
 
 @dataclass
-class Channels(Constants):
+class ChannelPlan(Constants):
     """The passes; see the module's docstring.
 
     Attributes:
-        care: 0: the model's code may reshape tensors of fewer channels; 1: only flatten none; 2: every tensor that the
+        caution: which tensors of fewer channels the model's code may see. 0: also those that it reshapes; 1: of those
+            that are reshaped, only whole channels behind ``nn.Flatten`` and its like; 2: none, every tensor that the
             code can see keeps all its channels.
         unsliceable: paths of modules that have to stay as they are.
     """
 
-    care: int = 0
+    caution: int = 0
     unsliceable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -142,7 +143,7 @@ class Channels(Constants):
     def _find_present(self) -> None:
         self.present = {value: self.wanted(value).clone() for value in self.known}
         for held in self.present.values():
-            if self.care == 2:
+            if self.caution == 2:
                 held[:] = True
         changed = True
         while changed:
@@ -199,7 +200,7 @@ class Channels(Constants):
             self.present[value] |= write
 
     def raw(self, value: Value) -> Tensor:
-        """Bool (C,): the channels that a value's own node computes: those present but, behind a gate, for closed."""
+        """Bool (C,): the channels that a value's own node computes: those present, less the closed of its gate."""
         return self.present[value] & ~self.known[value] if value in self.masks.values else self.present[value]
 
     def layer_channels(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
@@ -224,7 +225,7 @@ class Channels(Constants):
         size = self.flow[value].size
         if any(self.flow[o].size != size for o in operands):
             self._all(*(o for o in operands if self.flow[o].size != size))
-        if not self._can_slice_numbers(node, value):
+        if not self.can_slice_numbers(node, value):
             self._all(*operands)
             if value not in self.masks.values:
                 self._all(value)
@@ -240,7 +241,7 @@ class Channels(Constants):
         if value not in self.masks.values:
             self.present[value] |= held
 
-    def _can_slice_numbers(self, node: Node, value: Value) -> bool:
+    def can_slice_numbers(self, node: Node, value: Value) -> bool:
         """Whether what a node holds for each channel, if anything, can be made smaller."""
         module, size = node.module, self.flow[value].size
         if module is not None:
@@ -284,8 +285,8 @@ class Channels(Constants):
         name, direct = op_name(node), node.inputs[0] is source
         safe = whole and (name in _SAFE_MOVES or isinstance(node.module, PASSING))
         safe = safe or ((whole or flat) and isinstance(node.module, MOVING))
-        safe = safe or (self.care == 0 and (whole or flat) and (name in _VIEWS or direct))
-        if not safe or (not direct and self.care):
+        safe = safe or (self.caution == 0 and (whole or flat) and (name in _VIEWS or direct))
+        if not safe or (not direct and self.caution):
             self._all(source, value)
             return
         if value in self.masks.values:
@@ -304,7 +305,7 @@ class Channels(Constants):
             return self.layer_channels(node, value)[1]
         if value not in self.masks.values:
             return self.present[value]
-        if kind == "elementwise" and self._can_slice_numbers(node, value):
+        if kind == "elementwise" and self.can_slice_numbers(node, value):
             return next(self.present[o] for o in flow.operands(node) if flow[o].size == flow[value].size)
         if kind == "cat":
             return torch.cat([self.present[p] for p in node.args[0]])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gatedconv.convert.channels import Channels
+from gatedconv.convert.channels import ChannelPlan
 from gatedconv.convert.constants import Masks, groups_of
 from gatedconv.convert.flow import Flow
 from gatedconv.convert.mac_terms import Gated, is_pool, per_element
@@ -40,7 +40,7 @@ def _trial(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], share:
         if not bool(masks[name]) and flow.has_channels(value):
             values[value] = torch.zeros(flow[value].size, dtype=torch.bool)
     inputs = {key: masks[name] for key, (name, _) in gated.inputs.items()}
-    channels = Channels(flow, Masks(values, inputs, {}))
+    channels = ChannelPlan(flow, Masks(values, inputs, {}))
     promised: dict[str, float] = defaultdict(float)
     left: dict[str, float] = defaultdict(float)
     for node, found in terms.items():
@@ -62,7 +62,7 @@ def _at(term: MacTerm, masks: Mapping[str, Tensor]) -> float:
     return macs
 
 
-def _share(node: Node, channels: Channels) -> float:
+def _share(node: Node, channels: ChannelPlan) -> float:
     """0 to 1: how much of a node's work is left in the compact network."""
     flow, value = channels.flow, node.outputs[0]
     kind = flow.kind(value)

@@ -1,4 +1,8 @@
-"""Compacting: a frozen model becomes a smaller one that computes the same numbers."""
+"""Compacting: a frozen model becomes a smaller one that computes the same numbers.
+
+Which channels each tensor loses, where sums and concatenations need the same ones of several layers, is solved in
+``convert.channels``, on the dimensions that ``convert.flow`` found; here and in ``deploy.shrink`` layers are replaced.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert import ConversionError, require_same
-from gatedconv.convert.channels import Channels
+from gatedconv.convert.channels import ChannelPlan
 from gatedconv.convert.constants import Masks
 from gatedconv.convert.example import record_example, require_example
 from gatedconv.convert.flow import Flow
@@ -33,7 +37,7 @@ from gatedconv.gating import FrozenGate, copied, find_gates, require_frozen, unw
 from gatedconv.nn import Conv2d, FrozenConv2d
 from gatedconv.nn.graph_net import require_size
 
-CARE = 3  # attempts, each of which lets the model's code see fewer tensors of fewer channels
+_MOST_CAUTION = 2  # of an attempt; each step lets the model's code see fewer tensors of fewer channels
 
 
 def compact(
@@ -101,7 +105,7 @@ def _check(frozen: Any, example_input: Any, channel_multiple: int | None) -> int
 def _compact_rest(
     model: nn.Module, frozen: nn.Module, example_input: Any, channel_multiple: int, verify: bool
 ) -> nn.Module:
-    """Any other model: make layers smaller where they are; with more care where an attempt fails."""
+    """Any other model: make layers smaller where they are; with more caution where an attempt fails."""
     closed = _closed(model)
     remove_gates(model)
     with keeping_aliases(model):
@@ -110,23 +114,23 @@ def _compact_rest(
     _fill_up(model, closed, channel_multiple)
     masks = _masks(flow, closed)
     unsliceable: set[str] = set()
-    care = 0
+    caution = 0
     while True:
         result = copied(model)
         try:
             with keeping_aliases(result):
-                shrink(result, Channels(flow, masks, care, unsliceable))
+                shrink(result, ChannelPlan(flow, masks, caution, unsliceable))
             if verify:
                 require_same(unwrap(frozen), result, example_input, "compact")
-                if care < CARE - 1 and not _trains(result, example_input) and _trains(frozen, example_input):
-                    care = CARE - 1
+                if caution < _MOST_CAUTION and not _trains(result, example_input) and _trains(frozen, example_input):
+                    caution = _MOST_CAUTION
                     continue
             return result
         except CannotSlice as failure:
             unsliceable.add(failure.path)
         except ConversionError:
-            care += 1
-            if care == CARE:
+            caution += 1
+            if caution > _MOST_CAUTION:
                 raise
 
 

@@ -1,4 +1,7 @@
-"""Smaller layers in a model's own places, and the small modules around those whose channels its code still expects."""
+"""Smaller layers in a model's own places, and the small modules around those whose channels its code still expects.
+
+Which channels are left of each tensor, of sums and concatenations too, says the ``ChannelPlan`` of ``convert.channels``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.channels import Channels
+from gatedconv.convert.channels import ChannelPlan
 from gatedconv.convert.constants import groups_of, is_depthwise
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_exact
 from gatedconv.deploy.slicing import set_weight, slice_numbers
@@ -27,7 +30,7 @@ class CannotSlice(Exception):
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, channels: Channels) -> None:
+def shrink(model: nn.Module, channels: ChannelPlan) -> None:
     """Make a model smaller, in place; it has the module paths of the recorded one.
 
     Raises:
@@ -43,7 +46,7 @@ def shrink(model: nn.Module, channels: Channels) -> None:
         _foreign(model, channels, path, call)
     inside = tuple(f"{path}." for path in channels.sliced)
     for node in flow.record.nodes:
-        if node.scope.startswith(inside) if inside else False:
+        if node.scope.startswith(inside):
             continue
         if channels.is_idle(node):
             model.set_submodule(node.scope, nn.Identity())
@@ -72,7 +75,7 @@ def shrink(model: nn.Module, channels: Channels) -> None:
 # -- single modules ------------------------------------------------------------------------------------
 
 
-def _layer(model: nn.Module, channels: Channels, node: Node, value: Value) -> None:
+def _layer(model: nn.Module, channels: ChannelPlan, node: Node, value: Value) -> None:
     module = model.get_submodule(node.scope)
     source, axis = node.inputs[0], channels.flow[value].axis
     held, kept = channels.present[source], channels.present[value]
@@ -100,7 +103,7 @@ def _layer(model: nn.Module, channels: Channels, node: Node, value: Value) -> No
     _frame(model, node.scope, before, after)
 
 
-def _small_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
+def _small_layer(channels: ChannelPlan, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
     """The layer with the inputs ``read`` and outputs ``write``; its bias stands for constants that are not read."""
     if not bool(write.any()):
         return _nothing(module)
@@ -140,7 +143,7 @@ def _small_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor
 
 
 def _group_bias(
-    channels: Channels, node: Node, rows: Tensor, read: Tensor, write: Tensor, groups: int
+    channels: ChannelPlan, node: Node, rows: Tensor, read: Tensor, write: Tensor, groups: int
 ) -> Tensor | None:
     known, constant = channels.known_to(node, node.inputs[0])
     values = torch.where(~read & known, constant, 0.0).reshape(groups, -1).to(rows.device, torch.float64)
@@ -161,7 +164,7 @@ def _nothing(module: nn.Module) -> nn.Module:
     return EmptyMap(0, module.kernel_size, module.stride, tuple(padding), module.dilation)  # type: ignore[arg-type]
 
 
-def _foreign_layer(channels: Channels, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
+def _foreign_layer(channels: ChannelPlan, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
     """A layer of a subclass with code of its own: sliced like a plain one, if a trial finds that right."""
     known, constant = channels.known_to(node, node.inputs[0])
     unread = ~read & known & (constant != 0) & (not is_depthwise(module))
@@ -185,7 +188,7 @@ def _foreign_layer(channels: Channels, node: Node, module: nn.Module, read: Tens
     return small
 
 
-def _foreign(model: nn.Module, channels: Channels, path: str, call: ModuleCall) -> None:
+def _foreign(model: nn.Module, channels: ChannelPlan, path: str, call: ModuleCall) -> None:
     source, value = call.inputs[0], call.outputs[0]
     held = channels.present[source]
     if bool(held.all()):
@@ -202,16 +205,16 @@ def _foreign(model: nn.Module, channels: Channels, path: str, call: ModuleCall) 
     model.set_submodule(path, small)
 
 
-def _numbers(model: nn.Module, channels: Channels, node: Node, value: Value) -> None:
+def _numbers(model: nn.Module, channels: ChannelPlan, node: Node, value: Value) -> None:
     """Norms and the like: their numbers for each channel."""
     module = model.get_submodule(node.scope)
     computed = channels.computed(node, value)
-    if not bool(computed.all()) and channels._can_slice_numbers(node, value):
+    if not bool(computed.all()) and channels.can_slice_numbers(node, value):
         slice_numbers(module, computed)
 
 
 def _require_slice(
-    channels: Channels,
+    channels: ChannelPlan,
     path: str,
     module: nn.Module,
     small: nn.Module,
@@ -237,7 +240,7 @@ def _require_slice(
 # -- what is put around them ---------------------------------------------------------------------------
 
 
-def _behind(model: nn.Module, channels: Channels, value: Value) -> None:
+def _behind(model: nn.Module, channels: ChannelPlan, value: Value) -> None:
     """Closed channels of a gated module that is no layer are dropped or made zero behind it."""
     path = channels.masks.paths[value]
     node = value.node
