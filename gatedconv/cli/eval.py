@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from gatedconv.cli.networks import saved_networks
+from torch import nn
+
+from gatedconv.cli.networks import image_size, saved_networks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _require_fit(target: Path, network: object, image_shape: tuple[int, int, int], num_classes: int) -> None:
-    size = tuple(getattr(network, "input_size", image_shape))
+def _require_fit(target: Path, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    size = image_size(network, image_shape)
     classes = getattr(getattr(network, "fc", None), "out_features", num_classes)
     if size[0] != image_shape[0] or classes != num_classes:
         raise ValueError(

@@ -38,8 +38,13 @@ def compact_network(target: Path) -> nn.Module:
     return networks.get("compact") or next(iter(networks.values()))
 
 
-def example_input(network: nn.Module, batch: int = 1, size: tuple[int, int, int] | None = None) -> torch.Tensor:
+def image_size(network: nn.Module, default: tuple[int, ...] = (3, 32, 32)) -> tuple[int, ...]:
+    """The size of one image (C, H, W) that a network was built, gated or compacted for."""
+    if size := vars(network).get("gatedconv_size"):
+        return tuple(size[1:])
+    return tuple(getattr(network, "input_size", default))
+
+
+def example_input(network: nn.Module, batch: int = 1, size: tuple[int, ...] | None = None) -> torch.Tensor:
     """Random images (batch, C, H, W), of the network's own size by default; the same at every call."""
-    if size is None:
-        size = getattr(network, "input_size", (3, 32, 32))
-    return torch.randn((batch, *size), generator=torch.Generator().manual_seed(0))
+    return torch.randn((batch, *(size or image_size(network))), generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from gatedconv.convert.install import hooks_of
 from gatedconv.deploy.slicing import filled_up, plain_conv, set_weight, slice_numbers, zero_channels
 from gatedconv.gating import FrozenGate
 from gatedconv.models import ResNet, VGGGroup
@@ -22,8 +23,13 @@ from gatedconv.nn import BasicBlock, ChannelBias, CompactBlock, ConstantMap, Gat
 
 @torch.no_grad()
 def compact_our_blocks(model: nn.Module, channel_multiple: int) -> None:
-    """Replace every block of ours in a frozen model, which is in eval mode, by its compact form; in place."""
+    """Replace every block of ours in a frozen model, which is in eval mode, by its compact form; in place.
+
+    Blocks that ``gate_model`` put its hooks on are left: their layers become smaller as those of any other model.
+    """
     for name, block in list(model.named_modules()):
+        if any(map(hooks_of, block.modules())):
+            continue
         if isinstance(block, BasicBlock):
             small: nn.Module = compact_block(block, channel_multiple)
             if isinstance(model, ResNet) and small.is_identity:

@@ -23,12 +23,13 @@ class NoGraph(ValueError):
 
 @torch.no_grad()
 def write_graph(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> GraphNet:
-    """The eval-mode graph of a model of one image input, for any batch and, where its code allows it, any image size.
+    """The eval-mode graph of a model of one input, for any batch and, where its code allows it, any size.
 
     Args:
         model: it is copied.
-        size: (N, C, H, W) of images that it takes; of another batch where its code needs a multiple of N.
-        dtype: of its images.
+        size: of images (N, C, H, W), vectors (N, K) or clips (N, T, C, H, W) that it takes; of another batch where
+            its code needs a multiple of N.
+        dtype: of its input.
 
     Raises:
         NoGraph: what it computes depends on the batch size, changes views in place, or cannot be run.
@@ -52,8 +53,8 @@ def _graph_of(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, few: 
         shape = (*size[1 : 1 + kept], *(n + m for n, m in zip(size[1 + kept :], more, strict=True)))
         return torch.rand(count, *shape, generator=generator).to(dtype)
 
-    # Of clips (N, T, C, H, W), longer ones as well.
-    inputs, larger = [images(few), images(many)], images(few, *{2: (), 4: (32, 64), 5: (1, 0, 32, 64)}[len(size)])
+    # Vectors (N, K) and clips (N, T, C, H, W) that are longer as well.
+    inputs, larger = [images(few), images(many)], images(few, *{2: (32,), 4: (32, 64), 5: (2, 0, 32, 64)}[len(size)])
     try:
         runs = [record(model, (x,), known=_is_leaf) for x in inputs]
     except Exception as error:  # whatever the model's code raises
@@ -64,7 +65,7 @@ def _graph_of(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, few: 
     except Exception:  # another size is not taken, or takes another way through the code
         graph = _write(model, runs)
         _require_same(graph, model, inputs)
-        vars(graph)["fixed_size"] = tuple(inputs[0].shape[2:])
+        vars(graph)["fixed_size"] = tuple(inputs[0].shape[1:])
     return graph
 
 

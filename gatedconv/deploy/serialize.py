@@ -21,7 +21,7 @@ from gatedconv.deploy.graph_format import build_graph, describe_graph, require_s
 from gatedconv.deploy.module_changes import apply_changes, describe_changes, ties_of
 from gatedconv.gating import FrozenGate, MacTerm, find_gates, unwrap
 from gatedconv.models import BUILDERS, CifarVGG, ResNet, cifar_vgg
-from gatedconv.nn import GraphNet
+from gatedconv.nn import CompactBlock, GraphNet
 
 FORMAT = "gatedconv"
 VERSION = 1
@@ -74,9 +74,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model, example_size = _PACKED[type(model)](model)
     ties = ties_of(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
-    if isinstance(model, (CifarVGG, ResNet)) and (model.config["gate"] or "gatedconv_size" not in vars(model)):
-        description = _describe(model)
-    else:
+    ours = isinstance(model, (CifarVGG, ResNet))
+    description = _describe(model) if ours else {}
+    # What gate_model put into a network of ours is no part of how it is built.
+    if not ours or ("gatedconv_size" in vars(model) and not _is_built_by(path, description | {"ties": ties}, state)):
         description, more = _describe_net(model, example_size)
         state |= more
     if ties:
@@ -92,6 +93,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         except ValueError as error:
             raise TypeError(f"save: the model is not what its description builds any more: {error}") from error
     write_atomic(Path(path), to_bytes(tensors, {FORMAT: header}))
+
+
+def _is_built_by(path: str | os.PathLike[str], description: dict[str, Any], state: dict[str, Tensor]) -> bool:
+    try:
+        _rebuild(Path(path), json.dumps(description), state)
+    except ValueError:
+        return False
+    return True
 
 
 def load(path: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
@@ -201,7 +210,8 @@ def _describe(model: CifarVGG | ResNet) -> dict[str, Any]:
     consensus: Consensus | None = getattr(model, "consensus", None)
     gates = find_gates(model)
     masks = {name: gate.mask for name, gate in gates.items() if isinstance(gate, FrozenGate)}
-    stage = "frozen" if masks else "gated" if gates else "compact" if model.config["gate"] else "dense"
+    is_small = model.config["gate"] or any(isinstance(module, CompactBlock) for module in model.modules())
+    stage = "frozen" if masks else "gated" if gates else "compact" if is_small else "dense"
     if consensus is not None and masks:  # a state dict may have moved them since the vote
         consensus = dataclasses.replace(consensus, masks=masks)
     description: dict[str, Any] = {"version": VERSION, "model": model.config, "stage": stage}

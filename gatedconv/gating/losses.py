@@ -17,6 +17,8 @@ from gatedconv.gating.mac_terms import expected_macs, mac_terms
 from gatedconv.gating.multilinear import cached, gate_average, polarization
 from gatedconv.gating.registry import find_gates, open_rates, require_gates, unwrap
 
+_WINDOW = "gatedconv_rate_window"  # the attribute of a model in `accumulating`
+
 
 def polarization_loss(model: nn.Module) -> Tensor:
     """Eqs. 6-8: mean over gates of mean over channels of (1 - g) * g, g the batch's open rate.
@@ -84,7 +86,7 @@ def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
     single rank. Under `accumulating` the rates are those of all parts of a step.
     """
     rates = open_rates(model, owner)
-    window: RateWindow | None = vars(unwrap(model)).get("rate_window")
+    window: RateWindow | None = vars(unwrap(model)).get(_WINDOW)
     if not model.training or (world_size() == 1 and window is None):
         return rates
     if torch.compiler.is_compiling():
@@ -159,10 +161,10 @@ def accumulating(model: nn.Module, window: RateWindow | None) -> Iterator[None]:
     the gradients of the parts add up to that of the step. None changes nothing.
     """
     if window is not None:
-        vars(unwrap(model))["rate_window"] = window  # not a submodule: it is the trainer's
+        vars(unwrap(model))[_WINDOW] = window  # not a submodule: it is the trainer's
     try:
         yield
     finally:
-        vars(unwrap(model)).pop("rate_window", None)
+        vars(unwrap(model)).pop(_WINDOW, None)
         for gate in find_gates(model).values():
             gate.global_open_rate = None

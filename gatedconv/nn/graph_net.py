@@ -16,8 +16,8 @@ _CARRIED = ("mac_terms", "conversion", "consensus", "gatedconv_size", "fixed_siz
 class GraphNet(fx.GraphModule):
     """A ``torch.fx.GraphModule`` that keeps gatedconv's attributes, and gates that its graph no longer calls.
 
-    ``fixed_size``, where there is one, is the (H, W) of the only images that its constants are right for; a call with
-    others raises ValueError.
+    ``fixed_size``, where there is one, is the size without the batch, such as (C, H, W), of the only inputs that its
+    constants are right for; a call with others raises ValueError.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphNet") -> None:
@@ -63,22 +63,21 @@ def _before_call(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 
 
 def require_size(model: nn.Module, x: Tensor) -> None:
-    """Raise where a compact network's constants are not those of images like x (N, C, H, W).
+    """Raise where a graph's constants are not those of inputs like x (N, ...).
 
     Raises:
         ValueError: naming both sizes.
     """
-    size = vars(model).get("fixed_size")
-    if size is not None:
-        _of_size(x, size)
+    if isinstance(model, GraphNet) and "fixed_size" in vars(model):
+        _of_size(x, vars(model)["fixed_size"])
 
 
-def _of_size(x: Tensor, size: tuple[int, int]) -> Tensor:
+def _of_size(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return x."""
-    if tuple(x.shape[2:]) != tuple(size):
-        found = " x ".join(str(n) for n in x.shape[2:])
+    if tuple(x.shape[1:]) != tuple(size):
+        wanted, found = (" x ".join(map(str, shape)) for shape in (size, x.shape[1:]))
         raise ValueError(
-            f"this network was compacted for images of {size[0]} x {size[1]}, got {found}: constants that closed "
-            f"channels left in it hold for that size alone; compact it with an example of the other size"
+            f"this network was written for inputs of {wanted}, got {found}: constants in it hold for that size "
+            f"alone; gate or compact it with an example of the other size"
         )
     return x

@@ -12,6 +12,7 @@ import torch
 import gatedconv as package
 from gatedconv.cli import COMMANDS
 from gatedconv.cli.config_flags import merge_settings
+from gatedconv.cli.networks import image_size
 from gatedconv.train import RunFolder, TrainConfig
 from gatedconv.train.config import field_specs
 from tests.tolerances import assert_close
@@ -64,6 +65,24 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
 
     reported = gatedconv("report", run, run)
     assert reported.code == 0 and "agreement" in reported.out and str(run / "plots" / "curves.png") in reported.out
+
+
+def test_a_network_of_another_class_is_measured_and_written_at_its_own_size(gatedconv: Call, tmp_path: Path) -> None:
+    layers = [torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)]
+    images = torch.randn(2, 1, 28, 28)
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4 * 24 * 24, 3)).eval()
+    gated = package.gate_model(model, "channel", example_input=images)
+    masks = {name: torch.arange(gate.num_gates) % 2 > 0 for name, gate in package.gates(gated).items()}
+    small = package.compact(package.freeze(gated, masks=masks), images)
+    package.save(small, tmp_path / "small.safetensors")
+    assert image_size(package.load(tmp_path / "small.safetensors")) == (1, 28, 28)
+    bench = gatedconv("bench", tmp_path / "small.safetensors", "--rounds", 1, "--peers", "eager")
+    assert bench.code == 0, bench.err
+    out = tmp_path / "net.pt2"
+    exported = gatedconv("export", tmp_path / "small.safetensors", "--format", "torch", "--out", out)
+    assert exported.code == 0, exported.err
+    with torch.no_grad():
+        assert_close(torch.export.load(out).module()(images), small(images))
 
 
 def test_resume_continues_an_unfinished_run(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:

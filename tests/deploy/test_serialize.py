@@ -12,6 +12,7 @@ import torch
 
 import gatedconv
 from tests.oracle import random_masks, randomize_statistics
+from tests.tolerances import assert_close
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -138,7 +139,25 @@ def test_mixed_dtypes_and_moved_masks_survive(tmp_path):
 def test_a_compact_network_that_never_had_gates(tmp_path):
     small = gatedconv.compact(gatedconv.models.resnet20().eval(), X)
     gatedconv.save(small, tmp_path / "m")
-    assert torch.equal(gatedconv.load(tmp_path / "m")(X), small(X))
+    loaded = gatedconv.load(tmp_path / "m")
+    assert type(loaded) is gatedconv.models.ResNet
+    assert torch.equal(loaded(X), small(X))
+
+
+@pytest.mark.parametrize("position", ["after", "middle", "before"])
+@pytest.mark.parametrize("gate", ["layer", "channel", "both"])
+def test_gate_model_on_a_network_of_ours(gate, position, tmp_path):
+    torch.manual_seed(0)
+    model = gatedconv.models.ResNet(8, input_size=(3, 16, 16)).eval()
+    gated = gatedconv.gate_model(model, gate, position=position, example_input=X)
+    masks = random_masks({name: g.num_gates for name, g in gatedconv.gates(gated).items()}, "odd", 1)
+    frozen = gatedconv.freeze(gated, masks=masks)
+    small = gatedconv.compact(frozen, X)
+    assert gatedconv.count_macs(small, X) < gatedconv.count_macs(model, X)
+    assert_close(small(X), frozen(X))
+    for stage in (gated, frozen, small):
+        gatedconv.save(stage, tmp_path / "m")
+        assert_close(gatedconv.load(tmp_path / "m")(X), stage(X))
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
