@@ -1,7 +1,7 @@
-"""Every way to compute the 3x3 convolutions of shipped networks, timed, and whether the plan's choice is the best.
+"""Every algorithm for the 3x3 convolutions of shipped networks, timed, and whether the plan's choice is the best.
 
-``python -m benchmarks.kernels [CASE ...]`` times the ways of each case in turns and exits with 1 if one that the plan
-would choose is more than 5 % slower than the best. A case is written "n8 i256 o128 h14": images, input and output
+``python -m benchmarks.kernels [CASE ...]`` times the algorithms of each case in turns and exits with 1 if one that the
+plan would choose is more than 5 % slower than the best. A case is written "n8 i256 o128 h14": images, input and output
 channels, height and width. What is timed is the processor's time of one thread, to which other programs add little, for
 a call of a plan of the layer alone, which also turns its map from NCHW to NHWC and back. ``--save`` keeps the times in
 a result file, ``--fit`` prints the rates of gatedconv/engine/choose.py that suit the result files best.
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +26,7 @@ from torch import nn
 
 from benchmarks.harness import RESULTS, machine_header
 from gatedconv._io import write_atomic
-from gatedconv.engine.choose import RATES, WAYS, Rates, Work
+from gatedconv.engine.choose import ALGORITHMS, RATES, Rates, Work
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer
 from gatedconv.engine.lower import trace
@@ -65,8 +67,9 @@ SHAPES = (
     "i189 o75 h14",
 )
 CASES = tuple(f"n{batch} {shape}" for shape in SHAPES for batch in (1, 8))
-LIMIT = 1.05  # of the chosen way's time over the best one's
+LIMIT = 1.05  # of the chosen algorithm's time over the best one's
 ROUNDS = 3
+WORST = 6  # cases in docs/performance.md
 
 
 def parse(case: str) -> Work:
@@ -90,18 +93,18 @@ def layer_of(work: Work) -> Layer:
     return layer
 
 
-def time_ways(work: Work, rounds: int = ROUNDS) -> dict[str, float]:
-    """Each way's least milliseconds, the ways in turns."""
+def time_algorithms(work: Work, rounds: int = ROUNDS) -> dict[str, float]:
+    """Each algorithm's least milliseconds, the algorithms in turns."""
     layer = layer_of(work)
-    calls = {way: layer_call(layer, work.batch, way, threads=1) for way in WAYS}
-    times = [{way: least_ms(call, time.process_time) for way, call in calls.items()} for _ in range(rounds)]
-    return {way: min(one[way] for one in times) for way in WAYS}
+    calls = {name: layer_call(layer, work.batch, name, threads=1) for name in ALGORITHMS}
+    times = [{name: least_ms(call, time.process_time) for name, call in calls.items()} for _ in range(rounds)]
+    return {name: min(one[name] for one in times) for name in ALGORITHMS}
 
 
-def chosen(work: Work) -> str:
-    """The way that a plan would take."""
-    rates = RATES[plan_isa()]
-    return min(WAYS, key=lambda way: work.estimate(way, rates))
+def chosen(work: Work, isa: str) -> str:
+    """The algorithm that a plan would take."""
+    rates = RATES[isa]
+    return min(ALGORITHMS, key=lambda algorithm: work.estimate(algorithm, rates))
 
 
 def fit(rows: Iterable[dict[str, Any]]) -> Rates:
@@ -109,9 +112,9 @@ def fit(rows: Iterable[dict[str, Any]]) -> Rates:
     amounts, times = [], []
     for row in rows:
         work = parse(row["case"])
-        for way, ms in row["ms"].items():
+        for algorithm, ms in row["ms"].items():
             turned = work.height * work.width * (work.in_channels + work.out_channels)
-            amounts.append([work.batch * amount / ms for amount in (*work.amounts(way), turned)])
+            amounts.append([work.batch * amount / ms for amount in (*work.amounts(algorithm), turned)])
             times.append(1.0)
     a, b = np.array(amounts), np.array(times)
     used = list(range(a.shape[1]))
@@ -122,19 +125,19 @@ def fit(rows: Iterable[dict[str, Any]]) -> Rates:
         del used[int(found.argmin())]
     rates = np.zeros(a.shape[1])
     rates[used] = found
-    # The turning of the map is the same for all ways.
+    # The turning of the map is the same for all algorithms.
     return Rates(*(round(float(rate / rates[0]), 2) for rate in rates[:-1]))
 
 
 def check(cases: Sequence[str]) -> list[dict[str, Any]]:
-    """Time the cases: case, milliseconds of each way, the chosen way and its time over the best one's."""
-    rows = []
-    for case in cases:
-        work = parse(case)
-        times = time_ways(work)
-        way = chosen(work)
-        rows.append({"case": case, "ms": times, "chosen": way, "over_best": times[way] / min(times.values())})
-    return rows
+    """Time and judge the cases."""
+    return [judge(case, time_algorithms(parse(case)), plan_isa()) for case in cases]
+
+
+def judge(case: str, times: dict[str, float], isa: str) -> dict[str, Any]:
+    """A row: case, milliseconds of each algorithm, the chosen one and its time over the best one's."""
+    name = chosen(parse(case), isa)
+    return {"case": case, "ms": times, "chosen": name, "over_best": times[name] / min(times.values())}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -145,7 +148,25 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         flop = 18 * work.batch * work.in_channels * work.out_channels * work.height * work.width
         cells = [f"{ms:.3f}" for ms in row["ms"].values()]
         lines.append([row["case"], *cells, row["chosen"], f"{row['over_best']:.2f}", f"{flop / best / 1e6:.0f}"])
-    return markdown_table(["case", *(f"{way} ms" for way in WAYS), "chosen", "over best", "GFLOP/s of the best"], lines, 1)
+    return markdown_table(["case", *(f"{name} ms" for name in ALGORITHMS), "chosen", "over best", "GFLOP/s of the best"], lines, 1)
+
+
+def section() -> str:
+    """The part of docs/performance.md: how near the choices are to the best of the saved times, and the worst ones."""
+    parts = []
+    for path in sorted(RESULTS.glob("kernels-*.json")):
+        found = json.loads(path.read_text())
+        machine = found["machine"]
+        rows = [judge(row["case"], row["ms"], found["isa"]) for row in found["rows"]]
+        near = sum(row["over_best"] <= LIMIT for row in rows)
+        worst = sorted(rows, key=lambda row: -row["over_best"])[:WORST]
+        mean = math.exp(statistics.fmean(math.log(row["over_best"]) for row in rows))
+        parts.append(
+            f"{machine['cpu']}, {found['isa']}, one thread; commit `{(machine['commit'] or 'unknown')[:10]}`, "
+            f"{machine['date'][:10]}. The choice takes at most 5 % longer than the best algorithm in {near} of {len(rows)} cases "
+            f"({near / len(rows):.0%}), and {mean - 1:.1%} longer in the geometric mean. The {len(worst)} worst:\n\n{table(worst)}"
+        )
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

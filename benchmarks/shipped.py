@@ -200,7 +200,7 @@ def section() -> str:
         found = json.loads(path.read_text())
         machines.setdefault(found["machine"]["device"], {})[found["machine"].get("group", "main")] = found
     parts = [part for groups in machines.values() if "main" in groups for part in (_table(groups), _reduced(groups))]
-    return "\n\n".join(part for part in parts if part) or "No results yet."
+    return "\n\n".join(parts) or "No results yet."
 
 
 class _Timed:
@@ -244,12 +244,14 @@ def _table(groups: dict[str, dict[str, Any]]) -> str:
         speed = [f"{ratios[-1]:.2f}", f"{ours['gflops']:.0f}", f"{ours['share_of_peak']:.0%}"]
         lines.append([case.name, str(case.batch), *cells, *speed])
     header = ["network", "batch", "**gatedconv**", *shown.values(), "fastest peer / ours", "GFLOP/s", "of the peak"]
+    phones = "MNN, ncnn and LiteRT "
+    phones += "in another one with our engine" if "mobile" in groups else "are not measured yet"
     return (
         f"**Same precision.** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32, 224 x 224; "
         f"{_software(groups)}. Fastest call in ms (median of the rounds), each runtime at its fastest setting. "
         f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows; geometric mean of "
         f"fastest peer / ours {_geometric_mean(ratios):.2f}. Ratios are of calls that took turns: ONNX Runtime and OpenVINO "
-        f"in one run, MNN, ncnn and LiteRT in another one with our engine. The peak is the fastest product that PyTorch "
+        f"in one run, {phones}. The peak is the fastest product that PyTorch "
         f"computes on these threads, {machine['peak_gflops']:.0f} GFLOP/s; Winograd's algorithms may pass it, because the "
         f"multiply-adds of the direct sum are counted.\n\n"
         + markdown_table(header, lines, 1)
@@ -259,7 +261,7 @@ def _table(groups: dict[str, dict[str, Any]]) -> str:
 
 def _reduced(groups: dict[str, dict[str, Any]]) -> str:
     if "reduced" not in groups:
-        return ""
+        return "**Whatever the user could pick.** Not measured yet."
     found = groups["reduced"]
     timed, exact = _Timed(found), [_Timed(groups[name]) for name in ("main", "mobile") if name in groups]
     keys = [(s.provider, s.dtype) for s in REDUCED]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
 from scaling_tables import TABLES  # noqa: E402
 
-from benchmarks import busy, shipped  # noqa: E402
+from benchmarks import busy, kernels, shipped  # noqa: E402
 from benchmarks import tables as performance  # noqa: E402
 from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
@@ -226,6 +226,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "quantize.md": {"quantize": quantize},
     ROOT / "docs" / "scaling.md": TABLES,
     ROOT / "docs" / "performance.md": {
+        "kernels": kernels.section,
         "cpu": performance.cpu,
         "footprint": footprints,
         "shipped": shipped.section,

@@ -1,8 +1,9 @@
 // Activations over vectors.
 //
-// Errors against float64 in units in the last place of the result, where that is no subnormal number: ELU 1,
-// sigmoid, tanh, SiLU, Mish, hard sigmoid and hard swish 2 (the last two in simd.h), GELU 7; GELU's
-// tanh form 3 for x >= -1 and below, where its argument's own rounding is magnified, 2e-5 of the result.
+// Errors against float64 in units in the last place of the result, where its absolute value is at least 1e-36
+// (below, a factor may be a subnormal number): ELU 1, sigmoid, tanh, SiLU, Mish, hard sigmoid and hard swish 2
+// (the last two in simd.h), GELU 7; GELU's tanh form 3 for x >= -1 and below, where its argument's own rounding
+// is magnified, 2e-5 of the result.
 // (PyTorch's GELU cancels in its tail and keeps no digits there.) NaN and infinities give what PyTorch gives
 // in float64.
 #pragma once

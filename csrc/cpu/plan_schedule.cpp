@@ -64,14 +64,14 @@ std::vector<Segment> find_segments(const Plan& plan, int64_t images) {
 }
 
 // Alone, an image's maps stay in one cache, but every image has the weights come from memory; together, the
-// images share the weights, but their maps do not stay. The way with the fewest bytes for an image, where a
+// images share the weights, but their maps do not stay. The schedule with the fewest bytes for an image, where a
 // change between the two costs the map at hand and the time to meet.
 std::vector<Segment> share_segments(const Plan& plan, int64_t images, int workers) {
   if (images == 1 || images < workers) return find_segments(plan, images);
   constexpr int64_t kMeeting = 32 * 1024;
   const size_t steps = plan.steps.size();
-  std::array<int64_t, 2> bytes{};                   // of the best way that ends together, and that ends alone
-  std::vector<std::array<bool, 2>> before(steps);  // whether the step in front is alone on that way
+  std::array<int64_t, 2> bytes{};                  // of the best schedule that ends together, and that ends alone
+  std::vector<std::array<bool, 2>> before(steps);  // whether the step in front is alone in that schedule
   for (size_t i = 0; i < steps; ++i) {
     const Step& step = plan.steps[i];
     const int64_t maps = step_bytes(step), change = map_bytes(step.in) + kMeeting;

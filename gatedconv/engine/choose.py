@@ -8,10 +8,10 @@ from dataclasses import astuple, dataclass
 from gatedconv.engine.layers import Layer, map_size
 from gatedconv.ops.plan import plan_isa
 
-WAYS = {"conv": 1, "winograd2": 2, "winograd4": 4}  # and the side of the tile of outputs that each computes
+ALGORITHMS = {"conv": 1, "winograd2": 2, "winograd4": 4}  # and the side of the tile of outputs that each computes
 
 Choose = Callable[[Layer, int], str]
-"""(a convolution for which `ways` has several, images) -> one of them."""
+"""(a convolution for which `algorithms` has several, images) -> one of them."""
 
 _TOGETHER = 8  # images that a plan takes together at most (csrc/cpu/plan.cpp)
 _KEPT = 2**18  # weights that a core's own cache keeps from image to image
@@ -37,8 +37,8 @@ class Rates:
 
 
 # By instruction set. Those of AVX-512 are fitted to benchmarks/results/kernels-*-avx512.json (`python -m
-# benchmarks.kernels --fit`), where the chosen way takes 5 % longer than the best one in the geometric mean; with the
-# older rates, measured with AVX2, it is 11 %.
+# benchmarks.kernels --fit`), where the chosen algorithm takes 5 % longer than the best one in the geometric mean; with
+# the older rates, measured with AVX2, it is 11 %.
 _OLDER = Rates(direct=1.0, product=1.0, transform2=6.0, transform4=6.0, weight=7.0)
 RATES = {
     "avx512": Rates(direct=1.0, product=1.35, transform2=5.05, transform4=19.5, weight=32.83),
@@ -57,9 +57,9 @@ class Work:
     height: int
     width: int
 
-    def amounts(self, way: str) -> tuple[float, float, float, float, float]:
+    def amounts(self, algorithm: str) -> tuple[float, float, float, float, float]:
         """The work of an image, of each kind of `Rates`, in their order."""
-        tile = WAYS[way]
+        tile = ALGORITHMS[algorithm]
         points = 9 if tile == 1 else (tile + 2) ** 2
         tiles = -(-self.height // tile) * -(-self.width // tile)
         weights = points * self.in_channels * self.out_channels
@@ -72,18 +72,18 @@ class Work:
             max(weights - _KEPT, 0) / min(max(self.batch, 1), _TOGETHER),
         )
 
-    def estimate(self, way: str, rates: Rates) -> float:
+    def estimate(self, algorithm: str, rates: Rates) -> float:
         """The time of an image, in multiply-adds of a direct convolution."""
-        return sum(a * p for a, p in zip(self.amounts(way), astuple(rates), strict=True))
+        return sum(a * p for a, p in zip(self.amounts(algorithm), astuple(rates), strict=True))
 
 
-def ways(layer: Layer) -> tuple[str, ...]:
-    """The ways in which a plan can compute a convolution; the first is always possible."""
+def algorithms(layer: Layer) -> tuple[str, ...]:
+    """The algorithms by which a plan can compute a convolution; the first is always possible."""
     assert layer.weight is not None
     plain = layer.groups == 1 and layer.stride == (1, 1) and layer.dilation == (1, 1)
     # With fewer channels the transforms cost more than the products save.
     square = layer.kernel == (3, 3) and layer.padding == (1, 1, 1, 1) and layer.weight.shape[1] >= 5
-    return tuple(WAYS) if plain and square else ("conv",)
+    return tuple(ALGORITHMS) if plain and square else ("conv",)
 
 
 def work_of(layer: Layer, batch: int) -> Work:
@@ -94,6 +94,6 @@ def work_of(layer: Layer, batch: int) -> Work:
 
 
 def choose_estimated(layer: Layer, batch: int) -> str:
-    """The way with the least estimated time."""
+    """The algorithm with the least estimated time."""
     work, rates = work_of(layer, batch), RATES[plan_isa()]
-    return min(ways(layer), key=lambda way: work.estimate(way, rates))
+    return min(algorithms(layer), key=lambda algorithm: work.estimate(algorithm, rates))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from gatedconv.engine.choose import Choose, choose_estimated, ways
+from gatedconv.engine.choose import Choose, algorithms, choose_estimated
 from gatedconv.engine.layers import Layer, map_size
 from gatedconv.engine.pack import (
     PANEL,
@@ -204,7 +204,7 @@ def _choose_op(layer: Layer, batch: int, choose: Choose) -> str:
     out_channels, per_group = layer.weight.shape[:2]
     if layer.groups > 1 and per_group == 1 and out_channels == layer.groups:
         return "depthwise"
-    return choose(layer, batch) if len(ways(layer)) > 1 else "conv"
+    return choose(layer, batch) if len(algorithms(layer)) > 1 else "conv"
 
 
 def join_maps(steps: list[Step], maps: list[Map]) -> list[Step]:

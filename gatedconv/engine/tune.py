@@ -1,4 +1,4 @@
-"""Times the ways to compute a convolution on the machine at hand, and keeps what was found (`Engine(tune=True)`)."""
+"""Times the algorithms for a convolution on the machine at hand, and keeps what was found (`Engine(tune=True)`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gatedconv import _build, _native
-from gatedconv.engine.choose import Choose, ways, work_of
+from gatedconv.engine.choose import Choose, algorithms, work_of
 from gatedconv.engine.cuda.tuner import Tuner, cache_path
 from gatedconv.engine.layers import Layer, map_size
 from gatedconv.engine.program import write_program
@@ -22,17 +23,22 @@ from gatedconv.ops.plan import plan_isa, plan_run
 
 _EVICT = 2**23  # bytes of copies of a layer's weights: no core's own cache has them when their turn comes again
 _CALLS, _SECONDS = 40, 0.05  # of a measurement: so many calls, or as many as take this long
+_ROUNDS = 3  # of measuring the algorithms in turns: what disturbs one for a while seldom disturbs all its turns
+
+# Of /proc/cpuinfo. Virtual machines give several generations the same name; Arm's have numbers only.
+_CPU = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
 
 
-def layer_call(layer: Layer, batch: int, way: str, threads: int) -> Callable[[], Tensor]:
+def layer_call(layer: Layer, batch: int, algorithm: str, threads: int) -> Callable[[], Tensor]:
     """A plan of one convolution, without what is fused to it, on random images: each call returns the same.
 
     Its weights come from memory as they do in a network: calls take turns with copies.
     """
     source = layer.inputs[0]
     bare = replace(layer, residual=None, gate=None, before=None)
-    program = write_program(source, [bare], layer.output, batch, lambda *_: way)
-    x = torch.randn(batch, *map_size(source), generator=torch.Generator().manual_seed(0))
+    program = write_program(source, [bare], layer.output, batch, lambda *_: algorithm)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *map_size(source), generator=random, dtype=torch.float32, device="cpu")
     count = min(64, 1 + math.ceil(_EVICT / program.weights.nbytes))
     copies = cycle([program.weights.clone() for _ in range(count)])
     return lambda: plan_run(x, program.code, next(copies), program.shape, threads)
@@ -50,24 +56,24 @@ def least_ms(call: Callable[[], Tensor], clock: Callable[[], float] = time.perf_
 
 
 def choose_measured(threads: int) -> Choose:
-    """A `Choose` that times every way once for each size of layer, CPU, number of threads and version of the kernels.
+    """A `Choose` that times every algorithm once for each size of layer, CPU, number of threads and version of the kernels.
 
     Args:
         threads: Of a plan, 0 for as many as PyTorch uses now.
     """
     threads = threads or torch.get_num_threads()
     header: dict[str, Any] = {
-        "cpu": cpu_info("model name") or "unknown",
+        "cpu": " ".join(value for field in _CPU if (value := cpu_info(field))) or "unknown",
         "isa": plan_isa(),
         "threads": threads,
         "sources": _build.source_hash(_native.source_folder()),
     }
-    tuner = Tuner(cache_path(header), header, least_ms)
+    tuner = Tuner(cache_path(header), header, least_ms, _ROUNDS)
 
     def choose(layer: Layer, batch: int) -> str:
+        batch = max(batch, 1)  # an empty run tells nothing
         work = work_of(layer, batch)
         key = f"n{batch} i{work.in_channels} o{work.out_channels} h{work.height} w{work.width} k3"
-        builders = {way: lambda way=way: layer_call(layer, batch, way, threads) for way in ways(layer)}  # type: ignore[misc]
-        return tuner.choose(key, builders)
+        return tuner.choose(key, {name: partial(layer_call, layer, batch, name, threads) for name in algorithms(layer)})
 
     return choose

@@ -62,7 +62,7 @@ def test_error_in_units_in_the_last_place(isa, name):
     small = torch.cat([torch.logspace(-30, 0, 20_001), -torch.logspace(-30, 0, 20_001)])
     x = torch.cat([near, far, small]).float()
     result, exact = run(module, x).double(), reference(x.double())
-    kept = exact.abs() >= 1e-36  # below, a unit of the subnormal numbers is no measure
+    kept = exact.abs() >= 1e-36  # below, a factor may be a subnormal number, which has fewer digits
     if name == "gelu_tanh":
         tail = kept & (x < -1)
         assert float(((result - exact).abs() / exact.abs())[tail].max()) <= 2e-5
