@@ -136,8 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     load = os.getloadavg()[0]
     for case in CASES:
         if options.only in case.name:
-            rows += measure(case, options.rounds, options.seconds, options.threads)
-            for row in rows[-len(CANDIDATES) :]:
+            more = measure(case, options.rounds, options.seconds, options.threads)
+            rows += more
+            for row in more:
                 print(f"{row['case']}, batch {row['batch']}, {row['runtime']}: {row['quiet_ms']:.3f} ms quiet, "
                       f"{row['busy_ms']:.3f} busy, loss {row['loss']:.2f}", flush=True)
     result = {"machine": machine_header(options.threads), "load": load, "rows": rows}

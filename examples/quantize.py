@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 import gatedconv
+from gatedconv.environment import commit, versions
 
 Run = Callable[[Tensor], Tensor]
 
 
-def load_images(path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Training and test images (N, C, H, W), normalized as `gatedconv train` does, and the test labels (M,)."""
+def load_images(path: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Some training images and the test images (N, C, H, W), normalized as `gatedconv train` does, and the test labels (M,)."""
     found = np.load(path)
     train, test = (torch.from_numpy(found[f"{split}_images"]).permute(0, 3, 1, 2) for split in ("train", "test"))
     pixels = train.double() / 255
@@ -38,7 +39,7 @@ def load_images(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     def normalized(images: Tensor) -> Tensor:
         return (images.float() / 255 - mean.float().view(-1, 1, 1)) / std.float().view(-1, 1, 1)
 
-    return normalized(train[:2000]), normalized(test), torch.from_numpy(found["test_labels"]).flatten().long()
+    return normalized(train[:count]), normalized(test), torch.from_numpy(found["test_labels"]).flatten().long()
 
 
 def quantized(path: Path, images: Tensor) -> openvino.Model:
@@ -74,14 +75,16 @@ def least_ms(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
     return least
 
 
-def measure(model: nn.Module, arguments: argparse.Namespace) -> list[dict[str, float | str]]:
+def measure(
+    model: nn.Module, images: tuple[Tensor, Tensor, Tensor], arguments: argparse.Namespace
+) -> list[dict[str, float | str]]:
     """A row for each way to run the network: top-1, distance to the original, ms a call."""
-    train, test, labels = load_images(arguments.data)
+    train, test, labels = images
     example = test[:1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         gatedconv.export(model, path, example, format="onnx")
-        int8 = quantized(path, train[: arguments.images])
+        int8 = quantized(path, train)
         openvino.save_model(int8, arguments.out, compress_to_fp16=False)
         runs: dict[str, Run] = {
             "gatedconv.Engine, float32": gatedconv.Engine(model, example, threads=arguments.threads),
@@ -120,7 +123,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = gatedconv.load(arguments.model).eval()
-    rows = measure(model, arguments)
+    images = load_images(arguments.data, arguments.images)
+    rows = measure(model, images, arguments)
     print(f"{'runtime':28}{'top-1':>8}{'same':>8}{'error':>10}{'ms, batch 1':>13}{'batch 32':>10}")
     for row in rows:
         print(
@@ -129,8 +133,9 @@ def main() -> None:
         )
     if arguments.result:
         size = arguments.out.stat().st_size + arguments.out.with_suffix(".bin").stat().st_size
-        given = {"calibration_images": arguments.images, "rounds": arguments.rounds, "threads": arguments.threads}
-        result = {"int8_bytes": size, **given, "rows": rows}
+        given = {"calibration_images": len(images[0]), "rounds": arguments.rounds, "threads": arguments.threads}
+        software = {"commit": commit(), "versions": versions("nncf", "openvino")}
+        result = {**software, "int8_bytes": size, **given, "rows": rows}
         arguments.result.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -79,10 +79,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=640)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="one device [cpu]")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--out", type=Path, help="write the compact detector, a file for gatedconv.load")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if "," in arguments.device:
+        parser.error("--device: expected one device; on several, Ultralytics trains in processes without the callbacks")
+    return arguments
 
 
 def main() -> None:

@@ -96,13 +96,15 @@ def test_quantize_measures_what_int8_loses(tmp_path):
     np.savez(tmp_path / "images.npz", **archive)
     torch.manual_seed(0)
     gatedconv.save(gatedconv.models.resnet20(10, input_size=(3, 8, 8)).eval(), tmp_path / "net.safetensors")
-    arguments = ["net.safetensors", "images.npz", "--images", "20", "--rounds", "1", "--result", "result.json"]
+    arguments = ["net.safetensors", "images.npz", "--images", "50", "--rounds", "1", "--result", "result.json"]
     *_, engine, exact, int8 = output("quantize.py", *arguments, "--threads", "1", cwd=tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert [row["runtime"] for row in result["rows"]] == [line[:28].strip() for line in (engine, exact, int8)]
     errors = [row["error"] for row in result["rows"]]
     assert max(errors[:2]) <= 1e-5 < errors[2] < 1 and result["rows"][0]["same_top1"] == 100
     assert (tmp_path / "int8.xml").is_file() and result["int8_bytes"] > 0
+    assert result["calibration_images"] == 40  # all that there are
+    assert {"nncf", "openvino", "torch"} <= set(result["versions"]) and "commit" in result
 
 
 @pytest.mark.parametrize("network", ["yolov8n.yaml", "yolo11n.yaml"])
@@ -138,3 +140,11 @@ def test_yolo_is_pruned_in_its_own_trainer(network, tmp_path, monkeypatch):
     found = re.fullmatch(r"mAP50-95 [\d.]+, ([\d.]+) of ([\d.]+) M MACs", lines[-1])
     assert found and float(found[1]) <= float(found[2])
     assert (tmp_path / "small.safetensors").stat().st_size > 0
+
+
+def test_yolo_refuses_several_devices(tmp_path, monkeypatch):
+    pytest.importorskip("ultralytics")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    command = [sys.executable, str(EXAMPLES / "yolo_trainer.py"), "data.yaml", "--device", "0,1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "--device: expected one device" in done.stderr

@@ -19,10 +19,18 @@ def onnx_file(network: nn.Module, x: Tensor, folder: Path) -> Path:
     return made_once(folder / "network.onnx", lambda path: export(network, path, x, "onnx"))
 
 
-def made_once(path: Path, make: Callable[[Path], object]) -> Path:
-    """The path of a file, made where it is missing; one that was not finished does not count."""
+def made_once(path: Path, make: Callable[[Path], object], weights: str = "") -> Path:
+    """The path of a file, made where it is missing; one that was not finished does not count.
+
+    Args:
+        path: the file.
+        make: writes it to the path that it is given.
+        weights: the suffix, such as ".bin", of a second file that `make` writes beside it.
+    """
     if not path.exists():
         part = path.with_name(f"part-{path.name}")
         make(part)
+        if weights:
+            os.replace(part.with_suffix(weights), path.with_suffix(weights))
         os.replace(part, path)
     return path

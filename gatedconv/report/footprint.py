@@ -81,13 +81,14 @@ _ORT = (
 )
 _MNN = """net = MNN.Interpreter(path)
 session = net.createSession({"backend": "CPU", "precision": "high", "numThread": threads})
-source, kind = net.getSessionInput(session), (MNN.Halide_Type_Float,)
+source = net.getSessionInput(session)
 net.resizeTensor(source, tuple(shape)); net.resizeSession(session)
-def run(x):
-    source.copyFrom(MNN.Tensor(tuple(shape), *kind, x, MNN.Tensor_DimensionType_Caffe))
+result = net.getSessionOutput(session); size = result.getShape()
+tensor = lambda array: MNN.Tensor(tuple(array.shape), MNN.Halide_Type_Float, array, MNN.Tensor_DimensionType_Caffe)
+given, host = tensor(x), tensor(np.empty(size, np.float32))
+def run(x):  # the same as above, and given as a tensor of its own
+    source.copyFrom(given)
     net.runSession(session)
-    result = net.getSessionOutput(session); size = result.getShape()
-    host = MNN.Tensor(size, *kind, np.empty(size, np.float32), MNN.Tensor_DimensionType_Caffe)
     result.copyToHostTensor(host)
     return np.array(host.getNumpyData(), np.float32).reshape(size)"""
 _NCNN = """net = ncnn.Net()

@@ -24,14 +24,15 @@ def mnn(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     interpreter.resizeTensor(into, tuple(x.shape))
     interpreter.resizeSession(session)
     out = interpreter.getSessionOutput(session)
-    image, size = x.numpy(), tuple(x.shape)
+    shape = out.getShape()
+    given, host = (
+        MNN.Tensor(tuple(array.shape), MNN.Halide_Type_Float, array, MNN.Tensor_DimensionType_Caffe)
+        for array in (x.numpy(), np.empty(shape, np.float32))
+    )
 
     def run() -> Tensor:
-        given = MNN.Tensor(size, MNN.Halide_Type_Float, image, MNN.Tensor_DimensionType_Caffe)
         into.copyFrom(given)
         interpreter.runSession(session)
-        shape = out.getShape()
-        host = MNN.Tensor(shape, MNN.Halide_Type_Float, np.empty(shape, np.float32), MNN.Tensor_DimensionType_Caffe)
         out.copyToHostTensor(host)
         return torch.from_numpy(np.array(host.getNumpyData(), np.float32).reshape(shape))
 
@@ -83,11 +84,14 @@ def ncnn_files(network: nn.Module, x: Tensor, folder: Path) -> tuple[Path, Path]
     """Ncnn's two files of a network: parameters, weights."""
     import pnnx
 
-    parameters, traced = folder / "network.ncnn.param", folder / "network.pt"
-    if not parameters.exists():
+    def convert(path: Path) -> None:
+        traced = folder / "network.pt"
         torch.jit.trace(network, x[:1]).save(str(traced))
-        _tool(pnnx.EXEC_PATH, traced, f"inputshape={list(x[:1].shape)}".replace(" ", ""), "fp16=0")
-    return parameters, folder / "network.ncnn.bin"
+        shape = f"inputshape={list(x[:1].shape)}".replace(" ", "")
+        _tool(pnnx.EXEC_PATH, traced, shape, "fp16=0", f"ncnnparam={path}", f"ncnnbin={path.with_suffix('.bin')}")
+
+    parameters = made_once(folder / "network.ncnn.param", convert, ".bin")
+    return parameters, parameters.with_suffix(".bin")
 
 
 def litert(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:

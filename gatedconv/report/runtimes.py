@@ -186,9 +186,10 @@ def _openvino_default(network: nn.Module, x: Tensor, folder: Path, threads: int)
 
 
 def _openvino_int8(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
-    source, path = onnx_file(network, x, folder), folder / "openvino-int8.xml"
-    if not path.exists():
-        quantizers.openvino_int8(source, path, quantizers.calibration_images(x))
+    source = onnx_file(network, x, folder)
+    images = quantizers.calibration_images(x)
+    path = folder / "openvino-int8.xml"
+    made_once(path, lambda part: quantizers.openvino_int8(source, part, images), ".bin")
     properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": None}
     return _openvino_run(_openvino_model(path, x.shape, threads, **properties), x)
 

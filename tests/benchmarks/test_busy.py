@@ -12,14 +12,18 @@ from benchmarks import busy
 from benchmarks.networks import NetworkCase
 
 
-def test_rows_have_both_loads_and_make_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(busy, "CASES", (NetworkCase("resnet20", "dense", 1),))
-    monkeypatch.setattr(busy, "CANDIDATES", {("gatedconv", "Engine"): "gatedconv", ("eager", "NCHW"): "eager"})
+def test_rows_have_both_loads_and_make_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(busy, "CASES", tuple(NetworkCase("resnet20", "dense", n) for n in (1, 2)))
+    monkeypatch.setattr(busy, "CANDIDATES", {("gatedconv", "Engine"): "gatedconv", ("eager", "NCHW"): "eager", ("gone", ""): "gone"})
     monkeypatch.setattr(busy, "FILE", tmp_path / "busy.json")
     assert busy.section() == "Not measured yet."
     busy.main(["--rounds=1", "--seconds=0.01", "--threads=1", f"--out={tmp_path / 'busy.json'}"])
     rows = json.loads((tmp_path / "busy.json").read_text())["rows"]
-    assert [row["runtime"] for row in rows] == ["gatedconv", "eager"]
+    assert [row["runtime"] for row in rows] == 2 * ["gatedconv", "eager"]
+    told = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == [f"{row['case']}, batch {row['batch']}, {row['runtime']}" for row in rows]
     assert all(row["loss"] == pytest.approx(row["busy_ms"] / row["quiet_ms"], abs=2e-3) for row in rows)
     assert "| resnet20 dense | 1 | gatedconv | " in busy.section()
 

@@ -17,7 +17,7 @@ from gatedconv.report.bench import (
     compare_runtimes,
     relative_error,
 )
-from gatedconv.report.exported import onnx_file
+from gatedconv.report.exported import made_once, onnx_file
 from gatedconv.report.runtimes import OURS, REDUCED, SETTINGS, Setting, fingerprint
 
 OUT = torch.tensor([1.0, 2.0])
@@ -166,6 +166,23 @@ def cut() -> nn.Module:
 
 def chosen(*names: str) -> list[Setting]:
     return [setting for setting in SETTINGS if setting.name in names]
+
+
+def test_files_that_were_not_finished_are_made_again(tmp_path: Path) -> None:
+    path, calls = tmp_path / "network.xml", []
+
+    def make(part: Path) -> None:
+        part.write_text("graph")
+        calls.append(part)
+        if len(calls) == 1:
+            raise RuntimeError("no room")
+        part.with_suffix(".bin").write_text("weights")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        made_once(path, make, ".bin")
+    assert not path.exists()
+    assert made_once(path, make, ".bin") == made_once(path, make, ".bin") == path
+    assert len(calls) == 2 and sorted(file.name for file in tmp_path.iterdir()) == ["network.bin", "network.xml"]
 
 
 def test_every_quick_setting_computes_a_compact_network(cut: nn.Module, tmp_path: Path) -> None:
