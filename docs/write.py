@@ -170,7 +170,7 @@ def footprints() -> str:
 
 
 def _speeds(rows: list[dict[str, Any]]) -> str:
-    """The runtime beside the engine."""
+    """The runtime and the engine compared."""
     header = ["network", "batch", "runtime (ms)", "engine (ms)", "runtime / engine", "same bits"]
     cells = [
         [
@@ -181,7 +181,7 @@ def _speeds(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    what = "The runtime and the engine in one process, in turns, on one thread: fastest calls, and the median ratio of the rounds."
+    what = "The runtime and the engine in one process, interleaved, on one thread: fastest calls, and the median ratio of the rounds."
     return f"{what}\n\n{markdown_table(header, cells, 1)}"
 
 

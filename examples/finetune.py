@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 import gatedconv
 
 PRUNE_FROM, PRUNE_TO, FREEZE_AT = 0.2, 0.6, 0.7  # shares of the run: features first, then gates, then what is left
-GATE_RATE = 0.1  # gates that learn as fast as from scratch close before the new classifier knows what matters
+GATE_RATE = 0.1  # gates that learn as fast as from scratch close before the new classifier has learned what matters
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 

@@ -63,7 +63,7 @@ def answers(run: Run, images: Tensor) -> Tensor:
 
 
 def least_ms(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
-    """The fastest call of each, in ms; they take turns, so that whatever disturbs one disturbs all."""
+    """The fastest call of each, in ms; interleaved, so that whatever disturbs one disturbs all."""
     least = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():

@@ -24,7 +24,7 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, BATCH = 0.1, 0.9, 5e-4, 64
 TARGET = 0.5  # share of the dense network's MACs
 PRUNE_FROM, PRUNE_TO = 0.2, 0.6  # share of the run between which the gate pruner works
 FREEZE_AT = 0.7  # share of the run after which the gates are constants
-POLARIZATION, MACS = 3.0, 1.0  # weights of the losses on the gates
+POLARIZATION = 3.0  # weight of the loss on the gates
 
 
 def digits(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,7 +77,6 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: range, total: i
             loss = functional.cross_entropy(model(images), labels)
             if gated:
                 loss = loss + POLARIZATION * gatedconv.polarization_loss(model)  # every sample decides alike
-                loss = loss + MACS * gatedconv.mac_target_loss(model, allowed_macs(progress))  # and the work fits
             optimizer.zero_grad()
             loss.backward()
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = learning_rate(progress)

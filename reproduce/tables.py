@@ -81,7 +81,6 @@ _HEADER = (
     "the paper",
 )
 _NOT_RUN = "not run yet"
-_WAITING = "Waiting"  # title of the section of tables without a run
 _CONTROLS = ("equal_macs", "fixed_at_init", "taught_before")
 # 97.5 % quantiles of Student's t, by degrees of freedom: half a 95 % interval in standard errors.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

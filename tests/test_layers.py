@@ -1,4 +1,4 @@
-"""Imports go one way: cli -> report | train -> engine -> deploy -> convert | models -> nn -> gating -> ops."""
+"""Imports go one way: cli -> report | train -> engine -> deploy -> convert | models -> nn | measure -> gating -> ops -> kernels."""
 
 import ast
 from pathlib import Path

@@ -42,6 +42,11 @@ def test_every_public_name_is_documented(name):
         assert f"::: gatedconv.{name}\n" in (ROOT / "docs" / "api.md").read_text()
 
 
+def test_the_name_that_requires_an_extra_is_documented():
+    assert "HubModel" in gatedconv.__doc__
+    assert "::: gatedconv.HubModel\n" in (ROOT / "docs" / "api.md").read_text()
+
+
 def test_all_is_sorted_and_complete():
     classes_first = sorted(gatedconv.__all__, key=lambda name: (not name[0].isupper(), name))
     assert gatedconv.__all__ == classes_first

@@ -112,7 +112,7 @@ class Channels:
         size: number of channels.
         source: of a move, the value whose channels these are; of an elementwise value, the operand that they follow.
         index: of a move, int64 (size,): the source's channel of each channel.
-        ids: of a deferred value, where in ``source`` each of its elements lies.
+        ids: of a deferred value, where in ``source`` each of its elements is.
     """
 
     kind: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from gatedconv.convert.record import is_computed
 
@@ -34,12 +36,20 @@ def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
         padding_mode=module.padding_mode,
         device="meta",
     )
+    plain._forward_hooks = module._forward_hooks
     if is_computed(module):
-        plain.weight = nn.Parameter(module.weight.detach().clone())
-        plain.bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone())
+        learns = any(p.requires_grad for name, p in module.named_parameters() if not name.startswith(("gate", "bias")))
+        for key, hook in module._forward_pre_hooks.items():
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                hook(module, ())  # the weight is that of the last forward, and a state dict may have come since
+            else:
+                plain._forward_pre_hooks[key] = hook
+        plain.weight = nn.Parameter(module.weight.detach().clone(), learns)
+        bias = module.bias
+        plain.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
         return plain.train(module.training)
     plain.weight, plain.bias = module.weight, module.bias
-    plain._forward_hooks, plain._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+    plain._forward_pre_hooks = module._forward_pre_hooks
     plain._modules.update({name: child for name, child in module._modules.items() if name != "gate"})
     return plain.train(module.training)
 

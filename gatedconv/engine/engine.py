@@ -259,7 +259,7 @@ def _node_kind(engine: Engine, node: torch.fx.Node) -> str:
 
 def _machine(engine: Engine) -> str:
     if engine.device.type == "cpu":
-        return f"native kernels: {plan_isa()}, {torch.get_num_threads()} threads"
+        return f"native kernels: {plan_isa()}, {engine.threads or torch.get_num_threads()} threads"
     modes = {plan.mode for plan in engine.plans if isinstance(plan, CudaPlan)}
     return f"{engine.device}, {engine.dtype}, GATEDCONV_CUDA_KERNELS: {', '.join(sorted(modes)) or 'no plan'}"
 
@@ -276,7 +276,7 @@ def _describe_plan(name: str, plan: PlanModule | CudaPlan, engine: Engine) -> li
     weights = plan.weights.numel() * plan.weights.element_size()
     first = plan.maps[plan.steps[0].target]
     size = (engine.example_size[0], first.channels, first.height, first.width)
-    workspace = plan_workspace(size, plan.program, torch.get_num_threads())
+    workspace = plan_workspace(size, plan.program, engine.threads or torch.get_num_threads())
     lines.append(
         f"  in all {macs / 1e6:.2f} M MACs an image, weights {_bytes(weights)}, "
         f"workspace {_bytes(workspace)} at batch {size[0]}"

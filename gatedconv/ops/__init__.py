@@ -1,4 +1,4 @@
-"""Stateless operators, each with its plain PyTorch reference: ``<name>_reference``, same signature."""
+"""Stateless operators; those with kernels have a plain PyTorch reference, ``<name>_reference``, same arguments but ``packed``."""
 
 from gatedconv.ops._packed_conv import PackedConv
 from gatedconv.ops._triton import kernels_run_on

@@ -64,7 +64,7 @@ def masked_conv2d(
     Raises:
         TypeError: An argument of a wrong type or dtype.
         ValueError: An argument of a wrong rank, size, device or value, or a kernel larger than the padded
-        input.
+            input.
     """
     if packed is not None and not isinstance(packed, PackedConv):
         raise TypeError(f"masked_conv2d: packed must be a PackedConv or None, got {type(packed).__name__}")

@@ -46,7 +46,7 @@ class EpochMetrics:
         steps_skipped: steps whose loss or gradient was not finite; they left the weights unchanged.
         train_macs: MACs that the training steps executed, forward and (twice that) backward, repeated steps and
             recomputed blocks included; steps lost with a killed process are not.
-        macs_saved: share of the MACs of the network as it stands that steps left out because gates agreed, 0 to 1.
+        macs_saved: share of the MACs of the present network that steps left out because gates agreed, 0 to 1.
         energy_j: joules of all devices in use; None where a device has no counter.
         energy_reason: why `energy_j` is None; "" where it is not.
         energy_source: the devices that were measured, of all processes.

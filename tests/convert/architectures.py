@@ -42,7 +42,7 @@ SECTIONS = (
     ("named", "named networks"),
     ("tasks", "other tasks"),
     ("random", "drawn at random"),
-    ("fresh", "of every task"),
+    ("fresh", "every task"),
 )
 DRAWN = {"named": len(NAMED), "tasks": len(TASKS), "random": 100, "fresh": 60}  # networks of each list
 LIMIT = 900  # seconds for one network

@@ -57,7 +57,7 @@ def assert_cut_is_exact(model, gate="channel", images=IMAGES):
 
 
 class Heads(nn.Module):
-    """A feature pyramid with a dict of two outputs, and a classifier beside them."""
+    """A feature pyramid with a dict of two outputs, and a classifier as well."""
 
     def __init__(self):
         super().__init__()

@@ -266,6 +266,19 @@ def test_the_unknown_runs_in_pytorch():
     assert "2 operations" in text
 
 
+def test_the_description_is_of_the_threads_that_the_engine_uses():
+    net = settle(nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), Residual(16, 8)))
+    x = torch.randn(2, 3, 12, 12)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = gatedconv.Engine(net, x).describe()
+        torch.set_num_threads(3)
+        assert gatedconv.Engine(net, x, threads=1).describe() == single != gatedconv.Engine(net, x).describe()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_autocast_changes_nothing():
     net = settle(nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), Unknown(16), Residual(16, 8)))
     x = torch.randn(2, 3, 12, 12)

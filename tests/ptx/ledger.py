@@ -52,7 +52,7 @@ class Ledger:
         self.mutations[name] = {"kind": kind, "kernel": kernel, "found": found}
 
     def save(self, path: Path = SESSIONS) -> None:
-        """Add this session to a file; a kernel there that was compiled from other sources is forgotten."""
+        """Add this test run to a file; a kernel there that was compiled from other sources is forgotten."""
         with locked(path.with_suffix(".lock")):
             self._add_to(path)
 
@@ -76,14 +76,14 @@ class Ledger:
 
 
 def _join(a: str, b: str) -> str:
-    """Which instructions have run in one of two sessions."""
+    """Which instructions have run in one of two test runs."""
     return "".join(map(max, a, b)) if a else b
 
 
-def summary(sessions: dict[str, Any]) -> dict[str, Any]:
+def summary(runs: dict[str, Any]) -> dict[str, Any]:
     """The rows of the result file."""
-    body: dict[str, Any] = {"kernels": {}, "mutations": dict(sorted(sessions["mutations"].items()))}
-    for key, row in sorted(sessions["kernels"].items()):
+    body: dict[str, Any] = {"kernels": {}, "mutations": dict(sorted(runs["mutations"].items()))}
+    for key, row in sorted(runs["kernels"].items()):
         ran = "".join(seen["ran"] for seen in row["variants"].values())
         body["kernels"][key] = {
             "cases": len(row["cases"]),
