@@ -51,7 +51,7 @@ def add_gates(yolo: YOLO, target: float, image_size: int) -> dict[str, Any]:
 
         def criterion(predictions: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
             loss, items = detect(predictions, batch)
-            gates = gatedconv.polarization_loss(model) + 4 * gatedconv.mac_target_loss(model, target=target)
+            gates = 3 * gatedconv.polarization_loss(model) + 4 * gatedconv.mac_target_loss(model, target=target)
             return loss.sum() + len(batch["img"]) * gates, items  # theirs is a sum over the images
 
         model.criterion = criterion

@@ -67,11 +67,21 @@ def _walks_over_children(module: nn.Module) -> bool:
     """Whether the forward of a module, or a method that it calls, goes through its children: a gate would be one."""
     kind, names, waiting = type(module), set(), ["forward"]
     while waiting:
-        code = getattr(inspect.unwrap(getattr(kind, waiting.pop(), None) or len), "__code__", None)
-        new = set(code.co_names) - names if code is not None else set()
+        new = _names_in(kind, waiting.pop()) - names
         names |= new
         waiting += [name for name in new if inspect.isfunction(getattr(kind, name, None))]
     return isinstance(module, nn.Sequential) or bool(names & _WALKS)
+
+
+def _names_in(kind: type, method: str) -> set[str]:
+    """What the code of a method names, and, where it calls super(), the code of those that it overrides."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        code = getattr(inspect.unwrap(vars(base).get(method) or len), "__code__", None)
+        names |= set(code.co_names) if code is not None else set()
+        if method in vars(base) and (code is None or "super" not in code.co_names):
+            break
+    return names
 
 
 def find_branches(flow: Flow) -> tuple[list[Branch], dict[str, str]]:

@@ -256,8 +256,8 @@ class Trainer:
             self._re_estimate(networks["dense"])
         if not self.ranks.main:
             return {}
+        files = self._write_models(networks)  # first: measuring takes long, and can fail
         outcome = measured(networks, config, self.data, self.folder)
-        files = self._write_models(networks)
         history = self.folder.read_metrics()
         energy = run_energy(history)
         summary = {
@@ -309,7 +309,7 @@ class Trainer:
     def _write_models(self, networks: Networks) -> list[str]:
         """Save every network, and export the compact one of a gated run; the names of the exported files."""
         for phase, network in networks.items():
-            save(network, self.folder.model("compact" if phase == "cut" else phase))
+            save(network.eval(), self.folder.model("compact" if phase == "cut" else phase))
         if "gated" not in networks:
             return []
         one = example_images(self.data, self.config, 1)
