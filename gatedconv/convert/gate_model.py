@@ -56,15 +56,15 @@ def gate_model(
     boxes, heat maps) is never gated, unless ``include`` has the layer's very name.
 
     Args:
-        model: any network that takes images (N, C, H, W); left as it is.
+        model: any network that takes images (N, C, H, W), clips (N, T, C, H, W) or vectors (N, K); left as it is.
         gate: "layer", "channel" or "both".
         position: of the channel gates. "after": behind the norm that follows a convolution, or behind the
             convolution where there is none. "middle": behind the activation after that, so the output of
             a residual branch is not gated. "before": on the input of each residual branch, the shortcut
             ungated, and of each convolution outside of them.
         estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
-        example_input: (N, C, H, W) that the model accepts, or a tuple of positional or a dict of keyword arguments;
-            MACs are counted at its size.
+        example_input: images, clips or vectors that the model accepts, or a tuple of positional or a dict of keyword
+            arguments; MACs are counted at its size.
         include: gate only these layers and blocks: a name (a block's stands for all inside it), a pattern
             as of ``fnmatch``, a list of them, or a function (name, module) -> bool.
         exclude: leave these alone.

@@ -263,12 +263,16 @@ def keeping_aliases(model: nn.Module) -> Iterator[None]:
     swapped = {id(old): new for path, old in before.items() if (new := after.get(path, old)) is not old}
 
     def swap(item: Any) -> Any:
-        if type(item) is tuple:
-            return tuple(map(swap, item))
+        if isinstance(item, tuple):
+            parts = [swap(part) for part in item]
+            if all(new is part for new, part in zip(parts, item, strict=True)):
+                return item  # of whatever class
+            return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
         if isinstance(item, (list, dict)) and id(item) not in seen:
             seen.add(id(item))
-            for key, part in item.items() if isinstance(item, dict) else enumerate(item):
-                item[key] = swap(part)
+            for key, part in list(item.items() if isinstance(item, dict) else enumerate(item)):
+                if (new := swap(part)) is not part:  # some classes do not let items be set
+                    item[key] = new
         return swapped.get(id(item), item)
 
     for module in list(model.modules()) if swapped else ():

@@ -292,7 +292,7 @@ def is_pool(node: Node) -> bool:
 def images_of(flow: Flow) -> int:
     """The batch that was recorded; views may have folded it into other dimensions, or others into it."""
     given = [value.tensor for value in flow.record.inputs]
-    batches = [len(t) for t in given if t.dim() in (2, 4, 5)]
+    batches = [len(t) for t in given if t.dim() in (4, 5)] or [len(t) for t in given if t.dim() == 2]
     return max(1, batches[0] if batches else sum(t.dim() == 3 for t in given))  # detectors take a list of images
 
 

@@ -176,9 +176,10 @@ def record(
     """
     result = Record(model)
     recorder = _Recorder(result, known)
-    eager = torch.compiler.set_stance("force_eager")  # a compiled part would hide its operations
-    with eval_mode(model), torch.no_grad(), eager, recorder.watching_modules():
-        recorder.start(args, dict(kwargs or {}))
+    with eval_mode(model), torch.no_grad():
+        # A compiled part would hide its operations. The stance acts as soon as it is made.
+        with torch.compiler.set_stance("force_eager"), recorder.watching_modules():
+            recorder.start(args, dict(kwargs or {}))
     _forget_unread(result)
     return result
 

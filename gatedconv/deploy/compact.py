@@ -53,7 +53,8 @@ def compact(
 
     Args:
         frozen: the result of ``freeze``.
-        example_input: (N, C, H, W) that the model accepts, or a tuple of positional or a dict of keyword arguments.
+        example_input: images (N, C, H, W), clips (N, T, C, H, W) or vectors (N, K) that the model accepts, or a tuple
+            of positional or a dict of keyword arguments.
         channel_multiple: keep so many closed channels, as zeros, that the width behind each gate is a multiple of
             this. None: 8 where ``example_input`` is on a GPU, whose matrix units need it, else 1.
         verify: compare the result with ``frozen`` on the example, a larger batch and larger images, and try whether it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gatedconv
+from gatedconv.convert import install
 from tests.tolerances import assert_close
 
 
@@ -292,3 +295,40 @@ def test_modules_that_the_forward_makes_are_named():
         gatedconv.gate_model(model, "channel", example_input=x)
     model(x)
     assert "late" in gatedconv.gate_model(model, "channel", example_input=x).conversion.gated["late.channel_gate"]
+
+
+class Frozen(dict):
+    """A dict that refuses to be changed."""
+
+    def __setitem__(self, key, value):
+        raise TypeError("frozen")
+
+
+class Pair(NamedTuple):
+    norm: nn.Module
+    count: int
+
+
+def test_lists_dicts_and_tuples_of_any_class_follow_what_is_replaced():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    model.settings, model.sizes = Frozen(width=4), torch.Size([1, 2])
+    model.pair, model.layers = Pair(model[0], 1), [model[0]]
+    with install.keeping_aliases(model):
+        model[0] = nn.Identity()
+    assert model.pair == Pair(model[0], 1) and model.layers[0] is model[0]
+    assert type(model.settings) is Frozen and type(model.sizes) is torch.Size
+
+
+def test_coordinates_in_front_of_the_images_are_no_batch():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+        def forward(self, points, x):
+            return self.net(x).mean((2, 3)) + points.mean()
+
+    x = images(1, 3, 12, 12)
+    gated = gatedconv.gate_model(Net().eval(), "channel", example_input=(torch.randn(100, 2), x))
+    convolutions = 27 * 8 * 100 + 72 * 4 * 64  # of one image
+    assert convolutions <= sum(term.macs for term in gated.mac_terms) <= 1.2 * convolutions

@@ -50,7 +50,7 @@ def test_a_batch_without_images_is_example_enough(frozen, tmp_path):
 
 
 class Half(torch.nn.Module):
-    """Of vectors (N, K), or of clips by their frames, one more than half as images: a slice that a graph cannot compute."""
+    """More than half of a vector (N, K), or of a clip's frames, as images: a slice that a graph cannot compute."""
 
     def __init__(self, channels):
         super().__init__()
@@ -64,7 +64,9 @@ class Half(torch.nn.Module):
         return self.head(self.net(self.first(maps).relu())).mean((2, 3))
 
 
-@pytest.mark.parametrize(("channels", "size", "other"), [(1, (2, 128), (3, 200)), (3, (2, 4, 3, 8, 8), (2, 6, 3, 8, 8))])
+@pytest.mark.parametrize(
+    ("channels", "size", "other"), [(1, (2, 128), (3, 200)), (3, (2, 4, 3, 8, 8), (2, 6, 3, 8, 8))]
+)
 def test_a_graph_of_one_size_refuses_another(channels, size, other, tmp_path):
     torch.manual_seed(0)
     model = Half(channels).eval()

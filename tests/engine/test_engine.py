@@ -345,6 +345,13 @@ def test_a_plan_that_is_wrong_is_left_to_pytorch_and_the_layer_named(wrong, monk
     assert torch.equal(engine(x), net(x))
     assert f"first at {wrong}" in engine.describe()
 
+    def fail(*_):
+        raise RuntimeError("no plan of a part")
+
+    monkeypatch.setattr("gatedconv.engine.engine.first_difference", fail)
+    with pytest.warns(UserWarning, match="first at a layer that could not be found"):
+        assert torch.equal(gatedconv.Engine(net, x)(x), net(x))
+
 
 def test_float64_runs_in_pytorch():
     net = nn.Conv2d(3, 4, 3).double()
