@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import nncf
@@ -24,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.environment import commit, versions
 
 Run = Callable[[Tensor], Tensor]
 
@@ -134,8 +135,9 @@ def main() -> None:
     if arguments.result:
         size = arguments.out.stat().st_size + arguments.out.with_suffix(".bin").stat().st_size
         given = {"calibration_images": len(images[0]), "rounds": arguments.rounds, "threads": arguments.threads}
-        software = {"commit": commit(), "versions": versions("nncf", "openvino")}
-        result = {**software, "int8_bytes": size, **given, "rows": rows}
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        software = {name: version(name) for name in ("gatedconv", "torch", "nncf", "openvino")}
+        result = {"commit": found.stdout.strip() or None, "versions": software, "int8_bytes": size, **given, "rows": rows}
         arguments.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
