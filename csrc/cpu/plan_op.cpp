@@ -75,10 +75,10 @@ Tensor plan_times(const Tensor& input, const Tensor& program, const Tensor& weig
       input, {ready.source.size[0], plan.out_channels, plan.out_height, plan.out_width});
   const auto steps = static_cast<int64_t>(plan.steps.size());
   Tensor times = torch::stable::new_empty(input, {steps}, torch::headeronly::ScalarType::Double);
-  double* ms = static_cast<double*>(times.mutable_data_ptr());
-  std::fill_n(ms, steps, 0.0);
-  run_ready(ready, output, ms);
-  for (int64_t i = 0; i < steps; ++i) ms[i] *= 1000;
+  double* spent = static_cast<double*>(times.mutable_data_ptr());
+  std::fill_n(spent, steps, 0.0);
+  run_ready(ready, output, spent);  // in seconds
+  for (int64_t i = 0; i < steps; ++i) spent[i] *= 1000;
   return times;
 }
 

@@ -13,7 +13,7 @@
 namespace gatedconv {
 namespace {
 
-// How long a helper looks out for more work before it sleeps: calls in a row find it awake.
+// How long a worker looks out for more work before it sleeps: calls in a row find it awake.
 constexpr std::chrono::microseconds kLookout(200);
 
 class Pool {
@@ -21,7 +21,7 @@ class Pool {
   // One pool per process; a fork leaves the parent's threads behind, and with them the parent's pool.
   static Pool& of_process() {
     static std::mutex mutex;
-    static Pool* pool = nullptr;  // never destroyed: helpers wait in it until the process ends
+    static Pool* pool = nullptr;  // never destroyed: workers wait in it until the process ends
     static pid_t owner = 0;
     const pid_t self = getpid();
     if (std::atomic_ref<pid_t>(owner).load(std::memory_order_acquire) != self) {
@@ -34,12 +34,12 @@ class Pool {
     return *pool;
   }
 
-  void offer(const std::shared_ptr<Work>& work, int helpers) {
+  void offer(const std::shared_ptr<Work>& work, int workers) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (int i = helpers; i > 0; --i) offers_.push_back({work, i});
+      for (int i = workers; i > 0; --i) offers_.push_back({work, i});
       waiting_.store(static_cast<int>(offers_.size()), std::memory_order_release);
-      grow(helpers);
+      grow(workers);
     }
     wake_.notify_all();
   }
@@ -56,8 +56,8 @@ class Pool {
     int worker;
   };
 
-  void grow(int helpers) {
-    for (; threads_ < helpers; ++threads_) {
+  void grow(int workers) {
+    for (; threads_ < workers; ++threads_) {
       try {
         std::thread([this] { help(); }).detach();
       } catch (const std::system_error&) {

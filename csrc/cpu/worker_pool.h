@@ -2,7 +2,7 @@
 //
 // An OpenMP region ends when every thread of the team has come and gone; on a busy machine that means waiting
 // for the system to schedule a thread that has nothing left to do, 8 ms or more where the work takes 0.2.
-// Here the caller works too, helpers that come late find nothing to do, and the caller waits for finished
+// Here the caller works too, workers that come late find nothing to do, and the caller waits for finished
 // tasks, never for threads.
 #pragma once
 
@@ -14,7 +14,7 @@ class Work {
  public:
   virtual ~Work() = default;
   // Takes and does tasks until none is left to take. Called with 0 by the caller and with other numbers by
-  // helpers, by some of them or by none. Returns from work(0) only when every task is done.
+  // workers, by some of them or by none. Returns from work(0) only when every task is done.
   virtual void work(int worker) = 0;
 };
 
@@ -33,7 +33,7 @@ class ThreadsInUse {
   void* user_before_;
 };
 
-// Does the work with up to `workers` threads, the calling one included. Helpers may still hold `work`
+// Does the work with up to `workers` threads, the calling one included. Workers may still hold `work`
 // afterwards, so outside of its tasks it must touch nothing that it does not own.
 void do_work(const std::shared_ptr<Work>& work, int workers);
 
