@@ -38,7 +38,11 @@ CASES = (
     NetworkCase("resnet18", "mid-50", 1),
     NetworkCase("resnet18", "mid-50", 8),
 )
-CANDIDATES = {(OURS, "Engine"): OURS, ("onnxruntime", "all optimizations"): "ONNX Runtime", ("openvino", "latency"): "OpenVINO"}
+CANDIDATES = {
+    (OURS, "Engine"): OURS,
+    ("onnxruntime", "all optimizations"): "ONNX Runtime",
+    ("openvino", "latency"): "OpenVINO",
+}
 
 
 class BusyCore:
@@ -97,7 +101,9 @@ def measure(case: NetworkCase, rounds: int, seconds: float, threads: int) -> lis
         mean = {load: statistics.fmean(values) for load, values in times.items()}
         late = {load: statistics.quantiles(values, n=20, method="inclusive")[-1] for load, values in times.items()}
         row: dict[str, Any] = {"case": case.name, "batch": case.batch, "runtime": name}
-        row |= {f"{load}_ms": round(mean[load], 4) for load in mean} | {f"{load}_p95": round(late[load], 4) for load in late}
+        row |= {f"{load}_ms": round(mean[load], 4) for load in mean} | {
+            f"{load}_p95": round(late[load], 4) for load in late
+        }
         rows.append({**row, "loss": round(mean["busy"] / mean["quiet"], 3), "calls": len(times["busy"])})
     return rows
 
@@ -114,8 +120,9 @@ def section() -> str:
     ]
     header = ["network", "batch", "runtime", "quiet (ms)", "95 %", "busy (ms)", "95 %", "busy / quiet"]
     return (
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; commit `{(machine['commit'] or '?')[:10]}`, "
-        f"{machine['date'][:10]}; load average at the start {found['load']:.1f}.\n\n" + markdown_table(header, lines, 3)
+        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; commit "
+        f"`{(machine['commit'] or '?')[:10]}`, {machine['date'][:10]}; load average at the start "
+        f"{found['load']:.1f}.\n\n" + markdown_table(header, lines, 3)
     )
 
 
@@ -139,8 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
             more = measure(case, options.rounds, options.seconds, options.threads)
             rows += more
             for row in more:
-                print(f"{row['case']}, batch {row['batch']}, {row['runtime']}: {row['quiet_ms']:.3f} ms quiet, "
-                      f"{row['busy_ms']:.3f} busy, loss {row['loss']:.2f}", flush=True)
+                print(
+                    f"{row['case']}, batch {row['batch']}, {row['runtime']}: {row['quiet_ms']:.3f} ms quiet, "
+                    f"{row['busy_ms']:.3f} busy, loss {row['loss']:.2f}",
+                    flush=True,
+                )
     result = {"machine": machine_header(options.threads), "load": load, "rows": rows}
     write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
 

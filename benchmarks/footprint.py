@@ -1,7 +1,7 @@
 """What a network weighs in each runtime, for docs/performance.md: ``python -m benchmarks.footprint``.
 
-Install gatedconv-runtime (``pip install ./runtime``), onnxruntime, MNN, ncnn and pnnx first. Every figure is the least of processes that
-take turns, on one thread: see gatedconv/report/footprint.py.
+Install gatedconv-runtime (``pip install ./runtime``), onnxruntime, MNN, ncnn and pnnx first. Every figure is the least
+of interleaved processes, on one thread: see gatedconv/report/footprint.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def build(name: str) -> nn.Module:
 
 
 def speed(title: str, network: nn.Module, batch: int, rounds: int) -> dict[str, Any]:
-    """Call times of the runtime and of the engine in one process, on one thread, in turns; and whether bits are equal."""
+    """Interleaved call times of the runtime and of the engine in one process, on one thread; whether bits are equal."""
     import gatedconv_runtime as rt
 
     x = torch.randn((batch, 3, 32, 32), generator=torch.Generator().manual_seed(0))

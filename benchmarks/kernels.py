@@ -148,7 +148,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         flop = 18 * work.batch * work.in_channels * work.out_channels * work.height * work.width
         cells = [f"{ms:.3f}" for ms in row["ms"].values()]
         lines.append([row["case"], *cells, row["chosen"], f"{row['over_best']:.2f}", f"{flop / best / 1e6:.0f}"])
-    return markdown_table(["case", *(f"{name} ms" for name in ALGORITHMS), "chosen", "over best", "GFLOP/s of the best"], lines, 1)
+    return markdown_table(
+        ["case", *(f"{name} ms" for name in ALGORITHMS), "chosen", "over best", "GFLOP/s of the best"], lines, 1
+    )
 
 
 def section() -> str:
@@ -163,8 +165,9 @@ def section() -> str:
         mean = math.exp(statistics.fmean(math.log(row["over_best"]) for row in rows))
         parts.append(
             f"{machine['cpu']}, {found['isa']}, one thread; commit `{(machine['commit'] or 'unknown')[:10]}`, "
-            f"{machine['date'][:10]}. The choice takes at most 5 % longer than the best algorithm in {near} of {len(rows)} cases "
-            f"({near / len(rows):.0%}), and {mean - 1:.1%} longer in the geometric mean. The {len(worst)} worst:\n\n{table(worst)}"
+            f"{machine['date'][:10]}. The choice takes at most 5 % longer than the best algorithm in {near} of "
+            f"{len(rows)} cases ({near / len(rows):.0%}), and {mean - 1:.1%} longer in the geometric mean. The "
+            f"{len(worst)} worst:\n\n{table(worst)}"
         )
     return "\n\n".join(parts) or "Not measured yet."
 

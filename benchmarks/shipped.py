@@ -1,10 +1,11 @@
 """The networks that people ship, dense and half pruned, in our engine and in other runtimes.
 
 ``python -m benchmarks.shipped`` measures what its result file lacks; ``--minutes`` bounds it, and a second call
-continues. ``--group mobile`` and ``--group reduced`` do the same for other peers, each in a file of its own and with our
-engine measured again beside them: runtimes made for phones, and those that compute in fewer bits. Runtimes take turns, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours
-say how many GFLOP/s the fastest call is, and which share of the fastest product that PyTorch computes on the same
-threads; at batch 1 they list the ten slowest layers, each timed with all threads at it.
+continues. ``--group mobile`` and ``--group reduced`` do the same for other peers, each in a file of its own and with
+our engine measured again with them: runtimes made for phones, and those that compute in fewer bits. Runtimes are
+interleaved, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours say how many
+GFLOP/s the fastest call is, and which share of the fastest product that PyTorch computes on the same threads; at
+batch 1 they list the ten slowest layers, each timed with all threads at it.
 """
 
 from __future__ import annotations
@@ -250,10 +251,10 @@ def _table(groups: dict[str, dict[str, Any]]) -> str:
         f"**Same precision.** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32, 224 x 224; "
         f"{_software(groups)}. Fastest call in ms (median of the rounds), each runtime at its fastest setting. "
         f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows; geometric mean of "
-        f"fastest peer / ours {_geometric_mean(ratios):.2f}. Ratios are of calls that took turns: ONNX Runtime and OpenVINO "
-        f"in one run, {phones}. The peak is the fastest product that PyTorch "
-        f"computes on these threads, {machine['peak_gflops']:.0f} GFLOP/s; Winograd's algorithms may pass it, because the "
-        f"multiply-adds of the direct sum are counted.\n\n"
+        f"fastest peer / ours {_geometric_mean(ratios):.2f}. Ratios are of interleaved calls: ONNX Runtime and "
+        f"OpenVINO in one run, {phones}. The peak is the fastest product that PyTorch "
+        f"computes on these threads, {machine['peak_gflops']:.0f} GFLOP/s; Winograd's algorithms may pass it, because "
+        f"the multiply-adds of the direct sum are counted.\n\n"
         + markdown_table(header, lines, 1)
         + _not_measured(f for name in ("main", "mobile") if name in groups for f in groups[name]["failures"])
     )
@@ -278,11 +279,11 @@ def _reduced(groups: dict[str, dict[str, Any]]) -> str:
     header = ["network", "batch", "**gatedconv** float32", *titles, "fastest of all peers / ours"]
     return (
         f"**Whatever the user could pick.** The same networks, and peers that compute in fewer bits: OpenVINO at its "
-        f"default precision, and int8 after calibration on {CALIBRATION} images (NNCF for OpenVINO, static QDQ for ONNX "
-        f"Runtime). Error: max|a - b| / max|b| of the outputs of {PROBES} other images; same top-1: the share of them with "
-        f"the same largest output. Weights and images are random, so that this is the error of the arithmetic and no loss of "
-        f"accuracy: for that see [Quantize](quantize.md). The last column counts all peers, in float32, too: gatedconv is "
-        f"the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows, geometric mean "
+        f"default precision, and int8 after calibration on {CALIBRATION} images (NNCF for OpenVINO, static QDQ for "
+        f"ONNX Runtime). Error: max|a - b| / max|b| of the outputs of {PROBES} other images; same top-1: the share of "
+        f"them with the same largest output. Weights and images are random: this is the error of the arithmetic and no "
+        f"loss of accuracy: for that see [Quantize](quantize.md). The last column counts all peers, in float32, too: "
+        f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows, geometric mean "
         f"{_geometric_mean(ratios):.2f}. Commit `{(found['machine']['commit'] or 'unknown')[:10]}`, "
         f"{found['machine']['date'][:10]}.\n\n" + markdown_table(header, lines, 1) + _not_measured(found["failures"])
     )
@@ -294,7 +295,8 @@ def _software(groups: dict[str, dict[str, Any]]) -> str:
     known = {name: number for machine in machines.values() for name, number in machine["versions"].items()}
     packages = ("torch", "onnxruntime", "openvino", *(package for group in PACKAGES.values() for package in group))
     commits = ", ".join(
-        f"`{(machine['commit'] or 'unknown')[:10]}` ({name}, {machine['date'][:10]})" for name, machine in machines.items()
+        f"`{(machine['commit'] or 'unknown')[:10]}` ({name}, {machine['date'][:10]})"
+        for name, machine in machines.items()
     )
     return f"{', '.join(f'{name} {known[name]}' for name in packages if name in known)}; commit {commits}"
 

@@ -1,5 +1,5 @@
-// Every operator with a C++ body; those of Triton and the backwards are declared in gatedconv/ops. The bodies are
-// in cpu/ and cuda/, the fakes in gatedconv/ops.
+// Every operator with a C++ body; those of Triton and the backwards are declared in gatedconv/ops. The bodies
+// are in cpu/ and cuda/, the fakes in gatedconv/ops.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(gatedconv, m) {

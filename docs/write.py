@@ -181,7 +181,8 @@ def _speeds(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    what = "The runtime and the engine in one process, interleaved, on one thread: fastest calls, and the median ratio of the rounds."
+    what = "The runtime and the engine in one process, interleaved, on one thread: fastest calls, and the median ratio "
+    what += "of the rounds."
     return f"{what}\n\n{markdown_table(header, cells, 1)}"
 
 

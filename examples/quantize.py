@@ -31,7 +31,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def load_images(path: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Some training images and the test images (N, C, H, W), normalized as `gatedconv train` does, and the test labels (M,)."""
+    """Some training and all test images (N, C, H, W), normalized as `gatedconv train` does; the test labels (M,)."""
     found = np.load(path)
     train, test = (torch.from_numpy(found[f"{split}_images"]).permute(0, 3, 1, 2) for split in ("train", "test"))
     pixels = train.double() / 255
@@ -137,7 +137,13 @@ def main() -> None:
         given = {"calibration_images": len(images[0]), "rounds": arguments.rounds, "threads": arguments.threads}
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         software = {name: version(name) for name in ("gatedconv", "torch", "nncf", "openvino")}
-        result = {"commit": found.stdout.strip() or None, "versions": software, "int8_bytes": size, **given, "rows": rows}
+        result = {
+            "commit": found.stdout.strip() or None,
+            "versions": software,
+            "int8_bytes": size,
+            **given,
+            "rows": rows,
+        }
         arguments.result.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The overview, the paper's figures 2, 3 and 6, and the curves of the CPU bench, from the ledger and the kept epochs."""
+"""The overview, the paper's figures 2, 3 and 6, and the curves of the CPU bench, from the ledger and the epochs."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def _draw_overview(rows: Rows, path: Path) -> Path:
         right.set_title("Against the dense network")
         kinds = dict.fromkeys(each.kind for each in known)
         marks = [plt.Line2D([], [], linestyle="none", color=_COLORS[kind], marker="o", markersize=4) for kind in kinds]
-        left.legend(marks, [kind.replace("_", " ").replace("macs", "MACs") for kind in kinds], loc="lower right", fontsize=7)
+        left.legend(
+            marks, [kind.replace("_", " ").replace("macs", "MACs") for kind in kinds], loc="lower right", fontsize=7
+        )
         return plots.save(figure, path, plt)
 
 

@@ -75,7 +75,9 @@ def cpu_bench() -> Iterator[Experiment]:
         slug = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in name).split()).lower()
         seeds = THREE if name in _OF_THREE_SEEDS else (0,)
         label = _LABELS.get(name, name)
-        yield Experiment(f"cpu-r20-c10-ablation-{slug}", "gated", "best-c10-r20", settings, seeds, ("ablations",), label)
+        yield Experiment(
+            f"cpu-r20-c10-ablation-{slug}", "gated", "best-c10-r20", settings, seeds, ("ablations",), label
+        )
 
 
 # On two AVX-512 cores with other work on them, two threads take 4 to 7 times as long as one for the weight gradients

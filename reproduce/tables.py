@@ -87,8 +87,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _OVERVIEW = (
     "![Top-1 over MACs, and the distance to the dense network](images/overview.png)\n\n"
     "Left: our networks trained and tested on all of CIFAR-10, mean and spread over the seeds, and in light gray what "
-    "others print for ResNet-20 and ResNet-56 at about half of the MACs, by recipes of 200 epochs and more. Right: what "
-    "each experiment loses against the dense network of the same recipe and seed."
+    "others print for ResNet-20 and ResNet-56 at about half of the MACs, by recipes of 200 epochs and more. Right: "
+    "what each experiment loses against the dense network of the same recipe and seed."
 )
 FIGURES = {"figure2": {"figure2.png": "Figure 2", "figure3.png": "Figure 3"}}  # by section; table6 has Figure 6
 

@@ -1,4 +1,7 @@
-"""Imports go one way: cli -> report | train -> engine -> deploy -> convert | models -> nn | measure -> gating -> ops -> kernels."""
+"""Imports go one way.
+
+cli -> report | train -> engine -> deploy -> convert | models -> nn | measure -> gating -> ops -> kernels.
+"""
 
 import ast
 from pathlib import Path

@@ -1,11 +1,10 @@
 // Activations over vectors.
 //
 // Errors against float64 in units in the last place of the result, where its absolute value is at least 1e-36
-// (below, a factor may be a subnormal number): ELU 1, sigmoid, tanh, SiLU, Mish, hard sigmoid and hard swish 2
-// (the last two in simd.h), GELU 7; GELU's tanh form 3 for x >= -1 and below, where its argument's own rounding
-// is magnified, 2e-5 of the result.
-// (PyTorch's GELU cancels in its tail and keeps no digits there.) NaN and infinities give what PyTorch gives
-// in float64.
+// (below, a factor may be a subnormal number): ELU 1, sigmoid, tanh, SiLU, Mish, hard sigmoid and hard swish
+// 2 (the last two in simd.h), GELU 7; GELU's tanh form 3 for x >= -1 and below, where its argument's own
+// rounding is magnified, 2e-5 of the result. (PyTorch's GELU cancels in its tail and keeps no digits there.)
+// NaN and infinities give what PyTorch gives in float64.
 #pragma once
 
 #include "simd.h"
@@ -58,7 +57,7 @@ static inline Exponential exp_with_rest(vec x) {
   const vec more = s.tail * (s.r * s.r), above = more + s.r, value = above + 1.0f;
   const vec lost = (above - (value - 1.0f)) + (more - (above - s.r));
   const vec rest = lost * (2.0f - value);  // value is near 1
-  const lanes_of_int half = s.k >> 1;  // in two steps, so that the last one rounds into the subnormals
+  const lanes_of_int half = s.k >> 1;      // in two steps, so that the last one rounds into the subnormals
   return {value * power_of_two(half) * power_of_two(s.k - half), rest};
 }
 
@@ -119,13 +118,14 @@ static inline vec gelu_tanh(vec x) {
   return sigmoid_times(u, x);
 }
 
-// x tanh(log(1 + exp(x))), by polynomials in e = exp(-|x|): for x < 0 it is x n / (n + 2) with n = e (e + 2), else
-// x - x w / (1 + 2 e + w) with w = 2 e^2. Of what is lost on the way, that which counts is made good.
+// x tanh(log(1 + exp(x))), by polynomials in e = exp(-|x|): for x < 0 it is x n / (n + 2) with n = e (e + 2),
+// else x - x w / (1 + 2 e + w) with w = 2 e^2. Of what is lost on the way, that which counts is made good.
 static inline vec mish(vec x) {
   const Exponential exponential = exp_with_rest(-absolute(x));
   const vec e = exponential.value, rest = exponential.rest;
   const vec twice = 2.0f * e, n = twice + e * e, d = n + 2.0f, q = n / d, rise = 1.0f - q;
-  const vec lost = (twice - n) + e * e, wrong = rise * (rest * (1.0f + e * (1.0f / 3)) - (n - (d - 2.0f)) * 0.5f);
+  const vec lost = (twice - n) + e * e,
+            wrong = rise * (rest * (1.0f + e * (1.0f / 3)) - (n - (d - 2.0f)) * 0.5f);
   const vec below = x * q, more = below * wrong + x * (lost * rise * rise * 0.5f);
   const vec w = 2.0f * e * e, s = w / (1.0f + 2.0f * e + w);
   const vec above = x - x * (s + s * (rest * (2.0f - 1.2f * e)));

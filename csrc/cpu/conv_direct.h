@@ -115,7 +115,8 @@ static inline void set_vector(const Step& step, int v0, Tile& tile) {
 
 // The panels of the vectors behind `v` ones from v0 on.
 static inline Ahead panels_behind(const Step& step, const Tile& tile, int v0, int v, int last) {
-  const int first = (v0 + v) / kPanelVectors, count = (std::min(v, last - v0 - v) + kPanelVectors - 1) / kPanelVectors;
+  const int first = (v0 + v) / kPanelVectors,
+            count = (std::min(v, last - v0 - v) + kPanelVectors - 1) / kPanelVectors;
   if (count <= 0 || v0 % kPanelVectors != 0) return {};
   return {step.weights + first * tile.panel_stride, tile.panel_stride, count};
 }
@@ -148,7 +149,8 @@ static inline std::vector<Block> find_blocks(const Taps& taps, bool cut) {
   for (int tap = 0; tap < count; ++tap) {
     for (int i = 0; i < pieces; ++i) {
       const int first = taps.run * i / pieces, end = taps.run * (i + 1) / pieces;
-      blocks.push_back({tap, 1, first, end - first, (static_cast<ptrdiff_t>(tap) * taps.run + first) * kPanel});
+      blocks.push_back(
+          {tap, 1, first, end - first, (static_cast<ptrdiff_t>(tap) * taps.run + first) * kPanel});
     }
   }
   return blocks;
@@ -175,7 +177,8 @@ static inline void conv_direct(const Step& step, const Part& part) {
       Ahead ahead;
       if (pixels > 1 && pixels <= kFewPixels) {
         ahead = ends ? panels_behind(step, tile, v0, v, last)
-                     : Ahead{weights + (&block)[1].weights, tile.panel_stride, (v + kPanelVectors - 1) / kPanelVectors};
+                     : Ahead{weights + (&block)[1].weights, tile.panel_stride,
+                             (v + kPanelVectors - 1) / kPanelVectors};
       }
       tile.taps = taps.offsets.data() + block.tap;
       tile.num_taps = block.taps;

@@ -16,8 +16,8 @@ struct Tile {
   const float* ahead;      // null, or a panel of weights that is read later, to be fetched
   ptrdiff_t panel_stride;  // from one panel to the next
   const float* bias;
-  const int32_t* keep;     // null, or -1 and 0 for channels to keep and to clear
-  const float* residual;   // null for none
+  const int32_t* keep;    // null, or -1 and 0 for channels to keep and to clear
+  const float* residual;  // null for none
   ptrdiff_t residual_stride;
   float* out;
   ptrdiff_t out_stride;  // from pixel to pixel

@@ -58,13 +58,13 @@ GATEDCONV_PLAN_API int gatedconv_plan_run(const gatedconv_plan* plan, const floa
                                           const int64_t size[4], const int64_t stride[4], float* output,
                                           int64_t output_floats, int threads);
 
-/* Calls task(context, i) once for every i from 0 to count - 1, on any threads, also one after the other in any
- * order, and returns when all calls have returned. */
+/* Calls task(context, i) once for every i from 0 to count - 1, on any threads, also one after the other in
+ * any order, and returns when all calls have returned. */
 typedef void (*gatedconv_task)(void* context, int index);
 typedef void (*gatedconv_parallel_for)(void* user, int count, gatedconv_task task, void* context);
 
-/* gatedconv_plan_run() on threads of the caller's: parallel_for(user, ...) is called zero or more times, with a
- * count from 2 to the number of threads, at most 64. NULL means the library's own threads. */
+/* gatedconv_plan_run() on threads of the caller's: parallel_for(user, ...) is called zero or more times, with
+ * a count from 2 to the number of threads, at most 64. NULL means the library's own threads. */
 GATEDCONV_PLAN_API int gatedconv_plan_run_on(const gatedconv_plan* plan, const float* input,
                                              const int64_t size[4], const int64_t stride[4], float* output,
                                              int64_t output_floats, int threads,

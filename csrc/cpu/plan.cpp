@@ -102,8 +102,8 @@ void wait_until(Condition condition) {
 }
 
 // One worker, one chunk of images, all steps.
-void run_alone(const Kernels& kernels, const Chunk& chunk, const std::vector<Segment>& segments, int64_t first,
-               int64_t images, float* output, float* scratch) {
+void run_alone(const Kernels& kernels, const Chunk& chunk, const std::vector<Segment>& segments,
+               int64_t first, int64_t images, float* output, float* scratch) {
   for (const Segment& segment : segments) {
     for (int64_t image = 0; image < images; image += segment.group) {
       const int64_t group = std::min(segment.group, images - image);
@@ -163,8 +163,7 @@ class ImageWork : public Work {
       const Chunk chunk(plan_, workspace_ + worker * schedule_.map_floats, schedule_.places);
       const int64_t begin = images_ * i / chunks_, end = images_ * (i + 1) / chunks_;
       float* scratch = workspace_ + schedule_.copies * schedule_.map_floats + worker * schedule_.scratch;
-      run_alone(kernels_, chunk, find_segments(plan_, schedule_.most), begin, end - begin, output_,
-                scratch);
+      run_alone(kernels_, chunk, find_segments(plan_, schedule_.most), begin, end - begin, output_, scratch);
     }
     if (worker == 0) wait_until([&] { return done_.load(std::memory_order_acquire) == chunks_; });
   }
@@ -187,8 +186,7 @@ class StepWork : public Work {
       : kernels_(kernels),
         schedule_(schedule),
         chunk_(plan, workspace, schedule.places),
-        segments_(seconds ? find_segments(plan, images)
-                          : share_segments(plan, images, schedule.workers)),
+        segments_(seconds ? find_segments(plan, images) : share_segments(plan, images, schedule.workers)),
         output_(output),
         scratch_(workspace + schedule.copies * schedule.map_floats),
         first_(first),
@@ -196,7 +194,8 @@ class StepWork : public Work {
     for (const Segment& segment : segments_) {
       // What does not go round is shared.
       const int64_t alone = segment.alone ? images / schedule.workers * schedule.workers : 0;
-      if (alone) items_.push_back({{}, {alone, static_cast<int>(alone), 1, 1}, segment.begin, 1, false, &segment});
+      if (alone)
+        items_.push_back({{}, {alone, static_cast<int>(alone), 1, 1}, segment.begin, 1, false, &segment});
       add_steps(plan, segment, alone, images);
     }
     queues_.reset(new TaskQueue[items_.size()]);
@@ -244,7 +243,8 @@ class StepWork : public Work {
           ++items_[head_].count;
         else
           head_ = items_.size();
-        items_.push_back({step, split_step(step, group, small ? 1 : schedule_.workers), i, 1, small, nullptr});
+        items_.push_back(
+            {step, split_step(step, group, small ? 1 : schedule_.workers), i, 1, small, nullptr});
       }
     }
   }

@@ -2,8 +2,8 @@
 //
 // The program is a list of int64 that gatedconv/engine writes (field order: the enums below); it holds
 // no size of an image, so one program serves every batch, height and width. What depends on those is worked
-// out at the start of a run, in plan_decode.cpp. Everything here is independent of PyTorch and of the instruction
-// set.
+// out at the start of a run, in plan_decode.cpp. Everything here is independent of PyTorch and of the
+// instruction set.
 #pragma once
 
 #include <cstddef>

@@ -27,8 +27,8 @@ int64_t weight_bytes(const Step& step) {
 // its maps, because every group has the weights come from memory once.
 int64_t group_of(const Step& step, int64_t most) {
   int64_t group = 1;
-  while (group * 2 <= most && (group * 2 * step_bytes(step) <= cache_bytes() ||
-                               group * step_bytes(step) < weight_bytes(step))) {
+  while (group * 2 <= most &&
+         (group * 2 * step_bytes(step) <= cache_bytes() || group * step_bytes(step) < weight_bytes(step))) {
     group *= 2;
   }
   return group;
@@ -64,13 +64,13 @@ std::vector<Segment> find_segments(const Plan& plan, int64_t images) {
 }
 
 // Alone, an image's maps stay in one cache, but every image has the weights come from memory; together, the
-// images share the weights, but their maps do not stay. The schedule with the fewest bytes for an image, where a
-// change between the two costs the map at hand and the time to meet.
+// images share the weights, but their maps do not stay. The schedule with the fewest bytes for an image,
+// where a change between the two costs the map at hand and the time to meet.
 std::vector<Segment> share_segments(const Plan& plan, int64_t images, int workers) {
   if (images == 1 || images < workers) return find_segments(plan, images);
   constexpr int64_t kMeeting = 32 * 1024;
   const size_t steps = plan.steps.size();
-  std::array<int64_t, 2> bytes{};                  // of the best schedule that ends together, and that ends alone
+  std::array<int64_t, 2> bytes{};  // of the best schedule that ends together, and that ends alone
   std::vector<std::array<bool, 2>> before(steps);  // whether the step in front is alone in that schedule
   for (size_t i = 0; i < steps; ++i) {
     const Step& step = plan.steps[i];
@@ -98,7 +98,8 @@ std::vector<Segment> share_segments(const Plan& plan, int64_t images, int worker
 
 std::vector<std::array<Life, 4>> find_lives(const Plan& plan) {
   constexpr size_t never = std::numeric_limits<size_t>::max();
-  std::vector<Life> lives(plan.slot_floats.size(), {0, never});  // of maps that are read before they are written
+  std::vector<Life> lives(plan.slot_floats.size(),
+                          {0, never});  // of maps that are read before they are written
   std::vector<size_t> current(plan.slot_floats.size());
   for (size_t slot = 0; slot < current.size(); ++slot) current[slot] = slot;
   std::vector<std::array<size_t, 4>> found(plan.steps.size());

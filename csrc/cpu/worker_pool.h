@@ -18,10 +18,12 @@ class Work {
   virtual void work(int worker) = 0;
 };
 
-// Somebody's threads: calls task(context, i) once for every i below count, and returns when all have returned.
+// Somebody's threads: calls task(context, i) once for every i below count, and returns when all have
+// returned.
 using ParallelFor = void (*)(void* user, int count, void (*task)(void* context, int index), void* context);
 
-// While one exists, do_work of the thread that made it runs on these threads, or on the pool's if they are null.
+// While one exists, do_work of the thread that made it runs on these threads, or on the pool's if they are
+// null.
 class ThreadsInUse {
  public:
   ThreadsInUse(ParallelFor parallel_for, void* user);

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target",
         metavar="RUN|MODEL|CASE",
         help="a run folder, a saved model, a .pt2 of torch.export, the name of a torchvision model, or one convolution "
-        "with closed outputs, such as 'n8 i16 o32 h32 k3 s2 open50': batch, input and output channels, height of the map, "
-        "kernel, stride, percentage of outputs that are open; also w width, p padding, d dilation, g groups",
+        "with closed outputs, such as 'n8 i16 o32 h32 k3 s2 open50': batch, input and output channels, height of the "
+        "map, kernel, stride, percentage of outputs that are open; also w width, p padding, d dilation, g groups",
     )
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch sizes [1 32]")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each [15]")
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         metavar="NAME,...",
         default="all",
-        help="the other runtimes to measure: eager, compile, onnxruntime, openvino, mnn, ncnn, litert; all or none [all]",
+        help="the other runtimes to measure: eager, compile, onnxruntime, openvino, mnn, ncnn, litert; all, none [all]",
     )
     parser.add_argument(
         "--reduced",

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Several GPUs or machines: torchrun ... -m gatedconv train --folder DIR ...; its exit code is then 0, "
         "since torchrun restarts a job after any other."
     )
-    parser.add_argument("--preset", metavar="NAME", help="named settings: demo, fast-c10, best-c10-r20 to best-c100-r110")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="named settings: demo, fast-c10, best-c10-r20 to best-c100-r110"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file")
     # Two names: to torchrun's parser --run is an ambiguous abbreviation of its own options.
     parser.add_argument(

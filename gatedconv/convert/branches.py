@@ -65,7 +65,7 @@ class Branch:
 
 def _walks_over_children(module: nn.Module) -> bool:
     """Whether the forward of a module, or a method that it calls, goes through its children: a gate would be one."""
-    kind, names, waiting = type(module), set(), ["forward"]
+    kind, names, waiting = type(module), set[str](), ["forward"]
     while waiting:
         new = _names_in(kind, waiting.pop()) - names
         names |= new

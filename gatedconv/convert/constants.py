@@ -1,4 +1,4 @@
-"""Which channels of a frozen model are constant: what closed gates leave behind them, followed through a recorded run."""
+"""Which channels of a frozen model are constant: what closed gates leave behind, followed through a recorded run."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from gatedconv.convert.verify import as_inputs, tensors_of
 
 
 def require_example(example_input: Any, owner: str) -> None:
-    """Raise TypeError, naming ``owner``, unless it is images (N, C, H, W), clips, vectors (N, C), or a tuple or dict that holds tensors."""
+    """Raise TypeError, naming ``owner``, unless it is images (N, C, H, W), clips, vectors (N, C), or has tensors."""
     if isinstance(example_input, (tuple, list, Mapping)):
         if not tensors_of(as_inputs(example_input)):
             raise TypeError(f"{owner}: example_input must be a tensor or hold tensors, got {example_input!r}")

@@ -29,7 +29,7 @@ from gatedconv.convert.mac_terms import Gated, mac_terms, node_terms, reachable_
 from gatedconv.convert.mac_trial import estimated_parts
 from gatedconv.convert.record import CALL, Node, Record, Value
 from gatedconv.convert.sites import Site, SiteFinder
-from gatedconv.convert.verify import as_inputs, require_same, require_same_training, tensors_of
+from gatedconv.convert.verify import require_same, require_same_training
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
 from gatedconv.measure.macs import count_macs
 from gatedconv.nn.block import GATES, POSITIONS
@@ -269,7 +269,9 @@ def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion:
         inputs = example_input[:4] if len(example_input) > 1 else torch.cat([example_input, example_input.flip(-1)])
     trained = copied(model)
     note = require_same_training(trained, opened, inputs, "gate_model")
-    conversion.note = "; ".join(filter(None, (conversion.note, note or _without_gradients(trained, conversion, without))))
+    conversion.note = "; ".join(
+        filter(None, (conversion.note, note or _without_gradients(trained, conversion, without)))
+    )
 
 
 def _without_gradients(trained: nn.Module, conversion: Conversion, without: set[str]) -> str:

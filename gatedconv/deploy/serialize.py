@@ -74,10 +74,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model, example_size = _PACKED[type(model)](model)
     ties = ties_of(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
-    ours = isinstance(model, (CifarVGG, ResNet))
-    description = _describe(model) if ours else {}
+    description = _describe(model) if isinstance(model, (CifarVGG, ResNet)) else {}
     # What gate_model put into a network of ours is no part of how it is built.
-    if not ours or ("gatedconv_size" in vars(model) and not _is_built_by(path, description | {"ties": ties}, state)):
+    if not description or (
+        "gatedconv_size" in vars(model) and not _is_built_by(path, description | {"ties": ties}, state)
+    ):
         description, more = _describe_net(model, example_size)
         state |= more
     if ties:

@@ -1,6 +1,7 @@
 """Smaller layers in a model's own places, and the small modules around those whose channels its code still expects.
 
-Which channels are left of each tensor, of sums and concatenations too, says the ``ChannelPlan`` of ``convert.channels``.
+Which channels are left of each tensor, of sums and concatenations too, is in the ``ChannelPlan`` of
+``convert.channels``.
 """
 
 from __future__ import annotations

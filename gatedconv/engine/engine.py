@@ -47,7 +47,7 @@ class Engine(nn.Module):
             takes them, larger images, before the engine is returned; costs three forwards of each. Where they differ
             by more than rounding, everything runs in PyTorch, which is right but slower, and a warning names the first
             layer that a plan computes otherwise.
-        tune: On the CPU, time every way to compute a 3x3 convolution where estimates choose otherwise. The choices are
+        tune: On the CPU, time every algorithm for a 3x3 convolution where estimates choose otherwise. The choices are
             kept in the folder of GATEDCONV_CACHE (default ~/.cache/gatedconv), a file for each CPU, number of threads
             and version of the kernels. (On CUDA they always are.)
 

@@ -56,7 +56,7 @@ def least_ms(call: Callable[[], Tensor], clock: Callable[[], float] = time.perf_
 
 
 def choose_measured(threads: int) -> Choose:
-    """A `Choose` that times every algorithm once for each size of layer, CPU, number of threads and version of the kernels.
+    """A `Choose` that times every algorithm, once for each size of layer, CPU, number of threads and kernel version.
 
     Args:
         threads: Of a plan, 0 for as many as PyTorch uses now.

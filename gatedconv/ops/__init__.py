@@ -1,4 +1,4 @@
-"""Stateless operators; those with kernels have a plain PyTorch reference, ``<name>_reference``, same arguments but ``packed``."""
+"""Stateless operators; those with kernels have a reference in PyTorch, ``<name>_reference``, without ``packed``."""
 
 from gatedconv.ops._packed_conv import PackedConv
 from gatedconv.ops._triton import kernels_run_on

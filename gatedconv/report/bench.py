@@ -90,8 +90,8 @@ class Comparison:
         batch: images per call, for the rows.
         prepare: candidate -> function that prepares it and returns the call to time.
         expected: candidate -> the right output.
-        reduced: candidate -> dtype of those that compute in fewer bits than the expected output: their error is reported,
-            and does not disqualify them.
+        reduced: candidate -> dtype of those that compute in fewer bits than the expected output: their error is
+            reported, and does not disqualify them.
         timing: options of `Interleaved`.
 
     Attributes:
@@ -286,10 +286,18 @@ def bench_table(rows: Sequence[Row]) -> str:
         own = None if row.provider == OURS else ours.get((row.case, row.batch))
         times = [f"{_ms(row, name):.3f}" for name in ("ms_min", "ms_median", "ms_iqr")]
         ratio = "" if own is None else f"{_ms(row, 'ms_min') / own:.2f}x"
-        quality = [row.dtype, f"{row.error or 0:.1e}", "" if row.agreement is None else f"{row.agreement:.0%}"] * with_error
+        quality = [
+            row.dtype,
+            f"{row.error or 0:.1e}",
+            "" if row.agreement is None else f"{row.agreement:.0%}",
+        ] * with_error
         lines.append([row.case, str(row.batch), row.provider, row.setting, *times, ratio, *quality])
     what = rows[0].benchmark if rows else "network"
-    header = [what, "batch", "provider", "setting", "least (ms)", "median (ms)", "IQR (ms)", "ours is faster"] + ["dtype", "error", "same top-1"] * with_error
+    header = [what, "batch", "provider", "setting", "least (ms)", "median (ms)", "IQR (ms)", "ours is faster"] + [
+        "dtype",
+        "error",
+        "same top-1",
+    ] * with_error
     return "\n".join([text_table(header, lines), *_disturbed(rows)])
 
 

@@ -167,9 +167,7 @@ def measure_footprints(
             version = importlib.metadata.version(runtime.package)
             path = folder / f"network{runtime.suffix}"
             _write(network, x, path)
-            found[runtime.name] = Footprint(
-                runtime.name, version, _file_bytes(path), _installed_bytes(runtime.package)
-            )
+            found[runtime.name] = Footprint(runtime.name, version, _file_bytes(path), _installed_bytes(runtime.package))
             ready.append((runtime, path))
         except (ImportError, ValueError, TypeError, OSError, RuntimeError) as error:
             found[runtime.name] = Footprint(runtime.name, note=str(error).splitlines()[0])

@@ -41,8 +41,8 @@ _MOST_ELEMENTS = 2**28  # of a tensor: 1 GiB
 class ConvCase:
     """A square kernel on a batch of maps, and how many of its outputs are open.
 
-    As text: ``n8 i16 o32 h32 k3 s2 open50``, in any order, with blanks or hyphens between. ``i``, ``o``, ``h`` and ``k``
-    are required; the others are n1, w as h, s1, p half of the kernel, d1, g1 and open100.
+    As text: ``n8 i16 o32 h32 k3 s2 open50``, in any order, with blanks or hyphens between. ``i``, ``o``, ``h`` and
+    ``k`` are required; the others are n1, w as h, s1, p half of the kernel, d1, g1 and open100.
 
     Attributes:
         in_channels: C_in.

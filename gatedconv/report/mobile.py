@@ -59,7 +59,13 @@ def ncnn(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     parameters, weights = ncnn_files(network, x, folder)
     net = runtime.Net()
     net.opt.num_threads = threads
-    for name in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage", "use_vulkan_compute"):
+    for name in (
+        "use_fp16_packed",
+        "use_fp16_storage",
+        "use_fp16_arithmetic",
+        "use_bf16_storage",
+        "use_vulkan_compute",
+    ):
         setattr(net.opt, name, False)
     if net.load_param(str(parameters)) or net.load_model(str(weights)):
         raise RuntimeError("ncnn cannot read what pnnx has written")

@@ -232,7 +232,14 @@ SETTINGS: tuple[Setting, ...] = (
 REDUCED: tuple[Setting, ...] = (
     Setting("onnxruntime", "int8, QDQ", _ort_int8, ("onnx", "onnxscript", "onnxruntime"), dtype="int8"),
     Setting("openvino", "default", _openvino_default, ("onnx", "onnxscript", "openvino"), dtype="bfloat16"),
-    Setting("openvino", "int8, NNCF", _openvino_int8, ("onnx", "onnxscript", "openvino", "nncf"), dtype="int8", extra="peers"),
+    Setting(
+        "openvino",
+        "int8, NNCF",
+        _openvino_int8,
+        ("onnx", "onnxscript", "openvino", "nncf"),
+        dtype="int8",
+        extra="peers",
+    ),
 )
 """In fewer bits, at the price of an error."""
 PROVIDERS = tuple(dict.fromkeys(setting.provider for setting in SETTINGS))

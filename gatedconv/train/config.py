@@ -227,5 +227,3 @@ def to_toml(config: TrainConfig) -> str:
         lines.append(f"# {spec.metadata['help']}")
         lines.append(tomli_w.dumps({name: list(value) if isinstance(value, tuple) else value}).strip())
     return "\n".join(lines) + "\n"
-
-

@@ -79,7 +79,7 @@ def gate_weights(options: GateOptions, progress: float) -> GateWeights:
 def gate_loss(
     model: nn.Module, options: GateOptions, weights: GateWeights, controller: MacController | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The losses on the gates, a scalar: eq. 9 less the task's loss, and the MAC target; and the polarization before its weight."""
+    """The losses on the gates (eq. 9 less the task's, and the MAC target), a scalar; the unweighted polarization."""
     polarization = polarization_loss(model)
     weighs = isinstance(weights.polar, Tensor) or weights.polar  # a scalar on the device is not read
     loss = weights.polar * polarization if weighs else torch.zeros_like(polarization)

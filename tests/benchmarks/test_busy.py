@@ -16,7 +16,9 @@ def test_rows_have_both_loads_and_make_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(busy, "CASES", tuple(NetworkCase("resnet20", "dense", n) for n in (1, 2)))
-    monkeypatch.setattr(busy, "CANDIDATES", {("gatedconv", "Engine"): "gatedconv", ("eager", "NCHW"): "eager", ("gone", ""): "gone"})
+    monkeypatch.setattr(
+        busy, "CANDIDATES", {("gatedconv", "Engine"): "gatedconv", ("eager", "NCHW"): "eager", ("gone", ""): "gone"}
+    )
     monkeypatch.setattr(busy, "FILE", tmp_path / "busy.json")
     assert busy.section() == "Not measured yet."
     busy.main(["--rounds=1", "--seconds=0.01", "--threads=1", f"--out={tmp_path / 'busy.json'}"])

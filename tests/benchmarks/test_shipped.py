@@ -42,7 +42,15 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
         fields = {"benchmark": "network", "case": "resnet18 dense", "batch": 1, "dtype": "float32"}
         return {**fields, "provider": provider, "setting": setting, "ms_min": ms, "ms_median": 2 * ms, **more}
 
-    machine = {"device": "a", "cpu": "a CPU", "isa": "AVX2", "threads": 2, "torch": "2", "versions": {}, "commit": "c" * 40}
+    machine = {
+        "device": "a",
+        "cpu": "a CPU",
+        "isa": "AVX2",
+        "threads": 2,
+        "torch": "2",
+        "versions": {},
+        "commit": "c" * 40,
+    }
     found = {
         "machine": {**machine, "date": "2026-01-02T03:04Z", "peak_gflops": 100.0},
         "rows": [

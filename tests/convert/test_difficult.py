@@ -41,7 +41,7 @@ def tensors(output):
 
 
 def assert_cut_is_exact(model, gate="channel", images=IMAGES):
-    """Gated equals the model; compact equals frozen, also for other batches; the masks matter. Returns the compact one."""
+    """Gated equals the model, compact equals frozen, also for other batches; masks matter. Returns the compact one."""
     gated = gatedconv.gate_model(model, gate, example_input=images)
     more = torch.randn(5, *images.shape[1:], generator=torch.Generator().manual_seed(9))
     frozen = gatedconv.freeze(gated, masks=odd_masks(gated))

@@ -181,7 +181,11 @@ KINDS = {
     "silent": (Silent, images(2, 3, 12, 12), images(3, 3, 9, 8)),
     "compiled": (Compiled, images(2, 3, 12, 12), images(3, 3, 9, 8)),
     "lists": (Lists, images(2, 3, 12, 12), images(3, 3, 9, 8)),
-    "sequential": (lambda: residual(Subclass(nn.Conv2d(8, 8, 1)), Subclass(block(8, 8))), images(2, 3, 8, 8), images(3, 3, 9, 8)),
+    "sequential": (
+        lambda: residual(Subclass(nn.Conv2d(8, 8, 1)), Subclass(block(8, 8))),
+        images(2, 3, 8, 8),
+        images(3, 3, 9, 8),
+    ),
 }
 
 
@@ -261,7 +265,9 @@ def test_a_compact_network_trains(kind, closed):
     x, model = images(2, 3, 12, 12), kind().eval()
     gated = gatedconv.gate_model(model, "both", example_input=x)
     gates = gatedconv.gates(gated)
-    frozen = gatedconv.freeze(gated, masks={n: torch.arange(g.num_gates) % 3 < 2 - 2 * closed for n, g in gates.items()})
+    frozen = gatedconv.freeze(
+        gated, masks={n: torch.arange(g.num_gates) % 3 < 2 - 2 * closed for n, g in gates.items()}
+    )
     small = gatedconv.compact(frozen, x)
     with torch.no_grad():
         assert_close(small(x), frozen(x), dtype=torch.bfloat16 if kind is Casting else None)

@@ -163,8 +163,9 @@ def test_maps_too_large_for_a_core_share_the_work():
 
 
 class Shrinking(nn.Module):
-    """Maps too large for a core's cache, then weights larger than their maps, then large maps again: every kind of
-    segment, with a map that is read behind the next one.
+    """Every kind of segment, with a map that is read behind the next one.
+
+    Maps too large for a core's cache, then weights larger than their maps, then large maps again.
     """
 
     def __init__(self):

@@ -80,7 +80,9 @@ def test_names_of_models_and_files_are_no_cases() -> None:
     assert ConvCase.is_meant("n1 i96 o24 h56 k") and ConvCase.is_meant("n1-i96-x4")
 
 
-@pytest.mark.parametrize("text", ["n2 i6 o8 h7 w9 k3 p0 d2 g2 open50", "i8 o8 h9 k3 s2 g8 openodd", "i5 o3 h1 k1 open0"])
+@pytest.mark.parametrize(
+    "text", ["n2 i6 o8 h7 w9 k3 p0 d2 g2 open50", "i8 o8 h9 k3 s2 g8 openodd", "i5 o3 h1 k1 open0"]
+)
 def test_every_algorithm_computes_every_geometry(text: str) -> None:
     case = ConvCase.parse(text)
     comparison = compare_layers(case, sample_ms=0)

@@ -185,7 +185,9 @@ def test_runs_from_sources_with_changes_are_counted() -> None:
 
 def test_figures_are_linked_where_they_are_drawn() -> None:
     rows = {each.key: each for each in (row("table1-c10-r56-ours"), row("table6-c10-r110-lambda-0"))}
-    text = results_text(rows, images=["overview.png", "figure3.png", "figure6-table6-c10-r110-lambda-0.png", "cpu-bench.png"])
+    text = results_text(
+        rows, images=["overview.png", "figure3.png", "figure6-table6-c10-r110-lambda-0.png", "cpu-bench.png"]
+    )
     assert "![Figure 3](images/figure3.png)" in text and "images/figure2.png" not in text
     assert "![Figure 6, λ 0](images/figure6-table6-c10-r110-lambda-0.png)" in text and "cpu-bench" not in text
     assert text.startswith("![Top-1 over MACs")

@@ -1,4 +1,4 @@
-"""A consensus within the run: the compact network trains on, a resumed run keeps its choice, controls train a part alone."""
+"""A consensus within the run: the compact network trains on, a resumed run keeps its choice, controls train alone."""
 
 from __future__ import annotations
 
