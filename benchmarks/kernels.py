@@ -1,6 +1,6 @@
 """Every algorithm for the 3x3 convolutions of shipped networks, timed, and whether the plan's choice is the best.
 
-``python -m benchmarks.kernels [CASE ...]`` times the algorithms of each case in turns and exits with 1 if one that the
+``python -m benchmarks.kernels [CASE ...]`` interleaves the algorithms of each case and exits with 1 if one that the
 plan would choose is more than 5 % slower than the best. A case is written "n8 i256 o128 h14": images, input and output
 channels, height and width. What is timed is the processor's time of one thread, to which other programs add little, for
 a call of a plan of the layer alone, which also turns its map from NCHW to NHWC and back. ``--save`` keeps the times in
@@ -94,7 +94,7 @@ def layer_of(work: Work) -> Layer:
 
 
 def time_algorithms(work: Work, rounds: int = ROUNDS) -> dict[str, float]:
-    """Each algorithm's least milliseconds, the algorithms in turns."""
+    """Each algorithm's least milliseconds, interleaved."""
     layer = layer_of(work)
     calls = {name: layer_call(layer, work.batch, name, threads=1) for name in ALGORITHMS}
     times = [{name: least_ms(call, time.process_time) for name, call in calls.items()} for _ in range(rounds)]

@@ -57,8 +57,8 @@ def compact(
             of positional or a dict of keyword arguments.
         channel_multiple: keep so many closed channels, as zeros, that the width behind each gate is a multiple of
             this. None: 8 where ``example_input`` is on a GPU, whose matrix units need it, else 1.
-        verify: compare the result with ``frozen`` on the example, a larger batch and larger images, and try whether it
-            runs in training; costs three forwards of each and one of the result in training.
+        verify: compare the result with ``frozen`` on the example, a larger batch and larger images; costs three
+            forwards of each. Whether the result runs in training is tried in any case, by one forward.
 
     Raises:
         TypeError: for arguments of another kind.

@@ -38,7 +38,7 @@ class Rates:
 
 # By instruction set. Those of AVX-512 are fitted to benchmarks/results/kernels-*-avx512.json (`python -m
 # benchmarks.kernels --fit`), where the chosen algorithm takes 5 % longer than the best one in the geometric mean; with
-# the older rates, measured with AVX2, it is 11 %.
+# the older rates, measured with AVX2, it is 11 %. These times were taken while other programs ran.
 _OLDER = Rates(direct=1.0, product=1.0, transform2=6.0, transform4=6.0, weight=7.0)
 RATES = {
     "avx512": Rates(direct=1.0, product=1.35, transform2=5.05, transform4=19.5, weight=32.83),

@@ -23,7 +23,7 @@ from gatedconv.ops.plan import plan_isa, plan_run
 
 _EVICT = 2**23  # bytes of copies of a layer's weights: no core's own cache has them when their turn comes again
 _CALLS, _SECONDS = 40, 0.05  # of a measurement: so many calls, or as many as take this long
-_ROUNDS = 3  # of measuring the algorithms in turns: what disturbs one for a while seldom disturbs all its turns
+_ROUNDS = 3  # interleaved: what disturbs an algorithm for a while seldom disturbs all of its rounds
 
 # Of /proc/cpuinfo. Virtual machines give several generations the same name; Arm's have numbers only.
 _CPU = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
@@ -32,7 +32,7 @@ _CPU = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU
 def layer_call(layer: Layer, batch: int, algorithm: str, threads: int) -> Callable[[], Tensor]:
     """A plan of one convolution, without what is fused to it, on random images: each call returns the same.
 
-    Its weights come from memory as they do in a network: calls take turns with copies.
+    Its weights come from memory as they do in a network: calls use copies of them one after the other.
     """
     source = layer.inputs[0]
     bare = replace(layer, residual=None, gate=None, before=None)
