@@ -101,10 +101,9 @@ def time_algorithms(work: Work, rounds: int = ROUNDS) -> dict[str, float]:
     return {name: min(one[name] for one in times) for name in ALGORITHMS}
 
 
-def chosen(work: Work, isa: str) -> str:
+def chosen(work: Work) -> str:
     """The algorithm that a plan would take."""
-    rates = RATES[isa]
-    return min(ALGORITHMS, key=lambda algorithm: work.estimate(algorithm, rates))
+    return min(ALGORITHMS, key=lambda algorithm: work.estimate(algorithm, RATES))
 
 
 def fit(rows: Iterable[dict[str, Any]]) -> Rates:
@@ -131,12 +130,12 @@ def fit(rows: Iterable[dict[str, Any]]) -> Rates:
 
 def check(cases: Sequence[str]) -> list[dict[str, Any]]:
     """Time and judge the cases."""
-    return [judge(case, time_algorithms(parse(case)), plan_isa()) for case in cases]
+    return [judge(case, time_algorithms(parse(case))) for case in cases]
 
 
-def judge(case: str, times: dict[str, float], isa: str) -> dict[str, Any]:
+def judge(case: str, times: dict[str, float]) -> dict[str, Any]:
     """A row: case, milliseconds of each algorithm, the chosen one and its time over the best one's."""
-    name = chosen(parse(case), isa)
+    name = chosen(parse(case))
     return {"case": case, "ms": times, "chosen": name, "over_best": times[name] / min(times.values())}
 
 
@@ -159,7 +158,7 @@ def section() -> str:
     for path in sorted(RESULTS.glob("kernels-*.json")):
         found = json.loads(path.read_text())
         machine = found["machine"]
-        rows = [judge(row["case"], row["ms"], found["isa"]) for row in found["rows"]]
+        rows = [judge(row["case"], row["ms"]) for row in found["rows"]]
         near = sum(row["over_best"] <= LIMIT for row in rows)
         worst = sorted(rows, key=lambda row: -row["over_best"])[:WORST]
         mean = math.exp(statistics.fmean(math.log(row["over_best"]) for row in rows))
@@ -176,13 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases [those of shipped networks]")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels-DEVICE-ISA.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels-DEVICE.json")
     parser.add_argument("--fit", action="store_true", help="time nothing; fit the rates to the result files")
     options = parser.parse_args(arguments)
     if options.fit:
-        for path in sorted(RESULTS.glob("kernels-*.json")):
-            found = json.loads(path.read_text())
-            print(f"{found['isa']}: {fit(found['rows'])}")
+        files = sorted(RESULTS.glob("kernels-*.json"))
+        print(fit(row for path in files for row in json.loads(path.read_text())["rows"]))
         return 0
     if (reason := unavailable()) is not None:
         raise SystemExit(reason)
@@ -191,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows))
     if options.save:
         machine = machine_header(1)
-        save(RESULTS / f"kernels-{machine['device']}-{plan_isa()}.json", machine, rows)
+        save(RESULTS / f"kernels-{machine['device']}.json", machine, rows)
     return int(any(row["over_best"] > LIMIT for row in rows))
 
 

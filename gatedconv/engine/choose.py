@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 from gatedconv.engine.layers import Layer, map_size
-from gatedconv.ops.plan import plan_isa
 
 ALGORITHMS = {"conv": 1, "winograd2": 2, "winograd4": 4}  # and the side of the tile of outputs that each computes
 
@@ -14,7 +13,6 @@ Choose = Callable[[Layer, int], str]
 """(a convolution for which `algorithms` has several, images) -> one of them."""
 
 _TOGETHER = 8  # images that a plan takes together at most (csrc/cpu/plan.cpp)
-_KEPT = 2**18  # weights that a core's own cache keeps from image to image
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Rates:
         product: A multiply-add in Winograd's products.
         transform2: An element that F(2x2) transforms, of its input or of its output.
         transform4: The same of F(4x4).
-        weight: A weight that comes from memory.
+        weight: A weight, read once for all images that are computed together.
     """
 
     direct: float
@@ -36,15 +34,9 @@ class Rates:
     weight: float
 
 
-# By instruction set. Those of AVX-512 are fitted to benchmarks/results/kernels-*-avx512.json (`python -m
-# benchmarks.kernels --fit`), where the chosen algorithm takes 5 % longer than the best one in the geometric mean; with
-# the older rates, measured with AVX2, it is 11 %. These times were taken while other programs ran.
-_OLDER = Rates(direct=1.0, product=1.0, transform2=6.0, transform4=6.0, weight=7.0)
-RATES = {
-    "avx512": Rates(direct=1.0, product=1.35, transform2=5.05, transform4=19.5, weight=32.83),
-    "avx2": _OLDER,
-    "portable": _OLDER,
-}
+# Fitted to benchmarks/results/kernels-*.json (`python -m benchmarks.kernels --fit`), times with AVX2 and with AVX-512:
+# the chosen algorithm is within 5 % of the best one in 110 of 112 cases.
+RATES = Rates(direct=1.0, product=1.21, transform2=3.91, transform4=11.4, weight=7.11)
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ class Work:
             tiles * weights * (tile > 1),
             moved * (tile == 2),
             moved * (tile == 4),
-            max(weights - _KEPT, 0) / min(max(self.batch, 1), _TOGETHER),
+            weights / min(max(self.batch, 1), _TOGETHER),
         )
 
     def estimate(self, algorithm: str, rates: Rates) -> float:
@@ -95,5 +87,5 @@ def work_of(layer: Layer, batch: int) -> Work:
 
 def choose_estimated(layer: Layer, batch: int) -> str:
     """The algorithm with the least estimated time."""
-    work, rates = work_of(layer, batch), RATES[plan_isa()]
-    return min(algorithms(layer), key=lambda algorithm: work.estimate(algorithm, rates))
+    work = work_of(layer, batch)
+    return min(algorithms(layer), key=lambda algorithm: work.estimate(algorithm, RATES))
