@@ -74,7 +74,8 @@ def layer_work(model: nn.Module, image: Tensor) -> list[tuple[int, int, int]]:
     def take(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, (nn.Conv2d, nn.Linear))
         weights = layer.weight.numel()
-        positions = output[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
+        channels = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+        positions = output.numel() // channels
         found.append((weights * positions, inputs[0].numel() + output.numel(), weights))
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
