@@ -29,6 +29,10 @@ def test_work_is_that_of_convolutions_and_linear_layers() -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
+def test_work_of_linear_layers_counts_every_position() -> None:
+    assert layer_work(nn.Linear(3, 5), torch.zeros(1, 4, 6, 3)) == [(15 * 24, 24 * 3 + 24 * 5, 15)]
+
+
 @pytest.mark.parametrize("gate", [None, "channel"])
 def test_resnet56_has_its_known_macs(gate: str | None) -> None:
     net = ResNet(56, 10, gate, "middle", input_size=(3, 32, 32))
