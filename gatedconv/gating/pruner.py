@@ -64,6 +64,7 @@ class GatePruner(nn.Module):
         self._gates = {name: gate for name, gate in gates.items() if isinstance(gate, LearnedGate)}
         self._sizes = [gate.num_gates for gate in gates.values()]
         self._steps = 0
+        self._target = self._reached = 0.0  # of the last step, and of the last pruning
         costs = gate_macs(model)
         self.register_buffer("sensitivity", torch.zeros(sum(self._sizes)))
         self.register_buffer("pruned", torch.zeros(sum(self._sizes), dtype=torch.bool))
@@ -88,24 +89,26 @@ class GatePruner(nn.Module):
         if world_size() > 1:
             self.sensitivity.copy_(global_mean(self.sensitivity, 1))
 
-    def get_extra_state(self) -> int:
-        """Return the number of steps so far, which is part of the state dict."""
-        return self._steps
+    def get_extra_state(self) -> tuple[int, float, float]:
+        """Return the number of steps, the last target and the one that was pruned to: part of the state dict."""
+        return self._steps, self._target, self._reached
 
-    def set_extra_state(self, state: int) -> None:
-        """Restore the number of steps from a state dict."""
-        self._steps = int(state)
+    def set_extra_state(self, state: tuple[int, float, float]) -> None:
+        """Restore what `get_extra_state` returned."""
+        self._steps, self._target, self._reached = state
 
     def step(self, target: float) -> None:
-        """Count a training step, and `prune` in every 20th: pruning synchronizes with the device.
+        """Count a training step; `prune` in every 20th, since pruning synchronizes, and once the target stops falling.
 
         Args:
             target: share of the dense model's MACs, in (0, 1]; lower it step by step, for example by
                 `gatedconv.gating.weight_schedules.falling`.
         """
         self._steps += 1
-        if self._steps % EVERY == 0:
+        behind = target == self._target < self._reached
+        if behind or self._steps % EVERY == 0:
             self.prune(target)
+        self._target = target
 
     @torch.no_grad()
     def prune(self, target: float) -> None:
@@ -122,6 +125,7 @@ class GatePruner(nn.Module):
         if not 0 < target <= 1:
             raise ValueError(f"GatePruner: target must be in (0, 1], got {target!r}")
         found = global_open_rates(self._pruned_model(), "GatePruner")
+        self._reached = target
         rates = torch.cat([rate.detach() for rate in found.values()]).float()
         sensitivity = self.sensitivity if world_size() == 1 else global_mean(self.sensitivity, 1)
         order = self._scores(sensitivity).masked_fill(self.pruned, torch.inf).argsort(stable=True).tolist()

@@ -182,6 +182,36 @@ def test_the_pruner_follows_the_target_and_what_is_closed_stays_closed() -> None
     assert (gates[:, shut] == 0).all() and 0 < int(shut.sum()) < len(shut)
 
 
+@pytest.mark.parametrize("ramp", [25, 30, 39])
+def test_steps_prune_to_the_end_of_a_ramp_that_ends_between_two_prunings(ramp: int) -> None:
+    model = network().train()
+    pruner, before = GatePruner(model), []
+    full = float(expected_macs(model, {n: torch.ones(g.num_gates) for n, g in find_gates(model).items()}))
+    for step in range(1, ramp + 3):
+        model(torch.randn(8, *SIZE)).square().mean().backward()
+        if step == ramp:  # as a run that resumes
+            state = pruner.state_dict()
+            pruner.detach()
+            pruner = GatePruner(model)
+            pruner.load_state_dict(state)
+        pruner.step(weight_schedules.falling(min(1.0, step / ramp), 0.5, 0.0, 1.0))
+        before.append(pruner.pruned.clone())
+    changes = [step for step in range(2, ramp + 3) if not torch.equal(before[step - 1], before[step - 2])]
+    assert changes == [20, ramp + 1]
+    rates = torch.where(pruner.pruned, 0, torch.cat([gate.open_rate for gate in find_gates(model).values()]))
+    named = dict(zip(find_gates(model), rates.split([g.num_gates for g in find_gates(model).values()]), strict=True))
+    assert float(expected_macs(model, named).detach()) <= 0.5 * full * 1.001
+
+
+def test_steps_with_one_target_do_not_prune_before_the_20th() -> None:
+    model = network().train()
+    pruner = GatePruner(model)
+    for step in range(1, 21):
+        model(torch.randn(8, *SIZE)).square().mean().backward()
+        pruner.step(0.5)
+        assert bool(pruner.pruned.any()) == (step == 20)
+
+
 def images_of(gate: torch.nn.Module) -> torch.Tensor:
     return torch.randn(32, gate.in_channels, 4, 4, generator=torch.Generator().manual_seed(3))
 
