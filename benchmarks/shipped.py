@@ -204,6 +204,31 @@ def section() -> str:
     return "\n\n".join(parts) or "No results yet."
 
 
+def headline() -> str:
+    """The sentences of README.md: how often and how far the engine is ahead, and what fewer bits gain elsewhere."""
+    parts = []
+    for path in sorted(RESULTS.glob("shipped-*.json"), key=lambda path: path.stem):
+        found = json.loads(path.read_text())
+        machine, timed, group = found["machine"], _Timed(found), found["machine"].get("group", "main")
+        least = {case: min(ratios) for case in CASES if (ratios := timed.ratios(case))}
+        means = {cut: _geometric_mean([r for case, r in least.items() if case.cut == cut]) for cut in CUTS}
+        if group == "main":
+            parts.append(
+                f"{len({case.network for case in least})} networks at {machine['size']} pixels, batch 1 and 8, "
+                f"float32, {machine['threads']} threads, {machine['isa']}: faster than ONNX Runtime and OpenVINO in "
+                f"{sum(ratio >= 1 for ratio in least.values())} of {len(least)} rows. The faster one of them takes "
+                f"{means['dense']:.2f} times as long on the dense networks, {means['mid-50']:.2f} times with half of "
+                f"the inner channels removed (geometric means)."
+            )
+        elif group == "reduced":
+            parts.append(
+                f"A peer that may compute in fewer bits, bfloat16 or int8 on the CPU's matrix units, takes "
+                f"{means['dense']:.2f} and {means['mid-50']:.2f} times as long as our float32 "
+                f"({len({case.network for case in least})} networks)."
+            )
+    return "\n".join(parts) or "Not measured yet."
+
+
 class _Timed:
     """A group's rows: for each case and batch, ours and the fastest setting of each peer and dtype."""
 

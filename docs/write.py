@@ -222,7 +222,7 @@ def executed_kernels() -> str:
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"demo": demo},
+    ROOT / "README.md": {"demo": demo, "speed": shipped.headline},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
     ROOT / "docs" / "quantize.md": {"quantize": quantize},
     ROOT / "docs" / "scaling.md": TABLES,
