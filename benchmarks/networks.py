@@ -18,7 +18,7 @@ class NetworkCase:
     """A network, what was removed from it, and its batch.
 
     Attributes:
-        model: "resnet20", "resnet56" or "resnet110" (32x32, ours), "resnet18" or "resnet50" (224x224, torchvision's).
+        model: one of `gatedconv.models` (32x32), or "resnet18" or "resnet50" (224x224, torchvision's).
         variant: "dense"; "mid-50": without half of the channels between a block's first and last convolution;
             "half the blocks": every second block is left with its shortcut.
         batch: images per call.
@@ -38,7 +38,7 @@ class NetworkCase:
     @property
     def image_size(self) -> int:
         """Height and width of the images."""
-        return 32 if self.model in ("resnet20", "resnet56", "resnet110") else 224
+        return 32 if hasattr(gatedconv.models, self.model) else 224
 
     def build(self) -> tuple[nn.Module, Tensor]:
         """The network in eval mode and its input (N, 3, H, W)."""

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
 from scaling_tables import TABLES  # noqa: E402
 
-from benchmarks import busy, kernels, shipped  # noqa: E402
+from benchmarks import busy, kernels, runtime, shipped  # noqa: E402
 from benchmarks import tables as performance  # noqa: E402
 from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
@@ -165,25 +165,7 @@ def footprints() -> str:
     header, cells = footprint_rows(found["rows"])
     rows = [[row["network"], *line] for row, line in zip(found["rows"], cells, strict=True)]
     table = markdown_table(["network", *header], rows, 3)
-    text = f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['commit'])}."
-    return f"{text}\n\n{_speeds(found['speed'])}" if "speed" in found else text
-
-
-def _speeds(rows: list[dict[str, Any]]) -> str:
-    """The runtime and the engine compared."""
-    header = ["network", "batch", "runtime (ms)", "engine (ms)", "runtime / engine", "same bits"]
-    cells = [
-        [
-            row["network"],
-            str(row["batch"]),
-            *(f"{row[key]:.3f}" for key in ("runtime_ms", "engine_ms", "ratio")),
-            "yes" if row["equal"] else "no",
-        ]
-        for row in rows
-    ]
-    what = "The runtime and the engine in one process, interleaved, on one thread: fastest calls, and the median ratio "
-    what += "of the rounds."
-    return f"{what}\n\n{markdown_table(header, cells, 1)}"
+    return f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['commit'])}."
 
 
 def training_speed() -> str:
@@ -230,6 +212,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "kernels": kernels.section,
         "cpu": performance.cpu,
         "footprint": footprints,
+        "runtime": runtime.section,
         "shipped": shipped.section,
         "busy": busy.section,
         "gpu": performance.gpu,

@@ -29,23 +29,20 @@ using namespace gatedconv;
 // The most images of a call, and the most floats of a tensor: its bytes still have an address.
 constexpr int64_t kMostImages = INT32_MAX, kMostFloats = INT64_MAX / 64;
 
-thread_local std::string last_error;
+// Of a fixed size: there is room for the reason when there is no memory.
+thread_local char last_error[1024];
 
 // Runs the body of a function of the interface; `failed` is what the function returns where it cannot do its
 // work.
 template <typename Result, typename Body>
 Result guarded(Result failed, const char* where, Body body) noexcept {
-  static constexpr char no_memory[] = "no memory";
   try {
-    try {
-      return body();
-    } catch (const FileError& error) {
-      last_error = where ? std::string(where) + ": " + error.what() : error.what();
-    } catch (const std::exception&) {  // std::bad_alloc and std::length_error
-      last_error = no_memory;
-    }
-  } catch (...) {                  // no memory for the message
-    last_error.assign(no_memory);  // short enough to be kept without any
+    return body();
+  } catch (const FileError& error) {
+    std::snprintf(last_error, sizeof(last_error), "%.800s%s%s", where ? where : "", where ? ": " : "",
+                  error.what());
+  } catch (const std::exception&) {  // std::bad_alloc and std::length_error
+    std::strcpy(last_error, "no memory");
   }
   return failed;
 }
@@ -238,8 +235,12 @@ int gatedconv_plan_version(void) {
   return GATEDCONV_PLAN_VERSION;
 }
 
+int gatedconv_plan_file_version(void) {
+  return GATEDCONV_PLAN_FILE_VERSION;
+}
+
 const char* gatedconv_plan_error(void) {
-  return last_error.c_str();
+  return last_error;
 }
 
 gatedconv_plan* gatedconv_plan_open(const char* path) {
@@ -295,7 +296,7 @@ int gatedconv_plan_run_on(const gatedconv_plan* plan, const float* input, const 
       fail("the output has " + std::to_string(floats) + " floats, and there is room for " +
            std::to_string(output_floats));
     }
-    if (!run(decoded, kernels(), source, output, worker_count(threads))) fail("no memory for the workspace");
+    if (!run(decoded, kernels(), source, output, worker_count(threads))) throw std::bad_alloc();
     return 0;
   });
 }

@@ -15,15 +15,20 @@
 extern "C" {
 #endif
 
-/* Of this interface, and of the newest file that it reads. */
+/* Of this interface: another one has other functions or other arguments. It is the number in the name of the
+ * shared library. */
 #define GATEDCONV_PLAN_VERSION 1
+
+/* Of the files that are read, program and all. A newer file is refused with a line that says so. */
+#define GATEDCONV_PLAN_FILE_VERSION 1
 
 #define GATEDCONV_PLAN_API __attribute__((visibility("default")))
 
 typedef struct gatedconv_plan gatedconv_plan;
 
-/* GATEDCONV_PLAN_VERSION of the library. */
+/* GATEDCONV_PLAN_VERSION and GATEDCONV_PLAN_FILE_VERSION of the library. */
 GATEDCONV_PLAN_API int gatedconv_plan_version(void);
+GATEDCONV_PLAN_API int gatedconv_plan_file_version(void);
 
 /* Why the last call of this thread that failed did so; never NULL, and valid until the thread's next call
  * that fails. */
@@ -53,7 +58,7 @@ GATEDCONV_PLAN_API int64_t gatedconv_plan_workspace(const gatedconv_plan* plan, 
  *
  * input: float32 N, C, H, W of `size`, its strides counted in floats; stride NULL means contiguous.
  * output: room for `output_floats` floats, exactly as many as output_size returns; contiguous, not inside of
- * the input. Returns 0, or -1 with `output` unchanged. */
+ * the input. Returns 0, or -1: with `output` unchanged, but where memory was short. */
 GATEDCONV_PLAN_API int gatedconv_plan_run(const gatedconv_plan* plan, const float* input,
                                           const int64_t size[4], const int64_t stride[4], float* output,
                                           int64_t output_floats, int threads);
@@ -70,10 +75,12 @@ GATEDCONV_PLAN_API int gatedconv_plan_run_on(const gatedconv_plan* plan, const f
                                              int64_t output_floats, int threads,
                                              gatedconv_parallel_for parallel_for, void* user);
 
-/* The value of a key in the file, NULL without one; valid until the plan is closed. Numbers are
- * decimal: "producer"     name and version of the program that wrote the file "classes"      names of the
- * outputs, one in a line "mean", "std"  for every channel, of pixels from 0 to 1: the network's input is
- * (pixel - mean) / std */
+/* The value of a key in the file, NULL without one; valid until the plan is closed. Numbers are decimal.
+ *
+ * - "producer": name and version of the program that wrote the file
+ * - "version": of the file
+ * - "classes": names of the outputs, one in a line
+ * - "mean", "std": for every channel, of pixels from 0 to 1: the network's input is (pixel - mean) / std */
 GATEDCONV_PLAN_API const char* gatedconv_plan_metadata(const gatedconv_plan* plan, const char* key);
 
 /* Writes a table of what runs for an input of this size, as snprintf does: returns the length without the

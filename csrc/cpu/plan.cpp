@@ -160,15 +160,18 @@ class ImageWork : public Work {
   }
   void work(int worker) override {
     for (int64_t i; (i = next_.fetch_add(1)) < chunks_; done_.fetch_add(1, std::memory_order_release)) {
-      const Chunk chunk(plan_, workspace_ + worker * schedule_.map_floats, schedule_.places);
-      const int64_t begin = images_ * i / chunks_, end = images_ * (i + 1) / chunks_;
-      float* scratch = workspace_ + schedule_.copies * schedule_.map_floats + worker * schedule_.scratch;
-      run_alone(kernels_, chunk, find_segments(plan_, schedule_.most), begin, end - begin, output_, scratch);
+      attempt([&] { run_chunk(i, worker); });
     }
     if (worker == 0) wait_until([&] { return done_.load(std::memory_order_acquire) == chunks_; });
   }
 
  private:
+  void run_chunk(int64_t i, int worker) {
+    const Chunk chunk(plan_, workspace_ + worker * schedule_.map_floats, schedule_.places);
+    const int64_t begin = images_ * i / chunks_, end = images_ * (i + 1) / chunks_;
+    float* scratch = workspace_ + schedule_.copies * schedule_.map_floats + worker * schedule_.scratch;
+    run_alone(kernels_, chunk, find_segments(plan_, schedule_.most), begin, end - begin, output_, scratch);
+  }
   const Plan& plan_;  // like the tensors, read inside of tasks only: the caller waits for those
   const Kernels& kernels_;
   const Schedule schedule_;
@@ -206,13 +209,7 @@ class StepWork : public Work {
     auto then = Clock::now();
     for (size_t i = 0; i < items_.size(); i += items_[i].count) {
       for (int task; (task = queues_[i].claim(worker, schedule_.workers)) >= 0; queues_[i].finish()) {
-        if (items_[i].segment) {
-          take_through(*items_[i].segment, task, schedule_.most + worker, scratch);
-          continue;
-        }
-        for (size_t j = i; j < i + items_[i].count; ++j) {
-          kernels_.run(items_[j].step, items_[j].split.part(task), scratch);
-        }
+        attempt([&] { run_task(i, task, worker, scratch); });
       }
       wait_until([&] { return queues_[i].done(); });
       if (seconds_ && worker == 0) {
@@ -248,6 +245,15 @@ class StepWork : public Work {
       }
     }
   }
+  void run_task(size_t item, int task, int worker, float* scratch) const {
+    if (items_[item].segment) {
+      take_through(*items_[item].segment, task, schedule_.most + worker, scratch);
+      return;
+    }
+    for (size_t j = item; j < item + items_[item].count; ++j) {
+      kernels_.run(items_[j].step, items_[j].split.part(task), scratch);
+    }
+  }
   void take_through(const Segment& segment, int64_t image, int64_t own, float* scratch) const {
     for (size_t i = segment.begin; i < segment.end; ++i) {
       const Step step = chunk_.at(i, first_, image, output_, &segment, own);
@@ -280,16 +286,22 @@ bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* ou
   const Schedule schedule = make_schedule(plan, kernels, batch, workers, seconds != nullptr);
   const Workspace workspace(4 * schedule.floats());
   if (!workspace.data()) return false;
+  const auto finish = [&](const std::shared_ptr<Work>& work) {
+    do_work(work, schedule.workers);
+    return !work->failed();
+  };
+  float* memory = workspace.data();
   int64_t first = 0;
   if (schedule.alone) {
-    do_work(std::make_shared<ImageWork>(plan, kernels, schedule, output, workspace.data()), schedule.workers);
+    if (!finish(std::make_shared<ImageWork>(plan, kernels, schedule, output, memory))) return false;
     first = schedule.share * schedule.workers;
   }
   for (; first < batch; first += schedule.most) {
     const int64_t images = std::min(schedule.most, batch - first);
-    do_work(
-        std::make_shared<StepWork>(plan, kernels, schedule, output, workspace.data(), first, images, seconds),
-        schedule.workers);
+    if (!finish(
+            std::make_shared<StepWork>(plan, kernels, schedule, output, memory, first, images, seconds))) {
+      return false;
+    }
   }
   return true;
 }

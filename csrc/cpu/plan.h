@@ -10,10 +10,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "gatedconv_plan.h"
+
 namespace gatedconv {
 
-constexpr int kPanel = 16;       // output channels of one packed weight panel, on every instruction set
-constexpr int64_t kVersion = 3;  // of the program's encoding
+constexpr int kPanel = 16;  // output channels of one packed weight panel, on every instruction set
+constexpr int64_t kVersion = GATEDCONV_PLAN_FILE_VERSION;  // of the program's encoding, and of files with one
 
 enum class Op : int64_t {
   kInput,       // NCHW tensor of any strides -> map
@@ -177,9 +179,9 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
 // Bytes that `run` needs for feature maps and scratch.
 int64_t workspace_bytes(const Plan& plan, const Kernels& kernels, int64_t batch, int workers);
 
-// Runs the plan over the whole batch with up to `workers` threads; false if there is no memory for the
-// workspace. With `seconds`, an entry for every step, all workers share every step, and the time of each is
-// added to its entry.
+// Runs the plan over the whole batch with up to `workers` threads; false, or std::bad_alloc, if there is not
+// enough memory. With `seconds`, an entry for every step, all workers share every step, and the time of each
+// is added to its entry.
 bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers,
          double* seconds = nullptr);
 

@@ -1,6 +1,5 @@
 // Decodes a program for one input size. Nothing is taken on trust: what decode accepts, run can run.
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 #include "plan.h"
@@ -10,8 +9,9 @@ namespace {
 
 // The largest size or count, and the largest kernel, stride, padding or dilation: products stay below 2^63.
 constexpr int64_t kLargest = 1 << 18, kLargestWindow = 1 << 10;
-// The most floats of one image's maps together: those of a batch on every worker still have an address.
-constexpr int64_t kMostFloats = int64_t{1} << 44;
+// The most floats of one image's maps together: those of a batch on every worker still have an address, and
+// where addresses are of 32 bits, every stride is below 2^31 bytes.
+constexpr int64_t kMostFloats = std::min<int64_t>(int64_t{1} << 44, PTRDIFF_MAX / 8);
 
 bool within(int64_t value, int64_t low, int64_t high) {
   return value >= low && value <= high;
@@ -58,7 +58,7 @@ struct Reader {
 
 const char* Reader::read_header() {
   if (size < 4) return "the program is cut short";
-  if (program[0] != kVersion) return "the program is of another version of gatedconv";
+  if (program[0] != kVersion) return "the program is of another version of gatedconv: export it again";
   maps = program[1];
   steps = program[2];
   lists = program[3];
@@ -283,8 +283,9 @@ const char* resolve_size(Step& step, const int64_t* field) {
   step.rows = step.op == Op::kGroupNorm ? std::max(step.span, 1) : (out.height + tile - 1) / tile;
   const int64_t columns = out.halo + out.width + out.right();
   // Pixels are counted in 32 bits.
-  if ((out.halo + out.height + out.bottom()) * columns > INT32_MAX) return "a map grows too large";
-  out.row = columns * out.pixel;
+  const int64_t pixels = (out.halo + out.height + out.bottom()) * columns;
+  if (pixels > INT32_MAX || pixels * out.pixel > kMostFloats) return "a map grows too large";
+  out.row = static_cast<ptrdiff_t>(columns * out.pixel);
   return nullptr;
 }
 
@@ -328,7 +329,8 @@ const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step&
   const Act act = static_cast<Act>(field[kAct]);
   (in_registers(act) ? step.act : step.late) = act;
   step.pre_act = static_cast<Act>(field[kPreAct]);
-  step.value = std::bit_cast<float>(static_cast<uint32_t>(field[kValue]));
+  const auto bits = static_cast<uint32_t>(field[kValue]);
+  std::memcpy(&step.value, &bits, sizeof(bits));
   step.kernel_h = number(kKernelH);
   step.kernel_w = number(kKernelW);
   step.stride_h = number(kStrideH);

@@ -13,7 +13,7 @@
 #include <cstring>
 #include <new>
 
-#include "gatedconv_plan.h"
+#include "plan.h"
 #include "plan_weights.h"
 
 namespace gatedconv {
@@ -131,9 +131,10 @@ void check_format(const FileHeader& header) {
   if (error != std::errc() || end != number.data() + number.size() || version < 1) {
     throw FileError("the header is damaged");
   }
-  if (version > GATEDCONV_PLAN_VERSION) {
-    throw FileError("it is of version " + number + ", and this library reads version " +
-                    std::to_string(GATEDCONV_PLAN_VERSION) + ": update gatedconv-runtime");
+  if (version > kVersion) {
+    throw FileError("it is a file of version " + std::to_string(version) +
+                    ", and this library reads version " + std::to_string(kVersion) +
+                    ": update gatedconv-runtime");
   }
 }
 
@@ -163,6 +164,7 @@ void for_stored(const std::vector<Gap>& gaps, int64_t size, Body body) {
 }
 
 void allocate_weights(PlanFile& file, int64_t floats) {
+  if (floats > PTRDIFF_MAX / 8) throw std::bad_alloc();  // they would have no addresses
   const size_t bytes = (static_cast<size_t>(floats) * 4 + 64) / 64 * 64;
   file.weights.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
   if (!file.weights) throw std::bad_alloc();

@@ -48,7 +48,7 @@ Ready get_ready(const Tensor& input, const Tensor& program, const Tensor& weight
 void run_ready(const Ready& ready, Tensor& output, double* seconds = nullptr) {
   const bool ran = gatedconv::run(ready.plan, *ready.kernels, ready.source,
                                   static_cast<float*>(output.mutable_data_ptr()), ready.workers, seconds);
-  STD_TORCH_CHECK(ran, "plan_run: no memory for the workspace");
+  STD_TORCH_CHECK(ran, "plan_run: no memory");
 }
 
 Tensor plan_run(const Tensor& input, const Tensor& program, const Tensor& weights, std::vector<int64_t> shape,

@@ -5,8 +5,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -22,13 +22,13 @@ class Pool {
   static Pool& of_process() {
     static std::mutex mutex;
     static Pool* pool = nullptr;  // never destroyed: workers wait in it until the process ends
-    static pid_t owner = 0;
+    static std::atomic<pid_t> owner{0};
     const pid_t self = getpid();
-    if (std::atomic_ref<pid_t>(owner).load(std::memory_order_acquire) != self) {
+    if (owner.load(std::memory_order_acquire) != self) {
       std::lock_guard<std::mutex> lock(mutex);
       if (owner != self) {
         pool = new Pool;
-        std::atomic_ref<pid_t>(owner).store(self, std::memory_order_release);
+        owner.store(self, std::memory_order_release);
       }
     }
     return *pool;
@@ -37,6 +37,7 @@ class Pool {
   void offer(const std::shared_ptr<Work>& work, int workers) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      offers_.reserve(offers_.size() + static_cast<size_t>(workers));  // what throws comes first
       for (int i = workers; i > 0; --i) offers_.push_back({work, i});
       waiting_.store(static_cast<int>(offers_.size()), std::memory_order_release);
       grow(workers);
@@ -60,8 +61,8 @@ class Pool {
     for (; threads_ < workers; ++threads_) {
       try {
         std::thread([this] { help(); }).detach();
-      } catch (const std::system_error&) {
-        return;  // no more threads to be had: the caller works alone
+      } catch (const std::exception&) {
+        return;  // no more threads to be had, or no memory for one: the caller works alone
       }
     }
   }

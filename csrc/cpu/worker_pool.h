@@ -6,6 +6,7 @@
 // tasks, never for threads.
 #pragma once
 
+#include <atomic>
 #include <memory>
 
 namespace gatedconv {
@@ -16,6 +17,22 @@ class Work {
   // Takes and does tasks until none is left to take. Called with 0 by the caller and with other numbers by
   // workers, by some of them or by none. Returns from work(0) only when every task is done.
   virtual void work(int worker) = 0;
+  // Whether a task could not be done, for want of memory.
+  bool failed() const { return failed_.load(std::memory_order_relaxed); }
+
+ protected:
+  // Does a task, on any thread. What it throws ends here: others may be in the midst of theirs.
+  template <typename Task>
+  void attempt(Task task) noexcept {
+    try {
+      task();
+    } catch (...) {
+      failed_.store(true, std::memory_order_relaxed);
+    }
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
 };
 
 // Somebody's threads: calls task(context, i) once for every i below count, and returns when all have
@@ -36,7 +53,8 @@ class ThreadsInUse {
 };
 
 // Does the work with up to `workers` threads, the calling one included. Workers may still hold `work`
-// afterwards, so outside of its tasks it must touch nothing that it does not own.
+// afterwards, so outside of its tasks it must touch nothing that it does not own. Throws std::bad_alloc
+// before anything is done.
 void do_work(const std::shared_ptr<Work>& work, int workers);
 
 }  // namespace gatedconv

@@ -1,14 +1,16 @@
 // Memory for feature maps, kept between runs: fresh pages cost more than the layers that write them.
 #pragma once
 
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
-#include <vector>
+#include <utility>
 
 namespace gatedconv {
 
@@ -25,70 +27,71 @@ class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
     {
-      std::lock_guard<std::mutex> lock(mutex());
-      size_t best = kept().size();
-      for (size_t i = 0; i < kept().size(); ++i) {
-        const bool fits = kept()[i].bytes >= bytes;
-        if (fits && (best == kept().size() || kept()[i].bytes < kept()[best].bytes)) best = i;
+      std::lock_guard<std::mutex> lock(kept().mutex);
+      Block* best = nullptr;
+      for (Block& block : kept().blocks) {
+        if (block.data && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
       }
-      if (best < kept().size()) {
-        block_ = kept()[best];
-        kept().erase(kept().begin() + best);
-      }
+      if (best) std::swap(block_, *best);
     }
-    if (!block_.data) {
-      constexpr int64_t page = 2 << 20;
-      block_.bytes = bytes < page ? (bytes + 4095) / 4096 * 4096 : (bytes + page - 1) / page * page;
-      block_.data = static_cast<float*>(std::aligned_alloc(bytes < page ? 4096 : page, block_.bytes));
-      if (block_.data) madvise(block_.data, block_.bytes, MADV_HUGEPAGE);
-    }
+    if (!block_.data && bytes <= kMostBytes) block_ = allocate(bytes);
     if (block_.data) poison(block_.data, bytes / 4);
   }
   Workspace(const Workspace&) = delete;
   ~Workspace() {
     if (!block_.data) return;
-    std::lock_guard<std::mutex> lock(mutex());
-    if (kept().size() == kKept) {
+    {
       // Keep the larger blocks: they serve every run that the smaller ones would.
-      size_t least = 0;
-      for (size_t i = 1; i < kept().size(); ++i) {
-        if (kept()[i].bytes < kept()[least].bytes) least = i;
+      std::lock_guard<std::mutex> lock(kept().mutex);
+      Block* least = kept().blocks;
+      for (Block& block : kept().blocks) {
+        if (block.bytes < least->bytes) least = &block;
       }
-      if (kept()[least].bytes < block_.bytes) std::swap(kept()[least], block_);
-      std::free(block_.data);
-    } else {
-      kept().push_back(block_);
+      if (least->bytes < block_.bytes) std::swap(block_, *least);
     }
+    std::free(block_.data);
   }
-  float* data() const { return block_.data; }
+  float* data() const { return block_.data; }  // null where there is no memory
   int64_t bytes() const { return block_.bytes; }
 
   static int64_t release() {
-    std::lock_guard<std::mutex> lock(mutex());
+    std::lock_guard<std::mutex> lock(kept().mutex);
     int64_t bytes = 0;
-    for (Block& block : kept()) {
+    for (Block& block : kept().blocks) {
       bytes += block.bytes;
       std::free(block.data);
+      block = {};
     }
-    kept().clear();
     return bytes;
   }
 
  private:
   struct Block {
-    float* data = nullptr;
-    int64_t bytes = 0;
+    float* data;
+    int64_t bytes;
   };
   static constexpr size_t kKept = 4;
-  static std::mutex& mutex() {
-    static std::mutex value;
+  static constexpr int64_t kPage = 2 << 20;
+  static constexpr int64_t kMostBytes = PTRDIFF_MAX - kPage;
+  struct Kept {
+    std::mutex mutex;
+    Block blocks[kKept]{};  // of size 0 where there is none
+  };
+
+  static Block allocate(int64_t bytes) {
+    const int64_t page = bytes < kPage ? 4096 : kPage, whole = (bytes + page - 1) / page * page;
+    Block block{static_cast<float*>(std::aligned_alloc(page, whole)), whole};
+#if defined(__linux__)
+    if (block.data) madvise(block.data, whole, MADV_HUGEPAGE);
+#endif
+    return block;
+  }
+
+  static Kept& kept() {
+    static Kept value;
     return value;
   }
-  static std::vector<Block>& kept() {  // never destroyed: a thread may still run at exit
-    static auto* value = new std::vector<Block>;
-    return *value;
-  }
-  Block block_;
+  Block block_{};
 };
 
 }  // namespace gatedconv

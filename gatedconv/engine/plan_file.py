@@ -16,8 +16,8 @@ from gatedconv import _native
 from gatedconv.deploy.export import About
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.engine import Engine
+from gatedconv.engine.program import VERSION
 
-VERSION = 1  # as GATEDCONV_PLAN_VERSION in csrc/cpu/gatedconv_plan.h
 PRODUCER = "gatedconv 0.1.0"
 
 

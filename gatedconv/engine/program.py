@@ -19,7 +19,7 @@ from gatedconv.engine.pack import (
     round_up,
 )
 
-VERSION = 3
+VERSION = 1  # of the encoding, and of files: GATEDCONV_PLAN_FILE_VERSION in csrc/cpu/gatedconv_plan.h
 OPS = (
     "input",
     "output",

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from gatedconv_runtime._library import load_library
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "PlanError", "isa", "load", "release"]
+__all__ = ["Plan", "PlanError", "file_version", "isa", "load", "release"]
 
 _lib = load_library()
 _Four = ctypes.c_int64 * 4
@@ -127,7 +128,10 @@ class Plan:
     def classes(self) -> tuple[str, ...] | None:
         """The names of the outputs, None where the file has none."""
         text = self._text("classes")
-        return None if text is None else tuple(text.split("\n"))
+        names = None if text is None else tuple(text.split("\n"))
+        if names is not None and len(names) != self.output_size(self.input_size)[1]:
+            raise PlanError(f"the file's classes are damaged: {len(names)} names")
+        return names
 
     @property
     def mean(self) -> tuple[float, ...] | None:
@@ -152,10 +156,11 @@ class Plan:
         text = self._text(key)
         if text is None:
             return None
-        try:
-            return tuple(map(float, text.split()))
-        except ValueError:
-            raise PlanError(f"the file's {key} is damaged: {text[:80]!r}") from None
+        with contextlib.suppress(ValueError):
+            numbers = tuple(map(float, text.split()))
+            if len(numbers) == self.input_size[1]:
+                return numbers
+        raise PlanError(f"the file's {key} is damaged: {text[:80]!r}")
 
 
 def load(source: str | os.PathLike[str] | bytes, *, threads: int = 0) -> Plan:
@@ -182,6 +187,12 @@ def load(source: str | os.PathLike[str] | bytes, *, threads: int = 0) -> Plan:
     if not handle:
         raise _error()
     return Plan(handle, count)
+
+
+def file_version() -> int:
+    """Return the version of the files that `load` reads; it refuses a newer one."""
+    version: int = _lib.gatedconv_plan_file_version()
+    return version
 
 
 def isa() -> str:

@@ -7,13 +7,15 @@ import sys
 
 import numpy as np
 
-from gatedconv_runtime import Plan, PlanError, load
+from gatedconv_runtime import Plan, PlanError, __version__, file_version, load
 from gatedconv_runtime.image import prepare, read_image
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m gatedconv_runtime", description=__doc__.split(": ", 1)[1])
+    version = f"gatedconv-runtime {__version__}, plans of version {file_version()}"
+    parser.add_argument("--version", action="version", version=version)
     parser.add_argument("plan", metavar="NET.plan")
     parser.add_argument("images", metavar="IMAGE", nargs="*")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to print [5]")

@@ -6,12 +6,13 @@ import ctypes
 from pathlib import Path
 
 NAME = "libgatedconv_plan.so"
-VERSION = 1
+VERSION = 1  # GATEDCONV_PLAN_VERSION of csrc/cpu/gatedconv_plan.h, the interface that is declared here
 
 _Size = ctypes.POINTER(ctypes.c_int64)
 # Name: result, arguments.
 _FUNCTIONS = {
     "version": (ctypes.c_int, []),
+    "file_version": (ctypes.c_int, []),
     "error": (ctypes.c_char_p, []),
     "open": (ctypes.c_void_p, [ctypes.c_char_p]),
     "open_memory": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_size_t]),

@@ -72,6 +72,22 @@ def test_a_plan_runs_on_the_callers_threads(package, files, tmp_path):
     assert int(run(tmp_path / "threads", files[0])) >= 2 * 4  # a call of each for every batch at least
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_request_for_memory_may_fail(package, plan_bytes, tmp_path, threads):
+    """One error, no crash, nothing left behind, and the same output afterwards."""
+    require("cc")
+    library = package / "gatedconv_runtime/libgatedconv_plan.so"
+    flags = [f"-I{ROOT / 'csrc/cpu'}", library, f"-Wl,-rpath,{library.parent}"]
+    source, program = ROOT / "tests/runtime/no_memory.c", tmp_path / "no_memory"
+    compiled = [*CC[:1], "-std=c11", *CC[2:], "-D_POSIX_C_SOURCE=200809L"]
+    done = subprocess.run([*compiled, source, *flags, "-o", program], capture_output=True, text=True, check=False)
+    if "__libc_malloc" in done.stderr:
+        pytest.skip("needs glibc")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "net.plan").write_bytes(plan_bytes)
+    assert int(run(program, tmp_path / "net.plan", threads)) > 100
+
+
 def test_the_library_needs_the_c_library_alone_and_shows_its_interface_alone(package):
     require("readelf", "nm")
     library = package / "gatedconv_runtime/libgatedconv_plan.so"
