@@ -73,18 +73,13 @@ wheel: $(VENV)/.dev
 	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist/
 
-# A few minutes: the most telling cases, printed. BENCH="--results" keeps the rows in benchmarks/results/.
+# A few minutes: the most telling cases, printed. BENCH="--benchmark-json FILE" keeps the rows.
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -m quick -q $(BENCH)
 
-# Everything, kept in benchmarks/results/, then the cases that have a goal once more with all libraries held to AVX2;
-# an interrupted run goes on where it stopped. On an idle machine with two cores about 25 minutes.
-AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 GATEDCONV_ISA=avx2
+# Every case; on an idle machine with two cores about 25 minutes.
 bench-all: $(VENV)/.bench
-	@failed=0; \
-	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -q --results $(BENCH) || failed=1; \
-	$(AVX2) $(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -q -m goals --results $(BENCH) || failed=1; \
-	exit $$failed
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -q $(BENCH)
 
 bench-docs: $(VENV)/.build
 	$(BIN)/python docs/write.py

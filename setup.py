@@ -38,7 +38,7 @@ class BuildLibraries(build_ext):
         _build.write_build_info(folder, CSRC, reasons)
 
     def get_outputs(self) -> list[str]:
-        """List the files that go into a wheel beside the Python files."""
+        """List the files that go into a wheel along with the Python files."""
         folder = Path(self.build_lib) / "gatedconv"
         return [str(path) for path in (*folder.glob("_C_*.so"), folder / "_build_info.json")]
 

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, machine_header
+from benchmarks.harness import RESULTS, machine_header, write_result
 from benchmarks.networks import NetworkCase
-from gatedconv._io import write_atomic
 from gatedconv.measure.interleaved import wait_until_idle
 from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS, SETTINGS, quiet
+from gatedconv.report.runtimes import OURS, SETTINGS, silenced
 from gatedconv.report.tables import markdown_table
 
 FILE = RESULTS / "busy.json"
@@ -88,7 +87,7 @@ def measure(case: NetworkCase, rounds: int, seconds: float, threads: int) -> lis
     settings = [s for s in SETTINGS if (s.provider, s.name) in CANDIDATES and s.missing is None]
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), contextlib.closing(BusyCore()) as core:
-        with quiet():
+        with silenced():
             runs = {CANDIDATES[s.provider, s.name]: s.prepare(network, x, Path(folder), threads) for s in settings}
         for _ in range(rounds):
             for name, run in runs.items():
@@ -152,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
                     flush=True,
                 )
     result = {"machine": machine_header(options.threads), "load": load, "rows": rows}
-    write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

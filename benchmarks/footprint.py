@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 from torch import nn
 
 import gatedconv
+from benchmarks.harness import RESULTS, write_result
 from gatedconv.environment import commit, versions
 from gatedconv.report.footprint import footprint_rows, measure_footprints
 from gatedconv.report.tables import text_table
 
-RESULTS = Path(__file__).parent / "results" / "footprint.json"
 NETWORKS = {"ResNet-20, CIFAR": "resnet20", "ResNet-56, CIFAR": "resnet56"}
 
 
@@ -45,7 +44,7 @@ def main() -> None:
         rows += [{"network": title, **dataclasses.asdict(row)} for row in found]
         print(f"{title}\n{text_table(*footprint_rows(rows[-len(found) :]))}\n")
     result = {"rounds": arguments.rounds, "commit": commit(), "versions": versions(), "rows": rows}
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(RESULTS / "footprint.json", result)
 
 
 if __name__ == "__main__":

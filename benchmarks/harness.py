@@ -1,18 +1,17 @@
-"""What all benchmarks share: rows, result files and their header, and times on a GPU.
+"""What all benchmarks share: result files and their header, and times on a GPU.
 
-A result file is one JSON per machine, torch and commit: the header, ``rows`` (`Row`) and ``failures``.
+A result file is JSON: the ``machine`` (`machine_header`), ``rows`` (`Row`, and more fields) and what a benchmark adds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,72 +20,64 @@ import torch
 
 from gatedconv._io import write_atomic
 from gatedconv.environment import commit, cpu_info, version, versions
-from gatedconv.report.bench import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-HEADER = ("device", "cpu", "isa", "threads", "torch", "triton", "cuda", "versions", "commit", "date")
-_NEWER = ("note", "agreement")  # fields that older files lack
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GATEDCONV_ISA")
 
 Call = Callable[[], Any]
 
 
-class Record:
-    """The rows of one machine, torch and commit; a file that exists is continued.
+class ResultFile:
+    """The rows of one machine, software and commit; written after every case, continued where the file exists.
 
     Args:
         path: the file.
-        header: common to the rows.
+        machine: see `machine_header`; other keys may follow.
 
     Raises:
-        ValueError: the file has rows of another machine or version.
+        ValueError: the file has rows of another machine, software or commit.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path, self.header = path, header
-        self.rows: list[dict[str, Any]] = []
-        self.failures: list[dict[str, Any]] = []
+    def __init__(self, path: Path, machine: dict[str, Any]) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {"machine": machine, "rows": [], "failures": [], "layers": {}}
         if path.exists():
-            found = read(path)
-            different = [key for key in HEADER if key != "date" and found[key] != header[key]]
+            self.found = json.loads(path.read_text())
+            same = (key for key in machine if key not in ("date", "peak_gflops"))
+            different = [key for key in same if self.found["machine"].get(key) != machine[key]]
             if different:
                 raise ValueError(f"{path}: has results of another machine or version ({', '.join(different)} differ)")
-            self.rows, self.failures = found["rows"], found["failures"]
 
-    def has(self, benchmark: str, case: str, batch: int) -> bool:
+    def has(self, case: str, batch: int) -> bool:
         """Whether a case has been measured."""
-        return any((row["benchmark"], row["case"], row["batch"]) == (benchmark, case, batch) for row in self.rows)
+        return any((row["case"], row["batch"]) == (case, batch) for row in self.found["rows"])
 
-    def add(self, rows: Iterable[Row], failures: Iterable[dict[str, Any]] = ()) -> None:
-        """Append a case and write the file atomically, with one row per line."""
-        self.rows += [row.as_dict() for row in rows]
-        self.failures += failures
-        parts = [json.dumps(self.header, indent=1)[:-2]]
-        for key, entries in (("rows", self.rows), ("failures", self.failures)):
-            lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
-            parts.append(f' "{key}": [\n{lines}\n ]' if entries else f' "{key}": []')
-        write_atomic(self.path, (",\n".join(parts) + "\n}\n").encode())
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A result file.
-
-    Raises:
-        ValueError: a key is missing, in the file or in one of its rows.
-    """
-    found: dict[str, Any] = json.loads(path.read_text())
-    missing = [key for key in (*HEADER, "rows", "failures") if key not in found]
-    required = [field.name for field in dataclasses.fields(Row) if field.name not in _NEWER]
-    missing += [field for row in found.get("rows", []) for field in required if field not in row]
-    if missing:
-        raise ValueError(f"{path}: keys are missing: {', '.join(sorted(set(missing)))}")
-    return found
+    def add(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        failures: Iterable[Mapping[str, Any]] = (),
+        layers: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Append a case and write the file."""
+        self.found["rows"] += rows
+        self.found["failures"] += failures
+        self.found["layers"].update(layers or {})
+        write_result(self.path, self.found)
 
 
-def result_files(folder: Path = RESULTS) -> list[Path]:
-    """The result files of a folder that have rows of a device; there are files of other measurements, too."""
-    return [path for path in sorted(folder.glob("*.json")) if "device" in json.loads(path.read_text())]
+def write_result(path: Path, found: Mapping[str, Any]) -> None:
+    """Write a result file atomically: each key on a line of its own, and each entry of a list or mapping."""
+    parts = []
+    for key, value in found.items():
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
+        elif key != "machine" and isinstance(value, dict) and value:
+            text = "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n }"
+        else:
+            text = json.dumps(value)
+        parts.append(f" {json.dumps(key)}: {text}")
+    write_atomic(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
 
 
 def machine_header(threads: int | None = None, gpu: str | None = None) -> dict[str, Any]:
@@ -106,12 +97,6 @@ def machine_header(threads: int | None = None, gpu: str | None = None) -> dict[s
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
-
-
-def default_path(header: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """The result file of this machine, torch and commit."""
-    commit_name = (header["commit"] or "unknown").replace("+changes", "")[:10]
-    return folder / f"{header['device']}-{header['torch'].replace('+', '-')}-{commit_name}.json"
 
 
 def device_name(model: str, cores: int, limited: bool = False) -> str:

@@ -17,25 +17,23 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.harness import RESULTS, machine_header
-from gatedconv._io import write_atomic
+from benchmarks.harness import RESULTS, machine_header, write_result
 from gatedconv.engine.choose import ALGORITHMS, RATES, Rates, Work
+from gatedconv.engine.cpu_tuning import layer_call, least_ms
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer
 from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import find_segments
-from gatedconv.engine.tune import layer_call, least_ms
 from gatedconv.ops.plan import plan_isa, unavailable
 from gatedconv.report.tables import markdown_table
 
-# Of ResNet-18 and 50, dense and half cut; EfficientNetV2-S, DenseNet-121, YOLOv8n; CIFAR ResNets; odd counts.
+# Of ResNet-18 and 50, dense and half compact; EfficientNetV2-S, DenseNet-121, YOLOv8n; CIFAR ResNets; odd counts.
 SHAPES = (
     "i64 o64 h56",
     "i64 o32 h56",
@@ -189,15 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows))
     if options.save:
         machine = machine_header(1)
-        save(RESULTS / f"kernels-{machine['device']}.json", machine, rows)
+        times = [{"case": row["case"], "ms": {name: round(ms, 4) for name, ms in row["ms"].items()}} for row in rows]
+        found = {"machine": machine, "isa": plan_isa(), "rows": times}
+        write_result(RESULTS / f"kernels-{machine['device']}.json", found)
     return int(any(row["over_best"] > LIMIT for row in rows))
-
-
-def save(path: Path, machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Write the times, a case a line."""
-    lines = [json.dumps({"case": r["case"], "ms": {w: round(t, 4) for w, t in r["ms"].items()}}) for r in rows]
-    head = f' "machine": {json.dumps(machine)},\n "isa": {json.dumps(plan_isa())}'
-    write_atomic(path, ("{\n" + head + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n").encode())
 
 
 if __name__ == "__main__":

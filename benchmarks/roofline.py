@@ -15,14 +15,14 @@ ROUNDS = 10
 
 
 @dataclass(frozen=True)
-class Rates:
+class DeviceRates:
     """What a device does at best, measured: FLOP of large products, bytes of a large copy, read and written."""
 
     flop_per_ms: float
     bytes_per_ms: float
 
 
-def measured_rates(device: torch.device, dtype: torch.dtype, size: int = 0) -> Rates:
+def measured_rates(device: torch.device, dtype: torch.dtype, size: int = 0) -> DeviceRates:
     """Measure both; ``size`` is the side of the matrices, 0 for 8192 on a GPU and 2048 on a CPU.
 
     FLOP are those of a matrix product or of a 3x3 convolution, whichever is faster: not every library for matrices is
@@ -38,7 +38,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, size: int = 0) -> R
     finally:
         matmul.allow_tf32 = before
     copy = _least_ms(lambda: target.copy_(source), device)
-    return Rates(max(product, _convolved(side, device, dtype)), 2 * source.numel() * source.element_size() / copy)
+    return DeviceRates(max(product, _convolved(side, device, dtype)), 2 * source.numel() * source.element_size() / copy)
 
 
 def _convolved(side: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -90,7 +90,7 @@ def layer_work(model: nn.Module, image: Tensor) -> list[tuple[int, int, int]]:
     return found
 
 
-def pass_ms(work: list[tuple[int, int, int]], batch: int, element: int, rates: Rates) -> float:
+def pass_ms(work: list[tuple[int, int, int]], batch: int, element: int, rates: DeviceRates) -> float:
     """Milliseconds of a forward pass at these rates: of each layer the longer of multiplying and moving.
 
     What must move is each layer's input, output and weights, of ``element`` bytes, once; norms, activations and gates
@@ -102,7 +102,9 @@ def pass_ms(work: list[tuple[int, int, int]], batch: int, element: int, rates: R
     )
 
 
-def epoch_ms(work: list[tuple[int, int, int]], batch: int, steps: int, tests: int, element: int, rates: Rates) -> float:
+def epoch_ms(
+    work: list[tuple[int, int, int]], batch: int, steps: int, tests: int, element: int, rates: DeviceRates
+) -> float:
     """Milliseconds of an epoch: a step is a forward pass and, backward, two more; each test image is one forward."""
     one = pass_ms(work, batch, element, rates)
     return one * (PASSES_PER_STEP * steps + tests / batch)

@@ -26,11 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import gatedconv
-from benchmarks.harness import RESULTS, machine_header
+from benchmarks.harness import RESULTS, ResultFile, machine_header
 from benchmarks.networks import fill_norms, half_open
 from benchmarks.roofline import layer_work, measured_rates
 from benchmarks.yolo import Yolo
-from gatedconv._io import write_atomic
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.environment import versions
 from gatedconv.ops.plan import plan_times
@@ -51,7 +50,7 @@ NETWORKS = (
     "convnext_tiny",
     "yolov8n",
 )
-CUTS, BATCHES = ("dense", "mid-50"), (1, 8)
+VARIANTS, BATCHES = ("dense", "mid-50"), (1, 8)
 PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "mnn": "MNN", "ncnn": "ncnn", "litert": "LiteRT"}
 OWN = tuple(setting for setting in SETTINGS if setting.provider == OURS)
 GROUPS = {
@@ -69,19 +68,19 @@ class Case:
     """A network, "dense" or "mid-50" (half of the channels inside of its blocks removed at random), and a batch."""
 
     network: str
-    cut: str
+    variant: str
     batch: int
 
     @property
     def name(self) -> str:
         """As result rows call it."""
-        return f"{self.network} {self.cut}"
+        return f"{self.network} {self.variant}"
 
 
-CASES = tuple(Case(*case) for case in itertools.product(NETWORKS, CUTS, BATCHES))
+CASES = tuple(Case(*case) for case in itertools.product(NETWORKS, VARIANTS, BATCHES))
 
 
-def build(network: str, cut: str, size: int = 224) -> nn.Module:
+def build(network: str, variant: str, size: int = 224) -> nn.Module:
     """A network in eval mode with random weights, for images (N, 3, size, size).
 
     Raises:
@@ -97,7 +96,7 @@ def build(network: str, cut: str, size: int = 224) -> nn.Module:
             model = getattr(torchvision.models, network)(weights=None)
         fill_norms(model)
         model.eval()
-        if cut == "dense":
+        if variant == "dense":
             return model
         x = torch.randn(1, 3, size, size)
         gated = gatedconv.gate_model(model, gate="channel", position="middle", example_input=x)
@@ -148,50 +147,8 @@ def measure(case: Case, network: nn.Module, folder: Path, options: argparse.Name
         gflops = 2 * macs * case.batch / row.ms_min / 1e6 if own and row.ms_min else None
         share = None if gflops is None else round(gflops / peak, 3)
         rows.append({**row.as_dict(), "gflops": gflops and round(gflops, 1), "share_of_peak": share})
-    failures = [
-        {"case": case.name, "batch": case.batch, "provider": p, "setting": s, "reason": why}
-        for (p, s), why in found.failures.items()
-    ]
     layers = slowest_layers(network, x) if case.batch == 1 and options.group == "main" else []
-    return {"rows": rows, "failures": failures, "layers": {case.name: layers} if layers else {}}
-
-
-class Results:
-    """The result file: written after every case, continued where it exists.
-
-    Raises:
-        ValueError: the file has rows of another machine, software or commit.
-    """
-
-    def __init__(self, path: Path, machine: dict[str, Any]) -> None:
-        self.path = path
-        self.found: dict[str, Any] = {"machine": machine, "rows": [], "failures": [], "layers": {}}
-        if path.exists():
-            self.found = json.loads(path.read_text())
-            different = [
-                key
-                for key in machine
-                if key not in ("date", "peak_gflops") and self.found["machine"].get(key) != machine[key]
-            ]
-            if different:
-                raise ValueError(f"{path}: has results of another machine or version ({', '.join(different)} differ)")
-
-    def has(self, case: Case) -> bool:
-        """Whether a case was measured."""
-        return any((row["case"], row["batch"]) == (case.name, case.batch) for row in self.found["rows"])
-
-    def add(self, more: dict[str, Any]) -> None:
-        """Append a case and write the file, one row a line."""
-        self.found["rows"] += more["rows"]
-        self.found["failures"] += more["failures"]
-        self.found["layers"].update(more["layers"])
-        parts = [f' "machine": {json.dumps(self.found["machine"])}']
-        for key in ("rows", "failures"):
-            lines = ",\n".join("  " + json.dumps(entry) for entry in self.found[key])
-            parts.append(f' "{key}": [\n{lines}\n ]' if lines else f' "{key}": []')
-        layers = ",\n".join(f"  {json.dumps(name)}: {json.dumps(v)}" for name, v in self.found["layers"].items())
-        parts.append(f' "layers": {{\n{layers}\n }}')
-        write_atomic(self.path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
+    return {"rows": rows, "failures": found.failure_rows(), "layers": {case.name: layers} if layers else {}}
 
 
 def section() -> str:
@@ -352,7 +309,7 @@ def _not_measured(failures: Iterable[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shipped", description=__doc__)
-    parser.add_argument("--group", choices=GROUPS, default="main", help="peers to measure beside our engine [main]")
+    parser.add_argument("--group", choices=GROUPS, default="main", help="peers to measure along with our engine [main]")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each case [9]")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every runtime [2]")
     parser.add_argument("--minutes", type=float, help="start no case after this time; run again to continue")
@@ -368,17 +325,17 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
     if options.group != "main":
         machine |= {"group": options.group, "versions": machine["versions"] | versions(*PACKAGES[options.group])}
         end_of_name = f"-{options.group}"
-    results = Results(options.out or RESULTS / f"shipped-{machine['device']}{end_of_name}.json", machine)
-    for (name, cut), cases in itertools.groupby(CASES, key=lambda case: (case.network, case.cut)):
-        left = [case for case in cases if options.only in case.name and not results.has(case)]
+    record = ResultFile(options.out or RESULTS / f"shipped-{machine['device']}{end_of_name}.json", machine)
+    for (name, variant), cases in itertools.groupby(CASES, key=lambda case: (case.network, case.variant)):
+        left = [case for case in cases if options.only in case.name and not record.has(case.name, case.batch)]
         if not left or time.monotonic() > end:
             continue
-        network = build(name, cut, options.size)
+        network = build(name, variant, options.size)
         with tempfile.TemporaryDirectory() as folder:  # of both batches: conversion takes longer than measuring
             for case in left:
-                results.add(measure(case, network, Path(folder), options, results.found["machine"]["peak_gflops"]))
-                rows = [row for row in results.found["rows"] if (row["case"], row["batch"]) == (case.name, case.batch)]
-                times = ", ".join(f"{row['provider']} {row['setting']} {row['ms_min']:.2f} ms" for row in rows)
+                found = measure(case, network, Path(folder), options, record.found["machine"]["peak_gflops"])
+                record.add(**found)
+                times = ", ".join(f"{row['provider']} {row['setting']} {row['ms_min']:.2f} ms" for row in found["rows"])
                 say(f"{case.name}, batch {case.batch}: {times}")
 
 

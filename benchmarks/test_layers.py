@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks.conftest import as_parameter
 from benchmarks.layers import CASES, is_quick
+from gatedconv.report.bench import Comparison
 from gatedconv.report.layers import ConvCase, compare_layers
 
 
 @pytest.mark.parametrize("case", [as_parameter(case, str(case), is_quick(case)) for case in CASES])
-def test_layer(case: ConvCase, compete: Callable[..., None]) -> None:
-    compete("layer", case, lambda: compare_layers(case))
+def test_layer(case: ConvCase, compete: Callable[[Comparison], None]) -> None:
+    compete(compare_layers(case))

@@ -20,17 +20,8 @@ JIT, WITH_JIT = "freezing, channels_last", ("resnet56", "resnet18")
 
 @pytest.mark.timeout(540)
 @pytest.mark.parametrize("case", [as_parameter(case, f"{case.name} batch {case.batch}", case.quick) for case in CASES])
-def test_network(case: NetworkCase, compete: Callable[..., None], cpu_threads: int) -> None:
-    def build() -> Comparison:
-        network, x = case.build()
-        return compare_runtimes(
-            case.name,
-            network,
-            x,
-            settings=[setting for setting in SETTINGS if setting.name != JIT or case.model in WITH_JIT],
-            folder=CACHE,
-            threads=cpu_threads,
-            sample_ms=SAMPLE_MS[case.image_size],
-        )
-
-    compete("network", case, build)
+def test_network(case: NetworkCase, compete: Callable[[Comparison], None], cpu_threads: int) -> None:
+    network, x = case.build()
+    settings = [setting for setting in SETTINGS if setting.name != JIT or case.model in WITH_JIT]
+    options = {"folder": CACHE, "threads": cpu_threads, "sample_ms": SAMPLE_MS[case.image_size]}
+    compete(compare_runtimes(case.name, network, x, settings=settings, **options))

@@ -9,7 +9,6 @@ network without gates. It has no teacher.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.harness import write_result
 from benchmarks.roofline import epoch_ms, layer_work, measured_rates
 from gatedconv.data import ImageData
 from gatedconv.data.image_data import Augment, make_image_data
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None, show: Callable[[Any], object] = pri
     parser.add_argument("--steps", type=int, default=20, help="steps of an epoch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--case", type=int, action="append", help="number of a case; all without")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     rows = []
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None, show: Callable[[Any], object] = pri
         show(rows[-1])
     what = WHAT.format(threads=chosen.threads, steps=chosen.steps)
     found = {"commit": commit(), "versions": versions(), "threads": chosen.threads, "what": what, "rows": rows}
-    chosen.output.write_text(json.dumps(found, indent=1) + "\n")
+    write_result(chosen.out, found)
 
 
 if __name__ == "__main__":

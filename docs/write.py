@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 from scaling_tables import TABLES  # noqa: E402
 
 from benchmarks import busy, kernels, runtime, shipped  # noqa: E402
-from benchmarks import tables as performance  # noqa: E402
+from benchmarks.gpu import section as gpu_section  # noqa: E402
 from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
 from gatedconv.train.config import read_toml  # noqa: E402
@@ -210,12 +210,11 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "scaling.md": TABLES,
     ROOT / "docs" / "performance.md": {
         "kernels": kernels.section,
-        "cpu": performance.cpu,
         "footprint": footprints,
         "runtime": runtime.section,
         "shipped": shipped.section,
         "busy": busy.section,
-        "gpu": performance.gpu,
+        "gpu": gpu_section.section,
         "ptx": executed_kernels,
     },
     ROOT / "docs" / "results.md": {

@@ -82,14 +82,18 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="", help="auto, cpu, cuda or cuda:N [the recipe's]")
     parser.add_argument(
-        "--beside", type=int, default=0, metavar="N", help="other runs on the device; energy is not measured then [0]"
+        "--other-runs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="other runs on the device; energy is not measured then [0]",
     )
     parser.add_argument("--max-minutes", type=float, default=0.0, metavar="X", help="stop after this time; 0 never [0]")
 
 
 def _bench(arguments: argparse.Namespace) -> Bench:
-    if arguments.beside < 0:
-        raise ValueError(f"beside: expected at least 0, got {arguments.beside}")
+    if arguments.other_runs < 0:
+        raise ValueError(f"other-runs: expected at least 0, got {arguments.other_runs}")
     if not 0 <= arguments.max_minutes < float("inf"):
         raise ValueError(f"max_minutes: expected at least 0, got {arguments.max_minutes}")
     sources = {}
@@ -105,7 +109,7 @@ def _bench(arguments: argparse.Namespace) -> Bench:
         arguments.device,
         arguments.threads,
         deadline=time.monotonic() + 60 * arguments.max_minutes if arguments.max_minutes else None,
-        beside=arguments.beside,
+        other_runs=arguments.other_runs,
         amp=arguments.amp,
         cuda_graph=arguments.cuda_graph,
     )

@@ -41,7 +41,7 @@ class Bench:
         device: as in `TrainConfig`; "" for the recipe's.
         threads: as in `TrainConfig`; 0 for the recipe's.
         deadline: `time.monotonic()` at which to stop; None for never.
-        beside: number of other runs on the same device.
+        other_runs: number of other runs on the same device.
         amp: as in `TrainConfig`; "" for the recipe's.
         cuda_graph: as in `TrainConfig`.
         command: the program of a run in a process of its own.
@@ -56,7 +56,7 @@ class Bench:
     device: str = ""
     threads: int = 0
     deadline: float | None = None
-    beside: int = 0
+    other_runs: int = 0
     amp: str = ""
     cuda_graph: bool = False
     command: tuple[str, ...] = (sys.executable, "-m", "reproduce")

@@ -25,6 +25,7 @@ class Experiment:
         needs: for controls and naive baselines, the experiment whose run of the same seed they are derived from.
         share: percent that a naive baseline prunes.
         taught_by: the experiment whose dense network, of the same seed, teaches it unchanged.
+        dense: the experiment of the same network without gates, by the same recipe; "" for none.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Experiment:
     needs: str = ""
     share: int = 0
     taught_by: str = ""
+    dense: str = ""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -78,17 +80,19 @@ def with_controls(
     name: str, preset: str, shown: str, seeds: tuple[int, ...] = THREE, settings: Settings | None = None
 ) -> Iterator[Experiment]:
     """A gated run, its dense network and its controls, the second of them also with a teacher."""
-    gated = Experiment(name, "gated", preset, settings or {}, seeds, (shown,), f"{network_name(name)} gated")
+    label, without = f"{network_name(name)} gated", f"{name}-dense"
+    gated = Experiment(name, "gated", preset, settings or {}, seeds, (shown,), label, dense=without)
     yield gated
-    yield dense(gated, f"{name}-dense")
+    yield dense(gated)
     even, fixed = controls(gated)
     yield from (even, fixed, taught(fixed, gated))
 
 
-def dense(gated: Experiment, name: str) -> Experiment:
-    """The network of a gated run without gates, by the same recipe."""
+def dense(gated: Experiment) -> Experiment:
+    """The experiment that `gated.dense` names."""
     settings = {**gated.settings, "gate": "none", "consensus_at": 1.0, "mac_control": "none", "teacher_at": 1.0}
-    return replace(gated, name=name, kind="dense", settings=settings, label=f"{network_name(gated.name)} dense")
+    label = f"{network_name(gated.name)} dense"
+    return replace(gated, name=gated.dense, kind="dense", settings=settings, label=label, dense="")
 
 
 def network_name(name: str) -> str:

@@ -16,7 +16,7 @@ from gatedconv.report import plots
 from reproduce.experiment import Experiment
 from reproduce.ledger import LedgerRow
 from reproduce.table import all_experiments
-from reproduce.tables import Rows, dense_of, interval, mean_spread, paired_runs, runs_of
+from reproduce.tables import Rows, dense_pairs, interval, mean_spread, runs_of
 
 # Table 1 of the paper: top-1 (%) before and after, and reduction of the FLOPs (%), ResNet-56 on CIFAR-10.
 LITERATURE = {
@@ -110,7 +110,7 @@ def _draw_overview(rows: Rows, path: Path) -> Path:
     """Top-1 over MACs on all of CIFAR-10, and how far every experiment is from its dense network."""
     plt = plots.pyplot()
     known = [each for each in all_experiments().values() if _counts(each) and runs_of(each, rows)]
-    apart = [(each, pairs) for each in known if (pairs := _dense_pairs(each, rows))]
+    apart = [(each, pairs) for each in known if (pairs := dense_pairs(each, rows))]
     with plt.rc_context(plots.STYLE):
         height = max(3.8, 0.6 + 0.22 * len(apart))
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
@@ -143,13 +143,7 @@ def _draw_overview(rows: Rows, path: Path) -> Path:
         left.legend(
             marks, [kind.replace("_", " ").replace("macs", "MACs") for kind in kinds], loc="lower right", fontsize=7
         )
-        return plots.save(figure, path, plt)
-
-
-def _dense_pairs(experiment: Experiment, rows: Rows) -> list[tuple[LedgerRow, LedgerRow]]:
-    """Its runs and those of its dense network, by seed; none for a dense network."""
-    dense = dense_of(experiment, rows) if experiment.kind != "dense" else None
-    return paired_runs(experiment, dense, rows) if dense else []
+        return plots.save_figure(figure, path, plt)
 
 
 def _name_with_share(experiment: Experiment, pairs: Sequence[tuple[LedgerRow, LedgerRow]]) -> str:
@@ -259,7 +253,7 @@ def _draw_rates(sweep: _Series, path: Path) -> Path:
         left.set_ylabel("top-1 (%)")
         left.set_title("Against the naive baselines")
         left.legend(loc="lower left")
-        return plots.save(figure, path, plt)
+        return plots.save_figure(figure, path, plt)
 
 
 def _draw_drops(sweep: _Series, path: Path) -> Path:
@@ -282,7 +276,7 @@ def _draw_drops(sweep: _Series, path: Path) -> Path:
         right.set_xlabel("MACs saved (%)")
         right.set_ylabel("drop of top-1 (points)")
         right.set_title("Against the literature")
-        return plots.save(figure, path, plt)
+        return plots.save_figure(figure, path, plt)
 
 
 def _drops(dense: float, runs: Iterable[LedgerRow]) -> list[float]:
@@ -360,4 +354,4 @@ def _draw_bench(bench: Sequence[Experiment], rows: Rows, epochs: Path, path: Pat
         right.set_yticks(range(len(bench)), [each.label.removeprefix(_BENCH) for each in bench])
         right.invert_yaxis()
         right.set_title("Last epoch")
-        return plots.save(figure, path, plt)
+        return plots.save_figure(figure, path, plt)

@@ -192,7 +192,7 @@ def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key
         pruning_rate=experiment.share / 100 if experiment.kind == "naive_dropout" else 1 - kept,
         epochs=0,
         wall_s=round(time.monotonic() - started, 2),
-        jobs=bench.beside + 1,
+        jobs=bench.other_runs + 1,
         recipe=recipe_of(experiment),
         **{name: found[name] for name in ("macs", "macs_conv", "params")},
         **{name: here[name] for name in ("device", "commit", "versions")},

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gatedconv.train.config import TrainConfig, make_config, require_same_recipe
-from gatedconv.train.loop import StopRequest, stop_on_sigterm
 from gatedconv.train.run_dir import RunFolder
+from gatedconv.train.stopping import StopRequest, stop_on_sigterm
 from reproduce.bench import Bench, Key, dataset_name, stem
 from reproduce.checks import known_images, require_complete, require_fit, require_writable
 from reproduce.energy import measure_energy
@@ -110,12 +110,12 @@ def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
     if jobs == 1 or len(queue) < 2:
         code = _one_by_one(bench, queue, failures)
     else:
-        together = replace(bench, beside=max(bench.beside, min(jobs, len(queue)) - 1))
+        together = replace(bench, other_runs=max(bench.other_runs, min(jobs, len(queue)) - 1))
         with stop_on_sigterm() as stop, stop.deferred():
             code = _side_by_side(together, queue, jobs, failures, stop)
         if stop.requested:
             return failures.report() or TIME_LIMIT
-    if jobs > 1 and not bench.beside:  # the device is free now
+    if jobs > 1 and not bench.other_runs:  # the device is free now
         measure_energy(bench, keys, failures)
     return failures.report() or code
 
@@ -148,7 +148,7 @@ def run_one(bench: Bench, name: str, seed: int) -> int:
         if summary is None:
             return TIME_LIMIT
         require_complete(folder, folder.read_config())
-        row = training_row(experiment, seed, folder, summary, rows, bench.beside + 1)
+        row = training_row(experiment, seed, folder, summary, rows, bench.other_runs + 1)
         bench.keep_files(name, seed)
         append_row(bench.ledger, row)
     return DONE
@@ -192,7 +192,7 @@ def experiment_config(bench: Bench, experiment: Experiment, seed: int, rows: Map
     settings |= {"threads": bench.threads} if bench.threads else {}
     settings |= {"amp": bench.amp} if bench.amp else {}
     settings["cuda_graph"] = bench.cuda_graph
-    settings["shared_device"] = bench.beside > 0
+    settings["shared_device"] = bench.other_runs > 0
     return make_config(settings, where=experiment.name)
 
 
@@ -325,7 +325,7 @@ def _start_some(
 
 def _start(bench: Bench, key: Key) -> subprocess.Popen[bytes]:
     command = [*bench.command, "run", key[0], "--seed", str(key[1])]
-    command += ["--runs", str(bench.runs), "--results", str(bench.results), "--beside", str(bench.beside)]
+    command += ["--runs", str(bench.runs), "--results", str(bench.results), "--other-runs", str(bench.other_runs)]
     for name, source in bench.sources.items():
         command += ["--source", f"{name}={source}"]
     command += ["--device", bench.device] if bench.device else []

@@ -78,9 +78,11 @@ def _paper(
     settings: Settings | None = None,
     kind: str = "gated",
     seeds: tuple[int, ...] = THREE,
+    dense: str = "",
 ) -> Experiment:
     label = label + (", swapped" if suffix else "")
-    return Experiment(name + suffix, kind, preset + suffix, settings or {}, seeds, shown, label)
+    without = dense and dense + suffix
+    return Experiment(name + suffix, kind, preset + suffix, settings or {}, seeds, shown, label, dense=without)
 
 
 def _table4() -> Iterator[Experiment]:
@@ -103,6 +105,7 @@ def _table4() -> Iterator[Experiment]:
                 suffix,
                 ("table4", *layer_also),
                 f"{net} layer pruned" + (", λ rising" if data == "c10" else ""),
+                dense=f"table4-{data}-r110-dense",
             )
             channel_also = ("table3",) if data == "c10" else ("cifar100",)
             channel = _paper(
@@ -111,6 +114,7 @@ def _table4() -> Iterator[Experiment]:
                 suffix,
                 ("table4", *channel_also),
                 f"{net} channel pruned" + (", 2FC-after" if data == "c10" else ""),
+                dense=f"table4-{data}-r110-dense",
             )
             for gated in (layer, channel):
                 yield gated
@@ -141,7 +145,8 @@ def _act_run(
 ) -> Experiment:
     """Layer gates with Gumbel-softmax, rising λ, and an activation loss."""
     settings = {"estimator": "gumbel", "act_weight": weight}
-    return _paper(name, "paper-c10-r56-layer", suffix, shown, f"ours, λ_act {weight:g}", settings, seeds=seeds)
+    label, without = f"ours, λ_act {weight:g}", "table1-c10-r56-dense"
+    return _paper(name, "paper-c10-r56-layer", suffix, shown, label, settings, seeds=seeds, dense=without)
 
 
 def _table6() -> Iterator[Experiment]:
@@ -155,6 +160,7 @@ def _table6() -> Iterator[Experiment]:
                 shown,
                 f"λ {weight}" + (" (STE)" if weight == 3 else ""),
                 {"polar_weight": float(weight), "polar_schedule": "constant"},
+                dense="table4-c10-r110-dense",
             )
 
     return _readings(rows)
@@ -172,6 +178,7 @@ def _table3() -> Iterator[Experiment]:
                         ("table3",),
                         f"{layers}FC-{position}",
                         {"hidden": hidden, "position": position},
+                        dense="table4-c10-r110-dense",
                     )
 
     return _readings(rows)
@@ -190,6 +197,7 @@ def _table5() -> Iterator[Experiment]:
                 ("table5",),
                 label,
                 {"estimator": estimator, "polar_schedule": "constant"},
+                dense="table4-c10-r110-dense",
             )
 
     return _readings(rows)

@@ -68,7 +68,8 @@ def cpu_bench() -> Iterator[Experiment]:
     ):
         label = f"{network_name(name)} gated, {label}"
         settings = {**_CPU_BENCH, "teacher_at": 1.0, **change}
-        other = Experiment(name, "gated", "best-c10-r20", settings, shown=("cpu",), label=label)
+        without = "cpu-r20-c10-dense"
+        other = Experiment(name, "gated", "best-c10-r20", settings, shown=("cpu",), label=label, dense=without)
         yield from (other, controls(other)[1])
     for name, change in _ABLATIONS.items():
         settings = {**_CPU_BENCH, "teacher_at": 1.0, "evaluate_on": "val", **change}
@@ -94,7 +95,8 @@ def fast() -> Iterator[Experiment]:
     ):
         shown = "fast30" if target == 0.3 else name.replace("-", "")
         own = {**_HERE, "data": data, "mac_target": target}
-        gated = Experiment(name, "gated", "fast-c10", own, seeds, (shown,), f"{network_name(name)} gated")
+        label, teacher = f"{network_name(name)} gated", "fast-c10-dense" if data == "cifar10" else f"{name}-dense"
+        gated = Experiment(name, "gated", "fast-c10", own, seeds, (shown,), label, dense=teacher)
         even, fixed = controls(gated)
         with_teacher = replace(
             gated,
@@ -103,9 +105,8 @@ def fast() -> Iterator[Experiment]:
             label=f"{network_name(name)} gated, taught",
         )
         yield from (gated, even, fixed, with_teacher, taught(controls(with_teacher)[1], with_teacher))
-        teacher = "fast-c10-dense" if data == "cifar10" else f"{name}-dense"
         if target == 0.5:
-            yield dense(gated, teacher)
+            yield dense(gated)
         before = replace(
             controls(with_teacher)[0],
             name=f"{name}-taught-before",
@@ -132,7 +133,8 @@ def few_epochs() -> Iterator[Experiment]:
         kind = "dense" if gate == "dense" else "gated"
         name, preset = f"epochs40-r56-c10-paper-{gate}", f"paper-c10-r56-{gate}-swapped"
         settings = {**_HERE, "epochs": 40, "amp": "auto"}
-        yield Experiment(name, kind, preset, settings, THREE, ("epochs40",), f"the paper: {label}")
+        without = "epochs40-r56-c10-paper-dense" if kind == "gated" else ""
+        yield Experiment(name, kind, preset, settings, THREE, ("epochs40",), f"the paper: {label}", dense=without)
     small = {**_HERE, "epochs": 30, "amp": "auto", "model": "resnet20"}
     for estimator, label in (
         ("ste", "STE, λ 3"),

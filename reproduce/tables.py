@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -248,22 +247,15 @@ def interval(differences: Sequence[float]) -> tuple[float, float | None]:
     return mean, None if spread is None else _T95[len(differences) - 2] * spread / len(differences) ** 0.5
 
 
-def dense_of(gated: Experiment, rows: Rows) -> Experiment | None:
-    """The dense experiment of a gated one: same images, network and epochs, and of these the nearest name."""
-
-    def setting(row: LedgerRow) -> tuple[object, ...]:
-        return row.dataset, row.model, row.epochs, row.evaluated_on, row.experiment.endswith("-swapped")
-
-    settings = {setting(row) for row in runs_of(gated, rows)}
-    dense = [each for each in all_experiments().values() if each.kind == "dense"]
-    found = [each for each in dense if settings & {setting(row) for row in runs_of(each, rows)}]
-    return max(found, key=lambda each: len(commonprefix([each.name, gated.name])), default=None)
-
-
 def paired_runs(mine: Experiment, theirs: Experiment, rows: Rows) -> list[tuple[LedgerRow, LedgerRow]]:
     """The finished runs of two experiments with the same seeds."""
     keys = [((mine.name, seed), (theirs.name, seed)) for seed in theirs.seeds]
     return [(rows[a], rows[b]) for a, b in keys if {a, b} <= rows.keys()]
+
+
+def dense_pairs(experiment: Experiment, rows: Rows) -> list[tuple[LedgerRow, LedgerRow]]:
+    """Its runs and those of its dense network, by seed; none for a dense network."""
+    return paired_runs(experiment, all_experiments()[experiment.dense], rows) if experiment.dense else []
 
 
 def _shown(values: Sequence[float | None], digits: int, scale: float = 1.0, unit: str = "") -> str:
@@ -333,8 +325,7 @@ def _reading(members: Sequence[Experiment], rows: Rows) -> list[str]:
 
 
 def _cost(gated: Experiment, rows: Rows) -> str:
-    dense = dense_of(gated, rows)
-    pairs = paired_runs(gated, dense, rows) if dense else []
+    pairs = dense_pairs(gated, rows)
     if not pairs:
         return ""
     macs = fmean(mine.macs / theirs.macs for mine, theirs in pairs)

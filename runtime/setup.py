@@ -37,7 +37,7 @@ class BuildLibrary(build_ext):
             sys.exit(f"gatedconv-runtime: {error}")
 
     def get_outputs(self) -> list[str]:
-        """List the file that goes into a wheel beside the Python files."""
+        """List the file that goes into a wheel along with the Python files."""
         return [str(Path(self.build_lib) / "gatedconv_runtime" / LIBRARY)]
 
     def get_output_mapping(self) -> dict[str, str]:

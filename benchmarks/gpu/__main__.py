@@ -22,14 +22,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.gpu.cases import Case, all_cases, stand_in
-from benchmarks.harness import ROOT, Machine, Record, Row, machine_header
+from benchmarks.harness import ROOT, Machine, machine_header, write_result
 from gatedconv._io import write_atomic
 from gatedconv.cli import Parser
+from gatedconv.report.bench import Row
 from gatedconv.report.tables import text_table
 
 FIRST_MINUTES = 6.0
@@ -163,23 +163,17 @@ def last_line(log: Path) -> str:
 
 def save(out: Path, rows: Sequence[Row]) -> None:
     """Write DIR/gpu.json: the header of this machine, and the rows, whose notes name no folder of its user."""
-    path = out / "gpu.json"
     hidden = {str(ROOT): "gatedconv", str(Path.home()): "~", tempfile.gettempdir(): "/tmp"}
-    with tempfile.TemporaryDirectory() as folder:
-        record = Record(Path(folder) / "gpu.json", header())
-        record.add(replace(row, note=_without(hidden, row.note)) for row in rows)
-        write_atomic(path, record.path.read_bytes())
+    # The GPU's name does not need a context.
+    machine = machine_header(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
+    kept = [replace(row, note=_without(hidden, row.note)).as_dict() for row in rows]
+    write_result(out / "gpu.json", {"machine": machine, "rows": kept})
 
 
 def _without(hidden: Mapping[str, str], note: str | None) -> str | None:
     for folder, name in hidden.items():
         note = note and note.replace(folder, name)
     return note
-
-
-def header() -> dict[str, Any]:
-    """The header of a result file; the GPU's name does not need a context."""
-    return machine_header(gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
 
 
 def table(rows: Sequence[Row]) -> str:

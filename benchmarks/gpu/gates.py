@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import gatedconv
-from benchmarks.harness import Call, Machine, Row, variable
+from benchmarks.harness import Call, Machine, variable
+from gatedconv.report.bench import Row
 
 # Provider: (GATEDCONV_TRITON, mode of torch.compile, captured in a graph).
 PROVIDERS: dict[str, tuple[str, str | None, bool]] = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from gatedconv.data import ImageData
-from gatedconv.train.callbacks import Callback, StepReport, phase_label
+from gatedconv.train.callbacks import Callback, StepReport
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.metrics import EpochMetrics
 
@@ -22,7 +22,7 @@ _GATE_COLUMNS = (
 
 def make_progress() -> AbstractContextManager[Callback]:
     """A callback that prints to stdout: a bar if it is a terminal, lines if not."""
-    return _bar() if sys.stdout.isatty() else _lines()
+    return _bar() if sys.stdout.isatty() else nullcontext(LineProgress())
 
 
 def describe(metrics: EpochMetrics, loss: float | None = None) -> str:
@@ -80,7 +80,7 @@ class LineProgress(Callback):
         print(f"note: {text}", flush=True)
 
     def _place(self, metrics: EpochMetrics) -> str:
-        label = phase_label(metrics.phase)
+        label = metrics.phase
         return f"{label:<5} {metrics.epoch:>{len(str(self._epochs))}}/{self._epochs}"
 
 
@@ -107,7 +107,7 @@ class BarProgress(Callback):
         self._last = None
         total = None if phase == "finish" else float(self._epochs)
         figures = _FINISH if total is None else ""
-        self._task = self._progress.add_task(phase_label(phase), total=total, figures=figures, place="")
+        self._task = self._progress.add_task(phase, total=total, figures=figures, place="")
 
     def step(self, report: StepReport) -> None:
         """Move the bar within an epoch."""
@@ -133,11 +133,6 @@ class BarProgress(Callback):
 
     def _update(self, completed: float, epoch: int, figures: str) -> None:
         self._progress.update(self._task, completed=completed, place=f"{epoch}/{self._epochs}", figures=figures)
-
-
-@contextmanager
-def _lines() -> Iterator[Callback]:
-    yield LineProgress()
 
 
 @contextmanager

@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.epilog = "A run that is damaged or not finished is on the page, with the reason."
     parser.add_argument("targets", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page [report.html]"
-    )
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page [report.html]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     views = [read_view(target) for target in arguments.targets]
     if not any(view.config or view.history or view.summary for view in views):
         raise ValueError(views[0].problems[0])
-    write_atomic(arguments.output, html_page(views).encode())
-    print(f"written: {arguments.output}")
+    write_atomic(arguments.out, html_page(views).encode())
+    print(f"written: {arguments.out}")
     return 0
 
 

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.report import comparison_table
     from gatedconv.train.callbacks import Callback
     from gatedconv.train.distributed import launched
-    from gatedconv.train.loop import exit_code, stop_on_sigterm
+    from gatedconv.train.stopping import exit_code, stop_on_sigterm
     from gatedconv.train.trainer import run as run_training
 
     rank, world = launched()

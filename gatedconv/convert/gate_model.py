@@ -225,12 +225,12 @@ class _Installer:
             reader = next(u for u in site.value.users if u.scope == site.path)
             self.inputs[reader, site.value] = (path, channels.size)
         else:
-            module.register_forward_hook(install.GateOutput(name, channels.axis, None, convs))
+            module.register_forward_hook(install.GateOutputHook(name, channels.axis, None, convs))
             self.values[site.value] = (path, channels.size)
 
     def _link_leader(self, leader: Site, link: Link) -> None:
         for hook in install.hooks_of(self.result.get_submodule(leader.path)):
-            if isinstance(hook, install.GateOutput) and hook.name and hook.link is None:
+            if isinstance(hook, install.GateOutputHook) and hook.name and hook.link is None:
                 hook.link = link
                 self.links.append(link)
 

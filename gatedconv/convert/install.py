@@ -110,7 +110,7 @@ class GateHook:
         return x * decision.reshape(shape)
 
 
-class GateOutput(GateHook):
+class GateOutputHook(GateHook):
     """Forward hook: the module's output times its gate's decision on that output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:

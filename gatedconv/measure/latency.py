@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatedconv.measure.interleaved import Interleaved, Name
+from gatedconv.measure.interleaved import Interleaved, Name, Spread
 from gatedconv.measure.macs import count_macs
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Time of one call, in ms: median and spread (75th minus 25th percentile) of the rounds, and the minimum."""
-
-    median: float
-    least: float
-    iqr: float
-    rounds: int
 
 
 @torch.inference_mode()
@@ -32,7 +21,7 @@ def measure_latency(
     rounds: int = 21,
     warmup: int = 3,
     min_ms: float = 5.0,
-) -> dict[Name, Latency]:
+) -> dict[Name, Spread]:
     """Time several models on one input: round 1 of each, then round 2 of each, and so on.
 
     Args:
@@ -43,22 +32,17 @@ def measure_latency(
         min_ms: minimum duration of one measurement; faster models are called several times in it.
 
     Returns:
-        name -> `Latency` of one call.
+        name -> ms of one call.
 
     Raises:
-        ValueError: no models, or fewer than one round.
+        ValueError: no models, no warm-up, or no round.
     """
-    if not models:
-        raise ValueError("measure_latency: expected at least one model, got none")
-    if rounds < 1 or warmup < 1:
-        raise ValueError(f"measure_latency: expected at least 1 round and 1 warm-up, got {rounds} and {warmup}")
     calls = {name: partial(model, example_input) for name, model in models.items()}
     synchronize = partial(torch.cuda.synchronize, example_input.device) if example_input.is_cuda else None
     timing = Interleaved(calls, sample_ms=min_ms, warmup=warmup, lead_in=0, wait=False, synchronize=synchronize)
     for _ in range(rounds):
         timing.round()
-    spreads = {name: timing.spread(name) for name in models}
-    return {name: Latency(at.median, at.least, at.iqr, rounds) for name, at in spreads.items()}
+    return {name: timing.spread(name) for name in models}
 
 
 @torch.inference_mode()
@@ -97,7 +81,7 @@ def block_figures(
 
 
 def _figures(
-    path: str, masks: Mapping[str, Tensor], block: nn.Module | None, x: Tensor | None, time: Latency | None
+    path: str, masks: Mapping[str, Tensor], block: nn.Module | None, x: Tensor | None, time: Spread | None
 ) -> dict[str, Any]:
     of_block = [mask for gate, mask in masks.items() if gate.rpartition(".")[0] == path]
     channels = next((mask for mask in of_block if mask.numel() > 1), None)

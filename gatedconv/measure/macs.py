@@ -37,7 +37,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
 
 
 def count_macs_by_operator(model: nn.Module, example_input: Tensor) -> Counter[str]:
-    """The terms of `count_macs`, by fvcore's names of the operators; see `conv_macs`.
+    """The terms of `count_macs`, by fvcore's names of the operators; see `conv_and_linear_macs`.
 
     Raises:
         TypeError: for arguments of another kind than `count_macs` takes.
@@ -74,7 +74,7 @@ def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
         return Counter({name: int(macs) for name, macs in analysis.by_operator().items()})
 
 
-def conv_macs(operators: Mapping[str, int]) -> int:
+def conv_and_linear_macs(operators: Mapping[str, int]) -> int:
     """MACs of convolutions and linear layers alone, as most papers count, from `count_macs_by_operator`."""
     return sum(operators.get(name, 0) for name in _CONV_AND_LINEAR)
 

@@ -84,12 +84,38 @@ def takes(input: Tensor, kernel: Sequence[int], dilation: Sequence[int], groups:
 def _library_serves(device: int, bfloat16: bool) -> bool:
     if bfloat16 and torch.cuda.get_device_capability(device)[0] < 8:
         return False
-    return _native.load("cuda").available
+    if not _native.load("cuda").available:
+        return False
+    register_fakes()
+    return True
 
 
 # A graph that is traced takes the answers as constants; see `_native_conv.ready`.
 for _answer in (kernels_mode, allows_tf32, _library_serves):
     vars(_answer)["_dynamo_marked_constant"] = True
+
+
+_library: torch.library.Library | None = None
+
+
+def register_fakes() -> None:
+    """Give compilers the shapes of what these operators return; the library that declares them must be loaded."""
+    global _library
+    if _library is None:
+        _library = torch.library.Library("gatedconv", "FRAGMENT")
+        torch.library.register_fake("gatedconv::conv_pack", _pack_fake, lib=_library)
+        for name in ("conv_run", "resident_run"):  # they write to an argument
+            torch.library.register_fake(f"gatedconv::{name}", _no_result, lib=_library)
+
+
+def _pack_fake(weight: Tensor, in_index: Tensor | None, allow_tf32: bool) -> Tensor:
+    step = 32 // weight.dtype.itemsize  # inputs of a step of 32 bytes, the last one padded: csrc/shared/conv_tile.h
+    outputs, inputs, height, width = weight.shape
+    return weight.new_empty(-(-inputs // step) * step * height * width * outputs)
+
+
+def _no_result(*_: object) -> None:
+    """Of an operator that writes to an argument."""
 
 
 def conv_pack(weight: Tensor, in_index: Tensor | None, tf32: bool) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gatedconv import _native
 
-_NAME = "gatedconv::plan_run"
 _library: torch.library.Library | None = None
 
 
@@ -22,7 +21,8 @@ def unavailable() -> str | None:
         return library.reason or "no native library"
     if _library is None:
         _library = torch.library.Library("gatedconv", "FRAGMENT")
-        torch.library.register_fake(_NAME, _fake, lib=_library)
+        torch.library.register_fake("gatedconv::plan_run", _run_fake, lib=_library)
+        torch.library.register_fake("gatedconv::plan_times", _times_fake, lib=_library)
     return None
 
 
@@ -121,8 +121,13 @@ def plan_check(size: Sequence[int], shape: Sequence[int]) -> None:
             ) from None
 
 
-def _fake(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int], workers: int = 0) -> Tensor:
+def _run_fake(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[int], workers: int = 0) -> Tensor:
     return input.new_empty(plan_output_size(input.shape, shape))
+
+
+def _times_fake(input: Tensor, program: Tensor, weights: Tensor, workers: int = 0) -> Tensor:
+    # The program, whose values are not known, says how many steps there are.
+    return input.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float64)
 
 
 def plan_isa() -> str:

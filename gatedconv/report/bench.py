@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gatedconv.measure.interleaved import Interleaved
 from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint, quiet
+from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint, silenced
 from gatedconv.report.tables import text_table
 
 Candidate = tuple[str, str]
@@ -178,6 +178,11 @@ class Comparison:
             )
         return rows
 
+    def failure_rows(self) -> list[dict[str, Any]]:
+        """The settings that are not timed, with the reason, as JSON types."""
+        where = {"benchmark": self.benchmark, "case": self.case, "batch": self.batch}
+        return [{**where, "provider": p, "setting": s, "reason": why} for (p, s), why in self.failures.items()]
+
 
 def compare_runtimes(
     case: str,
@@ -207,7 +212,7 @@ def compare_runtimes(
     threads = threads or torch.get_num_threads()
     settings = [s for s in settings if not (s.split and (len(x) < 2 or len(x) % 2 or threads < 2))]
     torch.compiler.reset()  # compiled networks of earlier cases would slow down every look-up
-    with tempfile.TemporaryDirectory() as passing, warnings.catch_warnings(), quiet():
+    with tempfile.TemporaryDirectory() as passing, warnings.catch_warnings(), silenced():
         warnings.simplefilter("ignore")
         place = Path(passing) if folder is None else folder / fingerprint(network, x)
         place.mkdir(parents=True, exist_ok=True)

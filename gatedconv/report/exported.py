@@ -25,7 +25,7 @@ def made_once(path: Path, make: Callable[[Path], object], weights: str = "") -> 
     Args:
         path: the file.
         make: writes it to the path that it is given.
-        weights: the suffix, such as ".bin", of a second file that `make` writes beside it.
+        weights: the suffix, such as ".bin", of a second file that `make` writes with it.
     """
     if not path.exists():
         part = path.with_name(f"part-{path.name}")

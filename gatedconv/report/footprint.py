@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gatedconv._io import require_schema
 from gatedconv.deploy import export, save
 from gatedconv.report import mobile
+from gatedconv.report.bench import TOLERANCE, relative_error
 
 FILE_NAME = "footprint.json"
 
@@ -177,7 +178,7 @@ def measure_footprints(
     for _ in range(rounds):
         for runtime, path in ready:
             *figures, output = _run_once(runtime, path, list(x.shape), threads, calls)
-            if _differ(torch.tensor(output), expected):
+            if relative_error(torch.tensor(output), expected) > TOLERANCE:
                 raise RuntimeError(f"{runtime.name} computes another output than the model")
             samples[runtime.name].append(figures)
     for name, figures in samples.items():
@@ -258,10 +259,6 @@ def _installed_bytes(package: str) -> int | None:
     files = importlib.metadata.files(package) or []
     sizes = [path.stat().st_size for file in files if (path := Path(str(file.locate()))).is_file()]
     return sum(sizes) if sizes else None
-
-
-def _differ(a: Tensor, b: Tensor) -> bool:
-    return a.shape != b.shape or not bool((a - b).abs().max() <= 1e-4 * b.abs().max())
 
 
 def _run_once(runtime: Runtime, path: Path, shape: list[int], threads: int, calls: int) -> list[Any]:

@@ -245,7 +245,7 @@ _ALGORITHMS: dict[Candidate, Callable[[ConvCase, Tensor, Tensor, Tensor], Run]] 
     (OURS, "masked_conv2d"): _masked,
     (OURS, "frozen Conv2d"): _frozen,
     ("conv2d", ""): _dense,
-    ("conv2d on cut weights", ""): _compact,
+    ("conv2d on compact weights", ""): _compact,
     ("mkldnn", "packed"): _mkldnn,
 }
 

@@ -104,22 +104,22 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
         bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 0.5, 1])
         bar.ax.set_yticklabels(["closed", "half", "open"])
         bar.outline.set_visible(False)
-        return save(figure, path, plt)
+        return save_figure(figure, path, plt)
 
 
 def draw_curves(history: History, path: Path, *, title: str = "") -> Path:
     """Two panels over the epochs: accuracy of every training, and open rate, MACs and polarization."""
     plt = pyplot()
     gated = [line for line in history if line["phase"] == "gated"]
-    cut = [line for line in history if line["phase"] == "cut"]  # continues after the consensus
-    trainings = {"dense": [line for line in history if line["phase"] == "dense"], "gated": gated + cut}
+    compact = [line for line in history if line["phase"] == "compact"]  # continues after the consensus
+    trainings = {"dense": [line for line in history if line["phase"] == "dense"], "gated": gated + compact}
     with plt.rc_context(STYLE):
         panels = 2 if gated else 1
         figure, grid = plt.subplots(1, panels, figsize=(4.4 * panels, 3.2), layout="constrained", squeeze=False)
         _accuracy_panel(grid[0][0], trainings, title)
         if gated:
             _gates_panel(grid[0][1], gated)
-        return save(figure, path, plt)
+        return save_figure(figure, path, plt)
 
 
 def _accuracy_panel(axes: Any, trainings: Mapping[str, History], title: str) -> None:
@@ -198,7 +198,7 @@ def pyplot() -> Any:
     return plt
 
 
-def save(figure: Any, path: Path, plt: Any) -> Path:
+def save_figure(figure: Any, path: Path, plt: Any) -> Path:
     """Write a figure and close it; returns the path."""
     figure.savefig(path)
     plt.close(figure)

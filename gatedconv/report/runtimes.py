@@ -255,7 +255,7 @@ def fingerprint(network: nn.Module, x: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Suppress the output of exporters and compilers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

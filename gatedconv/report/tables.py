@@ -107,14 +107,6 @@ def figures_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def latency_table(rows: Iterable[tuple[str, int, Any]]) -> str:
-    """One row per (name, batch, latency), latency with `median`, `least` and `iqr` in ms."""
-    return text_table(
-        ["network", "batch", "median (ms)", "least (ms)", "spread (ms)"],
-        [[name, str(batch), *(f"{value:.3f}" for value in (at.median, at.least, at.iqr))] for name, batch, at in rows],
-    )
-
-
 def _figures(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['params'] / 1e3:.1f}"]
 

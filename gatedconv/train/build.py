@@ -96,11 +96,11 @@ def starting_network(config: TrainConfig, data: ImageData, phase: str) -> nn.Mod
 
 
 def phases(config: TrainConfig) -> tuple[str, ...]:
-    """The phases of a run, in order: "dense", "gated" or both; "cut", compact, where it trains on."""
+    """The phases of a run, in order: "dense", "gated" or both; "compact" where that network trains on."""
     if config.gate == "none" or config.subnetwork:
         return ("dense",)
     dense = ("dense",) if config.dense_baseline else ()
-    return (*dense, "gated", "cut") if config.consensus_at < 1 else (*dense, "gated")
+    return (*dense, "gated", "compact") if config.consensus_at < 1 else (*dense, "gated")
 
 
 def even_masks(model: nn.Module, target: float) -> dict[str, Tensor]:

@@ -9,17 +9,12 @@ from gatedconv.train.config import TrainConfig
 from gatedconv.train.metrics import EpochMetrics
 
 
-def phase_label(phase: str) -> str:
-    """What messages call a phase; "cut" is the name of the compact network's phase in files alone."""
-    return "compact" if phase == "cut" else phase
-
-
 @dataclass(frozen=True)
 class StepReport:
     """Progress within an epoch: the step, counted from 1, and the means of the epoch so far.
 
     Attributes:
-        phase: "dense", "gated" or "cut".
+        phase: "dense", "gated" or "compact".
         epoch: counted from 1.
         step: steps done.
         steps: steps of an epoch.
@@ -42,7 +37,7 @@ class Callback:
         """The images are loaded."""
 
     def phase(self, phase: str) -> None:
-        """A phase begins: "dense", "gated", "cut" (the compact network trains on) or "finish"."""
+        """A phase begins: "dense", "gated", "compact" (the compact network trains on) or "finish"."""
 
     def step(self, report: StepReport) -> None:
         """Some steps of an epoch are done."""

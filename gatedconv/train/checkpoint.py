@@ -197,16 +197,10 @@ def restore_state(
     phase: str,
     ranks: Ranks = SINGLE,
 ) -> list[EpochMetrics]:
-    """Restore what `pack_state` collected.
+    """Restore in place what `pack_state` collected, with its arguments; `path` is the file that `state` is from.
 
-    Args:
-        state: from `load_checkpoint`.
-        path: the file, for errors.
-        parts: as in `pack_state`; loaded in place.
-        batches: of the train split; their generator is set in place.
-        config: of this run; must equal the checkpoint's, except for `FREE_ON_RESUME`.
-        phase: of the run.
-        ranks: the processes of the run; random numbers are restored where there are as many as before.
+    The config must be the checkpoint's, except for `FREE_ON_RESUME`; random numbers are restored where there are as
+    many processes as before.
 
     Returns:
         The metrics of the epochs done.

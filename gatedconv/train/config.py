@@ -14,7 +14,7 @@ from typing import Any
 from gatedconv.train.options import (
     ConsensusOptions,
     DataOptions,
-    GateOptions,
+    GateLossOptions,
     ModelOptions,
     RuntimeOptions,
     ScheduleOptions,
@@ -33,7 +33,7 @@ class TrainConfig(
     RuntimeOptions,
     TeacherOptions,
     ConsensusOptions,
-    GateOptions,
+    GateLossOptions,
     ScheduleOptions,
     ModelOptions,
     DataOptions,
@@ -132,7 +132,7 @@ class TrainConfig(
 def epoch_range(config: TrainConfig, phase: str) -> tuple[int, int]:
     """First epoch of a phase, counted from 0, and the epoch before which it ends.
 
-    "dense" has all epochs; "gated" too, or those before the consensus, after which "cut", the compact network, has
+    "dense" has all epochs; "gated" too, or those before the consensus, after which "compact", the compact network, has
     the rest.
     """
     if config.consensus_at == 1.0 or phase == "dense":

@@ -23,28 +23,21 @@ from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks
 from gatedconv.train.optimizer import learning_rate
 from gatedconv.train.recipe import GateWeights, gate_weights
-from gatedconv.train.step import Observer, Stepper, StepResult
+from gatedconv.train.step import Stepper, StepResult
 
 # Steps made op by op before a capture: kernels are compiled, cuDNN chooses, caches are filled.
 WARM_UP = 3
 
 
 def make_stepper(
-    model: nn.Module,
-    config: TrainConfig,
-    device: torch.device,
-    ranks: Ranks = SINGLE,
-    *,
-    macs_per_image: float = 0.0,
-    observe: Observer | None = None,
+    model: nn.Module, config: TrainConfig, device: torch.device, ranks: Ranks = SINGLE, **options: Any
 ) -> Stepper:
-    """The kind of `Stepper` that `config` asks for, with the same arguments.
+    """The kind of `Stepper` that `config` asks for, with the arguments of `Stepper`.
 
     Raises:
         ValueError: `cuda_graph` without a GPU, or with several processes.
     """
-    kind: Callable[..., Stepper] = CudaGraphStepper if config.cuda_graph else Stepper
-    return kind(model, config, device, ranks, macs_per_image=macs_per_image, observe=observe)
+    return (CudaGraphStepper if config.cuda_graph else Stepper)(model, config, device, ranks, **options)
 
 
 def require_graphs(device: torch.device, ranks: Ranks = SINGLE) -> None:
@@ -65,6 +58,7 @@ class CudaGraphStepper(Stepper):
 
     Args:
         capture: replay CUDA graphs; False runs the same function op by op, on any device.
+        options: the other arguments of `Stepper`.
 
     Raises:
         ValueError: no GPU to capture on, or several processes.
@@ -77,14 +71,12 @@ class CudaGraphStepper(Stepper):
         device: torch.device,
         ranks: Ranks = SINGLE,
         *,
-        macs_per_image: float = 0.0,
-        observe: Observer | None = None,
         capture: bool = True,
+        **options: Any,
     ) -> None:
         if capture:
             require_graphs(device, ranks)
-        config = replace(config, skip_blocks=False)
-        super().__init__(model, config, device, ranks, macs_per_image=macs_per_image, observe=observe)
+        super().__init__(model, replace(config, skip_blocks=False), device, ranks, **options)
         self._immediate = False
         self._capture = capture
         self._stream = torch.cuda.Stream(device) if capture else None

@@ -6,14 +6,11 @@ Read `Training.epochs` from top to bottom; everything else is what one of its li
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,12 +19,12 @@ from torch import Tensor, nn
 from gatedconv.data import ImageData
 from gatedconv.measure.energy import EnergyMeter
 from gatedconv.measure.macs import count_macs
-from gatedconv.train.callbacks import StepReport, phase_label
+from gatedconv.train.callbacks import StepReport
 from gatedconv.train.checkpoint import State, load_checkpoint, pack_state, restore_state, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import make_forward, make_stepper
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
-from gatedconv.train.distributed import Ranks, by_torchrun, current
+from gatedconv.train.distributed import current
 from gatedconv.train.metrics import (
     Energy,
     EpochMeter,
@@ -40,9 +37,12 @@ from gatedconv.train.metrics import (
 from gatedconv.train.optimizer import learning_rate
 from gatedconv.train.recipe import eval_batches, place, polar_weight, precision_note, train_batches
 from gatedconv.train.step import PASSES_PER_STEP, StepMacs, Stepper, StepResult, checks_immediately
+from gatedconv.train.stopping import StopPoll
 
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.
 _SYNC_EVERY = 20
+# Of an epoch: seconds, those of the cores, MACs executed and skipped.
+_NOTHING = {"seconds": 0.0, "core_seconds": 0.0, "executed": 0.0, "saved": 0.0}
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -50,22 +50,28 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def train(
-    model: nn.Module,
-    data: ImageData,
-    config: TrainConfig,
-    *,
-    phase: str = "gated",
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    on_step: Callable[[StepReport], object] | None = None,
-    on_note: Callable[[str], object] = warnings.warn,
-    deadline: float | None = None,
-    stop: Callable[[], bool] | None = None,
-    teacher: Teacher | FinishedTeacher | None = None,
+    model: nn.Module, data: ImageData, config: TrainConfig, *, resume: bool = False, **options: Any
 ) -> Iterator[EpochMetrics]:
-    """Train a network in place; each item taken from the iterator is an epoch.
+    """Train a network in place; each item taken from the iterator is an epoch. See `Training.epochs`.
 
-    Where torch.distributed is initialized, every process calls this and all train one network: each on its share of
+    Args:
+        model: as `Training`.
+        data: as `Training`.
+        config: as `Training`.
+        resume: continue from the checkpoint, if the options name one.
+        options: the other arguments of `Training`.
+    """
+    training = Training(model, data, config, **options)
+    slow = precision_note(config.amp, training.device)
+    if slow:
+        training.on_note(slow)
+    return training.epochs(resume and training.checkpoint is not None)
+
+
+class Training:
+    """One phase of training.
+
+    Where torch.distributed is initialized, every process makes one and all train one network: each on its share of
     every batch, with the losses on the gates over all of it. The main process alone writes.
 
     Args:
@@ -74,48 +80,20 @@ def train(
         config: the recipe.
         phase: the name of this training in metrics and errors.
         checkpoint: file written after each epoch, and within one as `checkpoint_minutes` asks; None writes none.
-        resume: continue from `checkpoint`; the epochs already done are yielded again, from the file.
         on_step: called now and then within an epoch.
         on_note: called with messages for the user: that the previous checkpoint was read, that steps were skipped.
         deadline: `time.monotonic()` after which to stop; at least one step is made, so that a run that is resumed
             often enough completes.
         stop: called after each step, with several processes about once a second, and between epochs; True from any
-            process ends the iterator after a checkpoint.
+            process ends `epochs` after a checkpoint.
         teacher: of an earlier phase; None for a new one, if `config` asks for it: of the network that it names.
-
-    Yields:
-        The metrics of each epoch, after its checkpoint is on the disk.
-
-    Raises:
-        ValueError: the batch size or `pad` does not fit the data, or the device does not exist.
-        CheckpointError: the checkpoint is missing, damaged or of another run.
-        NonFiniteLoss: more than a few steps were not finite; the last checkpoint is from before.
-        OSError: the checkpoint could not be written; the previous one is kept.
-    """
-    training = Training(
-        model,
-        data,
-        config,
-        phase=phase,
-        checkpoint=checkpoint,
-        on_step=on_step,
-        on_note=on_note,
-        deadline=deadline,
-        stop=stop,
-        teacher=teacher,
-    )
-    slow = precision_note(config.amp, training.device)
-    if slow:
-        on_note(slow)
-    return training.epochs(resume and checkpoint is not None)
-
-
-class Training:
-    """One phase of training; arguments are those of `train`.
 
     Attributes:
         history: metrics of the epochs done.
         replayed: how many of them were read from the checkpoint.
+
+    Raises:
+        ValueError: the batch size or `pad` does not fit the data, or the device does not exist.
     """
 
     def __init__(
@@ -124,7 +102,7 @@ class Training:
         data: ImageData,
         config: TrainConfig,
         *,
-        phase: str,
+        phase: str = "gated",
         checkpoint: Path | None = None,
         on_step: Callable[[StepReport], object] | None = None,
         on_note: Callable[[str], object] = warnings.warn,
@@ -153,7 +131,19 @@ class Training:
         self._cores_started = time.process_time()
 
     def epochs(self, resume: bool) -> Iterator[EpochMetrics]:
-        """Train epoch by epoch; see `train`."""
+        """Train epoch by epoch.
+
+        Args:
+            resume: continue from the checkpoint; the epochs already done are yielded again, from the file.
+
+        Yields:
+            The metrics of each epoch, after its checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged or of another run.
+            NonFiniteLoss: more than a few steps were not finite; the last checkpoint is from before.
+            OSError: the checkpoint could not be written; the previous one is kept.
+        """
         torch.manual_seed((self.config.seed + 7919 * self.ranks.rank) % 2**63)  # the gates' own noise
         self.stepper = make_stepper(
             self.model,
@@ -212,7 +202,7 @@ class Training:
 
     def _compact_macs(self) -> float:
         """MACs of an image of a compact network, which carries no ``mac_terms``; 0 for others."""
-        is_compact = self.phase == "cut" or bool(self.config.subnetwork)
+        is_compact = self.phase == "compact" or bool(self.config.subnetwork)
         return float(count_macs(self.model, self.test_batches.first(1))) if is_compact else 0.0
 
     def _continues(self, epoch: int) -> bool:
@@ -279,7 +269,7 @@ class Training:
         )
         if metrics.steps_skipped:
             self.on_note(
-                f"{phase_label(self.phase)}: epoch {epoch + 1}: {metrics.steps_skipped} of {steps} steps had a loss or "
+                f"{self.phase}: epoch {epoch + 1}: {metrics.steps_skipped} of {steps} steps had a loss or "
                 "gradient that is not finite and were skipped"
             )
         self._new_epoch()
@@ -360,104 +350,6 @@ class Training:
         path = self.checkpoint
         kept = f"; the last good checkpoint is kept at {path}" if path is not None and path.exists() else ""
         raise NonFiniteLoss(
-            f"{phase_label(at.phase)}: loss or gradient not finite in {too_many}, last in epoch {at.epoch}, "
+            f"{at.phase}: loss or gradient not finite in {too_many}, last in epoch {at.epoch}, "
             f"step {at.step} of {at.steps} (a lower lr or grad_clip may help){kept}"
         )
-
-
-# Of an epoch: seconds, those of the cores, MACs executed and skipped.
-_NOTHING = {"seconds": 0.0, "core_seconds": 0.0, "executed": 0.0, "saved": 0.0}
-
-
-# ---- stop requests
-
-
-class StopPoll:
-    """Asks all processes now and then whether to stop, after the same steps on each of them.
-
-    Steps take about as long everywhere; the main process measures them, and its message has the number of steps
-    until the next poll. A single process polls after every step.
-
-    Args:
-        ranks: the processes.
-        device: of their messages.
-    """
-
-    EVERY_S = 1.0  # each poll makes a GPU's host wait, and costs a message
-    MOST_STEPS = 1000
-
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        self._ranks, self._device = ranks, device
-        self._every, self._steps, self._since = 1, 0, time.monotonic()
-
-    def due(self) -> bool:
-        """Count a step; whether to poll after it."""
-        self._steps += 1
-        return self._ranks.world == 1 or self._steps >= self._every
-
-    def any(self, *flags: bool) -> list[bool]:
-        """Each flag, true if it is true on any process; a collective."""
-        if self._ranks.world == 1:
-            return list(flags)
-        step_s = (time.monotonic() - self._since) / max(1, self._steps)
-        every = min(self.MOST_STEPS, max(1, round(self.EVERY_S / max(step_s, 1e-6)))) if self._ranks.main else 0
-        sums = self._ranks.sum(torch.tensor([*flags, every], dtype=torch.int32, device=self._device)).tolist()
-        self._every, self._steps, self._since = sums[-1], 0, time.monotonic()
-        return [count > 0 for count in sums[:-1]]
-
-
-# The exit code of a run that a stop request or `max_minutes` ended: it can be resumed.
-EXIT_CODE = 3
-
-
-def exit_code() -> int:
-    """The exit code of a run that ended early; 0 under torchrun, which restarts a job after any other."""
-    return 0 if by_torchrun() else EXIT_CODE
-
-
-class StopRequest:
-    """Whether the run is to end.
-
-    Attributes:
-        requested: whether a stop has been requested.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._deferred = False
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Context in which the loop polls `requested` and saves a checkpoint; outside, a request ends the process."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
-    def request(self) -> None:
-        """Request a stop. Raises SystemExit with `exit_code()` outside of `deferred`: there is nothing to save."""
-        self.requested = True
-        if not self._deferred:
-            raise SystemExit(exit_code())
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Context in which SIGTERM requests a stop instead of ending the process.
-
-    Outside the main thread, where Python handles no signals, a stop is never requested.
-    """
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.request()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)

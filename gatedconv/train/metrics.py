@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ class EpochMetrics:
     """One line of metrics.jsonl.
 
     Attributes:
-        phase: "dense", "gated" or "cut" (the compact network).
+        phase: "dense", "gated" or "compact" (the compact network).
         epoch: counted from 1.
         lr: learning rate of the last step.
         train_loss: mean of the total loss over the epoch.
@@ -337,12 +336,8 @@ class TensorBoard:
         with naming_file(folder):
             self._writer = SummaryWriter(str(folder))
 
-    def __enter__(self) -> TensorBoard:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Write what is left."""
         with naming_file(self._folder):
             self._writer.close()
 

@@ -134,7 +134,7 @@ class ScheduleOptions(Options):
 
 
 @dataclass(frozen=True)
-class GateOptions(Options):
+class GateLossOptions(Options):
     """The losses on the gates, and the control of the MACs."""
 
     polar_weight: float = option(3.0, "λ of the polarization loss, at its highest", low=0.0)

@@ -23,7 +23,7 @@ from gatedconv.gating import (
 )
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import SINGLE, Ranks
-from gatedconv.train.options import DataOptions, GateOptions, RuntimeOptions, TeacherOptions
+from gatedconv.train.options import DataOptions, GateLossOptions, RuntimeOptions, TeacherOptions
 
 
 def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -64,7 +64,7 @@ class GateWeights(NamedTuple):
     wanted: float | Tensor | None
 
 
-def gate_weights(options: GateOptions, progress: float) -> GateWeights:
+def gate_weights(options: GateLossOptions, progress: float) -> GateWeights:
     """The weights at a progress in [0, 1]."""
     ramp = weight_schedules.linear_warmup(progress, 1.0, options.gate_warmup)
     controls = options.mac_control == "price" and progress >= options.mac_ramp[0]
@@ -77,7 +77,7 @@ def gate_weights(options: GateOptions, progress: float) -> GateWeights:
 
 
 def gate_loss(
-    model: nn.Module, options: GateOptions, weights: GateWeights, controller: MacController | None = None
+    model: nn.Module, options: GateLossOptions, weights: GateWeights, controller: MacController | None = None
 ) -> tuple[Tensor, Tensor]:
     """The losses on the gates (eq. 9 less the task's, and the MAC target), a scalar; the unweighted polarization."""
     polarization = polarization_loss(model)
@@ -92,7 +92,7 @@ def gate_loss(
     return loss, polarization
 
 
-def make_controller(model: nn.Module, options: GateOptions, accumulate: int = 1) -> MacController | None:
+def make_controller(model: nn.Module, options: GateLossOptions, accumulate: int = 1) -> MacController | None:
     """The price of the MACs, for `mac_control` price and a network with gates.
 
     It is called once for each of the `accumulate` parts of a batch.
@@ -101,25 +101,25 @@ def make_controller(model: nn.Module, options: GateOptions, accumulate: int = 1)
     return MacController(options.mac_gain / accumulate) if wanted else None
 
 
-def make_pruner(model: nn.Module, options: GateOptions) -> GatePruner | None:
+def make_pruner(model: nn.Module, options: GateLossOptions) -> GatePruner | None:
     """The gate pruner, for `mac_control` rank and a network with gates."""
     wanted = options.mac_control == "rank" and bool(find_gates(model))
     return GatePruner(model, even=options.mac_rank == "each") if wanted else None
 
 
-def prune_gates(pruner: GatePruner, options: GateOptions, progress: float) -> None:
+def prune_gates(pruner: GatePruner, options: GateLossOptions, progress: float) -> None:
     """After a step at a progress in [0, 1]: prune the gates that exceed the MACs of the ramp."""
     if progress >= options.mac_ramp[0]:
         pruner.step(macs_wanted(options, progress))
 
 
-def macs_wanted(options: GateOptions, progress: float) -> float:
+def macs_wanted(options: GateLossOptions, progress: float) -> float:
     """MACs that `mac_control` aims at, as a share of the dense network's, at a progress in [0, 1]."""
     start, end = options.mac_ramp
     return weight_schedules.falling(progress, options.mac_target, start, end, options.mac_ramp_power)
 
 
-def polar_weight(options: GateOptions, progress: float) -> float:
+def polar_weight(options: GateLossOptions, progress: float) -> float:
     """λ of the polarization loss at a progress in [0, 1]."""
     if options.polar_schedule == "rising":
         return weight_schedules.rising(progress, options.polar_weight)

@@ -16,7 +16,7 @@ from gatedconv.engine import Engine
 from gatedconv.gating import expected_macs, pruning_rate
 from gatedconv.measure.energy import EnergyMeter, energy_per_call
 from gatedconv.measure.latency import block_figures, measure_latency
-from gatedconv.measure.macs import conv_macs, count_macs_by_operator
+from gatedconv.measure.macs import conv_and_linear_macs, count_macs_by_operator
 from gatedconv.train.build import build_model
 from gatedconv.train.checkpoint import read_consensus
 from gatedconv.train.config import TrainConfig
@@ -42,12 +42,12 @@ def measured(networks: Mapping[str, nn.Module], config: TrainConfig, data: Image
         `dense` and `frozen` with top1 (percent), macs, params, latency_ms and energy, and, for a gated run, agreement,
         open rates, pruning rate (eq. 11), the gated network's figures and those of each block.
     """
-    nets = {name: networks[key] for name, key in (("dense", "dense"), ("frozen", "cut")) if key in networks}
+    nets = {name: networks[key] for name, key in (("dense", "dense"), ("frozen", "compact")) if key in networks}
     found: Summary = {}
     if "gated" in networks:
         consensus, found = read_consensus(folder.consensus)
         macs = count_macs_by_operator(build_model(config, data, gated=False), torch.zeros(1, *data.image_shape))
-        found["macs_conv_dense"] = conv_macs(macs)
+        found["macs_conv_dense"] = conv_and_linear_macs(macs)
     for name, net in nets.items():
         found[name] = figures(net.eval(), config, data)
     measures = config.latency and not config.shared_device
@@ -68,7 +68,7 @@ def figures(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, A
     return {
         "top1": round(evaluate(net, eval_batches(config, data))[1], 4),
         "macs": sum(operators.values()),
-        "macs_conv": conv_macs(operators),
+        "macs_conv": conv_and_linear_macs(operators),
         "params": sum(parameter.numel() for parameter in net.parameters()),
     }
 

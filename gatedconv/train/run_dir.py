@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,12 @@ _SUMMARY = {"dense?": _FIGURES, "frozen?": _FIGURES, "agreement?": NUMBER, "macs
 _held = threading.local()  # paths: the folders whose lock this thread holds
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of a run.
 
     config.toml        every setting
     metrics.jsonl      one line per epoch and phase
-    checkpoint/        dense.pt, gated.pt, cut.pt (the compact network) and, of each, the previous one
+    checkpoint/        dense.pt, gated.pt, compact.pt and, of each, the previous one
     consensus.json     which gates stayed open, and their agreement
     summary.json       the results
     plots/             figures
@@ -47,32 +45,10 @@ class RunFolder:
     .lock              empty; locked while a process trains the run
     """
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """Settings as TOML."""
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def consensus(self) -> Path:
-        """Which gates stayed open, and their agreement."""
-        return self.path / "consensus.json"
-
-    @property
-    def summary(self) -> Path:
-        """The results as JSON."""
-        return self.path / "summary.json"
-
-    @property
-    def plots(self) -> Path:
-        """Folder of figures."""
-        return self.path / "plots"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config, self.metrics = path / "config.toml", path / "metrics.jsonl"
+        self.consensus, self.summary, self.plots = path / "consensus.json", path / "summary.json", path / "plots"
 
     def checkpoint(self, phase: str) -> Path:
         """Newest checkpoint of a phase."""

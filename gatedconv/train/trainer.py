@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -18,13 +18,13 @@ from gatedconv.environment import provenance
 from gatedconv.gating import fisher_information, gate_macs, masks_for_target, mean_logits
 from gatedconv.nn.batchnorm import re_estimate_batchnorm
 from gatedconv.train.build import build_model, load_images, phases, starting_network
-from gatedconv.train.callbacks import Callback, phase_label
+from gatedconv.train.callbacks import Callback
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint, read_consensus, restore_part, write_consensus
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import require_graphs
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import SINGLE, Ranks, by_torchrun, joined
-from gatedconv.train.loop import StopRequest, Training
+from gatedconv.train.loop import Training
 from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard, run_energy
 from gatedconv.train.recipe import (
     eval_batches,
@@ -36,6 +36,7 @@ from gatedconv.train.recipe import (
 )
 from gatedconv.train.results import consensus_figures, example_images, measured, write_exports
 from gatedconv.train.run_dir import MetricsWriter, RunFolder
+from gatedconv.train.stopping import StopRequest
 
 # MACs of gates that no gradient reaches any more, off the target by more than this share of it, are worth a note. A
 # single layer gate of ResNet-20 is a fifth of a target of one half.
@@ -43,7 +44,7 @@ _TARGET_TOLERANCE = 0.2
 # So is a larger share of dead gates where no MAC target asks for them.
 _DEAD_SHARE = 0.5
 
-Networks = dict[str, nn.Module]  # "dense", "gated" and "cut", the compact network
+Networks = dict[str, nn.Module]  # by phase: "dense", "gated", "compact"
 
 
 def run(
@@ -72,7 +73,7 @@ def run(
         ended the run early.
 
     Raises:
-        DataError, CheckpointError, ValueError, NonFiniteLoss, OSError: see `train` and `RunFolder.begin`; files of
+        DataError, CheckpointError, ValueError, NonFiniteLoss, OSError: see `Training` and `RunFolder.begin`; files of
             before are kept.
     """
     stop = stop or StopRequest()
@@ -88,7 +89,7 @@ def run(
         # Everything that can refuse the run comes before it creates the folder.
         if config.teacher_file:
             make_teacher(config, data, phases(config)[-1])
-        networks = {phase: starting_network(config, data, phase) for phase in phases(config) if phase != "cut"}
+        networks = {phase: starting_network(config, data, phase) for phase in phases(config) if phase != "compact"}
         if ranks.main:
             folder.require_startable(resume=resume)
         with folder.locked() if ranks.main else nullcontext():
@@ -112,18 +113,7 @@ class _Stopped(Exception):
 
 
 class Trainer:
-    """One run.
-
-    Args:
-        config: of the run.
-        data: of the run.
-        folder: that it writes.
-        callback: receives the progress.
-        ranks: the processes of the run.
-        stop: ends it after the current step.
-        deadline: `time.monotonic()` after which it ends.
-        resume: continue from the folder's checkpoints.
-    """
+    """One run. It ends after the step in which `deadline`, by `time.monotonic`, passes or a stop is requested."""
 
     def __init__(
         self,
@@ -155,15 +145,15 @@ class Trainer:
         try:
             with ExitStack() as stack:
                 if self.config.tensorboard and self.ranks.main:
-                    self.board = stack.enter_context(TensorBoard(self.folder.path / "tensorboard"))
+                    self.board = stack.enter_context(closing(TensorBoard(self.folder.path / "tensorboard")))
                 stack.enter_context(self.stop.deferred())
                 if "dense" in networks:
                     self.train("dense", networks["dense"])
                 if "gated" in networks:
                     self.train("gated", networks["gated"])
                 if self.config.consensus_at < 1:
-                    networks["cut"] = self.resumed_compact(networks["gated"]) or self.consensus(networks["gated"])
-                    self.train("cut", networks["cut"])
+                    networks["compact"] = self.resumed_compact(networks["gated"]) or self.consensus(networks["gated"])
+                    self.train("compact", networks["compact"])
         except _Stopped:
             return None
         if self.ranks.any(self.stop.requested):  # since the last poll
@@ -175,7 +165,7 @@ class Trainer:
     def train(self, phase: str, network: nn.Module) -> None:
         """Train a network in place through the epochs of a phase. Raises _Stopped where the run ends before."""
         self.callback.phase(phase)
-        if phase != "cut":  # whose teacher is that of the gated network
+        if phase != "compact":  # whose teacher is that of the gated network
             self.teacher = make_teacher(self.config, self.data, phase, self.ranks)
         checkpoint = self.folder.checkpoint(phase)
         training = Training(
@@ -200,7 +190,7 @@ class Trainer:
         if requested or done < end:
             why = "a stop was requested" if requested else f"max_minutes is {self.config.max_minutes:g}"
             self.callback.note(
-                f"stopped after {done} of {self.config.epochs} epochs ({phase_label(phase)}): {why}; resume with: "
+                f"stopped after {done} of {self.config.epochs} epochs ({phase}): {why}; resume with: "
                 f"gatedconv train --resume {self.folder.path}"
             )
             raise _Stopped
@@ -230,7 +220,7 @@ class Trainer:
 
     def resumed_compact(self, gated: nn.Module) -> nn.Module | None:
         """The compact network of the consensus before an interruption; None without a checkpoint of it."""
-        if not self.ranks.agree(self.resume and has_checkpoint(self.folder.checkpoint("cut"))):
+        if not self.ranks.agree(self.resume and has_checkpoint(self.folder.checkpoint("compact"))):
             return None
         consensus, _ = self.ranks.agree(read_consensus(self.folder.consensus) if self.ranks.main else None)
         return self.compacted(refrozen(gated, consensus))
@@ -248,10 +238,10 @@ class Trainer:
         """
         self.callback.phase("finish")
         started, config = time.monotonic(), self.config
-        if "cut" in networks:
-            self._re_estimate(networks["cut"])
+        if "compact" in networks:
+            self._re_estimate(networks["compact"])
         elif "gated" in networks:
-            networks = networks | {"cut": self.consensus(networks["gated"])}
+            networks = networks | {"compact": self.consensus(networks["gated"])}
         if "dense" in networks:
             self._re_estimate(networks["dense"])
         if not self.ranks.main:
@@ -293,7 +283,7 @@ class Trainer:
             path = self.folder.checkpoint(phase)
             if not has_checkpoint(path) and phase != "gated":
                 continue
-            if phase == "cut":
+            if phase == "compact":
                 network = self.compacted(refrozen(networks["gated"], read_consensus(self.folder.consensus)[0]))
             else:
                 network = starting_network(config, data, phase)
@@ -309,11 +299,11 @@ class Trainer:
     def _write_models(self, networks: Networks) -> list[str]:
         """Save every network, and export the compact one of a gated run; the names of the exported files."""
         for phase, network in networks.items():
-            save(network.eval(), self.folder.model("compact" if phase == "cut" else phase))
+            save(network.eval(), self.folder.model(phase))
         if "gated" not in networks:
             return []
         one = example_images(self.data, self.config, 1)
-        return write_exports(networks["cut"].eval(), one, self.folder.path, self.callback.note)
+        return write_exports(networks["compact"].eval(), one, self.folder.path, self.callback.note)
 
     def _ranked_masks(self, gated: nn.Module) -> dict[str, Tensor]:
         """Masks of the gates that rank highest over the train split, each process with its share of it."""

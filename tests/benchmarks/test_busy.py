@@ -1,4 +1,4 @@
-"""The benchmark beside a busy core: its rows and table, and the process that is busy."""
+"""The benchmark with a busy core: its rows and table, and the process that is busy."""
 
 from __future__ import annotations
 

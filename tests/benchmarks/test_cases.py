@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from benchmarks import layers, networks
-from benchmarks.goals import NETWORK_GOALS, goal
 from benchmarks.networks import NetworkCase
 from gatedconv.report.layers import ConvCase, compare_layers
 
@@ -13,18 +12,6 @@ from gatedconv.report.layers import ConvCase, compare_layers
 def test_names_of_cases_are_unique() -> None:
     for cases in (networks.CASES, layers.CASES):
         assert len({(case.name, case.batch) for case in cases}) == len(cases)
-
-
-def test_every_goal_is_measured() -> None:
-    assert set(NETWORK_GOALS) <= {(case.name, case.batch) for case in networks.CASES}
-
-
-def test_layers_have_goals_where_small_networks_have_them() -> None:
-    def goals(text: str) -> list[float | None]:
-        return [goal(ConvCase.parse(f"{text} open{share}")) for share in (0, 50, 100, "odd")]
-
-    assert goals("n8 i16 o16 h32 k3") == goals("n32 i16 o16 h32 k3") == [None, 1.7, 1.0, None]
-    assert goals("n1 i16 o16 h32 k3") == goals("n8 i64 o64 h56 k3") == [None] * 4
 
 
 def test_the_same_network_every_time() -> None:
@@ -36,9 +23,9 @@ def test_the_same_network_every_time() -> None:
     )
 
 
-def test_cuts_leave_half() -> None:
-    def convolutions(model: str, cut: str) -> list[nn.Conv2d]:
-        network, _ = NetworkCase(model, cut, 1).build()
+def test_half_of_the_channels_are_left() -> None:
+    def convolutions(model: str, variant: str) -> list[nn.Conv2d]:
+        network, _ = NetworkCase(model, variant, 1).build()
         return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
 
     dense, middle = convolutions("resnet56", "dense"), convolutions("resnet56", "mid-50")
@@ -64,6 +51,6 @@ def test_every_way_to_compute_a_layer_is_right(share: int | str) -> None:
     assert {row.provider for row in comparison.rows()} == {
         "gatedconv",
         "conv2d",
-        "conv2d on cut weights",
+        "conv2d on compact weights",
         "mkldnn",
     }

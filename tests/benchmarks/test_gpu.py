@@ -15,7 +15,9 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cases, engine, gates, parity, training
 from benchmarks.gpu.cases import Case, all_cases
-from benchmarks.harness import Machine, Row, count_kernels, poisoned, precision, read, variable
+from benchmarks.gpu.section import section
+from benchmarks.harness import Machine, count_kernels, poisoned, precision, variable
+from gatedconv.report.bench import Row
 
 DRY = Machine(dry=True)
 
@@ -128,17 +130,17 @@ def test_the_next_case_runs_whatever_happened_and_every_row_is_on_the_disk(
     late = time.monotonic() + 1000
     assert command.run_all([case("a"), case("b")], tmp_path, late) == 1
     assert kept == [0, 1]
-    found = read(tmp_path / "gpu.json")
-    assert [row["case"] for row in found["rows"]] == ["a", "b"] and found["device"]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["case"] for row in found["rows"]] == ["a", "b"] and found["machine"]["device"]
     assert "2 rows, 1 failed" in capsys.readouterr().out
     assert command.run_all([case("c")], tmp_path, time.monotonic()) == 0
-    assert read(tmp_path / "gpu.json")["rows"][0]["note"] == "not run: out of time"
+    assert json.loads((tmp_path / "gpu.json").read_text())["rows"][0]["note"] == "not run: out of time"
 
 
 def test_the_file_to_send_names_no_folder_of_the_user(tmp_path: Path) -> None:
     note = f"failed: {Path.home()}/.cache/gatedconv/x.so and {command.ROOT}/csrc/a.cu"
     command.save(tmp_path, [Row("case", "a", 0, "", "", note=note)])
-    (row,) = read(tmp_path / "gpu.json")["rows"]
+    (row,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert row["note"] == "failed: ~/.cache/gatedconv/x.so and gatedconv/csrc/a.cu"
 
 
@@ -274,3 +276,13 @@ def test_the_stand_in_is_installed_where_it_exists(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cases, "STAND_IN", "fake_stand_in")
     with cases.stand_in(DRY):
         assert os.environ["GATEDCONV_Z"] == "interpreter"
+
+
+def test_committed_rows_are_all_shown_with_their_failures(tmp_path: Path) -> None:
+    assert section(tmp_path) == "**Not measured yet on any GPU.**"
+    rows = [Row("parity", "c", 0, "float16", "gatedconv", note="failed: error 1.0e-01", error=0.1)]
+    command.save(tmp_path, [*rows, Row("gate", "g", 1, "float32", "eager", ms_median=1.0, ms_min=0.9)])
+    (tmp_path / "gpu.json").rename(tmp_path / "gpu-h200.json")
+    text = section(tmp_path)
+    assert "| parity | c | 0 | float16 | gatedconv |  |  | 1.0e-01 | failed: error 1.0e-01 |" in text
+    assert "| gate | g | 1 | float32 | eager | 1.0000 | 0.9000 |  |  |" in text and "### none" in text

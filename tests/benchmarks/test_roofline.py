@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.roofline import Rates, epoch_ms, layer_work, measured_rates, pass_ms
+from benchmarks.roofline import DeviceRates, epoch_ms, layer_work, measured_rates, pass_ms
 from gatedconv.models.resnet import ResNet
 
 
@@ -40,7 +40,7 @@ def test_resnet56_has_its_known_macs(gate: str | None) -> None:
 
 
 def test_each_layer_takes_the_longer_of_multiplying_and_moving() -> None:
-    rates = Rates(flop_per_ms=100.0, bytes_per_ms=10.0)
+    rates = DeviceRates(flop_per_ms=100.0, bytes_per_ms=10.0)
     work = [(1000, 10, 5), (10, 1000, 5)]
     first, second = 2 * 2 * 1000 / 100, 4 * (2 * 1000 + 5) / 10
     assert pass_ms(work, 2, 4, rates) == pytest.approx(first + second)

@@ -34,7 +34,7 @@ def test_results_of_another_machine_are_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "shipped-there.json"
     path.write_text(json.dumps({"machine": {"cpu": "another"}, "rows": [], "failures": [], "layers": {}}))
     with pytest.raises(ValueError, match="another machine"):
-        shipped.Results(path, {"cpu": "this"})
+        shipped.ResultFile(path, {"cpu": "this"})
 
 
 def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

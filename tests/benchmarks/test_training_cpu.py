@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import training_cpu
-from benchmarks.roofline import Rates
+from benchmarks.roofline import DeviceRates
 from gatedconv.data.image_data import Augment, make_image_data
 from gatedconv.gating import polarization_loss
 from gatedconv.measure.macs import count_macs
@@ -94,10 +94,10 @@ def test_it_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     cases = (("resnet20", 8, False, "off", False), ("resnet20", 8, True, "off", False))
     monkeypatch.setattr(training_cpu, "CASES", cases)
     monkeypatch.setattr(training_cpu, "BATCH", 8)
-    monkeypatch.setattr(training_cpu, "measured_rates", lambda *_: Rates(1e8, 1e7))
+    monkeypatch.setattr(training_cpu, "measured_rates", lambda *_: DeviceRates(1e8, 1e7))
     before, output, shown = torch.get_num_threads(), tmp_path / "rows.json", []
     try:
-        training_cpu.main(["--rounds", "2", "--steps", "2", "--threads", "1", "--output", str(output)], shown.append)
+        training_cpu.main(["--rounds", "2", "--steps", "2", "--threads", "1", "--out", str(output)], shown.append)
     finally:
         torch.set_num_threads(before)
     found = json.loads(output.read_text())

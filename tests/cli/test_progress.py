@@ -66,8 +66,8 @@ def test_lines_and_bars_have_the_same_content(tmp_path: Path, capsys: pytest.Cap
             each.step(StepReport("gated", 3, 1, 2, 0.7, 55.0))
             assert shown.tasks[-1].completed == 2.5
             assert shown.tasks[-1].fields["figures"].startswith("loss 0.700  accuracy 91.25 %  open  50.0%")
-        each.phase("cut")
-        each.epoch(dataclasses.replace(METRICS, phase="cut", epoch=3))
+        each.phase("compact")
+        each.epoch(dataclasses.replace(METRICS, phase="compact", epoch=3))
         each.phase("finish")
     printed = capsys.readouterr().out
     for text in (printed, screen.getvalue()):

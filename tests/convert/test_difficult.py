@@ -40,7 +40,7 @@ def tensors(output):
     return [t for part in (output.values() if isinstance(output, dict) else output) for t in tensors(part)]
 
 
-def assert_cut_is_exact(model, gate="channel", images=IMAGES):
+def assert_compact_is_exact(model, gate="channel", images=IMAGES):
     """Gated equals the model, compact equals frozen, also for other batches; masks matter. Returns the compact one."""
     gated = gatedconv.gate_model(model, gate, example_input=images)
     more = torch.randn(5, *images.shape[1:], generator=torch.Generator().manual_seed(9))
@@ -78,7 +78,7 @@ class Heads(nn.Module):
 def test_a_dict_of_outputs_is_kept_and_named_in_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    small = assert_cut_is_exact(prepared(Heads()))
+    small = assert_compact_is_exact(prepared(Heads()))
     gatedconv.export(small, tmp_path / "heads.onnx", IMAGES)
     session = onnxruntime.InferenceSession(tmp_path / "heads.onnx", providers=["CPUExecutionProvider"])
     assert [o.name for o in session.get_outputs()] == ["fine", "coarse", "label"]
@@ -109,11 +109,11 @@ def test_the_old_weight_norm_is_compacted():
     model(IMAGES)
     with torch.no_grad():
         model.eval()(IMAGES)
-    assert_cut_is_exact(model)
+    assert_compact_is_exact(model)
 
 
 def test_a_computed_weight_is_left_to_its_owner():
-    """Cutting settles the weights of a copy: the model and its gated copy still compute theirs."""
+    """Compacting computes the weights of a copy: the model and its gated copy still compute theirs."""
     model = network("computed")
     expected = model(IMAGES)
     gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
@@ -128,7 +128,7 @@ def test_a_layer_with_hooks_is_left_alone():
     model.conv2.register_forward_hook(lambda module, args, output: output + 1)
     gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
     assert "hooks" in gated.conversion.skipped["conv2"] and "bn1.channel_gate" in gatedconv.gates(gated)
-    assert_cut_is_exact(model)
+    assert_compact_is_exact(model)
 
 
 class Refusing(nn.Module):
@@ -199,7 +199,7 @@ def test_a_compact_network_can_be_gated_and_compacted_again():
     model = network("residual")
     gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
     small = gatedconv.compact(gatedconv.freeze(gated, masks=odd_masks(gated)), IMAGES).eval()
-    assert_cut_is_exact(small)
+    assert_compact_is_exact(small)
 
 
 def test_a_network_with_gates_is_refused():

@@ -72,7 +72,7 @@ def rms(result: Tensor, exact: Tensor) -> float:
 
 
 @torch.no_grad()
-def clear_cut(model: nn.Module, x: Tensor, count: int) -> Tensor:
+def clear_images(model: nn.Module, x: Tensor, count: int) -> Tensor:
     """The first images whose gates decide clearly: near zero, rounding would decide."""
     model(x)
     logits = torch.cat([gate.logits.flatten(1) for gate in gatedconv.gates(model).values()], 1)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import gatedconv
+from gatedconv.engine import tuner as tuner_module
 from gatedconv.engine.cuda import candidates, graphs
-from gatedconv.engine.cuda import tuner as tuner_module
+from gatedconv.engine.cuda.tuning import planner_hash
 from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.cuda.plans import always
@@ -55,7 +56,7 @@ def test_a_compact_resnet(position, shortcut, mode, kernel):
     plan = plans.make_plan(model, x, mode=mode, tuner=always("gatedconv 2x1") if mode == "on" else None)
     assert error(plan(x), model, x) <= 1e-5
     assert bool(kernel) == (mode == "on")
-    # The gathers and scatters that the cut left are inside convolutions.
+    # The gathers and scatters that compacting left are inside convolutions.
     assert not [one.op for one in plan.instructions if one.op in ("gather", "scatter_add")]
     assert any(one.out_index for one in plan.instructions) == (position == "after")
     assert any(one.in_index for one in plan.instructions) == (position == "before")
@@ -261,11 +262,11 @@ def test_a_map_that_is_not_finite_excludes_no_candidate_for_good(tmp_path):
 def test_choices_depend_on_the_python_that_packs(tmp_path):
     for name, text in (("candidates.py", "a = 1"), ("experimental.py", "b = 1"), ("other.md", "c = 1")):
         (tmp_path / name).write_text(text)
-    before = tuner_module.planner_hash(tmp_path)
+    before = planner_hash(tmp_path)
     (tmp_path / "other.md").write_text("c = 2")
-    assert tuner_module.planner_hash(tmp_path) == before
+    assert planner_hash(tmp_path) == before
     (tmp_path / "experimental.py").write_text("b = 2")
-    assert tuner_module.planner_hash(tmp_path) != before
+    assert planner_hash(tmp_path) != before
 
 
 def test_a_capture_of_a_size_that_was_never_tuned_raises(monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gatedconv
-from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda import experimental, resident_runs
 from gatedconv.engine.cuda.instructions import map_sizes
 from tests.cuda import plans
 from tests.cuda.gpu import test_resident as gpu_tests
@@ -168,7 +168,7 @@ def test_no_two_warps_touch_a_byte_without_a_barrier(ranks, racing_twin, monkeyp
 def whole(model, size, dtype=torch.float16):
     plan = plans.make_plan(model, torch.zeros(1, 3, *size), dtype=dtype, mode="off")
     sizes = map_sizes(plan.instructions, plan.first, size)
-    return plan, lambda budget: experimental.find_runs(plan.instructions, sizes, plan.last, dtype, budget)
+    return plan, lambda budget: resident_runs.find_runs(plan.instructions, sizes, plan.last, dtype, budget)
 
 
 def mid_50(model):
@@ -177,7 +177,7 @@ def mid_50(model):
 
 
 def test_resnet56_fits_the_gpus_that_it_should():
-    """As a whole where a block has 99 KiB and more; on a T4 the later stages, and of a cut one the first."""
+    """As a whole where a block has 99 KiB and more; on a T4 the later stages, and of a compact one the first."""
     half = mid_50(gatedconv.models.resnet56(gate="channel", position="middle"))
     for model, runs_on_t4 in ((half, [(0, 19), (22, 59)]), (gatedconv.models.resnet56(), [(22, 59)])):
         plan, runs = whole(model, (32, 32))

@@ -34,7 +34,7 @@ def test_medians_are_milliseconds_per_call(monkeypatch: pytest.MonkeyPatch) -> N
     models = {"slow": clock.model("slow", 12, 12, 14, 13), "fast": clock.model("fast", 3)}
     measured = measure_latency(models, torch.zeros(1), rounds=5, warmup=1, min_ms=6.0)
     assert measured["slow"].least == pytest.approx(12) and measured["slow"].median == pytest.approx(13)
-    assert measured["fast"].median == pytest.approx(3) and measured["fast"].rounds == 5
+    assert measured["fast"].median == pytest.approx(3)
     assert measured["fast"].iqr == pytest.approx(0)
 
 
@@ -46,9 +46,9 @@ def test_models_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="expected at least one model"):
+    with pytest.raises(ValueError, match="expected at least one candidate"):
         measure_latency({}, torch.zeros(1))
-    with pytest.raises(ValueError, match="at least 1 round"):
+    with pytest.raises(ValueError, match="at least one value"):
         measure_latency({"a": lambda x: x}, torch.zeros(1), rounds=0)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv import count_macs, models, ops
-from gatedconv.measure.macs import _masked_conv_macs, conv_macs, count_macs_by_operator
+from gatedconv.measure.macs import _masked_conv_macs, conv_and_linear_macs, count_macs_by_operator
 from tests.oracle import random_masks
 
 
@@ -36,7 +36,7 @@ def test_a_frozen_net_executes_the_convolutions_of_its_compact_net(position):
     frozen = gatedconv.freeze(model, masks=masks)
     small = gatedconv.compact(frozen, x)
 
-    def norms(net):  # a frozen norm runs at full width; the cut one does not
+    def norms(net):  # a frozen norm runs at full width; the compact one does not
         return sum(2 * m.num_features * size for m, size in norm_sizes(net, x))
 
     assert gatedconv.count_macs(frozen, x) - norms(frozen) == gatedconv.count_macs(small, x) - norms(small)
@@ -74,8 +74,10 @@ def test_convolutions_and_linear_layers_are_counted_apart() -> None:
     stages = [(3, 16, 32), *[(16, 16, 32)] * 6, (16, 32, 16), *[(32, 32, 16)] * 5, (32, 64, 8), *[(64, 64, 8)] * 5]
     three = [3 * 3 * inputs * outputs * side**2 for inputs, outputs, side in stages]
     projections = 16 * 32 * 16**2 + 32 * 64 * 8**2
-    assert conv_macs(counts) == sum(three) + projections + 64 * 10
-    assert conv_macs(counts) < sum(counts.values()) == count_macs(models.resnet20(), torch.zeros(1, 3, 32, 32))
+    assert conv_and_linear_macs(counts) == sum(three) + projections + 64 * 10
+    assert (
+        conv_and_linear_macs(counts) < sum(counts.values()) == count_macs(models.resnet20(), torch.zeros(1, 3, 32, 32))
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2])

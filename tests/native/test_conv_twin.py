@@ -140,8 +140,8 @@ def expected(x, weight, bias, out_open, in_open, residual, stride, padding, dila
         size = F.conv2d(x[:1, :1], weight[:1, :1], None, stride, padding, dilation).shape[2:]
         plane = torch.zeros(weight.shape[0], *size, dtype=torch.float64)
         if len(rows) and len(inputs):
-            cut = weight[rows][:, inputs]
-            plane[rows] = F.conv2d(x[n : n + 1, inputs], cut, None, stride, padding, dilation)[0]
+            kept = weight[rows][:, inputs]
+            plane[rows] = F.conv2d(x[n : n + 1, inputs], kept, None, stride, padding, dilation)[0]
         if bias is not None:
             plane[rows] += bias[rows, None, None]
         out.append(plane if residual is None else plane + residual[n])

@@ -33,8 +33,8 @@ def masked_conv2d_oracle(
             if not rows:
                 continue
             if read:
-                cut = weight[rows][:, [c - group * per_group for c in read]].double()
-                out[n, rows] = F.conv2d(input[n : n + 1, read].double(), cut, None, *geometry)[0]
+                kept = weight[rows][:, [c - group * per_group for c in read]].double()
+                out[n, rows] = F.conv2d(input[n : n + 1, read].double(), kept, None, *geometry)[0]
             if bias is not None:
                 out[n, rows] += bias[rows, None, None].double()
     if residual is not None:

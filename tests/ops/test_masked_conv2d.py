@@ -152,7 +152,7 @@ def test_real_layers(instruction_set, text):
 
 @settings(max_examples=50, deadline=None)
 @given(cases())
-def test_cut_tensors_equal_the_definition(case):
+def test_compact_tensors_equal_the_definition(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native_conv, "ready", lambda: False)
         check_case(case)

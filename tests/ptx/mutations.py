@@ -117,7 +117,7 @@ CONV = [
     Mutation("what is invalid is copied", DEVICE, "const int bytes = valid ? 16 : 0;", "const int bytes = 16;"),
     Mutation("blocks of columns one row apart", DEVICE, "column + j * 8 * pitch)", "column + j * pitch)"),
     Mutation(
-        "tf32 operands are cut off",
+        "tf32 operands are truncated",
         DEVICE,
         'asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));',
         "",

@@ -157,7 +157,7 @@ def small() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def cut() -> nn.Module:
+def compacted() -> nn.Module:
     torch.manual_seed(0)
     network = gatedconv.models.resnet20(gate="channel", position="after", input_size=(3, 8, 8)).eval()
     masks = {name: torch.arange(gate.num_gates) % 3 == 0 for name, gate in gatedconv.gates(network).items()}
@@ -185,9 +185,11 @@ def test_files_that_were_not_finished_are_made_again(tmp_path: Path) -> None:
     assert len(calls) == 2 and sorted(file.name for file in tmp_path.iterdir()) == ["network.bin", "network.xml"]
 
 
-def test_every_quick_setting_computes_a_compact_network(cut: nn.Module, tmp_path: Path) -> None:
+def test_every_quick_setting_computes_a_compact_network(compacted: nn.Module, tmp_path: Path) -> None:
     settings = [s for s in SETTINGS if s.provider in (OURS, "eager", "onnxruntime", "openvino") and s.missing is None]
-    found = compare_runtimes("cut", cut, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2)
+    found = compare_runtimes(
+        "compacted", compacted, torch.randn(4, 3, 8, 8), settings=settings, folder=tmp_path, threads=2
+    )
     assert not found.failures
     assert {(s.provider, s.label) for s in settings} == set(found.errors)
     assert {"eager", "onnxruntime"} <= {provider for provider, _ in found.errors}

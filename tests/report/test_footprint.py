@@ -71,7 +71,7 @@ def test_the_page_has_a_panel_of_what_ships(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")
     (tmp_path / "run" / footprint.FILE_NAME).write_text(json.dumps([ROW]))
-    assert main(["report", "html", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")]) == 0
+    assert main(["report", "html", str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
     assert "What you ship" in (tmp_path / "page.html").read_text()
 
 

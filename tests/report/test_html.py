@@ -202,7 +202,7 @@ def test_broken_and_partial_runs_are_on_the_page_with_the_reason(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out" / "page.html"
-    assert main(["report", "html", *map(str, runs), "--output", str(output)]) == 0
+    assert main(["report", "html", *map(str, runs), "--out", str(output)]) == 0
     assert f"written: {output}" in capsys.readouterr().out
     text = Page(output.read_text()).text
     assert "not finished after" in text and "--resume" in text
@@ -213,12 +213,12 @@ def test_broken_and_partial_runs_are_on_the_page_with_the_reason(
 
 def test_a_page_about_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "page.html"
-    assert main(["report", "html", str(tmp_path / "none"), "--output", str(output)]) == 2
+    assert main(["report", "html", str(tmp_path / "none"), "--out", str(output)]) == 2
     assert "expected a run folder" in capsys.readouterr().err and not output.exists()
     assert main(["report", "html"]) == 2
     assert "the following arguments are required: RUN" in capsys.readouterr().err
-    assert main(["report", str(tmp_path), "--output", "x.html"]) == 2
-    assert "unrecognized arguments: --output x.html" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--out", "x.html"]) == 2
+    assert "unrecognized arguments: --out x.html" in capsys.readouterr().err
 
 
 def chromium(*arguments: str) -> str:

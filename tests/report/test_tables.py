@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from gatedconv.measure.latency import Latency
-from gatedconv.report import comparison_table, figures_table, latency_table, runs_table
+from gatedconv.report import comparison_table, figures_table, runs_table
 
 DENSE = {"top1": 99.5, "macs": 2_500_000, "params": 272_000, "latency_ms": {"1": 4.0, "32": 20.0}}
 FROZEN = {"top1": 99.25, "macs": 1_000_000, "params": 136_000, "latency_ms": {"1": 2.0, "32": 25.0}}
@@ -46,10 +45,8 @@ def test_runs_table_has_a_row_per_network() -> None:
     ]
 
 
-def test_figures_and_latency_tables() -> None:
+def test_figures_table() -> None:
     assert cells(figures_table({"compact": FROZEN}).splitlines()[2]) == ["compact", "99.25", "1.00", "136.0"]
-    text = latency_table([("dense", 32, Latency(median=1.5, least=1.25, iqr=0.125, rounds=5))])
-    assert cells(text.splitlines()[2]) == ["dense", "32", "1.500", "1.250", "0.125"]
 
 
 def test_energy_without_a_counter_is_never_zero() -> None:

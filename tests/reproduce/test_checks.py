@@ -83,12 +83,14 @@ def test_metrics_that_are_not_those_of_the_run_make_no_row(bench: Bench) -> None
         folder.metrics.write_text(text)
         with pytest.raises(ValueError, match=f"metrics.jsonl: expected a line for each of 2 epochs, found {told} of"):
             runner.run_one(bench, GATED, 0)
-    folder.metrics.write_text(first)  # as of a run that was cut short and then frozen
+    folder.metrics.write_text(first)  # as of a run that was interrupted and then frozen
     with pytest.raises(ValueError, match="remove summary.json to resume it from its checkpoint, or move the"):
         runner.run_one(bench, GATED, 0)
     folder.metrics.write_text(metrics)
-    folder.summary.write_text(json.dumps({**json.loads(summary), "epochs": {"gated": 1, "cut": 9}}))
-    with pytest.raises(ValueError, match="summary.json: epochs: expected {'gated': 1, 'cut': 1}, found .*'cut': 9"):
+    folder.summary.write_text(json.dumps({**json.loads(summary), "epochs": {"gated": 1, "compact": 9}}))
+    with pytest.raises(
+        ValueError, match="summary.json: epochs: expected {'gated': 1, 'compact': 1}, found .*'compact': 9"
+    ):
         runner.run_one(bench, GATED, 0)
     folder.summary.write_text(summary)
     assert not bench.ledger.exists() and runner.run_one(bench, GATED, 0) == runner.DONE

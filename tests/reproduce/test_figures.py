@@ -54,13 +54,13 @@ def write_epochs(folder: Path, name: str, seed: int = 0) -> None:
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """{file name: matplotlib figure} of the sweep."""
     kept: dict[str, Any] = {}
-    real = plots.save
+    real = plots.save_figure
 
     def save(figure: Any, path: Path, plt: Any) -> Path:
         kept[path.name] = figure
         return real(figure, path, plt)
 
-    monkeypatch.setattr(plots, "save", save)
+    monkeypatch.setattr(plots, "save_figure", save)
     write_epochs(tmp_path / "epochs", "table4-c10-r110-layer")
     paths = figures.draw_figures(sweep(), tmp_path / "epochs", tmp_path / "images")
     names = ["figure2.png", "figure3.png", "figure6-table4-c10-r110-layer.png", "overview.png"]
@@ -226,7 +226,7 @@ GATED: dict[str, Any] = {
     ],
 )
 def test_damaged_epochs_are_reported_by_file_and_line(tmp_path: Path, damage: str, message: str) -> None:
-    path, after = tmp_path / "a.jsonl", '{"epoch": 3, "phase": "cut", "test_top1": 50.0}'
+    path, after = tmp_path / "a.jsonl", '{"epoch": 3, "phase": "compact", "test_top1": 50.0}'
     path.write_text(f"{json.dumps(GATED)}\n{after}\n{damage}\n")
     with pytest.raises(ValueError, match=f"a.jsonl: line 3:? {message}"):
         figures.read_epochs(path)

@@ -1,4 +1,4 @@
-"""What the ledger says of a run's recipe, what is kept beside it, and what one failing run takes along."""
+"""What the ledger says of a run's recipe, what is kept with it, and what one failing run takes along."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from gatedconv.train.config import TrainConfig, field_specs
-from gatedconv.train.loop import StopRequest
 from gatedconv.train.run_dir import RunFolder
+from gatedconv.train.stopping import StopRequest
 from reproduce import rows as reproduce_rows
 from reproduce import runner
 from reproduce.bench import Bench
@@ -178,7 +178,7 @@ def test_joules_per_image_are_measured_when_all_have_ended(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Runs of a shared device have none; a pass of its own puts them into the rows, and touches nothing else."""
-    shared = replace(bench, beside=1)
+    shared = replace(bench, other_runs=1)
     for name in (DENSE, GATED):
         assert runner.run_one(shared, name, 0) == runner.DONE
     before = read_ledger(bench.ledger)
@@ -187,7 +187,7 @@ def test_joules_per_image_are_measured_when_all_have_ended(
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
     monkeypatch.setattr("gatedconv.train.results.energy_per_call", lambda call, meter, synchronize: 0.5 * len(call()))
     keys = [(DENSE, 0), (GATED, 0)]
-    assert runner.run_experiments(shared, keys, 2) == runner.DONE  # others run beside: not now
+    assert runner.run_experiments(shared, keys, 2) == runner.DONE  # others run at the same time: not now
     assert read_ledger(bench.ledger) == before
     assert runner.run_experiments(bench, keys, 2) == runner.DONE
     after = read_ledger(bench.ledger)

@@ -1,4 +1,4 @@
-"""The experiment table: in which order it is run, skipped when done, resumed when cut short, refused when damaged."""
+"""The experiment table: in which order it is run, skipped when done, resumed when interrupted, refused when damaged."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_table_gets_seed_after_seed_with_its_controls_and_the_swapped_reading_
         ([], "the following arguments are required: VERB"),
         (["energy", "headline-r56-c10", "--jobs", "2"], "unrecognized arguments: --jobs 2"),
         (["list", "--docs", "docs"], "unrecognized arguments: --docs docs"),
-        (["run", "headline-r56-c10", "--beside", "-1"], "beside: expected at least 0, got -1"),
+        (["run", "headline-r56-c10", "--other-runs", "-1"], "other-runs: expected at least 0, got -1"),
         (["run", "headline-r56-c10", "--jobs", "0"], "jobs: expected at least 1, got 0"),
         (["run", "*", "--seed", "0", "--seed", "5"], "seed: * has the seeds 0, 1, 2, 3, 4, got 5"),
         (["run", "headline-r56-c10", "--device", "foo"], "device: expected auto, cpu, cuda or cuda:N, got 'foo'"),

@@ -117,7 +117,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     found = RunFolder(folder)
     varying = ("seconds", "core_seconds", "energy_j", "energy_reason", "energy_source")
     states = {}
-    for phase in filter(lambda name: has_checkpoint(found.checkpoint(name)), ("gated", "cut")):
+    for phase in filter(lambda name: has_checkpoint(found.checkpoint(name)), ("gated", "compact")):
         states[phase] = state = load_checkpoint(found.checkpoint(phase))
         state["history"] = [{k: v for k, v in line.items() if k not in varying} for line in state["history"]]
         state.pop("config")

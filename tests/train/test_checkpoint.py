@@ -43,7 +43,7 @@ def test_newest_is_read_and_the_one_before_kept(tmp_path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == ["gated.previous.pt"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
+@pytest.mark.parametrize("damage", ["short", "flip", "empty", "text"])
 def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "gated.pt"
     saved(path, 1, 2)
@@ -51,7 +51,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path: Path, damage: st
     middle = len(content) // 2
     path.write_bytes(
         {
-            "cut": content[:middle],
+            "short": content[:middle],
             "flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
             "empty": b"",
             "text": b"not a checkpoint",

@@ -42,9 +42,9 @@ def early(archive: Path, **changes: Any) -> TrainConfig:
 def test_what_is_left_trains_on_and_lands_on_the_target(tmp_path: Path, archive: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     summary = run(early(archive), folder)
-    assert summary is not None and summary["epochs"] == {"gated": 2, "cut": 2}
+    assert summary is not None and summary["epochs"] == {"gated": 2, "compact": 2}
     lines = folder.read_metrics()
-    assert [(line.phase, line.epoch) for line in lines] == [("gated", 1), ("gated", 2), ("cut", 3), ("cut", 4)]
+    assert [(line.phase, line.epoch) for line in lines] == [("gated", 1), ("gated", 2), ("compact", 3), ("compact", 4)]
     assert lines[1].lr > lines[2].lr > lines[3].lr  # one schedule over the whole run
     assert summary["frozen"]["macs"] == pytest.approx(0.5 * summary["macs_dense"], rel=0.01)
     small, gated = gatedconv.load(folder.model("compact")), gatedconv.load(folder.model("gated"))
@@ -65,7 +65,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(tmp_path: Path, ar
     whole, part = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "part")
     expected = run(early(archive), whole)
 
-    from gatedconv.train.loop import StopRequest
+    from gatedconv.train.stopping import StopRequest
 
     stop = StopRequest()
 

@@ -1,4 +1,4 @@
-"""The teacher within a run: the whole network beside the pupil, what it adds to the loss; a resumed run keeps it."""
+"""The teacher within a run: a dense network that trains along, what it adds to the loss; a resumed run keeps it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from gatedconv.train import Callback, RunFolder, TrainConfig, run, train
 from gatedconv.train.build import build_model
 from gatedconv.train.config import require_same_recipe
 from gatedconv.train.distill import FinishedTeacher, Teacher
-from gatedconv.train.loop import StopRequest
 from gatedconv.train.recipe import distillation_loss, train_batches
 from gatedconv.train.step import Stepper
+from gatedconv.train.stopping import StopRequest
 from tests.tolerances import assert_close
 from tests.train.test_loop import assert_same_state, comparable, network
 
@@ -57,31 +57,31 @@ def teacher(config: TrainConfig, seed: int = 7) -> Teacher:
 def test_the_dense_network_trains_as_if_there_were_no_student(
     data: ImageData, at: float, changes: dict[str, Any]
 ) -> None:
-    """The oracle is a training without gates; up to `teacher_at` it is the pupil's, whose gates stay open.
+    """The oracle is a training without gates; up to `teacher_at` it is the student's, whose gates stay open.
 
-    A teacher that forgets momentum, sees other images or another learning rate, or has the pupil's lesson in its own
+    A teacher that forgets momentum, sees other images or another learning rate, or has the student's lesson in its own
     loss ends elsewhere.
     """
     config = dataclasses.replace(SINGLE, teacher_at=at, polar_weight=0.0, **changes)
-    pupil, dense, beside = network(config), network(DENSE), teacher(config)
-    pupil.load_state_dict(dense.state_dict(), strict=False)
-    for gate in find_gates(pupil).values():
+    student, dense, new_teacher = network(config), network(DENSE), teacher(config)
+    student.load_state_dict(dense.state_dict(), strict=False)
+    for gate in find_gates(student).values():
         for parameter in gate.parameters():
             nn.init.constant_(parameter, 0.0 if parameter.dim() > 1 else 30.0).requires_grad_(False)
-    list(train(pupil, data, config, teacher=beside))
+    list(train(student, data, config, teacher=new_teacher))
     list(train(dense, data, dataclasses.replace(DENSE, **changes)))
-    assert beside.stepper is not None
-    assert_same_state(beside.stepper.model.state_dict(), dense.state_dict())
-    assert not torch.equal(pupil.fc.weight, dense.fc.weight)
+    assert new_teacher.stepper is not None
+    assert_same_state(new_teacher.stepper.model.state_dict(), dense.state_dict())
+    assert not torch.equal(student.fc.weight, dense.fc.weight)
 
 
 def test_a_network_that_was_never_dense_has_a_teacher_that_trains_from_the_start(data: ImageData) -> None:
     config = dataclasses.replace(SINGLE, teacher_at=0.5, subnetwork="even")
-    beside, pupil, dense = Teacher(config, lambda: network(DENSE)), network(DENSE, 3), network(DENSE)
-    lines = list(train(pupil, data, config, phase="dense", teacher=beside))
+    new_teacher, student, dense = Teacher(config, lambda: network(DENSE)), network(DENSE, 3), network(DENSE)
+    lines = list(train(student, data, config, phase="dense", teacher=new_teacher))
     list(train(dense, data, DENSE))
-    assert beside.stepper is not None
-    assert_same_state(beside.stepper.model.state_dict(), dense.state_dict())
+    assert new_teacher.stepper is not None
+    assert_same_state(new_teacher.stepper.model.state_dict(), dense.state_dict())
     alone = list(train(network(DENSE, 3), data, DENSE, phase="dense"))
     assert [a.train_loss == b.train_loss for a, b in zip(lines, alone, strict=True)] == [True, True, False, False]
 
@@ -105,8 +105,8 @@ def test_steps_before_it_begins_are_those_of_a_run_without_it(data: ImageData) -
     runs = []
     for at in (0.5, 1.0):
         config = dataclasses.replace(SINGLE, teacher_at=at)
-        beside = teacher(config) if at < 1 else None
-        runs.append(comparable(list(train(network(config), data, config, teacher=beside))))
+        new_teacher = teacher(config) if at < 1 else None
+        runs.append(comparable(list(train(network(config), data, config, teacher=new_teacher))))
     assert runs[0][:2] == runs[1][:2]
     assert all(
         taught["train_loss"] != alone["train_loss"] for taught, alone in zip(*(r[2:] for r in runs), strict=True)
@@ -125,17 +125,17 @@ def test_its_steps_are_counted(data: ImageData) -> None:
 
 @pytest.mark.parametrize("epochs_first", [1, 2, 3])
 def test_a_training_resumes_with_its_teacher(tmp_path: Path, data: ImageData, epochs_first: int) -> None:
-    straight, beside, again = network(SINGLE), teacher(SINGLE), teacher(SINGLE, seed=8)
-    whole = list(train(straight, data, SINGLE, teacher=beside))
+    straight, new_teacher, again = network(SINGLE), teacher(SINGLE), teacher(SINGLE, seed=8)
+    whole = list(train(straight, data, SINGLE, teacher=new_teacher))
     path = tmp_path / "part.pt"
     list(itertools.islice(train(network(SINGLE), data, SINGLE, checkpoint=path, teacher=teacher(SINGLE)), epochs_first))
     resumed = network(SINGLE, seed=9)
     lines = list(train(resumed, data, SINGLE, checkpoint=path, resume=True, teacher=again))
     assert comparable(lines) == comparable(whole)
     assert_same_state(straight.state_dict(), resumed.state_dict())
-    assert beside.stepper is not None
+    assert new_teacher.stepper is not None
     assert again.stepper is not None
-    assert_same_state(beside.state_dict(), again.state_dict())
+    assert_same_state(new_teacher.state_dict(), again.state_dict())
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -146,7 +146,7 @@ def test_a_compact_network_keeps_its_teacher(
     config = dataclasses.replace(CONFIG, data=f"npz:{archive}")
     whole, part, plain = (RunFolder(tmp_path / name) for name in ("whole", "part", "plain"))
     expected = run(config, whole)
-    assert expected is not None and expected["epochs"] == {"gated": 2, "cut": 2}
+    assert expected is not None and expected["epochs"] == {"gated": 2, "compact": 2}
     assert run(dataclasses.replace(config, teacher_at=1.0), plain) is not None
     taught, alone = whole.read_metrics(), plain.read_metrics()
     assert taught[2].train_loss != alone[2].train_loss
@@ -175,20 +175,20 @@ def test_it_begins_an_epoch_before_the_consensus_at_the_latest(tmp_path: Path, a
     found = run(config, RunFolder(tmp_path / "run"))
     assert found is not None
     assert found["taught"]
-    assert found["epochs"] == {"gated": 2, "cut": 2}
+    assert found["epochs"] == {"gated": 2, "compact": 2}
     first, second = RunFolder(tmp_path / "run").read_metrics()[:2]
     assert second.train_macs > 1.5 * first.train_macs
 
 
 def test_statistics_that_a_bad_step_broke_are_not_copied(data: ImageData) -> None:
     """On a GPU bad steps are repaired now and then only; the copy may come in between."""
-    pupil, beside = Stepper(network(SINGLE), SINGLE, torch.device("cpu")), teacher(SINGLE)
-    beside.begin(pupil)
-    pupil.guard.count(torch.tensor(True))
-    pupil.model.bn1.running_mean.fill_(math.nan)
-    beside(torch.randn(8, 1, 8, 8), torch.arange(8) % 3, 2.0)
-    assert beside.stepper is not None
-    assert all(value.isfinite().all() for value in beside.stepper.model.state_dict().values())
+    student, new_teacher = Stepper(network(SINGLE), SINGLE, torch.device("cpu")), teacher(SINGLE)
+    new_teacher.begin(student)
+    student.guard.count(torch.tensor(True))
+    student.model.bn1.running_mean.fill_(math.nan)
+    new_teacher(torch.randn(8, 1, 8, 8), torch.arange(8) % 3, 2.0)
+    assert new_teacher.stepper is not None
+    assert all(value.isfinite().all() for value in new_teacher.stepper.model.state_dict().values())
 
 
 def test_settings_of_a_teacher_that_is_not_there_are_no_part_of_the_recipe() -> None:

@@ -56,7 +56,7 @@ def test_runs_that_compact_and_distill_end_the_same_too(straight: tuple[Path, fl
     config = small_config(folder / "blobs.npz", **RECIPES[LATE])
     assert run_in_child(config, folder / "late")
     expected = outcome(folder / "late")
-    assert [line["phase"] for line in expected["lines"]] == ["gated", "gated", "cut", "cut"]
+    assert [line["phase"] for line in expected["lines"]] == ["gated", "gated", "compact", "compact"]
     assert bool(expected["states"]["gated"]["pruner"]["pruned"].any())  # else there was nothing to get wrong
     for number, call in enumerate((14, 17, 9)):  # each time so many more
         assert not run_in_child(config, folder / "late killed", kill_in_call=call), number
@@ -126,7 +126,7 @@ def test_sigterm_writes_a_checkpoint_and_leaves_with_code_3(straight: tuple[Path
 @pytest.mark.parametrize(("epoch", "step"), [(2, 1), (3, 3)], ids=["middle", "last step"])
 def test_a_run_that_is_stopped_resumes_to_the_same_end(straight: tuple[Path, float], epoch: int, step: int) -> None:
     from gatedconv.train.callbacks import StepReport
-    from gatedconv.train.loop import StopRequest
+    from gatedconv.train.stopping import StopRequest
 
     folder, _ = straight
     stop, target = StopRequest(), RunFolder(folder / f"stopped{epoch}")

@@ -68,7 +68,7 @@ def test_resume_is_exact(tmp_path: Path, data: ImageData, changes: dict[str, Any
     straight = network(config)
     whole = list(train(straight, data, config, checkpoint=tmp_path / "straight.pt"))
 
-    path = tmp_path / "cut.pt"
+    path = tmp_path / "interrupted.pt"
     list(itertools.islice(train(network(config), data, config, checkpoint=path), 3))
     if damaged:
         path.write_bytes(path.read_bytes()[:-7])
@@ -81,7 +81,7 @@ def test_resume_is_exact(tmp_path: Path, data: ImageData, changes: dict[str, Any
     assert [line.epoch for line in joined] == [1, 2, 3, 4]
     assert comparable(joined) == comparable(whole)
     assert_same_state(straight.state_dict(), resumed.state_dict())
-    ends = [load_checkpoint(tmp_path / name) for name in ("straight.pt", "cut.pt")]
+    ends = [load_checkpoint(tmp_path / name) for name in ("straight.pt", "interrupted.pt")]
     assert_same_state(*(end["optimizer"] for end in ends))
     assert_same_state(*(end["random"] for end in ends))
 
@@ -92,9 +92,9 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, data: ImageDa
     config = dataclasses.replace(CONFIG, epochs=2, **changes)
     straight = network(config)
     whole = list(train(straight, data, config))
-    path, steps = tmp_path / "cut.pt", itertools.count()  # asked before the epoch, then after its steps
-    cut = list(train(network(config), data, config, checkpoint=path, stop=lambda: next(steps) == 2))
-    assert cut == [] and load_checkpoint(path)["random"]["position"] == 2
+    path, steps = tmp_path / "interrupted.pt", itertools.count()  # asked before the epoch, then after its steps
+    interrupted = list(train(network(config), data, config, checkpoint=path, stop=lambda: next(steps) == 2))
+    assert interrupted == [] and load_checkpoint(path)["random"]["position"] == 2
     resumed = network(config, seed=9)
     joined = list(train(resumed, data, config, checkpoint=path, resume=True))
     assert comparable(joined) == comparable(whole)

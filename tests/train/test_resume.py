@@ -15,7 +15,7 @@ from gatedconv.models import cifar_vgg
 from gatedconv.train import Callback, RunFolder, TrainConfig, run
 from gatedconv.train.callbacks import StepReport
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
-from gatedconv.train.loop import StopRequest
+from gatedconv.train.stopping import StopRequest
 from gatedconv.train.trainer import Trainer
 from tests.image_files import blobs, write_npz
 from tests.train.kills import differences
@@ -81,7 +81,7 @@ def trained(config: TrainConfig, path: Path, stops: list[tuple[int, int]]) -> Ru
 def states(folder: RunFolder) -> dict[str, Any]:
     """All that the last checkpoints hold, times and joules aside."""
     found = {}
-    for phase in ("dense", "gated", "cut"):
+    for phase in ("dense", "gated", "compact"):
         if has_checkpoint(folder.checkpoint(phase)):
             found[phase] = state = load_checkpoint(folder.checkpoint(phase))
             del state["config"]

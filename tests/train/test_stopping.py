@@ -17,7 +17,7 @@ from gatedconv.cli import main
 from gatedconv.train import RunFolder, TrainConfig, run
 from gatedconv.train.checkpoint import load_checkpoint
 from gatedconv.train.distributed import Ranks
-from gatedconv.train.loop import StopPoll, StopRequest, stop_on_sigterm
+from gatedconv.train.stopping import StopPoll, StopRequest, stop_on_sigterm
 from gatedconv.train.trainer import Trainer
 from tests.image_files import write_npz
 from tests.tolerances import assert_close
@@ -72,7 +72,7 @@ def process(rank: int, folder: str, ports: list[int]) -> None:
     made, real = [0], loop.Stepper.__call__
 
     def counted(self: Any, *arguments: Any) -> Any:
-        taught = len(arguments) == 4  # not the teacher, which makes steps beside them
+        taught = len(arguments) == 4  # not the teacher, which makes steps of its own
         made[0] += taught
         if rank == 1 and taught and made[0] == at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -105,7 +105,7 @@ def test_one_process_that_gets_sigterm_stops_all_and_the_run_ends_the_same(tmp_p
         assert found["last"] == {"made": 12, "left": True, "resumed": True, "after": 0}
     for name in ("early", "last"):
         folder = RunFolder(tmp_path / name)
-        for phase in ("gated", "cut"):
+        for phase in ("gated", "compact"):
             state, expected = (load_checkpoint(each.checkpoint(phase)) for each in (folder, straight))
             assert state["model"].keys() == expected["model"].keys()
             assert_close(state["model"], expected["model"], algorithm="training")

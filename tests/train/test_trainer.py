@@ -15,9 +15,9 @@ from gatedconv.data import EvalBatches, ImageData, TrainBatches
 from gatedconv.nn.batchnorm import re_estimate_batchnorm
 from gatedconv.train import Callback, EpochMetrics, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
-from gatedconv.train.loop import StopRequest
 from gatedconv.train.metrics import TensorBoard
 from gatedconv.train.results import energies
+from gatedconv.train.stopping import StopRequest
 from reproduce.rows import training_row
 from reproduce.table import find_experiment
 from tests.image_files import write_npz
@@ -167,7 +167,7 @@ def test_a_row_of_the_recipe_has_the_dense_network_too(tmp_path: Path) -> None:
         "dense": net | {"top1": 78.0, "macs": 1e7},
         "frozen": net,
         "model": "resnet20",
-        "epochs": {"gated": 17, "cut": 7},
+        "epochs": {"gated": 17, "compact": 7},
         "device": "cpu",
         "commit": None,
         "versions": {},
@@ -191,12 +191,12 @@ def test_a_run_counts_what_it_trains_after_compacting(tmp_path: Path, archive: P
     folder = RunFolder(tmp_path / "run")
     summary = run(config, folder)
     assert summary is not None
-    gated, cut = folder.read_metrics()
-    assert (gated.phase, cut.phase) == ("gated", "cut")
+    gated, compact = folder.read_metrics()
+    assert (gated.phase, compact.phase) == ("gated", "compact")
     net = gatedconv.load(folder.model("compact"))
     macs = gatedconv.count_macs(net, torch.zeros(1, 1, 8, 8))
-    assert cut.train_macs == pytest.approx(3 * 48 * macs) and cut.macs_saved == 0
-    assert summary["train_macs"] == pytest.approx(gated.train_macs + cut.train_macs)
+    assert compact.train_macs == pytest.approx(3 * 48 * macs) and compact.macs_saved == 0
+    assert summary["train_macs"] == pytest.approx(gated.train_macs + compact.train_macs)
 
 
 def test_an_interrupted_run_resumes_to_the_same_summary(tmp_path: Path, archive: Path) -> None:
@@ -208,18 +208,18 @@ def test_an_interrupted_run_resumes_to_the_same_summary(tmp_path: Path, archive:
             if (metrics.phase, metrics.epoch) == ("gated", 1):
                 raise KeyboardInterrupt
 
-    straight, cut = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "cut")
+    straight, interrupted = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "interrupted")
     expected = run(config, straight)
     with pytest.raises(KeyboardInterrupt):
-        run(config, cut, callback=Interrupting())
+        run(config, interrupted, callback=Interrupting())
     heard = Recorder()
-    got = run(config, cut, resume=True, callback=heard)
+    got = run(config, interrupted, resume=True, callback=heard)
     assert expected is not None and got is not None
     varying = {"wall_s", "commit"}
     assert {k: v for k, v in got.items() if k not in varying} == {k: v for k, v in expected.items() if k not in varying}
-    assert [len(lines) for lines in (heard.replayed, heard.epochs, cut.read_metrics())] == [3, 1, 4]
+    assert [len(lines) for lines in (heard.replayed, heard.epochs, interrupted.read_metrics())] == [3, 1, 4]
     for kind in ("dense", "gated", "compact"):
-        left, right = (gatedconv.load(folder.model(kind)).state_dict() for folder in (straight, cut))
+        left, right = (gatedconv.load(folder.model(kind)).state_dict() for folder in (straight, interrupted))
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -235,7 +235,7 @@ def test_a_run_that_is_stopped_after_compacting_reports_all_its_epochs(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(archive, dense_baseline=False, latency=False, consensus_at=0.5, max_minutes=9.0)
-    monkeypatch.setattr("gatedconv.train.loop.Training._deadline_passed", lambda self: self.phase == "cut")
+    monkeypatch.setattr("gatedconv.train.loop.Training._deadline_passed", lambda self: self.phase == "compact")
     heard = Recorder()
     assert run(config, RunFolder(tmp_path / "run"), callback=heard) is None
     assert "stopped after 1 of 2 epochs (compact)" in heard.notes[-1]

@@ -35,7 +35,7 @@ def conv_candidates(
         device: Where they are.
         mode: As `cuda_conv.kernels_mode` returns it.
     """
-    candidates: dict[str, Callable[[], Candidate]] = {"cudnn": lambda: _CutConv(one, dtype, device)}
+    candidates: dict[str, Callable[[], Candidate]] = {"cudnn": lambda: _CompactConv(one, dtype, device)}
     symmetric = one.padding[:2] == one.padding[2:]
     plain = one.groups == 1 and one.in_index is None and one.out_index is None and symmetric
     if device.type == "cuda" and plain and one.act == "relu":
@@ -54,7 +54,7 @@ def _worth_trying(one: Instruction, tile: tuple[int, int]) -> bool:
     return tile[1] == 1 or 8 * tile[1] < 2 * columns
 
 
-class _CutConv:
+class _CompactConv:
     """PyTorch's convolution of the open channels, then what is left to do, one kernel each."""
 
     def __init__(self, one: Instruction, dtype: torch.dtype, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class _CutConv:
         return activate(out, one.act).contiguous(memory_format=torch.channels_last)
 
 
-class _FusedConv(_CutConv):
+class _FusedConv(_CompactConv):
     """cuDNN's convolution with bias, residual and ReLU in one call."""
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from gatedconv.engine.cuda import experimental
 from gatedconv.engine.cuda.candidates import Candidate, activate, conv_candidates
-from gatedconv.engine.cuda.experimental import ResidentLaunch, Run, find_runs
+from gatedconv.engine.cuda.experimental import ResidentLaunch
 from gatedconv.engine.cuda.graphs import GraphCache
 from gatedconv.engine.cuda.instructions import Instruction, make_instructions, map_sizes, padded
-from gatedconv.engine.cuda.tuner import Tuner, tuner_for
+from gatedconv.engine.cuda.resident_runs import Run, find_runs
+from gatedconv.engine.cuda.tuning import tuner_for
 from gatedconv.engine.program import Map, Step
+from gatedconv.engine.tuner import Tuner
 from gatedconv.ops.cuda_conv import allows_tf32, kernels_mode
 from gatedconv.ops.plan import plan_output_size
 

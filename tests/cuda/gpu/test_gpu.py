@@ -247,7 +247,7 @@ def test_gates_decide_without_the_host(options, monkeypatch):
     with torch.no_grad():
         for gate in gatedconv.gates(model).values():
             torch.nn.init.normal_(gate.fc2.weight, std=3.0)
-    x = plans.clear_cut(model, torch.randn(64, 3, 32, 32, device="cuda"), 8)
+    x = plans.clear_images(model, torch.randn(64, 3, 32, 32, device="cuda"), 8)
     expected = model(x).detach()
     with torch.no_grad():
         model(x)

@@ -10,7 +10,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv.engine.cuda import experimental
-from gatedconv.engine.cuda.experimental import UNIT
+from gatedconv.engine.cuda.resident_runs import UNIT
 from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.cuda.gpu.test_gpu import gated

@@ -161,9 +161,14 @@ def test_a_resumed_run_ends_where_the_straight_one_does(
     straight, again, resumed = network(config), network(config), network(config)
     whole = list(train(straight, data, config))
     list(train(again, data, config))
-    asked, path = itertools.count(), tmp_path / "cut.pt"  # asked before an epoch, then after each of its 8 steps
-    cut = list(train(network(config), data, config, checkpoint=path, stop=lambda: next(asked) == steps + steps // 8))
-    assert len(cut) == steps // 8
+    asked, path = (
+        itertools.count(),
+        tmp_path / "interrupted.pt",
+    )  # asked before an epoch, then after each of its 8 steps
+    interrupted = list(
+        train(network(config), data, config, checkpoint=path, stop=lambda: next(asked) == steps + steps // 8)
+    )
+    assert len(interrupted) == steps // 8
     with torch.no_grad():
         for parameter in resumed.parameters():
             parameter.zero_()  # all of it comes from the checkpoint

@@ -99,7 +99,7 @@ def test_a_shortcut_that_is_a_crop(device):
 def test_half_precision_maps(device, dtype):
     """At most twice the error that PyTorch makes in that type against fp64.
 
-    The interpreter cuts a bf16 off where a GPU rounds it, which doubles the error.
+    The interpreter truncates a bf16 where a GPU rounds it, which doubles the error.
     """
     allowed = 4 if dtype == torch.bfloat16 and device.type == "cpu" else 2
     x, shortcut, gate = draw(device, 4, 5, 4, 4)

@@ -1,4 +1,4 @@
-"""Times the algorithms for a convolution on the machine at hand, and keeps what was found (`Engine(tune=True)`)."""
+"""Times the algorithms for a convolution on the CPU at hand (`Engine(tune=True)`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gatedconv import _build, _native
 from gatedconv.engine.choose import Choose, algorithms, work_of
-from gatedconv.engine.cuda.tuner import Tuner, cache_path
 from gatedconv.engine.layers import Layer, map_size
 from gatedconv.engine.program import write_program
+from gatedconv.engine.tuner import Tuner, cache_path
 from gatedconv.environment import cpu_info
 from gatedconv.ops.plan import plan_isa, plan_run
 

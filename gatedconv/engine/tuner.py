@@ -1,10 +1,9 @@
-"""Chooses the fastest candidate of each convolution on the GPU at hand, and remembers it from process to process."""
+"""Chooses the fastest candidate for a convolution on the machine at hand, and remembers it from process to process."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedconv import _build, _native
+from gatedconv import _native
 from gatedconv._io import require_schema, write_atomic
-from gatedconv.ops._cuda_graph import capture
 
 FORMAT = 2
 # Against the first candidate, relative to its largest value: rounding of two orders of summation, no more.
@@ -34,7 +32,7 @@ class Tuner:
 
     Args:
         path: The file, None to keep nothing.
-        header: What must agree for its choices to hold; see `header_of`.
+        header: What must agree for its choices to hold: device, versions, flags.
         timer: Milliseconds of a call.
         rounds: Turns in which each candidate is timed; the least time counts.
     """
@@ -157,64 +155,7 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def header_of(device: torch.device) -> dict[str, Any]:
-    """Return what choices on a device depend on besides the shapes."""
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "device": f"{properties.name}, {properties.multi_processor_count} processors",
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        # The time and the result of cuDNN's candidates depend on them.
-        "flags": {
-            "benchmark": torch.backends.cudnn.benchmark,
-            "deterministic": torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
-            "precision": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        },
-        "sources": f"{_build.source_hash(_native.source_folder())} {planner_hash(Path(__file__).parent)}",
-    }
-
-
-def planner_hash(folder: Path) -> str:
-    """Hash the Python files that decide what a candidate computes."""
-    files = sorted(folder.glob("*.py"))
-    return hashlib.sha256(b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)).hexdigest()[:16]
-
-
 def cache_path(header: Mapping[str, Any]) -> Path:
     """Return the file for a header: one for each device and version, in the folder of GATEDCONV_CACHE."""
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode()).hexdigest()[:12]
     return _native.cache_folder() / f"tuned-{digest}.json"
-
-
-def time_on_gpu(call: Callable[[], Tensor], rounds: int = 7, repeats: int = 10) -> float:
-    """Return the median milliseconds of a call as part of a CUDA graph, which is how a plan runs it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # what is allocated or chosen once is so by now
-        graph, _ = capture(lambda: [call() for _ in range(repeats)], stream.device, stream)
-        graph.replay()
-        times = []
-        for _ in range(rounds):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(start.elapsed_time(end) / repeats)
-    torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(times)
-
-
-_tuners: dict[str, Tuner] = {}
-_tuners_lock = threading.Lock()
-
-
-def tuner_for(device: torch.device) -> Tuner:
-    """Return this process's tuner of a CUDA device."""
-    with _tuners_lock:
-        header = header_of(device)
-        path = cache_path(header)
-        if str(path) not in _tuners:
-            _tuners[str(path)] = Tuner(path, header, time_on_gpu)
-        return _tuners[str(path)]

@@ -1,0 +1,86 @@
+"""What `Engine.describe` reports: which layer runs where, by which kernel, with how many MACs and bytes."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from gatedconv.engine.cpu_plan import PlanModule
+from gatedconv.engine.cuda.plan import CudaPlan
+from gatedconv.engine.program import Map, Step
+from gatedconv.ops.plan import plan_workspace
+
+_KERNELS = {"conv": "direct", "winograd2": "Winograd F(2x2)", "winograd4": "Winograd F(4x4)"}
+
+
+def describe_body(body: fx.GraphModule, batch: int, threads: int) -> list[str]:
+    """The lines about a network whose segments are plans.
+
+    Args:
+        body: calls the plans, and what runs in PyTorch.
+        batch: images for which the workspace is given.
+        threads: of the plans on the CPU.
+    """
+    plans = {name: module for name, module in body.named_children() if isinstance(module, (PlanModule, CudaPlan))}
+    lines, rest = list[str](), 0
+    for node in body.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        plan = plans.get(str(node.target))
+        if isinstance(plan, CudaPlan):
+            lines += _cuda_plan(str(node.target), plan, batch)
+        elif plan is not None:
+            lines += _cpu_plan(str(node.target), plan, batch, threads)
+        else:
+            lines.append(f"PyTorch: {node.name} ({_operation(body, node)})")
+            rest += 1
+    return [*lines, f"In PyTorch: {rest} operations." if rest else "Nothing is left to PyTorch."]
+
+
+def _operation(body: fx.GraphModule, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(body.get_submodule(str(node.target))).__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _cuda_plan(name: str, plan: CudaPlan, batch: int) -> list[str]:
+    lines = [f"{name}: {len(plan.instructions)} instructions in one graph"]
+    lines += ["  " + line for line in plan.describe(batch)]
+    macs = sum(one.macs for one in plan.instructions)
+    return [*lines, f"  in all {macs / 1e6:.2f} M MACs an image"]
+
+
+def _cpu_plan(name: str, plan: PlanModule, batch: int, threads: int) -> list[str]:
+    lines = [f"{name}: {len(plan.steps)} instructions in one call"]
+    lines += ["  " + _step(step, plan.maps) for step in plan.steps if step.layer is not None]
+    macs = sum(step.macs for step in plan.steps)
+    weights = plan.weights.numel() * plan.weights.element_size()
+    first = plan.maps[plan.steps[0].target]
+    workspace = plan_workspace((batch, first.channels, first.height, first.width), plan.program, threads)
+    lines.append(
+        f"  in all {macs / 1e6:.2f} M MACs an image, weights {_bytes(weights)}, "
+        f"workspace {_bytes(workspace)} at batch {batch}"
+    )
+    return lines
+
+
+def _step(step: Step, maps: list[Map]) -> str:
+    layer = step.layer
+    assert layer is not None
+    target, source = maps[step.target], maps[step.source]
+    kernel = " ".join((_KERNELS.get(step.op, step.op), f"{layer.kernel[0]}x{layer.kernel[1]}"))
+    if layer.kind not in ("conv", "max_pool", "avg_pool"):
+        kernel = "view" if step.op == "view" else step.op
+    extras = [f"stride {layer.stride[0]}"] if layer.stride != (1, 1) else []
+    extras += [f"{layer.groups} groups"] if layer.groups > 1 else []
+    if layer.before is not None:
+        extras.append("of norm" + (f" and {layer.before[2]}" if layer.before[2] else ""))
+    extras += ["of gated input"] if step.gate >= 0 else []
+    extras += ["+ residual"] if step.residual >= 0 and layer.kind == "conv" else []
+    extras += [f"+ {layer.act}"] if layer.act else []
+    shape = " -> ".join(f"{m.channels}x{m.height}x{m.width}" for m in (source, target))
+    line = f"{layer.name:<28} {shape:<28} {' '.join([kernel, *extras])}"
+    return line + (f"; {step.macs / 1e6:.2f} M MACs, {_bytes(step.weight_bytes)}" if step.macs else "")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 1024:.1f} KiB"
