@@ -290,9 +290,10 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("tune", [False, True])
-def test_the_default_dtype_changes_nothing(tune, model, engine, monkeypatch, tmp_path):
+def test_the_default_dtype_changes_nothing(tune, model, monkeypatch, tmp_path):
     monkeypatch.setenv("GATEDCONV_CACHE", str(tmp_path))
     x = torch.randn(2, 3, 32, 32)
+    engine = gatedconv.Engine(model, x)
     torch.set_default_dtype(torch.float64)
     try:
         built = gatedconv.Engine(model, x, tune=tune)
