@@ -97,7 +97,6 @@ def test_the_overview_has_every_experiment_and_its_distance_to_dense(drawn: dict
     labels = [label.get_text() for label in right.get_yticklabels()]
     found = {labels[round(y)]: x for x, y in marks(right)}
     assert found == {
-        "CIFAR-10 layer pruned, λ rising (50 %)": 0.5,
         "ours, λ_act 0.5 (50 %)": -1.0,
         "ours, λ_act 0.5, swapped (75 %)": -2.0,
         "ours, λ_act 0.7, swapped (25 %)": -4.0,
