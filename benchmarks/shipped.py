@@ -168,7 +168,7 @@ def headline() -> str:
         found = json.loads(path.read_text())
         machine, timed, group = found["machine"], _Timed(found), found["machine"].get("group", "main")
         least = {case: min(ratios) for case in CASES if (ratios := timed.ratios(case))}
-        means = {cut: _geometric_mean([r for case, r in least.items() if case.cut == cut]) for cut in CUTS}
+        means = {v: _geometric_mean([r for case, r in least.items() if case.variant == v]) for v in VARIANTS}
         if group == "main":
             parts.append(
                 f"{len({case.network for case in least})} networks at {machine['size']} pixels, batch 1 and 8, "
