@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 import gatedconv
 from benchmarks import shipped
-from benchmarks.harness import RESULTS, machine_header
+from benchmarks.harness import RESULTS, machine_header, write_result
 from benchmarks.networks import NetworkCase, fill_norms
-from gatedconv._io import write_atomic
 from gatedconv.measure.interleaved import Interleaved
 from gatedconv.report.tables import markdown_table
 from gatedconv.train.presets import preset_settings
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(measure(case, threads, options.rounds))
         print(rows[-1], flush=True)
     result = {"machine": machine_header(max(options.threads)), "rounds": options.rounds, "rows": rows}
-    write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":
