@@ -19,6 +19,7 @@ from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value, is_c
 
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
 _VIEWS = ("view", "_unsafe_view", "reshape")
+MOST_CAUTION = 2  # of a `ChannelPlan`
 
 
 class Sliceable:

@@ -11,14 +11,22 @@ from torch import Tensor, nn
 from gatedconv.convert.record import Record, record
 from gatedconv.convert.verify import as_inputs, tensors_of
 
+_DIMENSIONS = (2, 4, 5)  # vectors, images, clips
 
-def require_example(example_input: Any, owner: str) -> None:
-    """Raise TypeError, naming ``owner``, unless it is images (N, C, H, W), clips, vectors (N, C), or has tensors."""
+
+def require_example(example_input: Any, owner: str) -> Any:
+    """The example; of a tuple of images alone those themselves, whose size a result can keep.
+
+    Raises:
+        TypeError: it is no images (N, C, H, W), clips, vectors (N, C), and has no tensors; names ``owner``.
+    """
     if isinstance(example_input, (tuple, list, Mapping)):
         if not tensors_of(as_inputs(example_input)):
             raise TypeError(f"{owner}: example_input must be a tensor or hold tensors, got {example_input!r}")
-        return
-    if not isinstance(example_input, Tensor) or example_input.dim() not in (2, 4, 5):
+        only = example_input[0] if not isinstance(example_input, Mapping) and len(example_input) == 1 else None
+        images = isinstance(only, Tensor) and only.is_floating_point() and only.dim() in _DIMENSIONS
+        return only if images else example_input
+    if not isinstance(example_input, Tensor) or example_input.dim() not in _DIMENSIONS:
         kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise TypeError(
             f"{owner}: example_input must be a tensor (N, C, H, W), a tuple or a dict of inputs, got {kind}"
@@ -26,6 +34,7 @@ def require_example(example_input: Any, owner: str) -> None:
     if not example_input.is_floating_point() or example_input.is_meta:
         kind = f"{example_input.dtype} on {example_input.device}"
         raise TypeError(f"{owner}: example_input must be of a floating-point type and hold data, got {kind}")
+    return example_input
 
 
 def record_example(model: nn.Module, example_input: Any, owner: str) -> Record:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert import install
 from gatedconv.convert.branches import Branch, find_branches
+from gatedconv.convert.channels import MOST_CAUTION
 from gatedconv.convert.conversion import Choice, Conversion, Selection
 from gatedconv.convert.example import record_example, require_example
 from gatedconv.convert.flow import (
@@ -80,7 +81,7 @@ def gate_model(
             pattern that matches nothing, or no place for a gate at all.
         ConversionError: the result does not compute what the model does.
     """
-    _check(model, gate, position, estimator, example_input)
+    example_input = _check(model, gate, position, estimator, example_input)
     selection = Selection(include, exclude)
     model = unwrap(model)
     result, probe = _copied(model), _copied(model)
@@ -123,7 +124,9 @@ def gate_model(
     size = tuple(example_input.shape) if isinstance(example_input, Tensor) else None
     vars(result).update(mac_terms=terms, conversion=conversion, gatedconv_size=size)
     if verify:
-        _verify(model, result, example_input, conversion)
+        trained = _verify(model, result, example_input, conversion)
+        if _runs_in_training_alone(trained, found):  # what it reads may have to keep its channels
+            conversion.estimated |= estimated_parts(flow, installer.gated, by_node, MOST_CAUTION)
     return result
 
 
@@ -256,33 +259,58 @@ def _sample_wise(branch: Branch, found: Record) -> list[str]:
     return [r.scope for r in readers] if plain and alone else []
 
 
-def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion: Conversion) -> None:
+def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion: Conversion) -> nn.Module:
+    """Compare the two; returns a copy of the model with the gradients of one training step."""
+    require_same(model, result, example_input, "gate_model")
+    inputs = [example_input]
+    if isinstance(example_input, Tensor):
+        few = example_input[:4] if len(example_input) > 1 else torch.cat([example_input, example_input.flip(-1)])
+        inputs = [few, example_input]  # some code takes a multiple of so many images, or one alone
+    for images in inputs:
+        opened, ran = _opened(result)
+        trained = copied(model)
+        note = require_same_training(trained, opened, images, "gate_model")
+        if not note:
+            note = _without_gradients(trained, ran)
+            break
+    conversion.note = "; ".join(filter(None, (conversion.note, note)))
+    return trained
+
+
+def _opened(result: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
+    """A copy with its gates forced open, and what gets whether each that runs does so with gradients."""
     opened = copied(result)
-    without: set[str] = set()  # gates that run in training without gradients
+    ran: dict[str, bool] = {}
+
+    def note(name: str) -> None:
+        ran.setdefault(name, torch.is_grad_enabled())
+
     for name, gate in find_gates(opened).items():
         constant = FrozenGate(torch.ones_like(gate.running_open_rate, dtype=torch.bool))
-        constant.register_forward_hook(lambda *_, n=name: None if torch.is_grad_enabled() else without.add(n))
+        constant.register_forward_pre_hook(lambda *_, n=name: note(n))
         opened.set_submodule(name, constant)
-    require_same(model, result, example_input, "gate_model")
-    inputs = example_input
-    if isinstance(example_input, Tensor):
-        inputs = example_input[:4] if len(example_input) > 1 else torch.cat([example_input, example_input.flip(-1)])
-    trained = copied(model)
-    note = require_same_training(trained, opened, inputs, "gate_model")
-    conversion.note = "; ".join(
-        filter(None, (conversion.note, note or _without_gradients(trained, conversion, without)))
-    )
+    return opened, ran
 
 
-def _without_gradients(trained: nn.Module, conversion: Conversion, without: set[str]) -> str:
+def _runs_in_training_alone(trained: nn.Module, found: Record) -> bool:
+    """Whether something learned that no operation of the eval-mode record reads, such as an auxiliary head."""
+    read = {value.name for node in found.nodes for value in node.inputs}
+    layers = tuple(f"{node.scope}." for node in found.nodes if node.op == CALL)
+    learned = [name for name, p in trained.named_parameters() if p.grad is not None]
+    return any(name not in read and not name.startswith(layers) for name in learned)
+
+
+def _without_gradients(trained: nn.Module, ran: dict[str, bool]) -> str:
     """What does not reach the gates of layers that learn by their flags: inside torch.no_grad(), or detached."""
     found = []
-    for path in conversion.gated:
+    for path in ran:
         learning = [p for p in trained.get_submodule(path.rpartition(".")[0]).parameters() if p.requires_grad]
         if learning and all(p.grad is None for p in learning):
             found.append(path)
     notes = [f"no gradient reaches {', '.join(found)}: they stay as they are"] if found else []
-    if again := sorted(without.difference(found)):  # backward computes them a second time, with gradients
+    if again := [
+        path for path in ran if not ran[path] and path not in found
+    ]:  # backward computes them a second time, with gradients
         notes.append(
             f"the losses on the gates do not reach {', '.join(again)}, which a checkpoint with use_reentrant=True runs "
             f"without gradients; use_reentrant=False lets them"
@@ -290,7 +318,8 @@ def _without_gradients(trained: nn.Module, conversion: Conversion, without: set[
     return "; ".join(notes)
 
 
-def _check(model: Any, gate: str, position: str, estimator: str, example_input: Any) -> None:
+def _check(model: Any, gate: str, position: str, estimator: str, example_input: Any) -> Any:
+    """The example; raises for arguments out of range."""
     if not isinstance(model, nn.Module):
         hint = ": pass its .module()" if isinstance(model, torch.export.ExportedProgram) else ""
         raise TypeError(f"gate_model: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
@@ -305,7 +334,7 @@ def _check(model: Any, gate: str, position: str, estimator: str, example_input: 
             f"gate_model: the model has gates already (as {next(iter(gates))!r}); pass the network without gates, "
             f"gate='both' puts in both kinds; what is frozen can be compacted first, by gatedconv.compact"
         )
-    require_example(example_input, "gate_model")
+    example_input = require_example(example_input, "gate_model")
     for name, value, allowed in (
         ("gate", gate, GATES),
         ("position", position, POSITIONS),
@@ -313,3 +342,4 @@ def _check(model: Any, gate: str, position: str, estimator: str, example_input: 
     ):
         if value not in allowed:
             raise ValueError(f"gate_model: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return example_input

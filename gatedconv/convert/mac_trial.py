@@ -17,18 +17,19 @@ from gatedconv.convert.record import Node, Value
 from gatedconv.gating import MacTerm
 
 
-def estimated_parts(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]]) -> dict[str, str]:
+def estimated_parts(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], caution: int = 0) -> dict[str, str]:
     """Module path -> by how much its terms were off, for the modules whose terms were, at two sets of random masks.
 
     Args:
         flow: of the model without gates.
         gated: its gates.
         terms: of ``node_terms``.
+        caution: of the ``ChannelPlan``.
     """
-    return _trial(flow, gated, terms, 0.5) | _trial(flow, gated, terms, 0.0)
+    return _trial(flow, gated, terms, caution, 0.5) | _trial(flow, gated, terms, caution, 0.0)
 
 
-def _trial(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], share: float) -> dict[str, str]:
+def _trial(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], caution: int, share: float) -> dict[str, str]:
     """Of the channels ``share`` are open, and at least one; of the branches a half."""
     sizes = dict((*gated.values.values(), *gated.inputs.values())) | dict.fromkeys(gated.ends.values(), 1)
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +41,7 @@ def _trial(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], share:
         if not bool(masks[name]) and flow.has_channels(value):
             values[value] = torch.zeros(flow[value].size, dtype=torch.bool)
     inputs = {key: masks[name] for key, (name, _) in gated.inputs.items()}
-    channels = ChannelPlan(flow, Masks(values, inputs, {}))
+    channels = ChannelPlan(flow, Masks(values, inputs, {}), caution)
     promised: dict[str, float] = defaultdict(float)
     left: dict[str, float] = defaultdict(float)
     for node, found in terms.items():

@@ -21,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
 
-from gatedconv.gating import Gate
+from gatedconv.gating import Gate, eval_mode
 
 CALL = "call"  # the operation of a node that is the call of a known layer
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
@@ -193,18 +193,6 @@ def _forget_unread(result: Record) -> None:
             result.nodes.remove(node)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; every module's flag is put back as it was."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
 class _Recorder(TorchDispatchMode):
     def __init__(self, result: Record, known: Callable[[nn.Module], bool]) -> None:
         super().__init__()
@@ -220,7 +208,7 @@ class _Recorder(TorchDispatchMode):
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = Node("input", "")
-        args, kwargs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs))
+        args, kwargs = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, (args, kwargs))
         self._append(given, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)], set())
         self.result.inputs = given.outputs
         with self:

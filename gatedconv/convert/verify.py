@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from gatedconv.convert.record import eval_mode, open_up
-from gatedconv.gating import copied
+from gatedconv.convert.record import open_up
+from gatedconv.gating import copied, eval_mode
 
 # Of max|a - b| / max|b|: what another order of summation may cost over many layers, by the type's precision.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -188,10 +190,16 @@ def _tolerance(structure: Any) -> float:
 def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output on copies of its inputs; its random numbers are those of one seed, and nobody else's."""
     devices = {t.device for t in tensors_of(inputs) if t.is_cuda}
-    with torch.random.fork_rng(list(devices)):
-        torch.manual_seed(0)
-        args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
-        return model(*args, **kwargs)
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(list(devices)):
+            for seed in (torch.manual_seed, random.seed, np.random.seed):
+                seed(0)
+            args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+            return model(*args, **kwargs)
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _variations(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:

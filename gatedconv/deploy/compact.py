@@ -6,6 +6,7 @@ Which channels each tensor loses, where sums and concatenations need the same on
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert import ConversionError, require_same
-from gatedconv.convert.channels import ChannelPlan
+from gatedconv.convert.channels import MOST_CAUTION, ChannelPlan
 from gatedconv.convert.constants import Masks
 from gatedconv.convert.example import record_example, require_example
 from gatedconv.convert.flow import Flow
@@ -37,8 +38,6 @@ from gatedconv.gating import FrozenGate, copied, find_gates, require_frozen, unw
 from gatedconv.nn import Conv2d, FrozenConv2d
 from gatedconv.nn.graph_net import require_size
 
-_MOST_CAUTION = 2  # of an attempt; each step lets the model's code see fewer tensors of fewer channels
-
 
 def compact(
     frozen: nn.Module, example_input: Any, *, channel_multiple: int | None = None, verify: bool = True
@@ -57,15 +56,18 @@ def compact(
             of positional or a dict of keyword arguments.
         channel_multiple: keep so many closed channels, as zeros, that the width behind each gate is a multiple of
             this. None: 8 where ``example_input`` is on a GPU, whose matrix units need it, else 1.
-        verify: compare the result with ``frozen`` on the example, a larger batch and larger images; costs three
-            forwards of each. Whether the result runs in training is tried in any case, by one forward.
+        verify: compare the result with ``frozen`` on the example, a larger batch and larger images, and try whether
+            it runs in training where ``frozen`` does; costs three forwards of each, and one in training.
+
+    Warns:
+        UserWarning: the result runs in eval alone.
 
     Raises:
         TypeError: for arguments of another kind.
         ValueError: for a model whose gates are not frozen, or that does not run on ``example_input``.
         ConversionError: the result would not compute what ``frozen`` does.
     """
-    channel_multiple = _check(frozen, example_input, channel_multiple)
+    example_input, channel_multiple = _check(frozen, example_input, channel_multiple)
     model = copied(frozen)
     model.eval()  # a class with a train() of its own may return nothing from it
     compact_our_blocks(model, channel_multiple)
@@ -91,16 +93,16 @@ def compact(
     return result
 
 
-def _check(frozen: Any, example_input: Any, channel_multiple: int | None) -> int:
+def _check(frozen: Any, example_input: Any, channel_multiple: int | None) -> tuple[Any, int]:
     if not isinstance(frozen, nn.Module):
         raise TypeError(f"compact: the model must be a torch.nn.Module, got {type(frozen).__name__}")
-    require_example(example_input, "compact")
+    example_input = require_example(example_input, "compact")
     if channel_multiple is None:
         channel_multiple = 8 if any(t.is_cuda for t in tensors_of(as_inputs(example_input))) else 1
     if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:
         raise ValueError(f"compact: channel_multiple must be a positive int, got {channel_multiple!r}")
     require_frozen(frozen, "compact")
-    return channel_multiple
+    return example_input, channel_multiple
 
 
 def _compact_rest(
@@ -115,7 +117,7 @@ def _compact_rest(
     _fill_up(model, closed, channel_multiple)
     masks = _masks(flow, closed)
     unsliceable: set[str] = set()
-    caution = 0
+    caution, trains = 0, verify and _trains(frozen, example_input)
     while True:
         result = copied(model)
         try:
@@ -123,15 +125,17 @@ def _compact_rest(
                 shrink(result, ChannelPlan(flow, masks, caution, unsliceable))
             if verify:
                 require_same(unwrap(frozen), result, example_input, "compact")
-                if caution < _MOST_CAUTION and not _trains(result, example_input) and _trains(frozen, example_input):
-                    caution = _MOST_CAUTION
+            if trains and not _trains(result, example_input):  # by code that runs in training alone
+                if caution < MOST_CAUTION:
+                    caution = MOST_CAUTION
                     continue
+                warnings.warn("compact: the result runs in eval, but not in training, as the model does", stacklevel=3)
             return result
         except CannotSlice as failure:
             unsliceable.add(failure.path)
         except ConversionError:
             caution += 1
-            if caution > _MOST_CAUTION:
+            if caution > MOST_CAUTION:
                 raise
 
 
@@ -142,8 +146,8 @@ def _trains(model: nn.Module, example_input: Any) -> bool:
     if isinstance(example_input, Tensor) and len(example_input) == 1:
         inputs = as_inputs(torch.cat([example_input, example_input]))
     trial = copied(model)
-    trial.train()
     try:
+        trial.train()
         run_seeded(trial, inputs)
     except Exception:  # whatever the layers raise
         return False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert.install import keeping_aliases, skip_closed
-from gatedconv.gating import FrozenGate, Gate, copied
+from gatedconv.gating import FrozenGate, Gate, copied, eval_mode
 from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_votes
 from gatedconv.gating.registry import find_gates, require_gates
 
@@ -129,7 +129,7 @@ def _vote(
     """
     votes = {name: torch.zeros_like(gate.running_open_rate, dtype=torch.float64) for name, gate in gates.items()}
     counts = dict.fromkeys(gates, 0)
-    seen, was_training = 0, {module: module.training for module in model.modules()}
+    seen = 0
     device = next(iter(votes.values())).device
 
     def count(name: str) -> Any:
@@ -142,19 +142,17 @@ def _vote(
         return hook
 
     hooks = [gate.register_forward_hook(count(name)) for name, gate in gates.items()]
-    model.eval()
     try:
-        for batch in loader:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            if not isinstance(x, Tensor):
-                raise TypeError(f"freeze: the loader must yield tensors or (tensor, ...), got {type(x).__name__}")
-            model(x.to(device))
-            seen += x.shape[0]
+        with eval_mode(model):
+            for batch in loader:
+                x = batch[0] if isinstance(batch, (tuple, list)) else batch
+                if not isinstance(x, Tensor):
+                    raise TypeError(f"freeze: the loader must yield tensors or (tensor, ...), got {type(x).__name__}")
+                model(x.to(device))
+                seen += x.shape[0]
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in was_training.items():
-            module.training = training
     votes, counts = sum_votes(votes, counts)
     if seen == 0 and not any(counts.values()):
         raise ValueError("freeze: the loader yielded no samples")

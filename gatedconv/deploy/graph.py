@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from gatedconv.convert.install import computing_all_samples, hooks_of
 from gatedconv.convert.record import CALL, Node, Record, Value, has_own_hooks, is_computed, record
-from gatedconv.convert.verify import distance
+from gatedconv.convert.verify import as_inputs, distance, run_seeded
 from gatedconv.deploy.graph_format import is_describable, set_module
 from gatedconv.nn import GraphNet
 
@@ -74,12 +74,15 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _require_same(graph: GraphNet, model: nn.Module, inputs: list[Tensor]) -> None:
-    for x in inputs:
+    model.eval()  # the two share their layers, and a train() of the model's own may set some otherwise
+    wanted = [run_seeded(model, as_inputs(x)) for x in inputs]
+    graph.eval()
+    for x, of_model in zip(inputs, wanted, strict=True):
         try:
-            result = graph.eval()(x)
+            result = run_seeded(graph, as_inputs(x))
         except Exception as error:  # of an operation that cannot be called with what was recorded
             raise NoGraph(f"the graph does not run: {type(error).__name__}: {error}") from error
-        if not distance(result, model(x)) <= 1e-5:
+        if not distance(result, of_model) <= 1e-5:
             raise NoGraph("the graph computes something else")
 
 

@@ -72,6 +72,7 @@ def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping
         ValueError, KeyError, TypeError, AttributeError: they do not fit the network.
     """
     model = copy.deepcopy(dense)
+    model.eval()  # the file's tensors are those of eval: some classes merge weights there
     with keeping_aliases(model):
         _replace(model, changes, tensors)
     for path, numbers in changes["counts"].items():

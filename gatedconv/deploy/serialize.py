@@ -19,7 +19,7 @@ from gatedconv.deploy.freeze import Consensus, freeze_gates
 from gatedconv.deploy.graph import NoGraph, write_graph
 from gatedconv.deploy.graph_format import build_graph, describe_graph, require_small
 from gatedconv.deploy.module_changes import apply_changes, describe_changes, ties_of
-from gatedconv.gating import FrozenGate, MacTerm, find_gates, unwrap
+from gatedconv.gating import FrozenGate, MacTerm, eval_mode, find_gates, unwrap
 from gatedconv.models import BUILDERS, CifarVGG, ResNet, cifar_vgg
 from gatedconv.nn import CompactBlock, GraphNet
 
@@ -73,7 +73,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if type(model) in _PACKED:
         model, example_size = _PACKED[type(model)](model)
     ties = ties_of(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
+    with eval_mode(model):  # copies: some classes merge weights there, and tensors may share their memory
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in ties}
     description = _describe(model) if isinstance(model, (CifarVGG, ResNet)) else {}
     # What gate_model put into a network of ours is no part of how it is built.
     if not description or (
@@ -85,8 +86,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         description["ties"] = ties
     if example_size is not None:
         description["engine"] = example_size
-    # Copies: tensors that share their memory are written each by itself.
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     header = json.dumps(description)
     if "changes" not in description or "graph" in description:
         try:  # a file that cannot be read again is found out now, not when it is needed
@@ -191,7 +191,7 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
     more = (
         {}
         if graph is None or graph is model
-        else {name: t for name, t in graph.state_dict().items() if name not in model.state_dict()}
+        else {name: t.clone() for name, t in graph.state_dict().items() if name not in model.state_dict()}
     )
     if more:
         description["extra"] = sorted(more)

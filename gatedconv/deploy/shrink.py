@@ -224,14 +224,17 @@ def _require_slice(
     write: Tensor,
     axis: int,
 ) -> None:
-    """Raise CannotSlice unless ``small`` gives the channels ``write`` of what the module gives."""
+    """Raise CannotSlice unless ``small`` runs in training and gives the channels ``write`` of what the module gives."""
     x = torch.randn(source.tensor.shape, generator=torch.Generator().manual_seed(0)).to(source.tensor)
     source_axis = channels.flow[source].axis
     shape = [-1 if d == source_axis else 1 for d in range(x.dim())]
     x = x * read.to(x).reshape(shape)
     try:
         wanted = module(x.clone()).index_select(axis, write.nonzero().flatten().to(x.device))
-        got = small(x.index_select(source_axis, read.nonzero().flatten().to(x.device)))
+        x = x.index_select(source_axis, read.nonzero().flatten().to(x.device))
+        got, trial = small(x.clone()), copy.deepcopy(small)
+        trial.train()
+        trial(x)
     except Exception as error:  # whatever foreign code says of fewer channels
         raise CannotSlice(path) from error
     if got.shape != wanted.shape or float((got - wanted).abs().max()) > _CLOSE * float(wanted.abs().max()) + 1e-12:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from gatedconv.convert import ConversionError, require_same
 from gatedconv.deploy.compact import compact
-from gatedconv.engine.choose import Choose, choose_estimated
+from gatedconv.engine.choose import choose_estimated
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cpu_tuning import choose_measured
 from gatedconv.engine.cuda.plan import CudaPlan
@@ -89,6 +90,7 @@ class Engine(nn.Module):
             self.dtype, self.device = dtype, device
             self.reason = _why_not(source)
             self.body: nn.Module = source
+            self.choose = choose_measured(threads or 0) if tune and device.type == "cpu" else choose_estimated
             if self.reason is None:
                 self._build(source, example_input)
             if verify and self.reason is None and device.type == "cpu" and self.plans:
@@ -106,11 +108,10 @@ class Engine(nn.Module):
         calls: dict[fx.Node, fx.Node] = {}  # the result of a segment -> the call that makes it now
         on_cpu = self.device.type == "cpu"
         segments = find_segments(traced) if on_cpu else find_segments(traced, runs_on_cuda)
-        choose = choose_measured(self.threads or 0) if self.tune and on_cpu else choose_estimated
         for i, segment in enumerate(segments):
             name = f"plan{i}"
             layers = fuse(segment.layers, segment.result, change_inputs=on_cpu)
-            traced.add_submodule(name, self._plan(segment, layers, example_input.shape[0], choose))
+            traced.add_submodule(name, self._plan(segment, layers, example_input.shape[0]))
             with traced.graph.inserting_after(segment.nodes[-1]):
                 call = traced.graph.call_module(name, (calls.get(segment.source, segment.source),))
             calls[segment.result] = call
@@ -122,16 +123,17 @@ class Engine(nn.Module):
         traced.delete_all_unused_submodules()
         self.body = traced.to(self.device, self.dtype) if self.device.type == "cuda" else traced
 
-    def _plan(self, segment: Segment, layers: list[Layer], batch: int, choose: Choose) -> nn.Module:
+    def _plan(self, segment: Segment, layers: list[Layer], batch: int) -> nn.Module:
         ends = segment.source, layers, segment.result, batch
         if self.device.type == "cuda":
             return CudaPlan(*lay_out(*ends, lambda *_: "conv"), self.dtype, self.device)
-        return PlanModule(write_program(*ends, choose), self.threads or 0)
+        return PlanModule(write_program(*ends, self.choose), self.threads or 0)
 
     def _verify(self, source: nn.Module, example: Tensor) -> None:
         """Run everything in PyTorch, with a warning, if a result is not the model's."""
+        locate = partial(first_difference, example=example, choose=self.choose)
         try:
-            require_same(source, self.body, example, "the plan", locate=first_difference, integers=False)
+            require_same(source, self.body, example, "the plan", locate=locate, integers=False)
         except ConversionError as error:
             self.reason = str(error)
             self.body = source

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.convert import verify
+from gatedconv.engine.choose import Choose
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.lower import trace
@@ -16,16 +17,26 @@ from gatedconv.engine.partition import Segment, find_segments
 from gatedconv.engine.program import write_program
 
 
-def first_difference(source: nn.Module, body: nn.Module, inputs: verify.Inputs) -> str:
-    """The name of the first layer whose result differs, by plans of the CPU that end behind each layer in turn."""
+def first_difference(
+    source: nn.Module, body: nn.Module, inputs: verify.Inputs, *, example: Tensor, choose: Choose
+) -> str:
+    """The name of the first layer whose result differs, by plans of the CPU that end behind each layer in turn.
+
+    Args:
+        source: the network.
+        body: the network with its plans.
+        inputs: on which the two differ.
+        example: for which the plans in ``body`` were written, and
+        choose: by which their algorithms were chosen.
+    """
     (x,) = inputs[0]
-    traced = trace(source, x)
+    traced = trace(source, example)
     run = _Values(traced)
     if not verify.is_same(run.run(x.clone()), source(x.clone())):
         return verify.first_difference(source, traced, inputs)
     for segment in find_segments(traced):
         for count in range(1, len(segment.layers) + 1):
-            if not _is_right(segment, count, run.values):
+            if not _is_right(segment, count, run.values, len(example), choose):
                 return segment.layers[count - 1].name
     return verify.first_difference(source, body, inputs)
 
@@ -45,14 +56,15 @@ class _Values(fx.Interpreter):
         return result
 
 
-def _is_right(segment: Segment, count: int, values: dict[fx.Node, Tensor]) -> bool:
+def _is_right(segment: Segment, count: int, values: dict[fx.Node, Tensor], batch: int, choose: Choose) -> bool:
     """Whether a plan of a segment's first layers computes what PyTorch does; one that cannot be written is."""
     layers = [replace(layer) for layer in segment.layers[:count]]
     result = layers[-1].output
     try:
-        plan = PlanModule(write_program(segment.source, fuse(layers, result, change_inputs=True), result, 1))
+        fused = fuse(layers, result, change_inputs=True)
+        plan = PlanModule(write_program(segment.source, fused, result, batch, choose))
     except (KeyError, ValueError):  # its result is no map that could leave a plan
         return True
     with torch.no_grad():
         found = plan(values[segment.source])
-    return found.shape != values[result].shape or verify.is_same(found, values[result])
+    return verify.is_same(found, values[result])

@@ -9,7 +9,7 @@ from gatedconv.gating.mac_controller import MacController
 from gatedconv.gating.mac_terms import MacTerm, expected_macs, pruning_rate
 from gatedconv.gating.pruner import GatePruner
 from gatedconv.gating.ranking import fisher_information, gate_macs, masks_for_target, mean_logits
-from gatedconv.gating.registry import copied, find_gates, forget, open_rates, require_frozen, unwrap
+from gatedconv.gating.registry import copied, eval_mode, find_gates, forget, open_rates, require_frozen, unwrap
 
 __all__ = [
     "ESTIMATORS",
@@ -22,6 +22,7 @@ __all__ = [
     "GatePruner",
     "activation_loss",
     "copied",
+    "eval_mode",
     "expected_macs",
     "find_gates",
     "forget",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gatedconv.gating.collectives import sum_votes
 from gatedconv.gating.gate import Gate
 from gatedconv.gating.mac_terms import expected_macs
-from gatedconv.gating.registry import find_gates, require_gates, unwrap
+from gatedconv.gating.registry import eval_mode, find_gates, require_gates, unwrap
 
 
 def masks_for_target(model: nn.Module, scores: Mapping[str, Tensor], target: float) -> dict[str, Tensor]:
@@ -114,11 +114,9 @@ def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
         batches: (images, labels); with several processes, of each its share, which may be none.
     """
     gates = require_gates(model, "mean_logits")
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     totals = {name: _zeros(gate) for name, gate in gates.items()}
     counts = dict.fromkeys(gates, 0)
-    try:
+    with eval_mode(model):
         for images, _ in batches:
             for gate in gates.values():
                 gate.logits = None
@@ -127,9 +125,6 @@ def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
                 if gate.logits is not None:
                     totals[name] += gate.logits.double().sum(0)
                     counts[name] += len(gate.logits)
-    finally:
-        for module, training in was_training.items():
-            module.training = training
     totals, counts = sum_votes(totals, counts)
     return {name: total.cpu() / max(1, counts[name]) for name, total in totals.items()}
 

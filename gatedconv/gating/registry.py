@@ -1,8 +1,10 @@
-"""Finding the gates of a model."""
+"""Finding the gates of a model; copies of it, and its modes."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,24 @@ def copied(model: nn.Module) -> nn.Module:
     model = unwrap(model)
     left = (t for m in model.modules() for t in tree_leaves(dict(vars(m))) if isinstance(t, Tensor) and not t.is_leaf)
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in left})
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; then every module's flag is as it was.
+
+    By ``train``, so that a class which does more there, such as merging weights in eval, undoes it.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training.items():
+            if module.training != flag:
+                module.train(flag)
+        for module, flag in training.items():
+            module.training = flag
 
 
 def find_gates(model: nn.Module) -> dict[str, Gate]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gatedconv.gating import unwrap
+from gatedconv.gating import eval_mode, unwrap
 
 _CONV_AND_LINEAR = ("conv", "masked_conv2d", "linear", "addmm", "matmul")
 
@@ -47,13 +47,8 @@ def count_macs_by_operator(model: nn.Module, example_input: Tensor) -> Counter[s
     if not isinstance(example_input, Tensor):
         raise TypeError(f"count_macs: example_input must be a tensor, got {type(example_input).__name__}")
     model = unwrap(model)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        return _fvcore_counts(model, example_input)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with eval_mode(model):
+        return _fvcore_counts(model, example_input.clone())  # some code changes its input
 
 
 def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -338,3 +340,210 @@ def test_coordinates_in_front_of_the_images_are_no_batch():
     gated = gatedconv.gate_model(Net().eval(), "channel", example_input=(torch.randn(100, 2), x))
     convolutions = 27 * 8 * 100 + 72 * 4 * 64  # of one image
     assert convolutions <= sum(term.macs for term in gated.mac_terms) <= 1.2 * convolutions
+
+
+class Merging(nn.Conv2d):
+    """A low-rank addition that is merged into the weight in eval, as LoRA's is."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1)
+        self.low, self.merged = nn.Parameter(torch.ones(channels, channels, 1, 1) / 8), False
+        self.weight.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += self.low.data * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight if self.merged else self.weight + self.low, self.bias)
+
+
+def merging():
+    torch.manual_seed(0)
+    return residual(Merging(8), nn.BatchNorm2d(8), nn.ReLU(), block(8, 8))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_are_merged_in_eval_are_unmerged_again(training, tmp_path):
+    x, model = images(4, 3, 12, 12), merging().train(training)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gated = gatedconv.gate_model(model, "both", example_input=x)
+    gatedconv.count_macs(gated, x)
+    frozen = gatedconv.freeze(gated, [x])
+    small = gatedconv.compact(frozen, x)
+    gatedconv.save(small, tmp_path / "small")
+    for made in (model, gated, frozen, small):
+        assert made.training == training and made[1].merged != training
+        for name, tensor in state.items():
+            if "1." in name and "gate" not in name:
+                assert_close(made.state_dict()[name], tensor)
+    for mode in (False, True):
+        loaded = gatedconv.load(tmp_path / "small", into=merging().train(mode))
+        assert_close(loaded(x), small.eval()(x))
+
+
+class Chance(nn.Module):
+    """Random numbers of Python and numpy decide in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = block(8, 8), block(8, 8)
+
+    def forward(self, x):
+        if self.training and random.random() < 0.5:
+            return x
+        return x + self.b(self.a(x)) * (float(np.random.rand()) if self.training else 1)
+
+
+def test_random_numbers_of_python_and_numpy_are_the_same_for_both():
+    random.seed(1), np.random.seed(1)
+    model, x = residual(*(Chance() for _ in range(4))), images(2, 3, 12, 12)
+    drawn = random.getstate(), np.random.get_state()[1].tolist()
+    gated = gatedconv.gate_model(model, "both", example_input=x)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == drawn
+    assert len(gated.conversion.gated) == 12 and not gated.conversion.note
+
+
+class Groups(Shift):
+    """Eight images are one clip in training; a fourth of their batch would be another network's."""
+
+    def features(self, x):
+        if self.training:
+            x = x.view(-1, 8, *x.shape[1:]).flatten(0, 1)
+        return super().features(x)
+
+
+def test_a_training_step_is_compared_on_as_many_images_as_the_code_takes():
+    gated = gatedconv.gate_model(Groups(), "both", example_input=images(8, 3, 12, 12))
+    assert gated.conversion.gated and "not checked" not in gated.conversion.note
+
+
+def test_an_image_in_a_tuple_is_an_image(tmp_path):
+    model, x = Base().eval(), images(2, 3, 12, 12)
+    gated = gatedconv.gate_model(model, "channel", example_input=(x,))
+    alone = gatedconv.gate_model(model, "channel", example_input=x)
+    assert gated.mac_terms == alone.mac_terms and gated.conversion == alone.conversion
+    frozen = gatedconv.freeze(gated, masks={n: torch.arange(8) > 2 for n in gatedconv.gates(gated)})
+    gatedconv.save(gatedconv.compact(frozen, [x]), tmp_path / "small")
+    assert_close(gatedconv.load(tmp_path / "small")(x), frozen.eval()(x))
+
+
+def test_macs_of_a_network_with_a_head_of_training_alone_are_estimates():
+    torch.manual_seed(0)
+    model, x = TrainingHead().eval(), images(2, 3, 12, 12)
+    gated = gatedconv.gate_model(model, "both", example_input=x)
+    masks = {n: torch.arange(g.num_gates) % 3 != 1 for n, g in gatedconv.gates(gated).items()}
+    small = gatedconv.compact(gatedconv.freeze(gated, masks=masks), x)
+    promised = float(gatedconv.expected_macs(gated, {n: m.float() for n, m in masks.items()}))
+    assert promised != gatedconv.count_macs(small, x[:1]) and "b.1" in gated.conversion.estimated
+
+
+class Narrow(Base):
+    """In training it looks at the channels of a map in a way that no smaller one allows."""
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        y = self.c[0](x)
+        if self.training and self.c[0].weight.shape[0] != 8:
+            raise RuntimeError("eight channels are needed")
+        return self.fc(self.c[2](self.c[1](y)).mean((2, 3)))
+
+
+def test_a_compact_network_that_does_not_train_is_named():
+    torch.manual_seed(0)
+    model, x = Narrow().eval(), images(2, 3, 12, 12)
+    gated = gatedconv.gate_model(model, "channel", example_input=x)
+    frozen = gatedconv.freeze(gated, masks={n: torch.arange(8) > 2 for n in gatedconv.gates(gated)})
+    with pytest.warns(UserWarning, match="^compact: the result runs in eval, but not in training"):
+        small = gatedconv.compact(frozen, x)
+    assert_close(small(x), frozen.eval()(x))
+
+
+class LowRank(Merging):
+    """Its addition is a product whose factors no slice of the layer fits."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.low = nn.Parameter(torch.ones(channels * channels) / 8)
+
+    def train(self, mode=True):
+        self.low.data = self.low.data.view_as(self.weight)
+        super().train(mode)
+        self.low.data = self.low.data.flatten()
+        return self
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight if self.merged else self.weight + self.low.view_as(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_that_could_not_train_on_fewer_channels_keeps_all(training):
+    torch.manual_seed(0)
+    model = residual(LowRank(8), nn.BatchNorm2d(8), nn.ReLU(), block(8, 8)).train(training)
+    x = images(4, 3, 12, 12)
+    gated = gatedconv.gate_model(model, "channel", example_input=x)
+    frozen = gatedconv.freeze(gated, masks={n: torch.arange(8) > 2 for n in gatedconv.gates(gated)})
+    small = gatedconv.compact(frozen, x)
+    assert small[1].in_channels == small[1].out_channels == 8 and small[0][0].out_channels == 5
+    assert_close(small.eval()(x), frozen.eval()(x))
+    small.train()(x)
+
+
+class Dropping(Base):
+    """Its dropout is on in eval, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.drop.train()
+        return self
+
+    def features(self, x):
+        return self.drop(super().features(x))
+
+
+def test_a_graph_would_lose_a_dropout_that_is_on_in_eval(tmp_path):
+    torch.manual_seed(0)
+    model, x = Dropping().eval(), images(2, 3, 12, 12)
+    gated = gatedconv.gate_model(model, "channel", example_input=x)
+    gatedconv.save(gated, tmp_path / "net")
+    with pytest.raises(ValueError, match=r"whose forward no graph describes .*pass it as into="):
+        gatedconv.load(tmp_path / "net")
+    loaded = gatedconv.load(tmp_path / "net", into=model)
+    outputs = []
+    for net in (loaded, gated.eval()):
+        torch.manual_seed(1)
+        outputs.append(net(x))
+    assert torch.equal(*outputs) and loaded.drop.training
+
+
+class Changing(Base):
+    """It changes its input in place."""
+
+    def forward(self, x):
+        x.sub_(0.5)[:, 0].mul_(2)
+        return super().forward(x)
+
+
+def test_the_example_stays_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    model, x = Changing().eval(), images(2, 3, 12, 12)
+    given = x.clone()
+    gated = gatedconv.gate_model(model, "both", example_input=x)
+    frozen = gatedconv.freeze(
+        gated, masks={n: torch.arange(g.num_gates) != 1 for n, g in gatedconv.gates(gated).items()}
+    )
+    small = gatedconv.compact(frozen, x)
+    gatedconv.count_macs(small, x)
+    engine = gatedconv.Engine(small, x)
+    gatedconv.export(small, tmp_path / "net.pt2", x, format="torch")
+    assert torch.equal(x, given)
+    wanted = frozen(x.clone())
+    for found in (small, engine, torch.export.load(tmp_path / "net.pt2").module()):
+        assert_close(found(x.clone()), wanted)
