@@ -60,7 +60,7 @@ class ChannelPlan(Constants):
     Attributes:
         caution: which tensors of fewer channels the model's code may see. 0: also those that it reshapes; 1: of those
             that are reshaped, only whole channels behind ``nn.Flatten`` and its like; 2: none, every tensor that the
-            code can see keeps all its channels.
+            code can see keeps all its channels, and a dense layer all that it reads of a flattened map.
         unsliceable: paths of modules that have to stay as they are.
     """
 
@@ -136,7 +136,10 @@ class ChannelPlan(Constants):
 
     def read_channels(self, node: Node) -> Tensor:
         """Bool (C_in,): the inputs of a layer that its bias cannot stand for."""
-        known, constant = self.known_to(node, node.inputs[0])
+        source = node.inputs[0]
+        known, constant = self.known_to(node, source)
+        if self.caution == MOST_CAUTION and self.flow.kind(source) == "move" and source.tensor.dim() == 2:
+            return torch.ones_like(known)  # code may flatten larger maps, too, to rows of this size
         return ~known | (constant != 0) if is_padded(node) else ~known
 
     # -- what tensors hold -----------------------------------------------------------------------------

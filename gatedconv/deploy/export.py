@@ -58,7 +58,7 @@ def export(
     Args:
         model: compact, or frozen (then it is compacted first), or without gates.
         path: the file to write; replaced as a whole or not at all.
-        example_input: (N, C, H, W); H and W are fixed in the file only where the model fixes them.
+        example_input: (N, C, H, W); N, H and W are fixed in the file only where the model fixes them.
             An ONNX file calls its input "input" and
             its output "output", or as the keys of a dict of outputs, or "output_0", "output_1" and so on.
         format: "onnx" (opset 18, standard operators alone; needs the ``export`` extra), "torch" (a
@@ -135,24 +135,28 @@ def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
-    """Two images, on which the model runs: a batch of one would be taken for a constant, two stand for "any"."""
+    """Two images, a batch of one would be taken for a constant; the example where the model takes other counts."""
     image = example_input.detach()[:1] if len(example_input) else example_input.new_zeros((1, *example_input.shape[1:]))
     example = image.expand(2, *example_input.shape[1:]).contiguous()
-    try:
-        model(example)
-    except Exception as error:  # whatever the layers raise
-        raise does_not_run(model, (example_input,), error, "export") from error
-    return example
+    for images in (example, example_input.detach()):
+        try:
+            model(images.clone())
+            return images
+        except Exception as error:  # whatever the layers raise
+            why = error
+    raise does_not_run(model, (example_input,), why, "export") from why
 
 
 def _dynamic(write: Callable[[tuple[int, ...]], Any]) -> Any:
-    """What ``write`` makes with batch, height and width dynamic or, where the model fixes them, the batch alone."""
-    try:
-        return write((0, 2, 3))
-    except (ImportError, OSError):
-        raise
-    except Exception:  # whatever the exporters raise
-        return write((0,))
+    """What ``write`` makes with batch, height and width dynamic, or those of them that the model does not fix."""
+    for dims in ((0, 2, 3), (0, 3), (0, 2), (0,)):
+        try:
+            return write(dims)
+        except (ImportError, OSError):
+            raise
+        except Exception:  # whatever the exporters raise
+            continue
+    return write(())
 
 
 def _program(model: nn.Module, example: Tensor) -> Any:

@@ -53,19 +53,28 @@ def _graph_of(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, few: 
         shape = (*size[1 : 1 + kept], *(n + m for n, m in zip(size[1 + kept :], more, strict=True)))
         return torch.rand(count, *shape, generator=generator).to(dtype)
 
-    # Vectors (N, K) and clips (N, T, C, H, W) that are longer as well.
-    inputs, larger = [images(few), images(many)], images(few, *{2: (32,), 4: (32, 64), 5: (2, 0, 32, 64)}[len(size)])
+    inputs = [images(few), images(many)]
     try:
         runs = [record(model, (x,), known=_is_leaf) for x in inputs]
     except Exception as error:  # whatever the model's code raises
         raise NoGraph(f"it does not run: {type(error).__name__}: {error}") from error
-    try:
-        graph = _write(model, [*runs, record(model, (larger,), known=_is_leaf)])
-        _require_same(graph, model, [*inputs, larger])
-    except Exception:  # another size is not taken, or takes another way through the code
-        graph = _write(model, runs)
-        _require_same(graph, model, inputs)
-        vars(graph)["fixed_size"] = tuple(inputs[0].shape[1:])
+    # Odd and even numbers of pixels: paddings may depend on that; even ones alone where the model takes no others.
+    # Vectors (N, K) and clips (N, T, C, H, W) are longer as well.
+    for more in ({2: (33,), 4: (33, 65), 5: (2, 0, 33, 65)}, {2: (32,), 4: (32, 64), 5: (2, 0, 32, 64)}):
+        larger = images(few, *more[len(size)])
+        try:
+            run = record(model, (larger,), known=_is_leaf)
+        except Exception:  # a size that is not taken
+            continue
+        try:
+            graph = _write(model, [*runs, run])
+            _require_same(graph, model, [*inputs, larger])
+            return graph
+        except Exception:  # it takes another way through the code
+            break
+    graph = _write(model, runs)
+    _require_same(graph, model, inputs)
+    vars(graph)["fixed_size"] = tuple(inputs[0].shape[1:])
     return graph
 
 

@@ -547,3 +547,50 @@ def test_the_example_stays_as_it_is(tmp_path):
     wanted = frozen(x.clone())
     for found in (small, engine, torch.export.load(tmp_path / "net.pt2").module()):
         assert_close(found(x.clone()), wanted)
+
+
+class Same(nn.Conv2d):
+    """Pads by what the image's size needs, as timm's SAME convolutions."""
+
+    def forward(self, x):
+        sizes = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        rows, columns = (max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in sizes)
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+@pytest.mark.parametrize("size", [12, 13, 16])
+def test_a_graph_whose_padding_depends_on_the_size_refuses_other_sizes(size, tmp_path):
+    torch.manual_seed(0)
+    layers = (Same(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), Same(8, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    model, x = nn.Sequential(*layers).eval(), images(2, 3, size, size)
+    gatedconv.save(gatedconv.gate_model(model, "channel", example_input=x), tmp_path / "net")
+    loaded = gatedconv.load(tmp_path / "net")
+    assert_close(loaded(x), model(x))
+    for height, width in ((size + 1, size), (size + 32, size + 64), (size + 2, size + 3)):
+        with pytest.raises(ValueError, match="was written for inputs of"):
+            loaded(images(1, 3, height, width))
+
+
+class Rows(nn.Module):
+    """A flattened map as rows of one size: a larger image becomes several of them."""
+
+    def __init__(self, reshape):
+        super().__init__()
+        self.a, self.b, self.fc, self.reshape = block(3, 8, 4), block(8, 8, 2), nn.Linear(8 * 4 * 4, 4), reshape
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        return self.fc(x.reshape(-1, 128) if self.reshape else x.view(-1, 128))
+
+
+@pytest.mark.parametrize("reshape", [False, True])
+def test_a_flattened_map_of_another_size_is_read_as_the_model_does(reshape):
+    torch.manual_seed(0)
+    model, x = Rows(reshape).eval(), images(2, 3, 32, 32)
+    gated = gatedconv.gate_model(model, "channel", example_input=x)
+    frozen = gatedconv.freeze(gated, masks={n: torch.arange(8) > 2 for n in gatedconv.gates(gated)})
+    small = gatedconv.compact(frozen, x)
+    assert small.b[0].weight.shape[:2] == (5, 5)
+    for batch in (x, images(3, 3, 64, 96), images(1, 3, 32, 64)):
+        assert_close(small(batch), frozen(batch))

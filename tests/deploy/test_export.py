@@ -69,6 +69,55 @@ def test_height_and_width_are_free_where_the_network_leaves_them_free(tmp_path, 
             assert_close(run(images), frozen(images))
 
 
+class Lines(nn.Module):
+    """Lines of text, 8 pixels high, as wide as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 6, (8, 3)), nn.ReLU())
+
+    def forward(self, x):
+        x = self.net(x)
+        assert x.shape[2] == 1
+        return x.squeeze(2).permute(2, 0, 1)
+
+
+class Frames(nn.Module):
+    """Every four images are a clip."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+
+    def forward(self, x):
+        x = self.net(x)
+        return x.view(x.shape[0] // 4, 4, *x.shape[1:]).amax(1).mean((2, 3))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+@pytest.mark.parametrize(
+    ("model", "size", "others"),
+    [(Lines, (2, 3, 8, 20), [(1, 3, 8, 20), (3, 3, 8, 33)]), (Frames, (4, 3, 8, 8), [])],
+)
+def test_what_the_network_fixes_is_fixed_and_no_more(model, size, others, format, tmp_path):
+    model, path = model().eval(), tmp_path / "net.pt2"
+    if format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+    gatedconv.export(model, path, torch.randn(size), format=format)
+    if format == "torch":
+        run = torch.export.load(path).module()
+    else:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def run(images):
+            return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+    for shape in (size, *others):
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert_close(run(images), model(images))
+
+
 @pytest.mark.slow
 def test_a_package_of_aot_inductor_takes_any_batch(tmp_path):
     model = network("residual")
