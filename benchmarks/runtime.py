@@ -1,7 +1,7 @@
 """The speed of gatedconv-runtime compared with the engine's: ``python -m benchmarks.runtime``.
 
 Both run the same plan in one process, interleaved, and their outputs are compared bit by bit. Install gatedconv-runtime
-(``pip install ./runtime``) first. 36 rows take about six minutes on two cores.
+(``pip install ./runtime``) first.
 """
 
 from __future__ import annotations
