@@ -48,7 +48,7 @@ class Plan:
         self.threads = threads
         size = _Four()
         _lib.gatedconv_plan_input_size(handle, size)
-        self.input_size = tuple(size)  # type: ignore[assignment]
+        self.input_size = (size[0], size[1], size[2], size[3])
 
     def __del__(self) -> None:
         self._close(self._handle)

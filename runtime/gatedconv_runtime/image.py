@@ -77,8 +77,9 @@ def _bilinear(size: int, wanted: int) -> np.ndarray:
     reach = max(scale, 1.0)
     centers = (np.arange(wanted) + 0.5) * scale
     distance = np.abs(np.arange(size) + 0.5 - centers[:, None]) / reach
-    weights = np.maximum(1 - distance, 0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    weights: np.ndarray = np.maximum(1 - distance, 0)
+    weights /= weights.sum(1, keepdims=True)
+    return weights.astype(np.float32)
 
 
 class _Unsupported(ValueError):
@@ -118,8 +119,10 @@ def _decode_png(content: bytes) -> np.ndarray:
         colors = np.frombuffer(palette, np.uint8)
         if len(colors) % 3 or pixels.max() >= len(colors) // 3:
             raise ValueError("its palette is cut short")
-        return colors.reshape(-1, 3)[pixels[:, :, 0]]
-    return pixels[:, :, : 1 if channels < 3 else 3]
+        read: np.ndarray = colors.reshape(-1, 3)[pixels[:, :, 0]]
+    else:
+        read = pixels[:, :, : 1 if channels < 3 else 3]
+    return read
 
 
 def _unfilter(lines: np.ndarray, channels: int) -> np.ndarray:
