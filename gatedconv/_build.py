@@ -41,6 +41,7 @@ PLAN_SOURCES = (
     "plan",
     "plan_avx2",
     "plan_avx512",
+    "plan_bands",
     "plan_decode",
     "plan_file",
     "plan_header",

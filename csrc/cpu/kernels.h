@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "conv_direct.h"
+#include "conv_grouped.h"
 #include "conv_winograd.h"
 #include "depthwise.h"
 #include "map_kernels.h"
@@ -50,6 +51,8 @@ static void run(const Step& step, const Part& part, float* scratch) {
       activates = true;
       if (step.changes_input) {
         conv_changed(step, part, scratch);
+      } else if (step.option == 1) {
+        conv_grouped(step, part, scratch);
       } else {
         conv_direct(step, part);
       }
@@ -125,6 +128,7 @@ static void run(const Step& step, const Part& part, float* scratch) {
 static size_t scratch_floats(const Step& step) {
   if (step.op == Op::kWinograd2) return winograd_scratch<2>(step);
   if (step.op == Op::kWinograd4) return winograd_scratch<4>(step);
+  if (step.op == Op::kConv && step.option == 1) return grouped_scratch(step);
   return step.changes_input ? changed_scratch(step) : 0;
 }
 

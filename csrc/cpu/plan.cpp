@@ -10,6 +10,7 @@
 #include <memory>
 #include <thread>
 
+#include "plan_bands.h"
 #include "plan_schedule.h"
 #include "worker_pool.h"
 #include "workspace.h"
@@ -101,16 +102,31 @@ void wait_until(Condition condition) {
   }
 }
 
+// Steps [begin, end) for some images on one worker; at(i) is step i with its maps in place.
+template <typename At>
+void run_steps(const Kernels& kernels, size_t begin, size_t end, int64_t images, float* scratch, At at) {
+  std::vector<Step> run;
+  for (size_t i = begin; i < end; ++i) {
+    const Step step = at(i);
+    if (run.empty() && !step.out.passes) {
+      kernels.run(step, split_step(step, images, 1).part(0), scratch);
+      continue;
+    }
+    run.push_back(step);
+    if (step.out.passes) continue;
+    run_bands(kernels, run.data(), run.size(), split_step(step, images, 1).part(0), scratch);
+    run.clear();
+  }
+}
+
 // One worker, one chunk of images, all steps.
 void run_alone(const Kernels& kernels, const Chunk& chunk, const std::vector<Segment>& segments,
                int64_t first, int64_t images, float* output, float* scratch) {
   for (const Segment& segment : segments) {
     for (int64_t image = 0; image < images; image += segment.group) {
       const int64_t group = std::min(segment.group, images - image);
-      for (size_t i = segment.begin; i < segment.end; ++i) {
-        const Step step = chunk.at(i, first, image, output);
-        kernels.run(step, split_step(step, group, 1).part(0), scratch);
-      }
+      run_steps(kernels, segment.begin, segment.end, group, scratch,
+                [&](size_t i) { return chunk.at(i, first, image, output); });
     }
   }
 }
@@ -134,9 +150,10 @@ Schedule make_schedule(const Plan& plan, const Kernels& kernels, int64_t batch, 
   schedule.workers = std::clamp(workers, 1, 64);
   int64_t image_floats = 0, widest = 0;
   for (const int64_t floats : plan.slot_floats) image_floats += floats;
-  for (const Step& step : plan.steps) {
-    schedule.scratch = std::max<int64_t>(schedule.scratch, kernels.scratch_floats(step));
-    widest = std::max(widest, step_bytes(step));
+  for (const auto& run : find_runs(plan)) {
+    const size_t scratch = run_scratch(kernels, &plan.steps[run.first], run.second - run.first);
+    schedule.scratch = std::max<int64_t>(schedule.scratch, scratch);
+    widest = std::max(widest, amount_of(plan, run).maps);
   }
   schedule.scratch = (schedule.scratch + 2 * kPanel - 1) / kPanel * kPanel;
   schedule.alone = !together && widest <= 2 * cache_bytes() && batch >= schedule.workers;
@@ -198,7 +215,7 @@ class StepWork : public Work {
       // What does not go round is shared.
       const int64_t alone = segment.alone ? images / schedule.workers * schedule.workers : 0;
       if (alone)
-        items_.push_back({{}, {alone, static_cast<int>(alone), 1, 1}, segment.begin, 1, false, &segment});
+        items_.push_back({{}, {}, {alone, static_cast<int>(alone), 1, 1}, segment.begin, 1, false, &segment});
       add_steps(plan, segment, alone, images);
     }
     queues_.reset(new TaskQueue[items_.size()]);
@@ -224,6 +241,7 @@ class StepWork : public Work {
   using Clock = std::chrono::steady_clock;
   struct Item {
     Step step;
+    std::vector<Step> run;  // empty, or steps that are done band by band, `step` last
     Split split;
     size_t index;  // of the step in the plan
     size_t count;  // of items that one worker does in a row: small ones need not meet in between
@@ -234,14 +252,18 @@ class StepWork : public Work {
     for (; image < images; image += segment.group) {
       const int64_t group = std::min(segment.group, images - image);
       for (size_t i = segment.begin; i < segment.end; ++i) {
-        const bool small = !seconds_ && is_small(plan.steps[i], group);
+        std::vector<Step> run;
+        for (; plan.steps[i].out.passes && !seconds_; ++i)
+          run.push_back(chunk_.at(i, first_, image, output_));
         const Step step = chunk_.at(i, first_, image, output_);
+        if (!run.empty()) run.push_back(step);
+        const bool small = !seconds_ && run.empty() && is_small(step, group);
         if (small && !items_.empty() && items_.back().small)
           ++items_[head_].count;
         else
           head_ = items_.size();
         items_.push_back(
-            {step, split_step(step, group, small ? 1 : schedule_.workers), i, 1, small, nullptr});
+            {step, run, split_step(step, group, small ? 1 : schedule_.workers), i, 1, small, nullptr});
       }
     }
   }
@@ -251,14 +273,17 @@ class StepWork : public Work {
       return;
     }
     for (size_t j = item; j < item + items_[item].count; ++j) {
-      kernels_.run(items_[j].step, items_[j].split.part(task), scratch);
+      const Part part = items_[j].split.part(task);
+      std::vector<Step> run = items_[j].run;  // a copy, whose maps lie in this worker's scratch
+      if (run.empty())
+        kernels_.run(items_[j].step, part, scratch);
+      else
+        run_bands(kernels_, run.data(), run.size(), part, scratch);
     }
   }
   void take_through(const Segment& segment, int64_t image, int64_t own, float* scratch) const {
-    for (size_t i = segment.begin; i < segment.end; ++i) {
-      const Step step = chunk_.at(i, first_, image, output_, &segment, own);
-      kernels_.run(step, split_step(step, 1, 1).part(0), scratch);
-    }
+    run_steps(kernels_, segment.begin, segment.end, 1, scratch,
+              [&](size_t i) { return chunk_.at(i, first_, image, output_, &segment, own); });
   }
   const Kernels& kernels_;
   const Schedule schedule_;

@@ -18,9 +18,9 @@ constexpr int kPanel = 16;  // output channels of one packed weight panel, on ev
 constexpr int64_t kVersion = GATEDCONV_PLAN_FILE_VERSION;  // of the program's encoding, and of files with one
 
 enum class Op : int64_t {
-  kInput,       // NCHW tensor of any strides -> map
-  kOutput,      // map -> contiguous NCHW tensor
-  kConv,        // direct convolution; weights [panel][kh][kw][c_in][16]
+  kInput,   // NCHW tensor of any strides -> map
+  kOutput,  // map -> contiguous NCHW tensor
+  kConv,  // direct convolution; weights [panel][kh][kw][c_in][16]; option 1: in groups of 8 (conv_grouped.h)
   kWinograd2,   // F(2x2, 3x3); weights [panel][16][c_in][16]
   kWinograd4,   // F(4x4, 3x3); weights [panel][36][c_in][16]
   kDepthwise,   // weights [kh][kw][channels rounded up to 16]
@@ -104,6 +104,7 @@ struct Map {
   int channels = 0, height = 0, width = 0;
   int halo = 0, multiple = 1, slot = 0;
   ptrdiff_t pixel = 0, row = 0, image = 0, offset = 0;  // offset: of channel 0 in its pixel
+  bool passes = false;  // from one step to the next, a few rows at a time: it is never whole
   float* data = nullptr;
   int bottom() const { return halo + (height + multiple - 1) / multiple * multiple - height; }
   int right() const { return halo + (width + multiple - 1) / multiple * multiple - width; }

@@ -3,6 +3,8 @@
 #include <cstring>
 
 #include "plan.h"
+#include "plan_bands.h"
+#include "plan_schedule.h"
 
 namespace gatedconv {
 namespace {
@@ -169,6 +171,12 @@ const char* check_channels(const Step& step) {
     case Op::kConv:
     case Op::kWinograd2:
     case Op::kWinograd4:
+      if (step.op == Op::kConv && step.option == 1) {
+        return step.span == kPanel / 2 && in.channels == out.channels && is_wide(in) && !step.index &&
+                       !step.changes_input
+                   ? nullptr
+                   : "a convolution in groups of 8 is damaged";
+      }
       if (step.op == Op::kConv && step.index ? !within(step.span, 1, in.channels)
                                              : step.span != in.channels) {
         return "a convolution reads more channels than there are";
@@ -435,6 +443,7 @@ const char* decode(const int64_t* program, int64_t program_size, const float* we
     for (Map* map : {&step.in, &step.out, &step.residual, &step.gate})
       map->image = plan.slot_floats[map->slot];
   }
+  mark_passing(plan, cache_bytes() / 2);
   return nullptr;
 }
 

@@ -5,12 +5,10 @@
 #include <algorithm>
 #include <limits>
 
+#include "plan_bands.h"
+
 namespace gatedconv {
 namespace {
-
-int64_t map_bytes(const Map& map) {
-  return 4 * (map.halo + map.height + map.bottom()) * map.row;
-}
 
 bool is_conv(const Step& step) {
   return step.op >= Op::kConv && step.op <= Op::kWinograd4;
@@ -23,12 +21,12 @@ int64_t weight_bytes(const Step& step) {
   return 4 * taps * step.span * step.out.channels;
 }
 
-// Images that one step takes together: as many as fit the cache, and more while its weights are more than
-// its maps, because every group has the weights come from memory once.
-int64_t group_of(const Step& step, int64_t most) {
+// Images that a run takes together: as many as fit the cache, and more while its weights are more than its
+// maps, because every group has the weights come from memory once.
+int64_t group_of(const Amount& amount, int64_t most) {
   int64_t group = 1;
   while (group * 2 <= most &&
-         (group * 2 * step_bytes(step) <= cache_bytes() || group * step_bytes(step) < weight_bytes(step))) {
+         (group * 2 * amount.maps <= cache_bytes() || group * amount.maps < amount.weights)) {
     group *= 2;
   }
   return group;
@@ -49,16 +47,29 @@ int64_t cache_bytes() {
   return std::clamp<int64_t>(found, 512 * 1024, 2048 * 1024) / 4 * 3;
 }
 
+int64_t map_bytes(const Map& map) {
+  return map.passes ? 0 : 4 * (map.halo + map.height + map.bottom()) * map.row;
+}
+
 int64_t step_bytes(const Step& step) {
   return map_bytes(step.in) + map_bytes(step.out) + (step.residual.exists() ? map_bytes(step.residual) : 0);
 }
 
+Amount amount_of(const Plan& plan, std::pair<size_t, size_t> steps) {
+  Amount amount{};
+  for (size_t i = steps.first; i < steps.second; ++i) {
+    amount.maps += step_bytes(plan.steps[i]);
+    amount.weights += weight_bytes(plan.steps[i]);
+  }
+  return amount;
+}
+
 std::vector<Segment> find_segments(const Plan& plan, int64_t images) {
   std::vector<Segment> segments;
-  for (size_t i = 0; i < plan.steps.size(); ++i) {
-    const int64_t group = group_of(plan.steps[i], images);
-    if (segments.empty() || segments.back().group != group) segments.push_back({i, i, group, false});
-    segments.back().end = i + 1;
+  for (const auto& run : find_runs(plan)) {
+    const int64_t group = group_of(amount_of(plan, run), images);
+    if (segments.empty() || segments.back().group != group) segments.push_back({run.first, 0, group, false});
+    segments.back().end = run.second;
   }
   return segments;
 }
@@ -69,14 +80,14 @@ std::vector<Segment> find_segments(const Plan& plan, int64_t images) {
 std::vector<Segment> share_segments(const Plan& plan, int64_t images, int workers) {
   if (images == 1 || images < workers) return find_segments(plan, images);
   constexpr int64_t kMeeting = 32 * 1024;
-  const size_t steps = plan.steps.size();
+  const auto runs = find_runs(plan);
   std::array<int64_t, 2> bytes{};  // of the best schedule that ends together, and that ends alone
-  std::vector<std::array<bool, 2>> before(steps);  // whether the step in front is alone in that schedule
-  for (size_t i = 0; i < steps; ++i) {
-    const Step& step = plan.steps[i];
-    const int64_t maps = step_bytes(step), change = map_bytes(step.in) + kMeeting;
+  std::vector<std::array<bool, 2>> before(runs.size());  // whether the run in front is alone in that schedule
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const auto [maps, weights] = amount_of(plan, runs[i]);
+    const int64_t change = map_bytes(plan.steps[runs[i].first].in) + kMeeting;
     const int64_t own[2] = {images * maps <= workers * cache_bytes() ? kMeeting / images : maps,
-                            weight_bytes(step) + std::max<int64_t>(maps - cache_bytes(), 0)};
+                            weights + std::max<int64_t>(maps - cache_bytes(), 0)};
     std::array<int64_t, 2> next;
     for (const bool alone : {false, true}) {
       before[i][alone] = bytes[true] + (alone ? 0 : change) < bytes[false] + (alone ? change : 0);
@@ -86,11 +97,11 @@ std::vector<Segment> share_segments(const Plan& plan, int64_t images, int worker
   }
   std::vector<Segment> segments;
   bool alone = bytes[true] < bytes[false];
-  for (size_t i = steps; i-- > 0; alone = before[i][alone]) {
+  for (size_t i = runs.size(); i-- > 0; alone = before[i][alone]) {
     if (segments.empty() || segments.back().alone != alone) {
-      segments.push_back({i, i + 1, alone ? 1 : images, alone});
+      segments.push_back({0, runs[i].second, alone ? 1 : images, alone});
     }
-    segments.back().begin = i;
+    segments.back().begin = runs[i].first;
   }
   std::reverse(segments.begin(), segments.end());
   return segments;
@@ -128,7 +139,8 @@ Split split_step(const Step& step, int64_t images, int workers) {
   const int channels = step.op == Op::kOutput || step.op == Op::kInput ? kPanel : step.out.channels;
   Split split{images * step.rows, 1, ceil_div(channels, kPanel), 1};
   if (workers == 1) return split;
-  const bool by_channels = (is_conv(step) || step.op == Op::kMeanPool) && split.panels >= workers &&
+  const bool by_channels = !step.in.passes && (is_conv(step) || step.op == Op::kMeanPool) &&
+                           split.panels >= workers &&
                            (weight_bytes(step) > images * step_bytes(step) || split.units < workers);
   if (by_channels) {
     split.blocks = workers;

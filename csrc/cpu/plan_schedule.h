@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "plan.h"
@@ -14,10 +15,20 @@ int ceil_div(int64_t a, int64_t b);
 // Bytes of feature maps that should stay in a core's own cache while a step runs.
 int64_t cache_bytes();
 
+// Bytes of one image's map, of which only a few rows exist if it passes from a step to the next.
+int64_t map_bytes(const Map& map);
+
 // Bytes of the maps of one image that a step reads and writes.
 int64_t step_bytes(const Step& step);
 
-// A run of steps that are done alike.
+// The same and the bytes of weights, of some steps together.
+struct Amount {
+  int64_t maps, weights;
+};
+
+Amount amount_of(const Plan& plan, std::pair<size_t, size_t> steps);
+
+// Steps that are done alike.
 struct Segment {
   size_t begin, end;
   int64_t group;  // images that a step takes together
@@ -39,7 +50,8 @@ struct Life {
 // Of every step the lives of the maps `in`, `out`, `residual` and `gate`.
 std::vector<std::array<Life, 4>> find_lives(const Plan& plan);
 
-// How one step is cut into tasks: bands of rows, each in blocks of output channel panels.
+// How one step, or a run that ends with it, is cut into tasks: bands of rows, each in blocks of output
+// channel panels.
 struct Split {
   int64_t units;
   int bands, panels, blocks;

@@ -11,6 +11,10 @@
 
 #include "plan.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if !defined(GATEDCONV_ISA) || !defined(GATEDCONV_LANES)
 #error "define GATEDCONV_ISA and GATEDCONV_LANES before including simd.h"
 #endif
@@ -42,10 +46,33 @@ static inline vec splat(float value) {
 #endif
 }
 
-// NaN stays NaN, as in PyTorch: every comparison with it is false.
-static inline vec clamp_to_six(vec value) {
-  value = value < 0 ? vec{} : value;
+// NaN stays NaN, as in PyTorch: every comparison with it is false, and the machine's minimum and maximum give
+// their second operand. Compilers make four instructions of the comparisons, which cost a depthwise 3x3 with
+// ReLU6 as much as a third of its multiplications.
+static inline vec at_least_zero(vec value) {
+#if defined(__x86_64__) && GATEDCONV_LANES == 16
+  return reinterpret_cast<vec>(
+      _mm512_maskz_max_ps(static_cast<__mmask16>(-1), _mm512_setzero_ps(), reinterpret_cast<__m512>(value)));
+#elif defined(__x86_64__) && GATEDCONV_LANES == 8
+  return reinterpret_cast<vec>(_mm256_max_ps(_mm256_setzero_ps(), reinterpret_cast<__m256>(value)));
+#else
+  return value < 0 ? vec{} : value;
+#endif
+}
+
+static inline vec at_most_six(vec value) {
+#if defined(__x86_64__) && GATEDCONV_LANES == 16
+  return reinterpret_cast<vec>(
+      _mm512_maskz_min_ps(static_cast<__mmask16>(-1), _mm512_set1_ps(6.0f), reinterpret_cast<__m512>(value)));
+#elif defined(__x86_64__) && GATEDCONV_LANES == 8
+  return reinterpret_cast<vec>(_mm256_min_ps(_mm256_set1_ps(6.0f), reinterpret_cast<__m256>(value)));
+#else
   return value > 6 ? splat(6) : value;
+#endif
+}
+
+static inline vec clamp_to_six(vec value) {
+  return at_most_six(at_least_zero(value));
 }
 
 // clamp(x + 3, 0, 6) / 6, by the two halves of 1 / 6 where the sum is fused: a division takes as long as ten
@@ -60,9 +87,8 @@ static inline vec hard_sigmoid(vec value) {
 static inline vec activate(vec value, Act act) {
   if (act == Act::kNone) return value;
   if (act <= Act::kRelu6) {
-    value = value < 0 ? vec{} : value;
-    if (act == Act::kRelu6) value = value > 6 ? splat(6) : value;
-    return value;
+    value = at_least_zero(value);
+    return act == Act::kRelu6 ? at_most_six(value) : value;
   }
   return act == Act::kHardSwish ? value * hard_sigmoid(value) : hard_sigmoid(value);
 }
@@ -73,7 +99,7 @@ static inline __attribute__((always_inline)) void activate_each(vec (&values)[N]
   if (act == Act::kNone) return;
   if (act == Act::kRelu) {
 #pragma GCC unroll 32
-    for (int i = 0; i < N; ++i) values[i] = values[i] < 0 ? vec{} : values[i];
+    for (int i = 0; i < N; ++i) values[i] = at_least_zero(values[i]);
   } else if (act == Act::kRelu6) {
 #pragma GCC unroll 32
     for (int i = 0; i < N; ++i) values[i] = clamp_to_six(values[i]);

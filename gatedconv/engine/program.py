@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +16,10 @@ from gatedconv.engine.pack import (
     pack_depthwise,
     pack_grouped,
     pack_panels,
+    pack_turns,
     pack_winograd,
     round_up,
+    takes_turns,
 )
 
 VERSION = 1  # of the encoding, and of files: GATEDCONV_PLAN_FILE_VERSION in csrc/cpu/gatedconv_plan.h
@@ -333,7 +336,7 @@ def _shape_maps(steps: list[Step], maps: list[Map]) -> None:
 def _place_maps(steps: list[Step], maps: list[Map]) -> None:
     """Linear scan over the steps: a slot is free again after the last reader of its map and of that map's views."""
     roots = [_root(i, maps) for i in range(len(maps))]
-    last_read = {roots[i]: at for at, step in enumerate(steps) for i in step.reads}
+    last_read = _last_reads(steps, maps, roots)
     free: list[int] = []
     slots = 0
     for at, step in enumerate(steps):
@@ -343,11 +346,35 @@ def _place_maps(steps: list[Step], maps: list[Map]) -> None:
                 maps[root].slot = free.pop()
             else:
                 maps[root].slot, slots = slots, slots + 1
-        for i in {roots[i] for i in step.reads}:
-            if last_read[i] == at:
-                free.append(maps[i].slot)
+        free += [maps[i].slot for i, last in last_read.items() if last == at]
     for i, m in enumerate(maps):
         m.slot = maps[roots[i]].slot
+
+
+_LOCAL = {"conv", "depthwise", "max_pool", "avg_pool", "layer_norm"}
+_PASSES = 2**17  # floats of the smallest map that may not stay in a second-level cache
+
+
+def _last_reads(steps: list[Step], maps: list[Map], roots: list[int]) -> dict[int, int]:
+    """The last step for which every map is kept.
+
+    Steps in a row, each of which alone reads a large map that the one in front makes, may run band by band
+    (csrc/cpu/plan_bands.h): what they read besides is read until the last of them is done.
+    """
+    readers = Counter(root for step in steps for root in {roots[i] for i in step.reads})
+    last_read: dict[int, int] = {}
+    held: set[int] = set()  # by the steps in a row that end with the one at hand
+    passing = -1
+    for at, step in enumerate(steps):
+        reads = {roots[i] for i in step.reads}
+        if step.op not in _LOCAL or step.source != passing:
+            held = set()
+        held |= reads - {passing}
+        last_read.update(dict.fromkeys(reads | held, at))
+        m = maps[step.target]
+        large = m.channels * m.height * m.width >= _PASSES
+        passing = step.target if step.op in _LOCAL and large and readers[roots[step.target]] == 1 else -1
+    return last_read
 
 
 def _zeros(count: int) -> Tensor:
@@ -422,6 +449,8 @@ def _describe(step: Step, layer: Layer, maps: list[Map], weights: _Blob, lists: 
         fields["span"] = layer.groups
     elif layer.weight is not None:
         packed, fields["span"], starts = _pack(step.op, layer)
+        if step.op == "conv" and takes_turns(layer.weight, layer.groups):
+            fields["option"] = 1
         index = index or starts
         fields["weights"] = weights.add(packed)
         if step.op.startswith("winograd"):
@@ -461,6 +490,8 @@ def _pack(op: str, layer: Layer) -> tuple[Tensor, int, list[int]]:
         return pack_depthwise(layer.weight), 1, []
     if op in ("winograd2", "winograd4"):
         return pack_winograd(layer.weight, int(op[-1])), layer.weight.shape[1], []
+    if takes_turns(layer.weight, layer.groups):
+        return pack_turns(layer.weight), 8, []
     if layer.groups > 1:
         return pack_grouped(layer.weight, layer.groups)
     return pack_panels(layer.weight), layer.weight.shape[1], []

@@ -79,6 +79,29 @@ def test_every_3x3_algorithm(isa, kernel, size, monkeypatch):
     assert error(engine(x), model, x) <= LIMIT
 
 
+@pytest.mark.parametrize(("groups", "kernel", "stride", "dilation"), [(2, 3, 1, 1), (3, 3, 2, 1), (9, (1, 4), 3, 2)])
+def test_groups_of_eight(isa, groups, kernel, stride, dilation):
+    channels = 8 * groups
+    conv = nn.Conv2d(channels, channels, kernel, stride, 3, dilation, groups)
+    model = settle(nn.Sequential(nn.Conv2d(3, channels, 1), conv, nn.SiLU(), Residual(channels, 7)))
+    x = torch.randn(3, 3, 19, 31)
+    engine = gatedconv.Engine(model, x)
+    assert is_native(engine)
+    assert error(engine(x), model, x) <= LIMIT
+
+
+def test_large_maps_run_band_by_band(isa):
+    """Maps that no second-level cache holds, between layers that read nothing else."""
+    expanded = nn.Sequential(
+        nn.Conv2d(3, 40, 3, padding=1), nn.ReLU6(), nn.Conv2d(40, 40, 5, 2, 2, groups=40), nn.SiLU()
+    )
+    model = settle(nn.Sequential(*expanded, nn.MaxPool2d(3, 1, 1), nn.Conv2d(40, 16, 1), Residual(16, 8)))
+    x = torch.randn(2, 3, 211, 150)
+    results = [gatedconv.Engine(model, x, threads=threads)(x) for threads in (1, 2, 3)]
+    assert error(results[0], model, x) <= LIMIT
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 @st.composite
 def convolutions(draw):
     """A convolution and an input that it accepts."""

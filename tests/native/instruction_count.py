@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/callgrind.json"
 SOURCES = [ROOT / "tests/native/plan_count.cpp"] + [
     ROOT / f"csrc/cpu/{name}.cpp"
-    for name in ("plan", "plan_decode", "plan_schedule", "plan_portable", "plan_avx2", "plan_avx512", "worker_pool")
+    for name in (
+        "plan",
+        "plan_bands",
+        "plan_decode",
+        "plan_schedule",
+        "plan_portable",
+        "plan_avx2",
+        "plan_avx512",
+        "worker_pool",
+    )
 ]
 ISAS = ("avx2", "portable")
 

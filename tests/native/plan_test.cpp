@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cpu/plan_bands.h"
 #include "cpu/workspace.h"
 
 using namespace gatedconv;
@@ -142,6 +143,65 @@ void check(const Kernels& kernels, const Case& c, int workers) {
   }
 }
 
+// Steps that run band by band give what they give one after another, bit for bit.
+void check_bands(const Kernels& kernels, int kernel, int stride, int pad, int height, int workers) {
+  const int64_t channels = 16, width = 40, batch = 2;  // high maps: many bands whatever the cache
+  std::vector<int64_t> program = {kVersion, 5, 6, 4 + 5 * kMapFields + 6 * kStepFields};
+  const auto append = [&](std::vector<int64_t> fields, size_t size) {
+    fields.resize(size);
+    program.insert(program.end(), fields.begin(), fields.end());
+  };
+  append({4, 4, 0, 1, 0, 0}, kMapFields);
+  append({channels, channels, pad, 1, 1, 0}, kMapFields);
+  append({channels, channels, 0, 1, 2, 0}, kMapFields);
+  append({8, 16, 1, 1, 3, 0}, kMapFields);
+  append({8, 16, 0, 1, 4, 0}, kMapFields);
+  int64_t floats = 0;
+  const auto step = [&](Op op, int64_t in, int64_t k, int64_t s, int64_t p, int64_t reads, int64_t outputs) {
+    std::vector<int64_t> fields = {int64_t(op), in, in + 1, -1, int64_t(Act::kRelu6), k, k, s, s, p, p,
+                                   p,           p,  1,      1};
+    fields.resize(kStepFields);
+    fields[kWeights] = floats;
+    fields[kBias] = floats + (outputs + 15) / 16 * 16 * k * k * reads;
+    fields[kSpan] = reads;
+    fields[kGate] = -1;
+    floats = fields[kBias] + (outputs + 15) / 16 * 16;
+    append(fields, kStepFields);
+  };
+  append({int64_t(Op::kInput), -1, 0, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, -1},
+         kStepFields);
+  step(Op::kConv, 0, 1, 1, 0, 4, channels);
+  step(Op::kDepthwise, 1, kernel, stride, pad, 1, channels);
+  step(Op::kConv, 2, 1, 2, 0, channels, 8);
+  step(Op::kMaxPool, 3, 3, 1, 1, 0, 8);
+  append({int64_t(Op::kOutput), 4, -1, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, -1},
+         kStepFields);
+  program.push_back(0);
+  const std::vector<float> weights = random_floats(static_cast<size_t>(floats), 3);
+  const std::vector<float> x = random_floats(static_cast<size_t>(batch * 4 * height * width), 4);
+  const Input input{x.data(), {batch, 4, height, width}, {4 * height * width, height * width, width, 1}};
+  std::vector<std::vector<float>> results;
+  for (const int64_t least : {INT64_MAX, int64_t{0}}) {
+    Plan plan;
+    const char* error = decode(program.data(), program.size(), weights.data(), weights.size(), input, plan);
+    if (error) std::printf("%s\n", error);
+    mark_passing(plan, least);
+    if (error || find_runs(plan).size() != (least ? 6u : 3u)) {
+      std::printf("bands: not the runs that were expected\n");
+      ++failures;
+      return;
+    }
+    results.emplace_back(static_cast<size_t>(batch * plan.out_channels * plan.out_height * plan.out_width),
+                         NAN);
+    run(plan, kernels, input, results.back().data(), workers);
+  }
+  if (results[0] != results[1]) {
+    std::printf("%s bands k%d s%d p%d height %d workers %d: the results differ\n", kernels.name, kernel,
+                stride, pad, height, workers);
+    ++failures;
+  }
+}
+
 // A program that is cut, or full of nonsense, is refused and never read beyond its end.
 void check_damage() {
   const Input input{nullptr, {1, 1, 4, 4}, {16, 16, 4, 1}};
@@ -239,6 +299,14 @@ int main() {
     if (!kernels) continue;
     for (const Case& c : cases) {
       for (int workers : {1, 2, 3}) check(*kernels, c, workers);
+    }
+    for (int workers : {1, 2, 3}) {
+      check_bands(*kernels, 3, 1, 1, 640, workers);
+      check_bands(*kernels, 5, 2, 2, 833, workers);
+      check_bands(*kernels, 3, 2, 0, 900, workers);
+      check_bands(*kernels, 7, 1, 3, 500, workers);
+      check_bands(*kernels, 7, 1, 3, 5, workers);
+      check_bands(*kernels, 1, 3, 2, 900, workers);
     }
   }
   check_damage();

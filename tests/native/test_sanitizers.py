@@ -27,6 +27,7 @@ TESTS = {
         "cpu/plan.cpp",
         "cpu/plan_avx2.cpp",
         "cpu/plan_avx512.cpp",
+        "cpu/plan_bands.cpp",
         "cpu/plan_decode.cpp",
         "cpu/plan_portable.cpp",
         "cpu/plan_schedule.cpp",

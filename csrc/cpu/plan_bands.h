@@ -1,0 +1,28 @@
+// Depth-first runs: steps in a row, each of which alone reads what the one in front has made, done band by
+// band of rows. Of the maps between them only the rows at hand exist, in a worker's own memory, and so they
+// stay in its cache, where whole maps, such as the expanded ones of inverted residuals, would not. On
+// MobileNetV2 at 224 pixels, with 2 MiB of second-level cache and one thread, the layers to the second block
+// take 1.8 times less, those of the third and fourth 1.3 times less; 3x3 convolutions in groups behind 1x1
+// ones on RegNetY-400MF 1.5 and 1.3.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "plan.h"
+
+namespace gatedconv {
+
+// Marks the maps of more than `bytes` that can be done so (Map::passes). Smaller ones gain nothing.
+void mark_passing(Plan& plan, int64_t bytes);
+
+// All steps of a plan as runs [begin, end), most of them of one step.
+std::vector<std::pair<size_t, size_t>> find_runs(const Plan& plan);
+
+// Floats of scratch that a run of `count` steps needs.
+size_t run_scratch(const Kernels& kernels, const Step* steps, size_t count);
+
+// Does a run of `count` steps for a part of the rows of its last one.
+void run_bands(const Kernels& kernels, Step* steps, size_t count, const Part& part, float* scratch);
+
+}  // namespace gatedconv
