@@ -51,7 +51,14 @@ NETWORKS = (
     "yolov8n",
 )
 VARIANTS, BATCHES = ("dense", "mid-50"), (1, 8)
-PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "mnn": "MNN", "ncnn": "ncnn", "litert": "LiteRT"}
+PEERS = {
+    OURS: "gatedconv",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "mnn": "MNN",
+    "ncnn": "ncnn",
+    "litert": "LiteRT",
+}
 OWN = tuple(setting for setting in SETTINGS if setting.provider == OURS)
 GROUPS = {
     "main": tuple(s for s in SETTINGS if s.provider in (OURS, "onnxruntime", "openvino")),
@@ -203,9 +210,9 @@ class _Timed:
     def peers(self, case: Case) -> dict[tuple[str, str], Row]:
         return {key: row for key, row in self.best[case].items() if key[0] != OURS}
 
-    def ratios(self, case: Case) -> list[float]:
-        """Peer over ours, of calls that took turns."""
-        ours = self.ours(case)
+    def ratios(self, case: Case, dtype: str = "float32") -> list[float]:
+        """Peer over ours in a dtype, of calls that took turns."""
+        ours = self.best[case].get((OURS, dtype))
         times = [row.ms_min for row in self.peers(case).values() if row.ms_min]
         return [ms / ours.ms_min for ms in times] if ours is not None and ours.ms_min else []
 
@@ -250,21 +257,31 @@ def _reduced(groups: dict[str, dict[str, Any]]) -> str:
     keys = [(s.provider, s.dtype) for s in REDUCED]
     lines, ratios = [], []
     for case in CASES:
-        ours, peers = timed.ours(case), timed.peers(case)
+        ours = timed.ours(case)
         faster = [ratio for t in (timed, *exact) for ratio in t.ratios(case)]
         if ours is None or not faster:
             continue
         ratios.append(min(faster))
-        cells = [_ms(ours), *(cell for key in keys for cell in (_ms(peers.get(key)), _quality(peers.get(key))))]
-        lines.append([case.name, str(case.batch), *cells, f"{ratios[-1]:.2f}"])
+        shown = [timed.best[case].get(key) for key in keys]
+        cells = [_ms(ours), *(cell for row in shown for cell in (_ms(row), _quality(row)))]
+        half = min(timed.ratios(case, "bfloat16"), default=None)
+        lines.append([case.name, str(case.batch), *cells, f"{ratios[-1]:.2f}", "-" if half is None else f"{half:.2f}"])
     titles = [title for p, dtype in keys for title in (f"{PEERS[p]} {dtype}", "error, same top-1")]
-    header = ["network", "batch", "**gatedconv** float32", *titles, "fastest of all peers / ours"]
+    header = [
+        "network",
+        "batch",
+        "**gatedconv** float32",
+        *titles,
+        "fastest of all peers / ours",
+        "of these / ours in bf16",
+    ]
     return (
         f"**Whatever the user could pick.** The same networks, and peers that compute in fewer bits: OpenVINO at its "
         f"default precision, and int8 after calibration on {CALIBRATION} images (NNCF for OpenVINO, static QDQ for "
         f"ONNX Runtime). Error: max|a - b| / max|b| of the outputs of {PROBES} other images; same top-1: the share of "
         f"them with the same largest output. Weights and images are random: this is the error of the arithmetic and no "
-        f"loss of accuracy: for that see [Quantize](quantize.md). The last column counts all peers, in float32, too: "
+        f"loss of accuracy: for that see [Quantize](quantize.md). The last column but one counts "
+        f"all peers, in float32, too: "
         f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows, geometric mean "
         f"{_geometric_mean(ratios):.2f}. Commit `{(found['machine']['commit'] or 'unknown')[:10]}`, "
         f"{found['machine']['date'][:10]}.\n\n" + markdown_table(header, lines, 1) + _not_measured(found["failures"])

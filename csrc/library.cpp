@@ -43,5 +43,6 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
   m.def("plan_times(Tensor input, Tensor program, Tensor weights, int workers=0) -> Tensor");
   m.def("plan_workspace(int[] size, Tensor program, int workers) -> int");
   m.def("plan_release() -> int");
-  m.def("plan_isa() -> str");
+  // The instruction set in use, for bfloat16 products if asked for.
+  m.def("plan_isa(bool bf16=False) -> str");
 }

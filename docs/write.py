@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
 from scaling_tables import TABLES  # noqa: E402
 
-from benchmarks import busy, kernels, runtime, shipped  # noqa: E402
+from benchmarks import bf16, busy, kernels, runtime, shipped  # noqa: E402
 from benchmarks.gpu import section as gpu_section  # noqa: E402
 from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
@@ -210,6 +210,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "scaling.md": TABLES,
     ROOT / "docs" / "performance.md": {
         "kernels": kernels.section,
+        "bf16": bf16.section,
         "footprint": footprints,
         "runtime": runtime.section,
         "shipped": shipped.section,

@@ -37,6 +37,7 @@ TARGETS = ("cpu", "cuda")
 
 # The library of the package gatedconv-runtime, which needs no torch: the target "plan".
 PLAN_SOURCES = (
+    "bf16_x86",
     "gatedconv_plan",
     "plan",
     "plan_avx2",

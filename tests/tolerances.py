@@ -144,3 +144,12 @@ def assert_at_most_twice(actual: Any, plain: Any, exact: Any, name: str = "") ->
     """Contract 1 in low precision: at most twice the error that PyTorch's own result ``plain`` of that type makes."""
     ours, theirs = relative_error(actual, exact), relative_error(plain, exact)
     assert ours <= 2 * theirs, f"{name or 'result'}: off by {ours:.2e}, PyTorch by {theirs:.2e}"
+
+
+def assert_no_worse(actual: Any, plain: Any, exact: Any, name: str = "") -> None:
+    """At most the error that PyTorch's own result ``plain`` of that type makes.
+
+    Of products alone in low precision: PyTorch rounds the same operands, and every result besides.
+    """
+    ours, theirs = relative_error(actual, exact), relative_error(plain, exact)
+    assert ours <= theirs, f"{name or 'result'}: off by {ours:.2e}, PyTorch by {theirs:.2e}"

@@ -201,6 +201,7 @@ void append_step(std::string& text, const Step& step) {
   const bool window = step.op >= Op::kConv && step.op <= Op::kAvgPool;
   append(text, "  %-28s %s", maps, window ? what : kOps[size_t(step.op)]);
   if (window && (step.stride_h != 1 || step.stride_w != 1)) append(text, " stride %d", step.stride_h);
+  if (in_bf16(step)) text += " in bf16";
   if (step.changes_input) text += step.gate.exists() ? " of gated input" : " of normed input";
   if (window && step.residual.exists()) text += " + residual";
   if (act != Act::kNone) append(text, " + %s", kActs[size_t(act)]);
@@ -214,7 +215,10 @@ std::string describe(const gatedconv_plan& plan, const int64_t size[4], int thre
   const Kernels& isa = kernels();
   const int workers = worker_count(threads);
   std::string text = "Plan for inputs of " + text_of(size);
-  append(text, "; %s, %d thread%s.\n", isa.name, workers, workers == 1 ? "" : "s");
+  append(text, "; %s, %d thread%s", isa.name, workers, workers == 1 ? "" : "s");
+  const bool halves = std::any_of(decoded.steps.begin(), decoded.steps.end(), in_bf16);
+  if (halves) append(text, "; bf16: %s", bf16_name(isa));
+  text += ".\n";
   int64_t macs = 0;
   for (const Step& step : decoded.steps) {
     if (step.op == Op::kInput || step.op == Op::kOutput) continue;

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "conv_bf16.h"
 #include "conv_direct.h"
 #include "conv_grouped.h"
 #include "conv_winograd.h"
@@ -49,7 +50,9 @@ static void run(const Step& step, const Part& part, float* scratch) {
       return;
     case Op::kConv:
       activates = true;
-      if (step.changes_input) {
+      if (in_bf16(step)) {
+        conv_bf16(step, part, scratch);
+      } else if (step.changes_input) {
         conv_changed(step, part, scratch);
       } else if (step.option == 1) {
         conv_grouped(step, part, scratch);
@@ -129,6 +132,7 @@ static size_t scratch_floats(const Step& step) {
   if (step.op == Op::kWinograd2) return winograd_scratch<2>(step);
   if (step.op == Op::kWinograd4) return winograd_scratch<4>(step);
   if (step.op == Op::kConv && step.option == 1) return grouped_scratch(step);
+  if (in_bf16(step)) return bf16_scratch(step);
   return step.changes_input ? changed_scratch(step) : 0;
 }
 

@@ -10,6 +10,7 @@
 #include <memory>
 #include <thread>
 
+#include "bf16.h"
 #include "plan_bands.h"
 #include "plan_schedule.h"
 #include "worker_pool.h"
@@ -331,6 +332,11 @@ bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* ou
   return true;
 }
 
+const char* bf16_name(const Kernels& kernels) {
+  const Bf16Kernels* native = kernels.lanes == kPanel ? native_bf16() : nullptr;
+  return native ? native->name : "emulated";
+}
+
 const Kernels* choose_kernels(const char** error) {
   struct Choice {
     const Kernels* kernels;
@@ -347,10 +353,13 @@ const Kernels* choose_kernels(const char** error) {
 #endif
   const char* wanted = std::getenv("GATEDCONV_ISA");
   for (const Choice& choice : choices) {
-    const bool named = !wanted || !*wanted || std::strcmp(wanted, choice.kernels->name) == 0;
+    // The names of instructions for bfloat16 are those of more than AVX-512.
+    const bool named = !wanted || !*wanted || std::strcmp(wanted, choice.kernels->name) == 0 ||
+                       (choice.kernels == &kernels_avx512 && native_bf16());
     if (named && choice.runs) return choice.kernels;
   }
-  *error = "GATEDCONV_ISA: expected portable, avx2 or avx512, and one that this machine has";
+  *error =
+      "GATEDCONV_ISA: expected portable, avx2, avx512, avx512_bf16 or amx, and one that this machine has";
   return nullptr;
 }
 

@@ -14,13 +14,16 @@
 
 namespace gatedconv {
 
+struct Bf16Kernels;
+
 constexpr int kPanel = 16;  // output channels of one packed weight panel, on every instruction set
 constexpr int64_t kVersion = GATEDCONV_PLAN_FILE_VERSION;  // of the program's encoding, and of files with one
 
 enum class Op : int64_t {
   kInput,   // NCHW tensor of any strides -> map
   kOutput,  // map -> contiguous NCHW tensor
-  kConv,  // direct convolution; weights [panel][kh][kw][c_in][16]; option 1: in groups of 8 (conv_grouped.h)
+  kConv,  // direct convolution; weights [panel][kh][kw][c_in][16]; option 1: in groups of 8 (conv_grouped.h);
+          // 2: in bfloat16 (conv_bf16.h), weights [panel][kh * kw * c_in rounded up to 32, in pairs][16][2]
   kWinograd2,   // F(2x2, 3x3); weights [panel][16][c_in][16]
   kWinograd4,   // F(4x4, 3x3); weights [panel][36][c_in][16]
   kDepthwise,   // weights [kh][kw][channels rounded up to 16]
@@ -130,13 +133,18 @@ struct Step {
   const int32_t* keep;   // null, or for every output channel -1, or 0 for one that is to be 0 whatever comes
   const int64_t* index;  // channel list, or for a grouped convolution the first input channel of every panel
   int64_t index_size;
-  int rows;  // units of work in one image: rows of the output, or rows of Winograd tiles
+  const Bf16Kernels* bf16;  // of a convolution in bfloat16: what this machine has for it, or null
+  int rows;                 // units of work in one image: rows of the output, or rows of Winograd tiles
   // The tensors outside: kInput reads `source` by these strides, kOutput writes `target`, both from image
   // `first` on.
   const float* source;
   int64_t source_stride[4];
   float* target;
 };
+
+inline bool in_bf16(const Step& step) {
+  return step.op == Op::kConv && step.option == 2;
+}
 
 // A part of a step: units (image * rows + row) in [unit0, unit1), output channel panels in [panel0, panel1).
 struct Part {
@@ -155,6 +163,9 @@ struct Kernels {
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+
+// What computes products of bfloat16: "amx", "avx512_bf16" or "emulated".
+const char* bf16_name(const Kernels& kernels);
 
 // The best instruction set of this machine, or the one that GATEDCONV_ISA names (null if it cannot run here).
 const Kernels* choose_kernels(const char** error);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bf16.h"
 #include "plan.h"
 #include "plan_bands.h"
 #include "plan_schedule.h"
@@ -14,6 +15,8 @@ constexpr int64_t kLargest = 1 << 18, kLargestWindow = 1 << 10;
 // The most floats of one image's maps together: those of a batch on every worker still have an address, and
 // where addresses are of 32 bits, every stride is below 2^31 bytes.
 constexpr int64_t kMostFloats = std::min<int64_t>(int64_t{1} << 44, PTRDIFF_MAX / 8);
+// The most terms of a sum in bfloat16: a block of their rows fits the memory.
+constexpr int64_t kMostTerms = 1 << 24;
 
 bool within(int64_t value, int64_t low, int64_t high) {
   return value >= low && value <= high;
@@ -39,6 +42,9 @@ int64_t weight_floats(const Step& step) {
   const int64_t panels = round_up(step.out.channels, kPanel);
   const int tile = winograd_tile(step.op);
   if (tile > 1) return panels * step.span * (tile + 2) * (tile + 2);
+  if (in_bf16(step)) {
+    return panels * round_up(int64_t{step.kernel_h} * step.kernel_w * step.span, kBf16Depth) / 2;
+  }
   return panels * step.kernel_h * step.kernel_w * (step.op == Op::kDepthwise ? 1 : step.span);
 }
 
@@ -164,6 +170,12 @@ const char* check_window(const Step& step, const int64_t* field) {
   return nullptr;
 }
 
+// A row of the matrix that is multiplied holds all terms of a sum.
+const char* check_bf16(const Step& step) {
+  const int64_t terms = int64_t{step.kernel_h} * step.kernel_w * step.span;
+  return in_bf16(step) && !step.index && terms <= kMostTerms ? nullptr : "a convolution is damaged";
+}
+
 // Channels that an operation keeps, drops or needs.
 const char* check_channels(const Step& step) {
   const Map &in = step.in, &out = step.out;
@@ -181,6 +193,7 @@ const char* check_channels(const Step& step) {
                                              : step.span != in.channels) {
         return "a convolution reads more channels than there are";
       }
+      if (step.op == Op::kConv && step.option != 0) return check_bf16(step);
       return nullptr;
     case Op::kSubsample:
       return within(step.option, 0, out.channels - in.channels) ? nullptr : "an offset is out of range";
@@ -349,6 +362,7 @@ const char* Reader::read_step(const int64_t* field, std::vector<Map>& all, Step&
   step.dilation_w = number(kDilationW);
   step.span = within(field[kSpan], 0, kLargest) ? number(kSpan) : 0;
   step.option = field[kOption];
+  step.bf16 = in_bf16(step) ? native_bf16() : nullptr;
   if (const char* error = read_index(field[kIndex], step)) return error;
   const auto is_map = [&](StepField name) { return within(field[name], 0, maps - 1); };
   // A map that no earlier step has made is as wrong as none: its height is still 0.

@@ -102,12 +102,12 @@ int64_t plan_release() {
   return gatedconv::Workspace::release();
 }
 
-// The instruction set in use: portable, avx2 or avx512.
-std::string plan_isa() {
+// The instruction set in use: portable, avx2 or avx512; for bfloat16 products amx, avx512_bf16 or emulated.
+std::string plan_isa(bool bf16) {
   const char* error = nullptr;
   const gatedconv::Kernels* kernels = gatedconv::choose_kernels(&error);
   STD_TORCH_CHECK(kernels, "plan_isa: ", error);
-  return kernels->name;
+  return bf16 ? gatedconv::bf16_name(*kernels) : kernels->name;
 }
 
 }  // namespace

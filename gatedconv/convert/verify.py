@@ -45,6 +45,7 @@ def require_same(
     *,
     locate: Locate | None = None,
     integers: bool = True,
+    precision: torch.dtype | None = None,
 ) -> None:
     """Raise unless both give the same in eval mode, on every variation of the example that the source takes.
 
@@ -58,6 +59,7 @@ def require_same(
         owner: the name that the message begins with.
         locate: (source, result, inputs) -> the first layer that differs; None: modules are compared by their paths.
         integers: compare integer outputs, too; rounding can move an argmax.
+        precision: the type that ``result`` computes in, None for that of its outputs.
 
     Raises:
         ConversionError: they differ.
@@ -82,7 +84,8 @@ def require_same(
             if not integers and len(tensors_of(got)) == len(tensors_of(wanted)):
                 got, wanted = ([t for t in tensors_of(o) if _is_float(t) or t.is_complex()] for o in (got, wanted))
             difference = distance(got, wanted)
-            if not difference <= _tolerance(wanted) and not _same_in_double(source, result, inputs):
+            allowed = _tolerance(wanted) if precision is None else TOLERANCES[precision]
+            if not difference <= allowed and not _same_in_double(source, result, inputs):
                 try:
                     where = locate(source, result, inputs)
                 except Exception:  # a plan of a part of the network, or hooks, may fail where the whole runs

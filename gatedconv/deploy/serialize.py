@@ -26,22 +26,23 @@ from gatedconv.nn import CompactBlock, GraphNet
 FORMAT = "gatedconv"
 VERSION = 1
 
-# Of modules that are made anew from another one when they are loaded: class -> (that model and its example's size).
-_PACKED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[int]]]] = {}
-_pack: list[Callable[[nn.Module, Tensor], nn.Module]] = []
+# Of modules that are made anew from another one when they are loaded: class -> (that model, its example's size, and the
+# dtype of its products).
+_PACKED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[int], torch.dtype]]] = {}
+_pack: list[Callable[[nn.Module, Tensor, torch.dtype], nn.Module]] = []
 
 
 def register_packed(
     cls: type[nn.Module],
-    unpack: Callable[[Any], tuple[nn.Module, list[int]]],
-    pack: Callable[[nn.Module, Tensor], nn.Module],
+    unpack: Callable[[Any], tuple[nn.Module, list[int], torch.dtype]],
+    pack: Callable[[nn.Module, Tensor, torch.dtype], nn.Module],
 ) -> None:
     """Let ``save`` and ``load`` take a class whose modules are packed from a model and an example input.
 
     Args:
         cls: the class, of which there is one.
-        unpack: module -> its model and the size of its example.
-        pack: model, example (zeros) -> the module.
+        unpack: module -> its model, the size of its example, and the dtype of its products.
+        pack: model, example (zeros), dtype -> the module.
     """
     _PACKED[cls] = unpack
     _pack[:] = [pack]
@@ -69,9 +70,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     _require_path(path, "save")
     model = unwrap(model)
-    example_size = None
+    example_size = products = None
     if type(model) in _PACKED:
-        model, example_size = _PACKED[type(model)](model)
+        model, example_size, products = _PACKED[type(model)](model)
     ties = ties_of(model)
     with eval_mode(model):  # copies: some classes merge weights there, and tensors may share their memory
         state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in ties}
@@ -85,7 +86,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if ties:
         description["ties"] = ties
     if example_size is not None:
-        description["engine"] = example_size
+        description["engine"], description["products"] = example_size, str(products).removeprefix("torch.")
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     header = json.dumps(description)
     if "changes" not in description or "graph" in description:
@@ -133,8 +134,8 @@ def load(path: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.M
     if header is None:
         raise ValueError(f"load: {path} is a safetensors file, but gatedconv did not write it")
     model = _rebuild(path, header, tensors, into)
-    example_size = json.loads(header).get("engine")
-    return model if example_size is None or into is not None else _packed(path, model, example_size, tensors)
+    description = json.loads(header)
+    return _packed(path, model, description, tensors) if "engine" in description and into is None else model
 
 
 def _require_path(path: Any, where: str) -> None:
@@ -142,14 +143,15 @@ def _require_path(path: Any, where: str) -> None:
         raise TypeError(f"{where}: path must be a str or os.PathLike, got {type(path).__name__}")
 
 
-def _packed(path: Path, model: nn.Module, example_size: Any, tensors: dict[str, Tensor]) -> nn.Module:
-    dtype = next((value.dtype for value in model.parameters()), torch.float32)
+def _packed(path: Path, model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    size, dtype = description["engine"], next((value.dtype for value in model.parameters()), torch.float32)
     if not _pack:
         raise ValueError(f"load: {path} holds an Engine; import gatedconv.engine first")
     try:
-        require_small(example_size, tensors)
-        return _pack[0](model, torch.zeros(example_size, dtype=dtype, device="cpu"))
-    except (TypeError, ValueError, RuntimeError) as error:
+        require_small(size, tensors)
+        products = getattr(torch, description["products"])
+        return _pack[0](model, torch.zeros(size, dtype=dtype, device="cpu"), products)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
 
 

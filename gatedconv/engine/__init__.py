@@ -6,6 +6,10 @@ from gatedconv.engine.engine import Engine
 from gatedconv.engine.plan_file import write_plan
 
 register_plan_writer(write_plan)
-register_packed(Engine, lambda engine: (engine.source, list(engine.example_size)), Engine)
+register_packed(
+    Engine,
+    lambda engine: (engine.source, list(engine.example_size), engine.products),
+    lambda model, example, dtype: Engine(model, example, dtype=dtype),
+)
 
 __all__ = ["Engine"]

@@ -9,7 +9,7 @@ from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.program import Map, Step
 from gatedconv.ops.plan import plan_workspace
 
-_KERNELS = {"conv": "direct", "winograd2": "Winograd F(2x2)", "winograd4": "Winograd F(4x4)"}
+_KERNELS = {"conv": "direct", "bf16": "bf16", "winograd2": "Winograd F(2x2)", "winograd4": "Winograd F(4x4)"}
 
 
 def describe_body(body: fx.GraphModule, batch: int, threads: int) -> list[str]:

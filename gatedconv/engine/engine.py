@@ -31,8 +31,8 @@ from gatedconv.ops.plan import plan_isa, unavailable
 class Engine(nn.Module):
     """A frozen or compact network, packed once and run natively, eval.
 
-    On the CPU it computes in float32; on CUDA in the model's float32, float16 or bfloat16, every layer in the way
-    measured fastest, as one CUDA graph for each input shape.
+    On the CPU it computes in float32, or its products in bfloat16; on CUDA in the model's float32, float16 or bfloat16,
+    every layer in the way measured fastest, as one CUDA graph for each input shape.
 
     What no plan can run (see `describe`) runs in PyTorch, in between; a model that cannot be traced runs
     there as a whole. The result equals the model's up to rounding: max|a - b| / max|b| <= 1e-5 in float32, in other
@@ -50,13 +50,16 @@ class Engine(nn.Module):
         tune: On the CPU, time every algorithm for a 3x3 convolution where estimates choose otherwise. The choices are
             kept in the folder of GATEDCONV_CACHE (default ~/.cache/gatedconv), a file for each CPU, number of threads
             and version of the kernels. (On CUDA they always are.)
+        dtype: Of the products of dense convolutions and linear layers. On the CPU torch.bfloat16 rounds their weights
+            and inputs and sums in float32; the engine's inputs, outputs and all else stay float32. It is fast where the
+            CPU has AMX; others compute the same more slowly than float32. None: the model's own.
 
     Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
 
     Raises:
-        TypeError: `model` is no module, or `example_input` no dense tensor of the model's dtype.
-        ValueError: `example_input` has another rank or device, the model has gates that are not frozen, or `threads`
-            is below 1.
+        TypeError: `model` is no module, `example_input` no dense tensor of the model's dtype, or `dtype` no dtype.
+        ValueError: `example_input` has another rank or device, the model has gates that are not frozen, `threads`
+            is below 1, or nothing computes in `dtype`.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Engine(nn.Module):
         threads: int | None = None,
         verify: bool = True,
         tune: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -77,8 +81,9 @@ class Engine(nn.Module):
             raise ValueError(f"Engine: threads must be at least 1, got {threads}")
         self.threads, self.tune = threads, tune
         model = unwrap(model)
-        dtype, device = _kind(model)
-        _check_input(example_input, "example_input", None, dtype, device)
+        own, device = _kind(model)
+        self.products = _products(dtype, own, device)
+        _check_input(example_input, "example_input", None, own, device)
         require_frozen(model, "Engine")
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             source = compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
@@ -87,10 +92,11 @@ class Engine(nn.Module):
             # Kept out of the submodules: it is what save and pickle keep, and what runs is packed from it.
             self.__dict__["source"] = source
             self.example_size = tuple(example_input.shape)
-            self.dtype, self.device = dtype, device
+            self.dtype, self.device = own, device
             self.reason = _why_not(source)
             self.body: nn.Module = source
-            self.choose = choose_measured(threads or 0) if tune and device.type == "cpu" else choose_estimated
+            measured = tune and device.type == "cpu" and self.products == torch.float32
+            self.choose = choose_measured(threads or 0) if measured else choose_estimated
             if self.reason is None:
                 self._build(source, example_input)
             if verify and self.reason is None and device.type == "cpu" and self.plans:
@@ -127,13 +133,14 @@ class Engine(nn.Module):
         ends = segment.source, layers, segment.result, batch
         if self.device.type == "cuda":
             return CudaPlan(*lay_out(*ends, lambda *_: "conv"), self.dtype, self.device)
-        return PlanModule(write_program(*ends, self.choose), self.threads or 0)
+        return PlanModule(write_program(*ends, self.choose, self.products), self.threads or 0)
 
     def _verify(self, source: nn.Module, example: Tensor) -> None:
         """Run everything in PyTorch, with a warning, if a result is not the model's."""
         locate = partial(first_difference, example=example, choose=self.choose)
         try:
-            require_same(source, self.body, example, "the plan", locate=locate, integers=False)
+            check = {"locate": locate, "integers": False, "precision": self.products}
+            require_same(source, self.body, example, "the plan", **check)
         except ConversionError as error:
             self.reason = str(error)
             self.body = source
@@ -165,7 +172,8 @@ class Engine(nn.Module):
             return f"Everything runs in PyTorch: {self.reason}."
         threads = self.threads or torch.get_num_threads()
         if self.device.type == "cpu":
-            machine = f"native kernels: {plan_isa()}, {threads} threads"
+            bf16 = f" (bf16: {plan_isa(bf16=True)})" if self.products == torch.bfloat16 else ""
+            machine = f"native kernels: {plan_isa()}{bf16}, {threads} threads"
         else:
             modes = {plan.mode for plan in self.plans if isinstance(plan, CudaPlan)}
             machine = f"{self.device}, {self.dtype}, GATEDCONV_CUDA_KERNELS: {', '.join(sorted(modes)) or 'no plan'}"
@@ -191,11 +199,21 @@ class Engine(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         example = torch.zeros(self.example_size, dtype=self.dtype, device=self.device)
-        return _restore, (self.source, example, self.threads, self.tune)
+        return _restore, (self.source, example, self.threads, self.tune, self.products)
 
 
-def _restore(source: nn.Module, example: Tensor, threads: int | None, tune: bool) -> Engine:
-    return Engine(source, example, threads=threads, tune=tune, verify=False)
+def _restore(source: nn.Module, example: Tensor, threads: int | None, tune: bool, dtype: torch.dtype) -> Engine:
+    return Engine(source, example, threads=threads, tune=tune, verify=False, dtype=dtype)
+
+
+def _products(dtype: torch.dtype | None, own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that products are to be computed in, of a model in its own dtype."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"Engine: dtype must be a torch.dtype or None, got {type(dtype).__name__}")
+    if dtype is None or dtype == own or (dtype, own, device.type) == (torch.bfloat16, torch.float32, "cpu"):
+        return dtype or own
+    more = " or torch.bfloat16" if (own, device.type) == (torch.float32, "cpu") else ""
+    raise ValueError(f"Engine: dtype must be {own}{more} for a model in {own} on {device}, got {dtype}")
 
 
 def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PANEL = 16  # output channels of one packed panel
+BF16_DEPTH = 32  # terms of a sum in bfloat16 come in multiples of this (csrc/cpu/bf16.h)
 
 # G of F(2x2, 3x3) at 0, 1, -1, infinity and of F(4x4, 3x3) at 0, +-3/4, +-3/2, infinity; the data and inverse
 # transforms that belong to them are in csrc/cpu/conv_winograd.h.
@@ -24,6 +25,17 @@ def pack_panels(weight: Tensor) -> Tensor:
     padded = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -out_channels % PANEL))
     panels = padded.view(-1, PANEL, in_channels, height, width)
     return panels.permute(0, 3, 4, 2, 1).reshape(-1)
+
+
+def pack_bf16(weight: Tensor) -> Tensor:
+    """(C_out, C_in, KH, KW) -> flat [panel][K / 2][16][2] in bfloat16, as float32 words of one pair each.
+
+    K is KH * KW * C_in, in this order, rounded up to 32 with zeros; so are channels past C_out.
+    """
+    rows = weight.permute(0, 2, 3, 1).flatten(1)
+    rows = F.pad(rows, (0, -rows.shape[1] % BF16_DEPTH, 0, -len(rows) % PANEL)).to(torch.bfloat16)
+    pairs = rows.view(-1, PANEL, rows.shape[1] // 2, 2).transpose(1, 2)
+    return pairs.contiguous().view(torch.float32).flatten()
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:

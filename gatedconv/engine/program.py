@@ -13,6 +13,7 @@ from gatedconv.engine.choose import Choose, algorithms, choose_estimated
 from gatedconv.engine.layers import Layer, map_size
 from gatedconv.engine.pack import (
     PANEL,
+    pack_bf16,
     pack_depthwise,
     pack_grouped,
     pack_panels,
@@ -155,10 +156,22 @@ def lay_out(
 
 
 def write_program(
-    source: fx.Node, layers: list[Layer], result: fx.Node, batch: int, choose: Choose = choose_estimated
+    source: fx.Node,
+    layers: list[Layer],
+    result: fx.Node,
+    batch: int,
+    choose: Choose = choose_estimated,
+    dtype: torch.dtype = torch.float32,
 ) -> Program:
-    """Pack the fused layers of a segment from `source` to `result`, at its best for `batch` images."""
+    """Pack the fused layers of a segment from `source` to `result`, at its best for `batch` images.
+
+    In bfloat16 all dense convolutions and linear layers are products of that type; everything else is float32.
+    """
     steps, maps, shape = lay_out(source, layers, result, batch, choose)
+    if dtype == torch.bfloat16:
+        for step in steps:
+            if step.layer is not None and step.layer.kind == "conv" and step.layer.groups == 1:
+                step.op = "bf16"
     steps = join_maps(steps, maps)
     _shape_maps(steps, maps)
     _place_maps(steps, maps)
@@ -316,7 +329,7 @@ def _shape_maps(steps: list[Step], maps: list[Map]) -> None:
             m.multiple = max(m.multiple, {"winograd2": 2, "winograd4": 4}.get(step.op, 1))
         # Only direct convolution reads single channels; everything else reads whole vectors.
         changes = layer is not None and (layer.before is not None or layer.gate is not None)
-        single = step.op == "conv" and layer is not None and layer.groups == 1 and not changes
+        single = step.op in ("conv", "bf16") and layer is not None and layer.groups == 1 and not changes
         narrow -= step.reads - ({step.source} if single and step.residual != step.source else set())
     for i, m in enumerate(maps):
         if m.holder is not None:
@@ -437,11 +450,12 @@ def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> li
     fields = dict(_FIELDS, source=step.source, target=step.target, residual=step.residual, gate=step.gate)
     if layer is not None and step.op not in ("view", "copy"):
         fields.update(_describe(step, layer, maps, weights, lists))
-    return [OPS.index(step.op), *fields.values()]
+    # One operation of the plan, with an option.
+    return [OPS.index("conv" if step.op == "bf16" else step.op), *fields.values()]
 
 
 def _describe(step: Step, layer: Layer, maps: list[Map], weights: _Blob, lists: list[int]) -> dict[str, int]:
-    fields: dict[str, int] = {"act": ACTS.index(layer.act), "option": layer.option}
+    fields: dict[str, int] = {"act": ACTS.index(layer.act), "option": 2 if step.op == "bf16" else layer.option}
     index = layer.index
     if layer.kind in ("layer_norm", "group_norm"):
         assert layer.weight is not None and layer.bias is not None
@@ -486,6 +500,8 @@ def _panels(values: Tensor) -> Tensor:
 
 def _pack(op: str, layer: Layer) -> tuple[Tensor, int, list[int]]:
     assert layer.weight is not None
+    if op == "bf16":
+        return pack_bf16(layer.weight), layer.weight.shape[1], []
     if op == "depthwise":
         return pack_depthwise(layer.weight), 1, []
     if op in ("winograd2", "winograd4"):

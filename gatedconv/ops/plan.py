@@ -130,9 +130,13 @@ def _times_fake(input: Tensor, program: Tensor, weights: Tensor, workers: int = 
     return input.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float64)
 
 
-def plan_isa() -> str:
-    """Return the instruction set that plans run on here: "portable", "avx2" or "avx512"."""
-    return str(torch.ops.gatedconv.plan_isa())
+def plan_isa(bf16: bool = False) -> str:
+    """Return the instruction set that plans run on here: "portable", "avx2" or "avx512".
+
+    Args:
+        bf16: The one for bfloat16 products instead: "amx", "avx512_bf16" or "emulated".
+    """
+    return str(torch.ops.gatedconv.plan_isa(bf16))
 
 
 def plan_workspace(size: Sequence[int], program: Tensor, workers: int) -> int:

@@ -147,8 +147,8 @@ class Comparison:
 
     @property
     def ours(self) -> Candidate | None:
-        """Our fastest setting, None if ours does not run."""
-        own = [candidate for candidate in self.errors if candidate[0] == OURS]
+        """Our fastest setting in full precision, None if ours does not run."""
+        own = [candidate for candidate in self.errors if candidate[0] == OURS and candidate not in self.reduced]
         return min(own, key=lambda candidate: self.timing.spread(candidate).median, default=None)
 
     def rows(self) -> list[Row]:
@@ -156,7 +156,8 @@ class Comparison:
         ours, rows = self.ours, []
         for candidate, error in self.errors.items():
             time = self.timing.spread(candidate)
-            ratio = None if ours is None or candidate[0] == OURS else self.timing.ratio(candidate, ours)
+            own = candidate[0] == OURS and candidate not in self.reduced
+            ratio = None if ours is None or own else self.timing.ratio(candidate, ours)
             rows.append(
                 Row(
                     benchmark=self.benchmark,
@@ -284,11 +285,12 @@ def bench_table(rows: Sequence[Row]) -> str:
 
     A line follows where something else disturbed the measurement; its medians, unlike the minima, are not to be used.
     """
-    ours = {(row.case, row.batch): _ms(row, "ms_min") for row in best_rows(rows, "ms_min") if row.provider == OURS}
+    full = [row for row in rows if row.provider == OURS and row.agreement is None]
+    ours = {(row.case, row.batch): _ms(row, "ms_min") for row in best_rows(full, "ms_min")}
     with_error = any(row.agreement is not None for row in rows)
     lines = []
     for row in rows:
-        own = None if row.provider == OURS else ours.get((row.case, row.batch))
+        own = None if row in full else ours.get((row.case, row.batch))
         times = [f"{_ms(row, name):.3f}" for name in ("ms_min", "ms_median", "ms_iqr")]
         ratio = "" if own is None else f"{_ms(row, 'ms_min') / own:.2f}x"
         quality = [

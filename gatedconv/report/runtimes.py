@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.engine import Engine
+from gatedconv.ops.plan import plan_isa
 from gatedconv.report import mobile, quantizers
 from gatedconv.report.exported import Run, made_once, onnx_file
 
@@ -66,6 +67,13 @@ class Setting:
 
 def _engine(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     engine = Engine(network, x)
+    return lambda: engine(x)
+
+
+def _engine_bf16(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    if plan_isa(bf16=True) == "emulated":
+        raise RuntimeError("this CPU has no instructions for bfloat16")
+    engine = Engine(network, x, dtype=torch.bfloat16)
     return lambda: engine(x)
 
 
@@ -230,6 +238,7 @@ SETTINGS: tuple[Setting, ...] = (
 )
 """In float32."""
 REDUCED: tuple[Setting, ...] = (
+    Setting(OURS, "Engine, bf16", _engine_bf16, dtype="bfloat16"),
     Setting("onnxruntime", "int8, QDQ", _ort_int8, ("onnx", "onnxscript", "onnxruntime"), dtype="int8"),
     Setting("openvino", "default", _openvino_default, ("onnx", "onnxscript", "openvino"), dtype="bfloat16"),
     Setting(

@@ -11,7 +11,7 @@ mkdir -p "$build/corpus"
 flags=(-std=c++20 -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
   -DFUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION "-I$csrc" "-I$csrc/cpu")
 objects=()
-for source in "$here/fuzz_plan.cpp" "$csrc"/cpu/{gatedconv_plan,plan,plan_avx2,plan_avx512,plan_bands,plan_decode,plan_file,plan_header,plan_portable,plan_schedule,plan_weights,worker_pool}.cpp; do
+for source in "$here/fuzz_plan.cpp" "$csrc"/cpu/{bf16_x86,gatedconv_plan,plan,plan_avx2,plan_avx512,plan_bands,plan_decode,plan_file,plan_header,plan_portable,plan_schedule,plan_weights,worker_pool}.cpp; do
   isa=()
   case $source in
     *_avx2.cpp) isa=(-mavx2 -mfma) ;;

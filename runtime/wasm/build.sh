@@ -9,7 +9,7 @@ out=${1:?usage: build.sh FOLDER}
 mkdir -p "$out"
 functions=$(grep -o 'gatedconv_plan_[a-z_]*(' "$csrc/gatedconv_plan.h" | sort -u | sed 's/\(.*\)(/"_\1"/' | paste -sd,)
 "${EMXX:-em++}" -std=c++20 -O3 -msimd128 -fwasm-exceptions -Wall -Wextra \
-  "$csrc"/{gatedconv_plan,plan,plan_bands,plan_decode,plan_file,plan_header,plan_portable,plan_schedule,plan_weights,worker_pool}.cpp \
+  "$csrc"/{bf16_x86,gatedconv_plan,plan,plan_bands,plan_decode,plan_file,plan_header,plan_portable,plan_schedule,plan_weights,worker_pool}.cpp \
   -sMODULARIZE -sEXPORT_ES6 -sENVIRONMENT=web,worker -sALLOW_MEMORY_GROWTH -sWASM_BIGINT -sFILESYSTEM=0 \
   -sEXPORTED_FUNCTIONS="[$functions,\"_malloc\",\"_free\"]" -sEXPORTED_RUNTIME_METHODS='["UTF8ToString","HEAPU8"]' \
   -o "$out/library.mjs"

@@ -78,10 +78,11 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
     lacking = [{**missing, "batch": batch, "case": name} for name in ("a", "b") for batch in (1, 8)]
     also("mobile", [row("gatedconv", "Engine", 4.0), row("mnn", "high", 5.0)], lacking)
     reduced = {**row("onnxruntime", "int8", 1.0, error=0.0123, agreement=0.75), "dtype": "int8"}
-    also("reduced", [row("gatedconv", "Engine", 4.0), reduced], [])
+    half = {**row("gatedconv", "Engine, bf16", 0.5, error=0.001, agreement=1.0), "dtype": "bfloat16"}
+    also("reduced", [row("gatedconv", "Engine", 4.0), half, reduced], [])
     text = shipped.section()
     # Of calls that took turns: MNN's 5.0 over the 4.0 of its own run.
     assert "| 2.00 (4.00) | 3.00 (6.00) | 4.00 (8.00) | 5.00 (10.00) | 1.25 | 50 | 50% |" in text
     assert "- ncnn, float32: not installed (4 cases)" in text and "ot measured yet" not in text
-    assert "| 4.00 (8.00) | 1.00 (2.00) | 1.2e-02, 75% | - | - | - | - | 0.25 |" in text
+    assert "| 4.00 (8.00) | 0.50 (1.00) | 1.0e-03, 100% | 1.00 (2.00) | 1.2e-02, 75% | - | - | - | - | 0.25 | 2.00 |" in text
     assert "fastest in 0 of 1 rows, geometric mean 0.25" in text

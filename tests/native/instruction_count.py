@@ -20,6 +20,7 @@ RECORD = ROOT / "benchmarks/results/callgrind.json"
 SOURCES = [ROOT / "tests/native/plan_count.cpp"] + [
     ROOT / f"csrc/cpu/{name}.cpp"
     for name in (
+        "bf16_x86",
         "plan",
         "plan_bands",
         "plan_decode",

@@ -1,6 +1,7 @@
 // Runs hand-written programs on every instruction set and compares them with sums written out here.
 #include "cpu/plan.h"
 
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -30,6 +31,7 @@ struct Case {
   int batch, channels, outputs, height, width, kernel, stride, pad;
   bool residual;
   Op op;
+  bool bf16 = false;
 };
 
 // relu(conv(x) [+ x]) by its definition; x (N, C, H, W), w (O, C, K, K).
@@ -88,17 +90,41 @@ std::vector<float> pack(const Case& c, const std::vector<float>& w) {
   return packed;
 }
 
+// The upper half of a float: a bfloat16, and what is left when the lower half is zero.
+uint16_t upper_half(float value) {
+  return static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
+}
+void cut_to_bf16(std::vector<float>& values) {
+  for (float& value : values) value = std::bit_cast<float>(uint32_t{upper_half(value)} << 16);
+}
+
+// [panel][pairs of kh * kw * c_in, rounded up to 32][16][2], a pair in the bits of a float.
+std::vector<float> pack_bf16(const Case& c, const std::vector<float>& w) {
+  const int terms = c.kernel * c.kernel * c.channels, pairs = (terms + 31) / 32 * 16;
+  std::vector<float> packed(static_cast<size_t>((c.outputs + 15) / 16) * pairs * 16);
+  for (int o = 0; o < c.outputs; ++o)
+    for (int k = 0; k < terms; ++k) {
+      const int tap = k / c.channels, i = k % c.channels;
+      const uint32_t half = upper_half(w[(o * c.channels + i) * c.kernel * c.kernel + tap]);
+      float& pair = packed[(o / 16 * pairs + k / 2) * 16 + o % 16];
+      pair = std::bit_cast<float>(std::bit_cast<uint32_t>(pair) | half << (k % 2 * 16));
+    }
+  return packed;
+}
+
 void check(const Kernels& kernels, const Case& c, int workers) {
   const int high = (c.height + 2 * c.pad - c.kernel) / c.stride + 1;
   const int wide = (c.width + 2 * c.pad - c.kernel) / c.stride + 1;
-  const std::vector<float> x =
-      random_floats(static_cast<size_t>(c.batch) * c.channels * c.height * c.width, 1);
-  const std::vector<float> w =
-      random_floats(static_cast<size_t>(c.outputs) * c.channels * c.kernel * c.kernel, 2);
+  std::vector<float> x = random_floats(static_cast<size_t>(c.batch) * c.channels * c.height * c.width, 1);
+  std::vector<float> w = random_floats(static_cast<size_t>(c.outputs) * c.channels * c.kernel * c.kernel, 2);
+  if (c.bf16) {  // what is rounded is exact then, and the products are those of float32
+    cut_to_bf16(x);
+    cut_to_bf16(w);
+  }
   const std::vector<float> expected = reference(c, x, w, high, wide);
 
   // Exactly as many floats as the kernels may read: a read beyond them is an error under the sanitizer.
-  std::vector<float> weights = pack(c, w);
+  std::vector<float> weights = c.bf16 ? pack_bf16(c, w) : pack(c, w);
   const int64_t bias = static_cast<int64_t>(weights.size());
   weights.resize(weights.size() + (c.outputs + 15) / 16 * 16);
   for (int o = 0; o < c.outputs; ++o) weights[bias + o] = 0.25f * o;
@@ -113,8 +139,26 @@ void check(const Kernels& kernels, const Case& c, int workers) {
     program.insert(program.end(), fields.begin(), fields.end());
   };
   step({int64_t(Op::kInput), -1, 0, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
-  step({int64_t(c.op), 0, 1, c.residual ? 0 : -1, int64_t(Act::kRelu), c.kernel, c.kernel, c.stride, c.stride,
-        c.pad, c.pad, c.pad, c.pad, 1, 1, 0, bias, c.channels});
+  step({int64_t(c.op),
+        0,
+        1,
+        c.residual ? 0 : -1,
+        int64_t(Act::kRelu),
+        c.kernel,
+        c.kernel,
+        c.stride,
+        c.stride,
+        c.pad,
+        c.pad,
+        c.pad,
+        c.pad,
+        1,
+        1,
+        0,
+        bias,
+        c.channels,
+        0,
+        c.bf16});
   step({int64_t(Op::kOutput), 1, -1, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
   program[3] = static_cast<int64_t>(program.size());
   program.push_back(0);
@@ -276,6 +320,14 @@ void check_refusals() {
           {nullptr, {1, 16, 1 << 18, 1 << 14}, {1, 1, 1, 1}});
   refused("taps behind 32 bits", map(16, 16, 1024, 0, 0), out, step(conv, -1, 1, 1, 1, 1024, 0),
           {nullptr, {1, 16, 8, 1 << 18}, {1, 1, 1, 1}});
+  Fields halves = step(conv, -1, 1, 1, 1, 0, 0);
+  halves[kOption] = 2;
+  refused("a convolution in bfloat16", wide, out, halves, small, false);
+  halves[kOption] = 3;
+  refused("an unknown convolution", wide, out, halves, small);
+  halves[kOption] = 2;
+  halves[kIndex] = 1;
+  refused("a grouped convolution in bfloat16", wide, out, halves, small);
   refused("a padded convolution", map(16, 16, 3, 0, 0), out, step(conv, -1, 1, 1, 1, 3, 0), small, false);
 }
 
@@ -289,9 +341,11 @@ int main() {
       {1, 20, 35, 7, 7, 3, 1, 1, false, Op::kWinograd2},  {2, 8, 8, 9, 6, 3, 1, 1, true, Op::kWinograd4},
       {9, 33, 50, 14, 5, 3, 1, 1, false, Op::kWinograd4}, {3, 64, 64, 8, 8, 3, 1, 1, true, Op::kWinograd4},
       {1, 200, 200, 7, 7, 3, 1, 1, true, Op::kConv},      {2, 250, 35, 6, 8, 1, 1, 0, false, Op::kConv},
-      {4, 16, 16, 150, 150, 1, 1, 0, true, Op::kConv},
+      {4, 16, 16, 150, 150, 1, 1, 0, true, Op::kConv},    {1, 3, 16, 9, 7, 3, 1, 1, false, Op::kConv, true},
+      {2, 5, 37, 8, 12, 3, 2, 1, false, Op::kConv, true}, {3, 64, 64, 23, 21, 1, 1, 0, true, Op::kConv, true},
+      {1, 7, 7, 5, 5, 5, 1, 2, true, Op::kConv, true},    {5, 600, 70, 1, 1, 1, 1, 0, false, Op::kConv, true},
   };
-  const char* isas[] = {"portable", "avx2", "avx512"};
+  const char* isas[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
   for (const char* isa : isas) {
     setenv("GATEDCONV_ISA", isa, 1);
     const char* error = nullptr;

@@ -24,6 +24,7 @@ TESTS = {
         "cpu/plan_portable.cpp",
     ],
     "plan_test.cpp": [
+        "cpu/bf16_x86.cpp",
         "cpu/plan.cpp",
         "cpu/plan_avx2.cpp",
         "cpu/plan_avx512.cpp",
