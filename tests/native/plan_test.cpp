@@ -158,7 +158,7 @@ void check(const Kernels& kernels, const Case& c, int workers) {
         bias,
         c.channels,
         0,
-        c.bf16});
+        c.bf16 ? 2 : 0});
   step({int64_t(Op::kOutput), 1, -1, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
   program[3] = static_cast<int64_t>(program.size());
   program.push_back(0);
