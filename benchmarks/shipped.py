@@ -112,15 +112,15 @@ def build(network: str, variant: str, size: int = 224) -> nn.Module:
 
 
 def slowest_layers(network: nn.Module, x: Tensor) -> list[dict[str, Any]]:
-    """The layers that take most of a call (1, 3, H, W): name, operation, sizes, the least ms of some calls, GFLOP/s."""
+    """The layers that take most of a call (1, 3, H, W): name, operation, sizes, the median ms of calls, GFLOP/s."""
     plans = gatedconv.Engine(network, x, verify=False).plans
     plan = plans[0] if len(plans) == 1 else None  # what later plans read is not known here
     if not isinstance(plan, PlanModule):
         return []
     runs = [plan_times(x, plan.program, plan.weights) for _ in range(PROFILES)]
-    least = torch.stack(runs).amin(0).tolist()
+    times = torch.stack(runs).median(0).values.tolist()  # a step that another worker finished reads near 0
     layers = []
-    for ms, step in zip(least, (step for step in plan.steps if step.op != "view"), strict=True):
+    for ms, step in zip(times, (step for step in plan.steps if step.op != "view"), strict=True):
         maps = [plan.maps[at] for at in (step.source, step.target) if at >= 0]
         layers.append(
             {

@@ -45,7 +45,7 @@ static inline void pool(const Step& step, const Part& part) {
           for (int j = across.begin; j < across.end; ++j) {
             const vec value = load(from + j * step.in.pixel);
             if (max) {
-              sum = (value <= sum) | (sum != sum) ? sum : value;  // a NaN wins and stays
+              sum = ((value <= sum) | (sum != sum)) ? sum : value;  // a NaN wins and stays
             } else {
               sum += value;
             }
