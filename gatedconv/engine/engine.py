@@ -139,8 +139,7 @@ class Engine(nn.Module):
         """Run everything in PyTorch, with a warning, if a result is not the model's."""
         locate = partial(first_difference, example=example, choose=self.choose)
         try:
-            check = {"locate": locate, "integers": False, "precision": self.products}
-            require_same(source, self.body, example, "the plan", **check)
+            require_same(source, self.body, example, "the plan", locate=locate, integers=False, precision=self.products)
         except ConversionError as error:
             self.reason = str(error)
             self.body = source
