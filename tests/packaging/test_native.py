@@ -66,6 +66,8 @@ def test_code_for_an_instruction_set_cannot_leak_to_processors_without_it():
         told = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True)
         weak = [line for line in told.stdout.splitlines() if line.split()[1] in "WVu"]
         weak = [line for line in weak if "DW.ref." not in line]  # a pointer, the same from every unit
+        own = f"gatedconv::{path.stem.rsplit('-', 1)[0].rsplit('_', 1)[1]}::"
+        weak = [line for line in weak if own not in line]  # of a type that no other unit has
         assert not weak, f"{path.name} shares inline functions: {weak[:5]}"
 
 
