@@ -355,7 +355,7 @@ const Kernels* choose_kernels(const char** error) {
   for (const Choice& choice : choices) {
     // The names of instructions for bfloat16 are those of more than AVX-512.
     const bool named = !wanted || !*wanted || std::strcmp(wanted, choice.kernels->name) == 0 ||
-                       (choice.kernels == &kernels_avx512 && native_bf16());
+                       (std::strcmp(choice.kernels->name, "avx512") == 0 && native_bf16());
     if (named && choice.runs) return choice.kernels;
   }
   *error =
