@@ -135,7 +135,7 @@ def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
-    """Two images, a batch of one would be taken for a constant; the example where the model takes other counts."""
+    """Two images, since a batch of one would be taken for a constant; the example where the model takes no two."""
     image = example_input.detach()[:1] if len(example_input) else example_input.new_zeros((1, *example_input.shape[1:]))
     example = image.expand(2, *example_input.shape[1:]).contiguous()
     for images in (example, example_input.detach()):
