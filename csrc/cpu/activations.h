@@ -20,7 +20,7 @@ static inline vec absolute(vec x) {
   return reinterpret_cast<vec>(reinterpret_cast<lanes_of_int>(x) & 0x7fffffff);
 }
 
-// x = k ln 2 + r, |r| <= ln(2) / 2, for x in [-104, 0]; `tail` is (exp(r) - 1 - r) / r^2.
+// x = k ln 2 + r, |r| <= ln(2) / 2, for x in [-104, 88]; `tail` is (exp(r) - 1 - r) / r^2.
 struct Reduced {
   lanes_of_int k;
   vec r, tail;
@@ -73,14 +73,15 @@ static inline vec expm1_negative(vec x) {
   return scale * (s.tail * (s.r * s.r) + s.r) + (scale - 1.0f);
 }
 
-// x * 1 / (1 + exp(-x)), and without x the sigmoid; what the exponential and the sum have lost is made good.
+// factor / (1 + exp(-x)). With exp(-x) = s (1 + m) and a power of two s, the denominator is (1 + s) + s m; what
+// the first sum loses where s is large goes to the second. Beyond -88 the result is below 1e-36, and 0.
 static inline vec sigmoid_times(vec x, vec factor) {
-  const Exponential e = exp_with_rest(-absolute(x));
-  const vec d = 1.0f + e.value, lost = e.value - (d - 1.0f);
-  const lanes_of_int negative = x < 0.0f;
-  const vec q = select(negative, factor * e.value, factor) / d;
-  const vec wrong = (select(negative, e.rest, -e.rest * e.value) - lost) * (1.0f - 0.5f * e.value);
-  return select(e.value == 0.0f, q, q + q * wrong);
+  vec y = x > 87.0f ? splat(87.0f) : x;
+  y = y < -88.0f ? splat(-88.0f) : y;
+  const Reduced e = reduce(-y);
+  const vec s = power_of_two(e.k), m = e.tail * (e.r * e.r) + e.r, sum = 1.0f + s;
+  const vec d = (s * m + (1.0f - (sum - s))) + sum;
+  return x < -88.0f ? factor * 0.0f : factor / d;
 }
 
 static inline vec hyperbolic_tangent(vec x) {
