@@ -2,6 +2,7 @@
 #include "bf16.h"
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,7 +17,9 @@ namespace {
 
 // Functions name their instruction set themselves: nothing else in this file may use it.
 #define GATEDCONV_DOT __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#if defined(__clang__) || __GNUC__ >= 11  // older ones have no AMX
 #define GATEDCONV_AMX __attribute__((target("amx-tile,amx-bf16")))
+#endif
 
 constexpr ptrdiff_t kSumsStride = kBf16Panels * kPanel;
 
@@ -79,6 +82,7 @@ void multiply_dot(const Bf16Product& in) {
   in.panels == 1 ? dot_all<1>(in) : dot_all<2>(in);
 }
 
+#ifdef GATEDCONV_AMX
 // All tiles have 16 rows of 64 bytes: 0 to 3 are sums of 16 pixels and a panel, 4 and 5 pixels, 6 and 7
 // weights.
 struct alignas(64) TileConfig {
@@ -126,8 +130,19 @@ GATEDCONV_AMX void multiply_amx(const Bf16Product& in) {
   }
 }
 
-constexpr Bf16Kernels kDot = {"avx512_bf16", [] {}, round_native, multiply_dot, [] {}};
 constexpr Bf16Kernels kAmx = {"amx", begin_amx, round_native, multiply_amx, end_amx};
+
+// Linux gives tiles to a process that asks for them. Not all compilers know the names of these features.
+bool has_amx() {
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+constexpr Bf16Kernels kDot = {"avx512_bf16", [] {}, round_native, multiply_dot, [] {}};
 
 bool has_dot() {
   __builtin_cpu_init();
@@ -136,23 +151,21 @@ bool has_dot() {
          __builtin_cpu_supports("avx512bf16");
 }
 
-// Linux gives tiles to a process that asks for them.
-bool has_amx() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 }  // namespace
 
 const Bf16Kernels* native_bf16() {
-  static const bool dot = has_dot(), amx = dot && has_amx();
+  static const bool dot = has_dot();
   const char* wanted = std::getenv("GATEDCONV_ISA");
   const auto takes = [&](const Bf16Kernels& kernels) {
-    return !wanted || !*wanted || std::strcmp(wanted, kernels.name) == 0;
+    return dot && (!wanted || !*wanted || std::strcmp(wanted, kernels.name) == 0);
   };
-  if (amx && takes(kAmx)) return &kAmx;
-  return dot && takes(kDot) ? &kDot : nullptr;
+#ifdef GATEDCONV_AMX
+  if (takes(kAmx)) {
+    static const bool amx = has_amx();  // which asks for tiles, and so only where they are to be used
+    if (amx) return &kAmx;
+  }
+#endif
+  return takes(kDot) ? &kDot : nullptr;
 }
 
 }  // namespace gatedconv
