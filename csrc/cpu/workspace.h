@@ -12,6 +12,17 @@
 #include <mutex>
 #include <utility>
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define GATEDCONV_ASAN
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define GATEDCONV_ASAN
+#endif
+#ifdef GATEDCONV_ASAN
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace gatedconv {
 
 // With GATEDCONV_POISON set (the tests do), memory that a run has not written yet is NaN, so that reading it
@@ -22,7 +33,7 @@ inline void poison(float* data, int64_t floats) {
 }
 
 // One run's memory. At most kKept blocks wait for the next run, whatever the number of threads; `release`
-// frees them.
+// frees them. Under AddressSanitizer what a block has more than was asked for is out of bounds.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
@@ -35,11 +46,16 @@ class Workspace {
       if (best) std::swap(block_, *best);
     }
     if (!block_.data && bytes <= kMostBytes) block_ = allocate(bytes);
-    if (block_.data) poison(block_.data, bytes / 4);
+    if (!block_.data) return;
+    guard(bytes, block_.bytes);
+    poison(block_.data, bytes / 4);
   }
   Workspace(const Workspace&) = delete;
   ~Workspace() {
     if (!block_.data) return;
+#ifdef GATEDCONV_ASAN
+    ASAN_UNPOISON_MEMORY_REGION(block_.data, static_cast<size_t>(block_.bytes));
+#endif
     {
       // Keep the larger blocks: they serve every run that the smaller ones would.
       std::lock_guard<std::mutex> lock(kept().mutex);
@@ -53,6 +69,13 @@ class Workspace {
   }
   float* data() const { return block_.data; }  // null where there is no memory
   int64_t bytes() const { return block_.bytes; }
+
+  // Makes bytes [begin, end) out of bounds, under AddressSanitizer.
+  void guard([[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) const {
+#ifdef GATEDCONV_ASAN
+    ASAN_POISON_MEMORY_REGION(reinterpret_cast<char*>(block_.data) + begin, static_cast<size_t>(end - begin));
+#endif
+  }
 
   static int64_t release() {
     std::lock_guard<std::mutex> lock(kept().mutex);
