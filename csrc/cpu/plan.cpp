@@ -156,7 +156,7 @@ Schedule make_schedule(const Plan& plan, const Kernels& kernels, int64_t batch, 
     schedule.scratch = std::max<int64_t>(schedule.scratch, scratch);
     widest = std::max(widest, amount_of(plan, run).maps);
   }
-  schedule.scratch = (schedule.scratch + 2 * kPanel - 1) / kPanel * kPanel;
+  schedule.scratch = (schedule.scratch + 2 * kPanel - 1) / kPanel * kPanel;  // and a panel that nobody uses
   schedule.alone = !together && widest <= 2 * cache_bytes() && batch >= schedule.workers;
   schedule.share = schedule.alone ? batch / schedule.workers : batch;
   schedule.most = std::min(schedule.share, kMaxGroup);
@@ -174,7 +174,7 @@ class ImageWork : public Work {
             float* workspace)
       : plan_(plan), kernels_(kernels), schedule_(schedule), output_(output), workspace_(workspace) {
     images_ = schedule.share * schedule.workers;
-    chunks_ = ceil_div(schedule.share, schedule.most) * schedule.workers;
+    chunks_ = count_parts(schedule.share, schedule.most) * schedule.workers;
   }
   void work(int worker) override {
     for (int64_t i; (i = next_.fetch_add(1)) < chunks_; done_.fetch_add(1, std::memory_order_release)) {
@@ -254,8 +254,7 @@ class StepWork : public Work {
       const int64_t group = std::min(segment.group, images - image);
       for (size_t i = segment.begin; i < segment.end; ++i) {
         std::vector<Step> run;
-        for (; plan.steps[i].out.passes && !seconds_; ++i)
-          run.push_back(chunk_.at(i, first_, image, output_));
+        for (; plan.steps[i].out.passes; ++i) run.push_back(chunk_.at(i, first_, image, output_));
         const Step step = chunk_.at(i, first_, image, output_);
         if (!run.empty()) run.push_back(step);
         const bool small = !seconds_ && run.empty() && is_small(step, group);
@@ -316,6 +315,10 @@ bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* ou
     do_work(work, schedule.workers);
     return !work->failed();
   };
+  for (int worker = 1; worker <= schedule.workers; ++worker) {
+    const int64_t end = 4 * (schedule.copies * schedule.map_floats + worker * schedule.scratch);
+    workspace.guard(end - 4 * kPanel, end);
+  }
   float* memory = workspace.data();
   int64_t first = 0;
   if (schedule.alone) {

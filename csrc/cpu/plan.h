@@ -19,6 +19,13 @@ struct Bf16Kernels;
 constexpr int kPanel = 16;  // output channels of one packed weight panel, on every instruction set
 constexpr int64_t kVersion = GATEDCONV_PLAN_FILE_VERSION;  // of the program's encoding, and of files with one
 
+// In a fuzzer's build all steps that can run band by band do, however small their maps are, a row at a time.
+#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+constexpr bool kFuzzing = true;
+#else
+constexpr bool kFuzzing = false;
+#endif
+
 enum class Op : int64_t {
   kInput,   // NCHW tensor of any strides -> map
   kOutput,  // map -> contiguous NCHW tensor
@@ -193,7 +200,7 @@ int64_t workspace_bytes(const Plan& plan, const Kernels& kernels, int64_t batch,
 
 // Runs the plan over the whole batch with up to `workers` threads; false, or std::bad_alloc, if there is not
 // enough memory. With `seconds`, an entry for every step, all workers share every step, and the time of each
-// is added to its entry.
+// is added to its entry; the time of steps that run band by band to that of the last one.
 bool run(const Plan& plan, const Kernels& kernels, const Input& input, float* output, int workers,
          double* seconds = nullptr);
 

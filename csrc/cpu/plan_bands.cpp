@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cassert>
 #include <cstring>
 
 #include "plan_schedule.h"
@@ -31,13 +32,14 @@ int64_t end_below(const Step& step, int64_t end) {
 }
 
 // Calls take(k, rows) for the map behind step k: the rows that it has room for where `band` rows of the last
-// step are made at a time. With twice the rows that are needed, those that the next band reads again are
-// moved to the front half as often.
+// step are made at a time. A band needs the rows under its windows, and makes those that lie between windows,
+// too. With twice as many rows, those that the next band reads again are moved to the front half as often.
 template <typename Take>
 void for_rooms(const Step* steps, size_t count, int64_t band, Take take) {
   for (size_t k = count - 1; k-- > 0;) {
     const Map& map = steps[k].out;
-    band = std::min<int64_t>(rows_below(steps[k + 1], band), map.height);
+    const Step& reader = steps[k + 1];
+    band = std::min<int64_t>(std::max(rows_below(reader, band), band * reader.stride_h), map.height);
     take(k, std::min<int64_t>(2 * band, map.height) + 2 * map.halo + map.bottom());
   }
 }
@@ -52,7 +54,8 @@ int64_t room_floats(const Step* steps, size_t count, int64_t band) {
 // rows between the steps do not stay in the cache.
 int64_t band_rows(const Step* steps, size_t count) {
   int64_t band = 1;
-  while (2 * band <= steps[count - 1].rows && 4 * room_floats(steps, count, 2 * band) <= cache_bytes() / 2)
+  while (!kFuzzing && 2 * band <= steps[count - 1].rows &&
+         4 * room_floats(steps, count, 2 * band) <= cache_bytes() / 2)
     band *= 2;
   return band;
 }
@@ -84,6 +87,7 @@ struct Rows {
     needed = std::min(needed, made);  // a stride may leave out rows
     std::memmove(at, at + (needed - base) * map.row, 4 * (made - needed) * map.row);
     base = needed;
+    assert(last - base <= room);
     place(writer, reader);
   }
 };
@@ -151,6 +155,22 @@ std::vector<std::pair<size_t, size_t>> find_runs(const Plan& plan) {
   return runs;
 }
 
+void size_slots(Plan& plan) {
+  std::fill(plan.slot_floats.begin(), plan.slot_floats.end(), 0);
+  for (const Step& step : plan.steps) {
+    if (step.op == Op::kOutput || step.out.passes) continue;
+    // A vector read at the last, narrow pixel stays inside the image.
+    const int64_t floats = map_bytes(step.out) / 4 + kPanel;
+    int64_t& slot = plan.slot_floats[step.out.slot];
+    slot = std::max(slot, (floats + kPanel - 1) / kPanel * kPanel);
+  }
+  for (Step& step : plan.steps) {
+    for (Map* map : {&step.in, &step.out, &step.residual, &step.gate}) {
+      map->image = plan.slot_floats[map->slot];
+    }
+  }
+}
+
 void mark_passing(Plan& plan, int64_t bytes) {
   const std::vector<std::array<Life, 4>> lives = find_lives(plan);
   const auto join = [&](size_t i, bool passes) {
@@ -169,6 +189,7 @@ void mark_passing(Plan& plan, int64_t bytes) {
     }
     while (last > begin && overlaps(plan, begin, last)) join(--last, false);
   }
+  size_slots(plan);
 }
 
 size_t run_scratch(const Kernels& kernels, const Step* steps, size_t count) {

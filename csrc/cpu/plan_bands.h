@@ -13,7 +13,11 @@
 
 namespace gatedconv {
 
-// Marks the maps of more than `bytes` that can be done so (Map::passes).
+// Gives every slot the floats of its largest map; one that passes takes none. Images lie a whole slot apart
+// in every map, so that one image's maps never reach into another image's.
+void size_slots(Plan& plan);
+
+// Marks the maps of more than `bytes` that can be done so (Map::passes), and no others, and sizes the slots.
 void mark_passing(Plan& plan, int64_t bytes);
 
 // All steps of a plan as runs [begin, end), most of them of one step.

@@ -18,7 +18,7 @@ int64_t weight_bytes(const Step& step) {
   if (!is_conv(step)) return 0;
   const int side = step.op == Op::kWinograd4 ? 6 : step.op == Op::kWinograd2 ? 4 : 0;
   const int64_t taps = side ? side * side : int64_t{step.kernel_h} * step.kernel_w;
-  return 4 * taps * step.span * step.out.channels;
+  return (in_bf16(step) ? 2 : 4) * taps * step.span * step.out.channels;
 }
 
 // Images that a run takes together: as many as fit the cache, and more while its weights are more than its
@@ -34,8 +34,8 @@ int64_t group_of(const Amount& amount, int64_t most) {
 
 }  // namespace
 
-int ceil_div(int64_t a, int64_t b) {
-  return static_cast<int>((a + b - 1) / b);
+int count_parts(int64_t all, int64_t size) {
+  return static_cast<int>((all + size - 1) / size);
 }
 
 int64_t cache_bytes() {
@@ -137,7 +137,7 @@ std::vector<std::array<Life, 4>> find_lives(const Plan& plan) {
 
 Split split_step(const Step& step, int64_t images, int workers) {
   const int channels = step.op == Op::kOutput || step.op == Op::kInput ? kPanel : step.out.channels;
-  Split split{images * step.rows, 1, ceil_div(channels, kPanel), 1};
+  Split split{images * step.rows, 1, count_parts(channels, kPanel), 1};
   if (workers == 1) return split;
   const bool by_channels = !step.in.passes && (is_conv(step) || step.op == Op::kMeanPool) &&
                            split.panels >= workers &&

@@ -10,7 +10,8 @@
 
 namespace gatedconv {
 
-int ceil_div(int64_t a, int64_t b);
+// Parts of at most `size` that make up `all`.
+int count_parts(int64_t all, int64_t size);
 
 // Bytes of feature maps that should stay in a core's own cache while a step runs.
 int64_t cache_bytes();

@@ -364,7 +364,7 @@ def _place_maps(steps: list[Step], maps: list[Map]) -> None:
         m.slot = maps[roots[i]].slot
 
 
-_LOCAL = {"conv", "depthwise", "max_pool", "avg_pool", "layer_norm"}
+_LOCAL = {"conv", "bf16", "depthwise", "max_pool", "avg_pool", "layer_norm"}
 _PASSES = 2**17  # floats of the smallest map that may not stay in a second-level cache
 
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/plan_bands.h"
+#include "cpu/plan_schedule.h"
 #include "cpu/workspace.h"
 
 using namespace gatedconv;
@@ -187,23 +188,35 @@ void check(const Kernels& kernels, const Case& c, int workers) {
   }
 }
 
+// A layer without a second operand.
+struct Layer {
+  Op op;
+  int64_t kernel, stride, pad, reads, outputs;
+};
+
 // Steps that run band by band give what they give one after another, bit for bit.
-void check_bands(const Kernels& kernels, int kernel, int stride, int pad, int height, int workers) {
-  const int64_t channels = 16, width = 40, batch = 2;  // high maps: many bands whatever the cache
-  std::vector<int64_t> program = {kVersion, 5, 6, 4 + 5 * kMapFields + 6 * kStepFields};
+void check_bands(const Kernels& kernels, const std::vector<Layer>& layers, int64_t height, int64_t width,
+                 int workers) {
+  const int64_t batch = 2, count = static_cast<int64_t>(layers.size());
+  std::vector<int64_t> program = {kVersion, count + 1, count + 2, 0};
   const auto append = [&](std::vector<int64_t> fields, size_t size) {
     fields.resize(size);
     program.insert(program.end(), fields.begin(), fields.end());
   };
-  append({4, 4, 0, 1, 0, 0}, kMapFields);
-  append({channels, channels, pad, 1, 1, 0}, kMapFields);
-  append({channels, channels, 0, 1, 2, 0}, kMapFields);
-  append({8, 16, 1, 1, 3, 0}, kMapFields);
-  append({8, 16, 0, 1, 4, 0}, kMapFields);
+  const auto end = [&](Op op, int64_t in, int64_t out) {
+    append({int64_t(op), in, out, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, -1}, kStepFields);
+  };
+  append({4, 4, layers[0].pad, 1, 0, 0}, kMapFields);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t pixel = (layers[i].outputs + 15) / 16 * 16;
+    append({layers[i].outputs, pixel, i + 1 < count ? layers[i + 1].pad : 0, 1, i + 1, 0}, kMapFields);
+  }
+  end(Op::kInput, -1, 0);
   int64_t floats = 0;
-  const auto step = [&](Op op, int64_t in, int64_t k, int64_t s, int64_t p, int64_t reads, int64_t outputs) {
-    std::vector<int64_t> fields = {int64_t(op), in, in + 1, -1, int64_t(Act::kRelu6), k, k, s, s, p, p,
-                                   p,           p,  1,      1};
+  for (int64_t i = 0; i < count; ++i) {
+    const auto& [op, k, s, p, reads, outputs] = layers[i];
+    std::vector<int64_t> fields = {int64_t(op), i, i + 1, -1, int64_t(Act::kRelu6), k, k, s, s, p, p,
+                                   p,           p, 1,     1};
     fields.resize(kStepFields);
     fields[kWeights] = floats;
     fields[kBias] = floats + (outputs + 15) / 16 * 16 * k * k * reads;
@@ -211,15 +224,9 @@ void check_bands(const Kernels& kernels, int kernel, int stride, int pad, int he
     fields[kGate] = -1;
     floats = fields[kBias] + (outputs + 15) / 16 * 16;
     append(fields, kStepFields);
-  };
-  append({int64_t(Op::kInput), -1, 0, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, -1},
-         kStepFields);
-  step(Op::kConv, 0, 1, 1, 0, 4, channels);
-  step(Op::kDepthwise, 1, kernel, stride, pad, 1, channels);
-  step(Op::kConv, 2, 1, 2, 0, channels, 8);
-  step(Op::kMaxPool, 3, 3, 1, 1, 0, 8);
-  append({int64_t(Op::kOutput), 4, -1, -1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, -1},
-         kStepFields);
+  }
+  end(Op::kOutput, count, -1);
+  program[3] = static_cast<int64_t>(program.size());
   program.push_back(0);
   const std::vector<float> weights = random_floats(static_cast<size_t>(floats), 3);
   const std::vector<float> x = random_floats(static_cast<size_t>(batch * 4 * height * width), 4);
@@ -230,7 +237,7 @@ void check_bands(const Kernels& kernels, int kernel, int stride, int pad, int he
     const char* error = decode(program.data(), program.size(), weights.data(), weights.size(), input, plan);
     if (error) std::printf("%s\n", error);
     mark_passing(plan, least);
-    if (error || find_runs(plan).size() != (least ? 6u : 3u)) {
+    if (error || find_runs(plan).size() != (least ? layers.size() + 2 : 3u)) {
       std::printf("bands: not the runs that were expected\n");
       ++failures;
       return;
@@ -240,10 +247,30 @@ void check_bands(const Kernels& kernels, int kernel, int stride, int pad, int he
     run(plan, kernels, input, results.back().data(), workers);
   }
   if (results[0] != results[1]) {
-    std::printf("%s bands k%d s%d p%d height %d workers %d: the results differ\n", kernels.name, kernel,
-                stride, pad, height, workers);
+    std::printf("%s bands of %zu layers, k%d s%d, %dx%d, workers %d: the results differ\n", kernels.name,
+                layers.size(), int(layers[1].kernel), int(layers[1].stride), int(height), int(width),
+                workers);
     ++failures;
   }
+}
+
+// A depthwise layer between other local ones. High maps: many bands whatever the cache.
+void check_high(const Kernels& kernels, int64_t kernel, int64_t stride, int64_t pad, int64_t height,
+                int workers) {
+  check_bands(kernels,
+              {{Op::kConv, 1, 1, 0, 4, 16},
+               {Op::kDepthwise, kernel, stride, pad, 1, 16},
+               {Op::kConv, 1, 2, 0, 16, 8},
+               {Op::kMaxPool, 3, 1, 1, 0, 8}},
+              height, 40, workers);
+}
+
+// Bands of one row, whose windows leave out rows of the map in front.
+void check_wide(const Kernels& kernels, int64_t stride, int workers) {
+  const int64_t room = cache_bytes() / 2 / 4;    // floats of rows between the steps
+  const int64_t two = room / (16 * 2 * stride);  // where two strides of rows, for one output row, just fit
+  for (const int64_t width : {two - stride, two / 2, two * 9 / 10})
+    check_bands(kernels, {{Op::kConv, 1, 1, 0, 4, 16}, {Op::kConv, 1, stride, 0, 16, 8}}, 37, width, workers);
 }
 
 // A program that is cut, or full of nonsense, is refused and never read beyond its end.
@@ -355,12 +382,15 @@ int main() {
       for (int workers : {1, 2, 3}) check(*kernels, c, workers);
     }
     for (int workers : {1, 2, 3}) {
-      check_bands(*kernels, 3, 1, 1, 640, workers);
-      check_bands(*kernels, 5, 2, 2, 833, workers);
-      check_bands(*kernels, 3, 2, 0, 900, workers);
-      check_bands(*kernels, 7, 1, 3, 500, workers);
-      check_bands(*kernels, 7, 1, 3, 5, workers);
-      check_bands(*kernels, 1, 3, 2, 900, workers);
+      check_high(*kernels, 3, 1, 1, 640, workers);
+      check_high(*kernels, 5, 2, 2, 833, workers);
+      check_high(*kernels, 3, 2, 0, 900, workers);
+      check_high(*kernels, 7, 1, 3, 500, workers);
+      check_high(*kernels, 7, 1, 3, 5, workers);
+      check_high(*kernels, 1, 3, 2, 900, workers);
+      check_high(*kernels, 1, 4, 0, 900, workers);
+      check_wide(*kernels, 3, workers);
+      check_wide(*kernels, 4, workers);
     }
   }
   check_damage();
