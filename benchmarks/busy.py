@@ -131,8 +131,8 @@ _COLUMNS = ("quiet_ms", "quiet_p95", "busy_ms", "busy_p95")
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.busy", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each runtime [10]")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each turn, quiet and busy [0.4]")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of each runtime [10]")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each round, quiet and busy [0.4]")
     parser.add_argument("--threads", type=int, default=2, help="of every runtime [2]")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--out", type=Path, default=FILE, help="result file [benchmarks/results/busy.json]")

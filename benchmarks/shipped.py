@@ -211,7 +211,7 @@ class _Timed:
         return {key: row for key, row in self.best[case].items() if key[0] != OURS}
 
     def ratios(self, case: Case, dtype: str = "float32") -> list[float]:
-        """Peer over ours in a dtype, of calls that took turns."""
+        """Peer over ours in a dtype, of interleaved calls."""
         ours = self.best[case].get((OURS, dtype))
         times = [row.ms_min for row in self.peers(case).values() if row.ms_min]
         return [ms / ours.ms_min for ms in times] if ours is not None and ours.ms_min else []

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.harness import write_result
+from benchmarks.harness import machine_header, write_result
 from benchmarks.roofline import epoch_ms, layer_work, measured_rates
 from gatedconv.data import ImageData
 from gatedconv.data.image_data import Augment, make_image_data
-from gatedconv.environment import commit, versions
 from gatedconv.measure.interleaved import Interleaved
 from gatedconv.train import TrainConfig, train
 from gatedconv.train.build import build_model
@@ -237,7 +236,7 @@ def main(arguments: list[str] | None = None, show: Callable[[Any], object] = pri
         rows.append(measure(CASES[number], chosen.rounds, chosen.steps))
         show(rows[-1])
     what = WHAT.format(threads=chosen.threads, steps=chosen.steps)
-    found = {"commit": commit(), "versions": versions(), "threads": chosen.threads, "what": what, "rows": rows}
+    found = {"machine": machine_header(chosen.threads), "what": what, "rows": rows}
     write_result(chosen.out, found)
 
 

@@ -1,6 +1,6 @@
 """Quantize a compact network to int8 after training, and measure what that loses and gains.
 
-    gatedconv train --preset fast-c10 --data npz:cifar10.npz --out runs/small
+    gatedconv train --preset fast-c10 --data npz:cifar10.npz --folder runs/small
     python examples/quantize.py runs/small/compact.safetensors cifar10.npz --out small-int8.xml
 
 The archive has train_images, train_labels, test_images and test_labels, images uint8 (N, H, W, 3). The network goes

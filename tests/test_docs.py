@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gatedconv.cli import COMMANDS, Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +34,24 @@ def test_the_readme_examples_run_one_after_the_other(capsys):
 def test_the_numbers_of_the_documents_come_from_the_results():
     done = subprocess.run([sys.executable, str(ROOT / "docs" / "write.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def commands():
+    """The lines of README, docs and example docstrings that call `gatedconv COMMAND ARGUMENTS`."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.py")]
+    for page in (*pages, *ROOT.glob("*/README.md")):
+        for line in re.findall(r"^ *gatedconv [a-z].*", page.read_text().replace("\\\n", " "), re.M):
+            words = shlex.split(line.replace("...", ""), comments=True)[1:]
+            if words[0] in COMMANDS:
+                yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}")
+
+
+@pytest.mark.parametrize("words", [*commands()])
+def test_the_command_line_takes_what_the_documents_call(words):
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+    parser = Parser(prog=name)
+    importlib.import_module(f"gatedconv.cli.{name.replace(' ', '_')}").add_arguments(parser)
+    parser.parse_args(words[len(name.split()) :])
 
 
 def test_links_between_the_documents_lead_somewhere():

@@ -12,8 +12,8 @@ from torch import Tensor
 from gatedconv.convert.channels import ChannelPlan
 from gatedconv.convert.constants import Masks, groups_of
 from gatedconv.convert.flow import Flow
-from gatedconv.convert.mac_terms import Gated, is_pool, per_element
 from gatedconv.convert.record import Node, Value
+from gatedconv.convert.record_macs import Gated, is_pool, per_element
 from gatedconv.gating import MacTerm
 
 

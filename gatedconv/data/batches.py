@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
 from gatedconv.data.image_data import Augment, ImageData
 from gatedconv.data.image_files import FileImages
@@ -148,7 +148,7 @@ class TrainBatches:
         """A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every crop of every image: picking crops is one gather."""
         pad = self.augment.pad
         mode = "reflect" if self.augment.mirrored and pad else "constant"
-        padded = functional.pad(images.to(self.labels.device, non_blocking=True), (pad, pad, pad, pad), mode)
+        padded = F.pad(images.to(self.labels.device, non_blocking=True), (pad, pad, pad, pad), mode)
         return padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
 
     def _augmented(self, crops: Tensor, chosen: Tensor) -> Tensor:

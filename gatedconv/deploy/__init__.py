@@ -1,4 +1,9 @@
-"""From a trained model to a smaller one: freeze, compact, save, load, export."""
+"""From a trained model to a smaller one: freeze, compact, save, load, export.
+
+freeze.py: the vote. compact.py, shrink.py, slicing.py: removal of channels, by the plan of convert/channels.py, which
+also solves sums and concatenations. blocks.py: our own blocks. serialize.py, graph.py, graph_format.py,
+module_changes.py: files. export.py: ONNX, torch.export, AOTInductor, plan. hub.py, model_card.py: the Hugging Face Hub.
+"""
 
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.export import export

@@ -1,4 +1,4 @@
-"""Freezing: the gates agree on one sub-network and become constants."""
+"""Freezing: the samples vote on each gate, and each gate becomes the constant that the majority chose."""
 
 from __future__ import annotations
 

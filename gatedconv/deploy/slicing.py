@@ -1,4 +1,7 @@
-"""How one layer loses channels: its weights, its numbers for each channel, and the counts that go with them."""
+"""How one layer loses channels: its weights, its numbers for each channel, and the counts that go with them.
+
+Which channels those are, through sums and concatenations, is solved in ``convert.channels``.
+"""
 
 from __future__ import annotations
 

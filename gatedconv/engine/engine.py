@@ -32,7 +32,7 @@ class Engine(nn.Module):
     """A frozen or compact network, packed once and run natively, eval.
 
     On the CPU it computes in float32, or its products in bfloat16; on CUDA in the model's float32, float16 or bfloat16,
-    every layer in the way measured fastest, as one CUDA graph for each input shape.
+    each layer by the algorithm measured fastest, as one CUDA graph for each input shape.
 
     What no plan can run (see `describe`) runs in PyTorch, in between; a model that cannot be traced runs
     there as a whole. The result equals the model's up to rounding: max|a - b| / max|b| <= 1e-5 in float32, in other

@@ -26,8 +26,8 @@ def first_difference(
         source: the network.
         body: the network with its plans.
         inputs: on which the two differ.
-        example: for which the plans in ``body`` were written, and
-        choose: by which their algorithms were chosen.
+        example: the input for which the plans in ``body`` were written.
+        choose: the choice of algorithms of these plans.
     """
     (x,) = inputs[0]
     traced = trace(source, example)

@@ -34,7 +34,7 @@ class Tuner:
         path: The file, None to keep nothing.
         header: What must agree for its choices to hold: device, versions, flags.
         timer: Milliseconds of a call.
-        rounds: Turns in which each candidate is timed; the least time counts.
+        rounds: Rounds in which each candidate is timed; the least time counts.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any], timer: Timer, rounds: int = 1) -> None:

@@ -1,4 +1,7 @@
-"""Closing gates for good, those that matter least for their MACs first, until the MACs reach a target."""
+"""Pruning gates while they train: those that matter least for their MACs close, until a MAC target is met.
+
+The vote that makes all gates constants is in ``deploy.freeze``.
+"""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gatedconv.gating.collectives import global_mean, world_size
 
@@ -21,7 +21,7 @@ class SynchronizedNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: x (N, C) -> (N, C)."""
         if world_size() == 1 and self.training and len(x) == 1 and self.running_mean is not None:
-            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if not self.training or world_size() == 1:
             return super().forward(x)
         count, features = x.shape

@@ -1,4 +1,4 @@
-"""Schedules of the regularisation weights: pure functions of the progress of a run, a float in [0, 1]."""
+"""Schedules of the regularization weights: pure functions of the progress of a run, a float in [0, 1]."""
 
 from __future__ import annotations
 

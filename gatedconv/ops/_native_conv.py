@@ -15,14 +15,15 @@ from gatedconv import _native
 from gatedconv.ops import cuda_conv
 from gatedconv.ops._compact_conv import compact_backward
 from gatedconv.ops._conv_args import Conv, Geometry, conv_memory_format
-from gatedconv.ops._triton import arguments_schema
+from gatedconv.ops._triton import arguments_schema, constant_in_graphs
 
 _NAME = "gatedconv::masked_conv2d"
 _library: torch.library.Library | None = None
 
 
+@constant_in_graphs
 def ready() -> bool:
-    """Load the native library on the first call; a graph that is traced takes the answer as a constant."""
+    """Load the native library on the first call."""
     global _library
     if not _native.load("cpu").available:
         return False
@@ -30,10 +31,6 @@ def ready() -> bool:
         _library = torch.library.Library("gatedconv", "FRAGMENT")
         _register(_library)
     return True
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
-ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def call(conv: Conv, packed: Tensor | None = None) -> Tensor:

@@ -13,10 +13,13 @@ import functools
 import importlib.util
 import os
 import typing
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SCHEMA_TYPES = {
@@ -44,6 +47,16 @@ def arguments_schema(arguments: type[Any]) -> str:
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in types.items())
 
 
+def constant_in_graphs(function: _Function) -> _Function:
+    """A function whose result a graph that is traced takes as a constant.
+
+    What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_in_graphs
 def _devices() -> tuple[str, ...]:
     mode = os.environ.get("GATEDCONV_TRITON", "auto")
     if mode not in ("auto", "off"):
@@ -52,10 +65,6 @@ def _devices() -> tuple[str, ...]:
         return ()
     # Under the interpreter kernels read CPU memory; a process has one kind of kernel or the other.
     return ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
-vars(_devices)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

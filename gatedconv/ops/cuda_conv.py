@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gatedconv import _native
+from gatedconv.ops._triton import constant_in_graphs
 
 # (16-row fragments of a warp, 8-column fragments of a block) that the library has kernels for.
 TILES = tuple((rows, columns) for rows in (1, 2) for columns in (1, 2, 4, 8))
@@ -20,6 +21,7 @@ _MODES = ("off", "on", "auto", "experimental")
 _mode: str | None = None  # what `cuda_kernels` chose; None: the environment variable decides
 
 
+@constant_in_graphs
 def kernels_mode() -> str:
     """Return which convolution kernels run on CUDA: what `cuda_kernels` chose, else GATEDCONV_CUDA_KERNELS, else "off".
 
@@ -65,6 +67,7 @@ def _checked(owner: str, mode: str) -> str:
     return mode
 
 
+@constant_in_graphs
 def allows_tf32() -> bool:
     """Whether PyTorch's own settings let convolutions of float32 multiply in tf32."""
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
@@ -81,6 +84,7 @@ def takes(input: Tensor, kernel: Sequence[int], dilation: Sequence[int], groups:
     return _library_serves(input.device.index or 0, input.dtype == torch.bfloat16)
 
 
+@constant_in_graphs
 def _library_serves(device: int, bfloat16: bool) -> bool:
     if bfloat16 and torch.cuda.get_device_capability(device)[0] < 8:
         return False
@@ -88,11 +92,6 @@ def _library_serves(device: int, bfloat16: bool) -> bool:
         return False
     register_fakes()
     return True
-
-
-# A graph that is traced takes the answers as constants; see `_native_conv.ready`.
-for _answer in (kernels_mode, allows_tf32, _library_serves):
-    vars(_answer)["_dynamo_marked_constant"] = True
 
 
 _library: torch.library.Library | None = None

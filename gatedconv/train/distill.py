@@ -24,7 +24,7 @@ from gatedconv.train.step import StepMacs, Stepper
 def make_teacher(
     config: TrainConfig, data: ImageData, phase: str, ranks: Ranks = SINGLE
 ) -> Teacher | FinishedTeacher | None:
-    """The teacher that `config` asks for in a phase; None for a dense baseline.
+    """The teacher that `config` selects for a phase; None for a dense baseline.
 
     Raises:
         ValueError: `teacher_file` is missing, or holds another kind of network.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gatedconv._io import NUMBER, naming_file, require_schema
 from gatedconv.gating import expected_macs, find_gates
@@ -226,7 +226,7 @@ def evaluate(
     one = torch.ones((), dtype=torch.float64, device=device)  # a number from the host would make it wait
     for images, labels in batches:
         logits = (forward or model)(images).float()
-        loss = functional.cross_entropy(logits, labels, reduction="sum").double()
+        loss = F.cross_entropy(logits, labels, reduction="sum").double()
         right = (logits.argmax(1) == labels).sum()
         sums += torch.stack([loss, right.double(), len(labels) * one])
     model.train(was_training)

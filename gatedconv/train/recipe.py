@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gatedconv.data import Augment, EvalBatches, ImageData, TrainBatches
 from gatedconv.environment import cpu_info
@@ -28,7 +28,7 @@ from gatedconv.train.options import DataOptions, GateLossOptions, RuntimeOptions
 
 def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of logits (B, classes) against int64 labels (B,), in fp32; a scalar."""
-    return functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def distillation_loss(task: Tensor, student: Tensor, teacher: Tensor, options: TeacherOptions) -> Tensor:
@@ -43,8 +43,8 @@ def distillation_loss(task: Tensor, student: Tensor, teacher: Tensor, options: T
         options: the weight w and the temperature T.
     """
     soft, weight = options.teacher_temperature, options.teacher_weight
-    mine, theirs = (functional.log_softmax(each.float() / soft, 1) for each in (student, teacher.detach()))
-    divergence = functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+    mine, theirs = (F.log_softmax(each.float() / soft, 1) for each in (student, teacher.detach()))
+    divergence = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
     return (1 - weight) * task + weight * soft**2 * divergence
 
 

@@ -1,7 +1,7 @@
 """One step of training: forward, losses, backward, optimizer, and the guard against numbers that are not finite.
 
 Read `Stepper.__call__`, then `Stepper._forward_backward`: that is the method of the paper, in as many parts as
-`accumulate` asks for.
+`accumulate` sets.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Stepper:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Context in which steps are made: the network behaves as `config` asks for."""
+        """Context in which steps are made: the network behaves as `config` sets."""
         with ExitStack() as stack:
             stack.enter_context(tuned_convolutions(self.device))
             stack.enter_context(accumulating(self.model, self.window))
@@ -267,7 +267,7 @@ class Stepper:
 
 
 def _compiled(model: nn.Module, compile: bool) -> nn.Module:
-    """The network, compiled into a single graph if asked for."""
+    """The network, compiled into a single graph if configured."""
     if not compile:
         return model
     compiled: nn.Module = torch.compile(model, fullgraph=True)  # type: ignore[assignment]

@@ -9,8 +9,8 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gatedconv.data import ImageData
 from gatedconv.deploy import Consensus, compact, freeze, save
@@ -41,7 +41,7 @@ from gatedconv.train.stopping import StopRequest
 # MACs of gates that no gradient reaches any more, off the target by more than this share of it, are worth a note. A
 # single layer gate of ResNet-20 is a fifth of a target of one half.
 _TARGET_TOLERANCE = 0.2
-# So is a larger share of dead gates where no MAC target asks for them.
+# So is a larger share of dead gates that no MAC target explains.
 _DEAD_SHARE = 0.5
 
 Networks = dict[str, nn.Module]  # by phase: "dense", "gated", "compact"
@@ -55,7 +55,7 @@ def run(
     callback: Callback | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, Any] | None:
-    """Train as `config` asks for and write everything to `folder`.
+    """Train as `config` sets and write everything to `folder`.
 
     Under torchrun each process calls this: they train one network together, and the main process writes and reports.
     An existing run in the folder is then resumed: torchrun restarts a job after losing a process, and not every
@@ -312,7 +312,7 @@ class Trainer:
             scores = mean_logits(gated, eval_batches(config, data, "train", ranks))
         else:
             batches = train_batches(config, data, ranks=ranks)
-            information, costs = fisher_information(gated, batches, functional.cross_entropy), gate_macs(gated)
+            information, costs = fisher_information(gated, batches, F.cross_entropy), gate_macs(gated)
             scores = {name: value / costs[name] for name, value in information.items()}
         return masks_for_target(gated, scores, config.mac_target)
 

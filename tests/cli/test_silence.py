@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.test_layers import layer_of, python_modules
+from tests.test_imports import layer_of, python_modules
 
 
 def prints(source: str) -> list[int]:

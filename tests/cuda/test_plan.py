@@ -19,6 +19,7 @@ from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.cuda.plans import always
 from tests.engine.nets import Residual, error, settle
+from tests.tolerances import tolerance
 
 HEADER = {"device": "test", "torch": "1", "cudnn": 2, "sources": "abc"}
 
@@ -54,7 +55,7 @@ def test_a_compact_resnet(position, shortcut, mode, kernel):
     model = gated(position, 0.45, shortcut)
     x = torch.randn(3, 3, 20, 28)
     plan = plans.make_plan(model, x, mode=mode, tuner=always("gatedconv 2x1") if mode == "on" else None)
-    assert error(plan(x), model, x) <= 1e-5
+    assert error(plan(x), model, x) <= tolerance()
     assert bool(kernel) == (mode == "on")
     # The gathers and scatters that compacting left are inside convolutions.
     assert not [one.op for one in plan.instructions if one.op in ("gather", "scatter_add")]
@@ -68,7 +69,7 @@ def test_torchvision(name, kernel):
     model = settle(getattr(models, name)(num_classes=10))
     x = torch.randn(2, 3, 40, 64)
     plan = plans.make_plan(model, x, mode="auto", tuner=always("gatedconv 1x1"))
-    assert error(plan(x), model, x) <= 1e-5
+    assert error(plan(x), model, x) <= tolerance()
     assert kernel
 
 
@@ -98,7 +99,7 @@ def test_a_scatter_into_a_stream_that_is_read_again_writes_elsewhere(kernel):
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(2, 3, 9, 9)
     plan = plans.make_plan(model, x, mode="on", tuner=always("gatedconv 1x1"))
-    assert error(plan(x), model, x) <= 1e-5
+    assert error(plan(x), model, x) <= tolerance()
     scatter = next(one for one in plan.instructions if one.out_index)
     assert not scatter.in_place and not any(run[9] for run in kernel)
 
@@ -106,7 +107,7 @@ def test_a_scatter_into_a_stream_that_is_read_again_writes_elsewhere(kernel):
 def test_after_gates_leave_closed_channels_untouched(kernel):
     model, x = gated("after", 0.4), torch.randn(2, 3, 16, 16)
     plan = plans.make_plan(model, x, mode="on", tuner=always("gatedconv 1x2"))
-    assert error(plan(x), model, x) <= 1e-5
+    assert error(plan(x), model, x) <= tolerance()
     skipping = [run for run in kernel if run[9]]
     assert skipping and all(run[5].data_ptr() == run[6].data_ptr() for run in skipping)
 
@@ -116,7 +117,7 @@ def test_sizes_and_empty_batches():
     plan = plans.make_plan(model, torch.zeros(1, 3, 32, 32), mode="off")
     for size in ((32, 32), (1, 1), (7, 45)):
         x = torch.randn(2, 3, *size)
-        assert error(plan(x), model, x) <= 1e-5
+        assert error(plan(x), model, x) <= tolerance()
     assert plan(torch.zeros(0, 3, 32, 32)).shape == (0, 10)
     with pytest.raises(ValueError, match="too small"):
         plans.make_plan(nn.Sequential(nn.Conv2d(3, 4, 5)), torch.zeros(1, 3, 8, 8), mode="off")(torch.zeros(1, 3, 3, 3))
@@ -292,7 +293,7 @@ def test_a_plan_tunes_once_for_each_shape(tmp_path, kernel):
     plan = plans.make_plan(model, torch.zeros(1, 3, 16, 16), mode="auto", tuner=Asked("gatedconv 1x1"))
     for batch in (1, 2, 1, 2):
         x = torch.randn(batch, 3, 16, 16)
-        assert error(plan(x), model, x) <= 1e-5
+        assert error(plan(x), model, x) <= tolerance()
     assert len(keys) == 6 and len(set(keys)) == 6
     assert "[gatedconv 1x1]" in "".join(plan.describe(1)) and "not measured yet" in "".join(plan.describe(7))
 

@@ -13,7 +13,7 @@ import gatedconv
 from gatedconv.nn import ScatterChannels
 from tests.convert.networks import IMAGES, NETWORKS, masked_forward, network
 from tests.oracle import random_masks
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, tolerance
 
 FOLLOW = {
     "depthwise_dilated": {},
@@ -46,10 +46,10 @@ def test_frozen_and_compact_equal_the_masked_dense_model(name, kind):
         expected = masked_forward(model, IMAGES, masks, {})
         frozen = gatedconv.freeze(result, masks=masks)
         small = gatedconv.compact(frozen, IMAGES)
-        assert error(frozen(IMAGES), expected, model) <= 1e-5
-        assert error(small(IMAGES), expected, model) <= 1e-5
+        assert error(frozen(IMAGES), expected, model) <= tolerance()
+        assert error(small(IMAGES), expected, model) <= tolerance()
         more = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(9))
-        assert error(small(more), masked_forward(model, more, masks, {}), model) <= 1e-5
+        assert error(small(more), masked_forward(model, more, masks, {}), model) <= tolerance()
         if kind == "odd":
             assert error(expected, model(IMAGES), model) > 1e-2
     assert not gatedconv.gates(small)
@@ -63,7 +63,7 @@ def test_the_other_positions(name, position):
         masks = masks_of(result, kind)
         frozen = gatedconv.freeze(result, masks=masks)
         with torch.no_grad():
-            assert error(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES), model) <= 1e-5
+            assert error(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES), model) <= tolerance()
 
 
 EXACT_MACS = ("relu", "channels_last", "attention", "computed", "unet")  # of those gated by channels
@@ -134,7 +134,7 @@ def test_widths_are_rounded_up_on_request(multiple):
     frozen = gatedconv.freeze(result, masks=masks)
     small = gatedconv.compact(frozen, IMAGES, channel_multiple=multiple)
     with torch.no_grad():
-        assert error(small(IMAGES), frozen(IMAGES), model) <= 1e-5
+        assert error(small(IMAGES), frozen(IMAGES), model) <= tolerance()
     widths = [m.out_channels for n, m in small.named_modules() if n.endswith(("conv1", "conv2"))]
     assert widths and all(w % multiple == 0 for w in widths)
     with pytest.raises(ValueError, match="channel_multiple"):
@@ -236,7 +236,7 @@ def test_constants_of_every_size_leave_the_size_free():
     small = gatedconv.compact(frozen, IMAGES)
     other = torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert error(small(other), frozen(other), model) <= 1e-5
+        assert error(small(other), frozen(other), model) <= tolerance()
 
 
 class ChannelsLastTail(nn.Module):

@@ -7,13 +7,9 @@ import torch
 
 import gatedconv
 from tests.oracle import forced_forward, random_masks, randomize_statistics
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, relative_error, tolerance
 
 KINDS = ("open", "closed", "one", "odd")
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
 def gated_model(gate, position, shortcut, dtype=torch.float32, **options):
@@ -32,7 +28,7 @@ def test_frozen_and_compact_equal_the_oracle(gate, position, shortcut, dtype):
     model = gated_model(gate, position, shortcut, dtype)
     sizes = {name: g.num_gates for name, g in gatedconv.gates(model).items()}
     x = torch.randn(3, 3, 20, 14, dtype=dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    limit = tolerance(dtype)
     outputs = {}
     for kind in KINDS:
         masks = random_masks(sizes, kind, seed=2)
@@ -41,9 +37,9 @@ def test_frozen_and_compact_equal_the_oracle(gate, position, shortcut, dtype):
             frozen = gatedconv.freeze(model, masks=masks)
             small = gatedconv.compact(frozen, x)
             outputs[kind] = expected
-            assert relative_error(frozen(x), expected) <= tolerance
-            assert relative_error(small(x), expected) <= tolerance
-            assert relative_error(small(x.contiguous(memory_format=torch.channels_last)), expected) <= tolerance
+            assert relative_error(frozen(x), expected) <= limit
+            assert relative_error(small(x), expected) <= limit
+            assert relative_error(small(x.contiguous(memory_format=torch.channels_last)), expected) <= limit
     # The masks must matter, or the comparisons above compare nothing.
     assert relative_error(outputs["closed"], outputs["open"]) > 1e-2
     assert relative_error(outputs["odd"], outputs["open"]) > 1e-2
@@ -65,8 +61,8 @@ def test_an_unfrozen_model_whose_gates_agree_equals_its_frozen_self(position):
     for name, mask in masks.items():  # the channels of a closed layer are nobody's business
         layer = masks[name.replace("channel_gate", "layer_gate")]
         assert torch.equal(frozen.consensus.masks[name], mask) or not layer.any()
-    assert relative_error(frozen(x), gated) <= 1e-5
-    assert relative_error(forced_forward(x, model.state_dict(), masks, position), gated) <= 1e-5
+    assert relative_error(frozen(x), gated) <= tolerance()
+    assert relative_error(forced_forward(x, model.state_dict(), masks, position), gated) <= tolerance()
 
 
 def test_frozen_and_compact_work_for_any_batch_and_size():

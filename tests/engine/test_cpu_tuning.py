@@ -14,6 +14,7 @@ from gatedconv.engine import cpu_tuning
 from gatedconv.engine.choose import ALGORITHMS, RATES, Rates, Work
 from gatedconv.ops.plan import unavailable
 from tests.engine.nets import error, settle
+from tests.tolerances import tolerance
 
 PATTERN = [0.5, 0.9, 1.0, 0.5, 0.25, 1.0, 0.5, 0.9, 1.0]  # three rounds; the second algorithm is disturbed twice
 
@@ -43,7 +44,7 @@ def test_tune_takes_the_fastest_algorithm_and_remembers_it(fake_times, tmp_path)
     engine = gatedconv.Engine(model, x, threads=1, tune=True)
     assert ops(engine) == ["winograd2", "conv", "winograd2"]
     assert len(fake_times) == 9  # the two 3x3 layers are of one size
-    assert error(engine(x), model, x) <= 1e-5
+    assert error(engine(x), model, x) <= tolerance()
     (path,) = tmp_path.glob("tuned-*.json")
     found = json.loads(path.read_text())
     assert found["threads"] == 1 and list(found["choices"]) == ["n2 i8 o24 h12 w12 k3"]

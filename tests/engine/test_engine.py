@@ -12,6 +12,7 @@ import gatedconv
 from gatedconv.engine import partition
 from gatedconv.ops import plan
 from tests.engine.nets import Residual, error, settle
+from tests.tolerances import tolerance
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_any_strides(engine, model, layout):
     x = layout(torch.randn(4, 3, 32, 32))
     result = engine(x)
     assert result.is_contiguous()
-    assert error(result, model, x) <= 1e-5
+    assert error(result, model, x) <= tolerance()
 
 
 def test_an_empty_batch(engine):
@@ -121,7 +122,7 @@ def test_what_holds_at_the_examples_size_alone(make):
     assert engine.plans
     for size in (12, 16, 32):
         x = torch.randn(2, 3, size, size)
-        assert error(engine(x), net, x) <= 1e-5
+        assert error(engine(x), net, x) <= tolerance()
 
 
 def test_a_compiled_model_is_packed_like_the_model(model, engine):
@@ -260,7 +261,7 @@ def test_the_unknown_runs_in_pytorch():
     net = settle(nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), Residual(16, 8), Unknown(16), Residual(16, 8)))
     x = torch.randn(2, 3, 12, 12)
     engine = gatedconv.Engine(net, x)
-    assert error(engine(x), net, x) <= 1e-5
+    assert error(engine(x), net, x) <= tolerance()
     text = engine.describe()
     assert "PyTorch: cos" in text and "PyTorch: mul" in text and "plan0" in text and "plan1" in text
     assert "2 operations" in text
@@ -298,7 +299,7 @@ def test_the_default_dtype_changes_nothing(tune, model, monkeypatch, tmp_path):
     try:
         built = gatedconv.Engine(model, x, tune=tune)
         assert built.reason is None and len(built.plans) == 1
-        assert error(built(x), model, x) <= 1e-5 if tune else torch.equal(built(x), engine(x))
+        assert error(built(x), model, x) <= tolerance() if tune else torch.equal(built(x), engine(x))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -377,7 +378,7 @@ def test_a_value_that_is_overwritten_and_read_again():
     x = torch.randn(2, 3, 9, 9)
     engine = gatedconv.Engine(net, x)
     assert "Nothing is left to PyTorch" in engine.describe()
-    assert error(engine(x), net, x) <= 1e-5
+    assert error(engine(x), net, x) <= tolerance()
 
 
 def test_describe_names_kernels_and_sizes(engine):

@@ -1,4 +1,4 @@
-"""The regularisers against the paper's equations, written out by hand."""
+"""The regularizers against the paper's equations, written out by hand."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 from reproduce.__main__ import main
 from reproduce.bench import Bench
 from reproduce.ledger import append_row
-from reproduce.plan import PLANS, planned, status
+from reproduce.schedule import PLANS, planned, status
 from reproduce.table import all_experiments
 from tests.reproduce.ledger_rows import row
 
