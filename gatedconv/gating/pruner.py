@@ -113,6 +113,11 @@ class GatePruner(nn.Module):
             self.prune(target)
         self._target = target
 
+    def finish(self, target: float) -> None:
+        """`prune` at the end of training, unless `step` has reached the target; arguments as `prune`."""
+        if not self._reached or target < self._reached:
+            self.prune(target)
+
     @torch.no_grad()
     def prune(self, target: float) -> None:
         """Close gates until the MACs at the last batch's open rates are at most ``target`` of the dense model's.

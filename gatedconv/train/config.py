@@ -69,6 +69,11 @@ class TrainConfig(
     def _check_gates(self) -> None:
         if len(self.mac_ramp) != 2 or self.mac_ramp[0] > self.mac_ramp[1]:
             raise ValueError(f"mac_ramp: expected two rising shares of the run, got {list(self.mac_ramp)}")
+        if self.mac_control == "rank" and self.consensus_at < self.mac_ramp[1]:
+            raise ValueError(
+                f"consensus_at: expected at least {self.mac_ramp[1]:g}, where mac_ramp ends and the gates are pruned "
+                f"to mac_target; got {self.consensus_at:g}"
+            )
         if self.mac_control != "none" and self.mac_weight:
             raise ValueError("mac_control: expected mac_weight 0, the loop replaces it; got both")
         if self.mac_rank == "each" and self.gate in ("layer", "both"):

@@ -191,6 +191,8 @@ class Training:
                     self.on_step(self._checked(epoch))
                 if self.poll.due() and step < steps and not self._continues(epoch):
                     return False
+            if self.stepper.pruner is not None and epoch + 1 == epoch_range(self.config, self.phase)[1]:
+                self.stepper.pruner.finish(self.config.mac_target)
         if epoch + 1 == self.config.epochs:
             for stepper in self._steppers():
                 stepper.finish()

@@ -122,6 +122,7 @@ def test_an_even_part_has_the_same_share_of_every_gate(archive: Path) -> None:
         ({"mac_weight": 1.0}, "mac_control: expected mac_weight 0"),
         ({"mac_ramp": (0.5,)}, "mac_ramp: expected two rising shares"),
         ({"mac_ramp": (0.5, 0.2)}, "mac_ramp: expected two rising shares"),
+        ({"mac_ramp": (0.2, 0.6)}, "consensus_at: expected at least 0.6, where mac_ramp ends"),
         ({"mac_ramp": (0.5, 1.2)}, "mac_ramp: expected at least 0.0 and at most 1.0"),
         ({"consensus_at": 0.0}, "consensus_at: expected above 0.0"),
         ({"consensus_by": "lot"}, "consensus_by: expected one of vote, logit, fisher"),

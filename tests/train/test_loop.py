@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.data import ImageData, TrainBatches, validation_view
-from gatedconv.gating import find_gates
+from gatedconv.gating import GatePruner, expected_macs, find_gates
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
 from gatedconv.train.checkpoint import load_checkpoint, pack_state, previous_path, save_checkpoint
@@ -158,6 +158,28 @@ def test_the_state_of_the_runs_own_device_is_kept(device: str, monkeypatch: pyte
     state = pack_state({}, batches, CONFIG, "gated", [])
     assert ("cuda" in state["random"]) == (device != "cpu")
     assert asked == ([] if device == "cpu" else [torch.device(device)])
+
+
+@pytest.mark.parametrize("end", [0.5, 0.55, 1.0])
+def test_a_ramp_that_ends_with_the_gated_phase_reaches_its_target(
+    monkeypatch: pytest.MonkeyPatch, data: ImageData, end: float
+) -> None:
+    changes = {"mac_weight": 0.0, "mac_control": "rank", "mac_ramp": (0.0, end), "consensus_at": end}
+    config = dataclasses.replace(CONFIG, gate="channel", position="middle", **changes)
+    model, shares, prune = network(config), [], GatePruner.prune
+    gates = find_gates(model)
+    sizes = [gate.num_gates for gate in gates.values()]
+    full = float(expected_macs(model, {name: torch.ones(gate.num_gates) for name, gate in gates.items()}))
+
+    def pruned(pruner: GatePruner, target: float) -> None:
+        prune(pruner, target)
+        rates = torch.cat([gate.open_rate.detach() for gate in gates.values()]).masked_fill(pruner.pruned, 0)
+        shares.append(float(expected_macs(model, dict(zip(gates, rates.split(sizes), strict=True)))) / full)
+
+    monkeypatch.setattr(GatePruner, "prune", pruned)
+    for _ in train(model, data, config):
+        pass
+    assert shares[-1] <= config.mac_target * 1.001
 
 
 def test_a_mac_target_moves_the_macs(data: ImageData) -> None:
