@@ -138,16 +138,22 @@ class ChannelPlan(Constants):
         """Bool (C_in,): the inputs of a layer that its bias cannot stand for."""
         source = node.inputs[0]
         known, constant = self.known_to(node, source)
-        if self.caution == MOST_CAUTION and self.flow.kind(source) == "move" and source.tensor.dim() == 2:
+        if self.caution == MOST_CAUTION and self._is_flattened(source):
             return torch.ones_like(known)  # code may flatten larger maps, too, to rows of this size
         return ~known | (constant != 0) if is_padded(node) else ~known
+
+    def _is_flattened(self, value: Value) -> bool:
+        """Whether a value (N, K) may be a flattened map, or what dropout or an activation makes of one."""
+        while self.flow.kind(value) == "elementwise" and (source := self.flow[value].source) is not None:
+            value = source
+        return self.flow.kind(value) == "move" and value.tensor.dim() == 2
 
     # -- what tensors hold -----------------------------------------------------------------------------
 
     def _find_present(self) -> None:
         self.present = {value: self.wanted(value).clone() for value in self.known}
         for held in self.present.values():
-            if self.caution == 2:
+            if self.caution == MOST_CAUTION:
                 held[:] = True
         changed = True
         while changed:

@@ -196,13 +196,31 @@ def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(list(devices)):
-            for seed in (torch.manual_seed, random.seed, np.random.seed):
-                seed(0)
+            # Not torch.manual_seed: it seeds every device, and fork_rng restores these alone.
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)):
+                generator.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
             args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
             return model(*args, **kwargs)
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@torch.no_grad()
+def trains(model: nn.Module, example_input: Any) -> bool:
+    """Whether code that runs in training alone, such as an auxiliary head, takes the tensors of the model."""
+    inputs = as_inputs(example_input)
+    if isinstance(example_input, Tensor) and len(example_input) == 1:
+        inputs = as_inputs(torch.cat([example_input, example_input]))
+    trial = copied(model)
+    try:
+        trial.train()
+        run_seeded(trial, inputs)
+    except Exception:  # whatever the layers raise
+        return False
+    return True
 
 
 def _variations(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:

@@ -30,7 +30,7 @@ from gatedconv.convert.install import (
     remove_gates,
 )
 from gatedconv.convert.record import Node, Value, is_computed
-from gatedconv.convert.verify import as_inputs, run_seeded, tensors_of
+from gatedconv.convert.verify import as_inputs, tensors_of, trains
 from gatedconv.deploy.blocks import compact_our_blocks
 from gatedconv.deploy.shrink import CannotSlice, shrink
 from gatedconv.deploy.slicing import filled_up, plain_conv, zero_channels
@@ -89,8 +89,16 @@ def compact(
         vars(result)["consensus"] = replace(consensus, masks=masks or consensus.masks)
     if channel_multiple > 1:
         vars(result)["channel_multiple"] = channel_multiple
-    result.train(frozen.training)
+    _copy_modes(frozen, result)
     return result
+
+
+def _copy_modes(frozen: nn.Module, result: nn.Module) -> None:
+    """Put each module in the mode of its original; those that are new are in that of the module around them."""
+    modes = {path: module.training for path, module in unwrap(frozen).named_modules()}
+    for path, module in result.named_modules():  # a module comes before its children
+        if module.training != modes.get(path, module.training):
+            module.train(modes[path])
 
 
 def _check(frozen: Any, example_input: Any, channel_multiple: int | None) -> tuple[Any, int]:
@@ -117,41 +125,30 @@ def _compact_rest(
     _fill_up(model, closed, channel_multiple)
     masks = _masks(flow, closed)
     unsliceable: set[str] = set()
-    caution, trains = 0, verify and _trains(frozen, example_input)
-    while True:
+    in_eval: nn.Module | None = None  # the smallest that is right in eval, but does not train
+    caution, has_to_train = 0, verify and trains(frozen, example_input)
+    while caution <= MOST_CAUTION:
         result = copied(model)
         try:
             with keeping_aliases(result):
                 shrink(result, ChannelPlan(flow, masks, caution, unsliceable))
             if verify:
                 require_same(unwrap(frozen), result, example_input, "compact")
-            if trains and not _trains(result, example_input):  # by code that runs in training alone
-                if caution < MOST_CAUTION:
-                    caution = MOST_CAUTION
-                    continue
-                warnings.warn("compact: the result runs in eval, but not in training, as the model does", stacklevel=3)
-            return result
         except CannotSlice as failure:
             unsliceable.add(failure.path)
+            continue
         except ConversionError:
             caution += 1
-            if caution > MOST_CAUTION:
+            if caution > MOST_CAUTION and in_eval is None:
                 raise
-
-
-@torch.no_grad()
-def _trains(model: nn.Module, example_input: Any) -> bool:
-    """Whether code that runs in training alone, such as an auxiliary head, takes the tensors of the model."""
-    inputs = as_inputs(example_input)
-    if isinstance(example_input, Tensor) and len(example_input) == 1:
-        inputs = as_inputs(torch.cat([example_input, example_input]))
-    trial = copied(model)
-    try:
-        trial.train()
-        run_seeded(trial, inputs)
-    except Exception:  # whatever the layers raise
-        return False
-    return True
+            continue
+        if not has_to_train or trains(result, example_input):
+            return result
+        in_eval = result if in_eval is None else in_eval
+        caution = max(caution + 1, MOST_CAUTION)  # code that runs in training alone may see any tensor
+    assert in_eval is not None
+    warnings.warn("compact: the result runs in eval, but not in training, as the model does", stacklevel=3)
+    return in_eval
 
 
 def _closed(model: nn.Module) -> list[tuple[str, type, Tensor]]:

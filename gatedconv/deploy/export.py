@@ -58,9 +58,8 @@ def export(
     Args:
         model: compact, or frozen (then it is compacted first), or without gates.
         path: the file to write; replaced as a whole or not at all.
-        example_input: (N, C, H, W); N, H and W are fixed in the file only where the model fixes them.
-            An ONNX file calls its input "input" and
-            its output "output", or as the keys of a dict of outputs, or "output_0", "output_1" and so on.
+        example_input: (N, C, H, W); N, H and W are fixed in the file only where the model fixes them. An ONNX file
+            names its input "input" and its outputs "output", the keys of a dict, or "output_0", "output_1" and so on.
         format: "onnx" (opset 18, standard operators alone; needs the ``export`` extra), "torch" (a
             ``.pt2`` of torch.export), "aoti" (a compiled ``.pt2`` package of AOTInductor, for this
             machine's device; needs a C++ compiler) or "plan" (for gatedconv-runtime: one file for every CPU, which
@@ -141,7 +140,7 @@ def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
     for images in (example, example_input.detach()):
         try:
             model(images.clone())
-            return images
+            return images.clone()
         except Exception as error:  # whatever the layers raise
             why = error
     raise does_not_run(model, (example_input,), why, "export") from why
@@ -149,20 +148,21 @@ def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
 
 def _dynamic(write: Callable[[tuple[int, ...]], Any]) -> Any:
     """What ``write`` makes with batch, height and width dynamic, or those of them that the model does not fix."""
-    for dims in ((0, 2, 3), (0, 3), (0, 2), (0,)):
+    fixed = None
+    for dims in ((0, 2, 3), (0, 3), (0, 2), (0,), (2, 3), (3,), (2,)):
         try:
             return write(dims)
         except (ImportError, OSError):
             raise
         except Exception:  # whatever the exporters raise
-            continue
-    return write(())
+            fixed = fixed or write(())  # what cannot be written at all fails here, before the other attempts
+    return fixed
 
 
 def _program(model: nn.Module, example: Tensor) -> Any:
     def write(dims: tuple[int, ...]) -> Any:
         shapes = (dict.fromkeys(dims, torch.export.Dim.DYNAMIC),)
-        return torch.export.export(model, (example,), dynamic_shapes=shapes)
+        return torch.export.export(model, (example.clone(),), dynamic_shapes=shapes)
 
     return _dynamic(write)
 
@@ -177,7 +177,7 @@ def _write_aoti(model: nn.Module, path: Path, example: Tensor, about: About) -> 
 
 def _output_names(model: nn.Module, example: Tensor) -> list[str]:
     """Give "output" of a model with one, the keys of a dict, "output_0" and so on of a tuple."""
-    found = model(example)
+    found = model(example.clone())
     if isinstance(found, Tensor):
         return ["output"]
     parts = found.items() if isinstance(found, Mapping) else ((f"output_{i}", part) for i, part in enumerate(found))
@@ -191,21 +191,21 @@ def _write_onnx(model: nn.Module, path: Path, example: Tensor, about: About) -> 
         raise ImportError(f"export: ONNX needs {' and '.join(missing)}: pip install 'gatedconv[export]'")
     names = {0: "batch", 2: "height", 3: "width"}
 
-    def write(dims: tuple[int, ...]) -> None:
-        torch.onnx.export(
+    outputs = _output_names(model, example)
+
+    def write(dims: tuple[int, ...]) -> Any:
+        return torch.onnx.export(
             model,
-            (example,),
-            str(path),
+            (example.clone(),),
             input_names=["input"],
-            output_names=_output_names(model, example),
+            output_names=outputs,
             opset_version=ONNX_OPSET,
             dynamic_shapes=({dim: torch.export.Dim(names[dim]) for dim in dims},),
             dynamo=True,
-            external_data=False,
             verbose=False,
         )
 
-    _dynamic(write)
+    _dynamic(write).save(str(path), external_data=False)
 
 
 def _write_plan(model: nn.Module, path: Path, example: Tensor, about: About) -> None:

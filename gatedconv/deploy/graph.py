@@ -16,6 +16,10 @@ from gatedconv.convert.verify import as_inputs, distance, run_seeded
 from gatedconv.deploy.graph_format import is_describable, set_module
 from gatedconv.nn import GraphNet
 
+# Pixels more in height and width. A padding may depend on whether a map's size is even; 2**n more pixels change that
+# behind n layers of stride 2, and not before: 1 to 4 layers, the first 3 of them in each direction or nearly so.
+_PARITIES = ((2, 16), (4, 2), (8, 4))
+
 
 class NoGraph(ValueError):
     """The model's forward cannot be written as a graph."""
@@ -58,20 +62,24 @@ def _graph_of(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, few: 
         runs = [record(model, (x,), known=_is_leaf) for x in inputs]
     except Exception as error:  # whatever the model's code raises
         raise NoGraph(f"it does not run: {type(error).__name__}: {error}") from error
-    # Odd and even numbers of pixels: paddings may depend on that; even ones alone where the model takes no others.
-    # Vectors (N, K) and clips (N, T, C, H, W) are longer as well.
-    for more in ({2: (33,), 4: (33, 65), 5: (2, 0, 33, 65)}, {2: (32,), 4: (32, 64), 5: (2, 0, 32, 64)}):
-        larger = images(few, *more[len(size)])
+
+    def larger(height: int, width: int) -> list[tuple[Tensor, Record]]:
+        # Vectors (N, K) and clips (N, T, C, H, W) are longer as well.
+        x = images(few, *{2: (height,), 4: (height, width), 5: (2, 0, height, width)}[len(size)])
         try:
-            run = record(model, (larger,), known=_is_leaf)
+            return [(x, record(model, (x,), known=_is_leaf))]
         except Exception:  # a size that is not taken
-            continue
+            return []
+
+    found = larger(33, 65) or larger(32, 64)  # even sizes only if the model refuses odd ones
+    if found:
+        found += [run for more in _PARITIES for run in larger(*more)]
         try:
-            graph = _write(model, [*runs, run])
-            _require_same(graph, model, [*inputs, larger])
+            graph = _write(model, [*runs, *(run for _, run in found)])
+            _require_same(graph, model, [*inputs, *(x for x, _ in found)])
             return graph
         except Exception:  # it takes another way through the code
-            break
+            pass
     graph = _write(model, runs)
     _require_same(graph, model, inputs)
     vars(graph)["fixed_size"] = tuple(inputs[0].shape[1:])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gatedconv.convert.channels import ChannelPlan
 from gatedconv.convert.constants import groups_of, is_depthwise
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_exact
+from gatedconv.convert.verify import as_inputs, run_seeded, trains
 from gatedconv.deploy.slicing import set_weight, slice_numbers
 from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels, Zeros
 
@@ -224,19 +225,19 @@ def _require_slice(
     write: Tensor,
     axis: int,
 ) -> None:
-    """Raise CannotSlice unless ``small`` runs in training and gives the channels ``write`` of what the module gives."""
+    """Raise CannotSlice unless ``small`` gives the channels ``write`` of the module's output, and trains if it does."""
     x = torch.randn(source.tensor.shape, generator=torch.Generator().manual_seed(0)).to(source.tensor)
     source_axis = channels.flow[source].axis
     shape = [-1 if d == source_axis else 1 for d in range(x.dim())]
     x = x * read.to(x).reshape(shape)
+    part = x.index_select(source_axis, read.nonzero().flatten().to(x.device))
     try:
-        wanted = module(x.clone()).index_select(axis, write.nonzero().flatten().to(x.device))
-        x = x.index_select(source_axis, read.nonzero().flatten().to(x.device))
-        got, trial = small(x.clone()), copy.deepcopy(small)
-        trial.train()
-        trial(x)
+        wanted = run_seeded(module, as_inputs(x)).index_select(axis, write.nonzero().flatten().to(x.device))
+        got = run_seeded(small, as_inputs(part))
     except Exception as error:  # whatever foreign code says of fewer channels
         raise CannotSlice(path) from error
+    if trains(module, x) and not trains(small, part):
+        raise CannotSlice(path)
     if got.shape != wanted.shape or float((got - wanted).abs().max()) > _CLOSE * float(wanted.abs().max()) + 1e-12:
         raise CannotSlice(path)
 

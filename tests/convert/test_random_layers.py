@@ -45,6 +45,11 @@ def test_what_a_layer_does_in_eval_alone_is_kept():
     assert 0 <= gated(IMAGES).min() and gated(IMAGES).max() <= 1
 
 
+def test_conversion_seeds_no_generator_of_another_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs were seeded"))
+    gatedconv.gate_model(Net(inside=Noise()).eval(), "channel", example_input=IMAGES)
+
+
 def test_noise_stays_in_training_and_leaves_with_compacting(tmp_path):
     gated = gatedconv.gate_model(Net(inside=Noise()).eval(), "channel", example_input=IMAGES)
     assert torch.equal(gated(IMAGES), gated(IMAGES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from typing import NamedTuple
 
@@ -460,6 +461,43 @@ def test_a_compact_network_that_does_not_train_is_named():
     with pytest.warns(UserWarning, match="^compact: the result runs in eval, but not in training"):
         small = gatedconv.compact(frozen, x)
     assert_close(small(x), frozen.eval()(x))
+    assert small.c[1].num_features == 5  # the smallest that is right in eval
+
+
+def test_every_module_keeps_its_mode():
+    model, x = Base().eval(), images(2, 3, 12, 12)
+    gated = gatedconv.gate_model(model, "both", example_input=x)
+    frozen = gatedconv.freeze(
+        gated, masks={n: torch.arange(g.num_gates) > 2 for n, g in gatedconv.gates(gated).items()}
+    )
+    frozen.train()
+    frozen.b.eval()
+    frozen.c[0].eval()
+    small = gatedconv.compact(frozen, x)
+    modes = {path: module.training for path, module in frozen.named_modules()}
+    assert {path: m.training for path, m in small.named_modules()}.items() <= modes.items()
+    assert small.training and small.a[1].training and not small.b[1].training and not small.c[0].training
+
+
+class EvalOnly(nn.Conv2d):
+    """It does not train on maps as small as these."""
+
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("too small")
+        return super().forward(x)
+
+
+def test_a_layer_that_never_trained_is_sliced():
+    torch.manual_seed(0)
+    model = residual(EvalOnly(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), block(8, 8)).eval()
+    x = images(2, 3, 12, 12)
+    gated = gatedconv.gate_model(model, "channel", example_input=x)
+    frozen = gatedconv.freeze(gated, masks={n: torch.arange(8) > 2 for n in gatedconv.gates(gated)})
+    small = gatedconv.compact(frozen, x)
+    (layer,) = (m for m in small.modules() if isinstance(m, EvalOnly))
+    assert layer.weight.shape[:2] == (5, 5)
+    assert_close(small(x), frozen(x))
 
 
 class LowRank(Merging):
@@ -543,6 +581,8 @@ def test_the_example_stays_as_it_is(tmp_path):
     gatedconv.count_macs(small, x)
     engine = gatedconv.Engine(small, x)
     gatedconv.export(small, tmp_path / "net.pt2", x, format="torch")
+    if importlib.util.find_spec("onnxscript"):
+        gatedconv.export(small, tmp_path / "net.onnx", x, format="onnx")
     assert torch.equal(x, given)
     wanted = frozen(x.clone())
     for found in (small, engine, torch.export.load(tmp_path / "net.pt2").module()):
@@ -572,22 +612,36 @@ def test_a_graph_whose_padding_depends_on_the_size_refuses_other_sizes(size, tmp
             loaded(images(1, 3, height, width))
 
 
+@pytest.mark.parametrize("strides", [1, 2, 3, 4])
+def test_a_padding_that_depends_on_the_size_is_found_behind_plain_strides(strides, tmp_path):
+    torch.manual_seed(0)
+    plain = [nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) for i in range(strides)]
+    model, x = nn.Sequential(*plain, Same(8, 8, 3, 2), nn.Conv2d(8, 4, 1)).eval(), images(2, 3, 45, 45)
+    gatedconv.save(gatedconv.gate_model(model, "channel", example_input=x), tmp_path / "net")
+    loaded = gatedconv.load(tmp_path / "net")
+    assert_close(loaded(x), model(x))
+    with pytest.raises(ValueError, match="was written for inputs of"):
+        loaded(images(1, 3, 48, 48))
+
+
 class Rows(nn.Module):
     """A flattened map as rows of one size: a larger image becomes several of them."""
 
-    def __init__(self, reshape):
+    def __init__(self, reshape, between):
         super().__init__()
         self.a, self.b, self.fc, self.reshape = block(3, 8, 4), block(8, 8, 2), nn.Linear(8 * 4 * 4, 4), reshape
+        self.between = between
 
     def forward(self, x):
         x = self.b(self.a(x))
-        return self.fc(x.reshape(-1, 128) if self.reshape else x.view(-1, 128))
+        return self.fc(self.between(x.reshape(-1, 128) if self.reshape else x.view(-1, 128)))
 
 
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(), nn.Sequential(nn.ReLU(), nn.Dropout())])
 @pytest.mark.parametrize("reshape", [False, True])
-def test_a_flattened_map_of_another_size_is_read_as_the_model_does(reshape):
+def test_a_flattened_map_of_another_size_is_read_as_the_model_does(reshape, between):
     torch.manual_seed(0)
-    model, x = Rows(reshape).eval(), images(2, 3, 32, 32)
+    model, x = Rows(reshape, between).eval(), images(2, 3, 32, 32)
     gated = gatedconv.gate_model(model, "channel", example_input=x)
     frozen = gatedconv.freeze(gated, masks={n: torch.arange(8) > 2 for n in gatedconv.gates(gated)})
     small = gatedconv.compact(frozen, x)

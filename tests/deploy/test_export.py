@@ -14,6 +14,14 @@ from tests.tolerances import assert_close
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+def exported(path, format):
+    """What runs the file: a function of images."""
+    if format == "torch":
+        return torch.export.load(path).module()
+    session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+
 def compact_net():
     torch.manual_seed(0)
     model = gatedconv.models.resnet20(gate="both", position="after", input_size=(3, 16, 16)).eval()
@@ -53,16 +61,9 @@ def test_height_and_width_are_free_where_the_network_leaves_them_free(tmp_path, 
     masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(gated).items()}, "odd", 1)
     frozen, path = gatedconv.freeze(gated, masks=masks), tmp_path / "net"
     if format == "onnx":
-        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
     gatedconv.export(frozen, path, IMAGES, format=format)
-    if format == "torch":
-        run = torch.export.load(path).module()
-    else:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-        def run(images):
-            return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
-
+    run = exported(path, format)
     for shape in ((1, 3, 12, 12), (3, 3, 20, 14), (2, 3, 9, 33)):
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -94,28 +95,35 @@ class Frames(nn.Module):
         return x.view(x.shape[0] // 4, 4, *x.shape[1:]).amax(1).mean((2, 3))
 
 
+class Four(Frames):
+    """Four images are one clip."""
+
+    def forward(self, x):
+        x = self.net(x)
+        return x.view(1, 4, *x.shape[1:]).amax(1).mean((2, 3))
+
+
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 @pytest.mark.parametrize(
-    ("model", "size", "others"),
-    [(Lines, (2, 3, 8, 20), [(1, 3, 8, 20), (3, 3, 8, 33)]), (Frames, (4, 3, 8, 8), [])],
+    ("model", "size", "others", "refused"),
+    [
+        (Lines, (2, 3, 8, 20), [(1, 3, 8, 20), (3, 3, 8, 33)], (2, 3, 9, 20)),
+        (Frames, (4, 3, 8, 8), [(4, 3, 8, 8)], (5, 3, 8, 8)),
+        (Four, (4, 3, 8, 8), [(4, 3, 10, 12)], (5, 3, 8, 8)),
+    ],
 )
-def test_what_the_network_fixes_is_fixed_and_no_more(model, size, others, format, tmp_path):
+def test_what_the_network_fixes_is_fixed_and_no_more(model, size, others, refused, format, tmp_path):
     model, path = model().eval(), tmp_path / "net.pt2"
     if format == "onnx":
-        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
     gatedconv.export(model, path, torch.randn(size), format=format)
-    if format == "torch":
-        run = torch.export.load(path).module()
-    else:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-        def run(images):
-            return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
-
+    run = exported(path, format)
     for shape in (size, *others):
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             assert_close(run(images), model(images))
+    with pytest.raises(Exception, match="(?i)shape|dimension|guard|expected"):  # of either runtime
+        run(torch.randn(refused))
 
 
 @pytest.mark.slow
