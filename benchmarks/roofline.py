@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gatedconv.gating import eval_mode
 from gatedconv.train.step import PASSES_PER_STEP
 
 ROUNDS = 10
@@ -80,11 +81,10 @@ def layer_work(model: nn.Module, image: Tensor) -> list[tuple[int, int, int]]:
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(take) for layer in layers]
-    was_training = model.training
     try:
-        model.eval()(image)
+        with eval_mode(model):
+            model(image)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return found

@@ -15,17 +15,19 @@ _DIMENSIONS = (2, 4, 5)  # vectors, images, clips
 
 
 def require_example(example_input: Any, owner: str) -> Any:
-    """The example; of a tuple of images alone those themselves, whose size a result can keep.
+    """The example; a tuple that holds one batch of images is unwrapped, so that the result can keep its size.
 
     Raises:
-        TypeError: it is no images (N, C, H, W), clips, vectors (N, C), and has no tensors; names ``owner``.
+        TypeError: it is neither images, clips or vectors nor a structure with tensors; names ``owner``.
     """
     if isinstance(example_input, (tuple, list, Mapping)):
         if not tensors_of(as_inputs(example_input)):
             raise TypeError(f"{owner}: example_input must be a tensor or hold tensors, got {example_input!r}")
         only = example_input[0] if not isinstance(example_input, Mapping) and len(example_input) == 1 else None
         images = isinstance(only, Tensor) and only.is_floating_point() and only.dim() in _DIMENSIONS
-        return only if images else example_input
+        if not images:
+            return example_input
+        example_input = only
     if not isinstance(example_input, Tensor) or example_input.dim() not in _DIMENSIONS:
         kind = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise TypeError(

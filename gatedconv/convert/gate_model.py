@@ -278,7 +278,7 @@ def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion:
 
 
 def _opened(result: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
-    """A copy with its gates forced open, and what gets whether each that runs does so with gradients."""
+    """A copy with its gates forced open, and a dict: for each gate that runs, whether gradients were enabled."""
     opened = copied(result)
     ran: dict[str, bool] = {}
 
@@ -308,9 +308,9 @@ def _without_gradients(trained: nn.Module, ran: dict[str, bool]) -> str:
         if learning and all(p.grad is None for p in learning):
             found.append(path)
     notes = [f"no gradient reaches {', '.join(found)}: they stay as they are"] if found else []
-    if again := [
-        path for path in ran if not ran[path] and path not in found
-    ]:  # backward computes them a second time, with gradients
+    # Backward computes these a second time, with gradients.
+    again = [path for path in ran if not ran[path] and path not in found]
+    if again:
         notes.append(
             f"the losses on the gates do not reach {', '.join(again)}, which a checkpoint with use_reentrant=True runs "
             f"without gradients; use_reentrant=False lets them"

@@ -29,6 +29,7 @@ VERSION = 1
 # Of modules that are made anew from another one when they are loaded: class -> (that model, its example's size, and the
 # dtype of its products).
 _PACKED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[int], torch.dtype]]] = {}
+_PRODUCTS = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 _pack: list[Callable[[nn.Module, Tensor, torch.dtype], nn.Module]] = []
 
 
@@ -75,7 +76,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model, example_size, products = _PACKED[type(model)](model)
     ties = ties_of(model)
     with eval_mode(model):  # copies: some classes merge weights there, and tensors may share their memory
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in ties}
+        state = {name: _copy(tensor) for name, tensor in model.state_dict().items() if name not in ties}
     description = _describe(model) if isinstance(model, (CifarVGG, ResNet)) else {}
     # What gate_model put into a network of ours is no part of how it is built.
     if not description or (
@@ -87,7 +88,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         description["ties"] = ties
     if example_size is not None:
         description["engine"], description["products"] = example_size, str(products).removeprefix("torch.")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    tensors = {name: value.contiguous() for name, value in state.items()}
     header = json.dumps(description)
     if "changes" not in description or "graph" in description:
         try:  # a file that cannot be read again is found out now, not when it is needed
@@ -149,8 +150,7 @@ def _packed(path: Path, model: nn.Module, description: dict[str, Any], tensors: 
         raise ValueError(f"load: {path} holds an Engine; import gatedconv.engine first")
     try:
         require_small(size, tensors)
-        products = getattr(torch, description["products"])
-        return _pack[0](model, torch.zeros(size, dtype=dtype, device="cpu"), products)
+        return _pack[0](model, torch.zeros(size, dtype=dtype, device="cpu"), _PRODUCTS[description["products"]])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
 
@@ -190,14 +190,15 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
         description["conversion"] = dataclasses.asdict(conversion)
     if size := vars(model).get("gatedconv_size"):
         description["example_size"] = list(size)
-    more = (
-        {}
-        if graph is None or graph is model
-        else {name: t.clone() for name, t in graph.state_dict().items() if name not in model.state_dict()}
-    )
+    own = model.state_dict()
+    more = {} if graph is None else {name: _copy(t) for name, t in graph.state_dict().items() if name not in own}
     if more:
         description["extra"] = sorted(more)
     return description, more
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _describe_consensus(consensus: Consensus) -> dict[str, Any]:

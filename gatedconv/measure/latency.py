@@ -37,6 +37,8 @@ def measure_latency(
     Raises:
         ValueError: no models, no warm-up, or no round.
     """
+    if rounds < 1:
+        raise ValueError(f"measure_latency: expected at least one of rounds, got {rounds}")
     calls = {name: partial(model, example_input) for name, model in models.items()}
     synchronize = partial(torch.cuda.synchronize, example_input.device) if example_input.is_cuda else None
     timing = Interleaved(calls, sample_ms=min_ms, warmup=warmup, lead_in=0, wait=False, synchronize=synchronize)

@@ -127,7 +127,7 @@ class Comparison:
                 with torch.inference_mode():
                     error = relative_error(run(), expected[candidate])
             except Exception as problem:  # a peer may raise anything; it is reported, and the others continue
-                self.failures[candidate] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+                self.failures[candidate] = _one_line(problem)
                 continue
             limit = _NONSENSE if candidate in self.reduced else TOLERANCE
             if not error <= limit:
@@ -223,7 +223,12 @@ def compare_runtimes(
         kinds = {candidate: setting.dtype for candidate, setting in reduced.items()}
         found = Comparison("network", case, len(x), prepare, dict.fromkeys(prepare, expected), kinds, **timing)
         for candidate in reduced.keys() & found.errors.keys():
-            quality = _quality(reduced[candidate], network, x, place, threads)
+            try:
+                quality = _quality(reduced[candidate], network, x, place, threads)
+            except Exception as problem:  # of a batch of another size: the speed alone says nothing
+                del found.errors[candidate]
+                found.failures[candidate] = _one_line(problem)
+                continue
             found.errors[candidate], found.agreement[candidate] = quality
         return found
 
@@ -238,6 +243,10 @@ def _eager_output(case: str, network: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"{case}: expected a network that returns one tensor, got {type(output).__name__}")
     return output.clone()
+
+
+def _one_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
 
 
 @torch.inference_mode()

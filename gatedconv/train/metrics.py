@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatedconv._io import NUMBER, naming_file, require_schema
-from gatedconv.gating import expected_macs, find_gates
+from gatedconv.gating import eval_mode, expected_macs, find_gates
 from gatedconv.measure.energy import EnergyMeter
 from gatedconv.train.distributed import SINGLE, Ranks
 
@@ -219,17 +219,15 @@ def evaluate(
     Raises:
         ValueError: no images to evaluate on.
     """
-    was_training = model.training
-    model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct answers, images
     one = torch.ones((), dtype=torch.float64, device=device)  # a number from the host would make it wait
-    for images, labels in batches:
-        logits = (forward or model)(images).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum").double()
-        right = (logits.argmax(1) == labels).sum()
-        sums += torch.stack([loss, right.double(), len(labels) * one])
-    model.train(was_training)
+    with eval_mode(model):
+        for images, labels in batches:
+            logits = (forward or model)(images).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum").double()
+            right = (logits.argmax(1) == labels).sum()
+            sums += torch.stack([loss, right.double(), len(labels) * one])
     loss_sum, correct, count = ranks.sum(sums).tolist()
     if count == 0:
         raise ValueError("evaluate: expected at least one image, got none")

@@ -136,9 +136,10 @@ class Lookahead:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Continue from a state dict; KeyError or RuntimeError where it is that of another network."""
+        """Continue from a state dict; KeyError, RuntimeError or TypeError where it is none of this network's."""
         means, steps = state["means"], state["steps"]
-        assert isinstance(means, dict) and isinstance(steps, int)
+        if not isinstance(means, dict) or not isinstance(steps, int):
+            raise TypeError("lookahead: expected means and steps")
         for name, mean in self.means.items():
             mean.copy_(means[name])
         self._steps = steps

@@ -15,7 +15,7 @@ from gatedconv.train.distributed import Ranks, by_torchrun
 
 
 class StopPoll:
-    """Asks all processes now and then whether to stop, after the same steps on each of them.
+    """Polls all processes now and then whether to stop, after the same steps on each of them.
 
     Steps take about as long everywhere; the main process measures them, and its message has the number of steps
     until the next poll. A single process polls after every step.

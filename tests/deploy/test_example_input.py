@@ -26,6 +26,7 @@ def frozen():
         (IMAGES[:, :2], ValueError, r"does not run on example_input \(\(2, 2, 12, 12\)"),
         (IMAGES.long(), TypeError, "floating-point type .*int64"),
         (IMAGES.to("meta"), TypeError, "hold data.* meta"),
+        ((IMAGES.to("meta"),), TypeError, "hold data.* meta"),
     ],
 )
 def test_compact_names_what_is_wrong_with_the_image(frozen, images, error, message):

@@ -135,6 +135,13 @@ def test_a_description_that_we_did_not_write_is_refused(change, message, tmp_pat
         gatedconv.load(tmp_path / "m")
 
 
+def test_the_products_of_an_engine_are_a_dtype(tmp_path):
+    gatedconv.save(gatedconv.Engine(stages("relu")["compact"], IMAGES), tmp_path / "m")
+    edit(tmp_path / "m", lambda d: d.update(products="load"))
+    with pytest.raises(ValueError, match=r"damaged: KeyError\('load'\)"):
+        gatedconv.load(tmp_path / "m")
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     gatedconv.save(stages("relu")["compact"], tmp_path / "m")
     data = (tmp_path / "m").read_bytes()

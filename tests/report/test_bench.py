@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,19 @@ def test_reduced_precision_is_reported_with_its_error_and_not_refused(small: nn.
     assert all(1e-4 < row.error < 0.5 and 0.5 < row.agreement <= 1 for row in rows.values())
     text = bench_table(found.rows())
     assert "same top-1" in text and "int8" in text
+
+
+def test_a_reduced_setting_that_fails_on_other_images_is_reported_and_the_others_stay(small: nn.Module) -> None:
+    def prepare(network: nn.Module, x: torch.Tensor, folder: Path, threads: int) -> Callable[[], torch.Tensor]:
+        if len(x) != 2:
+            raise RuntimeError("no such\nbatch")
+        return lambda: network(x)
+
+    settings = [*chosen("NCHW"), Setting("peer", "half", prepare, dtype="int8")]
+    found = compare_runtimes("small", small, torch.randn(2, 3, 8, 8), settings=settings, threads=1, sample_ms=0)
+    found.rounds(1)
+    assert [row.provider for row in found.rows()] == ["eager"]
+    assert found.failures == {("peer", "half"): "RuntimeError: no such batch"}
 
 
 def test_an_output_that_has_nothing_to_do_with_it_is_refused_in_every_precision() -> None:

@@ -59,8 +59,8 @@ def test_the_dense_network_trains_as_if_there_were_no_student(
 ) -> None:
     """The oracle is a training without gates; up to `teacher_at` it is the student's, whose gates stay open.
 
-    A teacher that forgets momentum, sees other images or another learning rate, or has the student's lesson in its own
-    loss ends elsewhere.
+    A teacher that forgets momentum, sees other images or another learning rate, or has the distillation loss in its own
+    ends elsewhere.
     """
     config = dataclasses.replace(SINGLE, teacher_at=at, polar_weight=0.0, **changes)
     student, dense, new_teacher = network(config), network(DENSE), teacher(config)

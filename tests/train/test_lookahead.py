@@ -10,6 +10,7 @@ from torch import nn
 
 from gatedconv.data import ImageData
 from gatedconv.models import cifar_vgg, resnet20
+from gatedconv.train.checkpoint import CheckpointError, restore_part
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.loop import Training
 from gatedconv.train.optimizer import LOOKAHEAD_EVERY, Lookahead, make_lookahead
@@ -71,6 +72,12 @@ def test_a_run_ends_with_the_means_and_resumes_with_them(data: ImageData, tmp_pa
     resumed = part(True, 10**6)
     for name, value in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_a_checkpoint_with_another_content_is_named(tmp_path: Path) -> None:
+    part = Lookahead(nn.Linear(2, 2), 0.5)
+    with pytest.raises(CheckpointError, match="another model: lookahead: expected means and steps"):
+        restore_part({"lookahead": {"means": [], "steps": 0}}, tmp_path, "lookahead", part)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])

@@ -15,7 +15,7 @@ from gatedconv.data import EvalBatches, ImageData, TrainBatches
 from gatedconv.nn.batchnorm import re_estimate_batchnorm
 from gatedconv.train import Callback, EpochMetrics, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
-from gatedconv.train.metrics import TensorBoard
+from gatedconv.train.metrics import TensorBoard, evaluate
 from gatedconv.train.results import energies
 from gatedconv.train.stopping import StopRequest
 from reproduce.rows import training_row
@@ -255,7 +255,7 @@ def test_a_run_with_a_small_time_limit_is_resumed_to_its_end(
 def test_a_resume_that_is_stopped_early_loses_no_metrics(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
-    """The dense training is told again before the gated one is gone on with; a stop may come in between."""
+    """The dense training is reported again before the gated one continues; a stop may come in between."""
     config, folder, stop = small(archive, latency=False), RunFolder(tmp_path / "run"), StopRequest()
 
     class Stopping(Callback):
@@ -439,6 +439,25 @@ def test_reestimated_statistics_are_the_means_over_the_batches(data: ImageData) 
     torch.testing.assert_close(model[1].running_mean, means)
     torch.testing.assert_close(model[1].running_var, variances)
     assert model[1].momentum == 0.1 and not model[1].training and torch.equal(model[3].weight, weight)
+
+
+def test_statistics_whose_estimate_fails_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2)).train()
+    model[2].eval()
+    model(torch.randn(4, 1, 8, 8))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for batches, error in (
+        ([(torch.randn(4, 1, 8, 8),) * 2, (torch.randn(4, 3, 8, 8),) * 2], RuntimeError),
+        ([], ValueError),
+    ):
+        with pytest.raises(error):
+            re_estimate_batchnorm(model, batches)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        assert [m.training for m in model] == [True, True, False] and model[1].momentum == 0.1
+    with pytest.raises(RuntimeError):
+        evaluate(model, [(torch.randn(4, 3, 8, 8), torch.zeros(4))])
+    assert [m.training for m in model] == [True, True, False]
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:
