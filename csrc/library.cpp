@@ -42,6 +42,8 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
   // The same run, all workers at every step: how long each step that computes something took, float64, in ms.
   m.def("plan_times(Tensor input, Tensor program, Tensor weights, int workers=0) -> Tensor");
   m.def("plan_workspace(int[] size, Tensor program, int workers) -> int");
+  // For every step that computes something 1 or 0: whether the next one reads what it writes band by band.
+  m.def("plan_passing(int[] size, Tensor program) -> int[]");
   m.def("plan_release() -> int");
   // The instruction set in use, for bfloat16 products if asked for.
   m.def("plan_isa(bool bf16=False) -> str");

@@ -84,19 +84,31 @@ Tensor plan_times(const Tensor& input, const Tensor& program, const Tensor& weig
   return times;
 }
 
+// The program decoded for an input of a size, without weights: to be looked at, not to be run.
+gatedconv::Plan get_plan(const std::vector<int64_t>& size, const Tensor& program) {
+  STD_TORCH_CHECK(size.size() == 4, "plan: size must be N, C, H, W");
+  const gatedconv::Input source{nullptr, {size[0], size[1], size[2], size[3]}, {}};
+  gatedconv::Plan plan;
+  const char* error = gatedconv::decode(static_cast<const int64_t*>(program.const_data_ptr()),
+                                        program.numel(), nullptr, INT64_MAX, source, plan);
+  STD_TORCH_CHECK(!error, "plan: ", error);
+  return plan;
+}
+
 // Bytes that plan_run needs in addition to its input, output and weights for an input of this size on this
 // machine.
 int64_t plan_workspace(std::vector<int64_t> size, const Tensor& program, int64_t workers) {
-  STD_TORCH_CHECK(size.size() == 4, "plan_workspace: size must be N, C, H, W");
   const char* error = nullptr;
   const gatedconv::Kernels* kernels = gatedconv::choose_kernels(&error);
   STD_TORCH_CHECK(kernels, "plan_workspace: ", error);
-  gatedconv::Input source{nullptr, {size[0], size[1], size[2], size[3]}, {}};
-  gatedconv::Plan plan;
-  error = gatedconv::decode(static_cast<const int64_t*>(program.const_data_ptr()), program.numel(), nullptr,
-                            INT64_MAX, source, plan);
-  STD_TORCH_CHECK(!error, "plan_workspace: ", error);
-  return gatedconv::workspace_bytes(plan, *kernels, size[0], static_cast<int>(workers));
+  return gatedconv::workspace_bytes(get_plan(size, program), *kernels, size[0], static_cast<int>(workers));
+}
+
+// For every step 1 or 0: whether the next one reads what it writes band by band.
+std::vector<int64_t> plan_passing(std::vector<int64_t> size, const Tensor& program) {
+  std::vector<int64_t> passing;
+  for (const gatedconv::Step& step : get_plan(size, program).steps) passing.push_back(step.out.passes);
+  return passing;
 }
 
 // Frees the memory that runs keep for the next one; returns its bytes.
@@ -121,6 +133,7 @@ STABLE_TORCH_LIBRARY_IMPL(gatedconv, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gatedconv, CompositeExplicitAutograd, m) {
   m.impl("plan_workspace", TORCH_BOX(&plan_workspace));
+  m.impl("plan_passing", TORCH_BOX(&plan_passing));
   m.impl("plan_release", TORCH_BOX(&plan_release));
   m.impl("plan_isa", TORCH_BOX(&plan_isa));
 }

@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -97,6 +99,11 @@ class Workspace {
   static constexpr int64_t kPage = 2 << 20;
   static constexpr int64_t kMostBytes = PTRDIFF_MAX - kPage;
   struct Kept {
+    // A process that is forked off while a thread is in here finds the mutex free.
+    Kept() {
+      pthread_atfork([] { kept().mutex.lock(); }, [] { kept().mutex.unlock(); },
+                     [] { kept().mutex.unlock(); });
+    }
     std::mutex mutex;
     Block blocks[kKept]{};  // of size 0 where there is none
   };

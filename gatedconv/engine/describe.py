@@ -7,7 +7,7 @@ from torch import fx
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.program import Map, Step
-from gatedconv.ops.plan import plan_workspace
+from gatedconv.ops.plan import plan_passing, plan_workspace
 
 _KERNELS = {"conv": "direct", "bf16": "bf16", "winograd2": "Winograd F(2x2)", "winograd4": "Winograd F(4x4)"}
 
@@ -51,11 +51,16 @@ def _cuda_plan(name: str, plan: CudaPlan, batch: int) -> list[str]:
 
 def _cpu_plan(name: str, plan: PlanModule, batch: int, threads: int) -> list[str]:
     lines = [f"{name}: {len(plan.steps)} instructions in one call"]
-    lines += ["  " + _step(step, plan.maps) for step in plan.steps if step.layer is not None]
+    first = plan.maps[plan.steps[0].target]
+    size = (batch, first.channels, first.height, first.width)
+    passing = iter(plan_passing(size, plan.program))
+    for step in plan.steps:
+        passes = step.op != "view" and next(passing)
+        if step.layer is not None:
+            lines.append("  " + _step(step, plan.maps) + ", read band by band" * passes)
     macs = sum(step.macs for step in plan.steps)
     weights = plan.weights.numel() * plan.weights.element_size()
-    first = plan.maps[plan.steps[0].target]
-    workspace = plan_workspace((batch, first.channels, first.height, first.width), plan.program, threads)
+    workspace = plan_workspace(size, plan.program, threads)
     lines.append(
         f"  in all {macs / 1e6:.2f} M MACs an image, weights {_bytes(weights)}, "
         f"workspace {_bytes(workspace)} at batch {batch}"

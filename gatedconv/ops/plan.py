@@ -144,6 +144,14 @@ def plan_workspace(size: Sequence[int], program: Tensor, workers: int) -> int:
     return int(torch.ops.gatedconv.plan_workspace(size, program, workers))
 
 
+def plan_passing(size: Sequence[int], program: Tensor) -> list[bool]:
+    """Return for every step but "view" whether the next one reads what it writes band by band, for an input of `size`.
+
+    Such a map is never whole (csrc/cpu/plan_bands.h). Which ones are depends on the machine's second-level cache.
+    """
+    return [bool(passes) for passes in torch.ops.gatedconv.plan_passing(size, program)]
+
+
 def plan_release() -> int:
     """Free the workspaces that finished runs have left for the next ones; returns their bytes."""
     return int(torch.ops.gatedconv.plan_release())

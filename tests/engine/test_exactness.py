@@ -1,5 +1,7 @@
 """The engine computes what the model computes: max|a - b| / max|b| <= 1e-5 against float64."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,7 @@ from torch import nn
 
 import gatedconv
 from tests.engine.nets import ISAS, Residual, error, settle, supported
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, assert_no_worse
 
 LIMIT = 1e-5
 
@@ -90,16 +92,63 @@ def test_groups_of_eight(isa, groups, kernel, stride, dilation):
     assert error(engine(x), model, x) <= LIMIT
 
 
-def test_large_maps_run_band_by_band(isa):
-    """Maps that no second-level cache holds, between layers that read nothing else."""
-    expanded = nn.Sequential(
-        nn.Conv2d(3, 40, 3, padding=1), nn.ReLU6(), nn.Conv2d(40, 40, 5, 2, 2, groups=40), nn.SiLU()
-    )
-    model = settle(nn.Sequential(*expanded, nn.MaxPool2d(3, 1, 1), nn.Conv2d(40, 16, 1), Residual(16, 8)))
-    x = torch.randn(2, 3, 211, 150)
-    results = [gatedconv.Engine(model, x, threads=threads)(x) for threads in (1, 2, 3)]
-    assert error(results[0], model, x) <= LIMIT
+class Expanded(nn.Module):
+    """Layers that read nothing else, after some that make a gate or a residual."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+        self.first, self.squeeze = nn.Conv2d(3, 32, 3, 2, 1), nn.Conv2d(32, 160, 1)
+        self.wide = nn.Sequential(
+            nn.Conv2d(32, 160, 1), nn.ReLU6(), nn.Conv2d(160, 160, 3, 1, 1, groups=160), nn.SiLU()
+        )
+        self.last = nn.Conv2d(160, 32, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        gate = torch.sigmoid(self.squeeze(x.mean((2, 3), keepdim=True)))
+        y = self.wide(x)
+        return self.last(y * gate) if self.extra == "gate" else x + self.last(y)
+
+
+# Networks, with the number of layers whose maps no second-level cache holds and the next layer reads band by band.
+LARGE = {
+    "mobile": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 40, 3, padding=1), nn.ReLU6(), nn.Conv2d(40, 40, 5, 2, 2, groups=40), nn.SiLU()),
+            *(nn.MaxPool2d(3, 1, 1), nn.Conv2d(40, 16, 1), Residual(16, 8)),
+        ),
+        1,
+    ),
+    "groups of 8": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 48, 1), nn.ReLU(), nn.Conv2d(48, 48, 3, 2, 1, groups=6), nn.Conv2d(48, 9, 1)
+        ),
+        1,
+    ),
+    "stride": (lambda: nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 8, 1, 4)), 1),
+    "gate": (lambda: Expanded("gate"), 2),
+    "residual": (lambda: Expanded("residual"), 2),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_maps_run_band_by_band(isa, name, dtype):
+    """With two and three threads parts begin in the middle of an image."""
+    build, joined = LARGE[name]
+    model, x = settle(build()), torch.randn(2, 3, 161, 130)
+    engines = [gatedconv.Engine(model, x, threads=threads, dtype=dtype) for threads in (1, 2, 3)]
+    assert is_native(engines[0])
+    assert engines[0].describe().count("read band by band") >= joined
+    results = [engine(x) for engine in engines]
+    if dtype == torch.float32:
+        assert error(results[0], model, x) <= LIMIT
+    else:
+        plain = copy.deepcopy(model).bfloat16()(x.bfloat16())
+        assert_no_worse(results[0], plain, copy.deepcopy(model).double()(x.double()), name)
     assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(engines[2](x[1:]), results[0][1:])
 
 
 @st.composite

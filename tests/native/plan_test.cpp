@@ -1,10 +1,15 @@
 // Runs hand-written programs on every instruction set and compares them with sums written out here.
 #include "cpu/plan.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 #include <vector>
 
 #include "cpu/plan_bands.h"
@@ -273,6 +278,31 @@ void check_wide(const Kernels& kernels, int64_t stride, int workers) {
     check_bands(kernels, {{Op::kConv, 1, 1, 0, 4, 16}, {Op::kConv, 1, stride, 0, 16, 8}}, 37, width, workers);
 }
 
+// A process that was forked off while another thread came and went has a workspace, too.
+void check_fork() {
+  std::atomic<bool> stop{false};
+  std::thread other([&] {
+    while (!stop) Workspace(4096);
+  });
+  for (int i = 0; i < 40; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(20);
+      const Workspace workspace(4096);
+      _exit(workspace.data() ? 0 : 1);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    if (status != 0) {
+      std::printf("a forked process has no workspace: status %d\n", status);
+      ++failures;
+      break;
+    }
+  }
+  stop = true;
+  other.join();
+}
+
 // A program that is cut, or full of nonsense, is refused and never read beyond its end.
 void check_damage() {
   const Input input{nullptr, {1, 1, 4, 4}, {16, 16, 4, 1}};
@@ -393,6 +423,7 @@ int main() {
       check_wide(*kernels, 4, workers);
     }
   }
+  check_fork();
   check_damage();
   check_refusals();
   Workspace::release();
