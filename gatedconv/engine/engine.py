@@ -137,7 +137,7 @@ class Engine(nn.Module):
 
     def _verify(self, source: nn.Module, example: Tensor) -> None:
         """Run everything in PyTorch, with a warning, if a result is not the model's."""
-        locate = partial(first_difference, example=example, choose=self.choose)
+        locate = partial(first_difference, example=example, choose=self.choose, dtype=self.products)
         try:
             require_same(source, self.body, example, "the plan", locate=locate, integers=False, precision=self.products)
         except ConversionError as error:

@@ -18,7 +18,13 @@ from gatedconv.engine.program import write_program
 
 
 def first_difference(
-    source: nn.Module, body: nn.Module, inputs: verify.Inputs, *, example: Tensor, choose: Choose
+    source: nn.Module,
+    body: nn.Module,
+    inputs: verify.Inputs,
+    *,
+    example: Tensor,
+    choose: Choose,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """The name of the first layer whose result differs, by plans of the CPU that end behind each layer in turn.
 
@@ -28,6 +34,7 @@ def first_difference(
         inputs: on which the two differ.
         example: the input for which the plans in ``body`` were written.
         choose: the choice of algorithms of these plans.
+        dtype: of their products.
     """
     (x,) = inputs[0]
     traced = trace(source, example)
@@ -36,7 +43,7 @@ def first_difference(
         return verify.first_difference(source, traced, inputs)
     for segment in find_segments(traced):
         for count in range(1, len(segment.layers) + 1):
-            if not _is_right(segment, count, run.values, len(example), choose):
+            if not _is_right(segment, count, run.values, len(example), choose, dtype):
                 return segment.layers[count - 1].name
     return verify.first_difference(source, body, inputs)
 
@@ -56,15 +63,17 @@ class _Values(fx.Interpreter):
         return result
 
 
-def _is_right(segment: Segment, count: int, values: dict[fx.Node, Tensor], batch: int, choose: Choose) -> bool:
+def _is_right(
+    segment: Segment, count: int, values: dict[fx.Node, Tensor], batch: int, choose: Choose, dtype: torch.dtype
+) -> bool:
     """Whether a plan of a segment's first layers computes what PyTorch does; one that cannot be written is."""
     layers = [replace(layer) for layer in segment.layers[:count]]
     result = layers[-1].output
     try:
         fused = fuse(layers, result, change_inputs=True)
-        plan = PlanModule(write_program(segment.source, fused, result, batch, choose))
+        plan = PlanModule(write_program(segment.source, fused, result, batch, choose, dtype))
     except (KeyError, ValueError):  # its result is no map that could leave a plan
         return True
     with torch.no_grad():
         found = plan(values[segment.source])
-    return verify.is_same(found, values[result])
+    return verify.distance(found, values[result]) <= verify.TOLERANCES[dtype]

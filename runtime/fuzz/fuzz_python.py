@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import struct
 import sys
 import tempfile
@@ -120,6 +121,8 @@ def odd_array(shape: Sequence[int], draw: Draw) -> Any:
         shape = [draw.choice((*shape, *EXTENTS)) for _ in range(draw.choice((4, 4, 4, 0, 1, 3, 5)))]
     elif len(shape) == 4 and draw.number(2):
         shape = [draw.choice((0, 1, 2, 3)), shape[1], draw.choice(EXTENTS), draw.choice(EXTENTS)]
+    if math.prod(shape) > MOST_BYTES:
+        return None
     x = np.zeros(shape, draw.choice(TYPES))
     if x.dtype.kind == "f":
         x += np.arange(x.size, dtype=np.float32).reshape(x.shape) % 7 - draw.choice((3, np.nan, np.inf))

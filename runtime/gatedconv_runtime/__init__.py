@@ -75,9 +75,13 @@ class Plan:
         """
         if not isinstance(x, np.ndarray) or x.dtype != np.float32:
             raise TypeError(f"the input must be a NumPy array of float32, got {_kind(x)}")
-        if not x.flags.aligned or any(stride % 4 for stride in x.strides):
-            x = x.copy()
-        y = np.empty(self.output_size(x.shape), np.float32)
+        size = self.output_size(x.shape)
+        try:
+            if not x.flags.aligned or any(stride % 4 for stride in x.strides):
+                x = x.copy()
+            y = np.empty(size, np.float32)
+        except MemoryError:
+            raise PlanError("no memory") from None
         stride = _Four(*(stride // 4 for stride in x.strides))
         count = _threads(threads) if threads is not None else self.threads
         failed = _lib.gatedconv_plan_run(

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 import gatedconv
+from gatedconv.engine import program
 from gatedconv.ops.plan import plan_isa, unavailable
 from tests.engine.nets import ISAS, Residual, settle, supported
 from tests.engine.test_exactness import convolutions
@@ -20,7 +21,7 @@ X = torch.randn(2, 3, 20, 28, generator=torch.Generator().manual_seed(1))
 
 
 def runs(isa: str) -> bool:
-    """Whether this machine has the instructions; those for bfloat16 alone only the library can tell."""
+    """Whether this machine has the instructions; of those for bfloat16 alone only the library knows."""
     if isa in ISAS:
         return supported(isa)
     with pytest.MonkeyPatch.context() as patch:
@@ -207,6 +208,15 @@ def test_describe_names_the_type_and_the_instructions(isa):
     assert f"(bf16: {plan_isa(bf16=True)})" in text and "bf16 1x1 + relu" in text
     assert plan_isa(bf16=True) == (isa if isa in ("amx", "avx512_bf16") else "emulated")
     assert plan_isa() == (isa if isa in ISAS else "avx512")
+
+
+def test_a_layer_that_is_packed_wrongly_is_named(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 24, 3), nn.Conv2d(24, 5, 1)).eval()
+    pack = program.pack_bf16
+    monkeypatch.setattr(program, "pack_bf16", lambda weight: pack(weight * (3 if len(weight) == 24 else 1)))
+    with pytest.warns(UserWarning, match="everything runs in PyTorch.* first at 2$"):
+        engine = gatedconv.Engine(net, X, dtype=BF16)
+    assert torch.equal(engine(X), net(X))
 
 
 def test_weights_take_half_the_memory():

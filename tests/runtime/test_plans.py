@@ -116,6 +116,17 @@ def test_inputs_that_do_not_fit_are_refused(rt, plan_bytes, x, error, words):
         net(x)
 
 
+def test_no_memory_for_the_output_is_an_error_of_the_plan(rt, plan_bytes, monkeypatch):
+    net = rt.load(plan_bytes)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", fail)
+    with pytest.raises(rt.PlanError, match="^no memory$"):
+        net(np.zeros(net.input_size, np.float32))
+
+
 def test_a_plan_returns_the_metadata_of_its_file(rt, plan_bytes):
     net = rt.load(plan_bytes)
     assert net.input_size == (3, 3, 16, 16) and net.output_size((7, 3, 20, 20)) == (7, 5)
