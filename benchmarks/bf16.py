@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, machine_header, variable
-from gatedconv._io import write_atomic
+from benchmarks.harness import RESULTS, machine_header, variable, write_result
 from gatedconv.engine import Engine
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.ops.plan import plan_isa, plan_times, unavailable
@@ -144,9 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows), gains(rows))
     if options.save:
         machine = machine_header(1)
-        lines = ",\n  ".join(json.dumps(row) for row in rows)
-        text = f'{{\n "machine": {json.dumps(machine)},\n "rows": [\n  {lines}\n ]\n}}\n'
-        write_atomic(RESULTS / f"bf16-{machine['device']}.json", text.encode())
+        write_result(RESULTS / f"bf16-{machine['device']}.json", {"machine": machine, "rows": rows})
     return 0
 
 

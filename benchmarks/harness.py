@@ -83,10 +83,10 @@ def write_result(path: Path, found: Mapping[str, Any]) -> None:
 def machine_header(threads: int | None = None, gpu: str | None = None) -> dict[str, Any]:
     """Machine, software and commit: of the CPU with some threads, or of a GPU by its name."""
     model = cpu_info("model name") or "unknown"
-    limited = any(os.environ.get(name) for name in _LIMITS)
+    limits = {value.lower() for name in _LIMITS if (value := os.environ.get(name))}
     family = "/".join(cpu_info(field) or "?" for field in ("cpu family", "model"))
     return {
-        "device": device_name(model, os.cpu_count() or 1, limited) if gpu is None else gpu_name(gpu),
+        "device": device_name(model, os.cpu_count() or 1, limits) if gpu is None else gpu_name(gpu),
         "cpu": f"{model} (family/model {family})",
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
@@ -99,10 +99,10 @@ def machine_header(threads: int | None = None, gpu: str | None = None) -> dict[s
     }
 
 
-def device_name(model: str, cores: int, limited: bool = False) -> str:
-    """A short name such as "epyc-2c"; with "-avx2" where PyTorch is kept from AVX-512."""
+def device_name(model: str, cores: int, limits: Iterable[str] = ()) -> str:
+    """A short name such as "epyc-2c", with the instruction sets that the software is limited to: "epyc-2c-avx2"."""
     family = re.search(r"epyc|xeon|ryzen|threadripper|core|apple|graviton|neoverse", model.lower())
-    return f"{family.group() if family else 'cpu'}-{cores}c{'-avx2' if limited else ''}"
+    return "-".join([family.group() if family else "cpu", f"{cores}c", *sorted(limits)])
 
 
 def gpu_name(device: str) -> str:

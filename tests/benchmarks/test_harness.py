@@ -58,12 +58,24 @@ def test_gpu_names(device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "limited", "name"),
+    ("model", "limits", "name"),
     [
-        ("AMD EPYC 7763 64-Core Processor", False, "epyc-2c"),
-        ("Intel(R) Xeon(R) Platinum 8375C", True, "xeon-2c-avx2"),
-        ("Something Else", False, "cpu-2c"),
+        ("AMD EPYC 7763 64-Core Processor", (), "epyc-2c"),
+        ("Intel(R) Xeon(R) Platinum 8375C", ("avx2",), "xeon-2c-avx2"),
+        ("Intel(R) Xeon(R) Platinum 8375C", ("portable", "avx2"), "xeon-2c-avx2-portable"),
+        ("Something Else", ("portable",), "cpu-2c-portable"),
     ],
 )
-def test_device_names(model: str, limited: bool, name: str) -> None:
-    assert device_name(model, 2, limited) == name
+def test_device_names(model: str, limits: tuple[str, ...], name: str) -> None:
+    assert device_name(model, 2, limits) == name
+
+
+def test_the_variables_that_limit_the_software_name_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GATEDCONV_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    plain = machine_header(1)["device"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine_header(1)["device"] == f"{plain}-avx2"
+    monkeypatch.setenv("GATEDCONV_ISA", "portable")
+    assert machine_header(1)["device"] == f"{plain}-avx2-portable"
