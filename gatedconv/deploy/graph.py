@@ -17,7 +17,7 @@ from gatedconv.deploy.graph_format import is_describable, set_module
 from gatedconv.nn import GraphNet
 
 # Pixels more in height and width. A padding may depend on whether a map's size is even; 2**n more pixels change that
-# behind n layers of stride 2, and not before: 1 to 4 layers, the first 3 of them in each direction or nearly so.
+# behind n layers of stride 2, and not before. Here n is 1 to 4 in one direction or the other, 1 and 2 in both.
 _PARITIES = ((2, 16), (4, 2), (8, 4))
 
 
