@@ -11,7 +11,7 @@ constexpr int kBf16Pixels = 32;  // of a product, at most: two AMX tiles
 constexpr int kBf16Panels = 2;   // the same
 
 // sums[pixel][panel][16] of `count` rows of pixels with as many panels of weights. Rows behind the last one,
-// up to a multiple of 16, are read too, and what becomes of them is not.
+// up to a multiple of 16, are multiplied too; their sums are never used.
 struct Bf16Product {
   const uint16_t* pixels;  // [pixel][stride], `depth` of each row
   ptrdiff_t stride;

@@ -109,15 +109,17 @@ static GroupedFunction pick_grouped(int px, std::integer_sequence<int, I...>) {
   return functions[px - 1];
 }
 
-// Rows of output for which the rows below are copied together, and the pixels of one of those.
+// Rows of output for which the rows below are copied together.
 static inline int grouped_strip(const Step& step) {
   return std::max(1, 8 / step.stride_h);
 }
 
+// Those rows below.
 static inline int grouped_rows(const Step& step, int rows) {
   return (rows - 1) * step.stride_h + (step.kernel_h - 1) * step.dilation_h + 1;
 }
 
+// The pixels of one of them.
 static inline int grouped_columns(const Step& step) {
   return (step.out.width - 1) * step.stride_w + (step.kernel_w - 1) * step.dilation_w + 1;
 }

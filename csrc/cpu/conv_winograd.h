@@ -228,9 +228,9 @@ static inline void transform_results(const Step& step, TileCursor at, int tiles,
   }
 }
 
-// Returns whether every sum was finite. Where one is not, a transform has mixed an infinity or a NaN into
-// pixels that it does not belong to, and the part has to be computed directly; so has step.keep to be heeded
-// there alone, because channels without weights are 0 by themselves here.
+// Returns whether every sum was finite. Where one is not, the transforms have spread an infinity or a NaN to
+// neighboring pixels, and the part has to be computed directly. `step.keep` is applied there alone: here
+// channels without weights are 0 already.
 template <int M>
 static bool conv_winograd(const Step& step, const Part& part, float* scratch) {
   constexpr int N = M + 2, points = N * N;

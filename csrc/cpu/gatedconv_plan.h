@@ -58,7 +58,7 @@ GATEDCONV_PLAN_API int64_t gatedconv_plan_workspace(const gatedconv_plan* plan, 
  *
  * input: float32 N, C, H, W of `size`, its strides counted in floats; stride NULL means contiguous.
  * output: room for `output_floats` floats, exactly as many as output_size returns; contiguous, not inside of
- * the input. Returns 0, or -1: with `output` unchanged, but where memory was short. */
+ * the input. Returns 0, or -1: `output` is unchanged, unless memory ran out during the run. */
 GATEDCONV_PLAN_API int gatedconv_plan_run(const gatedconv_plan* plan, const float* input,
                                           const int64_t size[4], const int64_t stride[4], float* output,
                                           int64_t output_floats, int threads);

@@ -26,9 +26,10 @@ Timer = Callable[[Callable[[], Tensor]], float]
 class Tuner:
     """Measures candidates for the same result and keeps the choices in a file.
 
-    The file is JSON: {"format", "device", "torch", "cudnn", "flags", "sources", "choices": {key: {"candidate", "ms":
-    {name: time}, "out": {name: reason}}}}. One of another format, device, torch, cuDNN, cuDNN flags or of other sources
-    is not read, and overwritten. A file that cannot be read or written costs the measurement again, nothing else.
+    The file is JSON: {"format", the header's keys, "choices": {key: {"candidate", "ms": {name: time}, "out": {name:
+    reason}}}}. The header says what the times depend on: on a GPU device, torch, cuDNN, its flags and the sources, on a
+    CPU its name, instruction set, threads and the sources. A file of another format or header is not read, and
+    overwritten. A file that cannot be read or written costs the measurement again, nothing else.
 
     Args:
         path: The file, None to keep nothing.

@@ -10,6 +10,8 @@ shift || true
 mkdir -p "$build/corpus"
 flags=(-std=c++20 -O1 -g -fno-sanitize-recover=all -DFUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION "-I$csrc" "-I$csrc/cpu")
 sanitizers=fuzzer-no-link,address,undefined
+# Kernels are in headers: any change of a source, or of the flags here, compiles all again.
+newer=$(find "$csrc" "$here"/*.cpp "$here/run.sh" -type f -newer "$build/fuzz_plan" -print -quit 2>/dev/null || echo all)
 objects=()
 for source in "$here/fuzz_plan.cpp" "$csrc"/cpu/{bf16_x86,gatedconv_plan,plan,plan_avx2,plan_avx512,plan_bands,plan_decode,plan_file,plan_header,plan_portable,plan_schedule,plan_weights,worker_pool}.cpp; do
   options=("-fsanitize=$sanitizers")
@@ -21,7 +23,7 @@ for source in "$here/fuzz_plan.cpp" "$csrc"/cpu/{bf16_x86,gatedconv_plan,plan,pl
   esac
   object=$build/$(basename "$source" .cpp).o
   objects+=("$object")
-  [ "$object" -nt "$source" ] || "${CLANG:-clang++}" "${flags[@]}" "${options[@]}" -c "$source" -o "$object"
+  [ -e "$object" ] && [ -z "$newer" ] || "${CLANG:-clang++}" "${flags[@]}" "${options[@]}" -c "$source" -o "$object"
 done
 "${CLANG:-clang++}" -fsanitize=fuzzer,address,undefined "${objects[@]}" -o "$build/fuzz_plan" -pthread
 if [ "$seconds" = 0 ]; then

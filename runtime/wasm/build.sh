@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles the portable kernels for browsers and Node.js with Emscripten: build.sh FOLDER writes plan.mjs, which a page
-# imports, and beside it library.mjs and library.wasm. One thread, SIMD of 128 bits, no file system.
+# imports, and next to it library.mjs and library.wasm. One thread, SIMD of 128 bits, no file system.
 set -euo pipefail
 export NODE_PATH=${NODE_PATH:-/usr/share/nodejs}  # where Debian's Emscripten finds its modules, whichever Node.js runs
 here=$(cd "$(dirname "$0")" && pwd)

@@ -183,7 +183,7 @@ def test_what_is_not_finite_reaches_those_who_read_it(isa, bad):
 
 
 def test_rounding_is_to_the_nearest_even(isa):
-    """A convolution that copies one value: ties, values beside them, the largest ones, and NaN."""
+    """A convolution that copies one value: ties, their neighbors, the largest ones, and NaN."""
     conv = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.ones_(conv.weight)
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x7F7F7FFF, 0x7F7F8000, 0x7FC00001])

@@ -1,4 +1,4 @@
-"""The benchmark of the runtime beside the engine: its rows and table."""
+"""The benchmark of the runtime and the engine: its rows and table."""
 
 from __future__ import annotations
 
