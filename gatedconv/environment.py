@@ -86,8 +86,13 @@ def version(package: str) -> str | None:
         return None
 
 
+_NO_CODE = tuple(f":(top,exclude){name}" for name in ("benchmarks/results", "results", "docs", "README.md"))
+
+
 def commit() -> str | None:
-    """The commit of the checkout that this package is imported from, with "+changes" if files differ from it.
+    """The commit of the checkout that this package is imported from, with "+changes" if its code differs.
+
+    Results and documents are written with a commit in them and count as no code.
 
     Outside of a git checkout: GATEDCONV_COMMIT of the environment, or None.
     """
@@ -95,7 +100,7 @@ def commit() -> str | None:
     head = _git(folder, "rev-parse", "HEAD")
     if head is None or _git(folder, "ls-files", "--error-unmatch", __file__) is None:
         return os.environ.get("GATEDCONV_COMMIT") or None
-    return head + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
+    return head + ("+changes" if _git(folder, "status", "--porcelain", "-uno", "--", ":/", *_NO_CODE) else "")
 
 
 def cpu_info(field: str) -> str | None:
