@@ -1,11 +1,11 @@
 """The networks that people ship, dense and half pruned, in our engine and in other runtimes.
 
 ``python -m benchmarks.shipped`` measures what its result file lacks; ``--minutes`` bounds it, and a second call
-continues. ``--group mobile`` and ``--group reduced`` do the same for other peers, each in a file of its own and with
-our engine measured again with them: runtimes made for phones, and those that compute in fewer bits. Runtimes are
-interleaved, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours say how many
-GFLOP/s the fastest call is, and which share of the fastest product that PyTorch computes on the same threads; at
-batch 1 they list the ten slowest layers, each timed with all threads at it.
+continues. The other groups have files of their own, and our engine is measured again in each: ``--group small`` has
+our CIFAR ResNets, ``--group mobile`` runtimes made for phones, ``--group reduced`` those that compute in fewer bits.
+Runtimes are interleaved, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours say
+how many GFLOP/s the fastest call is, and which share of the fastest product that PyTorch computes on the same threads;
+at batch 1 they list the ten slowest layers, each timed with all threads at it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import gatedconv
 from benchmarks.harness import RESULTS, ResultFile, machine_header
-from benchmarks.networks import fill_norms, half_open
+from benchmarks.networks import NetworkCase, fill_norms, half_open
 from benchmarks.roofline import layer_work, measured_rates
 from benchmarks.yolo import Yolo
 from gatedconv.engine.cpu_plan import PlanModule
@@ -60,13 +60,15 @@ PEERS = {
     "litert": "LiteRT",
 }
 OWN = tuple(setting for setting in SETTINGS if setting.provider == OURS)
+_SERVERS = tuple(s for s in SETTINGS if s.provider in (OURS, "onnxruntime", "openvino"))
 GROUPS = {
-    "main": tuple(s for s in SETTINGS if s.provider in (OURS, "onnxruntime", "openvino")),
+    "main": _SERVERS,
+    "small": _SERVERS,
     "mobile": OWN + tuple(s for s in SETTINGS if s.provider in ("mnn", "ncnn", "litert")),
     "reduced": OWN + REDUCED,
 }
 """What is measured side by side, each in a result file of its own."""
-PACKAGES = {"main": (), "mobile": ("MNN", "ncnn", "pnnx", "ai-edge-litert"), "reduced": ("nncf",)}
+PACKAGES = {"main": (), "small": (), "mobile": ("MNN", "ncnn", "pnnx", "ai-edge-litert"), "reduced": ("nncf",)}
 SLOWEST, PROFILES = 10, 20
 
 
@@ -85,6 +87,7 @@ class Case:
 
 
 CASES = tuple(Case(*case) for case in itertools.product(NETWORKS, VARIANTS, BATCHES))
+SMALL = tuple(Case(*case) for case in itertools.product(("resnet56", "resnet110"), VARIANTS, (1, 32)))
 
 
 def build(network: str, variant: str, size: int = 224) -> nn.Module:
@@ -93,6 +96,8 @@ def build(network: str, variant: str, size: int = 224) -> nn.Module:
     Raises:
         ImportError: torchvision is not installed.
     """
+    if hasattr(gatedconv.models, network):
+        return NetworkCase(network, variant, 1).build()[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if network == "yolov8n":
@@ -154,7 +159,7 @@ def measure(case: Case, network: nn.Module, folder: Path, options: argparse.Name
         gflops = 2 * macs * case.batch / row.ms_min / 1e6 if own and row.ms_min else None
         share = None if gflops is None else round(gflops / peak, 3)
         rows.append({**row.as_dict(), "gflops": gflops and round(gflops, 1), "share_of_peak": share})
-    layers = slowest_layers(network, x) if case.batch == 1 and options.group == "main" else []
+    layers = slowest_layers(network, x) if case.batch == 1 and GROUPS[options.group] is _SERVERS else []
     return {"rows": rows, "failures": found.failure_rows(), "layers": {case.name: layers} if layers else {}}
 
 
@@ -164,7 +169,12 @@ def section() -> str:
     for path in sorted(RESULTS.glob("shipped-*.json")):
         found = json.loads(path.read_text())
         machines.setdefault(found["machine"]["device"], {})[found["machine"].get("group", "main")] = found
-    parts = [part for groups in machines.values() if "main" in groups for part in (_table(groups), _reduced(groups))]
+    parts = []
+    for groups in machines.values():
+        if "main" in groups:
+            parts += [_table(groups), _reduced(groups)]
+        if "small" in groups:
+            parts.append(_table({"main": groups["small"]}, "Small images, same precision."))
     return "\n\n".join(parts) or "No results yet."
 
 
@@ -199,9 +209,9 @@ class _Timed:
     def __init__(self, found: dict[str, Any]) -> None:
         names = set(Row.__dataclass_fields__)
         rows = [Row(**{key: value for key, value in row.items() if key in names}) for row in found["rows"]]
-        self.best: dict[Case, dict[tuple[str, str], Row]] = {case: {} for case in CASES}
+        self.best: dict[Case, dict[tuple[str, str], Row]] = {case: {} for case in CASES + SMALL}
         for row in best_rows(rows, "ms_min"):
-            case = next(case for case in CASES if (case.name, case.batch) == (row.case, row.batch))
+            case = next(case for case in self.best if (case.name, case.batch) == (row.case, row.batch))
             self.best[case][row.provider, row.dtype] = row
 
     def ours(self, case: Case) -> Row | None:
@@ -217,14 +227,15 @@ class _Timed:
         return [ms / ours.ms_min for ms in times] if ours is not None and ours.ms_min else []
 
 
-def _table(groups: dict[str, dict[str, Any]]) -> str:
+def _table(groups: dict[str, dict[str, Any]], title: str = "Same precision.") -> str:
     found = groups["main"]
     machine = found["machine"]
     timed = [_Timed(groups[name]) for name in ("main", "mobile") if name in groups]
-    shown = {p: title for p, title in PEERS.items() if any((p, "float32") in t.peers(c) for t in timed for c in CASES)}
+    cases = CASES + SMALL
+    shown = {p: name for p, name in PEERS.items() if any((p, "float32") in t.peers(c) for t in timed for c in cases)}
     own = {(row["case"], row["batch"]): row for row in found["rows"] if row["provider"] == OURS}
     lines, ratios = [], []
-    for case in CASES:
+    for case in cases:
         ours, peers = own.get((case.name, case.batch)), {k: v for t in timed for k, v in t.peers(case).items()}
         faster = [ratio for t in timed for ratio in t.ratios(case)]
         if ours is None or not faster:
@@ -237,7 +248,8 @@ def _table(groups: dict[str, dict[str, Any]]) -> str:
     phones = "MNN, ncnn and LiteRT "
     phones += "in another one with our engine" if "mobile" in groups else "are not measured yet"
     return (
-        f"**Same precision.** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32, 224 x 224; "
+        f"**{title}** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32, "
+        f"{machine['size']} x {machine['size']}; "
         f"{_software(groups)}. Fastest call in ms (median of the rounds), each runtime at its fastest setting. "
         f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows; geometric mean of "
         f"fastest peer / ours {_geometric_mean(ratios):.2f}. Ratios are of interleaved calls: ONNX Runtime and "
@@ -331,9 +343,10 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every runtime [2]")
     parser.add_argument("--minutes", type=float, help="start no case after this time; run again to continue")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images [224]")
+    parser.add_argument("--size", type=int, help="height and width of the images [224; 32 in the group small]")
     parser.add_argument("--out", type=Path, help="result file [benchmarks/results/shipped-DEVICE.json, -GROUP]")
     options = parser.parse_args(arguments)
+    options.size = options.size or (32 if options.group == "small" else 224)
     torch.set_num_threads(options.threads)
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     peak = measured_rates(torch.device("cpu"), torch.float32).flop_per_ms / 1e6
@@ -343,7 +356,8 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
         machine |= {"group": options.group, "versions": machine["versions"] | versions(*PACKAGES[options.group])}
         end_of_name = f"-{options.group}"
     record = ResultFile(options.out or RESULTS / f"shipped-{machine['device']}{end_of_name}.json", machine)
-    for (name, variant), cases in itertools.groupby(CASES, key=lambda case: (case.network, case.variant)):
+    wanted = SMALL if options.group == "small" else CASES
+    for (name, variant), cases in itertools.groupby(wanted, key=lambda case: (case.network, case.variant)):
         left = [case for case in cases if options.only in case.name and not record.has(case.name, case.batch)]
         if not left or time.monotonic() > end:
             continue

@@ -47,6 +47,7 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
         "cpu": "a CPU",
         "isa": "AVX2",
         "threads": 2,
+        "size": 224,
         "torch": "2",
         "versions": {},
         "commit": "c" * 40,
@@ -69,6 +70,12 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
     assert "fastest in 1 of 1 rows; geometric mean of fastest peer / ours 1.50" in text
     assert "MNN, ncnn and LiteRT are not measured yet" in text and "MNN |" not in text
     assert text.endswith("**Whatever the user could pick.** Not measured yet.")
+    few = [row("gatedconv", "Engine", 2.0, gflops=50.0, share_of_peak=0.5), row("openvino", "latency", 5.0)]
+    small = {**found, "machine": {**found["machine"], "group": "small", "size": 32}}
+    small["rows"] = [{**each, "case": "resnet56 mid-50", "batch": 32} for each in few]
+    (tmp_path / "shipped-a-small.json").write_text(json.dumps(small))
+    assert "| resnet56 mid-50 | 32 | 2.00 (4.00) | 5.00 (10.00) | 2.50 | 50 | 50% |" in shipped.section()
+    assert "32 x 32" in shipped.section() and "224 x 224" in shipped.section()
 
     def also(group: str, rows: list[dict[str, object]], failures: list[dict[str, object]]) -> None:
         more = {**found, "machine": {**found["machine"], "group": group}, "rows": rows, "failures": failures}
