@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import gatedconv
-from benchmarks.harness import RESULTS, write_result
-from gatedconv.environment import commit, versions
+from benchmarks.harness import RESULTS, machine_header, write_result
+from gatedconv.environment import versions
 from gatedconv.report.footprint import footprint_rows, measure_footprints
 from gatedconv.report.tables import text_table
 
@@ -43,7 +43,7 @@ def main() -> None:
             found = measure_footprints(build(name), x, Path(folder), rounds=arguments.rounds)
         rows += [{"network": title, **dataclasses.asdict(row)} for row in found]
         print(f"{title}\n{text_table(*footprint_rows(rows[-len(found) :]))}\n")
-    result = {"rounds": arguments.rounds, "commit": commit(), "versions": versions(), "rows": rows}
+    result = {"rounds": arguments.rounds, "machine": machine_header(1), "versions": versions(), "rows": rows}
     write_result(RESULTS / "footprint.json", result)
 
 

@@ -165,7 +165,7 @@ def footprints() -> str:
     header, cells = footprint_rows(found["rows"])
     rows = [[row["network"], *line] for row, line in zip(found["rows"], cells, strict=True)]
     table = markdown_table(["network", *header], rows, 3)
-    return f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['commit'])}."
+    return f"{table}\n\nThe least of {found['rounds']} processes of each; commit {_commit(found['machine']['commit'])}."
 
 
 def training_speed() -> str:
