@@ -51,8 +51,9 @@ class Engine(nn.Module):
             kept in the folder of GATEDCONV_CACHE (default ~/.cache/gatedconv), a file for each CPU, number of threads
             and version of the kernels. (On CUDA they always are.)
         dtype: Of the products of dense convolutions and linear layers. On the CPU torch.bfloat16 rounds their weights
-            and inputs and sums in float32; the engine's inputs, outputs and all else stay float32. It is fast where the
-            CPU has AMX; others compute the same more slowly than float32. None: the model's own.
+            and inputs and sums in float32; the engine's inputs, outputs and all else stay float32. That is fast on
+            a CPU with AMX; others, even with AVX512_BF16, compute the same more slowly than float32. None: the model's
+            own.
 
     Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
 
