@@ -116,10 +116,15 @@ struct Map {
   ptrdiff_t pixel = 0, row = 0, image = 0, offset = 0;  // offset: of channel 0 in its pixel
   bool passes = false;  // from one step to the next, a few rows at a time: it is never whole
   float* data = nullptr;
-  int bottom() const { return halo + (height + multiple - 1) / multiple * multiple - height; }
-  int right() const { return halo + (width + multiple - 1) / multiple * multiple - width; }
-  bool exists() const { return height > 0; }
-  float* at(int64_t n, int64_t y) const { return data + n * image + y * row; }
+  // Every instruction set's units use these. Were one not inlined, the linker could keep the copy with AVX.
+  [[gnu::always_inline]] int bottom() const {
+    return halo + (height + multiple - 1) / multiple * multiple - height;
+  }
+  [[gnu::always_inline]] int right() const {
+    return halo + (width + multiple - 1) / multiple * multiple - width;
+  }
+  [[gnu::always_inline]] bool exists() const { return height > 0; }
+  [[gnu::always_inline]] float* at(int64_t n, int64_t y) const { return data + n * image + y * row; }
 };
 
 struct Step {
@@ -149,7 +154,7 @@ struct Step {
   float* target;
 };
 
-inline bool in_bf16(const Step& step) {
+static inline bool in_bf16(const Step& step) {
   return step.op == Op::kConv && step.option == 2;
 }
 
