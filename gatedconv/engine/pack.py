@@ -44,13 +44,13 @@ def pack_depthwise(weight: Tensor) -> Tensor:
     return padded.permute(2, 3, 1, 0).reshape(-1)
 
 
-def takes_turns(weight: Tensor, groups: int) -> bool:
+def has_groups_of_8(weight: Tensor, groups: int) -> bool:
     """Whether a convolution (C_out, C_in / groups, KH, KW) has groups of 8 inputs and 8 outputs."""
     return groups > 1 and weight.shape[1] == 8 and weight.shape[0] == 8 * groups
 
 
-def pack_turns(weight: Tensor) -> Tensor:
-    """(C_out, 8, KH, KW) in groups of 8 -> flat [panel][KH][KW][8][16], a panel's two groups by turns."""
+def pack_groups_of_8(weight: Tensor) -> Tensor:
+    """(C_out, 8, KH, KW) in groups of 8 -> flat [panel][KH][KW][8][16], a panel's two groups interleaved."""
     out_channels, _, height, width = weight.shape
     padded = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -out_channels % PANEL))
     return padded.view(-1, 2, 8, 8, height, width).permute(0, 4, 5, 3, 2, 1).reshape(-1)

@@ -13,14 +13,14 @@ from gatedconv.engine.choose import Choose, algorithms, choose_estimated
 from gatedconv.engine.layers import Layer, map_size
 from gatedconv.engine.pack import (
     PANEL,
+    has_groups_of_8,
     pack_bf16,
     pack_depthwise,
     pack_grouped,
+    pack_groups_of_8,
     pack_panels,
-    pack_turns,
     pack_winograd,
     round_up,
-    takes_turns,
 )
 
 VERSION = 1  # of the encoding, and of files: GATEDCONV_PLAN_FILE_VERSION in csrc/cpu/gatedconv_plan.h
@@ -365,7 +365,9 @@ def _place_maps(steps: list[Step], maps: list[Map]) -> None:
 
 
 _LOCAL = {"conv", "bf16", "depthwise", "max_pool", "avg_pool", "layer_norm"}
-_PASSES = 2**17  # floats of the smallest map that may not stay in a second-level cache
+# Floats of the smallest map that may not stay in a second-level cache. The kernels' limit, which the program does not
+# know, is 0.2 to 0.8 MB by the machine (csrc/cpu/plan_schedule.h: half of cache_bytes); this is 0.5 MB, unmeasured.
+_PASSES = 2**17
 
 
 def _last_reads(steps: list[Step], maps: list[Map], roots: list[int]) -> dict[int, int]:
@@ -463,7 +465,7 @@ def _describe(step: Step, layer: Layer, maps: list[Map], weights: _Blob, lists: 
         fields["span"] = layer.groups
     elif layer.weight is not None:
         packed, fields["span"], starts = _pack(step.op, layer)
-        if step.op == "conv" and takes_turns(layer.weight, layer.groups):
+        if step.op == "conv" and has_groups_of_8(layer.weight, layer.groups):
             fields["option"] = 1
         index = index or starts
         fields["weights"] = weights.add(packed)
@@ -506,8 +508,8 @@ def _pack(op: str, layer: Layer) -> tuple[Tensor, int, list[int]]:
         return pack_depthwise(layer.weight), 1, []
     if op in ("winograd2", "winograd4"):
         return pack_winograd(layer.weight, int(op[-1])), layer.weight.shape[1], []
-    if takes_turns(layer.weight, layer.groups):
-        return pack_turns(layer.weight), 8, []
+    if has_groups_of_8(layer.weight, layer.groups):
+        return pack_groups_of_8(layer.weight), 8, []
     if layer.groups > 1:
         return pack_grouped(layer.weight, layer.groups)
     return pack_panels(layer.weight), layer.weight.shape[1], []
