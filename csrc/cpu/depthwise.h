@@ -135,7 +135,8 @@ static inline DepthwiseFunction depthwise_function(const Step& step, int px) {
 }
 
 // Tiles go vector by vector over some rows: of one vector, the rows under a window stay in the nearest cache,
-// so that most pixels come there once, and not once for every row of the window.
+// so that most pixels come there once, and not once for every row of the window. For a 3x3 eight rows read
+// ten, 35 KiB of 16 channels at a width of 56; chosen by size, unmeasured.
 constexpr int kStrip = 8;
 
 static inline void conv_depthwise(const Step& step, const Part& part) {

@@ -17,7 +17,8 @@ using gatedconv::ConvShape;
 using gatedconv::ConvTensors;
 using torch::stable::Tensor;
 
-// Threads take whole output planes (n, oc). A plane of less work than this is not worth waking a thread for.
+// Threads take whole output planes (n, oc). A plane of less work than this is not worth waking a thread for;
+// chosen by size, unmeasured.
 constexpr int64_t kOutputsPerTask = 4096;
 
 template <typename T>

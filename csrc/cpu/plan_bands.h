@@ -1,9 +1,6 @@
 // Depth-first runs: steps in a row, each of which alone reads what the one in front has made, done band by
 // band of rows. Of the maps between them only the rows at hand exist, in a worker's own memory, and so they
-// stay in its cache, where whole maps, such as the expanded ones of inverted residuals, would not. On
-// MobileNetV2 at 224 pixels, with 2 MiB of second-level cache and one thread, the layers to the second block
-// run 1.6 times as fast, those of the third and fourth 1.3 times; the first two blocks of RegNetY-400MF 1.26
-// and 1.19 times. Maps of 0.6 MB gain nothing.
+// stay in its cache, where whole maps, such as the expanded ones of inverted residuals, would not.
 #pragma once
 
 #include <utility>
