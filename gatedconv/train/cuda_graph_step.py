@@ -32,7 +32,7 @@ WARM_UP = 3
 def make_stepper(
     model: nn.Module, config: TrainConfig, device: torch.device, ranks: Ranks = SINGLE, **options: Any
 ) -> Stepper:
-    """The kind of `Stepper` that `config` asks for, with the arguments of `Stepper`.
+    """The kind of `Stepper` that `config` selects, with the arguments of `Stepper`.
 
     Raises:
         ValueError: `cuda_graph` without a GPU, or with several processes.

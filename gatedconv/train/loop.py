@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from gatedconv.train.recipe import eval_batches, place, polar_weight, precision_
 from gatedconv.train.step import PASSES_PER_STEP, StepMacs, Stepper, StepResult, checks_immediately
 from gatedconv.train.stopping import StopPoll
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.
 _SYNC_EVERY = 20
 # Of an epoch: seconds, those of the cores, MACs executed and skipped.
@@ -49,8 +52,25 @@ class NonFiniteLoss(ArithmeticError):
     """Too many steps had a loss or gradient that is not finite; the message is for the user."""
 
 
+class TrainingOptions(TypedDict, total=False):
+    """Keyword arguments of `Training`, which says what they are."""
+
+    phase: str
+    checkpoint: Path | None
+    on_step: Callable[[StepReport], object] | None
+    on_note: Callable[[str], object]
+    deadline: float | None
+    stop: Callable[[], bool] | None
+    teacher: Teacher | FinishedTeacher | None
+
+
 def train(
-    model: nn.Module, data: ImageData, config: TrainConfig, *, resume: bool = False, **options: Any
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    **options: Unpack[TrainingOptions],
 ) -> Iterator[EpochMetrics]:
     """Train a network in place; each item taken from the iterator is an epoch. See `Training.epochs`.
 
@@ -59,7 +79,7 @@ def train(
         data: as `Training`.
         config: as `Training`.
         resume: continue from the checkpoint, if the options name one.
-        options: the other arguments of `Training`.
+        options: `TrainingOptions`.
     """
     training = Training(model, data, config, **options)
     slow = precision_note(config.amp, training.device)
@@ -79,14 +99,14 @@ class Training:
         data: images and labels.
         config: the recipe.
         phase: the name of this training in metrics and errors.
-        checkpoint: file written after each epoch, and within one as `checkpoint_minutes` asks; None writes none.
+        checkpoint: file written after each epoch, and within one as `checkpoint_minutes` sets; None writes none.
         on_step: called now and then within an epoch.
         on_note: called with messages for the user: that the previous checkpoint was read, that steps were skipped.
         deadline: `time.monotonic()` after which to stop; at least one step is made, so that a run that is resumed
             often enough completes.
         stop: called after each step, with several processes about once a second, and between epochs; True from any
             process ends `epochs` after a checkpoint.
-        teacher: of an earlier phase; None for a new one, if `config` asks for it: of the network that it names.
+        teacher: of an earlier phase; None for a new one, if `config` names its network.
 
     Attributes:
         history: metrics of the epochs done.
