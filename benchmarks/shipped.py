@@ -245,15 +245,17 @@ def _table(groups: dict[str, dict[str, Any]], title: str = "Same precision.") ->
         speed = [f"{ratios[-1]:.2f}", f"{ours['gflops']:.0f}", f"{ours['share_of_peak']:.0%}"]
         lines.append([case.name, str(case.batch), *cells, *speed])
     header = ["network", "batch", "**gatedconv**", *shown.values(), "fastest peer / ours", "GFLOP/s", "of the peak"]
-    phones = "MNN, ncnn and LiteRT "
-    phones += "in another one with our engine" if "mobile" in groups else "are not measured yet"
+    phones = ""
+    if machine.get("group", "main") == "main":
+        phones = ", MNN, ncnn and LiteRT "
+        phones += "in another one with our engine" if "mobile" in groups else "are not measured yet"
     return (
         f"**{title}** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32, "
         f"{machine['size']} x {machine['size']}; "
         f"{_software(groups)}. Fastest call in ms (median of the rounds), each runtime at its fastest setting. "
         f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows; geometric mean of "
         f"fastest peer / ours {_geometric_mean(ratios):.2f}. Ratios are of interleaved calls: ONNX Runtime and "
-        f"OpenVINO in one run, {phones}. The peak is the fastest product that PyTorch "
+        f"OpenVINO in one run{phones}. The peak is the fastest product that PyTorch "
         f"computes on these threads, {machine['peak_gflops']:.0f} GFLOP/s; Winograd's algorithms may pass it, because "
         f"the multiply-adds of the direct sum are counted.\n\n"
         + markdown_table(header, lines, 1)

@@ -88,7 +88,7 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
     half = {**row("gatedconv", "Engine, bf16", 0.5, error=0.001, agreement=1.0), "dtype": "bfloat16"}
     also("reduced", [row("gatedconv", "Engine", 4.0), half, reduced], [])
     text = shipped.section()
-    # Of calls that took turns: MNN's 5.0 over the 4.0 of its own run.
+    # Of interleaved calls: MNN's 5.0 over the 4.0 of its own run.
     assert "| 2.00 (4.00) | 3.00 (6.00) | 4.00 (8.00) | 5.00 (10.00) | 1.25 | 50 | 50% |" in text
     assert "- ncnn, float32: not installed (4 cases)" in text and "ot measured yet" not in text
     own = "| 4.00 (8.00) | 0.50 (1.00) | 1.0e-03, 100% |"
