@@ -73,8 +73,8 @@ static inline vec expm1_negative(vec x) {
   return scale * (s.tail * (s.r * s.r) + s.r) + (scale - 1.0f);
 }
 
-// factor / (1 + exp(-x)). With exp(-x) = s (1 + m) and a power of two s, the denominator is (1 + s) + s m; what
-// the first sum loses where s is large goes to the second. Beyond -88 the result is below 1e-36, and 0.
+// factor / (1 + exp(-x)). With exp(-x) = s (1 + m) and a power of two s, the denominator is (1 + s) + s m;
+// what the first sum loses where s is large goes to the second. Beyond -88 the result is below 1e-36, and 0.
 static inline vec sigmoid_times(vec x, vec factor) {
   vec y = x > 87.0f ? splat(87.0f) : x;
   y = y < -88.0f ? splat(-88.0f) : y;
