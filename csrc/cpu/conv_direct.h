@@ -85,7 +85,7 @@ static inline void conv_line(const Step& step, const Lines& lines, Tile& tile, A
     tile.out = out + x * lines.out;
     tile.residual = residual ? residual + x * lines.residual : nullptr;
     tile.ahead = ahead.take();
-    tile_function(px, v)(tile);
+    function_of<Tiles>(px, v)(tile);
     if (!tile.pauses) activate_pixels(step.late, step.value, tile.out, px, lines.out, v);
   });
 }

@@ -170,22 +170,13 @@ static void multiply(const Product& product) {
   }
 }
 
-using MultiplyFunction = void (*)(const Product&);
-
-template <int V, int... I>
-static MultiplyFunction pick_multiply(int px, std::integer_sequence<int, I...>) {
-  static constexpr MultiplyFunction functions[] = {multiply<I + 1, V>...};
-  return functions[px - 1];
-}
-
-static inline MultiplyFunction multiply_function(int px, int v) {
-  if constexpr (kMaxVectors == 4) {
-    if (v == 3) return pick_multiply<3>(px, std::make_integer_sequence<int, max_pixels(3)>());
-    if (v == 4) return pick_multiply<4>(px, std::make_integer_sequence<int, max_pixels(4)>());
+struct Multiplies {
+  using Function = void (*)(const Product&);
+  template <int PX, int V>
+  static constexpr Function of() {
+    return multiply<PX, V>;
   }
-  if (v == 2) return pick_multiply<2>(px, std::make_integer_sequence<int, max_pixels(2)>());
-  return pick_multiply<1>(px, std::make_integer_sequence<int, max_pixels(1)>());
-}
+};
 
 // Walks over the tiles of a batch of maps, row by row.
 struct TileCursor {
@@ -270,7 +261,7 @@ static bool conv_winograd(const Step& step, const Part& part, float* scratch) {
           product.ahead = ahead.take();
           product.patches = scratch + point * patch_point + static_cast<ptrdiff_t>(t) * padded;
           product.out = sums + point * sum_point + static_cast<ptrdiff_t>(t) * v * kLanes;
-          multiply_function(px, v)(product);
+          function_of<Multiplies>(px, v)(product);
         });
       }
       transform_results<M>(step, begin, tiles, v0, v, sums, sum_point, finite);

@@ -88,8 +88,6 @@ static void run_tile(const Tile& tile) {
   }
 }
 
-using TileFunction = void (*)(const Tile&);
-
 // Tile heights that fit the registers: PX * V sums, V weights and one pixel.
 constexpr int kMaxVectors = kLanes == 16 ? 4 : 2;
 constexpr int max_pixels(int v) {
@@ -97,20 +95,30 @@ constexpr int max_pixels(int v) {
   return v == 1 ? 12 : 6;
 }
 
-template <int V, int... I>
-static TileFunction pick_tile(int px, std::integer_sequence<int, I...>) {
-  static constexpr TileFunction functions[] = {run_tile<I + 1, V>...};
+template <typename Table, int V, int... I>
+static typename Table::Function pick(int px, std::integer_sequence<int, I...>) {
+  static constexpr typename Table::Function functions[] = {Table::template of<I + 1, V>()...};
   return functions[px - 1];
 }
 
-static inline TileFunction tile_function(int px, int v) {
+// The function of a table for tiles of px pixels and v vectors.
+template <typename Table>
+static inline typename Table::Function function_of(int px, int v) {
   if constexpr (kMaxVectors == 4) {
-    if (v == 3) return pick_tile<3>(px, std::make_integer_sequence<int, max_pixels(3)>());
-    if (v == 4) return pick_tile<4>(px, std::make_integer_sequence<int, max_pixels(4)>());
+    if (v == 3) return pick<Table, 3>(px, std::make_integer_sequence<int, max_pixels(3)>());
+    if (v == 4) return pick<Table, 4>(px, std::make_integer_sequence<int, max_pixels(4)>());
   }
-  if (v == 2) return pick_tile<2>(px, std::make_integer_sequence<int, max_pixels(2)>());
-  return pick_tile<1>(px, std::make_integer_sequence<int, max_pixels(1)>());
+  if (v == 2) return pick<Table, 2>(px, std::make_integer_sequence<int, max_pixels(2)>());
+  return pick<Table, 1>(px, std::make_integer_sequence<int, max_pixels(1)>());
 }
+
+struct Tiles {
+  using Function = void (*)(const Tile&);
+  template <int PX, int V>
+  static constexpr Function of() {
+    return run_tile<PX, V>;
+  }
+};
 
 // `count` pixels in even pieces of at most max_pixels(v): 32 pixels are 11 + 11 + 10, not 14 + 14 + 4.
 template <typename Body>
