@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu [first] [--max-minutes X] [--dry] [--out DIR]`: parity and timings on a GPU.
 
 ``first`` takes at most six minutes; without it all cases run. Each case runs in a process of its own and is killed at
-its time limit; the next one runs whatever happened. Rows go to DIR/gpu.json after every case, output to DIR/logs/.
+its time limit; the next one runs whatever happened. What measures no times runs side by side. Rows go to DIR/gpu.json
+after every case, output to DIR/logs/.
 ``--dry`` walks through the smallest case of each kind on the CPU, in one process.
 
 Exit code 0; 1 where a case failed; 2, with one line, for a wrong argument or where there is no GPU.
@@ -10,6 +11,7 @@ Exit code 0; 1 where a case failed; 2, with one line, for a wrong argument or wh
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +36,7 @@ from gatedconv.report.bench import Row
 from gatedconv.report.tables import text_table
 
 FIRST_MINUTES = 6.0
+MOST_AT_ONCE = 8  # processes that share the GPU: each has a context of half a gigabyte
 KILLED = -1
 # The provider that others of the same case are compared with.
 BASELINES = {
@@ -74,16 +78,20 @@ def run_all(cases: Sequence[Case], out: Path, deadline: float | None) -> int:
     """Run each case in its own process; rows are on the disk after every one."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for case in cases:
+
+    def run(case: Case) -> list[Row]:
         left = case.seconds if deadline is None else min(case.seconds, deadline - time.monotonic())
         if left < min(5.0, case.seconds):
-            new = [failure(case, "not run: out of time")]
-        else:
-            command = [sys.executable, "-m", "benchmarks.gpu", "--case", case.name, "--out", str(out)]
-            new = run_case(case, command, out, left)
-        rows += new
-        print(table(new), flush=True)
-        save(out, rows)
+            return [failure(case, "not run: out of time")]
+        command = [sys.executable, "-m", "benchmarks.gpu", "--case", case.name, "--out", str(out)]
+        return run_case(case, command, out, left)
+
+    for alone, group in itertools.groupby(cases, key=lambda case: case.alone):
+        with ThreadPoolExecutor(max(1, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2))) as pool:
+            for new in map(run, group) if alone else pool.map(run, group):
+                rows += new
+                print(table(new), flush=True)
+                save(out, rows)
     failed = [row for row in rows if row.failed]
     print(f"{len(rows)} rows, {len(failed)} failed, in {out / 'gpu.json'}")
     return int(bool(failed))

@@ -38,6 +38,7 @@ class Case:
         seconds: after which the process is killed.
         first: whether the stage ``first`` has it.
         dry: whether a dry walk has it: one case, the smallest, of each kind.
+        alone: whether it measures times, so that nothing may run beside it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     seconds: float = FIRST_S
     first: bool = True
     dry: bool = False
+    alone: bool = True
 
 
 def all_cases() -> list[Case]:
@@ -58,11 +60,11 @@ def _cases() -> Iterator[Case]:
     yield Case("build", build, 300.0, dry=True)
     yield Case("ceilings", ceilings, dry=True)
     for format_ in ("float16", "tf32", "bfloat16", "float32"):
-        yield Case(f"parity-conv-{format_}", lambda m, f=format_: parity.conv_rows(m, f), dry=format_ == "float16")
+        yield _check(f"conv-{format_}", lambda m, f=format_: parity.conv_rows(m, f), dry=format_ == "float16")
     for ranks in (1, 2, 4, 8):
-        yield Case(f"parity-resident-x{ranks}", lambda m, r=ranks: parity.resident_rows(m, r), dry=ranks == 1)
-    yield Case("parity-gate", parity.gate_rows, dry=True)
-    yield Case("parity-block", parity.block_rows, dry=True)
+        yield _check(f"resident-x{ranks}", lambda m, r=ranks: parity.resident_rows(m, r), dry=ranks == 1)
+    yield _check("gate", parity.gate_rows)
+    yield _check("block", parity.block_rows)
     kinds: tuple[tuple[str, int, int], ...] = (("layer", 16, 32), ("channel", 64, 8))
     for kind, channels, size in kinds:
         yield Case(
@@ -87,6 +89,10 @@ def _cases() -> Iterator[Case]:
     for tool in ("memcheck", "racecheck"):
         yield Case(f"sanitizer-{tool}", lambda m, t=tool: sanitized(m, t), 120.0, dry=tool == "memcheck")
     yield from _more()
+
+
+def _check(name: str, run: Callable[[Machine], Sequence[Row]], dry: bool = True) -> Case:
+    return Case(f"parity-{name}", run, dry=dry, alone=False)
 
 
 def _compiling() -> Iterator[Case]:
