@@ -24,7 +24,6 @@ from triton.language import constexpr
 from . import gate, gate_backward
 from .common import (
     FIXED_ORDER,
-    Map,
     as_map,
     ceil_div,
     gradient_like,
@@ -52,12 +51,12 @@ class Norm(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """What both passes of the backward read: gradients of out and of its mean, out, x, and what ``out`` was made of."""
+    """What both passes of the backward read beside maps: the gradient of out's mean, and what ``out`` was made of.
 
-    d_out: Map | None
+    Maps stay outside: in a tuple within a tuple Triton 3.6 takes a stride of 1 for None.
+    """
+
     d_pooled: Tensor | None
-    out: Map
-    x: Map
     norm: Norm
     layer: Tensor | None
     channel: Tensor | None
@@ -232,7 +231,9 @@ def pooled_gradient(d_pooled_ptr, n, c, C, HW, BLOCK_C: constexpr):
 
 
 @triton.jit
-def residual_reduce(part, d_channel_ptr, given, N, C, HW, N_PER_GROUP, BLOCK_C: constexpr, BLOCK_S: constexpr):
+def residual_reduce(
+    part, d_channel_ptr, d_out, out, x, given, N, C, HW, N_PER_GROUP, BLOCK_C: constexpr, BLOCK_S: constexpr
+):
     """Gradients of the gates, and part.norm (G, 2, C) = sums of dy and of dy * normed x, dy the gradient of BN(x).
 
     part.layer (N, C tiles) is left to be summed; d_channel (N, C). Grid (G, C tiles).
@@ -255,8 +256,8 @@ def residual_reduce(part, d_channel_ptr, given, N, C, HW, N_PER_GROUP, BLOCK_C: 
         for s0 in range(0, HW, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
             mask = in_c[:, None] & (s < HW)[None, :]
-            grad = sum_gradient(given.d_out, share, given.out, n, c, s, mask)
-            value = tl.load(map_at(given.x, n, c, s), mask=mask, other=0.0).to(tl.float32)
+            grad = sum_gradient(d_out, share, out, n, c, s, mask)
+            value = tl.load(map_at(x, n, c, s), mask=mask, other=0.0).to(tl.float32)
             plain += tl.sum(grad, 1)
             normed += tl.sum(grad * ((value - mean[:, None]) * rstd[:, None]), 1)
         branch = gamma * normed + beta * plain
@@ -312,7 +313,9 @@ def finish_reduce(
 
 
 @triton.jit
-def residual_backward(dx, d_shortcut, given, sums, d_normed_ptr, N, C, HW, BLOCK_C: constexpr, BLOCK_S: constexpr):
+def residual_backward(
+    dx, d_shortcut, d_out, out, x, given, sums, d_normed_ptr, N, C, HW, BLOCK_C: constexpr, BLOCK_S: constexpr
+):
     """Write dx through factor and BN, and d_shortcut unless it is None. Grid (N, C tiles)."""
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -330,8 +333,8 @@ def residual_backward(dx, d_shortcut, given, sums, d_normed_ptr, N, C, HW, BLOCK
     for s0 in range(0, HW, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         mask = in_c[:, None] & (s < HW)[None, :]
-        grad = sum_gradient(given.d_out, share, given.out, n, c, s, mask)
-        value = tl.load(map_at(given.x, n, c, s), mask=mask, other=0.0).to(tl.float32)
+        grad = sum_gradient(d_out, share, out, n, c, s, mask)
+        value = tl.load(map_at(x, n, c, s), mask=mask, other=0.0).to(tl.float32)
         normed = (value - mean[:, None]) * rstd[:, None]
         result = scale[:, None] * (factor[:, None] * grad + shift[:, None] - normed * mean_dyx[:, None])
         tl.store(map_at(dx, n, c, s), result.to(dx.ptr.dtype.element_ty), mask=mask)
@@ -418,11 +421,9 @@ def backward(
     x_map, layer = as_map(x), None if layer is None else layer.contiguous()
     groups, per_group, tiles, blocks = _grid(x_map.ptr)
     affine = Norm(saved.stat, norm.weight, norm.bias)
+    maps = None if d_out is None else as_map(d_out), as_map(saved.out), x_map
     given = Incoming(
-        None if d_out is None else as_map(d_out),
         None if d_pooled is None else d_pooled.contiguous(),
-        as_map(saved.out),
-        x_map,
         affine,
         layer,
         None if saved.decision is None else saved.decision.gate,
@@ -430,7 +431,7 @@ def backward(
     part = Parts(torch.empty(groups, 2, channels, **new), None if layer is None else torch.empty(batch, tiles, **new))
     d_channel = None if channel is None else torch.empty(batch, channels, **new)
     with on_device(x):
-        residual_reduce[(groups, tiles)](part, d_channel, given, *sizes, per_group, **blocks, **FIXED_ORDER)
+        residual_reduce[(groups, tiles)](part, d_channel, *maps, given, *sizes, per_group, **blocks, **FIXED_ORDER)
         d_normed, d_parameters = None, (None,) * 6
         if channel is not None:
             parameters, _, options, noise = channel
@@ -447,7 +448,7 @@ def backward(
             sums, part, d_normed, saved.pooled, affine, batch, channels, groups, tiles, **last
         )
         d_short = None if d_shortcut is None else as_map(d_shortcut)
-        residual_backward[(batch, tiles)](as_map(dx), d_short, given, sums, d_normed, *sizes, **blocks)
+        residual_backward[(batch, tiles)](as_map(dx), d_short, *maps, given, sums, d_normed, *sizes, **blocks)
     return dx, d_shortcut, d_layer, sums.gamma, sums.beta, *d_parameters
 
 

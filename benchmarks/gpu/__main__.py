@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.gpu.cases import Case, all_cases, stand_in
 from benchmarks.harness import ROOT, Machine, machine_header, write_result
+from gatedconv import _native
 from gatedconv._io import write_atomic
 from gatedconv.cli import Parser
 from gatedconv.report.bench import Row
@@ -98,7 +99,7 @@ def run_all(cases: Sequence[Case], out: Path, deadline: float | None) -> int:
 
 
 def run_case(case: Case, command: Sequence[str], out: Path, seconds: float) -> list[Row]:
-    """The rows of a case that runs in a process; a failed row where it was killed or ended without rows."""
+    """The rows of a case that runs in a process, and a failed row where it was killed or ended otherwise."""
     result, log = out / f".{case.name}.json", out / "logs" / f"{case.name}.log"
     result.unlink(missing_ok=True)
     with open(log, "wb") as file:
@@ -109,19 +110,23 @@ def run_case(case: Case, command: Sequence[str], out: Path, seconds: float) -> l
             code = KILLED
         finally:  # also where this process is interrupted
             kill(process)
+    rows: list[Row] = []
     if result.is_file():
         rows = [Row(**row) for row in json.loads(result.read_text())]
         result.unlink()
         if code == 0:
             return rows
     why = f"killed after {seconds:.0f} s" if code == KILLED else f"exit code {code}: {last_line(log)}"
-    return [failure(case, f"failed: {why}")]
+    return [*rows, failure(case, f"failed: {why}")]
 
 
 def child(case: Case, out: Path) -> int:
-    """Run one case in this process and write its rows."""
-    rows = attempt(case, Machine())
-    write_atomic(out / f".{case.name}.json", json.dumps([row.as_dict() for row in rows]).encode())
+    """Run one case in this process and write its rows, after each part."""
+    _native.load("cuda")  # the operators exist once it is loaded
+    rows: list[Row] = []
+    for new in attempts(case, Machine()):
+        rows += new
+        write_atomic(out / f".{case.name}.json", json.dumps([row.as_dict() for row in rows]).encode())
     return 0
 
 
@@ -131,7 +136,7 @@ def dry_walk(cases: Sequence[Case]) -> int:
     with stand_in(machine) as installed:
         machine.stands_in = bool(installed)
         for case in cases:
-            new = attempt(case, machine)
+            new = [row for part in attempts(case, machine) for row in part]
             rows += new
             print(table(new), flush=True)
     failed = sum(row.failed for row in rows)
@@ -139,14 +144,15 @@ def dry_walk(cases: Sequence[Case]) -> int:
     return int(bool(failed))
 
 
-def attempt(case: Case, machine: Machine) -> list[Row]:
-    """The rows of a case; an exception is a failed row, with its traceback in the log."""
-    try:
-        return list(case.run(machine))
-    except Exception as error:  # the other cases do not depend on this one
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        return [failure(case, f"failed: {type(error).__name__}: {lines[0]}"[:200])]
+def attempts(case: Case, machine: Machine) -> Iterator[list[Row]]:
+    """The rows of each part of a case; an exception is a failed row, with its traceback in the log."""
+    for part in case.parts:
+        try:
+            yield list(part(machine))
+        except Exception as error:  # the other parts do not depend on this one
+            traceback.print_exc()
+            lines = str(error).strip().splitlines() or [""]
+            yield [failure(case, f"failed: {type(error).__name__}: {lines[0]}"[:200])]
 
 
 def failure(case: Case, note: str) -> Row:

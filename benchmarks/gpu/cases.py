@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,16 @@ SANITIZED = ("tests/kernels/gpu/test_sanitized.py", "tests/cuda/gpu/test_sanitiz
 TESTS = ("tests/kernels/gpu", "tests/cuda/gpu")
 
 
+Part = Callable[[Machine], Sequence[Row]]
+
+
 @dataclass(frozen=True)
 class Case:
     """Something to run in a process of its own.
 
     Attributes:
         name: unique; also the name of its log.
-        run: measures, and returns rows; an exception becomes a failed row.
+        parts: each measures something and returns rows; an exception becomes a failed row, and the next part runs.
         seconds: after which the process is killed.
         first: whether the stage ``first`` has it.
         dry: whether a dry walk has it: one case, the smallest, of each kind.
@@ -42,7 +46,7 @@ class Case:
     """
 
     name: str
-    run: Callable[[Machine], Sequence[Row]]
+    parts: tuple[Part, ...]
     seconds: float = FIRST_S
     first: bool = True
     dry: bool = False
@@ -57,83 +61,67 @@ def all_cases() -> list[Case]:
 
 def _cases() -> Iterator[Case]:
     # Compiling the library, where it was not built beforehand, takes minutes.
-    yield Case("build", build, 300.0, dry=True)
-    yield Case("ceilings", ceilings, dry=True)
+    yield Case("build", (build,), 300.0, dry=True)
+    yield Case("ceilings", (ceilings,), dry=True)
     for format_ in ("float16", "tf32", "bfloat16", "float32"):
         yield _check(f"conv-{format_}", lambda m, f=format_: parity.conv_rows(m, f), dry=format_ == "float16")
     for ranks in (1, 2, 4, 8):
         yield _check(f"resident-x{ranks}", lambda m, r=ranks: parity.resident_rows(m, r), dry=ranks == 1)
     yield _check("gate", parity.gate_rows)
     yield _check("block", parity.block_rows)
-    kinds: tuple[tuple[str, int, int], ...] = (("layer", 16, 32), ("channel", 64, 8))
-    for kind, channels, size in kinds:
-        yield Case(
-            f"gate-{kind}", lambda m, k=kind, c=channels, s=size: gates.gate_rows(m, k, c, s), dry=kind == "layer"
-        )
+    for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
+        yield Case(f"gate-{kind}", (_gate(kind, channels, size),), dry=kind == "layer")
     for batch in (32, 256, 1):
-        for provider in engine.EAGER:
-            yield Case(
-                f"engine-{batch}-{provider.replace(' ', '-')}",
-                lambda m, b=batch, p=provider: engine.network_rows(m, "resnet56", "mid-50", b, "float16", p),
-                dry=batch == 1,
-            )
-    for number, layer in enumerate(engine.LAYERS):
-        yield Case(f"layer-{number}", lambda m, at=layer: engine.layer_rows(m, at), first=number < 2, dry=number == 1)
-    for provider in training.EAGER:
-        yield Case(
-            f"step-{provider.replace(' ', '-')}",
-            lambda m, p=provider: training.step_rows(m, 56, "channel", 256, p),
-            dry=provider == "gatedconv graph",
-        )
+        yield Case(f"engine-{batch}", _network("resnet56", batch, engine.EAGER), 90.0, dry=batch == 1)
+    first, *others = (partial(engine.layer_rows, layer=layer) for layer in engine.LAYERS)
+    yield Case("layer", (first,), dry=True)
+    yield Case("layer-others", tuple(others), 90.0)
+    yield Case("step", _step(56, "channel", training.EAGER), 90.0, dry=True)
     yield from _compiling()
     for tool in ("memcheck", "racecheck"):
-        yield Case(f"sanitizer-{tool}", lambda m, t=tool: sanitized(m, t), 120.0, dry=tool == "memcheck")
+        yield Case(f"sanitizer-{tool}", (partial(sanitized, tool=tool),), 120.0, dry=tool == "memcheck")
     yield from _more()
 
 
-def _check(name: str, run: Callable[[Machine], Sequence[Row]], dry: bool = True) -> Case:
-    return Case(f"parity-{name}", run, dry=dry, alone=False)
+def _check(name: str, run: Part, dry: bool = True) -> Case:
+    return Case(f"parity-{name}", (run,), dry=dry, alone=False)
+
+
+def _gate(kind: str, channels: int, size: int, providers: tuple[str, ...] = gates.EAGER) -> Part:
+    return partial(gates.gate_rows, kind=kind, channels=channels, size=size, providers=providers)
+
+
+def _network(model: str, batch: int, providers: Sequence[str]) -> tuple[Part, ...]:
+    rows = partial(engine.network_rows, model=model, variant="mid-50", batch=batch, dtype="float16")
+    return tuple(partial(rows, provider=provider) for provider in providers)
+
+
+def _step(depth: int, gate: str, providers: Sequence[str]) -> tuple[Part, ...]:
+    rows = partial(training.step_rows, depth=depth, gate=gate, batch=256)
+    return tuple(partial(rows, provider=provider) for provider in providers)
 
 
 def _compiling() -> Iterator[Case]:
     """What compiles takes longest, so it comes last."""
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
-        yield Case(
-            f"gate-{kind}-compile",
-            lambda m, k=kind, c=channels, s=size: gates.gate_rows(m, k, c, s, gates.COMPILED),
-            dry=kind == "layer",
-        )
-    yield Case(
-        "engine-32-compile",
-        lambda m: engine.network_rows(m, "resnet56", "mid-50", 32, "float16", engine.COMPILED),
-        dry=True,
-    )
-    yield Case("step-compile", lambda m: training.step_rows(m, 56, "channel", 256, training.COMPILED), dry=True)
+        yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gates.COMPILED),), dry=kind == "layer")
+    yield Case("engine-32-compile", _network("resnet56", 32, [engine.COMPILED]), dry=True)
+    yield Case("step-compile", _step(56, "channel", [training.COMPILED]), dry=True)
 
 
 def _more() -> Iterator[Case]:
     """Beyond ``first``: the tests on the GPU, other networks, types and shapes; compiling with more time."""
-    slow = {"seconds": 240.0, "first": False}
-    yield Case("tests", run_tests, 480.0, first=False)
+    slow: dict[str, Any] = {"seconds": 240.0, "first": False}
+    yield Case("tests", (run_tests,), 480.0, first=False)
     for case in _compiling():
         yield replace(case, name=f"{case.name}-slow", **slow, dry=False)
     for kind, channels, size in (("channel", 16, 32), ("channel-flat", 64, 8), ("layer", 1024, 14)):
-        yield Case(f"gate-{kind}-{channels}", lambda m, k=kind, c=channels, s=size: gates.gate_rows(m, k, c, s), **slow)
+        yield Case(f"gate-{kind}-{channels}", (_gate(kind, channels, size),), **slow)
     for model in ("resnet110", "resnet18", "resnet50"):
         for batch in (32, 256, 1):
-            for provider in (*engine.EAGER, engine.COMPILED):
-                yield Case(
-                    f"engine-{model}-{batch}-{provider.replace(' ', '-')}",
-                    lambda m, n=model, b=batch, p=provider: engine.network_rows(m, n, "mid-50", b, "float16", p),
-                    **slow,
-                )
+            yield Case(f"engine-{model}-{batch}", _network(model, batch, (*engine.EAGER, engine.COMPILED)), **slow)
     for depth, gate in ((56, "layer"), (110, "channel")):
-        for provider in training.EAGER:
-            yield Case(
-                f"step-{depth}-{gate}-{provider.replace(' ', '-')}",
-                lambda m, d=depth, g=gate, p=provider: training.step_rows(m, d, g, 256, p),
-                **slow,
-            )
+        yield Case(f"step-{depth}-{gate}", _step(depth, gate, training.EAGER), **slow)
 
 
 def build(machine: Machine) -> list[Row]:

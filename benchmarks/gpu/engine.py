@@ -160,8 +160,8 @@ class LayerCase:
 
 # Of ResNet-56 and ResNet-50: mid-50, "after" half open, fully open.
 LAYERS = (
-    LayerCase(16, 8, 8, 3, 32),
     LayerCase(16, 16, 8, 3, 32),
+    LayerCase(16, 8, 8, 3, 32),
     LayerCase(64, 64, 32, 3, 8),
     LayerCase(64, 64, 64, 3, 8),
     LayerCase(256, 256, 256, 3, 14),

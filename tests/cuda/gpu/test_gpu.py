@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import gatedconv
-from gatedconv import ops
+from gatedconv import _native, ops
 from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.engine.nets import settle
@@ -40,6 +40,7 @@ MASKS = {"open": 1.0, "half": 0.5, "one": 0.0, "closed": -1.0}
 
 @pytest.fixture(autouse=True)
 def ours(monkeypatch):
+    assert _native.load("cuda").available
     monkeypatch.setenv("GATEDCONV_CUDA_KERNELS", "on")
 
 
