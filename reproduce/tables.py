@@ -208,7 +208,7 @@ def _line(experiment: Experiment, rows: Rows) -> list[str]:
         _shown([None if run.macs_dynamic is None else run.macs_dynamic / 1e6 for run in runs], 2),
         _shown([run.top1_whole for run in runs], 2),
         _shown([None if run.train_macs is None else run.train_macs / 1e12 for run in runs], 2),
-        _shown([run.core_minutes for run in runs], 1),
+        _shown([run.core_minutes if run.device == "cpu" else None for run in runs], 1),
         _shown([None if run.energy_j is None else run.energy_j / 3600 for run in runs], 2),
         _shown([run.energy_j_image for run in runs], 5),
         _paired(experiment, rows),
@@ -286,6 +286,8 @@ def _remarks(members: Sequence[Experiment], rows: Rows, recipes: Mapping[str, st
     silent = sum(run.recipe is None for run in runs)
     if silent:
         lines.append(f"Recipe: not recorded for {silent} of these {len(runs)} runs, which are older than the field.")
+    devices = Counter(run.device for run in runs if run.device != "cpu")
+    lines += [f"Trained on an {device}: {count} of these {len(runs)} runs." for device, count in devices.items()]
     changed = sum((run.commit or "").endswith("+changes") for run in runs)
     if changed:
         lines.append(f"Source: {changed} of these {len(runs)} runs are from sources with changes.")
@@ -319,7 +321,9 @@ def _reading(members: Sequence[Experiment], rows: Rows) -> list[str]:
         if gated.kind != "gated" or not runs_of(gated, rows):
             continue
         lines.append(_cost(gated, rows))
-        lines += [_lead(gated, each, rows) for each in members if each.kind in _CONTROLS and each.needs == gated.name]
+        # A network gated without a teacher has to beat the controls that have one, too.
+        rivals = (gated.name, f"{gated.name}-taught")
+        lines += [_lead(gated, each, rows) for each in members if each.kind in _CONTROLS and each.needs in rivals]
     lines = [f"- {line}" for line in lines if line]
     return ["\n".join(lines)] if lines else []
 
@@ -343,10 +347,19 @@ def _lead(gated: Experiment, control: Experiment, rows: Rows) -> str:
     ahead, half = interval(differences)
     assert half is not None  # there are two seeds
     verdict = "a win" if ahead > half else "a loss" if ahead < -half else "undecided"
+    paid = [(mine.train_macs, _paid(control, theirs, rows)) for mine, theirs in pairs]
+    cost = [mine / theirs for mine, theirs in paid if mine and theirs]
+    training = f" Training at {fmean(cost):.2f} times its MACs." if cost else ""
     agreed = _shown([mine.agreement for mine, _ in pairs], 2, 100, " %")
     agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
-    rival = control.label.removeprefix(gated.label + ", ")
-    return f"{gated.label} against {rival}: {_interval_text(differences)}: {verdict}.{agreement}"
+    rival = control.label.removeprefix(all_experiments()[control.needs].label + ", ")
+    return f"{gated.label} against {rival}: {_interval_text(differences)}: {verdict}.{training}{agreement}"
+
+
+def _paid(control: Experiment, run: LedgerRow, rows: Rows) -> float | None:
+    """MACs of a control's training, with that of the network that was trained before to teach it."""
+    before = rows.get((control.taught_by, run.seed))
+    return run.train_macs and run.train_macs + (before.train_macs or 0 if before else 0)
 
 
 def _interval_text(differences: Sequence[float]) -> str:

@@ -131,6 +131,21 @@ def test_differences_of_seed_pairs_are_in_the_row_of_the_control() -> None:
     assert verdict.endswith("Agreement at the freeze: 99.90 ± 0.00 %.")
 
 
+def test_a_control_pays_for_the_network_that_was_trained_to_teach_it() -> None:
+    costs = {"": 150.0, "-taught": 250.0, "-taught-before": 140.0, "-dense": 160.0}
+    kinds = {"-taught-before": "taught_before", "-dense": "dense"}
+    rows = [
+        row(f"fast-c10{end}", seed, kind=kinds.get(end, "gated"), train_macs=macs * 1e12, device="NVIDIA H200")
+        for end, macs in costs.items()
+        for seed in range(2)
+    ]
+    text = results_text({each.key: each for each in rows})
+    untaught, taught = (line for line in text.splitlines() if line.startswith("- ") and "trained before: " in line)
+    assert untaught.startswith("- VGG CIFAR-10 gated against equal MACs, taught by the dense network trained before: ")
+    assert "Training at 0.50 times its MACs." in untaught and "Training at 0.83 times its MACs." in taught
+    assert "Trained on an NVIDIA H200: 8 of these 8 runs." in text and "core-minutes" not in text
+
+
 def test_macs_without_norms_are_shown_where_rows_have_them() -> None:
     known = row(macs_conv=5.8e7, macs_conv_dense=1.16e8)
     text = results_text({known.key: known, ("headline-r56-c10", 1): row(seed=1)}).split("###")[1]
