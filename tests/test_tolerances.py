@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tolerances import AMPLIFICATION, SAFETY, UNIT_ROUNDOFF, assert_close, relative_error, tolerance
+from tests.tolerances import AMPLIFICATION, SAFETY, UNIT_ROUNDOFF, assert_close, floor, relative_error, tolerance
 
 POINTS = {"winograd2": (0.0, 1.0, -1.0), "winograd4": (0.0, 0.75, -0.75, 1.5, -1.5)}
 
@@ -50,6 +50,21 @@ def test_rounding_passes_and_a_mistake_fails(dtype):
     assert_close(exact.to(dtype), exact)
     with pytest.raises(AssertionError, match="of the largest value"):
         assert_close((exact * (1 + 2 * tolerance(dtype))).to(dtype), exact)
+
+
+@pytest.mark.parametrize("terms", [1, 9, 144, 1000])
+def test_the_floor_of_tf32_forgives_its_rounding_and_no_other(terms):
+    """PyTorch's own error, where it computes in fp32, is a thousandth of that."""
+
+    def rounded(x):
+        return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+    a, b = torch.randn(64, terms), torch.randn(terms, 64)
+    exact = a.double() @ b.double()
+    error = relative_error(rounded(a) @ rounded(b), exact)
+    assert max(2 * relative_error(a @ b, exact), floor(torch.float32)) < error <= floor("tf32") / 2
+    assert relative_error(a.bfloat16() @ b.bfloat16(), exact) > floor("tf32")
+    assert floor(torch.float16) == UNIT_ROUNDOFF[torch.float16] and floor(torch.float16, "network") == 1e-5
 
 
 def test_nan_infinity_and_zero():

@@ -77,6 +77,18 @@ def tolerance(dtype: torch.dtype | str = torch.float32, algorithm: str = "direct
     return min(contract, SAFETY * AMPLIFICATION[algorithm] * math.sqrt(max(terms, 1)) * u)
 
 
+def floor(dtype: torch.dtype | str = torch.float32, algorithm: str = "direct") -> float:
+    """Error, as a share of the scale, that is allowed however small PyTorch's own in that type is.
+
+    Where tf32 is allowed PyTorch may compute in fp32 all the same: its own error then says nothing about tf32. The
+    root mean square error of a network in tf32, a share of that of its results, stays below u: the rule is that of one
+    operation.
+    """
+    if dtype == "tf32":
+        return tolerance(dtype)
+    return CONTRACT[torch.float32] if algorithm == "network" else max(UNIT_ROUNDOFF[dtype], 1e-6)
+
+
 def relative_error(actual: Any, expected: Any, scale: float = 0.0) -> float:
     """max|a - b| / max|b| in fp64; infinite where only one of the two is NaN or the infinities differ.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.presets import preset_settings
 from gatedconv.train.recipe import mixed_dtype, tuned_convolutions
 from gatedconv.train.step import Stepper
+from tests.train.steps import make_steps
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(epochs=4, batch_size=8, lr=0.05, gate="layer", warmup_epochs=1.0, device="cpu", skip_blocks=False)
@@ -106,27 +106,14 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def trained(kind: type[Stepper], config: TrainConfig, *, steps: int = 8, **options: Any) -> tuple[Stepper, EpochMeter]:
-    """Steps with an evaluation between them, and one that is not finite."""
     model = network(config)
-    meter = EpochMeter(model)
-
-    def observe(result: Any, labels: Tensor) -> None:
-        meter.add(result.logits, labels, result.loss, result.polarization, result.open_rates, result.bad)
-
-    stepper = kind(model, config, CPU, observe=observe, **options)
-    stepper._immediate = False  # bad steps are judged as on a GPU
     torch.manual_seed(3)
-    with stepper.active():
-        for step in range(steps):
-            images, labels, taught = batch(step)
-            if step == 5:
-                images = images * math.nan
-            if step == 4:
-                model.eval()(images)
-                model.train()
-            stepper(images, labels, step / 2, taught if config.teacher_at < 1 else None)
-            stepper.guard.repair()
-    return stepper, meter
+    given = (batch(step) for step in range(steps))
+    batches = [
+        (images, labels, taught if config.teacher_at < 1 else None, step / 2)
+        for step, (images, labels, taught) in enumerate(given)
+    ]
+    return make_steps(kind, model, config, batches, evaluation=4, broken=5, **options)
 
 
 def numbers(state: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from gatedconv.train.cuda_graph_step import WARM_UP, CudaGraphForward, CudaGraph
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.step import Stepper
 from tests.tolerances import assert_close
+from tests.train.steps import make_steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,26 +76,9 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(kind: type[Stepper], config: TrainConfig) -> tuple[Stepper, EpochMeter]:
-    """Steps with an evaluation between them, and one that is not finite."""
-    model, device = network(config), torch.device("cuda")
-    meter = EpochMeter(model, device)
-
-    def observe(result: Any, labels: Tensor) -> None:
-        meter.add(result.logits, labels, result.loss, result.polarization, result.bad)
-
-    stepper = kind(model, config, device, observe=observe)
-    with stepper.active():
-        for step in range(STEPS):
-            images, labels = batch(step)
-            if step == WARM_UP + 3:
-                with torch.no_grad():
-                    model.eval()(images)
-                model.train()
-            if step == WARM_UP + 5 and config.amp != "fp16":
-                images = images * math.nan
-            stepper(images, labels, step / 4)
-            stepper.guard.settle()
-    return stepper, meter
+    batches = [(*batch(step), None, step / 4) for step in range(STEPS)]
+    broken = None if config.amp == "fp16" else WARM_UP + 5
+    return make_steps(kind, network(config), config, batches, evaluation=WARM_UP + 3, broken=broken)
 
 
 @pytest.mark.parametrize("name", CASES)

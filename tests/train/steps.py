@@ -1,0 +1,46 @@
+"""Steps of training as the tests of replayed graphs make them, on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedconv.train import TrainConfig
+from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.step import Stepper
+
+Batch = tuple[Tensor, Tensor, "Tensor | None", float]  # images, labels, a teacher's logits, epoch
+
+
+def make_steps(
+    kind: type[Stepper],
+    model: nn.Module,
+    config: TrainConfig,
+    batches: Iterable[Batch],
+    *,
+    evaluation: int,
+    broken: int | None,
+    **options: Any,
+) -> tuple[Stepper, EpochMeter]:
+    """A step for each batch, an evaluation before step ``evaluation``, and NaN for the images of step ``broken``."""
+    device = next(model.parameters()).device
+    meter = EpochMeter(model, device)
+
+    def observe(result: Any, labels: Tensor) -> None:
+        meter.add(result.logits, labels, result.loss, result.polarization, result.open_rates, result.bad)
+
+    stepper = kind(model, config, device, observe=observe, **options)
+    stepper._immediate = False  # bad steps are judged as on a GPU
+    with stepper.active():
+        for step, (images, labels, taught, epoch) in enumerate(batches):
+            if step == evaluation:
+                with torch.no_grad():
+                    model.eval()(images)
+                model.train()
+            stepper(images * math.nan if step == broken else images, labels, epoch, taught)
+            stepper.guard.repair()
+    return stepper, meter
