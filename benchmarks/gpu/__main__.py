@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.cases import Case, all_cases, stand_in
+from benchmarks.gpu.section import speed
 from benchmarks.harness import ROOT, Machine, machine_header, write_result
 from gatedconv import _native
 from gatedconv._io import write_atomic
@@ -39,13 +40,6 @@ from gatedconv.report.tables import text_table
 FIRST_MINUTES = 6.0
 MOST_AT_ONCE = 8  # processes that share the GPU: each has a context of half a gigabyte
 KILLED = -1
-# The provider that others of the same case are compared with.
-BASELINES = {
-    "gate": "eager",
-    "engine": "cudnn fused",
-    "layer": "dense cudnn",
-    "training step": "ungated graph",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -192,13 +186,10 @@ def _without(hidden: Mapping[str, str], note: str | None) -> str | None:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as text, with the speed relative to the baseline of their case."""
-    base = {(row.benchmark, row.case, row.batch): row for row in rows if row.provider == BASELINES.get(row.benchmark)}
     lines = []
     for row in rows:
-        reference = base.get((row.benchmark, row.case, row.batch))
-        speed = reference.ms_min / row.ms_min if reference and reference.ms_min and row.ms_min else None
         cells = [row.case, str(row.batch), row.dtype, row.provider, _number(row.ms_median, 4), _number(row.ms_min, 4)]
-        cells += [_number(speed, 2), _number(row.error, -1), row.note or ""]
+        cells += [_number(speed(row, rows), 2), _number(row.error, -1), row.note or ""]
         lines.append([row.benchmark, *cells])
     return text_table(["benchmark", "case", "batch", "dtype", "provider", "ms", "least", "x", "error", ""], lines)
 

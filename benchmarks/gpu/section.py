@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from benchmarks.harness import RESULTS
 from gatedconv.report.bench import Row
 from gatedconv.report.tables import markdown_table
 
+# The provider that others of the same case are compared with.
+BASELINES = {
+    "gate": "eager",
+    "engine": "cudnn fused",
+    "layer": "dense cudnn",
+    "training step": "ungated graph",
+}
+
+_HEADER = ("benchmark", "case", "batch", "dtype", "provider", "median (ms)", "least (ms)", "speed", "error", "note")
+
 
 def section(folder: Path = RESULTS) -> str:
-    """Markdown of every row of every file gpu-*.json, with what failed."""
+    """Markdown of every file gpu-*.json: each row, with what failed, and what tuners chose among their candidates."""
     parts = []
     for path in sorted(folder.glob("gpu-*.json")):
         found = json.loads(path.read_text())
@@ -21,13 +33,55 @@ def section(folder: Path = RESULTS) -> str:
             f"commit `{(machine['commit'] or 'unknown')[:10]}`, {machine['date'][:10]}."
         )
         rows = [Row(**row) for row in found["rows"]]
-        header = ["benchmark", "case", "batch", "dtype", "provider", "median (ms)", "least (ms)", "error", "note"]
-        parts.append(markdown_table(header, map(_cells, rows)))
+        shown = [row for row in rows if row.benchmark != "candidate"]
+        parts.append(markdown_table(_HEADER, [_cells(row, speed(row, shown)) for row in shown]))
+        parts += _chosen([row for row in rows if row.benchmark == "candidate"])
     return "\n\n".join(parts) or "**Not measured yet on any GPU.**"
 
 
-def _cells(row: Row) -> list[str]:
+def speed(row: Row, rows: Sequence[Row]) -> float | None:
+    """How many times as fast as the baseline of its case, by the least times."""
+    key = row.benchmark, row.case, row.batch, BASELINES.get(row.benchmark)
+    base = [each.ms_min for each in rows if (each.benchmark, each.case, each.batch, each.provider) == key]
+    return base[0] / row.ms_min if base and base[0] and row.ms_min else None
+
+
+def _cells(row: Row, times: float | None) -> list[str]:
     provider = " ".join(filter(None, (row.provider, row.setting)))
-    times = ["" if ms is None else f"{ms:.4f}" for ms in (row.ms_median, row.ms_min)]
+    ms = ["" if each is None else f"{each:.4f}" for each in (row.ms_median, row.ms_min)]
     error = "" if row.error is None else f"{row.error:.1e}"
-    return [row.benchmark, row.case, str(row.batch), row.dtype, provider, *times, error, row.note or ""]
+    return [
+        row.benchmark,
+        row.case,
+        str(row.batch or ""),
+        row.dtype,
+        provider,
+        *ms,
+        f"{times:.2f}" if times else "",
+        error,
+        row.note or "",
+    ]
+
+
+def _chosen(rows: Sequence[Row]) -> list[str]:
+    """What a tuner measured of layers that run as one launch, and how often a single layer went to which library."""
+    runs, layers, ours = list[list[str]](), 0, list[str]()
+    for _, group in groupby(rows, key=lambda row: (row.case, row.batch, row.setting)):
+        candidates = list(group)
+        name, _, key = candidates[0].case.partition(": ")
+        times = {each.provider: each.ms_median for each in candidates if each.ms_median is not None}
+        if key.startswith("run of"):
+            told = ", ".join(f"{provider} {ms:.3f}" for provider, ms in times.items())
+            runs.append([name, " ".join(key.split()[:3]), str(candidates[0].batch), told])
+        elif any(provider.startswith("gatedconv") for provider in times):
+            layers += 1
+            ours += [each.provider for each in candidates if each.note == "chosen" and "gatedconv" in each.provider]
+    parts = []
+    if runs:
+        parts.append(markdown_table(["network", "layers", "batch", "each candidate (ms)"], runs))
+    if layers:
+        parts.append(
+            f"Single layers, ours against cuDNN's: the tuner measured {layers} and took ours in {len(ours)}; every "
+            "candidate's time is in the result file."
+        )
+    return parts
