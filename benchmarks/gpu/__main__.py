@@ -5,12 +5,14 @@ its time limit; the next one runs whatever happened. What measures no times runs
 after every case, output to DIR/logs/.
 ``--dry`` walks through the smallest case of each kind on the CPU, in one process.
 
-Exit code 0; 1 where a case failed; 2, with one line, for a wrong argument or where there is no GPU.
+Exit code 0; 1 where a case failed; 2, with one line, for a wrong argument, without a GPU, or where gatedconv is not
+installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = parser.parse_args(arguments)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 2
+    if importlib.util.find_spec("gatedconv.kernels") is None:  # setup.py maps kernels/ into the package
+        print("gpu: gatedconv is not installed: pip install -e .", file=sys.stderr)
+        return 2
     out: Path = given.out.absolute()
     cases = {case.name: case for case in all_cases()}
     if given.case is not None:

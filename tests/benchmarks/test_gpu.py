@@ -87,6 +87,16 @@ def test_without_a_gpu_it_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert command.main(["second"]) == 2
 
 
+@pytest.mark.parametrize("arguments", [["first"], ["--dry"]], ids=str)
+def test_in_a_bare_checkout_it_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There kernels/ is no part of the package."""
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert command.main(arguments) == 2
+    assert capsys.readouterr().err == "gpu: gatedconv is not installed: pip install -e .\n"
+
+
 def test_a_case_is_killed_at_its_limit_with_its_processes(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     child = f"import os, subprocess, time; p = subprocess.Popen({script('import time; time.sleep(60)')!r}); "
