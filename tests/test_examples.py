@@ -50,6 +50,7 @@ def test_swap_conv2d_prunes_and_loses_nothing_by_compacting():
     assert rows[1][2] == rows[2][2] and int(rows[2][3]) <= int(rows[1][3])
 
 
+@pytest.mark.slow
 def test_finetune_prunes_a_network_on_a_folder(tmp_path):
     pytest.importorskip("torchvision")
     image = pytest.importorskip("PIL.Image")
@@ -85,6 +86,7 @@ def test_finetune_prunes_a_network_on_a_folder(tmp_path):
     assert f"{result['macs'] / 1e6:.1f}" == found[1] and result["arguments"]["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_quantize_measures_what_int8_loses(tmp_path):
     pytest.importorskip("nncf")
     pytest.importorskip("openvino")

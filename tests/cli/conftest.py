@@ -36,6 +36,12 @@ def gatedconv(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 
 @pytest.fixture
+def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports take longer than all the rest of a short run."""
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
+
+
+@pytest.fixture
 def archive(tmp_path: Path) -> Path:
     return write_npz(tmp_path / "blobs.npz")
 

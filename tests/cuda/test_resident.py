@@ -65,17 +65,17 @@ def compare(model, x, dtype, ranks, tuner=None):
     return plan
 
 
-@pytest.mark.parametrize(
-    "position,shortcut,share",
-    [
-        ("after", "B", 0.45),
-        ("middle", "B", 0.5),
-        ("before", "A", 0.45),
-        ("after", "A", 0.0),
-        ("middle", "A", 1.0),
-    ],
-)
-@pytest.mark.parametrize("dtype,ranks", [(torch.float16, 1), (torch.bfloat16, 4), (torch.float32, 2)])
+RESNETS = (("after", "B", 0.45), ("middle", "B", 0.5), ("before", "A", 0.45), ("after", "A", 0.0), ("middle", "A", 1.0))
+LAUNCHES = ((torch.float16, 1), (torch.bfloat16, 4), (torch.float32, 2))
+# Each network once, each launch at least once; all pairs are slow.
+PAIRS = [
+    pytest.param(*network, *launch, marks=[] if j == i % len(LAUNCHES) else pytest.mark.slow)
+    for i, network in enumerate(RESNETS)
+    for j, launch in enumerate(LAUNCHES)
+]
+
+
+@pytest.mark.parametrize("position,shortcut,share,dtype,ranks", PAIRS)
 def test_a_compact_resnet_is_one_launch(position, shortcut, share, dtype, ranks, twin, monkeypatch):
     served(monkeypatch, twin)
     plan = compare(gated(position, share, shortcut), torch.randn(2, 3, 12, 20), dtype, ranks)
@@ -202,7 +202,8 @@ def test_a_convolution_without_inputs_ends_a_run():
 
 
 def test_the_gpu_tests_find_runs_in_99_kib():
-    for _, model in gpu_tests.networks():
+    for make in gpu_tests.NETWORKS.values():
+        model = make()
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             assert whole(model, (32, 32), dtype)[1](99 * 1024)
     for dtype in (torch.float16, torch.float32):
@@ -210,8 +211,8 @@ def test_the_gpu_tests_find_runs_in_99_kib():
         assert {"load", "conv", "move", "mean", "save"} == {step.op for step in run.steps}
 
 
-@pytest.mark.parametrize("model", [mid_50(gatedconv.models.resnet20(gate="channel", position="after"))])
-def test_places_never_overlap_while_they_are_needed(model):
+def test_places_never_overlap_while_they_are_needed():
+    model = mid_50(gatedconv.models.resnet20(gate="channel", position="after"))
     _, runs = whole(model, (32, 32))
     (run,) = runs(H100)
     last = {n: at for at, step in enumerate(run.steps) for n in (step.source, step.target, step.residual)}

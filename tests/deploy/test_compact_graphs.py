@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -21,6 +22,7 @@ FOLLOW = {
 }  # networks whose depthwise layers have gates of their own
 
 
+@functools.cache
 def gated(name, gate="channel", **options):
     model = network(name)
     return model, gatedconv.gate_model(model, gate, example_input=IMAGES, **options)
@@ -28,6 +30,15 @@ def gated(name, gate="channel", **options):
 
 def masks_of(model, kind, seed=2):
     return random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, kind, seed)
+
+
+@functools.cache
+def compacted(name, gate, kind):
+    """The dense model, the gated one, masks of this kind, and the frozen and the compact network."""
+    model, result = gated(name, gate)
+    masks = masks_of(result, kind)
+    frozen = gatedconv.freeze(result, masks=masks)
+    return model, result, masks, frozen, gatedconv.compact(frozen, IMAGES)
 
 
 def error(found, expected, model):
@@ -40,12 +51,9 @@ def error(found, expected, model):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_frozen_and_compact_equal_the_masked_dense_model(name, kind):
     gate = "both" if "fc.weight" in NETWORKS[name]().state_dict() and hasattr(NETWORKS[name](), "blocks") else "channel"
-    model, result = gated(name, gate)
-    masks = masks_of(result, kind)
+    model, _, masks, frozen, small = compacted(name, gate, kind)
     with torch.no_grad():
         expected = masked_forward(model, IMAGES, masks, {})
-        frozen = gatedconv.freeze(result, masks=masks)
-        small = gatedconv.compact(frozen, IMAGES)
         assert error(frozen(IMAGES), expected, model) <= tolerance()
         assert error(small(IMAGES), expected, model) <= tolerance()
         more = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(9))
@@ -74,9 +82,7 @@ ESTIMATED_MACS = {"residual": "blocks.2", "grouped": "blocks.0.conv2", "sigmoid"
 @pytest.mark.parametrize("gate", ["channel", "both"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_expected_macs_are_those_of_the_compact_network_or_the_conversion_names_where_they_are_not(name, gate, kind):
-    _, result = gated(name, gate)
-    masks = masks_of(result, kind)
-    small = gatedconv.compact(gatedconv.freeze(result, masks=masks), IMAGES)
+    _, result, masks, _, small = compacted(name, gate, kind)
     expected = float(gatedconv.expected_macs(result, {n: m.double() for n, m in masks.items()}))
     exact = gatedconv.count_macs(small, IMAGES[:1]) == pytest.approx(expected, abs=0.5)
     assert exact or result.conversion.estimated
@@ -172,7 +178,7 @@ def test_a_dropped_in_conv_in_front_of_a_norm_leaves_the_norms_constant(act):
 
 def test_a_compact_network_can_be_trained_further():
     _, result = gated("residual", "both")
-    small = gatedconv.compact(gatedconv.freeze(result.train(), masks=masks_of(result, "odd")), IMAGES)
+    small = gatedconv.compact(gatedconv.freeze(copy.deepcopy(result).train(), masks=masks_of(result, "odd")), IMAGES)
     assert small.training
     small(IMAGES).square().mean().backward()
     assert all(p.grad is not None for p in small.parameters())

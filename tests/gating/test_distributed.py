@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import gatedconv
 from gatedconv.gating.sync_norm import synchronized
+from tests.processes import run_ranks
 from tests.tolerances import assert_close
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -62,7 +62,7 @@ def rank(index: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_ranks_equal_one_with_the_joined_batch(tmp_path: Path):
-    mp.spawn(rank, args=(str(tmp_path),), nprocs=2)
+    run_ranks(rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
     model = gated_model()
     loss = step(copy.deepcopy(model), X)

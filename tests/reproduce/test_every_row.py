@@ -1,8 +1,8 @@
 """Every row of the experiment table runs: two epochs on a few images of 8x8, all else as the row says.
 
 The headline, ResNet-20 and two rows of ResNet-110 keep their depth. Other networks have one block a stage, that the
-whole table takes a minute; that each row's own network can be built is shown in test_experiments. Rows that differ in
-what is shrunk alone run once.
+whole table takes minutes; that each row's own network can be built is shown in test_experiments. Rows that differ in
+what is shrunk alone run once. A few that show every kind of row and every choice are quick, the others slow.
 """
 
 from __future__ import annotations
@@ -64,6 +64,28 @@ def distinct() -> dict[str, list[str]]:
 ROWS = distinct()
 
 
+def choices(name: str) -> set[tuple[str, object]]:
+    """What a row is, and what its settings choose, numbers aside."""
+    settings = reproduce_rows.recipe_settings(shrunk(EXPERIMENTS[name])) | {"kind": EXPERIMENTS[name].kind}
+    del settings["name"], settings["data"]
+    return {(key, value if isinstance(value, (str, bool)) else None) for key, value in settings.items()}
+
+
+def telling() -> set[str]:
+    """Few rows that have, between them, each choice that a row of a network of at most 20 layers has."""
+    found = {name: choices(name) for name in ROWS}
+    found = {name: own for name, own in found.items() if {("model", "resnet20"), ("model", SHALLOW)} & own}
+    left, chosen = set().union(*found.values()), set()
+    while left:
+        best = max(found, key=lambda name: len(found[name] & left))
+        left -= found[best]
+        chosen.add(best)
+    return chosen
+
+
+TELLING = telling()
+
+
 def shallow(*arguments: Any, **options: Any) -> ResNet:
     return ResNet(8, *arguments, **options)
 
@@ -95,7 +117,9 @@ def test_every_row_is_run_or_represents_one_that_is() -> None:
         assert {(each.kind, each.share) for each in other} == {(own.kind, own.share)}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [name if name in TELLING else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+)
 def test_a_row_of_the_table_runs(bench: Bench, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE, capfd.readouterr().err
     rows, experiment = read_ledger(bench.ledger), EXPERIMENTS[name]

@@ -8,7 +8,6 @@ of a checkpoint, before a call of the system that is drawn at random.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -23,10 +22,9 @@ import gatedconv
 from gatedconv.gating import pruner
 from gatedconv.train import RunFolder, TrainConfig, run, trainer
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint
+from tests.processes import SERVER
 
 _CALLS = ("fsync", "replace")
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.train.imported"])
 
 
 # One training of layer gates alone; and everything that a checkpoint holds: parts of steps, gates shut in order of
@@ -74,7 +72,7 @@ def run_in_child(config: TrainConfig, folder: Path, *, kill_after: float = 0.0, 
         kill_after: seconds after which it is killed; 0 for never.
         kill_in_call: the call of fsync or replace, counted from 1, before which it kills itself; 0 for never.
     """
-    child = _SERVER.Process(target=_run, args=(config, folder, kill_in_call))
+    child = SERVER.Process(target=_run, args=(config, folder, kill_in_call))
     child.start()
     if kill_after:
         time.sleep(kill_after)

@@ -60,6 +60,7 @@ def test_what_is_left_trains_on_and_lands_on_the_target(tmp_path: Path, archive:
     assert summary["pruning_rate"] == pytest.approx(1 - summary["frozen"]["params"] / dense, abs=1e-3)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_resumed_run_ends_like_one_that_was_not_interrupted(tmp_path: Path, archive: Path, stop_after: int) -> None:
     whole, part = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "part")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import gatedconv
 from gatedconv.data import EvalBatches, load_data
@@ -24,6 +23,7 @@ from gatedconv.train import RunFolder, TrainConfig, train
 from gatedconv.train.distributed import current
 from gatedconv.train.step import Stepper
 from tests.image_files import write_npz
+from tests.processes import run_ranks
 from tests.tolerances import assert_close
 from tests.train.still_norms import StillNorms, still_network
 
@@ -170,7 +170,7 @@ def rank(index: int, folder: str) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     folder = tmp_path_factory.mktemp("ranks")
     archive = write_npz(folder / "blobs.npz")
-    mp.spawn(rank, args=(str(folder),), nprocs=2)
+    run_ranks(rank, str(folder))
     return [torch.load(folder / f"rank{i}.pt") for i in range(2)], archive
 
 
@@ -276,7 +276,8 @@ with joined("cpu") as ranks:
 """
 
 
-@pytest.mark.parametrize("kind", ["meet", pytest.param("lose", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["meet", "lose"])
 def test_processes_that_torchrun_starts_and_restarts_join(tmp_path: Path, kind: str) -> None:
     """With `init_process_group` alone, processes of a restart hang (PyTorch 2.14.1)."""
     script = tmp_path / "meet.py"

@@ -92,6 +92,7 @@ def states(folder: RunFolder) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_stopped_run_ends_with_the_same_bits(
     name: str, archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

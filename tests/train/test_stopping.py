@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from gatedconv.cli import main
 from gatedconv.train import RunFolder, TrainConfig, run
@@ -20,6 +20,7 @@ from gatedconv.train.distributed import Ranks
 from gatedconv.train.stopping import StopPoll, StopRequest, stop_on_sigterm
 from gatedconv.train.trainer import Trainer
 from tests.image_files import write_npz
+from tests.processes import run_ranks
 from tests.tolerances import assert_close
 
 CPU = torch.device("cpu")
@@ -61,9 +62,11 @@ def free_port() -> int:
 def process(rank: int, folder: str, ports: list[int]) -> None:
     """Runs that the second process is asked to end after some step, each gone on with; and one that nobody disturbs."""
     import gatedconv.train.loop as loop
+    from gatedconv import models
     from gatedconv.gating import pruner
     from gatedconv.train import trainer
 
+    models.resnet20 = models.BUILDERS["resnet8"] = partial(models.ResNet, 8)  # one block a stage is enough
     pruner.EVERY = 2
     trainer.write_exports = lambda *arguments: []  # type: ignore[assignment]
     loop.StopPoll.EVERY_S = 0.0  # after every step
@@ -96,7 +99,7 @@ def process(rank: int, folder: str, ports: list[int]) -> None:
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 def test_one_process_that_gets_sigterm_stops_all_and_the_run_ends_the_same(tmp_path: Path) -> None:
     write_npz(tmp_path / "blobs.npz")
-    mp.spawn(process, args=(str(tmp_path), [free_port() for _ in range(5)]), nprocs=2)
+    run_ranks(process, str(tmp_path), [free_port() for _ in range(5)])
     straight = RunFolder(tmp_path / "straight")
     for rank in range(2):
         found = torch.load(tmp_path / f"found{rank}.pt")
@@ -163,6 +166,7 @@ def test_a_run_that_was_stopped_is_not_started_again_by_torchrun(
 
 def test_under_torchrun_an_existing_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often torchrun has started the job: the count of restarts differs between machines."""
+    monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])  # they take longer than all the rest
     settings = config(write_npz(tmp_path / "blobs.npz"), epochs=3, gate="none")
     folder, stop = RunFolder(tmp_path / "run"), StopRequest()
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional
 
 from gatedconv.data import EvalBatches, ImageData, load_data
@@ -21,6 +20,7 @@ from gatedconv.train.distributed import SINGLE, Ranks, current
 from gatedconv.train.recipe import train_batches
 from gatedconv.train.trainer import Trainer
 from tests.image_files import write_npz
+from tests.processes import run_ranks
 from tests.tolerances import assert_close
 from tests.train.still_norms import still_network
 
@@ -90,7 +90,7 @@ def rank(index: int, folder: str) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     folder = tmp_path_factory.mktemp("ranks")
     write_npz(folder / "blobs.npz")
-    mp.spawn(rank, args=(str(folder),), nprocs=2)
+    run_ranks(rank, str(folder))
     return [torch.load(folder / f"rank{i}.pt") for i in range(2)], folder
 
 

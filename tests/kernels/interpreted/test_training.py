@@ -18,7 +18,7 @@ def train(mode, monkeypatch, model, device, steps=2):
     model = copy.deepcopy(model).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(1)
-    x, labels = torch.randn(6, 1, 8, 8).to(device), torch.arange(6, device=device) % 3
+    x, labels = torch.randn(6, 1, 4, 4).to(device), torch.arange(6, device=device) % 3
     losses = []
     for _ in range(steps):
         loss = torch.nn.functional.cross_entropy(model(x), labels)
@@ -42,7 +42,7 @@ def train(mode, monkeypatch, model, device, steps=2):
     ],
 )
 def test_losses_and_states_are_the_same(monkeypatch, device, gate, position, options):
-    model = ResNet(8, 3, gate, position, input_size=(1, 8, 8), **options)
+    model = ResNet(8, 3, gate, position, input_size=(1, 4, 4), **options)
     for found in gatedconv.gates(model).values():
         torch.nn.init.normal_(found.fc2.weight, std=0.3)
     (expected, reference), (losses, trained) = (train(m, monkeypatch, model, device) for m in ("off", "auto"))
