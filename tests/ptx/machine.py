@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.ptx.memory import ALL, LANES, Fault, GlobalMemory, SharedMemory
-from tests.ptx.opcodes import Program, translate
+from tests.ptx.memory import ALL, LANES, NONE, Fault, GlobalMemory, SharedMemory
+from tests.ptx.opcodes import Program, known, translate
 from tests.ptx.parser import Kernel
 
 
@@ -18,12 +18,21 @@ class Warp:
 
     Lanes that took different branches form groups; the group that is furthest behind runs, and groups that meet at an
     instruction join. Instructions that need all lanes of a warp (barriers, mma, ldmatrix, shfl) wait for the others.
+
+    A register may be undefined in some lanes. What is computed from it is undefined, too, and compilers leave such
+    values where nothing uses them; an address, a stored value or a condition that is undefined is a fault.
+
+    Attributes:
+        undefined: Register -> lanes in which it is undefined, where there are any.
+        doubt: Lanes for which the instruction under way has read something undefined.
     """
 
     def __init__(self, block: Block, index: int) -> None:
         self.block, self.index = block, index
         self.number = block.number * 64 + index
-        self.registers: list[np.ndarray | None] = [None] * block.machine.program.registers
+        self.registers: list[np.ndarray | None] = [None] * len(block.machine.program.widths)
+        self.undefined: dict[int, np.ndarray] = dict.fromkeys(range(len(self.registers)), ALL)
+        self.doubt = NONE
         lanes = block.machine.threads - 32 * index
         self.live = ALL if lanes >= 32 else LANES < lanes
         self.groups: dict[int, np.ndarray] = {0: self.live}
@@ -47,10 +56,16 @@ class Warp:
         """Record a problem that does not end the run."""
         self.block.machine.notes[f"{text}: {self.instruction}"] += 1
 
+    def require_defined(self, mask: np.ndarray) -> None:
+        """Check that these lanes have read nothing undefined."""
+        if (self.doubt & mask).any():
+            raise Fault(f"something depends on a register that was never written: {self.where()}")
+
     # ---- memory
 
     def load(self, space: str, addresses: np.ndarray, size: int, mask: np.ndarray) -> np.ndarray:
         """Return the bytes (32, size) that the lanes of the mask read; zeros for the others."""
+        self.require_defined(mask)
         used = addresses[mask]
         if space == "param":
             data = self.block.machine.parameters[used[:, None] + np.arange(size)]
@@ -66,6 +81,7 @@ class Warp:
 
     def store(self, space: str, addresses: np.ndarray, data: np.ndarray, mask: np.ndarray) -> None:
         """Write the bytes (32, size) of the lanes of the mask."""
+        self.require_defined(mask)
         used, data = addresses[mask], data[mask]
         if space == "global":
             self.block.machine.memory.write(self, used, data)
@@ -80,6 +96,7 @@ class Warp:
 
     def copy_async(self, to: np.ndarray, source: np.ndarray, size: int, used: np.ndarray, mask: np.ndarray) -> None:
         """Begin a cp.async: the first `used` bytes of `size` are copied, the rest becomes zero."""
+        self.require_defined(mask)
         memory = self.block.machine.memory
         index = self.block.shared.begin_copy(self, to[mask], size)
         data = np.zeros((len(index), size), np.uint8)
@@ -115,7 +132,7 @@ class Warp:
             others = min(self.groups, default=1 << 60)
             while True:
                 kind, guard, act = program.code[pc]
-                self.pc = pc
+                self.pc, self.doubt = pc, NONE
                 covered[pc] = True
                 budget -= 1
                 self.count += 1
@@ -123,7 +140,8 @@ class Warp:
                     break
                 active = mask
                 if guard is not None:
-                    condition = self.registers[guard[0]]
+                    condition = known(self, guard[0])
+                    self.require_defined(mask)
                     active = mask & (~condition if guard[1] else condition)
                     if active.all():
                         active = ALL

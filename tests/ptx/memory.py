@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LANES = np.arange(32)
 ALL = np.ones(32, bool)
 ALL.flags.writeable = False
+NONE = np.zeros(32, bool)
+NONE.flags.writeable = False
 NOBODY, MANY = -1, -2
 GUARD = 4096  # bytes that belong to nobody between two buffers
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.ptx.memory import ALL, LANES, Fault
+from tests.ptx.memory import ALL, LANES, NONE, Fault
 from tests.ptx.parser import Instruction, Kernel, elements
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint6
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 KIND = {"u": UNSIGNED, "b": UNSIGNED, "s": SIGNED, "f": FLOAT}
+# What an undefined register holds: NaN in every format, and no address.
+GARBAGE = {1: ALL} | {bits: np.full(32, 0x7FFD7FFD7FFD7FFD % (1 << bits), UNSIGNED[bits]) for bits in (8, 16, 32, 64)}
 Read = Callable[["Warp"], np.ndarray]
 Write = Callable[["Warp", np.ndarray, np.ndarray], None]
 Act = Callable[["Warp", np.ndarray], None]
@@ -36,7 +38,7 @@ class Program:
     """A kernel as functions: (kind, guard, what to do or the target of a branch) for each instruction."""
 
     kernel: Kernel
-    registers: int
+    widths: list[int]
     code: list[tuple[int, tuple[int, bool] | None, Any]]
 
 
@@ -53,7 +55,7 @@ def translate(kernel: Kernel, kinds: dict[str, int]) -> Program:
             act = builder(one.parts, one.operands, operands)
         guard = (operands.register(one.guard[0]), one.guard[1]) if one.guard else None
         code.append((kinds[kind], guard, act))
-    return Program(kernel, len(operands.numbers), code)
+    return Program(kernel, [kernel.width(name) for name in operands.numbers], code)
 
 
 def _kind(one: Instruction, kernel: Kernel) -> tuple[str, Any]:
@@ -110,11 +112,11 @@ class Operands:
             return self._read_other(operand, type)
         at, bits = self.register(operand), np.dtype(type).itemsize * 8
         if width == 1 or (width == bits and type is UNSIGNED[bits]):
-            return lambda warp: _known(warp, at)
+            return lambda warp: known(warp, at)
         if width == bits:
-            return lambda warp: _known(warp, at).view(type)
+            return lambda warp: known(warp, at).view(type)
         unsigned = UNSIGNED[bits]
-        return lambda warp: _known(warp, at).astype(unsigned).view(type)
+        return lambda warp: known(warp, at).astype(unsigned).view(type)
 
     def number(self, operand: str, kind: str) -> Read:
         """What reads an operand of a kind, "s32" or "f32"; of "bf16" as float32."""
@@ -145,9 +147,14 @@ class Operands:
                     if value.dtype.itemsize * 8 != width
                     else value.view(type)
                 )
+            before = warp.undefined.pop(at, NONE)
+            undefined = warp.doubt
             if mask is not ALL:
                 old = warp.registers[at]
-                value = np.where(mask, value, type(0) if old is None else old)
+                value = np.where(mask, value, GARBAGE[width] if old is None else old)
+                undefined = np.where(mask, undefined, before)
+            if undefined is not NONE and undefined.any():
+                warp.undefined[at] = undefined
             warp.registers[at] = value
 
         return put
@@ -160,11 +167,13 @@ class Operands:
         return lambda warp: read(warp).astype(np.int64) + add
 
 
-def _known(warp: Warp, at: int) -> np.ndarray:
-    value = warp.registers[at]
-    if value is None:
-        raise Fault(f"a register is read that was never written: {warp.where()}")
-    return value
+def known(warp: Warp, at: int) -> np.ndarray:
+    """Read a register (32,)."""
+    if at in warp.undefined:
+        warp.doubt = warp.doubt | warp.undefined[at]
+        if warp.registers[at] is None:
+            return GARBAGE[warp.block.machine.program.widths[at]]
+    return warp.registers[at]
 
 
 def _special(operand: str, type: Any) -> Read:
@@ -439,7 +448,18 @@ def select(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
     type = dtype(parts[-1])
     put, x, y = operands.write(args[0]), operands.read(args[1], type), operands.read(args[2], type)
     condition = operands.read(args[3], np.bool_)
-    return lambda warp, mask: put(warp, mask, np.where(condition(warp), x(warp), y(warp)))
+
+    def run(warp: Warp, mask: np.ndarray) -> None:
+        """What is not selected may be undefined."""
+        chosen, doubt = condition(warp), warp.doubt
+        warp.doubt = NONE
+        left, doubt_left = x(warp), warp.doubt
+        warp.doubt = NONE
+        right, doubt_right = y(warp), warp.doubt
+        warp.doubt = doubt | np.where(chosen, doubt_left, doubt_right)
+        put(warp, mask, np.where(chosen, left, right))
+
+    return run
 
 
 @op("mov")
@@ -605,6 +625,7 @@ def store_matrices(parts: list[str], args: tuple[str, ...], operands: Operands) 
         rows = np.zeros((32, 4), np.uint32)
         for i, read in enumerate(reads):
             rows[8 * i : 8 * i + 8] = read(warp).reshape(8, 4)
+        warp.require_defined(mask)
         warp.store("shared", address(warp), rows.view(np.uint8), LANES < 8 * len(reads))
 
     return run
@@ -660,6 +681,7 @@ def multiply_matrices(parts: list[str], args: tuple[str, ...], operands: Operand
             found = values(warp, read(warp))
             for k in range(words):
                 y[words * (column + 4 * i) + k, row] = found[:, k]
+        warp.require_defined(mask)
         product = x @ y
         for i, put in enumerate(puts):
             sum_ = product[row + 8 * (i >> 1), 2 * column + (i & 1)] + c[i](warp)
@@ -687,6 +709,7 @@ def shuffle(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
         source = np.where(valid, source, LANES) & 31
         if not mask[source][mask].all():
             warp.note("shfl reads a lane that takes no part")
+        warp.doubt = warp.doubt[source]
         for put, result in zip(targets, (value[source], valid), strict=False):
             put(warp, mask, result)
 
@@ -699,6 +722,7 @@ def vote(parts: list[str], args: tuple[str, ...], operands: Operands) -> Act:
 
     def run(warp: Warp, mask: np.ndarray) -> None:
         yes = x(warp) & mask
+        warp.require_defined(mask)
         if parts[2] == "ballot":
             bits = np.packbits(yes, bitorder="little").view(np.uint32)[0]
             put(warp, mask, np.full(32, bits, np.uint32))

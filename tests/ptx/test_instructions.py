@@ -322,7 +322,6 @@ def test_blocks_of_a_cluster_write_to_each_other():
         ("ld.global.u32 %r9, [%rd1+-4];", "out of bounds"),
         ("ld.global.u32 %r9, [%rd1+2];", "misaligned"),
         ("mov.u32 %r3, room; ld.shared.u32 %r9, [%r3+4096];", "out of bounds"),
-        ("st.global.u32 [%rd1], %r30;", "never written"),
         ("div.u32 %r9, %r1, %r1;", "division by zero"),
         ("trap;", "trap"),
         (
@@ -336,6 +335,47 @@ def test_blocks_of_a_cluster_write_to_each_other():
 def test_what_a_gpu_would_stop_at_is_a_fault(body, message):
     with pytest.raises(Fault, match=message):
         machine_of(body)
+
+
+FOUR = "setp.lt.u32 %p1, %r1, 4; @%p1 mov.u32 %r30, 7; "  # %r30 is defined in four lanes
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "st.global.u32 [%rd1], %r30;",
+        "ld.global.u32 %r9, [%rd15];",
+        "mov.u32 %r3, room; add.s32 %r3, %r3, %r30; st.shared.u32 [%r3], 1;",
+        "max.f32 %f9, %f30, 0f00000000; st.global.f32 [%rd1], %f9;",
+        "setp.lt.u32 %p2, %r30, 5; @%p2 bra end; end: ret;",
+        "@%p2 mov.u32 %r9, 1;",
+        "vote.sync.any.pred %p3, %p2, -1;",
+        FOUR + "st.global.u32 [%rd1], %r30;",
+        FOUR + "shfl.sync.bfly.b32 %r9, %r30, 4, 31, -1; @%p1 st.global.u32 [%rd1], %r9;",
+        FOUR + "selp.u32 %r9, 1, %r30, %p1; st.global.u32 [%rd1], %r9;",
+        FOUR + "mov.u32 %r30, %r31; @%p1 st.global.u32 [%rd1], %r30;",
+    ],
+    ids=str,
+)
+def test_what_depends_on_a_register_that_was_never_written_is_a_fault(body):
+    with pytest.raises(Fault, match="never written"):
+        machine_of(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "add.s32 %r9, %r30, 1;",
+        FOUR + "@%p1 st.global.u32 [%rd1], %r30;",
+        FOUR + "shfl.sync.bfly.b32 %r9, %r30, 2, 31, -1; @%p1 st.global.u32 [%rd1], %r9;",
+        FOUR + "selp.u32 %r9, %r30, 1, %p1; st.global.u32 [%rd1], %r9;",
+        FOUR + "mov.u32 %r30, 3; st.global.u32 [%rd1], %r30;",
+    ],
+    ids=str,
+)
+def test_what_no_result_uses_may_be_undefined(body):
+    _, machine = machine_of(body)
+    assert not machine.notes
 
 
 def test_warps_that_skip_a_barrier_are_found():
