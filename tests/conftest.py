@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data._utils import signal_handling
 
-from gatedconv import environment
+from gatedconv import environment, models
+from gatedconv.models import BUILDERS, ResNet
 
 # Read once by the native library: its workspaces begin as NaN.
 os.environ.setdefault("GATEDCONV_POISON", "1")
@@ -78,6 +80,14 @@ def _no_handler_of_dead_children() -> Iterator[None]:
     if signal.getsignal(signal.SIGCHLD) is not before:
         signal.signal(signal.SIGCHLD, before)
         signal_handling._SIGCHLD_handler_set = False
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks for ResNet-20 gets a network with one block a stage, which can be read back."""
+    builder = partial(ResNet, 8)
+    monkeypatch.setattr(models, "resnet20", builder)
+    monkeypatch.setitem(BUILDERS, "resnet8", builder)
 
 
 class _Stack(ctypes.Structure):

@@ -20,6 +20,7 @@ from tests.tolerances import assert_close
 Call = Callable[..., object]
 
 
+@pytest.mark.usefixtures("shallow")
 def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained = gatedconv("train", *quick, "--dense-baseline", "--run", run)
@@ -85,7 +86,7 @@ def test_a_network_of_another_class_is_measured_and_written_at_its_own_size(gate
         assert_close(torch.export.load(out).module()(images), small(images))
 
 
-@pytest.mark.usefixtures("no_exports")
+@pytest.mark.usefixtures("no_exports", "shallow")
 def test_resume_continues_an_unfinished_run(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:
     run = tmp_path / "run"
     stopped = gatedconv("train", *quick, "--run", run, "--max-minutes", "1e-9")
@@ -96,7 +97,7 @@ def test_resume_continues_an_unfinished_run(gatedconv: Call, quick: list[object]
     assert resumed.code == 0 and (run / "summary.json").is_file(), resumed.err
 
 
-@pytest.mark.usefixtures("no_exports")
+@pytest.mark.usefixtures("no_exports", "shallow")
 def test_runs_get_folders_of_their_own(
     gatedconv: Call, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -16,9 +17,15 @@ from tests.convert.networks import IMAGES, network
 from tests.tolerances import assert_close
 
 
-def gated(name="residual", gate="both", dtype=torch.float32):
+@functools.cache
+def converted(name, gate, dtype):
     model = network(name).to(dtype)
     return model, gatedconv.gate_model(model, gate, example_input=IMAGES.to(dtype))
+
+
+def gated(name="residual", gate="both", dtype=torch.float32):
+    """A network and the same with gates, which the caller may change."""
+    return copy.deepcopy(converted(name, gate, dtype))
 
 
 def step(model, images=IMAGES):
@@ -44,8 +51,17 @@ def test_compiled_models_of_one_class_are_told_apart_by_their_gates(first):
         assert float((found - model(IMAGES)).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["residual", "channels_last", "unet"])
+@pytest.mark.parametrize(
+    ("name", "backend"),  # slow: the pairs that bring no network and no compiler of their own
+    [
+        ("residual", "eager"),
+        ("channels_last", "aot_eager"),
+        ("unet", "aot_eager"),
+        pytest.param("residual", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("channels_last", "eager", marks=pytest.mark.slow),
+        pytest.param("unet", "eager", marks=pytest.mark.slow),
+    ],
+)
 def test_a_gated_network_compiles_into_one_graph(name, backend):
     torch._dynamo.reset()
     model, result = gated(name)

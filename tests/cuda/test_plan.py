@@ -63,7 +63,7 @@ def test_a_compact_resnet(position, shortcut, mode, kernel):
     assert any(one.in_index for one in plan.instructions) == (position == "before")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", pytest.param("resnext50_32x4d", marks=pytest.mark.slow)])
 def test_torchvision(name, kernel):
     models = pytest.importorskip("torchvision").models
     model = settle(getattr(models, name)(num_classes=10))

@@ -24,7 +24,7 @@ def exported(path, format):
 
 def compact_net():
     torch.manual_seed(0)
-    model = gatedconv.models.resnet20(gate="both", position="after", input_size=(3, 16, 16)).eval()
+    model = gatedconv.models.ResNet(8, gate="both", input_size=(3, 16, 16)).eval()
     randomize_statistics(model, 0)
     masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(model).items()}, "odd", 1)
     return gatedconv.freeze(model, masks=masks)
@@ -168,7 +168,7 @@ def test_what_an_exporter_cannot_write_is_one_clear_error(model, format, why, tm
 
 
 def test_the_callers_model_stays_in_its_mode(tmp_path):
-    model = gatedconv.models.resnet20().train()
+    model = gatedconv.models.ResNet(8).train()
     gatedconv.export(model, tmp_path / "net.pt2", X, format="torch")
     assert model.training and model.layer1[0].bn1.training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from tests.oracle import random_masks
 from tests.tolerances import assert_close
 
 
+@functools.cache
 def stages(name, gate="channel"):
     gated = gatedconv.gate_model(network(name), gate, example_input=IMAGES)
     masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(gated).items()}, "odd", 3)

@@ -52,18 +52,12 @@ def check(net, x, steps=None):
     return engine
 
 
-NETWORKS = [
-    "resnet18",
-    "resnet50",
-    "mobilenet_v2",
-    "mobilenet_v3_large",
-    "efficientnet_b0",
-    "densenet121",
-    "shufflenet_v2_x1_0",
-]
+NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "densenet121"]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["shufflenet_v2_x1_0", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS)]
+)
 def test_torchvision_half_pruned(name):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(8)
@@ -71,10 +65,17 @@ def test_torchvision_half_pruned(name):
     check(compacted(settle(getattr(torchvision.models, name)(num_classes=10)), x, half, position="middle"), x)
 
 
-@pytest.mark.parametrize("position", ["before", "middle", "after"])
-@pytest.mark.parametrize(
-    "name, masks", [("resnet18", half), ("resnet18", none), ("mobilenet_v3_small", half), ("mobilenet_v3_small", one)]
-)
+POSITIONS = ("before", "middle", "after")
+KINDS = [("resnet18", half), ("resnet18", none), ("mobilenet_v3_small", half), ("mobilenet_v3_small", one)]
+# Each position and each kind once; all pairs are slow.
+PAIRS = [
+    pytest.param(*kind, position, marks=[] if j == i % len(POSITIONS) else pytest.mark.slow)
+    for i, kind in enumerate(KINDS)
+    for j, position in enumerate(POSITIONS)
+]
+
+
+@pytest.mark.parametrize("name, masks, position", PAIRS)
 def test_every_position(name, position, masks):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(9)

@@ -38,7 +38,13 @@ def check(net, size, channels=3):
     return text
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# One of each kind: plain residuals, squeeze and excitation, shuffled channels, layer norms in channels_last.
+QUICK = ("resnet18", "mobilenet_v3_large", "shufflenet_v2_x1_0", "convnext_tiny")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+)
 def test_torchvision(name):
     torch.manual_seed(6)
     check(settle(getattr(torchvision.models, name)(num_classes=10)), NETWORKS[name])

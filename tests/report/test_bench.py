@@ -160,7 +160,7 @@ def small() -> nn.Module:
 @pytest.fixture(scope="module")
 def compacted() -> nn.Module:
     torch.manual_seed(0)
-    network = gatedconv.models.resnet20(gate="channel", position="after", input_size=(3, 8, 8)).eval()
+    network = gatedconv.models.ResNet(8, gate="channel", input_size=(3, 8, 8)).eval()
     masks = {name: torch.arange(gate.num_gates) % 3 == 0 for name, gate in gatedconv.gates(network).items()}
     return gatedconv.compact(gatedconv.freeze(network, masks=masks), torch.zeros(1, 3, 8, 8)).eval()
 
