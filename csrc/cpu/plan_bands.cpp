@@ -134,12 +134,19 @@ bool overlaps(const Plan& plan, size_t begin, size_t last) {
   return false;
 }
 
+// Whether two maps lie in memory alike: a damaged program may read a slot as another map than was written
+// last.
+bool is_alike(const Map& a, const Map& b) {
+  return a.channels == b.channels && a.height == b.height && a.width == b.width && a.halo == b.halo &&
+         a.multiple == b.multiple && a.pixel == b.pixel && a.offset == b.offset;
+}
+
 // Whether the map behind step i is read by the next step alone, and as its input alone.
 bool is_private(const Plan& plan, const std::vector<std::array<Life, 4>>& lives, size_t i) {
   const Step& reader = plan.steps[i + 1];
   const auto reads = [&](const Map& map, size_t k) { return map.exists() && lives[i + 1][k].begin == i; };
   return !plan.slot_parts[plan.steps[i].out.slot] && lives[i][1].end == i + 1 && reads(reader.in, 0) &&
-         !reads(reader.residual, 2) && !reads(reader.gate, 3);
+         is_alike(plan.steps[i].out, reader.in) && !reads(reader.residual, 2) && !reads(reader.gate, 3);
 }
 
 }  // namespace

@@ -259,6 +259,37 @@ void check_bands(const Kernels& kernels, const std::vector<Layer>& layers, int64
   }
 }
 
+// A step that reads a slot as the map that was there before does not share bands with the step that wrote it.
+void check_other_map() {
+  std::vector<int64_t> program = {kVersion, 5, 6, 0};
+  const auto append = [&](std::vector<int64_t> fields, size_t size) {
+    fields.resize(size);
+    program.insert(program.end(), fields.begin(), fields.end());
+  };
+  const auto step = [&](Op op, int64_t in, int64_t out, int64_t stride) {
+    append({int64_t(op), in, out, -1, 0, 1, 1, stride, stride, 0, 0, 0, 0, 1, 1, 0, 0, 16, 0, 0, 0, 0, -1},
+           kStepFields);
+  };
+  for (const int64_t slot : {0, 1, 2, 1, 3}) append({16, 16, 0, 1, slot, 0}, kMapFields);
+  step(Op::kInput, -1, 0, 1);
+  step(Op::kConv, 0, 1, 1);
+  step(Op::kConv, 1, 2, 2);  // half as large
+  step(Op::kConv, 2, 3, 1);  // where map 1 was
+  step(Op::kConv, 1, 4, 1);
+  step(Op::kOutput, 4, -1, 1);
+  program[3] = static_cast<int64_t>(program.size());
+  program.push_back(0);
+  const std::vector<float> weights = random_floats(16 * 16, 3), x = random_floats(16 * 20 * 20, 4);
+  const Input input{x.data(), {1, 16, 20, 20}, {16 * 400, 400, 20, 1}};
+  Plan plan;
+  const char* error = decode(program.data(), program.size(), weights.data(), weights.size(), input, plan);
+  if (!error) mark_passing(plan, 0);
+  if (error || !plan.steps[2].out.passes || plan.steps[3].out.passes) {
+    std::printf("a map that was overwritten: %s\n", error ? error : "not the runs that were expected");
+    ++failures;
+  }
+}
+
 // A depthwise layer between other local ones. High maps: many bands whatever the cache.
 void check_high(const Kernels& kernels, int64_t kernel, int64_t stride, int64_t pad, int64_t height,
                 int workers) {
@@ -424,6 +455,7 @@ int main() {
     }
   }
   check_fork();
+  check_other_map();
   check_damage();
   check_refusals();
   Workspace::release();
