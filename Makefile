@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up themselves, in one environment: torch, the package and its libraries.
-# They need Python, a C++ compiler and make. `make test TORCH=2.13.0` does the same in an environment with that torch.
+# They need Python, a C++ compiler and make. `make test TORCH=2.11.0` does the same in an environment with that torch.
 
 PYTHON ?= python3
 TORCH  ?=
