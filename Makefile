@@ -31,7 +31,8 @@ demo: $(VENV)/.build
 test: $(VENV)/.build
 	$(PYTEST) -m "not slow" $(TESTS) $(ARGS)
 
-# Compiles every kernel for every architecture, runs sanitizers, kills trainings, builds wheels, converts whole networks.
+# Compiles every kernel for every architecture, runs sanitizers and every row of the experiments, kills trainings, builds
+# wheels, converts published networks.
 test-slow: $(VENV)/.build
 	$(PYTEST) -m slow $(TESTS) $(ARGS)
 

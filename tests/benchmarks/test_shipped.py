@@ -14,15 +14,15 @@ def test_a_case_is_measured_kept_and_not_measured_twice(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
     path, lines = tmp_path / "shipped-here.json", []
-    options = ["--size=32", "--rounds=1", "--threads=1", "--only=yolov8n dense", f"--out={path}"]
+    options = ["--size=32", "--rounds=1", "--threads=1", "--only=resnet18 dense", f"--out={path}"]
     shipped.main(options, lines.append)
     found = json.loads(path.read_text())
     cases = {(row["case"], row["batch"]) for row in found["rows"]}
-    assert cases == {("yolov8n dense", 1), ("yolov8n dense", 8)} and not found["failures"]
+    assert cases == {("resnet18 dense", 1), ("resnet18 dense", 8)} and not found["failures"]
     assert {row["provider"] for row in found["rows"]} == {"gatedconv", "onnxruntime", "openvino"}
     own = [row for row in found["rows"] if row["provider"] == "gatedconv"]
     assert all(row["gflops"] > 0 and row["share_of_peak"] > 0 and row["error"] <= 1e-5 for row in own)
-    layers = found["layers"]["yolov8n dense"]
+    layers = found["layers"]["resnet18 dense"]
     assert len(layers) == shipped.SLOWEST
     assert [layer["ms"] for layer in layers] == sorted((layer["ms"] for layer in layers), reverse=True)
     before = path.read_bytes()
