@@ -53,7 +53,7 @@ class Norm(NamedTuple):
 class Incoming(NamedTuple):
     """What both passes of the backward read beside maps: the gradient of out's mean, and what ``out`` was made of.
 
-    Maps stay outside: in a tuple within a tuple Triton 3.6 takes a stride of 1 for None.
+    Maps stay outside: Triton 3.6 turns a stride of 1 in a nested tuple into None.
     """
 
     d_pooled: Tensor | None

@@ -287,7 +287,7 @@ def _remarks(members: Sequence[Experiment], rows: Rows, recipes: Mapping[str, st
     if silent:
         lines.append(f"Recipe: not recorded for {silent} of these {len(runs)} runs, which are older than the field.")
     devices = Counter(run.device for run in runs if run.device != "cpu")
-    lines += [f"Trained on an {device}: {count} of these {len(runs)} runs." for device, count in devices.items()]
+    lines += [f"Trained on {device}: {count} of these {len(runs)} runs." for device, count in devices.items()]
     changed = sum((run.commit or "").endswith("+changes") for run in runs)
     if changed:
         lines.append(f"Source: {changed} of these {len(runs)} runs are from sources with changes.")
@@ -349,7 +349,7 @@ def _lead(gated: Experiment, control: Experiment, rows: Rows) -> str:
     verdict = "a win" if ahead > half else "a loss" if ahead < -half else "undecided"
     paid = [(mine.train_macs, _paid(control, theirs, rows)) for mine, theirs in pairs]
     cost = [mine / theirs for mine, theirs in paid if mine and theirs]
-    training = f" Training at {fmean(cost):.2f} times its MACs." if cost else ""
+    training = f" Training took {fmean(cost):.2f} times the control's MACs." if cost else ""
     agreed = _shown([mine.agreement for mine, _ in pairs], 2, 100, " %")
     agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
     rival = control.label.removeprefix(all_experiments()[control.needs].label + ", ")
@@ -358,8 +358,10 @@ def _lead(gated: Experiment, control: Experiment, rows: Rows) -> str:
 
 def _paid(control: Experiment, run: LedgerRow, rows: Rows) -> float | None:
     """MACs of a control's training, with that of the network that was trained before to teach it."""
-    before = rows.get((control.taught_by, run.seed))
-    return run.train_macs and run.train_macs + (before.train_macs or 0 if before else 0)
+    before = rows.get((control.taught_by, run.seed)) if control.taught_by else None
+    if not run.train_macs or not control.taught_by:
+        return run.train_macs
+    return run.train_macs + before.train_macs if before and before.train_macs else None
 
 
 def _interval_text(differences: Sequence[float]) -> str:

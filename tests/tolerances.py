@@ -81,11 +81,10 @@ def floor(dtype: torch.dtype | str = torch.float32, algorithm: str = "direct") -
     """Error, as a share of the scale, that is allowed however small PyTorch's own in that type is.
 
     Where tf32 is allowed PyTorch may compute in fp32 all the same: its own error then says nothing about tf32. The
-    root mean square error of a network in tf32, a share of that of its results, stays below u: the rule is that of one
-    operation.
+    root mean square error of a network in tf32, a share of that of its results, is below u.
     """
     if dtype == "tf32":
-        return tolerance(dtype)
+        return UNIT_ROUNDOFF["tf32"] if algorithm == "network" else tolerance(dtype)
     return CONTRACT[torch.float32] if algorithm == "network" else max(UNIT_ROUNDOFF[dtype], 1e-6)
 
 

@@ -42,6 +42,7 @@ from gatedconv.report.tables import text_table
 FIRST_MINUTES = 6.0
 MOST_AT_ONCE = 8  # processes that share the GPU: each has a context of half a gigabyte
 KILLED = -1
+RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,10 +89,16 @@ def run_all(cases: Sequence[Case], out: Path, deadline: float | None) -> int:
 
     for alone, group in itertools.groupby(cases, key=lambda case: case.alone):
         with ThreadPoolExecutor(max(1, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2))) as pool:
-            for new in map(run, group) if alone else pool.map(run, group):
-                rows += new
-                print(table(new), flush=True)
-                save(out, rows)
+            try:
+                for new in map(run, group) if alone else pool.map(run, group):
+                    rows += new
+                    print(table(new), flush=True)
+                    save(out, rows)
+            except BaseException:  # an interrupt does not reach the threads, nor the processes that they wait for
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(RUNNING):
+                    kill(process)
+                raise
     failed = [row for row in rows if row.failed]
     print(f"{len(rows)} rows, {len(failed)} failed, in {out / 'gpu.json'}")
     return int(bool(failed))
@@ -103,12 +110,14 @@ def run_case(case: Case, command: Sequence[str], out: Path, seconds: float) -> l
     result.unlink(missing_ok=True)
     with open(log, "wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        RUNNING.add(process)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = KILLED
         finally:  # also where this process is interrupted
             kill(process)
+            RUNNING.discard(process)
     rows: list[Row] = []
     if result.is_file():
         rows = [Row(**row) for row in json.loads(result.read_text())]

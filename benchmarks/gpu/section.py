@@ -29,8 +29,8 @@ def section(folder: Path = RESULTS) -> str:
         found = json.loads(path.read_text())
         machine = found["machine"]
         parts.append(
-            f"### {machine['device']}\n\ntorch {machine['torch']}, Triton {machine['triton']}, CUDA {machine['cuda']}; "
-            f"commit `{(machine['commit'] or 'unknown')[:10]}`, {machine['date'][:10]}."
+            f"### {path.stem.removeprefix('gpu-')}\n\ntorch {machine['torch']}, Triton {machine['triton']}, "
+            f"CUDA {machine['cuda']}; commit `{(machine['commit'] or 'unknown')[:10]}`, {machine['date'][:10]}."
         )
         rows = [Row(**row) for row in found["rows"]]
         shown = [row for row in rows if row.benchmark != "candidate"]
@@ -73,7 +73,7 @@ def _chosen(rows: Sequence[Row]) -> list[str]:
         if key.startswith("run of"):
             told = ", ".join(f"{provider} {ms:.3f}" for provider, ms in times.items())
             runs.append([name, " ".join(key.split()[:3]), str(candidates[0].batch), told])
-        elif any(provider.startswith("gatedconv") for provider in times):
+        elif any(provider.startswith("gatedconv") for provider in times) and candidates[0].setting == "gatedconv":
             layers += 1
             ours += [each.provider for each in candidates if each.note == "chosen" and "gatedconv" in each.provider]
     parts = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,29 @@ def test_the_next_case_runs_whatever_happened_and_every_row_is_on_the_disk(
     assert "2 rows, 1 failed" in capsys.readouterr().out
     assert command.run_all([case("c")], tmp_path, time.monotonic()) == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["rows"][0]["note"] == "not run: out of time"
+
+
+def test_an_interrupt_ends_what_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, started = command.run_case, threading.Event()
+
+    def run_case(each: Case, command_: object, out: Path, seconds: float) -> list[Row]:
+        if each.name == "quick":
+            started.wait(30)
+            return []
+        started.set()
+        return real(each, script("import time; time.sleep(600)"), out, 500)
+
+    def interrupted(rows: object) -> str:
+        while not command.RUNNING:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_case", run_case)
+    monkeypatch.setattr(command, "table", interrupted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    with pytest.raises(KeyboardInterrupt):
+        command.run_all([replace(case(name), alone=False) for name in ("quick", "slow")], tmp_path, None)
+    assert not command.RUNNING
 
 
 def test_the_file_to_send_names_no_folder_of_the_user(tmp_path: Path) -> None:
@@ -326,7 +351,7 @@ def test_committed_rows_are_all_shown_with_their_failures(tmp_path: Path) -> Non
     (tmp_path / "gpu.json").rename(tmp_path / "gpu-h200.json")
     text = section(tmp_path)
     assert "| parity | c |  | float16 | gatedconv |  |  |  | 1.0e-01 | failed: error 1.0e-01 |" in text
-    assert "| gate | g | 1 | float32 | eager | 1.0000 | 0.9000 | 1.00 |  |" in text and "### none" in text
+    assert "| gate | g | 1 | float32 | eager | 1.0000 | 0.9000 | 1.00 |  |" in text and "### h200" in text
     assert "| gate | g | 1 | float32 | gatedconv | 0.5000 | 0.4500 | 2.00 |  |" in text
     assert "| net | run of 59 | 32 | layers 0.500, resident x1 0.250 |" in text
     assert "the tuner measured 2 and took ours in 1;" in text

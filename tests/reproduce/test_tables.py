@@ -142,8 +142,11 @@ def test_a_control_pays_for_the_network_that_was_trained_to_teach_it() -> None:
     text = results_text({each.key: each for each in rows})
     untaught, taught = (line for line in text.splitlines() if line.startswith("- ") and "trained before: " in line)
     assert untaught.startswith("- VGG CIFAR-10 gated against equal MACs, taught by the dense network trained before: ")
-    assert "Training at 0.50 times its MACs." in untaught and "Training at 0.83 times its MACs." in taught
-    assert "Trained on an NVIDIA H200: 8 of these 8 runs." in text and "core-minutes" not in text
+    assert "Training took 0.50 times the control's MACs." in untaught
+    assert "Training took 0.83 times the control's MACs." in taught
+    assert "Trained on NVIDIA H200: 8 of these 8 runs." in text and "core-minutes" not in text
+    unpaid = results_text({each.key: each for each in rows if each.kind != "dense"})
+    assert "trained before: " in unpaid and "Training took" not in unpaid
 
 
 def test_macs_without_norms_are_shown_where_rows_have_them() -> None:

@@ -209,4 +209,5 @@ def test_inputs_that_a_sample_closes_are_not_read(per_sample_outputs, dtype, mon
     with torch.no_grad():
         mine = gatedconv.ops.masked_conv2d(x, *arguments, padding=1)
     error, plain = (float((t.double() - exact).abs().max()) for t in (mine, theirs))
-    assert error <= max(2 * plain, floor(kind_of(dtype)) * float(exact.abs().max()))
+    least = floor("tf32") * float(exact.abs().max()) if kind_of(dtype) == "tf32" else 1e-5
+    assert error <= max(2 * plain, least)
