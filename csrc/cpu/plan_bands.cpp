@@ -164,12 +164,15 @@ std::vector<std::pair<size_t, size_t>> find_runs(const Plan& plan) {
 
 void size_slots(Plan& plan) {
   std::fill(plan.slot_floats.begin(), plan.slot_floats.end(), 0);
+  // What is read counts, too: a damaged program may read a slot as a larger map than was written there.
   for (const Step& step : plan.steps) {
-    if (step.op == Op::kOutput || step.out.passes) continue;
-    // A vector read at the last, narrow pixel stays inside the image.
-    const int64_t floats = map_bytes(step.out) / 4 + kPanel;
-    int64_t& slot = plan.slot_floats[step.out.slot];
-    slot = std::max(slot, (floats + kPanel - 1) / kPanel * kPanel);
+    for (const Map* map : {&step.in, &step.out, &step.residual, &step.gate}) {
+      if (!map->exists() || map->passes) continue;
+      // A vector read at the last, narrow pixel stays inside the image.
+      const int64_t floats = map_bytes(*map) / 4 + kPanel;
+      int64_t& slot = plan.slot_floats[map->slot];
+      slot = std::max(slot, (floats + kPanel - 1) / kPanel * kPanel);
+    }
   }
   for (Step& step : plan.steps) {
     for (Map* map : {&step.in, &step.out, &step.residual, &step.gate}) {
