@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import struct
@@ -161,7 +162,7 @@ def test_a_module_with_code_of_its_own_needs_its_network(tmp_path):
         def forward(self, x):
             return torch.vdot(x.flatten(), x.flatten()) * 0 + x.relu()
 
-    small = stages("relu")["compact"]
+    small = copy.deepcopy(stages("relu")["compact"])
     small.set_submodule("act", Mine())
     gatedconv.save(small, tmp_path / "m")
     with pytest.raises(ValueError, match="into"):
