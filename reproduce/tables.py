@@ -358,10 +358,10 @@ def _lead(gated: Experiment, control: Experiment, rows: Rows) -> str:
 
 def _paid(control: Experiment, run: LedgerRow, rows: Rows) -> float | None:
     """MACs of a control's training, with that of the network that was trained before to teach it."""
-    before = rows.get((control.taught_by, run.seed)) if control.taught_by else None
-    if not run.train_macs or not control.taught_by:
+    if not control.taught_by:
         return run.train_macs
-    return run.train_macs + before.train_macs if before and before.train_macs else None
+    before = rows.get((control.taught_by, run.seed))
+    return run.train_macs + before.train_macs if run.train_macs and before and before.train_macs else None
 
 
 def _interval_text(differences: Sequence[float]) -> str:

@@ -40,7 +40,7 @@ from gatedconv.report.bench import Row
 from gatedconv.report.tables import text_table
 
 FIRST_MINUTES = 6.0
-MOST_AT_ONCE = 8  # processes that share the GPU: each has a context of half a gigabyte
+MOST_AT_ONCE = 8  # processes that share the GPU: each has a context of its own there
 KILLED = -1
 RUNNING: set[subprocess.Popen[bytes]] = set()
 

@@ -36,12 +36,16 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "channels_last", "per_sample"),  # every pair of values
+    ("dtype", "channels_last", "per_sample"),  # every pair of values; all triples are slow
     [
         (torch.float32, False, False),
         (torch.float32, True, True),
         (torch.float64, False, True),
         (torch.float64, True, False),
+        pytest.param(torch.float32, False, True, marks=pytest.mark.slow),
+        pytest.param(torch.float32, True, False, marks=pytest.mark.slow),
+        pytest.param(torch.float64, False, False, marks=pytest.mark.slow),
+        pytest.param(torch.float64, True, True, marks=pytest.mark.slow),
     ],
 )
 def test_opcheck(dtype, channels_last, per_sample):
