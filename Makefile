@@ -20,7 +20,7 @@ ARGS   ?=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 SOURCES := gatedconv/_build.py $(shell find csrc -type f)
-CPP     := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp tests/native/*.h runtime/*/*.c runtime/*/*.cpp)
+CPP     := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard benchmarks/*.c tests/native/*.cpp tests/native/*.h runtime/*/*.c runtime/*/*.cpp)
 
 .PHONY: demo test test-slow test-all lint format build coverage docs wheel clean
 .PHONY: bench bench-all bench-docs gpu
