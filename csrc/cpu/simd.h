@@ -26,6 +26,8 @@ constexpr int kPanelVectors = kPanel / kLanes;  // registers that hold one row o
 
 typedef float vec __attribute__((vector_size(4 * GATEDCONV_LANES)));
 typedef float unaligned_vec __attribute__((vector_size(4 * GATEDCONV_LANES), aligned(4), may_alias));
+typedef int32_t lanes_of_int __attribute__((vector_size(4 * GATEDCONV_LANES)));
+typedef int32_t unaligned_ints __attribute__((vector_size(4 * GATEDCONV_LANES), aligned(4), may_alias));
 
 static inline vec load(const float* from) {
   return *reinterpret_cast<const unaligned_vec*>(from);
@@ -46,32 +48,52 @@ static inline vec splat(float value) {
 #endif
 }
 
-// NaN stays NaN, as in PyTorch: every comparison with it is false, and the machine's minimum and maximum give
-// their second operand. Compilers make four instructions of the comparisons.
-static inline vec at_least_zero(vec value) {
-#if defined(__x86_64__) && GATEDCONV_LANES == 16
-  return reinterpret_cast<vec>(
-      _mm512_maskz_max_ps(static_cast<__mmask16>(-1), _mm512_setzero_ps(), reinterpret_cast<__m512>(value)));
-#elif defined(__x86_64__) && GATEDCONV_LANES == 8
-  return reinterpret_cast<vec>(_mm256_max_ps(_mm256_setzero_ps(), reinterpret_cast<__m256>(value)));
+// The first 12 of the 24 bits.
+static inline vec upper_half(vec value) {
+  return reinterpret_cast<vec>(reinterpret_cast<lanes_of_int>(value) & ~0xfff);
+}
+
+// a * b + c with an exact product. Without the instruction, products of halves are exact, and what the
+// rounded product lost is added last.
+static inline vec fused(vec a, vec b, vec c) {
+#if defined(__FP_FAST_FMAF)
+  vec result;
+  for (int i = 0; i < kLanes; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return result;
 #else
-  return value < 0 ? vec{} : value;
+  const vec product = a * b, a_high = upper_half(a), b_high = upper_half(b);
+  const vec a_low = a - a_high, b_low = b - b_high;
+  const vec lost = (a_high * b_high - product) + (a_high * b_low + a_low * b_high) + a_low * b_low;
+  return (product + c) + lost;
 #endif
 }
 
-static inline vec at_most_six(vec value) {
+// NaN stays NaN, as in PyTorch: every comparison with it is false, and the machine's minimum and maximum give
+// their second operand. Compilers make four instructions of the comparisons.
+static inline vec at_least(float limit, vec value) {
 #if defined(__x86_64__) && GATEDCONV_LANES == 16
-  return reinterpret_cast<vec>(
-      _mm512_maskz_min_ps(static_cast<__mmask16>(-1), _mm512_set1_ps(6.0f), reinterpret_cast<__m512>(value)));
+  return reinterpret_cast<vec>(_mm512_maskz_max_ps(static_cast<__mmask16>(-1), _mm512_set1_ps(limit),
+                                                   reinterpret_cast<__m512>(value)));
 #elif defined(__x86_64__) && GATEDCONV_LANES == 8
-  return reinterpret_cast<vec>(_mm256_min_ps(_mm256_set1_ps(6.0f), reinterpret_cast<__m256>(value)));
+  return reinterpret_cast<vec>(_mm256_max_ps(_mm256_set1_ps(limit), reinterpret_cast<__m256>(value)));
 #else
-  return value > 6 ? splat(6) : value;
+  return value < limit ? splat(limit) : value;
+#endif
+}
+
+static inline vec at_most(float limit, vec value) {
+#if defined(__x86_64__) && GATEDCONV_LANES == 16
+  return reinterpret_cast<vec>(_mm512_maskz_min_ps(static_cast<__mmask16>(-1), _mm512_set1_ps(limit),
+                                                   reinterpret_cast<__m512>(value)));
+#elif defined(__x86_64__) && GATEDCONV_LANES == 8
+  return reinterpret_cast<vec>(_mm256_min_ps(_mm256_set1_ps(limit), reinterpret_cast<__m256>(value)));
+#else
+  return value > limit ? splat(limit) : value;
 #endif
 }
 
 static inline vec clamp_to_six(vec value) {
-  return at_most_six(at_least_zero(value));
+  return at_most(6, at_least(0, value));
 }
 
 // clamp(x + 3, 0, 6) / 6, by the two halves of 1 / 6 where the sum is fused: a division takes as long as ten
@@ -86,8 +108,8 @@ static inline vec hard_sigmoid(vec value) {
 static inline vec activate(vec value, Act act) {
   if (act == Act::kNone) return value;
   if (act <= Act::kRelu6) {
-    value = at_least_zero(value);
-    return act == Act::kRelu6 ? at_most_six(value) : value;
+    value = at_least(0, value);
+    return act == Act::kRelu6 ? at_most(6, value) : value;
   }
   return act == Act::kHardSwish ? value * hard_sigmoid(value) : hard_sigmoid(value);
 }
@@ -98,7 +120,7 @@ static inline __attribute__((always_inline)) void activate_each(vec (&values)[N]
   if (act == Act::kNone) return;
   if (act == Act::kRelu) {
 #pragma GCC unroll 32
-    for (int i = 0; i < N; ++i) values[i] = at_least_zero(values[i]);
+    for (int i = 0; i < N; ++i) values[i] = at_least(0, values[i]);
   } else if (act == Act::kRelu6) {
 #pragma GCC unroll 32
     for (int i = 0; i < N; ++i) values[i] = clamp_to_six(values[i]);
@@ -110,9 +132,6 @@ static inline __attribute__((always_inline)) void activate_each(vec (&values)[N]
     for (int i = 0; i < N; ++i) values[i] = hard_sigmoid(values[i]);
   }
 }
-
-typedef int32_t lanes_of_int __attribute__((vector_size(4 * GATEDCONV_LANES)));
-typedef int32_t unaligned_ints __attribute__((vector_size(4 * GATEDCONV_LANES), aligned(4), may_alias));
 
 // The lanes whose `keep` is -1; zeros where it is 0, whatever the value was.
 static inline vec keep_lanes(vec value, const int32_t* keep) {
