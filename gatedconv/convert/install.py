@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating import FrozenGate, Gate, forget
-from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.gates import LearnedGate
 from gatedconv.nn import FrozenConv2d
 
 _all_samples = 0  # above 0: branches compute all samples in eval, too

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from gatedconv import nn as gated_nn
 from gatedconv.convert.flow import ELEMENTWISE, MIXING_OPS, MOVES, REDUCTIONS, SPATIAL_OPS
 from gatedconv.gating import ChannelGate, FrozenGate, Gate, LayerGate
-from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.gates import LearnedGate
 from gatedconv.nn import FrozenConv2d, GraphNet
 
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # torch.fx quotes what is no identifier

@@ -1,15 +1,12 @@
 """Gates: estimators, gate modules, losses, schedules, MAC terms, and the pruning of gates by rank."""
 
-from gatedconv.gating.channel_gate import ChannelGate
-from gatedconv.gating.estimators import ESTIMATORS
-from gatedconv.gating.gate import FrozenGate, Gate
-from gatedconv.gating.layer_gate import LayerGate
-from gatedconv.gating.losses import activation_loss, mac_target_loss, polarization_loss
-from gatedconv.gating.mac_controller import MacController
+from gatedconv.gating.gates import ChannelGate, FrozenGate, Gate, LayerGate
+from gatedconv.gating.losses import MacController, activation_loss, mac_target_loss, polarization_loss
 from gatedconv.gating.mac_terms import MacTerm, expected_macs, pruning_rate
 from gatedconv.gating.pruner import GatePruner
 from gatedconv.gating.ranking import fisher_information, gate_macs, masks_for_target, mean_logits
 from gatedconv.gating.registry import copied, eval_mode, find_gates, forget, open_rates, require_frozen, unwrap
+from gatedconv.ops import ESTIMATORS
 
 __all__ = [
     "ESTIMATORS",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gatedconv.gating.collectives import global_mean, world_size
-from gatedconv.gating.mac_terms import expected_macs, mac_terms
-from gatedconv.gating.multilinear import cached, gate_average, polarization
+from gatedconv.gating.mac_terms import cached, expected_macs, mac_terms
 from gatedconv.gating.registry import find_gates, open_rates, require_gates, unwrap
 
 _WINDOW = "gatedconv_rate_window"  # the attribute of a model in `accumulating`
@@ -27,7 +28,23 @@ def polarization_loss(model: nn.Module) -> Tensor:
     """
     rates = global_open_rates(model, "polarization_loss")
     joined = torch.cat(list(rates.values()))
-    return polarization(joined, _gate_weights(model, rates, joined))
+    loss: Tensor = _Polarization.apply(joined, _gate_weights(model, rates, joined))
+    return loss
+
+
+class _Polarization(torch.autograd.Function):
+    """The sum of weights * (1 - rates) * rates, both (G,); its gradient is weights * (1 - 2 rates)."""
+
+    @staticmethod
+    def forward(ctx: Any, rates: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rates, weights)
+        return torch.dot(weights, torch.addcmul(rates, rates, rates, value=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rates, weights = ctx.saved_tensors
+        return grad * torch.addcmul(weights, weights, rates, value=-2), None
 
 
 def activation_loss(model: nn.Module, weight: str = "uniform") -> Tensor:
@@ -58,10 +75,47 @@ def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
     return (expected / (target * total) - 1) ** 2
 
 
+class MacController(nn.Module):
+    """Integral controller: the price of MACs rises while the model is above its target, and falls while it is below.
+
+    A fixed weight of ``mac_target_loss`` balances the pull of the task at some distance from the target; a price that
+    changes until the distance is 0 reaches it.
+
+    Args:
+        gain: change of the price in one step for MACs that are off by the dense network's, above 0.
+
+    Attributes:
+        price: buffer (), of the dense network's MACs in units of the loss. Part of the state dict.
+    """
+
+    price: Tensor
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        if not gain > 0:
+            raise ValueError(f"MacController: gain must be above 0, got {gain!r}")
+        self.gain = gain
+        self.register_buffer("price", torch.zeros(()))
+
+    def forward(self, model: nn.Module, target: float | Tensor) -> Tensor:
+        """The loss of one step, a scalar: price * (MACs / dense MACs), the price moved just before.
+
+        Args:
+            model: a gated model that has seen a batch.
+            target: MACs to reach now, as a share of the dense model's, in (0, 1]; a scalar tensor is not checked.
+        """
+        if not isinstance(target, Tensor) and not 0 < target <= 1:  # reading a tensor may synchronize
+            raise ValueError(f"MacController: target must be in (0, 1], got {target!r}")
+        total = sum(term.macs for term in mac_terms(model, "MacController"))
+        share = expected_macs(model, global_open_rates(model, "MacController")) / total
+        with torch.no_grad():
+            self.price += self.gain * (share - target)
+        return self.price.clone() * share
+
+
 def _gate_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
     """Weights of the joined rates that give every gate the same share."""
-    sizes = tuple(rate.numel() for rate in rates.values())
-    return cached(unwrap(model), ("gates", sizes, like.device, like.dtype), lambda: gate_average(sizes, like.detach()))
+    return _weights(model, tuple((1 / (len(rates) * rate.numel()), rate.numel()) for rate in rates.values()), like)
 
 
 def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -71,10 +125,15 @@ def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Te
         for gate in term.gates:
             controlled[gate] += term.macs
     total = sum(controlled.values())
-    shares = tuple((macs / total / rates[gate].numel(), rates[gate].numel()) for gate, macs in controlled.items())
+    sizes = {name: rate.numel() for name, rate in rates.items()}
+    return _weights(model, tuple((macs / total / sizes[gate], sizes[gate]) for gate, macs in controlled.items()), like)
+
+
+def _weights(model: nn.Module, shares: tuple[tuple[float, int], ...], like: Tensor) -> Tensor:
+    """For each (share, size) the share, size times."""
     return cached(
         unwrap(model),
-        ("macs", shares, like.device, like.dtype),
+        ("weights", shares, like.device, like.dtype),
         lambda: torch.cat([like.new_full((size,), share) for share, size in shares]),
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gating.collectives import global_mean, world_size
-from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.gates import LearnedGate
 from gatedconv.gating.losses import global_open_rates
 from gatedconv.gating.mac_terms import expected_macs
 from gatedconv.gating.ranking import gate_macs

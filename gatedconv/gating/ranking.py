@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gating.collectives import sum_votes
-from gatedconv.gating.gate import Gate
+from gatedconv.gating.gates import Gate
 from gatedconv.gating.mac_terms import expected_macs
 from gatedconv.gating.registry import eval_mode, find_gates, require_gates, unwrap
 

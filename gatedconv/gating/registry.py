@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gatedconv.gating.gate import FrozenGate, Gate
+from gatedconv.gating.gates import FrozenGate, Gate
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, MacTerm, forget
-from gatedconv.gating.gate import Gate
-from gatedconv.gating.layer_gate import DEFAULT_TEMPERATURE
+from gatedconv.gating.gates import DEFAULT_TEMPERATURE, Gate
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn import Conv2d
 

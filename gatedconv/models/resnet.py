@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, MacTerm, forget
-from gatedconv.gating.channel_gate import POOLS
+from gatedconv.gating.gates import POOLS
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn.block import GATES, POSITIONS, BasicBlock, has_hooks
 

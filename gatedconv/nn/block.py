@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating import ChannelGate, FrozenGate, LayerGate
-from gatedconv.gating.gate import Gate, LearnedGate
+from gatedconv.gating.gates import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
 from gatedconv.nn.open_samples import decides_on_device, gated_input_branch, residual_branch
 from gatedconv.nn.skip import BlockSkip, skip_branch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gating import Gate
-from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.gates import LearnedGate
 
 
 class BlockSkip:

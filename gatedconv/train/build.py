@@ -12,7 +12,7 @@ from gatedconv import models
 from gatedconv.data import EvalBatches, ImageData, load_data, validation_view
 from gatedconv.deploy import compact, freeze
 from gatedconv.gating import find_gates, masks_for_target
-from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.gates import LearnedGate
 from gatedconv.models import CifarVGG, ResNet
 from gatedconv.train.checkpoint import read_consensus
 from gatedconv.train.config import TrainConfig

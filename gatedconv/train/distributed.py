@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gatedconv.gating.gate import LearnedGate
-from gatedconv.gating.sync_norm import synchronized
+from gatedconv.gating.collectives import synchronized
+from gatedconv.gating.gates import LearnedGate
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatedconv.gating import ESTIMATORS
-from gatedconv.gating.channel_gate import POOLS
+from gatedconv.gating.gates import POOLS
 from gatedconv.models import NETWORKS
 from gatedconv.nn.block import GATES, POSITIONS
 

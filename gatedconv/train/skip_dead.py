@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gatedconv.gating import MacTerm
-from gatedconv.gating.gate import LearnedGate
+from gatedconv.gating.gates import LearnedGate
 from gatedconv.nn import BasicBlock
 from gatedconv.nn.skip import BlockSkip, is_closed
 from gatedconv.train.distributed import SINGLE, Ranks

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gatedconv
-from gatedconv.gating.sync_norm import synchronized
+from gatedconv.gating.collectives import synchronized
 from tests.processes import run_ranks
 from tests.tolerances import assert_close
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatedconv.gating.estimators import make_estimator
+from gatedconv.gating.gates import make_estimator
 from gatedconv.ops import estimate
 from tests.tolerances import assert_close
 

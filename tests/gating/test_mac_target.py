@@ -16,7 +16,7 @@ from gatedconv.gating import (
     find_gates,
     fisher_information,
     gate_macs,
-    mac_controller,
+    losses,
     masks_for_target,
     mean_logits,
     polarization_loss,
@@ -125,9 +125,9 @@ def test_the_price_lands_on_the_target_against_a_steady_pull(monkeypatch: pytest
     damping is sqrt(50 / 10) / 2 = 1.1.
     """
     share, target = torch.ones(()), 0.7
-    monkeypatch.setattr(mac_controller, "mac_terms", lambda *_: [SimpleNamespace(macs=1.0)])
-    monkeypatch.setattr(mac_controller, "global_open_rates", lambda *_: {})
-    monkeypatch.setattr(mac_controller, "expected_macs", lambda *_: share)
+    monkeypatch.setattr(losses, "mac_terms", lambda *_: [SimpleNamespace(macs=1.0)])
+    monkeypatch.setattr(losses, "global_open_rates", lambda *_: {})
+    monkeypatch.setattr(losses, "expected_macs", lambda *_: share)
     controller, shares = MacController(pull / 50), []
     for _ in range(300):
         controller(torch.nn.Identity(), target)

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 import gatedconv
 from gatedconv.data import EvalBatches, load_data
-from gatedconv.gating.collectives import require_same_masks
-from gatedconv.gating.sync_norm import synchronized
+from gatedconv.gating.collectives import require_same_masks, synchronized
 from gatedconv.measure import energy
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import RunFolder, TrainConfig, train

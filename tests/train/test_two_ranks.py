@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.gating import fisher_information, mean_logits
-from gatedconv.gating.sync_norm import synchronized
+from gatedconv.gating.collectives import synchronized
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import Callback, RunFolder, TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks, current

@@ -1,7 +1,8 @@
-"""The base class of every gate: a module that decides, per sample, what stays open."""
+"""The gates: modules that decide, per sample, what stays open, and the estimators of their gradients."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
-from gatedconv.gating.estimators import RUNNING_MOMENTUM, Estimator, make_estimator
-from gatedconv.gating.sync_norm import SynchronizedNorm
+from gatedconv.gating.collectives import SynchronizedNorm
+from gatedconv.ops import ESTIMATORS
 from gatedconv.ops.gate import decide
+
+POOLS = ("avg", "flatten")
+DEFAULT_TEMPERATURE = 2 / 3  # at most 1 for two classes: above, hard samples and soft gradients disagree
+RUNNING_MOMENTUM = 0.1  # as BatchNorm's running statistics: about the last ten batches
 
 
 class Gate(nn.Module):
@@ -62,6 +67,55 @@ class Gate(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
         return {**self.__dict__, "logits": None, "open_rate": None, "global_open_rate": None}
+
+
+class Estimator(nn.Module):
+    r"""What `gatedconv.ops.estimate` takes besides logits (N, num_gates), and their distance from the threshold.
+
+    It keeps what an estimator needs between calls. In training it may draw noise; in eval it is deterministic.
+
+    "ste": eqs. 3-4 of the paper: forward z > 0; backward the identity where \|z\| <= 1. "gumbel": hard
+    binary Gumbel-softmax (Jang et al. 2017). "bernoulli": a sample of Bernoulli(sigmoid(z)) with the gradient
+    of the probability (Bengio et al. 2013). "batch_mean": the paper's "Bernoulli" ablation, open above the
+    batch mean of the logits (section 4.4); in eval above the running mean of the training batches, so that a
+    prediction depends on its own image alone.
+
+    Attributes:
+        running_mean: buffer (num_gates,) of "batch_mean"; None for the others.
+    """
+
+    running_mean: Tensor | None
+
+    def __init__(self, name: str, num_gates: int, temperature: float) -> None:
+        super().__init__()
+        self.name = name
+        self.temperature = temperature
+        self.register_buffer("running_mean", torch.zeros(num_gates) if name == "batch_mean" else None)
+
+    def draw_noise(self, batch: int, num_gates: int, like: Tensor) -> Tensor | None:
+        """Uniform noise (batch, num_gates) of this call, in the dtype of ``like``; None if none is needed."""
+        if not self.training or self.name not in ("gumbel", "bernoulli"):
+            return None
+        return torch.rand(batch, num_gates, dtype=like.dtype, device=like.device)
+
+    def margin(self, logits: Tensor) -> Tensor:
+        """Signed distance (N, num_gates) from the threshold, of which eq. 4 lets gradients through up to 1.
+
+        0 for estimators without such a window: their gradient never vanishes.
+        """
+        if self.running_mean is not None:
+            threshold = logits.mean(dim=0) if self.training else self.running_mean
+            return logits - threshold
+        return logits if self.name == "ste" else torch.zeros_like(logits)
+
+
+def make_estimator(name: str, num_gates: int, temperature: float, *, owner: str) -> Estimator:
+    """Estimator by name; ValueError, naming ``owner``, for an unknown one or a temperature <= 0."""
+    if name not in ESTIMATORS:
+        raise ValueError(f"{owner}: estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
+    if not temperature > 0:
+        raise ValueError(f"{owner}: temperature must be above 0, got {temperature!r}")
+    return Estimator(name, num_gates, float(temperature))
 
 
 class LearnedGate(Gate):
@@ -191,6 +245,102 @@ class LearnedGate(Gate):
             batch_stats = norm.running_mean is None or (norm.training and batch > 1)
             options = replace(options, batch_stats=batch_stats, eps=norm.eps, norm_momentum=norm.momentum)
         return parameters, statistics, options, estimator.draw_noise(batch, self.num_gates, fc2.weight)
+
+
+class LayerGate(LearnedGate):
+    """One decision per sample, whether this layer runs (Table 2 of the paper, left column).
+
+    Global average pool -> dense ``hidden`` -> BatchNorm1d -> ReLU -> dense 1 -> estimator.
+
+    Args:
+        in_channels: C of the input.
+        hidden: units of the hidden dense layer; None for a single dense layer.
+        estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
+        temperature: of the Gumbel-softmax; unused by the others.
+
+    Shape: x (N, in_channels, H, W) -> gate (N, 1) in {0, 1}, x.dtype.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        hidden: int | None = 16,
+        estimator: str = "ste",
+        temperature: float = DEFAULT_TEMPERATURE,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            1,
+            hidden=hidden,
+            estimator=estimator,
+            temperature=temperature,
+            device=device,
+            dtype=dtype,
+        )
+        self.in_channels = in_channels
+        self.pool = "avg"
+
+
+class ChannelGate(LearnedGate):
+    """One decision per sample and channel (Table 2 of the paper, right column).
+
+    Args:
+        in_channels: C of the input that the gate reads.
+        num_gates: number of gated channels; default ``in_channels``.
+        hidden: units of the hidden dense layer; None for a single dense layer (the paper's 1FC).
+        pool: "avg" (global average pool, any H and W) or "flatten" (the paper's: every position is a
+            feature, which fixes H and W and costs C*H*W*hidden parameters).
+        feature_size: H*W, or (H, W), of the input; needed by "flatten" alone.
+        estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
+        temperature: of the Gumbel-softmax; unused by the others.
+
+    Shape: x (N, in_channels, H, W) -> gate (N, num_gates) in {0, 1}, x.dtype.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_gates: int | None = None,
+        *,
+        hidden: int | None = 16,
+        pool: str = "avg",
+        feature_size: int | tuple[int, int] | None = None,
+        estimator: str = "ste",
+        temperature: float = DEFAULT_TEMPERATURE,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if pool not in POOLS:
+            raise ValueError(f"ChannelGate: pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        if pool == "flatten" and feature_size is None:
+            raise ValueError("ChannelGate: pool='flatten' needs feature_size, the H*W of the input")
+        size = math.prod(feature_size) if isinstance(feature_size, tuple) else feature_size
+        if size is not None and size < 1:
+            raise ValueError(f"ChannelGate: feature_size must be at least 1, got {feature_size!r}")
+        positions = size if pool == "flatten" and size is not None else 1
+        super().__init__(
+            in_channels * positions,
+            in_channels if num_gates is None else num_gates,
+            hidden=hidden,
+            estimator=estimator,
+            temperature=temperature,
+            device=device,
+            dtype=dtype,
+        )
+        self.in_channels = in_channels
+        self.pool = pool
+        self.feature_size = size
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is (N, C, H, W) of a size that the gate was built for."""
+        super().check_input(x)
+        if self.pool == "flatten" and x.shape[2] * x.shape[3] != self.feature_size:
+            raise ValueError(
+                f"ChannelGate: pool='flatten' was built for H*W = {self.feature_size}, got {tuple(x.shape)}"
+            )
 
 
 class FrozenGate(Gate):
