@@ -2,7 +2,7 @@
 
 record.py, flow.py: a recording of the network, to find things in it. sites.py, branches.py: where gates may go.
 channels.py: which channels go together, through sums and concatenations. install.py: gates in the user's modules.
-record_macs.py, mac_trial.py: the MACs that each gate decides about. verify.py: the result against its source.
+record_macs.py: the MACs that each gate decides about. verify.py: the result against its source.
 """
 
 from gatedconv.convert.conversion import Conversion

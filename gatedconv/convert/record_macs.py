@@ -1,19 +1,22 @@
 """The MACs of a recorded run piece by piece, by fvcore's rules, each with the gates that scale it.
 
 A channel's *label* is the gate decision that makes it a constant, on its way forward, or useless, on its
-way back: a convolution between labeled inputs and labeled outputs costs in proportion to both.
+way back: a convolution between labeled inputs and labeled outputs costs in proportion to both. Where that is an
+estimate, a trial against what compacting would leave finds it out.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.channels import Sliceable
+from gatedconv.convert.channels import ChannelPlan, Sliceable
+from gatedconv.convert.constants import Masks, groups_of, is_depthwise
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
@@ -72,7 +75,7 @@ class _Labels:
         self.gated = gated
         self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
         self.gates = list(self.sizes)
-        self.images = images_of(flow)
+        self.images = _images_of(flow)
         self.whole: set[Value] = set()  # what holds all of its channels, whatever gates close behind it
         self.forward: dict[Value, Tensor] = {}
         self.needed: dict[Value, Tensor] = {}
@@ -108,7 +111,7 @@ class _Labels:
             return self.read(node, channels.source)[channels.index]
         if channels.kind == "cat":
             return torch.cat([self.read(node, p) for p in node.args[0]])
-        if channels.kind == "conv" and _is_depthwise(node):
+        if channels.kind == "conv" and is_depthwise(node.module):
             source = self.read(node, node.inputs[0])
             return source.repeat_interleave(channels.size // len(source))
         if channels.kind != "elementwise":
@@ -132,7 +135,7 @@ class _Labels:
                 self.needed[value] = torch.full((flow[value].size,), UNUSED)
         first = node.outputs[0] if node.outputs else None
         kind = flow.kind(first) if first is not None else ""
-        if first is None or not (kind in _PASSING or (kind == "conv" and _is_depthwise(node))):
+        if first is None or not (kind in _PASSING or (kind == "conv" and is_depthwise(node.module))):
             for source in node.inputs:
                 self._add_all(node, source)
             return
@@ -196,10 +199,10 @@ class _Labels:
         if kind in ("conv", "linear") and value not in self.whole:
             return self._dense(node, value, params, layer)
         if kind == "elementwise":
-            operations = per_element(node)
+            operations = _per_element(node)
             if not (operations or params):
                 return []
-            counted = self.flow.source(node).tensor if is_pool(node) else value.tensor
+            counted = self.flow.source(node).tensor if _is_pool(node) else value.tensor
             if self.whole.intersection(self.flow.operands(node)):
                 return [MacTerm(operations * counted.numel() / self.images, params, layer)]
             return self._by_channel(value, operations * counted.numel() / self.images, params, layer)
@@ -211,7 +214,7 @@ class _Labels:
         assert isinstance(weight, Tensor)
         groups = self.flow[source].size // weight.shape[1]
         total = weight.numel() * value.tensor.numel() / weight.shape[0] / self.images
-        if _is_depthwise(node):
+        if is_depthwise(node.module):
             return self._by_channel(value, total, params, layer)
         outgoing = self.effective(value)
         outgoing = torch.where(outgoing == UNUSED, ALWAYS, outgoing)
@@ -262,12 +265,7 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a == UNUSED, b, torch.where((b == UNUSED) | (a == b), a, always))
 
 
-def _is_depthwise(node: Node) -> bool:
-    module = node.module
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1
-
-
-def per_element(node: Node) -> int:
+def _per_element(node: Node) -> int:
     """Operations per element of the output, of the input in a pool, that fvcore counts for an elementwise node."""
     module, name = node.module, op_name(node)
     if isinstance(module, NORMS):
@@ -278,10 +276,10 @@ def per_element(node: Node) -> int:
     if "batch_norm" in name:
         return 2
     mode = module.mode if isinstance(module, nn.Upsample) else name.removeprefix("upsample_").removesuffix("2d")
-    return 1 if is_pool(node) else {"nearest": 1, "bilinear": 4}.get(mode, 0)
+    return 1 if _is_pool(node) else {"nearest": 1, "bilinear": 4}.get(mode, 0)
 
 
-def is_pool(node: Node) -> bool:
+def _is_pool(node: Node) -> bool:
     """Whether fvcore counts the node's input elements: a pool to a fixed size."""
     if isinstance(node.module, nn.AdaptiveAvgPool2d) or op_name(node) == "_adaptive_avg_pool2d":
         return True
@@ -289,7 +287,7 @@ def is_pool(node: Node) -> bool:
     return op_name(node) == "mean" and list(node.args[1:2]) == [[-1, -2]] and list(node.args[2:3]) == [True]
 
 
-def images_of(flow: Flow) -> int:
+def _images_of(flow: Flow) -> int:
     """The batch that was recorded; views may have folded it into other dimensions, or others into it."""
     given = [value.tensor for value in flow.record.inputs]
     batches = [len(t) for t in given if t.dim() in (4, 5)] or [len(t) for t in given if t.dim() == 2]
@@ -315,3 +313,66 @@ def _other_macs(node: Node) -> float:
     if op_name(node) in ("addmm", "mm", "bmm", "baddbmm"):
         return float(out.numel() * sources[-2].shape[-1])
     return 0.0
+
+
+def estimated_parts(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], caution: int = 0) -> dict[str, str]:
+    """Module path -> by how much its terms were off, for the modules whose terms were, at two sets of random masks.
+
+    Args:
+        flow: of the model without gates.
+        gated: its gates.
+        terms: of ``node_terms``.
+        caution: of the ``ChannelPlan``.
+    """
+    return _trial(flow, gated, terms, caution, 0.5) | _trial(flow, gated, terms, caution, 0.0)
+
+
+def _trial(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], caution: int, share: float) -> dict[str, str]:
+    """Of the channels ``share`` are open, and at least one; of the branches a half."""
+    sizes = dict((*gated.values.values(), *gated.inputs.values())) | dict.fromkeys(gated.ends.values(), 1)
+    generator = torch.Generator().manual_seed(0)
+    masks = {n: torch.rand(size, generator=generator) < (share if size > 1 else 0.5) for n, size in sizes.items()}
+    for mask in masks.values():
+        mask[0] |= mask.numel() > 1 and not bool(mask.any())
+    values: dict[Value, Tensor] = {value: masks[name] for value, (name, _) in gated.values.items()}
+    for value, name in gated.ends.items():
+        if not bool(masks[name]) and flow.has_channels(value):
+            values[value] = torch.zeros(flow[value].size, dtype=torch.bool)
+    inputs = {key: masks[name] for key, (name, _) in gated.inputs.items()}
+    channels = ChannelPlan(flow, Masks(values, inputs, {}), caution)
+    promised: dict[str, float] = defaultdict(float)
+    left: dict[str, float] = defaultdict(float)
+    for node, found in terms.items():
+        if found:
+            promised[node.scope] += math.fsum(_at(term, masks) for term in found)
+            left[node.scope] += math.fsum(term.macs for term in found) * _share_left(node, channels)
+    return {
+        path: f"{promised[path]:,.0f} MACs expected where {left[path]:,.0f} are left, in a trial"
+        for path in promised
+        if abs(promised[path] - left[path]) >= 0.5
+    }
+
+
+def _at(term: MacTerm, masks: Mapping[str, Tensor]) -> float:
+    macs = term.macs
+    for name, which in zip(term.gates, term.channels or [None] * len(term.gates), strict=True):
+        mask = masks[name] if which is None else masks[name][list(which)]
+        macs *= float(mask.double().mean())
+    return macs
+
+
+def _share_left(node: Node, channels: ChannelPlan) -> float:
+    """0 to 1: how much of a node's work is left in the compact network."""
+    flow, value = channels.flow, node.outputs[0]
+    kind = flow.kind(value)
+    if kind in ("conv", "linear"):
+        if not channels.is_sliceable(node):
+            return float(not channels.is_dead(node))
+        read, write = (m.reshape(groups_of(node.module), -1).double() for m in channels.layer_channels(node, value))
+        return float((read.sum(1) * write.sum(1)).sum()) / (read.shape[1] * write.numel())
+    if channels.is_idle(node):
+        return 0.0
+    if kind != "elementwise" or not _per_element(node):
+        return 1.0
+    held = channels.present[flow.source(node)] if _is_pool(node) else channels.computed(node, value)
+    return float(held.double().mean())
