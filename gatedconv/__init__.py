@@ -13,7 +13,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
 
 from gatedconv import models, ops
 from gatedconv.convert import gate_model
-from gatedconv.deploy import Consensus, compact, export, freeze, load, save
+from gatedconv.deploy import Consensus, compact, export, freeze, load, re_estimate_batchnorm, save
 from gatedconv.engine import Engine
 from gatedconv.gating import (
     ChannelGate,
@@ -31,7 +31,6 @@ from gatedconv.gating import (
 from gatedconv.gating import find_gates as gates
 from gatedconv.measure.macs import count_macs
 from gatedconv.nn import Conv2d
-from gatedconv.nn.batchnorm import re_estimate_batchnorm
 
 __version__ = "0.1.0"
 

@@ -1,13 +1,14 @@
 """From a trained model to a smaller one: freeze, compact, save, load, export.
 
-freeze.py: the vote. compact.py, shrink.py, slicing.py: removal of channels, by the plan of convert/channels.py, which
-also solves sums and concatenations. blocks.py: our own blocks. serialize.py, graph.py, graph_format.py,
-module_changes.py: files. export.py: ONNX, torch.export, AOTInductor, plan. hub.py, model_card.py: the Hugging Face Hub.
+freeze.py: the vote, and BatchNorm after it. compact.py, shrink.py, slicing.py: removal of channels, by the plan of
+convert/channels.py, which also solves sums and concatenations. blocks.py: our own blocks. serialize.py, graph.py,
+graph_format.py, module_changes.py: files. export.py: ONNX, torch.export, AOTInductor, plan. hub.py: the Hugging Face
+Hub.
 """
 
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.export import export
-from gatedconv.deploy.freeze import Consensus, freeze
+from gatedconv.deploy.freeze import Consensus, freeze, re_estimate_batchnorm
 from gatedconv.deploy.serialize import load, save
 
-__all__ = ["Consensus", "compact", "export", "freeze", "load", "save"]
+__all__ = ["Consensus", "compact", "export", "freeze", "load", "re_estimate_batchnorm", "save"]

@@ -231,7 +231,7 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Modul
         description = json.loads(header)
         version = description["version"]
         if isinstance(version, bool) or not isinstance(version, int) or version > VERSION:
-            raise _Newer(f"load: {path} has format version {version!r}; this gatedconv reads up to {VERSION}")
+            raise _Unfit(f"load: {path} has format version {version!r}; this gatedconv reads up to {VERSION}")
         tensors = dict(tensors)
         for copied, original in dict(description.get("ties", {})).items():
             tensors[copied] = tensors[original]
@@ -253,7 +253,7 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Modul
             )
         else:
             model = _build_ours(path, description)
-    except (_Newer, _Unfit):
+    except _Unfit:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
@@ -280,11 +280,7 @@ def _tie(model: nn.Module, ties: dict[str, str]) -> None:
 
 
 class _Unfit(ValueError):
-    """A complete file that cannot be loaded this way."""
-
-
-class _Newer(ValueError):
-    """A file of a later version."""
+    """A complete file that cannot be loaded this way, or by this version."""
 
 
 def _build_ours(path: Path, description: dict[str, Any]) -> nn.Module:

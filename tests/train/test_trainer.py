@@ -12,7 +12,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv.data import EvalBatches, ImageData, TrainBatches
-from gatedconv.nn.batchnorm import re_estimate_batchnorm
+from gatedconv.deploy import re_estimate_batchnorm
 from gatedconv.train import Callback, EpochMetrics, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.metrics import TensorBoard, evaluate
