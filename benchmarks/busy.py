@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.harness import RESULTS, machine_header, write_result
 from benchmarks.networks import NetworkCase
-from gatedconv.measure.interleaved import wait_until_idle
+from gatedconv.measure.latency import wait_until_idle
 from gatedconv.report.exported import Run
 from gatedconv.report.runtimes import OURS, SETTINGS, silenced
 from gatedconv.report.tables import markdown_table

@@ -23,7 +23,7 @@ import gatedconv
 from benchmarks import shipped
 from benchmarks.harness import RESULTS, machine_header, write_result
 from benchmarks.networks import NetworkCase, fill_norms
-from gatedconv.measure.interleaved import Interleaved
+from gatedconv.measure.latency import Interleaved
 from gatedconv.report.tables import markdown_table
 from gatedconv.train.presets import preset_settings
 

@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 import gatedconv
 from gatedconv._io import write_atomic
 from gatedconv.environment import provenance
-from gatedconv.measure.interleaved import Interleaved
+from gatedconv.measure.latency import Interleaved
 from gatedconv.models import resnet20, resnet56
 from gatedconv.train import TrainConfig
 from gatedconv.train.checkpoint import save_checkpoint

@@ -22,7 +22,7 @@ from benchmarks.harness import machine_header, write_result
 from benchmarks.roofline import epoch_ms, layer_work, measured_rates
 from gatedconv.data import ImageData
 from gatedconv.data.image_data import Augment, make_image_data
-from gatedconv.measure.interleaved import Interleaved
+from gatedconv.measure.latency import Interleaved
 from gatedconv.train import TrainConfig, train
 from gatedconv.train.build import build_model
 from gatedconv.train.config import make_config

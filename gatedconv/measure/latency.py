@@ -1,16 +1,164 @@
-"""Latency of models, interleaved, and of the blocks of a compact network."""
+"""Latency, interleaved: several callables round by round, so that a noisy machine disturbs all of them alike.
+
+In a round each candidate is measured once. Before a measurement the process waits until none of its threads is busy
+(the pools of OpenMP and ONNX Runtime spin for some milliseconds after their last call, on cores that the next candidate
+needs), and makes a call to warm the caches; then it times single calls. Candidates may be compared round by round.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gatedconv.measure.interleaved import Interleaved, Name, Spread
 from gatedconv.measure.macs import count_macs
+
+Name = TypeVar("Name")
+
+IDLE_STEP_S = 0.002
+IDLE_LIMIT_S = 0.1
+OVERTIME = 3
+MAX_CALLS = 1000
+IDLE_SHARE = 0.2  # a process that uses less of one core than this while its main thread sleeps is idle
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, quartiles and minimum of some figures, in their unit."""
+
+    median: float
+    lower: float
+    upper: float
+    least: float
+
+    @property
+    def iqr(self) -> float:
+        """Interquartile range: 75th minus 25th percentile."""
+        return self.upper - self.lower
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarize at least one value; quartiles are interpolated between the values."""
+        if not values:
+            raise ValueError("Spread.of: expected at least one value, got none")
+        lower = middle = upper = values[0]
+        if len(values) > 1:
+            lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(middle, lower, upper, min(values))
+
+
+class Interleaved(Generic[Name]):
+    """The samples of some callables, measured round by round.
+
+    Args:
+        candidates: name -> callable without arguments; one call of it is timed.
+        sample_ms: minimum duration of the timed calls of a sample, in ms; a slower candidate is called once.
+        warmup: calls of each candidate before anything is timed.
+        lead_in: untimed calls before each sample.
+        wait: whether a sample waits until the threads of other candidates are idle.
+        synchronize: called before each reading of the clock, for devices that run asynchronously.
+
+    Attributes:
+        samples: name -> median ms of the calls of a sample, one value per round.
+        least: name -> ms of the fastest single call.
+        calls: name -> timed calls per sample, fewer where they take three times as long as expected.
+
+    Raises:
+        ValueError: no candidates, or no warm-up.
+    """
+
+    def __init__(
+        self,
+        candidates: Mapping[Name, Callable[[], object]],
+        *,
+        sample_ms: float = 30.0,
+        warmup: int = 3,
+        lead_in: int = 1,
+        wait: bool = True,
+        synchronize: Callable[[], object] | None = None,
+    ) -> None:
+        if not candidates:
+            raise ValueError("Interleaved: expected at least one candidate, got none")
+        if warmup < 1:
+            raise ValueError(f"Interleaved: expected at least 1 warm-up call, got {warmup}")
+        self.candidates = dict(candidates)
+        self.samples: dict[Name, list[float]] = {name: [] for name in candidates}
+        self.least: dict[Name, float] = {}
+        self.calls: dict[Name, int] = {}
+        self._sample_ms, self._lead_in, self._wait, self._synchronize = sample_ms, lead_in, wait, synchronize
+        for name, candidate in self.candidates.items():
+            # The first calls may compile or allocate: the fastest one determines how many fit in a sample.
+            fastest = min(self._call_ms(candidate) for _ in range(warmup))
+            self.calls[name] = max(1, min(MAX_CALLS, round(sample_ms / max(fastest, 1e-6))))
+
+    def prepare(self, name: Name) -> None:
+        """The untimed part of a sample: wait until idle, then the lead-in calls."""
+        if self._wait:
+            wait_until_idle()
+        for _ in range(self._lead_in):
+            self.candidates[name]()
+
+    def sample(self, name: Name) -> None:
+        """The timed part: add one sample."""
+        candidate, collecting = self.candidates[name], gc.isenabled()
+        gc.disable()
+        try:
+            times = self._times(candidate, self.calls[name])
+        finally:
+            if collecting:
+                gc.enable()
+        self.samples[name].append(statistics.median(times))
+        self.least[name] = min(*times, self.least.get(name, times[0]))
+
+    def round(self, names: Iterable[Name] | None = None) -> None:
+        """One sample of each candidate, or of each of those named."""
+        for name in self.candidates if names is None else names:
+            self.prepare(name)
+            self.sample(name)
+
+    def spread(self, name: Name) -> Spread:
+        """Of a candidate's ms per call; ``least`` is its fastest call."""
+        of_rounds = Spread.of(self.samples[name])
+        return Spread(of_rounds.median, of_rounds.lower, of_rounds.upper, self.least[name])
+
+    def ratio(self, name: Name, base: Name) -> Spread:
+        """Of a candidate's time over that of ``base``, round by round: 2 where ``base`` takes half as long."""
+        pairs = zip(self.samples[name], self.samples[base], strict=True)
+        return Spread.of([theirs / ours for theirs, ours in pairs])
+
+    def _times(self, candidate: Callable[[], object], calls: int) -> list[float]:
+        times: list[float] = []
+        # Fewer calls where they have become far slower than at the start.
+        while not times or (len(times) < calls and sum(times) < OVERTIME * self._sample_ms):
+            times.append(self._call_ms(candidate))
+        return times
+
+    def _call_ms(self, candidate: Callable[[], object]) -> float:
+        if self._synchronize is not None:
+            self._synchronize()
+        started = time.perf_counter()
+        candidate()
+        if self._synchronize is not None:
+            self._synchronize()
+        return (time.perf_counter() - started) * 1000
+
+
+def wait_until_idle() -> float:
+    """Sleep until the threads of this process are idle; returns the seconds that it took."""
+    started = time.monotonic()
+    while time.monotonic() - started < IDLE_LIMIT_S:
+        busy = time.process_time()
+        time.sleep(IDLE_STEP_S)
+        if time.process_time() - busy < IDLE_SHARE * IDLE_STEP_S:
+            break
+    return time.monotonic() - started
 
 
 @torch.inference_mode()
@@ -83,7 +231,7 @@ def block_figures(
 
 
 def _figures(
-    path: str, masks: Mapping[str, Tensor], block: nn.Module | None, x: Tensor | None, time: Spread | None
+    path: str, masks: Mapping[str, Tensor], block: nn.Module | None, x: Tensor | None, spread: Spread | None
 ) -> dict[str, Any]:
     of_block = [mask for gate, mask in masks.items() if gate.rpartition(".")[0] == path]
     channels = next((mask for mask in of_block if mask.numel() > 1), None)
@@ -94,7 +242,7 @@ def _figures(
         "channels": None if channels is None else channels.numel(),
         "runs": not closed,
         "macs": 0 if block is None or x is None or isinstance(block, nn.Identity) else count_macs(block, x),
-        "ms": None if time is None else round(time.median, 5),
+        "ms": None if spread is None else round(spread.median, 5),
     }
 
 

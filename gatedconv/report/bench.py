@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.measure.interleaved import Interleaved
+from gatedconv.measure.latency import Interleaved
 from gatedconv.report.exported import Run
 from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint, silenced
 from gatedconv.report.tables import text_table

@@ -4,8 +4,8 @@ import gc
 
 import pytest
 
-from gatedconv.measure import interleaved as module
-from gatedconv.measure.interleaved import Interleaved, Spread, wait_until_idle
+from gatedconv.measure import latency as module
+from gatedconv.measure.latency import Interleaved, Spread, wait_until_idle
 
 
 class Clock:

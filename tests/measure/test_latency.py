@@ -15,7 +15,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.log = 0.0, list[str]()
-        monkeypatch.setattr("gatedconv.measure.interleaved.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("gatedconv.measure.latency.time.perf_counter", lambda: self.now)
 
     def model(self, name: str, *durations_ms: float) -> Callable[[Tensor], Tensor]:
         """A model whose calls take these times, the last one from then on."""
