@@ -11,7 +11,8 @@ from gatedconv import ops
 from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, MacTerm, forget
 from gatedconv.gating.gates import POOLS
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
-from gatedconv.nn.block import GATES, POSITIONS, BasicBlock, has_hooks
+from gatedconv.nn.block import GATES, POSITIONS, BasicBlock
+from gatedconv.nn.skip import has_hooks
 
 WIDTHS = (16, 32, 64)
 

@@ -12,8 +12,14 @@ from gatedconv import ops
 from gatedconv.gating import ChannelGate, FrozenGate, LayerGate
 from gatedconv.gating.gates import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
-from gatedconv.nn.open_samples import decides_on_device, gated_input_branch, residual_branch
-from gatedconv.nn.skip import BlockSkip, skip_branch
+from gatedconv.nn.skip import (
+    BlockSkip,
+    decides_on_device,
+    gated_input_branch,
+    has_hooks,
+    residual_branch,
+    skip_branch,
+)
 
 GATES = ("layer", "channel", "both")
 POSITIONS = ("before", "middle", "after")
@@ -146,7 +152,7 @@ class BasicBlock(nn.Module):
         """The block for samples that are all open: (N, in_channels, H, W) -> (N, channels, H', W')."""
         channel, convs = self.channel_gate, ((self.conv1, self.bn1), (self.conv2, self.bn2))
         if isinstance(channel, LearnedGate) and self.position != "after" and not self.training:
-            plain = type(self.relu) is nn.ReLU and not (self.relu._forward_hooks or self.relu._forward_pre_hooks)
+            plain = type(self.relu) is nn.ReLU and not has_hooks(self.relu)
             if plain and not torch.compiler.is_compiling() and decides_on_device(x, *convs):
                 return gated_input_branch(x, shortcut, channel, self.position, *convs)
         return self.relu(shortcut + self.branch(x))
@@ -213,9 +219,3 @@ class BasicBlock(nn.Module):
         h = self.relu(self.bn1(h))
         y = self.bn2(self.conv2.masked_forward(h, after, middle))
         return y if after is None else y * after.to(y.dtype)[:, None, None]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether code outside the module runs when it is called, so that it has to be called."""
-    m = module
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gatedconv
-from gatedconv.nn import block, open_samples
+from gatedconv.nn import block, skip
 from tests.engine.nets import settle
 from tests.tolerances import relative_error, tolerance
 
@@ -18,7 +18,7 @@ def on_device(monkeypatch):
 
     def branch(*arguments):
         calls.append(arguments)
-        return open_samples.residual_branch(*arguments)
+        return skip.residual_branch(*arguments)
 
     monkeypatch.setattr(block, "residual_branch", branch)
     monkeypatch.setattr(block, "decides_on_device", lambda *arguments: not torch.is_grad_enabled())
@@ -53,7 +53,7 @@ def test_a_closed_sample_is_not_computed(on_device):
     x[1, 2, 3, 4] = float("nan")
     is_open = torch.tensor([True, False, True])
     with torch.no_grad():
-        out = open_samples.residual_branch(x, x, is_open, (model.conv1, model.bn1), (model.conv2, model.bn2))
+        out = skip.residual_branch(x, x, is_open, (model.conv1, model.bn1), (model.conv2, model.bn2))
     assert torch.equal(out[1].isnan(), x[1].isnan()) and torch.equal(out[1].nan_to_num(), x[1].relu().nan_to_num())
     assert bool(out[::2].isfinite().all()) and not torch.equal(out[0], x[0].relu())
 
@@ -62,7 +62,7 @@ def test_by_default_nothing_changes():
     model = settle(gatedconv.models.resnet20(gate="layer")).layer1[0]
     convs = (model.conv1, model.bn1), (model.conv2, model.bn2)
     with torch.no_grad():
-        assert not open_samples.decides_on_device(torch.zeros(1, 16, 8, 8), *convs)
+        assert not skip.decides_on_device(torch.zeros(1, 16, 8, 8), *convs)
 
 
 @pytest.mark.parametrize("position", ["before", "middle", "after"])
@@ -83,7 +83,7 @@ def test_channel_gates_decide_for_each_sample_what_is_read(position, estimator, 
             input = torch.where(in_open[:, :, None, None], input, float("nan"))  # nobody may read it
         return gatedconv.ops.masked_conv2d(input, weight, bias, out_open, in_open, **options)
 
-    monkeypatch.setattr(open_samples, "ops", types.SimpleNamespace(masked_conv2d=conv))
+    monkeypatch.setattr(skip, "ops", types.SimpleNamespace(masked_conv2d=conv))
     monkeypatch.setattr(block, "decides_on_device", lambda *arguments: not torch.is_grad_enabled())
     with torch.no_grad():
         result = model(x)
