@@ -55,27 +55,6 @@ def naming_file(path: Path, rest: str = "") -> Iterator[None]:
         raise OSError(f"{path}: could not be written ({error.strerror or error}){rest}") from None
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the place ("PATH: line N") and the value of every line that is not blank.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not UTF-8 text, or a line is not JSON; names file and line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found a damaged or different file ({error})") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is damaged, expected JSON ({error})") from None
-            yield where, value
-
-
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]], *, sort_keys: bool = False) -> None:
     """Write one JSON object per line, atomically; raises as `write_atomic`."""
     write_atomic(path, "".join(json.dumps(record, sort_keys=sort_keys) + "\n" for record in records).encode())

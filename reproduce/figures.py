@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 import gatedconv
-from gatedconv._io import read_json_lines
 from gatedconv.report import plots
 from reproduce.experiment import Experiment
-from reproduce.ledger import LedgerRow
+from reproduce.ledger import LedgerRow, read_json_lines
 from reproduce.table import all_experiments
 from reproduce.tables import Rows, dense_pairs, interval, mean_spread, runs_of
 

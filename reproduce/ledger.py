@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gatedconv._io import locked, read_json_lines, write_json_lines
+from gatedconv._io import locked, write_json_lines
 
 KINDS = ("gated", "dense", "equal_macs", "fixed_at_init", "taught_before", "naive_dropout", "naive_layer")
 _NONE = type(None)
@@ -163,6 +165,27 @@ def read_ledger(path: Path) -> Rows:
             raise ValueError(f"{where}: a second row of {row.experiment}, seed {row.seed}; remove one of them")
         rows[row.key] = row
     return rows
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place ("PATH: line N") and the value of every line that is not blank.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8 text, or a line is not JSON; names file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found a damaged or different file ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path}: line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is damaged, expected JSON ({error})") from None
+            yield where, value
 
 
 def append_row(path: Path, row: LedgerRow) -> None:

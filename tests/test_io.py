@@ -9,26 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gatedconv._io import locked, naming_file, read_json_lines, write_atomic, write_json_lines
+from gatedconv._io import locked, naming_file, write_atomic, write_json_lines
 
 
-def test_json_lines_come_back_with_their_places(tmp_path: Path) -> None:
+def test_json_lines_are_one_object_a_line(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.jsonl"
     write_json_lines(path, [{"b": 1, "a": 2.5}, {"a": None}], sort_keys=True)
-    assert path.read_text().splitlines()[0] == '{"a": 2.5, "b": 1}'
-    path.write_text("\n" + path.read_text())
-    found = list(read_json_lines(path))
-    assert found == [(f"{path}: line 2", {"a": 2.5, "b": 1}), (f"{path}: line 3", {"a": None})]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"{}\n{\n", r"a: line 2 is damaged, expected JSON \("), (b"\xff", "a: expected UTF-8 text")],
-)
-def test_damaged_json_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        list(read_json_lines(tmp_path / "a"))
+    assert path.read_text() == '{"a": 2.5, "b": 1}\n{"a": null}\n'
 
 
 def test_a_failed_write_keeps_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,43 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 # Table 6 of the paper, "rising λ": 0 for the first 125 of 350 epochs, 2 for the next 65, then 3 to the end.
 # Kept as fractions of the run so that a run of any length passes through the same three stages.
 RISING_BOUNDARIES = (125 / 350, 190 / 350)
 RISING_VALUES = (0.0, 2.0, 3.0)
-
-
-def constant(progress: float, value: float) -> float:
-    """Return `value` whatever the progress.
-
-    Raises:
-        ValueError: if `progress` lies outside [0, 1].
-    """
-    _check_progress(progress)
-    return value
-
-
-def staged(progress: float, boundaries: Sequence[float], values: Sequence[float]) -> float:
-    """Return values[i] of the stage that `progress` is in; a boundary belongs to the stage that it opens.
-
-    Args:
-        progress: share of the run that is done, in [0, 1].
-        boundaries: rising fractions of the run, one fewer than `values`.
-        values: the value of each stage.
-
-    Raises:
-        ValueError: if `progress` lies outside [0, 1] or the lengths do not fit.
-    """
-    _check_progress(progress)
-    if len(values) != len(boundaries) + 1:
-        raise ValueError(
-            f"staged: expected {len(boundaries) + 1} values for {len(boundaries)} boundaries, got {len(values)}"
-        )
-    if list(boundaries) != sorted(boundaries):
-        raise ValueError(f"staged: boundaries must rise, got {tuple(boundaries)}")
-    return values[sum(progress >= boundary for boundary in boundaries)]
 
 
 def rising(progress: float, final: float = RISING_VALUES[-1]) -> float:
@@ -47,7 +14,9 @@ def rising(progress: float, final: float = RISING_VALUES[-1]) -> float:
     Raises:
         ValueError: if `progress` lies outside [0, 1].
     """
-    return staged(progress, RISING_BOUNDARIES, RISING_VALUES) * (final / RISING_VALUES[-1])
+    _check_progress(progress)
+    stage = sum(progress >= boundary for boundary in RISING_BOUNDARIES)  # a boundary belongs to the stage that it opens
+    return RISING_VALUES[stage] * (final / RISING_VALUES[-1])
 
 
 def linear_warmup(progress: float, value: float, duration: float) -> float:

@@ -125,7 +125,7 @@ def polar_weight(options: GateLossOptions, progress: float) -> float:
         return weight_schedules.rising(progress, options.polar_weight)
     if options.polar_schedule == "warmup":
         return weight_schedules.linear_warmup(progress, options.polar_weight, options.gate_warmup)
-    return weight_schedules.constant(progress, options.polar_weight)
+    return options.polar_weight
 
 
 def augmentation(data: ImageData, options: DataOptions) -> Augment:

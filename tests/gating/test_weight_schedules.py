@@ -23,13 +23,11 @@ def test_linear_warmup_is_a_line_then_flat() -> None:
 
 def test_linear_warmup_of_no_duration_is_constant() -> None:
     assert weight_schedules.linear_warmup(0.0, 8.0, 0.0) == 8.0
-    assert weight_schedules.constant(0.0, 8.0) == 8.0
 
 
 @pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])
 def test_progress_outside_the_run_is_refused(progress: float) -> None:
     for call in (
-        lambda: weight_schedules.constant(progress, 1.0),
         lambda: weight_schedules.rising(progress),
         lambda: weight_schedules.linear_warmup(progress, 1.0, 0.5),
     ):
@@ -37,11 +35,7 @@ def test_progress_outside_the_run_is_refused(progress: float) -> None:
             call()
 
 
-def test_staged_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="expected 2 values for 1 boundaries, got 1"):
-        weight_schedules.staged(0.5, [0.5], [1.0])
-    with pytest.raises(ValueError, match="boundaries must rise"):
-        weight_schedules.staged(0.5, [0.6, 0.5], [1.0, 2.0, 3.0])
+def test_a_duration_longer_than_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match="duration must lie"):
         weight_schedules.linear_warmup(0.5, 1.0, 1.5)
 

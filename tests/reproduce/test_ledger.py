@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reproduce.ledger import amend_row, append_row, read_ledger
+from reproduce.ledger import amend_row, append_row, read_json_lines, read_ledger
 from tests.reproduce.ledger_rows import row
 
 REQUIRED = (
@@ -154,3 +154,20 @@ def test_a_crash_before_the_file_is_complete_keeps_the_old_one(tmp_path: Path, m
     with pytest.raises(OSError, match=r"ledger.jsonl: could not be written \(No space left on device\)"):
         append_row(path, row(seed=1))
     assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_json_lines_come_with_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"a": 2.5, "b": 1}\n{"a": null}\n')
+    found = list(read_json_lines(path))
+    assert found == [(f"{path}: line 2", {"a": 2.5, "b": 1}), (f"{path}: line 3", {"a": None})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{}\n{\n", r"a: line 2 is damaged, expected JSON \("), (b"\xff", "a: expected UTF-8 text")],
+)
+def test_damaged_json_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_json_lines(tmp_path / "a"))
