@@ -114,7 +114,7 @@ def main() -> None:
     lines = [f"agreement of the gates: {frozen.consensus.agreement:.1%}", row("compact", small, test)]
     train(small, tuple(data), range(end, total), total)
     engine = gatedconv.Engine(small.eval(), test_images)
-    lines += [row("compact, trained on", small, test), row("the same by Engine", engine, test, small)]
+    lines += [row("compact, trained further", small, test), row("the same by Engine", engine, test, small)]
 
     dense = gatedconv.models.resnet20(10, input_size=(1, 8, 8))
     train(dense, tuple(data), range(total), total)

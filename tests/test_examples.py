@@ -36,10 +36,10 @@ def test_train_loop_ends_with_its_table():
     numbers = {
         row[:24].strip(): [float(number) for number in row[24:].split()] for row in (dense, compact, finished, engine)
     }
-    assert list(numbers) == ["dense", "compact", "compact, trained on", "the same by Engine"]
+    assert list(numbers) == ["dense", "compact", "compact, trained further", "the same by Engine"]
     _, dense_macs, dense_params = numbers["dense"]
     assert 0.4 * dense_macs < numbers["compact"][1] <= 0.51 * dense_macs and numbers["compact"][2] < dense_params
-    assert numbers["compact, trained on"] == numbers["the same by Engine"]  # exactness
+    assert numbers["compact, trained further"] == numbers["the same by Engine"]  # exactness
     assert re.fullmatch(r"agreement of the gates: [\d.]+%", agreement)
 
 

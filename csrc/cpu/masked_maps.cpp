@@ -13,7 +13,9 @@ namespace {
 
 // Inputs times outputs up to which Winograd's weights, 36 for each, stay in the second-level cache: 1.1 MiB,
 // which leaves nearly half of 2 MiB to the maps. This and the limits below are chosen by size, unmeasured.
+// The numbers of can_use_maps equal those of gatedconv/ops/masked_conv2d.py.
 constexpr int64_t kMostWeights = 64 * 128;
+constexpr int64_t kLeastInputs = 8;
 
 // Floats of maps that stay in such a cache with the weights (384 KiB), and images of a band.
 constexpr int64_t kBandFloats = 96 * 1024;
@@ -320,7 +322,7 @@ thread_local std::vector<float> Worker::buffer_;
 }  // namespace
 
 bool can_use_maps(const ConvShape& s, int64_t inputs, int64_t outputs) {
-  return s.groups == 1 && s.kernel_h == 3 && s.kernel_w == 3 && inputs >= 8 && outputs > 0 &&
+  return s.groups == 1 && s.kernel_h == 3 && s.kernel_w == 3 && inputs >= kLeastInputs && outputs > 0 &&
          inputs * outputs <= kMostWeights;
 }
 

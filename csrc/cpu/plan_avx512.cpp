@@ -1,3 +1,4 @@
+// The plan with 16 lanes: the code is that of kernels.h, the tile that of register_tile.h.
 #if defined(__x86_64__)
 #define GATEDCONV_ISA avx512
 #define GATEDCONV_LANES 16

@@ -1,5 +1,5 @@
 // The weights of a plan's file: all but those of Winograd's algorithms, which are made when it is opened from
-// the direct ones that stand behind them. They are two to four times as large, and follow from nine numbers a
+// the direct ones stored after them. They are two to four times as large, and follow from nine numbers a
 // filter.
 #pragma once
 

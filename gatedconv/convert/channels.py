@@ -335,14 +335,14 @@ class ChannelPlan(Constants):
         return node.scope not in self.unsliceable and self.sliceable(node)
 
     def is_dead(self, node: Node) -> bool:
-        """Whether a layer with torch.nn's own code, whose weights nobody else reads, computes what nobody needs."""
+        """Whether a layer with torch.nn's own code, whose weights no other code reads, has an unused output."""
         if getattr(type(node.module), "forward", None) not in (nn.Conv2d.forward, nn.Linear.forward):
             return False
         return not bool(self.wanted(node.outputs[0]).any()) and self.sliceable.is_own(node)
 
 
 def _filled(marked: Tensor, live: Tensor) -> Tensor:
-    """(groups, size): in the groups that are live, the marked and so many more that all have as many."""
+    """(groups, size): what is marked, and in each live group as many more as the fullest of them has."""
     counts = marked.sum(dim=1)
     most = max(1, int(counts[live].max())) if bool(live.any()) else 0
     result = marked.clone()

@@ -362,7 +362,7 @@ def _only_along(channel: Tensor, axis: int) -> bool:
 
 
 def is_mixing(node: Node) -> bool:
-    """Whether the node is a layer whose outputs each depend on all channels: none can be told apart behind it."""
+    """Whether the node is a layer whose outputs each depend on all channels: later values have no separate channels."""
     module = node.module
     if isinstance(module, nn.modules.conv._ConvNd):
         return not (module.groups > 1 and module.groups == module.in_channels)

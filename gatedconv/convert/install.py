@@ -23,7 +23,7 @@ _all_samples = 0  # above 0: branches compute all samples in eval, too
 
 @contextmanager
 def computing_all_samples() -> Iterator[None]:
-    """Shapes do not depend on what gates decide meanwhile."""
+    """Context in which all samples are computed, so that shapes do not depend on gates."""
     global _all_samples
     _all_samples += 1
     try:

@@ -185,7 +185,7 @@ def record(
 
 
 def _forget_unread(result: Record) -> None:
-    """Changes of views that nobody reads afterwards are none."""
+    """Ignore in-place changes of views that are not read afterwards."""
     for node in reversed(list(result.nodes)):
         if node.op == "overwritten" and not any(value.users for value in node.outputs):
             for value in node.inputs:

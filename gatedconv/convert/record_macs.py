@@ -260,7 +260,7 @@ def _term(
 
 
 def _merge(a: Tensor, b: Tensor) -> Tensor:
-    """Needed by both: by nobody else if one is UNUSED, under one gate if they agree, else always."""
+    """Needed by both: UNUSED has no effect, equal gates stay, else always."""
     always = torch.full((), ALWAYS)
     return torch.where(a == UNUSED, b, torch.where((b == UNUSED) | (a == b), a, always))
 

@@ -94,7 +94,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         try:  # a file that cannot be read again is found out now, not when it is needed
             _rebuild(Path(path), header, tensors)
         except ValueError as error:
-            raise TypeError(f"save: the model is not what its description builds any more: {error}") from error
+            raise TypeError(
+                f"save: the model has changed since it was built: its description no longer matches: {error}"
+            ) from error
     write_atomic(Path(path), to_bytes(tensors, {FORMAT: header}))
 
 
@@ -112,7 +114,7 @@ def load(path: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.M
     Args:
         path: the file.
         into: the dense network that was gated, built by your own code: the result is a copy of it, of the same class,
-            with the file's gates or smaller layers and its tensors; it trains on. None: networks of
+            with the file's gates or smaller layers and its tensors; it can be trained further. None: networks of
             ``gatedconv.models`` are built, others become a graph of torch.nn layers, in eval alone.
 
     Raises:
@@ -156,7 +158,7 @@ def _packed(path: Path, model: nn.Module, description: dict[str, Any], tensors: 
 
 
 def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description of a network that is none of ours, and tensors of its graph beyond its state."""
+    """The description of a network of another package, and tensors of its graph beyond its state."""
     description: dict[str, Any] = {"version": VERSION, "stage": "graph"}
     graph: GraphNet | None
     if isinstance(model, GraphNet):

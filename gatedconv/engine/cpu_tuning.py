@@ -1,4 +1,4 @@
-"""Times the algorithms for a convolution on the CPU at hand (`Engine(tune=True)`)."""
+"""Times the algorithms for a convolution on the CPU of this machine (`Engine(tune=True)`)."""
 
 from __future__ import annotations
 

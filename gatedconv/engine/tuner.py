@@ -1,4 +1,4 @@
-"""Chooses the fastest candidate for a convolution on the machine at hand, and remembers it from process to process."""
+"""Chooses the fastest candidate for a convolution on this machine, and remembers it from process to process."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def poison(like: Tensor) -> None:
 
 
 def agrees(result: Tensor, trusted: Tensor) -> bool:
-    """Whether two results differ by no more than rounding, and are not finite at the same places."""
+    """Whether two results differ by no more than rounding, and have their non-finite values at the same places."""
     if result.shape != trusted.shape or result.dtype != trusted.dtype:
         return False
     finite = trusted.isfinite()

@@ -197,8 +197,10 @@ def _has_kernel(conv: Conv) -> bool:
 # more for the call than for the work (measured at 16 to 64 channels, batch 1 to 32).
 _DENSE_MACS = 10_000_000
 
-# But for 3x3 filters of few weights, for which the operator has Winograd's algorithm, and few input channels.
+# But for 3x3 filters of few weights, for which the operator has Winograd's algorithm, and few input channels. The
+# least inputs and most weights equal those of can_use_maps in csrc/cpu/masked_maps.cpp.
 _NARROW = 4
+_LEAST_INPUTS = 8
 _MOST_WEIGHTS = 64 * 128
 
 
@@ -208,7 +210,7 @@ def _is_dense(conv: Conv) -> bool:
     n, _, p, q = geometry.output_shape
     channels, inputs, *kernel = conv.weight.shape
     if kernel == [3, 3] and geometry.groups == 1 and geometry.dilation == (1, 1):
-        if (inputs <= _NARROW and channels <= 16) or 8 <= inputs <= _MOST_WEIGHTS // channels:
+        if (inputs <= _NARROW and channels <= 16) or _LEAST_INPUTS <= inputs <= _MOST_WEIGHTS // channels:
             return False
     if n * p * q * conv.weight.numel() < _DENSE_MACS or geometry.padding[::2] != geometry.padding[1::2]:
         return False

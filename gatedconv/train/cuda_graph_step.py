@@ -87,10 +87,12 @@ class CudaGraphStepper(Stepper):
         self._kind: Any = None
         self._warm = 0
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: float, taught: Tensor | None = None) -> StepResult:
+    def __call__(
+        self, images: Tensor, labels: Tensor, epoch: float, teacher_logits: Tensor | None = None
+    ) -> StepResult:
         """As `Stepper`; the result is valid until the next step."""
         progress = epoch / self.config.epochs
-        self._set_inputs(images, labels, taught, epoch)
+        self._set_inputs(images, labels, teacher_logits, epoch)
         if not self._capture:
             result = self._step()
         elif self._replay is None and self._warm < WARM_UP:
@@ -105,9 +107,9 @@ class CudaGraphStepper(Stepper):
         self._after_step(progress)
         return result
 
-    def _set_inputs(self, images: Tensor, labels: Tensor, taught: Tensor | None, epoch: float) -> None:
+    def _set_inputs(self, images: Tensor, labels: Tensor, teacher_logits: Tensor | None, epoch: float) -> None:
         """Copy what a step depends on into the static buffers."""
-        inputs = (images, labels) if taught is None else (images, labels, taught)
+        inputs = (images, labels) if teacher_logits is None else (images, labels, teacher_logits)
         weights = gate_weights(self.config, epoch / self.config.epochs)
         kind = [(each.shape, each.stride(), each.dtype) for each in inputs], weights.wanted is None
         if kind != self._kind:
@@ -130,14 +132,16 @@ class CudaGraphStepper(Stepper):
 
     def _step(self) -> StepResult:
         """The step itself, from the static buffers to tensors."""
-        images, labels, *taught = self._inputs
+        images, labels, *teacher_logits = self._inputs
         groups = self.optimizer.param_groups
         before = [group["lr"] for group in groups]  # numbers, for checkpoints
         for group, scalar in zip(groups, self._rates, strict=True):
             group["lr"] = scalar.value
         try:
             # `_set_inputs` has evaluated the schedules: the progress is not used.
-            result = self._update(self._forward_backward(images, labels, 0.0, taught[0] if taught else None))
+            result = self._update(
+                self._forward_backward(images, labels, 0.0, teacher_logits[0] if teacher_logits else None)
+            )
         finally:
             for group, rate in zip(groups, before, strict=True):
                 group["lr"] = rate

@@ -202,8 +202,8 @@ class Training:
             for images, labels in self.batches:
                 step = self.batches.position or steps
                 now = epoch + (step - 1) / steps
-                taught = None if self.teacher is None else self.teacher(images, labels, now)
-                self.stepper(images, labels, now, taught)
+                teacher_logits = None if self.teacher is None else self.teacher(images, labels, now)
+                self.stepper(images, labels, now, teacher_logits)
                 now_and_then = step % _SYNC_EVERY == 0 or step == steps
                 if now_and_then:
                     self.energy.poll()

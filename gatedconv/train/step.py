@@ -81,7 +81,6 @@ class Stepper:
         config: the recipe.
         device: of the network.
         ranks: the processes that train it together.
-        predict_skips: for tests: the previous step decides which blocks are skipped, as on a GPU.
         macs_per_image: of a compact network: it carries no ``mac_terms``, and has no blocks to recompute.
         observe: called at the end of each step.
 
@@ -100,7 +99,6 @@ class Stepper:
         device: torch.device,
         ranks: Ranks = SINGLE,
         *,
-        predict_skips: bool | None = None,
         macs_per_image: float = 0.0,
         observe: Observer | None = None,
     ) -> None:
@@ -128,9 +126,7 @@ class Stepper:
         self._recompute = config.recompute and not macs_per_image
         self.macs = StepMacs(model, recompute=self._recompute, per_image=macs_per_image)
         skips = config.skip_blocks and not config.compile
-        self.skipping = BlockSkipping(
-            model if skips else nn.Module(), device, self.macs.add, predict=predict_skips, ranks=ranks
-        )
+        self.skipping = BlockSkipping(model if skips else nn.Module(), device, self.macs.add, ranks=ranks)
         self._before = Buffers(stateful) if self.skipping.predict else None
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -157,14 +153,16 @@ class Stepper:
         if self.pruner is not None:
             self.pruner.average_over_ranks()
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: float, taught: Tensor | None = None) -> StepResult:
+    def __call__(
+        self, images: Tensor, labels: Tensor, epoch: float, teacher_logits: Tensor | None = None
+    ) -> StepResult:
         """Make a step.
 
         Args:
             images: (B, C, H, W).
             labels: int64 (B,).
             epoch: of the step; a step within an epoch is a fraction.
-            taught: a teacher's logits (B, classes) on the images.
+            teacher_logits: a teacher's logits (B, classes) on the images.
         """
         progress = epoch / self.config.epochs
         set_learning_rate(self.optimizer, learning_rate(self.config, epoch))
@@ -172,10 +170,10 @@ class Stepper:
             self.guard.buffers.keep()
         if self._before is not None:
             self._before.keep()
-        computed = self._forward_backward(images, labels, progress, taught)
+        computed = self._forward_backward(images, labels, progress, teacher_logits)
         if not self.skipping.verified(len(images)) and self._before is not None:
             self._before.restore()
-            computed = self._forward_backward(images, labels, progress, taught)
+            computed = self._forward_backward(images, labels, progress, teacher_logits)
             self.skipping.verified(len(images))
         result = self._update(computed)
         self.observe(result, labels)
@@ -194,23 +192,25 @@ class Stepper:
         if self.pruner is not None:
             prune_gates(self.pruner, self.config, progress)
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, progress: float, taught: Tensor | None) -> Computed:
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor, progress: float, teacher_logits: Tensor | None
+    ) -> Computed:
         count = self.config.accumulate
         # DistributedDataParallel weighs ranks alike; one may have an image more than another.
         weight = len(images) * self.ranks.world / self.config.batch_size
-        shown, loss, polarization, rates = [], torch.zeros((), device=self.device), None, None
-        teachings = [None] * count if taught is None else taught.tensor_split(count)
+        logits_of_parts, loss, polarization, rates = [], torch.zeros((), device=self.device), None, None
+        teacher_parts = [None] * count if teacher_logits is None else teacher_logits.tensor_split(count)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = zip(images.tensor_split(count), labels.tensor_split(count), teachings, strict=True)
-        for index, (x, y, teaching) in enumerate(parts):
+        parts = zip(images.tensor_split(count), labels.tensor_split(count), teacher_parts, strict=True)
+        for index, (x, y, teacher_part) in enumerate(parts):
             wait = self.ranks.world > 1 and index < count - 1
             with self.network.no_sync() if wait else nullcontext():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.network(x)
                 self.skipping.note_forward(len(x), first=index == 0)
                 task, share = task_loss(logits, y, self.config.label_smoothing), len(x) / len(images)
-                if teaching is not None:
-                    task = distillation_loss(task, logits, teaching, self.config)
+                if teacher_part is not None:
+                    task = distillation_loss(task, logits, teacher_part, self.config)
                 total = task if share * weight == 1 else task * (share * weight)
                 loss += task.detach() * share
                 if self._gates:
@@ -221,8 +221,8 @@ class Stepper:
                 self.scaler.scale(total).backward()
             rates = self._add_rates(rates, share)
             # A CUDA graph of the network writes the next part's logits to the same memory.
-            shown.append(logits.detach().clone() if count > 1 else logits.detach())
-        return Computed(shown[0] if count == 1 else torch.cat(shown), loss, polarization, rates)
+            logits_of_parts.append(logits.detach().clone() if count > 1 else logits.detach())
+        return Computed(logits_of_parts[0] if count == 1 else torch.cat(logits_of_parts), loss, polarization, rates)
 
     def _add_rates(self, rates: Tensor | None, share: float) -> Tensor | None:
         """Add the open rates of a part, a share of the batch."""

@@ -37,8 +37,8 @@ from gatedconv.train.results import consensus_figures, example_images, measured,
 from gatedconv.train.run_dir import MetricsWriter, RunFolder
 from gatedconv.train.stopping import StopRequest
 
-# MACs of gates that no gradient reaches any more, off the target by more than this share of it, are worth a note. A
-# single layer gate of ResNet-20 is a fifth of a target of one half.
+# MACs that are off the target by more than this share of it, with gates that get no gradient (dead or saturated), are
+# worth a note. A single layer gate of ResNet-20 is a fifth of a target of one half.
 _TARGET_TOLERANCE = 0.2
 # So is a larger share of dead gates that no MAC target explains.
 _DEAD_SHARE = 0.5
@@ -339,7 +339,7 @@ class Trainer:
             return []
 
     def _note_dead_gates(self, last: EpochMetrics) -> None:
-        """Note gates that no gradient reaches any more where the MACs are not as configured."""
+        """Note gates without a gradient where the MACs are not as configured."""
         if not last.num_gates:
             return
         if self.config.mac_weight or self.config.mac_control != "none":

@@ -1,3 +1,8 @@
+import math
+import re
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -414,3 +419,12 @@ def test_the_backward_operator_multiplies_only_what_is_open():
         )
     assert made[0].shape == x.shape and made[1].shape == w.shape
     assert counter.get_total_flops() == 2 * 2 * (2 * 6 * 6) * 5 * 2 * 9
+
+
+def test_both_languages_agree_where_winograds_algorithm_serves():
+    """The choice of PyTorch's convolution in Python relies on what the operator does in C++."""
+    module = import_module("gatedconv.ops.masked_conv2d")  # the package has the function under this name
+    text = (Path(__file__).parents[2] / "csrc/cpu/masked_maps.cpp").read_text()
+    found = dict(re.findall(r"constexpr int64_t (kMostWeights|kLeastInputs) = ([0-9 *]+);", text))
+    values = {name: math.prod(int(factor) for factor in product.split("*")) for name, product in found.items()}
+    assert values == {"kMostWeights": module._MOST_WEIGHTS, "kLeastInputs": module._LEAST_INPUTS}

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from gatedconv.train import TrainConfig
+from gatedconv.train import TrainConfig, step
 from gatedconv.train.metrics import EpochMeter
+from gatedconv.train.skip_dead import BlockSkipping
 from gatedconv.train.step import Stepper
 
 Batch = tuple[Tensor, Tensor, "Tensor | None", float]  # images, labels, a teacher's logits, epoch
+
+
+def set_predict_skips(monkeypatch: pytest.MonkeyPatch, predict: bool) -> None:
+    """Steppers that are made afterwards skip the blocks that the previous step decides on, as on a GPU, or do not."""
+    monkeypatch.setattr(step, "BlockSkipping", partial(BlockSkipping, predict=predict))
 
 
 def make_steps(
@@ -36,11 +44,11 @@ def make_steps(
     stepper = kind(model, config, device, observe=observe, **options)
     stepper._immediate = False  # bad steps are judged as on a GPU
     with stepper.active():
-        for step, (images, labels, taught, epoch) in enumerate(batches):
-            if step == evaluation:
+        for number, (images, labels, teacher_logits, epoch) in enumerate(batches):
+            if number == evaluation:
                 with torch.no_grad():
                     model.eval()(images)
                 model.train()
-            stepper(images * math.nan if step == broken else images, labels, epoch, taught)
+            stepper(images * math.nan if number == broken else images, labels, epoch, teacher_logits)
             stepper.guard.repair()
     return stepper, meter

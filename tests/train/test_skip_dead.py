@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from gatedconv.train import TrainConfig, train
 from gatedconv.train.step import PASSES_PER_STEP, Stepper
 from tests.tolerances import assert_close
 from tests.train.losses import total_loss
+from tests.train.steps import set_predict_skips
 
 CONFIG = TrainConfig(
     epochs=4,
@@ -46,8 +46,8 @@ def network(shut: tuple[int, ...], logit: float = -20.0) -> ResNet:
     return model.train()
 
 
-def steps(model: ResNet, config: TrainConfig, count: int = 6, **options: Any) -> Stepper:
-    stepper = Stepper(model, config, CPU, **options)
+def steps(model: ResNet, config: TrainConfig, count: int = 6) -> Stepper:
+    stepper = Stepper(model, config, CPU)
     generator = torch.Generator().manual_seed(1)
     with stepper.active():
         for number in range(count):
@@ -83,10 +83,13 @@ def plain_steps(model: ResNet, config: TrainConfig, count: int = 6) -> None:
 
 @pytest.mark.parametrize("predict", [False, True], ids=["now", "predicted"])
 @pytest.mark.parametrize("shut", [(), (1, 4, 5, 8), (0, 3, 6), tuple(range(9))], ids=["none", "some", "strided", "all"])
-def test_weights_are_those_without_leaving_out(predict: bool, shut: tuple[int, ...]) -> None:
+def test_weights_are_those_without_leaving_out(
+    predict: bool, shut: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Momentum and weight decay of what is left out included; only its BatchNorm statistics stand still."""
+    set_predict_skips(monkeypatch, predict)
     left_out, whole = network(shut), network(shut)
-    stepper = steps(left_out, CONFIG, predict_skips=predict)
+    stepper = steps(left_out, CONFIG)
     plain_steps(whole, CONFIG)
     still = [f"{name}.{norm}" for i, (name, _) in enumerate(blocks(whole)) for norm in ("bn1", "bn2") if i in shut]
     for name, value in whole.state_dict().items():
@@ -115,12 +118,13 @@ def test_a_block_left_out_runs_no_convolution() -> None:
 
 
 @pytest.mark.parametrize("predict", [False, True], ids=["now", "predicted"])
-def test_a_gate_that_opens_again_is_noticed_in_the_same_step(predict: bool) -> None:
+def test_a_gate_that_opens_again_is_noticed_in_the_same_step(predict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate whose logits move with the batch, in and out of the window: the step is never wrong."""
+    set_predict_skips(monkeypatch, predict)
     outcomes = []
     for skip in (True, False):
         model = network(())
-        stepper = Stepper(model, dataclasses.replace(CONFIG, skip_blocks=skip), CPU, predict_skips=predict)
+        stepper = Stepper(model, dataclasses.replace(CONFIG, skip_blocks=skip), CPU)
         gates = list(gatedconv.gates(model).values())
         with stepper.active():
             for number in range(8):
@@ -167,12 +171,13 @@ def test_what_was_executed_is_in_the_metrics(data: ImageData) -> None:
     assert copy.deepcopy(model) is not model
 
 
-def test_a_step_that_is_made_again_is_executed_twice() -> None:
+def test_a_step_that_is_made_again_is_executed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first try left out one block, and was of no use."""
+    set_predict_skips(monkeypatch, True)
     model = network((4,))
     total = sum(term.macs for term in model.mac_terms)
     cost = sum(term.macs for term in model.mac_terms if "layer2.1.layer_gate" in term.gates)
-    stepper = Stepper(model, CONFIG, CPU, predict_skips=True)
+    stepper = Stepper(model, CONFIG, CPU)
     with stepper.active():
         stepper(torch.randn(8, 1, 8, 8), torch.arange(8) % 3, 0.1)
         nn.init.constant_(gatedconv.gates(model)["layer2.1.layer_gate"].fc2.bias, 0.5)

@@ -25,6 +25,7 @@ from gatedconv.train.metrics import EpochMeter
 from gatedconv.train.step import StepGuard, Stepper, recomputing
 from tests.tolerances import assert_close
 from tests.train.losses import total_loss
+from tests.train.steps import set_predict_skips
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -195,7 +196,7 @@ def test_a_network_that_forgets_drops_what_the_losses_made_of_its_rates() -> Non
         assert all(rate() is None for rate in rates)
 
 
-def test_a_step_that_is_done_again_or_undone_counts_once_in_the_window() -> None:
+def test_a_step_that_is_done_again_or_undone_counts_once_in_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step redone because a gate opened, and one whose loss is NaN, leave the window of a step made once."""
     windows = []
     for predict in (False, True):
@@ -203,7 +204,8 @@ def test_a_step_that_is_done_again_or_undone_counts_once_in_the_window() -> None
         gate, *others = gatedconv.gates(model).values()
         for other in others:  # whose rates differ from part to part
             nn.init.normal_(other.fc2.weight)
-        stepper = Stepper(model, dataclasses.replace(CONFIG, accumulate=4), CPU, predict_skips=predict)
+        set_predict_skips(monkeypatch, predict)
+        stepper = Stepper(model, dataclasses.replace(CONFIG, accumulate=4), CPU)
         with stepper.active():
             for bias in (-20.0, 0.5):
                 nn.init.constant_(gate.fc2.bias, bias)

@@ -1,4 +1,4 @@
-"""Times the candidates for a convolution on the GPU at hand."""
+"""Times the candidates for a convolution on the GPU of this machine."""
 
 from __future__ import annotations
 
