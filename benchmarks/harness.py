@@ -197,14 +197,12 @@ class Machine:
         """
         if self.dry:
             return call
-        from gatedconv.ops._cuda_graph import capture
+        from gatedconv.ops._cuda_graph import capture, on_stream
 
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             for _ in range(3):  # compiles kernels and lets cuDNN choose
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
         graph, kept = capture(call, torch.device("cuda"), stream)
 
         def run() -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -53,6 +54,16 @@ def capture(
                 if attempt == retries or not any(words in str(error) for words in _INVALIDATED):
                     raise
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Context that launches on a stream, in order with what the current one has launched before and launches after."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def lock_of(device: torch.device) -> threading.RLock:

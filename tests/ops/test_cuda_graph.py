@@ -79,3 +79,27 @@ def test_what_no_graph_can_hold_is_raised_at_once(captures):
     with pytest.raises(RuntimeError, match="a value"):
         _cuda_graph.capture(call, DEVICE)
     assert captures.begun == 1
+
+
+def test_a_side_stream_waits_and_is_waited_for(monkeypatch):
+    events = []
+
+    class Stream:
+        device = DEVICE
+
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def stream(made):
+        events.append(f"on {made.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", {DEVICE: Stream("current")}.get)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    with _cuda_graph.on_stream(Stream("side")):
+        events.append("launch")
+    assert events == ["side waits for current", "on side", "launch", "current waits for side"]

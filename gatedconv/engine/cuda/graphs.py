@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gatedconv.ops._cuda_graph import capture
+from gatedconv.ops._cuda_graph import capture, on_stream
 
 LIMIT = 8  # graphs kept: each holds its own memory for the maps of its batch
 
@@ -83,10 +83,8 @@ class CapturedGraph:
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         self.input = x.detach().clone()
         stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             function(self.input)  # cuDNN chooses its algorithms, libraries load
-        torch.cuda.current_stream(x.device).wait_stream(stream)
         self.graph, self.output = capture(lambda: function(self.input), x.device, stream)
         self.done = torch.cuda.Event()
         self.done.record(torch.cuda.current_stream(x.device))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gatedconv import _build, _native
 from gatedconv.engine.tuner import Tuner, cache_path
-from gatedconv.ops._cuda_graph import capture
+from gatedconv.ops._cuda_graph import capture, on_stream
 
 
 def header_of(device: torch.device) -> dict[str, Any]:
@@ -43,8 +43,7 @@ def planner_hash(folder: Path) -> str:
 def time_on_gpu(call: Callable[[], Tensor], rounds: int = 7, repeats: int = 10) -> float:
     """Return the median milliseconds of a call as part of a CUDA graph, which is how a plan runs it."""
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with on_stream(stream):
         call()  # what is allocated or chosen once is so by now
         graph, _ = capture(lambda: [call() for _ in range(repeats)], stream.device, stream)
         graph.replay()
@@ -56,7 +55,6 @@ def time_on_gpu(call: Callable[[], Tensor], rounds: int = 7, repeats: int = 10) 
             end.record(stream)
             end.synchronize()
             times.append(start.elapsed_time(end) / repeats)
-    torch.cuda.current_stream().wait_stream(stream)
     return statistics.median(times)
 
 
