@@ -1,4 +1,4 @@
-"""Atomic writes, JSON lines, schema checks and locks."""
+"""Atomic writes, JSON lines, schema checks, locks, and the first line of an error."""
 
 from __future__ import annotations
 
@@ -111,6 +111,11 @@ def locked(path: Path, *, held: str | None = None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def remove_leftovers(folder: Path) -> None:

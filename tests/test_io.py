@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gatedconv._io import locked, naming_file, write_atomic, write_json_lines
+from gatedconv._io import first_line, locked, naming_file, write_atomic, write_json_lines
 
 
 def test_json_lines_are_one_object_a_line(tmp_path: Path) -> None:
@@ -73,3 +73,11 @@ def test_a_lock_that_is_held_is_waited_for(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\none: two\nthree"), "one: two"), (RuntimeError(""), "RuntimeError"), (OSError(), "OSError")],
+)
+def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
+    assert first_line(error) == line

@@ -34,7 +34,7 @@ from benchmarks.gpu.cases import Case, all_cases, stand_in
 from benchmarks.gpu.section import speed
 from benchmarks.harness import ROOT, Machine, machine_header, write_result
 from gatedconv import _native
-from gatedconv._io import write_atomic
+from gatedconv._io import first_line, write_atomic
 from gatedconv.cli import Parser
 from gatedconv.report.bench import Row
 from gatedconv.report.tables import text_table
@@ -159,8 +159,7 @@ def attempts(case: Case, machine: Machine) -> Iterator[list[Row]]:
             yield list(part(machine))
         except Exception as error:  # the other parts do not depend on this one
             traceback.print_exc()
-            lines = str(error).strip().splitlines() or [""]
-            yield [failure(case, f"failed: {type(error).__name__}: {lines[0]}"[:200])]
+            yield [failure(case, f"failed: {type(error).__name__}: {first_line(error)}"[:200])]
 
 
 def failure(case: Case, note: str) -> Row:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure the networks of the target, in our engine and in other runtimes, and print a table."""
     import torch
 
-    from gatedconv.report.bench import bench_table, best_rows, compare_runtimes
+    from gatedconv.report.bench import compare_runtimes
 
     _check(arguments)
     if arguments.threads is not None:
@@ -71,9 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             failures.update(comparison.failures)
             if arguments.energy:
                 energy.append(_energy(name, network, x))
-    print(bench_table(rows if arguments.all_settings else best_rows(rows, "ms_min")))
-    for (provider, setting), reason in failures.items():
-        print(f"not measured: {provider}, {setting}: {reason}")
+    _print(rows, failures, arguments.all_settings)
     for line in energy:
         print(line)
     return 0
@@ -87,7 +85,6 @@ def _is_case(target: str) -> bool:
 
 def _layer(arguments: argparse.Namespace) -> int:
     """Measure one convolution in our operator and in PyTorch's, and print a table."""
-    from gatedconv.report.bench import bench_table, best_rows
     from gatedconv.report.layers import ConvCase, compare_layers
 
     case = ConvCase.parse(arguments.target)
@@ -97,11 +94,17 @@ def _layer(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{given[0]}: not for a single convolution, got --{given[0]} with {arguments.target!r}")
     comparison = compare_layers(case)
     comparison.rounds(arguments.rounds)
-    rows = comparison.rows()
-    print(bench_table(rows if arguments.all_settings else best_rows(rows, "ms_min")))
-    for (provider, setting), reason in comparison.failures.items():
-        print(f"not measured: {provider}, {setting}: {reason}")
+    _print(comparison.rows(), comparison.failures, arguments.all_settings)
     return 0
+
+
+def _print(rows: list[Any], failures: dict[tuple[str, str], str], all_settings: bool) -> None:
+    """Print the table, and what was not measured."""
+    from gatedconv.report.bench import bench_table, best_rows
+
+    print(bench_table(rows if all_settings else best_rows(rows, "ms_min")))
+    for (provider, setting), reason in failures.items():
+        print(f"not measured: {provider}, {setting}: {reason}")
 
 
 def _footprint(arguments: argparse.Namespace) -> int:

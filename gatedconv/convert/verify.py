@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from gatedconv._io import first_line
 from gatedconv.convert.record import open_up
 from gatedconv.gating import copied, eval_mode
 
@@ -133,9 +134,7 @@ def require_same_training(source: nn.Module, result: nn.Module, example_input: A
         except Exception as error:
             if model is result:
                 raise ConversionError(f"{owner}: the result fails in training: {error}") from error
-            return (
-                f"training was not checked: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
+            return f"training was not checked: {type(error).__name__}: {first_line(error)}"
         runs.append(out)
     if not (difference := distance(runs[1], runs[0])) <= _tolerance(runs[0]):
         raise ConversionError(f"{owner}: in training the result differs by {difference:.1e}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gatedconv import _native
-from gatedconv._io import require_schema, write_atomic
+from gatedconv._io import first_line, require_schema, write_atomic
 
 FORMAT = 2
 # Against the first candidate, relative to its largest value: rounding of two orders of summation, no more.
@@ -97,7 +97,7 @@ class Tuner:
                     raise
                 wait_for_device()  # raises where the error was the device's: every later candidate would get it too
                 errors.append(error)
-                out[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                out[name] = first_line(error)[:200]
         if not times:
             raise errors[0]
         for _ in range(self.rounds - 1):
@@ -138,7 +138,11 @@ def poison(like: Tensor) -> None:
 
 
 def agrees(result: Tensor, trusted: Tensor) -> bool:
-    """Whether two results differ by no more than rounding, and have their non-finite values at the same places."""
+    """Whether two results differ by no more than rounding, and have their non-finite values at the same places.
+
+    Not `gatedconv.convert.verify.distance`, for which NaN in place of an infinity is a difference: each algorithm
+    overflows in an order of its own.
+    """
     if result.shape != trusted.shape or result.dtype != trusted.dtype:
         return False
     finite = trusted.isfinite()

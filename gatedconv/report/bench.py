@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv.convert.verify import TOLERANCES, distance
 from gatedconv.measure.latency import Interleaved
 from gatedconv.report.exported import Run
 from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint, silenced
@@ -21,7 +22,8 @@ from gatedconv.report.tables import text_table
 Candidate = tuple[str, str]
 """Provider and setting."""
 
-TOLERANCE = 1e-4  # max|a - b| / max|b| against eager PyTorch: beyond it the output is wrong, and is not timed
+# max|a - b| / max|b| against eager PyTorch: beyond it the output is wrong, and is not timed.
+TOLERANCE = TOLERANCES[torch.float32]
 DISTURBED = 1.3  # median over minimum: beyond it, something else used the machine
 PROBES = 32  # images on which the error of reduced precision is found
 _NONSENSE = 10.0  # an error beyond it is no matter of precision
@@ -125,7 +127,7 @@ class Comparison:
             try:
                 run = build()
                 with torch.inference_mode():
-                    error = relative_error(run(), expected[candidate])
+                    error = distance(run(), expected[candidate])
             except Exception as problem:  # a peer may raise anything; it is reported, and the others continue
                 self.failures[candidate] = _one_line(problem)
                 continue
@@ -255,7 +257,7 @@ def _quality(setting: Setting, network: nn.Module, x: Tensor, folder: Path, thre
     images = torch.randn((PROBES, *x.shape[1:]), generator=torch.Generator().manual_seed(3))
     expected, found = network(images), setting.prepare(network, images, folder, threads)()
     same = found.flatten(1).argmax(1) == expected.flatten(1).argmax(1)
-    return relative_error(found, expected), float(same.float().mean())
+    return distance(found, expected), float(same.float().mean())
 
 
 def _prepared(setting: Setting, network: nn.Module, x: Tensor, folder: Path, threads: int) -> Callable[[], Run]:
@@ -266,17 +268,6 @@ def _prepared(setting: Setting, network: nn.Module, x: Tensor, folder: Path, thr
             return setting.prepare(network, x, folder, threads)
 
     return build
-
-
-def relative_error(output: Tensor, expected: Tensor) -> float:
-    """max|a - b| / max|b|; infinite for NaN and for another shape."""
-    if output.shape != expected.shape:
-        return math.inf
-    if expected.numel() == 0:
-        return 0.0
-    scale = expected.abs().max().item() or 1.0
-    error = (output - expected).abs().max().item() / scale
-    return math.inf if math.isnan(error) else error
 
 
 def best_rows(rows: Iterable[Row], by: str = "ms_median") -> list[Row]:

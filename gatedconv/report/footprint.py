@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatedconv._io import require_schema
+from gatedconv._io import first_line, require_schema
+from gatedconv.convert.verify import distance
 from gatedconv.deploy import export, save
 from gatedconv.report import mobile
-from gatedconv.report.bench import TOLERANCE, relative_error
+from gatedconv.report.bench import TOLERANCE
 
 FILE_NAME = "footprint.json"
 
@@ -171,14 +172,14 @@ def measure_footprints(
             found[runtime.name] = Footprint(runtime.name, version, _file_bytes(path), _installed_bytes(runtime.package))
             ready.append((runtime, path))
         except (ImportError, ValueError, TypeError, OSError, RuntimeError) as error:
-            found[runtime.name] = Footprint(runtime.name, note=str(error).splitlines()[0])
+            found[runtime.name] = Footprint(runtime.name, note=first_line(error))
     samples: dict[str, list[Sequence[float]]] = {runtime.name: [] for runtime, _ in ready}
     with torch.no_grad():
         expected = network(_input(x.shape)).flatten()[:64]
     for _ in range(rounds):
         for runtime, path in ready:
             *figures, output = _run_once(runtime, path, list(x.shape), threads, calls)
-            if relative_error(torch.tensor(output), expected) > TOLERANCE:
+            if distance(torch.tensor(output), expected) > TOLERANCE:
                 raise RuntimeError(f"{runtime.name} computes another output than the model")
             samples[runtime.name].append(figures)
     for name, figures in samples.items():

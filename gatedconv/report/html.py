@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import PurePath
@@ -127,14 +127,19 @@ def _figures_table(run: RunView, summary: Mapping[str, Any]) -> str:
         ),
         *([("energy of an image (J)", _energy_of_an_image)] if any("energy_j_image" in net for _, net in nets) else []),
     ]
-    head = "".join(f"<th>{escape(_mark_kind(run, kind))}</th>" for kind, _ in nets)
-    body = "".join(
-        f"<tr><td>{name}</td>{''.join(f'<td>{cell(net)}</td>' for _, net in nets)}</tr>" for name, cell in rows
-    )
+    header = ["", *(escape(_mark_kind(run, kind)) for kind, _ in nets)]
+    table = _table([[name, *(cell(net) for _, net in nets)] for name, cell in rows], header)
     agreement = summary.get("agreement")
     known = _is_number(agreement)
     note = f'<p class="sub">Gates and samples agree on {agreement:.2%} of the decisions.</p>' if known else ""
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>{note}'
+    return table + note
+
+
+def _table(rows: Iterable[Iterable[str]], header: Iterable[str] = ()) -> str:
+    """A table of cells that are HTML."""
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    lines = [head] * bool(head) + ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
 def _energy(summary: Mapping[str, Any]) -> str:
@@ -165,22 +170,19 @@ def _architecture(summary: Mapping[str, Any]) -> str:
         of, macs = block.get("channels"), _macs_of(block)
         channels = ("kept" if block.get("runs") else "removed") if of is None else f"{block.get('open')} of {of}"
         bar = f'<span class="bar"><i style="width:{100 * macs / most:.1f}%"></i></span>'
-        rows.append(
-            f"<tr><td>{escape(str(block.get('block')))}</td><td>{escape(channels)}</td>"
-            f"<td>{macs / 1e6:.2f}{bar}</td><td>{_shown(block.get('ms'), '{:.3f}')}</td></tr>"
-        )
-    head = "<tr><th>block</th><th>open channels</th><th>MACs (M)</th><th>ms, batch 1</th></tr>"
-    return f'<h3>What is left, block by block</h3><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+        ms = _shown(block.get("ms"), "{:.3f}")
+        rows.append([escape(str(block.get("block"))), escape(channels), f"{macs / 1e6:.2f}{bar}", ms])
+    header = ["block", "open channels", "MACs (M)", "ms, batch 1"]
+    return f"<h3>What is left, block by block</h3>{_table(rows, header)}"
 
 
 def _footprint(footprint: Sequence[Mapping[str, Any]]) -> str:
     if not footprint:
         return ""
     header, rows = footprint_rows(footprint)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    table = _table([map(escape, row) for row in rows], map(escape, header))
     return (
-        f'<h3>What you ship</h3><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+        f"<h3>What you ship</h3>{table}"
         '<p class="sub">Each runtime in processes of its own, the least of some rounds. Package: as installed, without '
         "what it depends on. Memory: the largest of the process up to its first answer, which includes Python and "
         "NumPy. First: import, load and one call.</p>"
@@ -195,10 +197,8 @@ def _macs_of(block: Mapping[str, Any]) -> float:
 def _details(name: str, values: Mapping[str, Any]) -> str:
     if not values:
         return ""
-    rows = "".join(
-        f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>" for key, value in values.items()
-    )
-    return f'<details><summary>{name}</summary><div class="scroll"><table>{rows}</table></div></details>'
+    rows = [(escape(str(key)), escape(str(value))) for key, value in values.items()]
+    return f"<details><summary>{name}</summary>{_table(rows)}</details>"
 
 
 def _provenance(summary: Mapping[str, Any]) -> dict[str, Any]:

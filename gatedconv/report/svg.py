@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-INK, MUTED, GRID, OPEN = "#1f2430", "#6b7280", "#e5e7eb", (11, 93, 86)
+from gatedconv.report.plots import DENSE, GATED, GRID, MUTED, POLAR
+
+OPEN = (11, 93, 86)
 SHAPES = {
-    "dense": ("circle", "#64748b"),
-    "compact": ("circle", "#0f766e"),
-    "dynamic": ("ring", "#0f766e"),
-    "dense teacher": ("ring", "#64748b"),
-    "control: equal MACs": ("diamond", "#b45309"),
+    "dense": ("circle", DENSE),
+    "compact": ("circle", GATED),
+    "dynamic": ("ring", GATED),
+    "dense teacher": ("ring", DENSE),
+    "control: equal MACs": ("diamond", POLAR),
     "control: fixed at epoch 0": ("square", "#7c3aed"),
 }
-OTHER = ("diamond", "#64748b")
+OTHER = ("diamond", DENSE)
 _NAME_HEIGHT, _NAME_WIDTH = 10, 5.0  # of a line and of a letter, in units of the picture
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -281,3 +282,12 @@ def test_outputs_of_any_type_have_a_distance(dtype):
     wanted = torch.tensor([1, 1, 0]).to(dtype)
     got = torch.tensor([1, 0, 0]).to(dtype)
     assert distance((got,), [wanted]) == 1.0 and distance(wanted, wanted) == 0.0
+
+
+def test_distance_of_outputs() -> None:
+    assert distance(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
+    assert distance(torch.zeros(2), torch.zeros(2)) == 0
+    assert distance(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
+    assert math.isinf(distance(torch.zeros(2), torch.zeros(3)))
+    assert math.isinf(distance(torch.tensor(float("nan")), torch.tensor(1.0)))
+    assert distance(torch.tensor([math.nan, 2.0]), torch.tensor([math.nan, 2.0])) == 0

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +9,7 @@ from torch import Tensor, nn
 
 import gatedconv
 from gatedconv.report import exported, runtimes
-from gatedconv.report.bench import (
-    Comparison,
-    Row,
-    bench_table,
-    best_rows,
-    compare_runtimes,
-    relative_error,
-)
+from gatedconv.report.bench import Comparison, Row, bench_table, best_rows, compare_runtimes
 from gatedconv.report.exported import made_once, onnx_file
 from gatedconv.report.runtimes import OURS, REDUCED, SETTINGS, Setting, fingerprint
 
@@ -140,14 +132,6 @@ def test_a_disturbed_measurement_is_reported_in_a_line() -> None:
     assert line.startswith("disturbed: the median is more than 1.3 times the minimum in 2 of 3 rows")
     assert "most in net, batch 1, openvino (2.5 times)" in line
     assert "disturbed" not in bench_table(rows[:1])
-
-
-def test_relative_error() -> None:
-    assert relative_error(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
-    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
-    assert relative_error(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
-    assert math.isinf(relative_error(torch.zeros(2), torch.zeros(3)))
-    assert math.isinf(relative_error(torch.tensor(float("nan")), torch.tensor(1.0)))
 
 
 @pytest.fixture(scope="module")
