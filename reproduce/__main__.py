@@ -11,13 +11,13 @@ from pathlib import Path
 from gatedconv._io import naming_file, write_atomic
 from gatedconv.cli import Parser, run_command
 from gatedconv.report.tables import text_table
-from reproduce.bench import Bench, Key
+from reproduce.experiments import all_experiments
 from reproduce.ledger import Rows, read_ledger
 from reproduce.rows import present_recipes
 from reproduce.runner import energy_of_images, run_experiments, select
 from reproduce.schedule import planned, status
-from reproduce.table import all_experiments
 from reproduce.tables import left_out, present_rows, replace_block, results_text, runs_of
+from reproduce.workplace import Key, Workplace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-minutes", type=float, default=0.0, metavar="X", help="stop after this time; 0 never [0]")
 
 
-def _bench(arguments: argparse.Namespace) -> Bench:
+def _workplace(arguments: argparse.Namespace) -> Workplace:
     if arguments.other_runs < 0:
         raise ValueError(f"other-runs: expected at least 0, got {arguments.other_runs}")
     if not 0 <= arguments.max_minutes < float("inf"):
@@ -102,7 +102,7 @@ def _bench(arguments: argparse.Namespace) -> Bench:
         if not name or not equals or not source:
             raise ValueError(f"source: expected NAME=SOURCE, got {text!r}")
         sources[name] = source
-    return Bench(
+    return Workplace(
         arguments.runs,
         arguments.results,
         sources,
@@ -118,7 +118,7 @@ def _bench(arguments: argparse.Namespace) -> Bench:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {arguments.jobs}")
-    return run_experiments(_bench(arguments), _keys(arguments), arguments.jobs)
+    return run_experiments(_workplace(arguments), _keys(arguments), arguments.jobs)
 
 
 def _keys(arguments: argparse.Namespace) -> list[Key]:
@@ -135,7 +135,7 @@ def _keys(arguments: argparse.Namespace) -> list[Key]:
 def _energy(arguments: argparse.Namespace) -> int:
     if not arguments.names:
         raise ValueError("energy: expected names of experiments")
-    return energy_of_images(_bench(arguments), select(arguments.names, arguments.seed))
+    return energy_of_images(_workplace(arguments), select(arguments.names, arguments.seed))
 
 
 def _ledger(folder: Path) -> Rows:
@@ -183,10 +183,10 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _list_plan(arguments: argparse.Namespace) -> int:
-    bench = Bench(arguments.runs, arguments.results, {})
-    rows = present_rows(read_ledger(bench.ledger), present_recipes())
+    workplace = Workplace(arguments.runs, arguments.results, {})
+    rows = present_rows(read_ledger(workplace.ledger), present_recipes())
     lines = [
-        [part, name, str(seed), status(bench, (name, seed), rows)]
+        [part, name, str(seed), status(workplace, (name, seed), rows)]
         for (name, seed), part in planned(arguments.plan).items()
     ]
     print(text_table(["part", "experiment", "seed", "status"], lines))

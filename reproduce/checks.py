@@ -14,9 +14,9 @@ from gatedconv.measure.macs import count_macs
 from gatedconv.train.build import load_images, phases, starting_network
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.run_dir import RunFolder
-from reproduce.bench import dataset_name
 from reproduce.experiment import Experiment
 from reproduce.ledger import LedgerRow
+from reproduce.workplace import dataset_name
 
 _AWAY = "move the run folder away to run it again"
 

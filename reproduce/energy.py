@@ -8,24 +8,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from gatedconv.environment import provenance
-from reproduce.bench import Bench, Key
+from reproduce.experiments import find_experiment
 from reproduce.ledger import LedgerRow, amend_row, read_ledger
-from reproduce.table import find_experiment
+from reproduce.workplace import Key, Workplace
 
 # Seconds beyond the deadline, for the runs that ended last: a later call may not have their weights.
 _GRACE_S = 20.0
 
 
-def measure_energy(bench: Bench, keys: Sequence[Key], failures: dict[Key, str]) -> None:
+def measure_energy(workplace: Workplace, keys: Sequence[Key], failures: dict[Key, str]) -> None:
     """Add joules per image to the rows that lack them, for networks whose run folders are present.
 
     Args:
-        bench: of the ledger.
+        workplace: of the ledger.
         keys: the runs; other rows stay unchanged.
         failures: receives the errors, by run.
     """
-    rows = read_ledger(bench.ledger)
-    until = None if bench.deadline is None else max(bench.deadline, time.monotonic() + _GRACE_S)
+    rows = read_ledger(workplace.ledger)
+    until = None if workplace.deadline is None else max(workplace.deadline, time.monotonic() + _GRACE_S)
     cache: dict[tuple[Any, ...], Any] = {}
     skipped: Counter[str] = Counter()
     for key in keys:
@@ -36,11 +36,11 @@ def measure_energy(bench: Bench, keys: Sequence[Key], failures: dict[Key, str]) 
             skipped["time is up; continue with python -m reproduce energy NAME..."] += 1
             continue
         try:
-            joules, reason = _measured(bench, row, cache)
+            joules, reason = _measured(workplace, row, cache)
             if joules is None:
                 skipped[reason] += 1
                 continue
-            amend_row(bench.ledger, key, energy_j_image=joules)
+            amend_row(workplace.ledger, key, energy_j_image=joules)
             print(f"{row.experiment} seed {row.seed}: {joules:.3g} J per image", flush=True)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             failures[key] = f"energy per image: {error}"
@@ -48,7 +48,7 @@ def measure_energy(bench: Bench, keys: Sequence[Key], failures: dict[Key, str]) 
         print(f"energy per image, {count} runs: not measured: {reason}", flush=True)
 
 
-def _measured(bench: Bench, row: LedgerRow, cache: dict[tuple[Any, ...], Any]) -> tuple[float | None, str]:
+def _measured(workplace: Workplace, row: LedgerRow, cache: dict[tuple[Any, ...], Any]) -> tuple[float | None, str]:
     """Joules per image, or None and the reason; ``cache`` keeps the images of the last data source."""
     from gatedconv.deploy import load
     from gatedconv.measure.energy import EnergyMeter
@@ -56,11 +56,11 @@ def _measured(bench: Bench, row: LedgerRow, cache: dict[tuple[Any, ...], Any]) -
     from gatedconv.train.recipe import place, resolve_device
     from gatedconv.train.results import energies
 
-    folder = bench.folder(row.experiment, row.seed)
+    folder = workplace.folder(row.experiment, row.seed)
     weights = folder.model("compact" if row.kind == "gated" else "dense")
     if not weights.is_file():
         return None, f"no {weights.name} in {folder.path}"
-    config = bench.here(folder.read_config())
+    config = workplace.here(folder.read_config())
     device = resolve_device(config.device)
     here = provenance(device)["device"]
     if here != row.device:

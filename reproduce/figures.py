@@ -13,8 +13,8 @@ import torch
 import gatedconv
 from gatedconv.report import plots
 from reproduce.experiment import Experiment
+from reproduce.experiments import all_experiments
 from reproduce.ledger import LedgerRow, read_json_lines
-from reproduce.table import all_experiments
 from reproduce.tables import Rows, dense_pairs, interval, mean_spread, runs_of
 
 # Table 1 of the paper: top-1 (%) before and after, and reduction of the FLOPs (%), ResNet-56 on CIFAR-10.

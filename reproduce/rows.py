@@ -14,12 +14,12 @@ from gatedconv.environment import provenance
 from gatedconv.train.config import FREE_ON_RESUME, field_specs, make_config
 from gatedconv.train.metrics import run_energy
 from gatedconv.train.run_dir import RunFolder
-from reproduce.bench import Bench, Key, dataset_name
 from reproduce.checks import known_images, require_macs
 from reproduce.experiment import Experiment
+from reproduce.experiments import all_experiments, find_experiment
 from reproduce.ledger import LedgerRow
 from reproduce.presets import preset_settings
-from reproduce.table import all_experiments, find_experiment
+from reproduce.workplace import Key, Workplace, dataset_name
 
 _NET: Schema = {"top1": NUMBER, "macs": NUMBER, "params": int}
 _SUMMARY: dict[str, Schema] = {
@@ -166,7 +166,7 @@ def _of_gates(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
+def naive_row(workplace: Workplace, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
     """The ledger's row of a naive baseline: a trained dense network with random parts left out."""
     from gatedconv.deploy import load
     from gatedconv.train.recipe import place, resolve_device
@@ -175,8 +175,8 @@ def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key
 
     source = reference(experiment, seed, rows)
     started = time.monotonic()
-    weights = bench.find_weights(experiment.needs, seed)
-    config = bench.here(bench.folder(experiment.needs, seed).read_config())
+    weights = workplace.find_weights(experiment.needs, seed)
+    config = workplace.here(workplace.folder(experiment.needs, seed).read_config())
     dense: Any = load(weights)
     drop = drop_parameters if experiment.kind == "naive_dropout" else drop_layers
     pruned = drop(dense, experiment.share / 100, seed).eval()
@@ -192,7 +192,7 @@ def naive_row(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key
         pruning_rate=experiment.share / 100 if experiment.kind == "naive_dropout" else 1 - kept,
         epochs=0,
         wall_s=round(time.monotonic() - started, 2),
-        jobs=bench.other_runs + 1,
+        jobs=workplace.other_runs + 1,
         recipe=recipe_of(experiment),
         **{name: found[name] for name in ("macs", "macs_conv", "params")},
         **{name: here[name] for name in ("device", "commit", "versions")},

@@ -18,13 +18,13 @@ from typing import Any
 from gatedconv.train.config import TrainConfig, make_config, require_same_recipe
 from gatedconv.train.run_dir import RunFolder
 from gatedconv.train.stopping import StopRequest, stop_on_sigterm
-from reproduce.bench import Bench, Key, dataset_name, stem
 from reproduce.checks import known_images, require_complete, require_fit, require_writable
 from reproduce.energy import measure_energy
 from reproduce.experiment import Experiment
+from reproduce.experiments import all_experiments, find_experiment
 from reproduce.ledger import LedgerRow, append_row, read_ledger
 from reproduce.rows import naive_row, recipe_settings, reference, require_present, training_row
-from reproduce.table import all_experiments, find_experiment
+from reproduce.workplace import Key, Workplace, dataset_name, stem
 
 DONE, FAILED, TIME_LIMIT = 0, 1, 3
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ def select(names: Sequence[str], seeds: Iterable[int] | None) -> list[Key]:
     return sorted(chosen, key=order)
 
 
-def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
+def run_experiments(workplace: Workplace, keys: Sequence[Key], jobs: int) -> int:
     """Run what is missing, in ``jobs`` processes at a time.
 
     Unfinished runs resume; runs already in the ledger are skipped; a run that another one is derived from comes before
@@ -101,67 +101,67 @@ def run_experiments(bench: Bench, keys: Sequence[Key], jobs: int) -> int:
         OSError: a folder is not writable.
     """
     failures = Failures()
-    queue = _plan(keys, read_ledger(bench.ledger), failures)
+    queue = _plan(keys, read_ledger(workplace.ledger), failures)
     for name, seed in keys:
         if (name, seed) not in queue and (name, seed) not in failures:
             print(f"{name} seed {seed}: done already", flush=True)
     if queue:
-        _require_machine(bench)
+        _require_machine(workplace)
     if jobs == 1 or len(queue) < 2:
-        code = _one_by_one(bench, queue, failures)
+        code = _one_by_one(workplace, queue, failures)
     else:
-        together = replace(bench, other_runs=max(bench.other_runs, min(jobs, len(queue)) - 1))
+        together = replace(workplace, other_runs=max(workplace.other_runs, min(jobs, len(queue)) - 1))
         with stop_on_sigterm() as stop, stop.deferred():
             code = _side_by_side(together, queue, jobs, failures, stop)
         if stop.requested:
             return failures.report() or TIME_LIMIT
-    if jobs > 1 and not bench.other_runs:  # the device is free now
-        measure_energy(bench, keys, failures)
+    if jobs > 1 and not workplace.other_runs:  # the device is free now
+        measure_energy(workplace, keys, failures)
     return failures.report() or code
 
 
-def energy_of_images(bench: Bench, keys: Sequence[Key]) -> int:
+def energy_of_images(workplace: Workplace, keys: Sequence[Key]) -> int:
     """Measure the joules per image that finished runs lack; 0, or 1 when a measurement failed."""
     failures = Failures()
-    measure_energy(bench, keys, failures)
+    measure_energy(workplace, keys, failures)
     return failures.report()
 
 
-def run_one(bench: Bench, name: str, seed: int) -> int:
+def run_one(workplace: Workplace, name: str, seed: int) -> int:
     """Run one experiment with one seed and add its row; 0 when done, 3 when time was up.
 
     Raises:
         ValueError: the ledger, or the run folder, has it by another recipe; another process trains it; or the run that
             it is derived from is missing.
     """
-    experiment, folder = find_experiment(name), bench.folder(name, seed)
+    experiment, folder = find_experiment(name), workplace.folder(name, seed)
     with stop_on_sigterm() as stop, folder.locked() if experiment.trains else nullcontext():
-        rows = read_ledger(bench.ledger)  # under the lock: another process may have just run it
+        rows = read_ledger(workplace.ledger)  # under the lock: another process may have just run it
         if (name, seed) in rows:
             require_present(rows[name, seed])
             return DONE
         print(f"{name} seed {seed}", flush=True)
         if not experiment.trains:
-            append_row(bench.ledger, naive_row(bench, experiment, seed, rows))
+            append_row(workplace.ledger, naive_row(workplace, experiment, seed, rows))
             return DONE
-        summary = _trained(bench, experiment, seed, rows, stop)
+        summary = _trained(workplace, experiment, seed, rows, stop)
         if summary is None:
             return TIME_LIMIT
         require_complete(folder, folder.read_config())
-        row = training_row(experiment, seed, folder, summary, rows, bench.other_runs + 1)
-        bench.keep_files(name, seed)
-        append_row(bench.ledger, row)
+        row = training_row(experiment, seed, folder, summary, rows, workplace.other_runs + 1)
+        workplace.keep_files(name, seed)
+        append_row(workplace.ledger, row)
     return DONE
 
 
 def _trained(
-    bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow], stop: StopRequest
+    workplace: Workplace, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow], stop: StopRequest
 ) -> dict[str, Any] | None:
     """The summary of a run that is finished, already or now; None when time was up."""
     from gatedconv.cli.progress import make_progress
     from gatedconv.train.trainer import run as run_training
 
-    config, folder = experiment_config(bench, experiment, seed, rows), bench.folder(experiment.name, seed)
+    config, folder = experiment_config(workplace, experiment, seed, rows), workplace.folder(experiment.name, seed)
     if folder.summary.is_file():
         _require_recipe(folder, config, experiment.name)
         return folder.read_summary()
@@ -172,27 +172,29 @@ def _trained(
         return run_training(config, folder, resume=folder.holds_run(), callback=callback, stop=stop)
 
 
-def experiment_config(bench: Bench, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> TrainConfig:
+def experiment_config(
+    workplace: Workplace, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]
+) -> TrainConfig:
     """The config of a run: preset < the experiment's settings < those of this machine.
 
     Raises:
         ValueError: the run that a control is derived from is not finished, or its consensus is missing.
     """
     settings = recipe_settings(experiment)
-    settings |= {"name": experiment.name, "seed": seed, "max_minutes": bench.minutes_left()}
+    settings |= {"name": experiment.name, "seed": seed, "max_minutes": workplace.minutes_left()}
     if experiment.needs:
         gated = reference(experiment, seed, rows)
         settings["mac_target"] = min(1.0, gated.macs / gated.macs_dense)
         if experiment.kind == "fixed_at_init":
-            settings["subnetwork"] = str(bench.find_consensus(experiment.needs, seed))
+            settings["subnetwork"] = str(workplace.find_consensus(experiment.needs, seed))
         if experiment.taught_by:
-            settings["teacher_file"] = str(bench.find_weights(experiment.taught_by, seed))
-    settings["data"] = bench.sources.get(dataset_name(settings["data"]), settings["data"])
-    settings |= {"device": bench.device} if bench.device else {}
-    settings |= {"threads": bench.threads} if bench.threads else {}
-    settings |= {"amp": bench.amp} if bench.amp else {}
-    settings["cuda_graph"] = bench.cuda_graph
-    settings["shared_device"] = bench.other_runs > 0
+            settings["teacher_file"] = str(workplace.find_weights(experiment.taught_by, seed))
+    settings["data"] = workplace.sources.get(dataset_name(settings["data"]), settings["data"])
+    settings |= {"device": workplace.device} if workplace.device else {}
+    settings |= {"threads": workplace.threads} if workplace.threads else {}
+    settings |= {"amp": workplace.amp} if workplace.amp else {}
+    settings["cuda_graph"] = workplace.cuda_graph
+    settings["shared_device"] = workplace.other_runs > 0
     return make_config(settings, where=experiment.name)
 
 
@@ -225,13 +227,13 @@ def _plan(keys: Iterable[Key], rows: Mapping[Key, LedgerRow], failures: Failures
     return queue
 
 
-def _require_machine(bench: Bench) -> None:
+def _require_machine(workplace: Workplace) -> None:
     """Fail fast on problems that would otherwise stop every run hours later."""
     from gatedconv.train.recipe import resolve_device
 
-    if bench.device:
-        resolve_device(bench.device)
-    for folder in (bench.runs, bench.results):
+    if workplace.device:
+        resolve_device(workplace.device)
+    for folder in (workplace.runs, workplace.results):
         require_writable(folder)
 
 
@@ -244,14 +246,14 @@ def _blocked(key: Key, failures: Failures, unfinished: Collection[Key] = ()) -> 
     return key in failures or any(source in unfinished for source in sources)
 
 
-def _one_by_one(bench: Bench, queue: Sequence[Key], failures: Failures) -> int:
+def _one_by_one(workplace: Workplace, queue: Sequence[Key], failures: Failures) -> int:
     for key in queue:
-        if bench.late:
+        if workplace.late:
             return TIME_LIMIT
         if _blocked(key, failures):
             continue
         try:
-            if run_one(bench, *key) != DONE:
+            if run_one(workplace, *key) != DONE:
                 return TIME_LIMIT
         except Exception as error:  # one failed run does not stop the others
             if not isinstance(error, _EXPECTED):
@@ -261,16 +263,16 @@ def _one_by_one(bench: Bench, queue: Sequence[Key], failures: Failures) -> int:
 
 
 def _side_by_side(
-    bench: Bench, queue: list[Key], jobs: int, failures: Failures, stop: StopRequest | None = None
+    workplace: Workplace, queue: list[Key], jobs: int, failures: Failures, stop: StopRequest | None = None
 ) -> int:
     """Run the queue in several processes; 0, or 3 where runs are left."""
     stop = stop or StopRequest()
     running: dict[Key, _Process] = {}
     unfinished: set[Key] = set()
     try:
-        while running or (queue and not bench.late and not stop.requested):
-            if not bench.late and not stop.requested:
-                _start_some(bench, queue, jobs, failures, running, unfinished)
+        while running or (queue and not workplace.late and not stop.requested):
+            if not workplace.late and not stop.requested:
+                _start_some(workplace, queue, jobs, failures, running, unfinished)
             for key, each in list(running.items()):
                 code = each.process.poll()
                 if code is not None:
@@ -278,7 +280,7 @@ def _side_by_side(
                     if code == TIME_LIMIT or (stop.requested and code == -signal.SIGTERM):
                         unfinished.add(key)
                     elif code != DONE:
-                        failures[key] = _log_tail(_log(bench, key), code, each.log_begin)
+                        failures[key] = _log_tail(_log(workplace, key), code, each.log_begin)
                 elif stop.requested and not each.terminated:
                     each.terminated = True
                     each.process.terminate()
@@ -301,7 +303,7 @@ class _Process:
 
 
 def _start_some(
-    bench: Bench,
+    workplace: Workplace,
     queue: list[Key],
     jobs: int,
     failures: Failures,
@@ -318,31 +320,32 @@ def _start_some(
             *running,
         }:
             queue.remove(key)
-            log = _log(bench, key)
+            log = _log(workplace, key)
             begin = log.stat().st_size if log.is_file() else 0
-            running[key] = _Process(_start(bench, key), begin)
+            running[key] = _Process(_start(workplace, key), begin)
 
 
-def _start(bench: Bench, key: Key) -> subprocess.Popen[bytes]:
-    command = [*bench.command, "run", key[0], "--seed", str(key[1])]
-    command += ["--runs", str(bench.runs), "--results", str(bench.results), "--other-runs", str(bench.other_runs)]
-    for name, source in bench.sources.items():
+def _start(workplace: Workplace, key: Key) -> subprocess.Popen[bytes]:
+    command = [*workplace.command, "run", key[0], "--seed", str(key[1])]
+    command += ["--runs", str(workplace.runs), "--results", str(workplace.results)]
+    command += ["--other-runs", str(workplace.other_runs)]
+    for name, source in workplace.sources.items():
         command += ["--source", f"{name}={source}"]
-    command += ["--device", bench.device] if bench.device else []
-    command += ["--threads", str(bench.threads)] if bench.threads else []
-    command += ["--amp", bench.amp] if bench.amp else []
-    command += ["--cuda-graph"] if bench.cuda_graph else []
-    command += ["--max-minutes", f"{bench.minutes_left():.2f}"] if bench.deadline is not None else []
-    bench.runs.mkdir(parents=True, exist_ok=True)
-    log = _log(bench, key)
+    command += ["--device", workplace.device] if workplace.device else []
+    command += ["--threads", str(workplace.threads)] if workplace.threads else []
+    command += ["--amp", workplace.amp] if workplace.amp else []
+    command += ["--cuda-graph"] if workplace.cuda_graph else []
+    command += ["--max-minutes", f"{workplace.minutes_left():.2f}"] if workplace.deadline is not None else []
+    workplace.runs.mkdir(parents=True, exist_ok=True)
+    log = _log(workplace, key)
     print(f"{key[0]} seed {key[1]}: started, log in {log}", flush=True)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with open(log, "ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": paths})
 
 
-def _log(bench: Bench, key: Key) -> Path:
-    return bench.runs / f"{stem(key)}.log"
+def _log(workplace: Workplace, key: Key) -> Path:
+    return workplace.runs / f"{stem(key)}.log"
 
 
 def _log_tail(log: Path, code: int, begin: int) -> str:

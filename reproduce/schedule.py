@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from reproduce.bench import Bench, Key
 from reproduce.experiment import THREE
+from reproduce.experiments import all_experiments
 from reproduce.ledger import LedgerRow
-from reproduce.table import all_experiments
+from reproduce.workplace import Key, Workplace
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ def planned(name: str) -> dict[Key, str]:
     return found
 
 
-def status(bench: Bench, key: Key, rows: Mapping[Key, LedgerRow]) -> str:
+def status(workplace: Workplace, key: Key, rows: Mapping[Key, LedgerRow]) -> str:
     """How far a run is: its accuracy and cost, the epochs done, or "not begun"."""
     row = rows.get(key)
     if row is not None:
         minutes = "" if row.core_minutes is None else f" in {row.core_minutes:.0f} core-minutes"
         return f"done: {row.top1_last:.2f} %{minutes}"
-    folder = bench.folder(*key)
+    folder = workplace.folder(*key)
     if not folder.holds_run():
         return "not begun"
     try:

@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 
 from gatedconv.report.tables import markdown_table
 from reproduce.experiment import Experiment
+from reproduce.experiments import all_experiments
 from reproduce.ledger import LedgerRow
-from reproduce.table import all_experiments
 
 Rows = Mapping[tuple[str, int], LedgerRow]
 

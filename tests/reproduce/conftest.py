@@ -1,4 +1,4 @@
-"""A bench whose rows are tiny: two epochs of ResNet-20 on a few images of 8x8."""
+"""A workplace whose rows are tiny: two epochs of ResNet-20 on a few images of 8x8."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from reproduce import checks, energy, rows, runner
-from reproduce.bench import Bench
-from reproduce.table import all_experiments
+from reproduce.experiments import all_experiments
+from reproduce.workplace import Workplace
 from tests.image_files import write_npz
 
 TINY = {
@@ -32,7 +32,7 @@ def stand_ins(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     archive = write_npz(tmp_path / "blobs.npz")
     tiny = {name: replace(each, settings={**each.settings, **TINY}) for name, each in all_experiments().items()}
     for module in (runner, rows, energy):
@@ -40,4 +40,4 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     stand_ins(monkeypatch)
     names = ("cifar10", "cifar100", "cifar10-16x16-25k")
-    return Bench(tmp_path / "runs", tmp_path / "results", {name: f"npz:{archive}" for name in names})
+    return Workplace(tmp_path / "runs", tmp_path / "results", {name: f"npz:{archive}" for name in names})

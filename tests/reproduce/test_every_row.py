@@ -21,10 +21,10 @@ from gatedconv.models.resnet import ResNet
 from gatedconv.train.run_dir import RunFolder
 from reproduce import rows as reproduce_rows
 from reproduce import runner
-from reproduce.bench import Bench
 from reproduce.experiment import Experiment
+from reproduce.experiments import all_experiments
 from reproduce.ledger import LedgerRow, read_ledger
-from reproduce.table import all_experiments
+from reproduce.workplace import Workplace
 from tests.image_files import write_npz
 from tests.reproduce.conftest import stand_ins
 
@@ -91,7 +91,7 @@ def shallow(*arguments: Any, **options: Any) -> ResNet:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     """One ledger for all rows, as controls need what they are made from."""
     folder = tmp_path_factory.mktemp("rows")
     archive = write_npz(folder / "blobs.npz")
@@ -105,7 +105,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
             patch.setitem(BUILDERS, name, shallow)  # type: ignore[arg-type]
         patch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
         stand_ins(patch)
-        yield Bench(folder / "runs", folder / "results", {name: f"npz:{archive}" for name in DATA})
+        yield Workplace(folder / "runs", folder / "results", {name: f"npz:{archive}" for name in DATA})
     torch.set_num_threads(threads)
 
 
@@ -120,9 +120,9 @@ def test_every_row_is_run_or_represents_one_that_is() -> None:
 @pytest.mark.parametrize(
     "name", [name if name in TELLING else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
 )
-def test_a_row_of_the_table_runs(bench: Bench, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE, capfd.readouterr().err
-    rows, experiment = read_ledger(bench.ledger), EXPERIMENTS[name]
+def test_a_row_of_the_table_runs(workplace: Workplace, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert runner.run_experiments(workplace, [(name, 0)], 1) == runner.DONE, capfd.readouterr().err
+    rows, experiment = read_ledger(workplace.ledger), EXPERIMENTS[name]
     row = rows[name, 0]
     assert row.kind == experiment.kind and row.epochs == (EPOCHS if experiment.trains else 0)
     assert 0 < row.macs <= row.macs_dense * 1.0001
@@ -132,18 +132,18 @@ def test_a_row_of_the_table_runs(bench: Bench, name: str, capfd: pytest.CaptureF
     if experiment.needs:
         check_what_it_is_made_from(row, rows[experiment.needs, 0])
     if experiment.trains:
-        config = bench.folder(name, 0).read_config()
+        config = workplace.folder(name, 0).read_config()
         own = reproduce_rows.recipe_settings(experiment)
         for field in ("gate", "position", "estimator", "hidden", "pool", "schedule", "milestones", "polar_schedule"):
             assert getattr(config, field) == own.get(field, getattr(config, field))
-        lines = bench.epochs(name, 0).read_text().splitlines()
+        lines = workplace.epochs(name, 0).read_text().splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
     if experiment.kind == "gated":
         assert row.agreement is not None and row.top1_dynamic is not None and row.macs_dynamic is not None
-        kept = bench.consensus(name, 0)
-        assert kept.read_bytes() == RunFolder(bench.runs / f"{name}-seed0").consensus.read_bytes()
+        kept = workplace.consensus(name, 0)
+        assert kept.read_bytes() == RunFolder(workplace.runs / f"{name}-seed0").consensus.read_bytes()
         assert kept.stat().st_size < 16384
-    assert str(bench.runs) not in bench.ledger.read_text()
+    assert str(workplace.runs) not in workplace.ledger.read_text()
 
 
 def check_what_it_is_made_from(row: LedgerRow, whole: LedgerRow) -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from gatedconv.report import plots
 from reproduce import figures
+from reproduce.experiments import all_experiments, find_experiment
 from reproduce.ledger import LedgerRow
-from reproduce.table import all_experiments, find_experiment
 from tests.reproduce.ledger_rows import row
 
 DENSE, OURS, NAIVE = "table1-c10-r56-dense", "table1-c10-r56-ours", "figure2-c10-r56-naive-layers-50"

@@ -18,11 +18,11 @@ from gatedconv.train.run_dir import RunFolder
 from gatedconv.train.stopping import StopRequest
 from reproduce import rows as reproduce_rows
 from reproduce import runner
-from reproduce.bench import Bench
 from reproduce.experiment import Experiment
+from reproduce.experiments import find_experiment
 from reproduce.ledger import append_row, read_ledger
 from reproduce.rows import present_recipes, recipe_of
-from reproduce.table import find_experiment
+from reproduce.workplace import Workplace
 from tests.reproduce.ledger_rows import row
 
 GATED, FIXED, DENSE = "cpu-r20-c10", "cpu-r20-c10-fixed-at-init", "cpu-r20-c10-dense"
@@ -70,46 +70,48 @@ def test_defaults_that_recipes_rely_on_stay() -> None:
 
 
 def test_a_row_of_another_recipe_is_reported_and_stops_only_what_depends_on_it(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    append_row(bench.ledger, row(GATED, 0, recipe="0123456789ab"))
-    append_row(bench.ledger, row("table6-c10-r110-lambda-0", 0))  # of before rows told their recipe
-    before = read_ledger(bench.ledger)
+    append_row(workplace.ledger, row(GATED, 0, recipe="0123456789ab"))
+    append_row(workplace.ledger, row("table6-c10-r110-lambda-0", 0))  # of before rows told their recipe
+    before = read_ledger(workplace.ledger)
     keys = [(DENSE, 0), (GATED, 0), (FIXED, 0), ("table6-c10-r110-lambda-0", 0)]
-    assert runner.run_experiments(bench, keys, 1) == runner.FAILED
+    assert runner.run_experiments(workplace, keys, 1) == runner.FAILED
     told = capsys.readouterr()
     assert "the ledger has this run by another recipe (0123456789ab, now " in told.err
     assert "remove its line from the ledger and move its run folder away" in told.err
     assert f"{FIXED} seed 0: failed: is derived from {GATED}, seed 0, which failed" in told.err
     assert f"2 failed: {GATED} seed 0, {FIXED} seed 0" in told.err.splitlines()[-1]
     assert "table6-c10-r110-lambda-0 seed 0: done already" in told.out
-    rows = read_ledger(bench.ledger)
+    rows = read_ledger(workplace.ledger)
     assert set(rows) - set(before) == {(DENSE, 0)} and rows[DENSE, 0].recipe == reproduce_rows.recipe_of(
         runner.find_experiment(DENSE)
     )
     with pytest.raises(ValueError, match="by another recipe"):
-        runner.run_one(bench, GATED, 0)
+        runner.run_one(workplace, GATED, 0)
 
 
 def test_a_run_that_fails_lets_the_others_continue(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real, asked = runner.run_one, []
 
-    def run_one(bench: Bench, name: str, seed: int) -> int:
+    def run_one(workplace: Workplace, name: str, seed: int) -> int:
         asked.append(name)
         if name == GATED:
             raise RuntimeError("no such luck\nat all")
-        return real(bench, name, seed)
+        return real(workplace, name, seed)
 
     monkeypatch.setattr(runner, "run_one", run_one)
-    assert runner.run_experiments(bench, [(GATED, 0), (FIXED, 0), (DENSE, 0)], 1) == runner.FAILED
-    assert asked == [GATED, DENSE] and set(read_ledger(bench.ledger)) == {(DENSE, 0)}
+    assert runner.run_experiments(workplace, [(GATED, 0), (FIXED, 0), (DENSE, 0)], 1) == runner.FAILED
+    assert asked == [GATED, DENSE] and set(read_ledger(workplace.ledger)) == {(DENSE, 0)}
     told = capsys.readouterr().err
     assert "Traceback" in told and f"{GATED} seed 0: failed: no such luck at all\n" in told
 
 
-def test_sigterm_ends_a_run_that_can_resume_and_starts_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_ends_a_run_that_can_resume_and_starts_no_other(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def run(config: TrainConfig, folder: RunFolder, *, stop: StopRequest, **_: Any) -> None:
@@ -119,81 +121,83 @@ def test_sigterm_ends_a_run_that_can_resume_and_starts_no_other(bench: Bench, mo
             assert stop.requested
 
     monkeypatch.setattr("gatedconv.train.trainer.run", run)
-    assert runner.run_experiments(bench, [(DENSE, 0), (GATED, 0)], 1) == runner.TIME_LIMIT
-    assert asked == [DENSE] and read_ledger(bench.ledger) == {}
+    assert runner.run_experiments(workplace, [(DENSE, 0), (GATED, 0)], 1) == runner.TIME_LIMIT
+    assert asked == [DENSE] and read_ledger(workplace.ledger) == {}
 
 
-def test_what_controls_need_outlives_the_run_folder(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.run_experiments(bench, [(GATED, 0)], 1) == runner.DONE
-    folder, kept = bench.folder(GATED, 0), bench.consensus(GATED, 0)
+def test_what_controls_need_outlives_the_run_folder(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.run_experiments(workplace, [(GATED, 0)], 1) == runner.DONE
+    folder, kept = workplace.folder(GATED, 0), workplace.consensus(GATED, 0)
     assert kept.read_bytes() == folder.consensus.read_bytes()
     shutil.rmtree(folder.path)
-    assert runner.run_experiments(bench, [(FIXED, 0)], 1) == runner.DONE
-    rows = read_ledger(bench.ledger)
+    assert runner.run_experiments(workplace, [(FIXED, 0)], 1) == runner.DONE
+    rows = read_ledger(workplace.ledger)
     assert rows[FIXED, 0].macs == rows[GATED, 0].macs and rows[FIXED, 0].params == rows[GATED, 0].params
-    control = bench.folder(FIXED, 0)
+    control = workplace.folder(FIXED, 0)
     shutil.rmtree(control.path)
-    bench.ledger.write_text(bench.ledger.read_text().splitlines()[0] + "\n")
+    workplace.ledger.write_text(workplace.ledger.read_text().splitlines()[0] + "\n")
     kept.unlink()
-    assert runner.run_experiments(bench, [(FIXED, 0)], 1) == runner.FAILED
+    assert runner.run_experiments(workplace, [(FIXED, 0)], 1) == runner.FAILED
     told = capsys.readouterr().err
     assert f"expected the consensus of {GATED}, seed 0, in {kept}" in told and "restore it, or remove" in told
 
 
 def test_a_naive_row_without_its_dense_weights_is_refused_by_name(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    append_row(bench.ledger, row("table1-c10-r56-dense", 0, kind="dense"))
-    assert runner.run_experiments(bench, [(NAIVE, 0)], 1) == runner.FAILED
-    weights = bench.folder("table1-c10-r56-dense", 0).model("dense")
+    append_row(workplace.ledger, row("table1-c10-r56-dense", 0, kind="dense"))
+    assert runner.run_experiments(workplace, [(NAIVE, 0)], 1) == runner.FAILED
+    weights = workplace.folder("table1-c10-r56-dense", 0).model("dense")
     assert f"expected the weights of table1-c10-r56-dense, seed 0, in {weights}" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_resumes_where_its_images_are_now(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_resumes_where_its_images_are_now(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = runner.experiment_config
     with monkeypatch.context() as patch:
         patch.setattr(runner, "experiment_config", lambda *given: replace(real(*given), max_minutes=1e-9))
-        assert runner.run_experiments(bench, [(DENSE, 0)], 1) == runner.TIME_LIMIT
-    assert bench.folder(DENSE, 0).holds_checkpoint() and not bench.folder(DENSE, 0).summary.is_file()
-    (old,) = set(bench.sources.values())
-    moved = bench.runs.parent / "elsewhere" / "blobs.npz"
+        assert runner.run_experiments(workplace, [(DENSE, 0)], 1) == runner.TIME_LIMIT
+    assert workplace.folder(DENSE, 0).holds_checkpoint() and not workplace.folder(DENSE, 0).summary.is_file()
+    (old,) = set(workplace.sources.values())
+    moved = workplace.runs.parent / "elsewhere" / "blobs.npz"
     moved.parent.mkdir()
     shutil.move(old.removeprefix("npz:"), moved)
-    there = replace(bench, sources={name: f"npz:{moved}" for name in bench.sources})
+    there = replace(workplace, sources={name: f"npz:{moved}" for name in workplace.sources})
     assert runner.run_experiments(there, [(DENSE, 0)], 1) == runner.DONE
-    assert bench.folder(DENSE, 0).read_config().data == f"npz:{moved}"
+    assert workplace.folder(DENSE, 0).read_config().data == f"npz:{moved}"
     other = moved.with_name("others.npz")
     shutil.copy(moved, other)
-    shutil.rmtree(bench.folder(DENSE, 0).path)
-    bench.ledger.unlink()
+    shutil.rmtree(workplace.folder(DENSE, 0).path)
+    workplace.ledger.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(runner, "experiment_config", lambda *given: replace(real(*given), max_minutes=1e-9))
         assert runner.run_experiments(there, [(DENSE, 0)], 1) == runner.TIME_LIMIT
-    elsewhere = replace(there, sources={name: f"npz:{other}" for name in bench.sources})
+    elsewhere = replace(there, sources={name: f"npz:{other}" for name in workplace.sources})
     with pytest.raises(ValueError, match="a run keeps its recipe: expected data 'npz:.*others.npz'"):
         runner.run_one(elsewhere, DENSE, 0)
 
 
 def test_joules_per_image_are_measured_when_all_have_ended(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Runs of a shared device have none; a pass of its own puts them into the rows, and touches nothing else."""
-    shared = replace(bench, other_runs=1)
+    shared = replace(workplace, other_runs=1)
     for name in (DENSE, GATED):
         assert runner.run_one(shared, name, 0) == runner.DONE
-    before = read_ledger(bench.ledger)
+    before = read_ledger(workplace.ledger)
     assert {each.jobs for each in before.values()} == {2} and {each.energy_j for each in before.values()} == {None}
     counter = SimpleNamespace(name="fake", span=None, read=lambda: 1.0)
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
     monkeypatch.setattr("gatedconv.train.results.energy_per_call", lambda call, meter, synchronize: 0.5 * len(call()))
     keys = [(DENSE, 0), (GATED, 0)]
     assert runner.run_experiments(shared, keys, 2) == runner.DONE  # others run at the same time: not now
-    assert read_ledger(bench.ledger) == before
-    assert runner.run_experiments(bench, keys, 2) == runner.DONE
-    after = read_ledger(bench.ledger)
+    assert read_ledger(workplace.ledger) == before
+    assert runner.run_experiments(workplace, keys, 2) == runner.DONE
+    after = read_ledger(workplace.ledger)
     assert after == {key: replace(each, energy_j_image=0.5) for key, each in before.items()}
-    bench.ledger.write_text("".join(json.dumps(vars(each)) + "\n" for each in before.values()))
-    bench.folder(DENSE, 0).model("dense").unlink()
-    assert runner.energy_of_images(bench, keys) == runner.DONE
-    assert [each.energy_j_image for each in read_ledger(bench.ledger).values()] == [None, 0.5]
+    workplace.ledger.write_text("".join(json.dumps(vars(each)) + "\n" for each in before.values()))
+    workplace.folder(DENSE, 0).model("dense").unlink()
+    assert runner.energy_of_images(workplace, keys) == runner.DONE
+    assert [each.energy_j_image for each in read_ledger(workplace.ledger).values()] == [None, 0.5]
     assert "1 runs: not measured: no dense.safetensors" in capsys.readouterr().out

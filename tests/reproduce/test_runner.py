@@ -16,10 +16,10 @@ from gatedconv.train.config import TrainConfig
 from gatedconv.train.recipe import computes_in_bf16
 from reproduce import runner
 from reproduce.__main__ import main
-from reproduce.bench import Bench
+from reproduce.experiments import all_experiments
 from reproduce.ledger import read_ledger
 from reproduce.presets import preset_settings
-from reproduce.table import all_experiments
+from reproduce.workplace import Workplace
 from tests.image_files import blobs, write_npz
 
 EXPERIMENTS = all_experiments()
@@ -41,76 +41,82 @@ def test_every_row_has_a_config_and_a_network_at_its_own_depth(name: str, tmp_pa
 
 
 def test_what_is_done_is_skipped_and_what_was_interrupted_resumes(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "cpu-r20-c10"
-    late = replace(bench, deadline=0.0)
+    late = replace(workplace, deadline=0.0)
     assert runner.run_experiments(late, [(name, 0)], 1) == runner.TIME_LIMIT
-    assert read_ledger(bench.ledger) == {}
+    assert read_ledger(workplace.ledger) == {}
     real = runner.experiment_config
 
     def short(*arguments: Any) -> TrainConfig:
         return replace(real(*arguments), max_minutes=1e-9)
 
     monkeypatch.setattr(runner, "experiment_config", short)
-    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.TIME_LIMIT
+    assert runner.run_experiments(workplace, [(name, 0)], 1) == runner.TIME_LIMIT
     monkeypatch.setattr(runner, "experiment_config", real)
-    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
-    before = bench.ledger.read_bytes()
+    assert runner.run_experiments(workplace, [(name, 0)], 1) == runner.DONE
+    before = workplace.ledger.read_bytes()
     capsys.readouterr()
-    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
-    assert "done already" in capsys.readouterr().out and bench.ledger.read_bytes() == before
+    assert runner.run_experiments(workplace, [(name, 0)], 1) == runner.DONE
+    assert "done already" in capsys.readouterr().out and workplace.ledger.read_bytes() == before
     # A row that was lost is made again from the finished run, without training.
-    bench.ledger.unlink()
+    workplace.ledger.unlink()
     monkeypatch.setattr("gatedconv.train.trainer.run", None)
-    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
-    assert bench.ledger.read_bytes() == before
+    assert runner.run_experiments(workplace, [(name, 0)], 1) == runner.DONE
+    assert workplace.ledger.read_bytes() == before
 
 
-def test_a_finished_run_of_another_recipe_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_of_another_recipe_is_refused(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "cpu-r20-c10-dense"
-    assert runner.run_experiments(bench, [(name, 0)], 1) == runner.DONE
-    bench.ledger.unlink()
-    moved = bench.folder(name, 0).read_config().data.replace("blobs.npz", "elsewhere/blobs.npz")
-    elsewhere = replace(bench, sources={key: moved for key in bench.sources})
+    assert runner.run_experiments(workplace, [(name, 0)], 1) == runner.DONE
+    workplace.ledger.unlink()
+    moved = workplace.folder(name, 0).read_config().data.replace("blobs.npz", "elsewhere/blobs.npz")
+    elsewhere = replace(workplace, sources={key: moved for key in workplace.sources})
     assert runner.run_experiments(elsewhere, [(name, 0)], 1) == runner.DONE  # the same images: their name is the same
-    bench.ledger.unlink()
+    workplace.ledger.unlink()
     real = runner.experiment_config
     monkeypatch.setattr(runner, "experiment_config", lambda *given: replace(real(*given), lr=0.07))
     told = "config.toml: a finished run, but not of cpu-r20-c10-dense as it is now.*: expected lr 0.07, found 0.05"
     with pytest.raises(ValueError, match=told):
-        runner.run_one(bench, name, 0)
-    assert read_ledger(bench.ledger) == {}
+        runner.run_one(workplace, name, 0)
+    assert read_ledger(workplace.ledger) == {}
 
 
-def test_machine_options_reach_the_training_and_its_processes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_options_reach_the_training_and_its_processes(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, started = "cpu-r20-c10-dense", []
-    assert runner.run_one(replace(bench, amp="bf16"), name, 0) == runner.DONE
-    assert read_ledger(bench.ledger)[name, 0].amp == bench.folder(name, 0).read_config().amp == "bf16"
-    assert runner.run_one(bench, name, 1) == runner.DONE and read_ledger(bench.ledger)[name, 1].amp == "off"
-    assert runner.run_one(replace(bench, amp="auto"), name, 3) == runner.DONE
+    assert runner.run_one(replace(workplace, amp="bf16"), name, 0) == runner.DONE
+    assert read_ledger(workplace.ledger)[name, 0].amp == workplace.folder(name, 0).read_config().amp == "bf16"
+    assert runner.run_one(workplace, name, 1) == runner.DONE and read_ledger(workplace.ledger)[name, 1].amp == "off"
+    assert runner.run_one(replace(workplace, amp="auto"), name, 3) == runner.DONE
     chosen = "bf16" if computes_in_bf16(torch.device("cpu")) else "off"
-    assert bench.folder(name, 3).read_config().amp == "auto" and read_ledger(bench.ledger)[name, 3].amp == chosen
-    graphs = replace(bench, cuda_graph=True, device="cuda", amp="off")
+    assert (
+        workplace.folder(name, 3).read_config().amp == "auto" and read_ledger(workplace.ledger)[name, 3].amp == chosen
+    )
+    graphs = replace(workplace, cuda_graph=True, device="cuda", amp="off")
     experiment = EXPERIMENTS["headline-r56-c10"]
     config = runner.experiment_config(graphs, experiment, 0, {})
     assert config.cuda_graph and config.amp == "off"
-    assert not runner.experiment_config(bench, experiment, 0, {}).cuda_graph
-    assert runner.experiment_config(bench, experiment, 0, {}).amp == "auto"
+    assert not runner.experiment_config(workplace, experiment, 0, {}).cuda_graph
+    assert runner.experiment_config(workplace, experiment, 0, {}).amp == "auto"
     with pytest.raises(ValueError, match="cuda_graph: expected a GPU, got device 'cpu'"):
-        runner.run_one(replace(bench, cuda_graph=True), name, 2)
+        runner.run_one(replace(workplace, cuda_graph=True), name, 2)
     monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **_: started.extend(command))
     runner._start(graphs, (name, 0))
     assert started[started.index("--amp") + 1] == "off" and "--cuda-graph" in started
-    benches: list[Bench] = []
-    monkeypatch.setattr("reproduce.__main__.run_experiments", lambda bench, keys, jobs: benches.append(bench) or 0)
+    workplaces: list[Workplace] = []
+    monkeypatch.setattr(
+        "reproduce.__main__.run_experiments", lambda workplace, keys, jobs: workplaces.append(workplace) or 0
+    )
     assert main(started[started.index("run") :]) == 0
-    assert (benches[0].amp, benches[0].cuda_graph, benches[0].device) == ("off", True, "cuda")
+    assert (workplaces[0].amp, workplaces[0].cuda_graph, workplaces[0].device) == ("off", True, "cuda")
 
 
-def test_a_control_without_its_run_is_refused_by_name(bench: Bench) -> None:
+def test_a_control_without_its_run_is_refused_by_name(workplace: Workplace) -> None:
     with pytest.raises(ValueError, match="cpu-r20-c10-fixed-at-init: is derived from cpu-r20-c10, seed 0, which"):
-        runner.run_one(bench, "cpu-r20-c10-fixed-at-init", 0)
+        runner.run_one(workplace, "cpu-r20-c10-fixed-at-init", 0)
 
 
 def test_what_a_run_is_made_from_is_run_first() -> None:
@@ -225,8 +231,8 @@ def test_processes_side_by_side_fill_one_ledger(tmp_path: Path) -> None:
     program = "import sys; from reproduce import checks; from reproduce.__main__ import main; "
     program += "checks.KNOWN_IMAGES.clear(); sys.exit(main(sys.argv[1:]))"
     sources = {"cifar10-16x16-25k": f"npz:{archive}"}
-    bench = Bench(tmp_path / "runs", tmp_path / "results", sources, command=(sys.executable, "-c", program))
-    assert runner.run_experiments(bench, [(name, 0) for name in names], 2) == runner.DONE
+    workplace = Workplace(tmp_path / "runs", tmp_path / "results", sources, command=(sys.executable, "-c", program))
+    assert runner.run_experiments(workplace, [(name, 0) for name in names], 2) == runner.DONE
     rows = read_ledger(tmp_path / "results" / "ledger.jsonl")
     assert {name for name, _ in rows} == set(names)
     for row in rows.values():

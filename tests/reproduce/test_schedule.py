@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from reproduce.__main__ import main
-from reproduce.bench import Bench
+from reproduce.experiments import all_experiments
 from reproduce.ledger import append_row
 from reproduce.schedule import PLANS, planned, status
-from reproduce.table import all_experiments
+from reproduce.workplace import Workplace
 from tests.reproduce.ledger_rows import row
 
 
@@ -46,12 +46,12 @@ def test_the_list_of_a_plan_says_how_far_each_run_is(tmp_path: Path, capsys: pyt
 def test_a_run_that_is_under_way_counts_its_epochs(tmp_path: Path) -> None:
     from gatedconv.train.config import TrainConfig
 
-    bench = Bench(tmp_path, tmp_path, {})
-    folder = bench.folder("fast-c10", 0)
+    workplace = Workplace(tmp_path, tmp_path, {})
+    folder = workplace.folder("fast-c10", 0)
     folder.begin(TrainConfig(epochs=7), resume=False)
     folder.checkpoint("gated").parent.mkdir(exist_ok=True)
     folder.checkpoint("gated").write_bytes(b"")
-    assert status(bench, ("fast-c10", 0), {}) == "0 of 7 epochs done"
+    assert status(workplace, ("fast-c10", 0), {}) == "0 of 7 epochs done"
 
 
 def test_names_and_seeds_choose_from_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

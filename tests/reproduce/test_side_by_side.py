@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from reproduce import runner
-from reproduce.bench import Bench
+from reproduce.workplace import Workplace
 
 GATED, CONTROL = ("table4-c10-r110-layer", 0), ("table4-c10-r110-layer-fixed-at-init", 0)
 OTHER = ("headline-r56-c10", 0)
 
 
 def ending(codes: dict[runner.Key, int], started: list[runner.Key]) -> object:
-    def start(bench: Bench, key: runner.Key) -> subprocess.Popen[bytes]:
+    def start(workplace: Workplace, key: runner.Key) -> subprocess.Popen[bytes]:
         started.append(key)
         return subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({codes.get(key, 0)})"])
 
@@ -36,8 +36,8 @@ def test_a_run_that_fails_takes_along_only_what_is_made_from_it(
     started: list[runner.Key] = []
     failures = runner.Failures()
     monkeypatch.setattr(runner, "_start", ending(codes, started))
-    bench = Bench(tmp_path / "runs", tmp_path / "results", {})
-    assert runner._side_by_side(bench, [GATED, CONTROL, OTHER], 1, failures) == code
+    workplace = Workplace(tmp_path / "runs", tmp_path / "results", {})
+    assert runner._side_by_side(workplace, [GATED, CONTROL, OTHER], 1, failures) == code
     assert list(failures) == failed
     assert started == [GATED, *([] if GATED in codes else [CONTROL]), OTHER]
 
@@ -51,7 +51,7 @@ def test_sigterm_reaches_every_process_and_starts_no_other(
     programs = {GATED: patient, OTHER: "import time; time.sleep(60)"}
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(bench: Bench, key: runner.Key) -> subprocess.Popen[bytes]:
+    def start(workplace: Workplace, key: runner.Key) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen([sys.executable, "-S", "-c", programs[key]], stdout=subprocess.PIPE))
         if len(started) == 2:
             assert started[0].stdout is not None and started[0].stdout.readline() == b"1\n"
@@ -59,16 +59,16 @@ def test_sigterm_reaches_every_process_and_starts_no_other(
         return started[-1]
 
     monkeypatch.setattr(runner, "_start", start)
-    bench = Bench(tmp_path / "runs", tmp_path / "results", {})
-    assert runner.run_experiments(bench, [GATED, OTHER, CONTROL], 2) == runner.TIME_LIMIT
+    workplace = Workplace(tmp_path / "runs", tmp_path / "results", {})
+    assert runner.run_experiments(workplace, [GATED, OTHER, CONTROL], 2) == runner.TIME_LIMIT
     assert [process.returncode for process in started] == [3, -signal.SIGTERM]
     assert capsys.readouterr().err == ""
 
 
 def test_the_command_is_that_of_the_bench(tmp_path: Path) -> None:
     program = "import sys; print(sys.argv[1:3])"
-    bench = Bench(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
-    assert runner._start(bench, OTHER).wait() == 0
+    workplace = Workplace(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
+    assert runner._start(workplace, OTHER).wait() == 0
     assert (tmp_path / "runs" / "headline-r56-c10-seed0.log").read_text() == "['run', 'headline-r56-c10']\n"
 
 
@@ -80,8 +80,8 @@ def test_a_failure_is_reported_by_the_log_of_this_start(tmp_path: Path, capsys: 
     log.write_text("headline-r56-c10 seed 0: failed: no such images\n")
     for program, told in (("import os; os.kill(os.getpid(), 9)", "no output"), ("print('ended')", "")):
         failures = runner.Failures()
-        bench = Bench(runs, tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
-        runner._side_by_side(bench, [OTHER], 1, failures)
+        workplace = Workplace(runs, tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
+        runner._side_by_side(workplace, [OTHER], 1, failures)
         assert [words.partition(" (")[0] for words in failures.values()] == [told] * bool(told)
     assert log.read_text().splitlines()[0].endswith("no such images")
 
@@ -92,6 +92,6 @@ def test_the_queue_is_looked_at_when_a_process_may_be_started(tmp_path: Path, mo
     blocked = runner._blocked
     monkeypatch.setattr(runner, "_blocked", lambda key, *rest: looks.append(key) or blocked(key, *rest))
     program = "import time; time.sleep(1.5)"
-    bench = Bench(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
-    assert runner._side_by_side(bench, [GATED, CONTROL, OTHER], 2, runner.Failures()) == runner.DONE
+    workplace = Workplace(tmp_path / "runs", tmp_path / "results", {}, command=(sys.executable, "-S", "-c", program))
+    assert runner._side_by_side(workplace, [GATED, CONTROL, OTHER], 2, runner.Failures()) == runner.DONE
     assert looks[:3] == [GATED, CONTROL, OTHER] and len(looks) <= 6

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reproduce.table import all_experiments
+from reproduce.experiments import all_experiments
 from reproduce.tables import TITLES, interval, present_rows, replace_block, results_text
 from tests.reproduce.ledger_rows import row
 

@@ -18,8 +18,8 @@ from gatedconv.train.build import build_model, load_images
 from gatedconv.train.metrics import TensorBoard, evaluate
 from gatedconv.train.results import energies
 from gatedconv.train.stopping import StopRequest
+from reproduce.experiments import find_experiment
 from reproduce.rows import training_row
-from reproduce.table import find_experiment
 from tests.image_files import write_npz
 from tests.tolerances import assert_close
 

@@ -31,7 +31,7 @@ def dataset_name(source: str) -> str:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workplace:
     """Folders and machine settings of the runs.
 
     Attributes:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from gatedconv.train.config import make_config
+from reproduce.experiments import PRUNED_SHARES, all_experiments, find_experiment
 from reproduce.rows import recipe_settings
-from reproduce.table import PRUNED_SHARES, all_experiments, find_experiment
 
 EXPERIMENTS = all_experiments()
 SHORT = ("epochs", "small")  # of the paper's networks, in fewer epochs and one reading

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from reproduce.experiment import FIVE, THREE, Experiment, Settings, controls, with_controls
-from reproduce.table_cpu import cpu_bench, fast, few_epochs
+from reproduce.experiments_cpu import cpu_bench, fast, few_epochs
 
 PRUNED_SHARES = (20, 30, 50, 60, 80)  # percent, of the naive baselines
 ACT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # λ_act of Figures 2 and 3, in [0, 1]; not printed in the paper
