@@ -23,9 +23,10 @@ from benchmarks.roofline import epoch_ms, layer_work, measured_rates
 from gatedconv.data import ImageData
 from gatedconv.data.image_data import Augment, make_image_data
 from gatedconv.measure.latency import Interleaved
-from gatedconv.train import TrainConfig, train
+from gatedconv.train import TrainConfig
 from gatedconv.train.build import build_model
 from gatedconv.train.config import make_config
+from gatedconv.train.loop import Training
 from gatedconv.train.presets import preset_settings
 
 RESULTS = Path(__file__).parent / "results" / "training-cpu.json"
@@ -173,7 +174,8 @@ def our_epochs(network: str, data: ImageData, amp: str, gated: bool, compiled: b
     if not gated:
         settings |= {"gate": "none", "mac_control": "none", "consensus_at": 1.0}
     config: TrainConfig = make_config(settings)
-    for metrics in train(build_model(config, data), data, config, phase="gated" if gated else "dense"):
+    training = Training(build_model(config, data), data, config, phase="gated" if gated else "dense")
+    for metrics in training.epochs(resume=False):
         yield metrics.test_top1
 
 

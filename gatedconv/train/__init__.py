@@ -5,7 +5,7 @@ from __future__ import annotations
 from gatedconv.train.callbacks import Callback
 from gatedconv.train.checkpoint import CheckpointError
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.loop import NonFiniteLoss, train
+from gatedconv.train.loop import NonFiniteLoss
 from gatedconv.train.metrics import EpochMetrics, evaluate
 from gatedconv.train.presets import PRESETS, preset_settings
 from gatedconv.train.run_dir import RunFolder
@@ -22,5 +22,4 @@ __all__ = [
     "evaluate",
     "preset_settings",
     "run",
-    "train",
 ]

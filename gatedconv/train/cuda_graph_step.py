@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: forward, losses, backward, optimizer and metrics in one launch; evaluations, too.
+"""Training steps as CUDA graphs: forward, losses, backward, optimizer and metrics in one launch.
 
 A CIFAR ResNet consists of thousands of small kernels; launched one by one they keep a GPU waiting for the host.
 `torch.cuda.make_graphed_callables` captures the forward and backward of a module, but neither losses, optimizer nor
@@ -8,17 +8,15 @@ the learning rate, which is on the device and rounded to float32 there.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gating import LayerGate, find_gates
-from gatedconv.ops._cuda_graph import capture
+from gatedconv._io import first_line
+from gatedconv.gating import find_gates
+from gatedconv.ops._cuda_graph import capture, on_stream
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks
 from gatedconv.train.optimizer import learning_rate
@@ -151,12 +149,8 @@ class CudaGraphStepper(Stepper):
     def _step_on_stream(self) -> StepResult:
         """The step op by op on the stream of the capture: autograd stays on the stream of the first backward pass."""
         assert self._stream is not None
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = self._step()
-        current.wait_stream(self._stream)
-        return result
+        with on_stream(self._stream):
+            return self._step()
 
     def _captured(self) -> _Replay:
         try:
@@ -164,70 +158,9 @@ class CudaGraphStepper(Stepper):
             graph, result = capture(self._step, self.device, self._stream, retries=0)
         except RuntimeError as error:
             raise ValueError(
-                f"cuda_graph: this network cannot be captured; train without it ({_first_line(error)})"
+                f"cuda_graph: this network cannot be captured; train without it ({first_line(error)})"
             ) from error
         return _Replay(graph, result, self.model)
-
-
-def make_forward(
-    model: nn.Module, cuda_graph: bool, on_note: Callable[[str], object] = warnings.warn
-) -> Callable[[Tensor], Tensor]:
-    """What evaluates a network: the network, or with `cuda_graph` its replay.
-
-    In eval mode the host decides which samples a layer gate lets through: such a network is not captured.
-    """
-    decides = any(isinstance(gate, LayerGate) for gate in find_gates(model).values())
-    return CudaGraphForward(model, on_note=on_note) if cuda_graph and not decides else model
-
-
-class CudaGraphForward:
-    """A network in eval mode and without gradients, replayed for batches of the first one's shape.
-
-    Other batches run without a graph, and so do all where the network cannot be captured.
-
-    Args:
-        model: the network, whose parameters and buffers keep their addresses.
-        capture: replay a CUDA graph; False runs the same op by op, on any device.
-        on_note: called once where the network cannot be captured.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, capture: bool = True, on_note: Callable[[str], object] = warnings.warn
-    ) -> None:
-        self._model, self._capture, self._on_note = model, capture, on_note
-        self._images: Tensor | None = None
-        self._logits: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, classes), valid until the next call."""
-        if self._images is None:  # compiles kernels, and lets cuDNN choose
-            self._images = torch.empty_like(images)
-            return self._forward(images)
-        if images.shape != self._images.shape or images.stride() != self._images.stride():
-            return self._forward(images)
-        self._images.copy_(images)
-        if self._capture and self._graph is None:
-            self._try_capture(self._images)
-        if self._graph is None or self._logits is None:
-            return self._forward(self._images)
-        self._graph.replay()
-        return self._logits
-
-    def _try_capture(self, images: Tensor) -> None:
-        try:
-            self._graph, self._logits = capture(partial(self._forward, images), images.device)
-        except RuntimeError as error:
-            self._capture = False
-            self._on_note(f"cuda_graph: evaluations run without a graph, capture failed ({_first_line(error)})")
-
-    def _forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._model(images)
-        return logits
-
-
-def _first_line(error: RuntimeError) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Scalar:

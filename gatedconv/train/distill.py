@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv._io import first_line
 from gatedconv.data import ImageData
 from gatedconv.deploy import load
 from gatedconv.train.build import build_model
@@ -18,7 +19,8 @@ from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import make_stepper
 from gatedconv.train.distributed import SINGLE, Ranks
 from gatedconv.train.recipe import mixed_dtype, place, resolve_device
-from gatedconv.train.step import StepMacs, Stepper
+from gatedconv.train.step import Stepper
+from gatedconv.train.step_macs import StepMacs
 
 
 def make_teacher(
@@ -162,9 +164,8 @@ class FinishedTeacher:
         try:
             dense.load_state_dict(load(path).state_dict())
         except (OSError, ValueError, RuntimeError) as error:
-            first = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"teacher_file: expected the weights of {config.model}, dense, in {path}: {first}"
+                f"teacher_file: expected the weights of {config.model}, dense, in {path}: {first_line(error)}"
             ) from None
         self._network = place(dense, config).eval()
         self._at = config.teacher_at * config.epochs

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +22,17 @@ from gatedconv.measure.macs import count_macs
 from gatedconv.train.callbacks import StepReport
 from gatedconv.train.checkpoint import State, load_checkpoint, pack_state, restore_state, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
-from gatedconv.train.cuda_graph_step import make_forward, make_stepper
+from gatedconv.train.cuda_graph_eval import make_forward
+from gatedconv.train.cuda_graph_step import make_stepper
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import current
-from gatedconv.train.metrics import (
-    Energy,
-    EpochMeter,
-    EpochMetrics,
-    added_energy,
-    evaluate,
-    measured_energy,
-    total_energy,
-)
+from gatedconv.train.metrics import EpochMeter, EpochMetrics, evaluate
 from gatedconv.train.optimizer import learning_rate
-from gatedconv.train.recipe import eval_batches, place, polar_weight, precision_note, train_batches
-from gatedconv.train.step import PASSES_PER_STEP, StepMacs, Stepper, StepResult, checks_immediately
+from gatedconv.train.recipe import eval_batches, place, polar_weight, train_batches
+from gatedconv.train.run_energy import Energy, added_energy, measured_energy, total_energy
+from gatedconv.train.step import Stepper, StepResult, checks_immediately
+from gatedconv.train.step_macs import PASSES_PER_STEP, StepMacs
 from gatedconv.train.stopping import StopPoll
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.
 _SYNC_EVERY = 20
@@ -50,42 +42,6 @@ _NOTHING = {"seconds": 0.0, "core_seconds": 0.0, "executed": 0.0, "saved": 0.0}
 
 class NonFiniteLoss(ArithmeticError):
     """Too many steps had a loss or gradient that is not finite; the message is for the user."""
-
-
-class TrainingOptions(TypedDict, total=False):
-    """Keyword arguments of `Training`, which says what they are."""
-
-    phase: str
-    checkpoint: Path | None
-    on_step: Callable[[StepReport], object] | None
-    on_note: Callable[[str], object]
-    deadline: float | None
-    stop: Callable[[], bool] | None
-    teacher: Teacher | FinishedTeacher | None
-
-
-def train(
-    model: nn.Module,
-    data: ImageData,
-    config: TrainConfig,
-    *,
-    resume: bool = False,
-    **options: Unpack[TrainingOptions],
-) -> Iterator[EpochMetrics]:
-    """Train a network in place; each item taken from the iterator is an epoch. See `Training.epochs`.
-
-    Args:
-        model: as `Training`.
-        data: as `Training`.
-        config: as `Training`.
-        resume: continue from the checkpoint, if the options name one.
-        options: `TrainingOptions`.
-    """
-    training = Training(model, data, config, **options)
-    slow = precision_note(config.amp, training.device)
-    if slow:
-        training.on_note(slow)
-    return training.epochs(resume and training.checkpoint is not None)
 
 
 class Training:

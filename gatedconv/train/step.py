@@ -6,19 +6,16 @@ Read `Stepper.__call__`, then `Stepper._forward_backward`: that is the method of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import checkpoint
 
-from gatedconv.gating import Gate, MacTerm, find_gates
+from gatedconv.gating import find_gates
 from gatedconv.gating.losses import RateWindow, accumulating
-from gatedconv.nn import BasicBlock
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks, parallel, synchronized_norms
 from gatedconv.train.optimizer import learning_rate, make_lookahead, make_optimizer, set_learning_rate
@@ -34,10 +31,10 @@ from gatedconv.train.recipe import (
     task_loss,
     tuned_convolutions,
 )
+from gatedconv.train.recompute import recomputing
 from gatedconv.train.skip_dead import BlockSkipping
+from gatedconv.train.step_macs import StepMacs
 
-# A training step costs a forward pass and, backward, about two more.
-PASSES_PER_STEP = 3
 # More bad steps in a row, or in an epoch, end the run.
 MOST_IN_A_ROW = 3
 MOST_IN_AN_EPOCH = 20
@@ -352,97 +349,3 @@ class StepGuard:
         if skipped > MOST_IN_AN_EPOCH:
             return f"{skipped} steps of an epoch"
         return ""
-
-
-# ---- MACs
-
-
-class StepMacs:
-    """Counts the MACs of training steps.
-
-    Args:
-        model: a network that carries ``mac_terms``; of any other, nothing is counted unless ``per_image`` is given.
-        recompute: residual blocks run forward once more in backward: of our ResNets, all but stem and head.
-        per_image: MACs of one forward pass of a network without ``mac_terms``.
-
-    Attributes:
-        per_image: MACs of one image, forward, with nothing skipped; 0 where they are unknown.
-        executed: so far, forward and backward, repeated passes included.
-        saved: skipped so far, forward and backward.
-    """
-
-    def __init__(self, model: nn.Module, *, recompute: bool = False, per_image: float = 0.0) -> None:
-        terms: Sequence[MacTerm] = getattr(model, "mac_terms", ())
-        self.per_image = sum(term.macs for term in terms) or per_image
-        self._again = sum(term.macs for term in terms[1:-1]) if recompute else 0.0
-        self._recomputes = recompute
-        self.executed = self.saved = 0.0
-
-    def add(self, images: int, skipped: float = 0.0, repeated: bool = False) -> None:
-        """Count a pass, forward and backward, over some images.
-
-        Args:
-            images: of this process.
-            skipped: MACs of one image, forward, that the pass did not execute.
-            repeated: the pass was of no use, and is made again.
-        """
-        again = self._again - skipped if self._recomputes else 0.0
-        self.executed += images * (PASSES_PER_STEP * (self.per_image - skipped) + again)
-        if not repeated:
-            self.saved += images * PASSES_PER_STEP * skipped
-
-    def new_epoch(self) -> None:
-        """Count from 0 again."""
-        self.executed = self.saved = 0.0
-
-
-# ---- gradient checkpointing
-
-
-@contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
-    """Context in which every residual block keeps its input only, and computes the rest again in backward.
-
-    The second pass has no side effects: running statistics, open rates and random numbers are those of the first.
-
-    Raises:
-        ValueError: the model has no residual blocks.
-    """
-    blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
-    if not blocks:
-        raise ValueError(f"recompute: expected a network of residual blocks, got {type(model).__name__}")
-    for block in blocks:
-        block.forward = partial(_checkpointed, block, block.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _checkpointed(block: BasicBlock, forward: Any, *inputs: Any) -> Any:
-    if not (block.training and torch.is_grad_enabled()):
-        return forward(*inputs)
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _without_side_effects(block)
-
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-@contextmanager
-def _without_side_effects(block: nn.Module) -> Iterator[None]:
-    """Give the block copies of its buffers: a change of the real ones would invalidate what backward keeps."""
-    held = [(module, name, buffer) for module in block.modules() for name, buffer in module._buffers.items()]
-    gates = [module for module in block.modules() if isinstance(module, Gate)]
-    last_calls = [(gate, gate.logits, gate.open_rate, gate.global_open_rate) for gate in gates]
-    for module, name, buffer in held:
-        if buffer is not None:
-            module._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for module, name, buffer in held:
-            module._buffers[name] = buffer
-        for gate, logits, open_rate, global_open_rate in last_calls:
-            gate.logits, gate.open_rate, gate.global_open_rate = logits, open_rate, global_open_rate

@@ -24,7 +24,7 @@ from gatedconv.train.cuda_graph_step import require_graphs
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import SINGLE, Ranks, by_torchrun, joined
 from gatedconv.train.loop import Training
-from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard, run_energy
+from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard
 from gatedconv.train.recipe import (
     eval_batches,
     mixed_dtype,
@@ -35,6 +35,7 @@ from gatedconv.train.recipe import (
 )
 from gatedconv.train.results import consensus_figures, example_images, measured, write_exports
 from gatedconv.train.run_dir import MetricsWriter, RunFolder
+from gatedconv.train.run_energy import run_energy
 from gatedconv.train.stopping import StopRequest
 
 # MACs that are off the target by more than this share of it, with gates that get no gradient (dead or saturated), are

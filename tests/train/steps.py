@@ -1,9 +1,9 @@
-"""Steps of training as the tests of replayed graphs make them, on the CPU and on a GPU."""
+"""Epochs and steps of training as the tests make them, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatedconv.train import TrainConfig, step
+from gatedconv.data import ImageData
+from gatedconv.train import EpochMetrics, TrainConfig, step
+from gatedconv.train.loop import Training
 from gatedconv.train.metrics import EpochMeter
 from gatedconv.train.skip_dead import BlockSkipping
 from gatedconv.train.step import Stepper
 
 Batch = tuple[Tensor, Tensor, "Tensor | None", float]  # images, labels, a teacher's logits, epoch
+
+
+def train(
+    model: nn.Module, data: ImageData, config: TrainConfig, *, resume: bool = False, **options: Any
+) -> Iterator[EpochMetrics]:
+    """Train a network in place with the options of `Training`; each item taken from the iterator is an epoch."""
+    return Training(model, data, config, **options).epochs(resume)
 
 
 def set_predict_skips(monkeypatch: pytest.MonkeyPatch, predict: bool) -> None:

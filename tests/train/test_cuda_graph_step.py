@@ -16,14 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.gating import find_gates, pruner
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import RunFolder, TrainConfig, cuda_graph_step, run
-from gatedconv.train.cuda_graph_step import (
-    CudaGraphForward,
-    CudaGraphStepper,
-    make_forward,
-    make_stepper,
-    require_graphs,
-)
+from gatedconv.train import RunFolder, TrainConfig, cuda_graph_eval, cuda_graph_step, run
+from gatedconv.train.cuda_graph_eval import CudaGraphForward, make_forward
+from gatedconv.train.cuda_graph_step import CudaGraphStepper, make_stepper, require_graphs
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.presets import preset_settings
@@ -314,7 +309,8 @@ def test_an_evaluation_that_cannot_be_captured_runs_without_a_graph(monkeypatch:
     def refuse(call: Any, *_: Any, retries: int = 1) -> Any:
         raise RuntimeError("not permitted when stream is capturing\nSearch for it")
 
-    monkeypatch.setattr(cuda_graph_step, "capture", refuse)
+    for module in (cuda_graph_eval, cuda_graph_step):
+        monkeypatch.setattr(module, "capture", refuse)
     notes = list[str]()
     model = network(dataclasses.replace(CONFIG, gate="channel"))
     forward = make_forward(model, True, notes.append)

@@ -16,7 +16,7 @@ from torch import nn
 import gatedconv
 from gatedconv.data import ImageData
 from gatedconv.gating import find_gates
-from gatedconv.train import Callback, RunFolder, TrainConfig, run, train
+from gatedconv.train import Callback, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model
 from gatedconv.train.config import require_same_recipe
 from gatedconv.train.distill import FinishedTeacher, Teacher
@@ -24,6 +24,7 @@ from gatedconv.train.recipe import distillation_loss, train_batches
 from gatedconv.train.step import Stepper
 from gatedconv.train.stopping import StopRequest
 from tests.tolerances import assert_close
+from tests.train.steps import train
 from tests.train.test_loop import assert_same_state, comparable, network
 
 CONFIG = TrainConfig(

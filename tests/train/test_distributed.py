@@ -18,12 +18,13 @@ from gatedconv.data import EvalBatches, load_data
 from gatedconv.gating.collectives import require_same_masks, synchronized
 from gatedconv.measure import energy
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import RunFolder, TrainConfig, train
+from gatedconv.train import RunFolder, TrainConfig
 from gatedconv.train.distributed import current
 from gatedconv.train.step import Stepper
 from tests.image_files import write_npz
 from tests.processes import run_ranks
 from tests.tolerances import assert_close
+from tests.train.steps import train
 from tests.train.still_norms import StillNorms, still_network
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")

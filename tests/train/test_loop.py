@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from gatedconv.data import ImageData, TrainBatches, validation_view
 from gatedconv.gating import GatePruner, expected_macs, find_gates
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig, train
+from gatedconv.train import CheckpointError, EpochMetrics, NonFiniteLoss, TrainConfig
 from gatedconv.train.checkpoint import load_checkpoint, pack_state, previous_path, save_checkpoint
 from gatedconv.train.step import Stepper
+from tests.train.steps import train
 
 CONFIG = TrainConfig(epochs=4, batch_size=16, lr=0.05, mac_weight=1.0, gate_warmup=0.2, act_weight=0.1)
 

@@ -14,11 +14,12 @@ import gatedconv
 from gatedconv.data import ImageData
 from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
-from gatedconv.train import TrainConfig, train
-from gatedconv.train.step import PASSES_PER_STEP, Stepper
+from gatedconv.train import TrainConfig
+from gatedconv.train.step import Stepper
+from gatedconv.train.step_macs import PASSES_PER_STEP
 from tests.tolerances import assert_close
 from tests.train.losses import total_loss
-from tests.train.steps import set_predict_skips
+from tests.train.steps import set_predict_skips, train
 
 CONFIG = TrainConfig(
     epochs=4,

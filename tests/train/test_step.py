@@ -19,13 +19,14 @@ from gatedconv.gating import GatePruner, forget, pruner
 from gatedconv.gating.losses import RateWindow, accumulating, global_open_rates
 from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
-from gatedconv.train import TrainConfig, train
+from gatedconv.train import TrainConfig
 from gatedconv.train.distributed import SINGLE
 from gatedconv.train.metrics import EpochMeter
-from gatedconv.train.step import StepGuard, Stepper, recomputing
+from gatedconv.train.recompute import recomputing
+from gatedconv.train.step import StepGuard, Stepper
 from tests.tolerances import assert_close
 from tests.train.losses import total_loss
-from tests.train.steps import set_predict_skips
+from tests.train.steps import set_predict_skips, train
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(

@@ -348,6 +348,13 @@ def test_dead_gates_are_noted_once_unless_they_are_wanted(
     assert len(notes) == noted and all("5 of 9 gates are dead, closed for every image" in note for note in notes)
 
 
+def test_a_slow_precision_is_noted_first(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatedconv.train.trainer.precision_note", lambda amp, device: f"{amp} is slow here")
+    heard = Recorder()
+    run(small(archive, epochs=1, dense_baseline=False, amp="bf16"), RunFolder(tmp_path / "run"), callback=heard)
+    assert heard.notes[0] == "bf16 is slow here"
+
+
 def test_a_damaged_checkpoint_is_noted(tmp_path: Path, archive: Path) -> None:
     folder, heard = RunFolder(tmp_path / "r"), Recorder()
     config = small(archive, dense_baseline=False, latency=False)

@@ -15,12 +15,13 @@ from torch import Tensor
 from gatedconv.data.image_data import Augment, ImageData, make_image_data
 from gatedconv.gating import find_gates, pruner
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import TrainConfig, train
-from gatedconv.train.cuda_graph_step import WARM_UP, CudaGraphForward, CudaGraphStepper
+from gatedconv.train import TrainConfig
+from gatedconv.train.cuda_graph_eval import CudaGraphForward
+from gatedconv.train.cuda_graph_step import WARM_UP, CudaGraphStepper
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.step import Stepper
 from tests.tolerances import assert_close
-from tests.train.steps import make_steps
+from tests.train.steps import make_steps, train
 
 pytestmark = [
     pytest.mark.gpu,
