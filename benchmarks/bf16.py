@@ -23,7 +23,7 @@ from benchmarks.harness import RESULTS, machine_header, variable, write_result
 from gatedconv.engine import Engine
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.ops.plan import plan_isa, plan_times, unavailable
-from gatedconv.report.layers import ConvCase
+from gatedconv.report.conv_case import ConvCase
 from gatedconv.report.tables import markdown_table
 
 # Of MobileNetV2 and V3, EfficientNet-B0, ResNet-18 and 50: 1x1, strided, 3x3, first and last layers.

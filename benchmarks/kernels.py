@@ -25,11 +25,11 @@ from torch import nn
 
 from benchmarks.harness import RESULTS, machine_header, write_result
 from gatedconv.engine.choose import ALGORITHMS, RATES, Rates, Work
-from gatedconv.engine.cpu_tuning import layer_call, least_ms
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer
 from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import find_segments
+from gatedconv.engine.time_on_cpu import layer_call, least_ms
 from gatedconv.ops.plan import plan_isa, unavailable
 from gatedconv.report.tables import markdown_table
 

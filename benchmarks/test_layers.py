@@ -9,7 +9,7 @@ import pytest
 from benchmarks.conftest import as_parameter
 from benchmarks.layers import CASES, is_quick
 from gatedconv.report.bench import Comparison
-from gatedconv.report.layers import ConvCase, compare_layers
+from gatedconv.report.conv_case import ConvCase, compare_layers
 
 
 @pytest.mark.parametrize("case", [as_parameter(case, str(case), is_quick(case)) for case in CASES])

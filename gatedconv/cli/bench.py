@@ -78,14 +78,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _is_case(target: str) -> bool:
-    from gatedconv.report.layers import ConvCase
+    from gatedconv.report.conv_case import ConvCase
 
     return ConvCase.is_meant(target) and not Path(target).exists()
 
 
 def _layer(arguments: argparse.Namespace) -> int:
     """Measure one convolution in our operator and in PyTorch's, and print a table."""
-    from gatedconv.report.layers import ConvCase, compare_layers
+    from gatedconv.report.conv_case import ConvCase, compare_layers
 
     case = ConvCase.parse(arguments.target)
     given = [name for name in ("batch", "size", "energy", "footprint", "reduced") if getattr(arguments, name)]

@@ -1,7 +1,7 @@
 """A compact network, packed once and run natively.
 
 lower.py, read_layer.py, read_arithmetic.py, fuse.py: the network as a list of steps. partition.py: what runs natively,
-and what PyTorch runs between. choose.py, tuner.py, cpu_tuning.py: the algorithm of each layer. program.py, pack.py:
+and what PyTorch runs between. choose.py, tuner.py, time_on_cpu.py: the algorithm of each layer. program.py, pack.py:
 instructions and packed weights, which csrc/cpu runs. cuda/: plans of GPUs. locate.py: the first wrong layer.
 """
 

@@ -15,7 +15,6 @@ from gatedconv.convert import ConversionError, require_same
 from gatedconv.deploy.compact import compact
 from gatedconv.engine.choose import choose_estimated
 from gatedconv.engine.cpu_plan import PlanModule
-from gatedconv.engine.cpu_tuning import choose_measured
 from gatedconv.engine.cuda.plan import CudaPlan
 from gatedconv.engine.describe import describe_body
 from gatedconv.engine.fuse import fuse
@@ -24,6 +23,7 @@ from gatedconv.engine.locate import first_difference
 from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import Segment, find_segments
 from gatedconv.engine.program import lay_out, write_program
+from gatedconv.engine.time_on_cpu import choose_measured
 from gatedconv.gating import find_gates, require_frozen, unwrap
 from gatedconv.ops.plan import plan_isa, unavailable
 

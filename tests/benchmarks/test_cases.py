@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks import layers, networks
 from benchmarks.networks import NetworkCase
-from gatedconv.report.layers import ConvCase, compare_layers
+from gatedconv.report.conv_case import ConvCase, compare_layers
 
 
 def test_names_of_cases_are_unique() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import gatedconv
 from gatedconv.engine import tuner as tuner_module
 from gatedconv.engine.cuda import candidates, graphs
-from gatedconv.engine.cuda.tuning import planner_hash
+from gatedconv.engine.cuda.time_on_gpu import planner_hash
 from gatedconv.ops import cuda_conv
 from tests.cuda import plans
 from tests.cuda.plans import always

@@ -19,7 +19,7 @@ from gatedconv.engine.cuda.resident_runs import ITEM, PIECE, RECORD_AT, TABLE_AT
 from gatedconv.ops import cuda_conv
 
 OP_NUMBERS = ("end", "load", "conv", "move", "mean", "save")
-ACTS = (None, "relu", "relu6")
+RESIDENT_ACTS = (None, "relu", "relu6")
 # (16-pixel fragments, 8-output fragments) of a warp that the library has code for.
 TILES = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1), (8, 2))
 WARPS, PASS_OUTPUTS = 8, 64
@@ -157,7 +157,7 @@ class _Writer:
                 self.append(_bytes(values), values.numel() * 4)
 
     def _record(self, step: ResidentStep, conv: Sequence[int] = (0,) * 9, clear: bool | None = None) -> None:
-        numbers = [OP_NUMBERS.index(step.op), ACTS.index(step.act)]
+        numbers = [OP_NUMBERS.index(step.op), RESIDENT_ACTS.index(step.act)]
         for number in (step.source, step.target, step.residual):
             numbers += self._map(number)
         one = step.one or Instruction("move", "", 0, 0, stride=step.stride)

@@ -17,7 +17,7 @@ UNIT = 16  # bytes of channels that lie together
 ITEM, PIECE = 256, 4096  # bytes of a record, of a piece of the stream
 RECORD_AT, TABLE_AT = 16, 16 + ITEM  # behind 16 bytes of zeros
 RINGS = (8, 4, 2)  # pieces at hand, the most first
-OPS = ("conv", "subsample", "gather", "add", "mean_pool")
+RESIDENT_OPS = ("conv", "subsample", "gather", "add", "mean_pool")
 
 Size = tuple[int, int]
 
@@ -155,7 +155,7 @@ def _longest_from(
         one = instructions[end - 1]
         inputs = one.channels[0] if one.in_index is None else len(one.in_index)
         # A sum of nothing has no steps in the stream, which the driver could not follow.
-        if one.op not in OPS or one.groups != 1 or (one.op == "conv" and not inputs):
+        if one.op not in RESIDENT_OPS or one.groups != 1 or (one.op == "conv" and not inputs):
             break
         read |= {i for i in (one.source, one.residual) if i >= 0 and i not in made}
         made.add(one.target)

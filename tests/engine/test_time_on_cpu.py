@@ -10,7 +10,7 @@ from torch import nn
 
 import gatedconv
 from benchmarks import kernels
-from gatedconv.engine import cpu_tuning
+from gatedconv.engine import time_on_cpu
 from gatedconv.engine.choose import ALGORITHMS, RATES, Rates, Work
 from gatedconv.ops.plan import unavailable
 from tests.engine.nets import error, settle
@@ -30,7 +30,7 @@ def fake_times(monkeypatch, tmp_path):
         timed.append(PATTERN[len(timed) % len(PATTERN)])
         return timed[-1]
 
-    monkeypatch.setattr(cpu_tuning, "least_ms", least_ms)
+    monkeypatch.setattr(time_on_cpu, "least_ms", least_ms)
     return timed
 
 
@@ -86,7 +86,7 @@ def test_without_images_one_is_measured(fake_times, tmp_path):
 def test_processors_of_one_name_are_told_apart(fake_times, monkeypatch, tmp_path):
     net, x = nn.Sequential(nn.Conv2d(8, 24, 3, 1, 1)).eval(), torch.randn(1, 8, 9, 9)
     for model in ("167", "168"):
-        monkeypatch.setattr(cpu_tuning, "cpu_info", {"model name": "Processor", "model": model}.get)
+        monkeypatch.setattr(time_on_cpu, "cpu_info", {"model name": "Processor", "model": model}.get)
         gatedconv.Engine(net, x, threads=1, tune=True)
     found = [json.loads(path.read_text())["cpu"] for path in tmp_path.glob("tuned-*.json")]
     assert sorted(found) == ["Processor 167", "Processor 168"]
@@ -96,7 +96,7 @@ def test_every_algorithm_computes_the_same_for_the_tuner(monkeypatch, tmp_path):
     monkeypatch.setenv("GATEDCONV_CACHE", str(tmp_path))
     assert unavailable() is None
     layer = kernels.layer_of(Work(2, 19, 37, 11, 11))
-    results = [cpu_tuning.layer_call(layer, 2, name, 1)() for name in ALGORITHMS]
+    results = [time_on_cpu.layer_call(layer, 2, name, 1)() for name in ALGORITHMS]
     assert all(torch.allclose(result, results[0], rtol=1e-4, atol=1e-5) for result in results)
 
 

@@ -1,4 +1,4 @@
-"""The speed of gatedconv-runtime compared with the engine's: ``python -m benchmarks.runtime``.
+"""The speed of gatedconv-runtime compared with the engine's: ``python -m benchmarks.runtime_speed``.
 
 Both run the same plan in one process, interleaved, and their outputs are compared bit by bit. Install gatedconv-runtime
 (``pip install ./runtime``) first.
@@ -133,7 +133,7 @@ def section() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the result file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.runtime", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.runtime_speed", description=__doc__)
     parser.add_argument("--rounds", type=int, default=25, help="of each row [25]")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of both [1 2]")
     parser.add_argument("--only", default="", metavar="TEXT", help="networks whose name contains TEXT")
