@@ -6,7 +6,7 @@ from torch import fx
 
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.plan import CudaPlan
-from gatedconv.engine.program import Map, Step
+from gatedconv.engine.maps import Map, Step
 from gatedconv.ops.plan import plan_passing, plan_workspace
 
 _KERNELS = {"conv": "direct", "bf16": "bf16", "winograd2": "Winograd F(2x2)", "winograd4": "Winograd F(4x4)"}

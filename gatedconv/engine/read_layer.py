@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from gatedconv.engine.idioms import resize_like, shuffle_channels, slice_channels
 from gatedconv.engine.layers import (
     Layer,
     is_channels_last,
@@ -20,12 +21,11 @@ from gatedconv.engine.layers import (
     map_size,
     shape_of,
 )
-from gatedconv.engine.lower import ConstantMaps, is_plain, resize_like, shuffle_channels, slice_channels
+from gatedconv.engine.lower import ConstantMaps, is_plain
 from gatedconv.engine.read_arithmetic import (
     Call,
     double,
     make_layer,
-    pair,
     read_act,
     read_binary,
     read_call_conv,
@@ -45,6 +45,16 @@ from gatedconv.engine.read_arithmetic import (
     read_norm,
     read_prelu,
     source_of,
+)
+from gatedconv.engine.read_pool import (
+    read_adaptive_max_pool,
+    read_adaptive_pool,
+    read_avg_pool,
+    read_call_avg_pool,
+    read_call_max_pool,
+    read_max_pool,
+    read_mean,
+    read_window,
 )
 from gatedconv.nn import ChannelBias, Conv2d, GatherChannels, PadShortcut, ScatterAdd, ScatterChannels
 
@@ -113,55 +123,10 @@ def _subsample(node: fx.Node, module: PadShortcut) -> Layer:
 
 
 def _fill(node: fx.Node, module: ConstantMaps) -> Layer | None:
-    layer = _window("fill", node, module.kernel_size, module.stride, module.padding)
+    layer = read_window("fill", node, module.kernel_size, module.stride, module.padding)
     if layer is not None:
         layer.dilation, layer.bias = module.dilation, double(module.value)
     return layer
-
-
-def _window(kind: str, node: fx.Node, kernel: Any, stride: Any, padding: Any, option: int = 0) -> Layer | None:
-    if not is_map(node.args[0]):
-        return None
-    top, left = pair(padding)
-    stride = kernel if stride is None or stride == () or stride == [] else stride
-    return make_layer(
-        kind, node, kernel=pair(kernel), stride=pair(stride), padding=(top, left, top, left), option=option
-    )
-
-
-def _max_pool(node: fx.Node, pool: nn.MaxPool2d) -> Layer | None:
-    if pool.return_indices or pair(pool.dilation) != (1, 1):
-        return None
-    return _window("max_pool", node, pool.kernel_size, pool.stride, pool.padding, 2 * bool(pool.ceil_mode))
-
-
-def _call_max_pool(call: Call) -> Layer | None:
-    if pair(call.get(4, "dilation", 1)) != (1, 1) or call.get(6, "return_indices", False):
-        return None
-    kernel, stride, padding = (call.get(i, n, d) for i, n, d in _WINDOW)
-    return _window("max_pool", call.node, kernel, stride, padding, 2 * bool(call.get(5, "ceil_mode", False)))
-
-
-def _avg_pool(node: fx.Node, pool: nn.AvgPool2d) -> Layer | None:
-    if pool.divisor_override is not None:
-        return None
-    option = bool(pool.count_include_pad) + 2 * bool(pool.ceil_mode)
-    return _window("avg_pool", node, pool.kernel_size, pool.stride, pool.padding, option)
-
-
-def _call_avg_pool(call: Call) -> Layer | None:
-    if call.get(6, "divisor_override") is not None:
-        return None
-    values = kernel, stride, padding = [call.get(i, n, d) for i, n, d in _WINDOW]
-    if any(
-        isinstance(v, fx.Node) for value in values for v in (value if isinstance(value, (tuple, list)) else [value])
-    ):
-        return None
-    option = bool(call.get(5, "count_include_pad", True)) + 2 * bool(call.get(4, "ceil_mode", False))
-    return _window("avg_pool", call.node, kernel, stride, padding, option)
-
-
-_WINDOW = ((1, "kernel_size", None), (2, "stride", None), (3, "padding", 0))
 
 
 def _pad(node: fx.Node, sides: Any) -> Layer | None:
@@ -178,24 +143,6 @@ def _pad(node: fx.Node, sides: Any) -> Layer | None:
 def _call_pad(call: Call) -> Layer | None:
     zeros = call.get(2, "mode", "constant") == "constant" and call.get(3, "value") in (None, 0)
     return _pad(call.node, call.get(1, "pad")) if zeros else None
-
-
-def _adaptive(kind: str, node: fx.Node, size: Any) -> Layer | None:
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if not is_map(node.args[0]) or len(sides) != 2 or not all(isinstance(s, int) for s in sides):
-        return None
-    if kind == "avg" and sides == (1, 1):
-        return make_layer("mean_pool", node)
-    return make_layer(f"adaptive_{kind}_pool", node, kernel=sides)
-
-
-def _mean(call: Call) -> Layer | None:
-    dims: Any = call.get(1, "dim")
-    if not isinstance(dims, (tuple, list)) or not is_map(call.node.args[0]):
-        return None
-    if sorted(int(d) % 4 for d in dims) != [2, 3] or call.node.kwargs.get("dtype") is not None:
-        return None
-    return make_layer("mean_pool", call.node)
 
 
 def _resample(node: fx.Node, factor: Any, mode: Any, corners: Any) -> Layer | None:
@@ -326,10 +273,10 @@ _MODULES: dict[type[nn.Module], Callable[..., Layer | None]] = {
     nn.Mish: _MISH,
     nn.Softmax: lambda node, module: _softmax(node, module.dim),
     nn.Softmax2d: lambda node, module: _softmax(node, 1),
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: lambda node, pool: _adaptive("avg", node, pool.output_size),
-    nn.AdaptiveMaxPool2d: lambda node, pool: None if pool.return_indices else _adaptive("max", node, pool.output_size),
+    nn.MaxPool2d: read_max_pool,
+    nn.AvgPool2d: read_avg_pool,
+    nn.AdaptiveAvgPool2d: lambda node, pool: read_adaptive_pool("avg", node, pool.output_size),
+    nn.AdaptiveMaxPool2d: read_adaptive_max_pool,
     nn.Upsample: _upsample,
     nn.UpsamplingNearest2d: _upsample,
     nn.UpsamplingBilinear2d: _upsample,
@@ -381,7 +328,7 @@ _FUNCTIONS: dict[Any, Callable[[Call], Layer | None]] = {
     F.pad: _call_pad,
     torch.flatten: _of_call(_flatten, (1, "start_dim", 0), (2, "end_dim", -1)),
     torch.permute: _call_permute,
-    torch.mean: _mean,
+    torch.mean: read_mean,
     torch.cat: _cat,
     torch.concat: _cat,
     slice_channels: _slice,
@@ -390,9 +337,9 @@ _FUNCTIONS: dict[Any, Callable[[Call], Layer | None]] = {
     F.interpolate: _interpolate,
     F.pixel_shuffle: _of_call(_pixel_shuffle, (1, "upscale_factor", 1)),
     F.channel_shuffle: _of_call(_shuffled, (1, "groups", 1)),
-    F.max_pool2d: _call_max_pool,
-    F.avg_pool2d: _call_avg_pool,
-    F.adaptive_avg_pool2d: lambda call: _adaptive("avg", call.node, call.get(1, "output_size")),
+    F.max_pool2d: read_call_max_pool,
+    F.avg_pool2d: read_call_avg_pool,
+    F.adaptive_avg_pool2d: lambda call: read_adaptive_pool("avg", call.node, call.get(1, "output_size")),
 }
 
 _METHODS: dict[str, Callable[[Call], Layer | None]] = {
@@ -408,7 +355,7 @@ _METHODS: dict[str, Callable[[Call], Layer | None]] = {
     "flatten": _of_call(_flatten, (1, "start_dim", 0), (2, "end_dim", -1)),
     "permute": _call_permute,
     "contiguous": _contiguous,
-    "mean": _mean,
+    "mean": read_mean,
 }
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedconv.engine.layers import Pair
+from gatedconv.engine.maps import Map, Step
 from gatedconv.engine.pack import round_up
-from gatedconv.engine.program import Map, Step
 
 CONVS = ("conv", "winograd2", "winograd4", "depthwise")  # as a CPU computes them; here one instruction
 

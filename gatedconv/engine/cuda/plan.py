@@ -17,7 +17,7 @@ from gatedconv.engine.cuda.graphs import GraphCache
 from gatedconv.engine.cuda.instructions import Instruction, make_instructions, map_sizes, padded
 from gatedconv.engine.cuda.resident_runs import Run, find_runs
 from gatedconv.engine.cuda.time_on_gpu import tuner_for
-from gatedconv.engine.program import Map, Step
+from gatedconv.engine.maps import Map, Step
 from gatedconv.engine.tuner import Tuner
 from gatedconv.ops.cuda_conv import allows_tf32, kernels_mode
 from gatedconv.ops.plan import plan_output_size
