@@ -1,17 +1,11 @@
 """Stateless operators; those with kernels have a reference in PyTorch, ``<name>_reference``, without ``packed``."""
 
+from gatedconv.ops._gate_args import GateOptions, GateOutput, GateParameters, GateStatistics
 from gatedconv.ops._packed_conv import PackedConv
 from gatedconv.ops._triton import kernels_run_on
 from gatedconv.ops.cuda_conv import cuda_kernels
 from gatedconv.ops.estimate import ESTIMATORS, estimate
-from gatedconv.ops.gate import (
-    GateOptions,
-    GateOutput,
-    GateParameters,
-    GateStatistics,
-    gate,
-    gate_reference,
-)
+from gatedconv.ops.gate import gate, gate_reference
 from gatedconv.ops.gated_residual import (
     InnerGate,
     NormArguments,

@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gatedconv.ops import _triton
-from gatedconv.ops.gate import (
+from gatedconv.ops._gate_args import (
     GateOptions,
     GateOutput,
     GateParameters,
     GateStatistics,
     check_gate,
-    gate_reference,
     kernels_can,
-    move_buffers,
     require_batch,
 )
+from gatedconv.ops.gate import gate_reference, move_buffers
 
 
 class NormArguments(NamedTuple):
