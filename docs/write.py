@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
 from scaling_tables import TABLES  # noqa: E402
 
-from benchmarks import bf16, busy, kernels, runtime, shipped  # noqa: E402
+from benchmarks import bf16, busy, kernels, runtime_speed, shipped  # noqa: E402
 from benchmarks.gpu import section as gpu_section  # noqa: E402
 from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
@@ -212,7 +212,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "kernels": kernels.section,
         "bf16": bf16.section,
         "footprint": footprints,
-        "runtime": runtime.section,
+        "runtime": runtime_speed.section,
         "shipped": shipped.section,
         "busy": busy.section,
         "gpu": gpu_section.section,
