@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.layers import MOST_ROUNDS
+from benchmarks.masked_conv2d import MOST_ROUNDS
 from gatedconv.report.bench import Comparison, Row, bench_table, best_rows
 from gatedconv.report.runtimes import OURS
 

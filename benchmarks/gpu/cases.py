@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import engine, gates, parity, training
+from benchmarks.gpu import engine, gate_step, parity, training
 from benchmarks.harness import ROOT, Machine
 from benchmarks.roofline import measured_rates
 from gatedconv import _native
@@ -87,8 +87,8 @@ def _check(name: str, run: Part, dry: bool = True) -> Case:
     return Case(f"parity-{name}", (run,), dry=dry, alone=False)
 
 
-def _gate(kind: str, channels: int, size: int, providers: tuple[str, ...] = gates.EAGER) -> Part:
-    return partial(gates.gate_rows, kind=kind, channels=channels, size=size, providers=providers)
+def _gate(kind: str, channels: int, size: int, providers: tuple[str, ...] = gate_step.EAGER) -> Part:
+    return partial(gate_step.gate_rows, kind=kind, channels=channels, size=size, providers=providers)
 
 
 def _network(model: str, batch: int, providers: Sequence[str]) -> tuple[Part, ...]:
@@ -104,7 +104,7 @@ def _step(depth: int, gate: str, providers: Sequence[str]) -> tuple[Part, ...]:
 def _compiling() -> Iterator[Case]:
     """What compiles takes longest, so it comes last."""
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
-        yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gates.COMPILED),), dry=kind == "layer")
+        yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gate_step.COMPILED),), dry=kind == "layer")
     yield Case("engine-32-compile", _network("resnet56", 32, [engine.COMPILED]), dry=True)
     yield Case("step-compile", _step(56, "channel", [training.COMPILED]), dry=True)
 

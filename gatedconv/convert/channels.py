@@ -39,7 +39,7 @@ class Sliceable:
         return len(self.record.calls_of(path)) == 1 and not shared
 
     def is_own(self, node: Node) -> bool:
-        """Whether a layer is called once, shares nothing, and nobody reads its weights but itself."""
+        """Whether a layer is called once, shares nothing, and is the only reader of its weights."""
         assert node.module is not None
         return node.scope not in self.read_by_code and self.is_alone(node.scope, node.module)
 
@@ -322,7 +322,7 @@ class ChannelPlan(Constants):
         return ~self.zeros(value)
 
     def is_idle(self, node: Node) -> bool:
-        """Whether a module of one input and size computes what nobody reads, or what a gate replaces by constants."""
+        """Whether a module of one input and size has an output that is not read, or that a gate makes constant."""
         if node.op != CALL or not node.outputs or len(self.record.calls_of(node.scope)) != 1:
             return False
         value = node.outputs[0]

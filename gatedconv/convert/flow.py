@@ -146,7 +146,7 @@ class Flow:
         return isinstance(value, Value) and self[value].axis >= 0
 
     def is_guess(self, value: Value) -> bool:
-        """Whether code that nobody can read left the channels in an unknown dimension."""
+        """Whether an unsupported operation left the channel dimension unknown."""
         channels = self[value]
         while channels.kind in ("elementwise", "move") and channels.source is not None:
             channels = self[channels.source]

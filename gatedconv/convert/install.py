@@ -256,7 +256,7 @@ def skip_closed(model: nn.Module) -> None:
 
 @contextmanager
 def keeping_aliases(model: nn.Module) -> Iterator[None]:
-    """What replaces a module meanwhile replaces it in the lists, tuples and dicts of attributes, too."""
+    """Context in which a replaced module is also replaced in lists, tuples and dicts held as attributes."""
     before = dict(model.named_modules())
     yield
     after, seen = dict(model.named_modules()), set()

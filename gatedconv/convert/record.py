@@ -229,7 +229,7 @@ class _Recorder(TorchDispatchMode):
         node = Node(func._schema.name.split("::")[1], self.scopes[-1], func=func)
         node.args, node.kwargs = self._read(node, tuple(args)), self._read(node, dict(kwargs))
         if not node.inputs:
-            return out  # a new tensor, made of numbers: a constant when somebody reads it
+            return out  # a new tensor, made of numbers: recorded as a constant when it is read
         written = {id(t) for t in _written(func, args, kwargs)}
         node.places = _places(out)
         self._append(node, [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)], written)
@@ -278,7 +278,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def watching_modules(self) -> Iterator[None]:
-        """Every call of a module goes through ``_call`` meanwhile."""
+        """Context in which every module call goes through ``_call``."""
         original = nn.Module.__call__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -76,7 +76,7 @@ class _Labels:
         self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
         self.gates = list(self.sizes)
         self.images = _images_of(flow)
-        self.whole: set[Value] = set()  # what holds all of its channels, whatever gates close behind it
+        self.whole: set[Value] = set()  # keep all channels, regardless of later gates
         self.forward: dict[Value, Tensor] = {}
         self.needed: dict[Value, Tensor] = {}
         for node in flow.record.nodes:

@@ -164,7 +164,10 @@ def tensors_of(structure: Any) -> list[Tensor]:
 
 
 def distance(got: Any, wanted: Any) -> float:
-    """max|got - wanted| / max|wanted| over all tensors; inf where structure or shapes differ."""
+    """max|got - wanted| / max|wanted| over all tensors; inf where structure or shapes differ.
+
+    A NaN or an infinity at the same place of both is no difference; on one side alone it is inf.
+    """
     a, b = tensors_of(got), tensors_of(wanted)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return math.inf
@@ -190,7 +193,7 @@ def _tolerance(structure: Any) -> float:
 
 
 def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
-    """The model's output on copies of its inputs; its random numbers are those of one seed, and nobody else's."""
+    """The model's output on copies of its inputs; run with a fixed seed; the global random state is restored."""
     devices = {t.device for t in tensors_of(inputs) if t.is_cuda}
     python, numpy = random.getstate(), np.random.get_state()
     try:

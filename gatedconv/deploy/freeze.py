@@ -105,7 +105,7 @@ def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 def re_estimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Re-estimate the running statistics of every BatchNorm as plain means over batches, in place.
 
-    The running statistics of training remember sub-networks that are gone: re-estimate them after `freeze`, and
+    The running statistics were collected on other sub-networks: re-estimate them after `freeze`, and
     before `compact`. Weights and modes are unchanged; so are the statistics where an exception ends it.
 
     Args:

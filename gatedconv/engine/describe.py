@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from gatedconv.engine.cpu_plan import PlanModule
-from gatedconv.engine.cuda.plan import CudaPlan
+from gatedconv.engine.cuda.cuda_plan import CudaPlan
 from gatedconv.engine.maps import Map, Step
 from gatedconv.ops.plan import plan_passing, plan_workspace
 

@@ -15,7 +15,7 @@ from gatedconv.convert import ConversionError, require_same
 from gatedconv.deploy.compact import compact
 from gatedconv.engine.choose import choose_estimated
 from gatedconv.engine.cpu_plan import PlanModule
-from gatedconv.engine.cuda.plan import CudaPlan
+from gatedconv.engine.cuda.cuda_plan import CudaPlan
 from gatedconv.engine.describe import describe_body
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer, runs_on_cuda

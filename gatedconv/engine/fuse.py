@@ -26,7 +26,7 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
     producer: dict[fx.Node, Layer] = {}
 
     def private(node: fx.Node) -> Layer | None:
-        """The layer that makes a node, if nobody but the layer at hand reads it."""
+        """The layer that makes a node, if the current layer is its only reader."""
         return producer.get(node) if len(node.users) == 1 and node is not result else None
 
     def remove(layer: Layer) -> None:

@@ -24,7 +24,7 @@ def read_window(kind: str, node: fx.Node, kernel: Any, stride: Any, padding: Any
 
 
 def read_max_pool(node: fx.Node, pool: nn.MaxPool2d) -> Layer | None:
-    """Read the module."""
+    """Read `nn.MaxPool2d`."""
     if pool.return_indices or pair(pool.dilation) != (1, 1):
         return None
     return read_window("max_pool", node, pool.kernel_size, pool.stride, pool.padding, 2 * bool(pool.ceil_mode))
@@ -39,7 +39,7 @@ def read_call_max_pool(call: Call) -> Layer | None:
 
 
 def read_avg_pool(node: fx.Node, pool: nn.AvgPool2d) -> Layer | None:
-    """Read the module."""
+    """Read `nn.AvgPool2d`."""
     if pool.divisor_override is not None:
         return None
     option = bool(pool.count_include_pad) + 2 * bool(pool.ceil_mode)
@@ -70,7 +70,7 @@ def read_adaptive_pool(kind: str, node: fx.Node, size: Any) -> Layer | None:
 
 
 def read_adaptive_max_pool(node: fx.Node, pool: nn.AdaptiveMaxPool2d) -> Layer | None:
-    """Read the module."""
+    """Read `nn.AdaptiveMaxPool2d`."""
     return None if pool.return_indices else read_adaptive_pool("max", node, pool.output_size)
 
 

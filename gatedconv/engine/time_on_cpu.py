@@ -22,7 +22,7 @@ from gatedconv.environment import cpu_info
 from gatedconv.ops.plan import plan_isa, plan_run
 
 _EVICT = 2**23  # bytes of copies of a layer's weights: no core's own cache has them when their turn comes again
-_CALLS, _SECONDS = 40, 0.05  # of a measurement: so many calls, or as many as take this long
+_CALLS, _SECONDS = 40, 0.05  # limits of one measurement
 _ROUNDS = 3  # interleaved: what disturbs an algorithm for a while seldom disturbs all of its rounds
 
 # Of /proc/cpuinfo. Virtual machines give several generations the same name; Arm's have numbers only.

@@ -1,4 +1,10 @@
-"""Gates: estimators, gate modules, losses, schedules, MAC terms, and the pruning of gates by rank."""
+"""Gates.
+
+gates.py: the modules. losses.py: polarization, activations, MACs, and the controller of a MAC target. mac_terms.py:
+MACs as a polynomial in the gates. ranking.py, pruner.py: gates in order of what they matter per MAC, and closing them.
+weight_schedules.py: the weight of a loss over the run. registry.py: the gates of a model. collectives.py: several
+ranks.
+"""
 
 from gatedconv.gating.gates import ChannelGate, FrozenGate, Gate, LayerGate
 from gatedconv.gating.losses import MacController, activation_loss, mac_target_loss, polarization_loss

@@ -63,8 +63,8 @@ def fisher_information(
 
     The straight-through gradient dL/dg is the first order of what closing a gate costs. In front of a norm (position
     "middle") the gradients of a block's gates sum to about 0, since the norm undoes a common scale: the first order
-    then ranks channels within a block, not blocks. The second order does both: half the curvature, for which the
-    empirical Fisher information stands, with the data's own labels (Theis et al. 2018, for channels without gates).
+    then ranks channels within a block, not blocks. The second order does both: half the curvature, approximated by
+    the empirical Fisher information with the data's own labels (Theis et al. 2018, for channels without gates).
 
     Args:
         model: a gated model; it is left as it is, and a copy in training mode is evaluated.

@@ -1,11 +1,12 @@
-"""What a gated block does not compute: its branch in training, closed samples and inputs in eval.
+"""What a gated block does not compute: its branch in training; closed samples and inputs in eval, on CUDA.
 
 Training: if every logit of a block's layer gate is below -1, the gate is 0 for every sample: the branch adds nothing,
 and by eq. 4 no gradient passes. Neither branch nor gate would learn anything from the batch, so skipping the branch is
 exact. Its parameters get zero gradients, not none: momentum and weight decay act on them as usual, and
 DistributedDataParallel finds every gradient. The running statistics of the branch's BatchNorm keep their values.
 
-Eval: the convolutions take the gates' decisions as masks for each sample, which stay on the device.
+Eval, on CUDA with our kernels on: the convolutions take the gates' decisions as masks for each sample, which stay on
+the device.
 """
 
 from __future__ import annotations

@@ -14,15 +14,15 @@ from gatedconv.ops import _native_conv, cuda_conv
 class PackedConv:
     """Keeps what `masked_conv2d` packs, for one convolution whose masks rarely change.
 
-    A hint and no more: the operator compares what was packed with the weights and masks of every call, bit by
+    Only a cache: the operator compares what was packed with the weights and masks of every call, bit by
     bit, and packs anew for that call where they differ, so a result never depends on what is kept here. What
     is kept is renewed when a tensor is another one or was changed in place; a change that PyTorch does not
     count (through ``.data``, or of an inference tensor) costs the packing at every call until then.
 
-    On a GPU nobody can compare without waiting for the device, so there what is kept holds for the very tensors, in the
-    state, in which they were packed: a change through ``.data``, or by a CUDA graph that is replayed (a training step,
-    for one), is not seen before `clear`; `gatedconv.Conv2d` clears when it goes to training or eval. Of inference
-    tensors, and inside of a graph that is being captured, nothing is kept.
+    On a GPU a comparison would synchronize, so there what is kept is valid for the same tensors, unchanged since
+    packing: a change through ``.data``, or by a CUDA graph that is replayed (a training step, for one), is not seen
+    before `clear`; `gatedconv.Conv2d` clears when it goes to training or eval. Of inference tensors, and inside of a
+    graph that is being captured, nothing is kept.
 
     It belongs to a process and to the memory of its tensors: copies and pickles of it are empty.
     """

@@ -96,7 +96,7 @@ def starting_network(config: TrainConfig, data: ImageData, phase: str) -> nn.Mod
 
 
 def phases(config: TrainConfig) -> tuple[str, ...]:
-    """The phases of a run, in order: "dense", "gated" or both; "compact" where that network trains on."""
+    """The phases of a run, in order: "dense", "gated" or both; "compact" where training continues with that network."""
     if config.gate == "none" or config.subnetwork:
         return ("dense",)
     dense = ("dense",) if config.dense_baseline else ()

@@ -37,7 +37,7 @@ class Callback:
         """The images are loaded."""
 
     def phase(self, phase: str) -> None:
-        """A phase begins: "dense", "gated", "compact" (the compact network trains on) or "finish"."""
+        """A phase begins: "dense", "gated", "compact" (training continues with the compact network) or "finish"."""
 
     def step(self, report: StepReport) -> None:
         """Some steps of an epoch are done."""

@@ -114,7 +114,7 @@ class TrainConfig(
         if self.mac_control == "rank" and self.teacher_at > self.mac_ramp[0]:
             raise ValueError(
                 f"teacher_at: expected at most {self.mac_ramp[0]:g}, where mac_ramp begins to prune and the network "
-                f"is dense no more; got {self.teacher_at:g}"
+                f"is no longer dense; got {self.teacher_at:g}"
             )
         if self.consensus_at < self.teacher_at:
             raise ValueError(

@@ -176,7 +176,7 @@ class ConsensusOptions(Options):
 
     consensus_at: float = option(
         1.0,
-        "share of the run after which the gates' consensus is frozen; the compact network trains on",
+        "share of the run after which the gates' consensus is frozen; training continues with the compact network",
         above=0.0,
         high=1.0,
     )

@@ -48,13 +48,12 @@ def run_energy(history: Sequence[EpochMetrics]) -> Energy:
     """The energy of all epochs: None, with the first reason, where one of them was not measured."""
     if not history:
         return Energy(None, "no epoch was measured")
-    total = reduce(added_energy, map(_epoch_energy, history))
-    return total if total.joules is None else replace(total, joules=round(total.joules, 3))
-
-
-def _epoch_energy(line: EpochMetrics) -> Energy:
-    silent = "" if line.energy_j is not None else f"{line.phase}, epoch {line.epoch}: not measured"
-    return Energy(line.energy_j, line.energy_reason or silent, line.energy_source)
+    epochs = (Energy(line.energy_j, line.energy_reason, line.energy_source) for line in history)
+    total = reduce(added_energy, epochs)
+    if total.joules is not None:
+        return replace(total, joules=round(total.joules, 3), reason="")
+    silent = _first(f"{line.phase}, epoch {line.epoch}: not measured" for line in history if line.energy_j is None)
+    return replace(total, reason=total.reason or silent)
 
 
 def _sum(joules: Iterable[float | None]) -> float | None:

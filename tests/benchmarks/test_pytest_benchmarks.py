@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CASE = "benchmarks/test_layers.py::test_layer[n8-i64-o64-h8-k3-open50]"
+CASE = "benchmarks/test_masked_conv2d.py::test_layer[n8-i64-o64-h8-k3-open50]"
 
 
 def run(*options: object) -> str:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.engine.cuda.plan import CudaPlan
+from gatedconv.engine.cuda.cuda_plan import CudaPlan
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import find_segments

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.layers import CASES
+from benchmarks.masked_conv2d import CASES
 from gatedconv.report.conv_case import ConvCase, compare_layers
 
 

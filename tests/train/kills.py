@@ -28,7 +28,7 @@ _CALLS = ("fsync", "replace")
 
 
 # One training of layer gates alone; and everything that a checkpoint holds: parts of steps, gates shut in order of
-# rank, a teacher, and a consensus within the run after which the compact network trains on.
+# rank, a teacher, and a consensus within the run after which training continues with the compact network.
 RECIPES: dict[str, dict[str, Any]] = {
     "layer gates": {},
     "channel gates, accumulate 2, mac_control rank, consensus_at 0.5, teacher_at 0.1": {

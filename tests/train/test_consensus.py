@@ -1,4 +1,4 @@
-"""A consensus within the run: the compact network trains on, a resumed run keeps its choice, controls train alone."""
+"""A consensus within the run: training continues with the compact network, resumed runs keep it, controls train."""
 
 from __future__ import annotations
 

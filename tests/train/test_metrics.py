@@ -44,6 +44,7 @@ def test_a_run_has_the_first_reason_of_its_epochs() -> None:
     assert run_energy([LINE, *silent]) == Energy(None, "first", "GPU 0 (NVML)")
     old = dataclasses.replace(LINE, epoch=3, energy_j=None, energy_source="")  # of before lines carried a reason
     assert run_energy([LINE, old]) == Energy(None, "gated, epoch 3: not measured", "GPU 0 (NVML)")
+    assert run_energy([old, *silent]).reason == "first"
     assert run_energy([]).joules is None and run_energy([]).reason
 
 

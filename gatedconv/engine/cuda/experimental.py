@@ -79,7 +79,7 @@ def rows_needed(run: Run, ranks: int) -> dict[int, list[set[int]]]:
         for rank in range(ranks):
             if step.source in run.maps:
                 need[step.source][rank] |= _rows_read(run, step, rank, ranks)
-            # What is left in place goes on as a part of the target.
+            # A map updated in place becomes part of the target.
             for number in {step.source, step.residual} & set(run.maps):
                 if step.target in run.maps and run.maps[number].at == run.maps[step.target].at:
                     need[number][rank] |= need[step.target][rank]

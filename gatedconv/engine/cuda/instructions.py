@@ -64,12 +64,12 @@ class Instruction:
 
     @property
     def in_place(self) -> bool:
-        """Whether the target may lie where the residual was: nobody reads it afterwards."""
+        """Whether the target may reuse the residual's memory: the residual is not read afterwards."""
         return self.residual in self.dead and self.residual != self.source
 
 
 def padded(channels: int, dtype: torch.dtype) -> int:
-    """Return the channels of a map in memory: pixels of whole 16-byte vectors, and what tensor cores ask for."""
+    """Return the channels of a map in memory: pixels of whole 16-byte vectors, and as tensor cores require."""
     return round_up(channels, 16 // dtype.itemsize)
 
 

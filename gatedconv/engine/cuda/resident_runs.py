@@ -113,7 +113,7 @@ class Run:
         return TABLE_AT + self.table_bytes
 
     def ring(self, budget: int, ranks: int) -> int:
-        """Pieces at hand: as many as leave room for a second image, unless blocks share one; 0 if none fits."""
+        """Pieces buffered: as many as leave room for a second image, unless blocks share one image; 0 if none fits."""
         rooms = (budget,) if ranks > 1 else (budget // 2 - 1024, budget)
         return next((pieces for room in rooms for pieces in RINGS if self.shared_bytes(pieces) <= room), 0)
 

@@ -44,7 +44,7 @@ def time_on_gpu(call: Callable[[], Tensor], rounds: int = 7, repeats: int = 10) 
     """Return the median milliseconds of a call as part of a CUDA graph, which is how a plan runs it."""
     stream = torch.cuda.Stream()
     with on_stream(stream):
-        call()  # what is allocated or chosen once is so by now
+        call()  # warm-up: allocations and choices made once
         graph, _ = capture(lambda: [call() for _ in range(repeats)], stream.device, stream)
         graph.replay()
         times = []

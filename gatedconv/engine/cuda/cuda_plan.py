@@ -168,7 +168,7 @@ class CudaPlan(nn.Module):
         if key not in self._launches:
             limits = experimental.limits(self.device, self.dtype)
             if limits is None:
-                raise RuntimeError("the resident driver does not serve this device and dtype any more")
+                raise RuntimeError("the resident driver no longer supports this device and dtype")
             ranks = int(name.rpartition("x")[2])
             self._launches[key] = ResidentLaunch(run, self.dtype, self.device, ranks, limits.shared_bytes)
         return self._launches[key]
@@ -205,7 +205,7 @@ class CudaPlan(nn.Module):
         return (out.flatten(1) if self.shape[1] == 2 else out).contiguous(memory_format=torch.contiguous_format)
 
     def _step(self, at: int, maps: dict[int, Tensor], pick: Pick) -> None:
-        """Run one instruction; maps that nobody reads any more are dropped."""
+        """Run one instruction; maps are freed after their last read."""
         one = self.instructions[at]
         source = maps[one.source]
         residual = maps[one.residual] if one.residual >= 0 else None

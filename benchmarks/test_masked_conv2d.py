@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.conftest import as_parameter
-from benchmarks.layers import CASES, is_quick
+from benchmarks.masked_conv2d import CASES, is_quick
 from gatedconv.report.bench import Comparison
 from gatedconv.report.conv_case import ConvCase, compare_layers
 
