@@ -1,7 +1,7 @@
 // Hides AVX-512, AMX and VNNI from the programs of a Linux process, so that every runtime takes its AVX2
 // code:
 //
-//   cc -O2 -shared -fPIC benchmarks/avx2_only.c -o build/avx2_only.so
+//   mkdir -p build && cc -O2 -shared -fPIC benchmarks/avx2_only.c -o build/avx2_only.so
 //   LD_PRELOAD=$PWD/build/avx2_only.so GATEDCONV_ISA=avx2 python -m benchmarks.shipped
 //
 // Environment variables do that for PyTorch, oneDNN and our engine alone. The kernel can make the instruction
@@ -42,8 +42,8 @@ static void hide(unsigned leaf, unsigned part, unsigned r[REGISTERS]) {
 static void answer(int signal, siginfo_t* info, void* context) {
   greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
   const unsigned char* code = (const unsigned char*)registers[REG_RIP];
-  if (info->si_code != SI_KERNEL || code[0] != 0x0f ||
-      code[1] != 0xa2) {  // another fault: as without this library
+  // Another fault: as without this library.
+  if (info->si_code != SI_KERNEL || code[0] != 0x0f || code[1] != 0xa2) {
     sigaction(signal, &previous, NULL);
     return;
   }

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import gatedconv
-from tests.convert.architectures import KEPT, first
+from tests.convert.architectures import KEPT, tensors
 from tests.convert.zoo import NAMED, build, drawn
 
 
@@ -29,7 +29,7 @@ def prune(name: str) -> dict[str, Any]:
     model, images = build(name)
     row: dict[str, Any] = {"name": name, "removed": None, "seconds": 0.0, "failure": ""}
     total = gatedconv.count_macs(model, images[:1])
-    classes = first(model(images)).shape[-1]
+    classes = tensors(model(images))[0].shape[-1]
     outputs = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
     started = time.process_time()
     try:
