@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import layers, networks
+from benchmarks import masked_conv2d, networks
 from benchmarks.networks import NetworkCase
 from gatedconv.report.conv_case import ConvCase, compare_layers
 
 
 def test_names_of_cases_are_unique() -> None:
-    for cases in (networks.CASES, layers.CASES):
+    for cases in (networks.CASES, masked_conv2d.CASES):
         assert len({(case.name, case.batch) for case in cases}) == len(cases)
 
 

@@ -20,7 +20,7 @@ from tests.cuda import plans
 from tests.cuda.gpu import test_resident as gpu_tests
 from tests.cuda.gpu.test_sanitized import sanitized_network
 from tests.cuda.plans import always
-from tests.cuda.test_plan import gated
+from tests.cuda.test_cuda_plan import gated
 from tests.engine.nets import Residual, error, settle
 from tests.native import resident_twin
 from tests.native.test_sanitizers import SANITIZE
