@@ -92,8 +92,7 @@ def train(model: nn.Module, loader: DataLoader, epochs: range, arguments: argpar
                 group["lr"] = factor * arguments.lr * 0.5 * (1 + math.cos(math.pi * progress))
             optimizer.step()
             if pruner is not None and progress >= PRUNE_FROM:
-                done = min(1.0, (progress - PRUNE_FROM) / (PRUNE_TO - PRUNE_FROM))
-                pruner.step(1 - (1 - arguments.mac_target) * done)
+                pruner.step(gatedconv.schedules.falling(progress, arguments.mac_target, PRUNE_FROM, PRUNE_TO))
         print(f"epoch {epoch}: loss of the last batch {loss.item():.3f}", flush=True)
     if pruner is not None:
         pruner.prune(arguments.mac_target)

@@ -2,6 +2,7 @@
 
     python examples/train_loop.py            # a minute or two on two cores
     python examples/train_loop.py --quick    # seconds; shows that it runs, not what it can do
+    python examples/train_loop.py --paper    # by the losses of the paper alone, frozen at the end of the run
 
 One run in three parts: the gated network trains while its gates agree on a sub-network; this sub-network is frozen and
 compacted; the compact network trains through the rest of the schedule. A dense network trains by the same recipe.
@@ -24,7 +25,8 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, BATCH = 0.1, 0.9, 5e-4, 64
 TARGET = 0.5  # share of the dense network's MACs
 PRUNE_FROM, PRUNE_TO = 0.2, 0.6  # share of the run between which the gate pruner works
 FREEZE_AT = 0.7  # share of the run after which the gates are constants
-POLARIZATION = 3.0  # weight of the loss on the gates
+POLARIZATION = 3.0  # weight of the loss that makes the images agree
+ACTIVATION = 0.5  # weight of the activation loss, which closes gates where no pruner does: with --paper
 
 
 def digits(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,12 +50,6 @@ def learning_rate(progress: float) -> float:
     return LEARNING_RATE * min(1.0, progress / 0.05) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def allowed_macs(progress: float) -> float:
-    """Share of the dense MACs that the gates may spend: from 1 down to TARGET, most of the way early."""
-    t = min(1.0, max(0.0, (progress - PRUNE_FROM) / (PRUNE_TO - PRUNE_FROM)))
-    return TARGET + (1 - TARGET) * (1 - t) ** 3
-
-
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """SGD without weight decay on gates, since a logit that decays to 0 decides by noise."""
     gates = [p for gate in gatedconv.gates(model).values() for p in gate.parameters()]
@@ -65,24 +61,27 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([g for g in groups if g["params"]], LEARNING_RATE, MOMENTUM, nesterov=True)
 
 
-def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: range, total: int) -> None:
+def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: range, total: int, paper: bool = False) -> None:
     """Train through some epochs of a run of ``total``; a model with gates learns which of them to keep."""
     optimizer, gated = make_optimizer(model), bool(gatedconv.gates(model))
-    pruner = gatedconv.GatePruner(model) if gated else None
+    pruner = gatedconv.GatePruner(model) if gated and not paper else None
     steps = len(data[0]) // BATCH
     for epoch in epochs:
         model.train()
         for step, (images, labels) in enumerate(batches(*data)):
             progress = (epoch + step / steps) / total
             loss = functional.cross_entropy(model(images), labels)
-            if gated:
-                loss = loss + POLARIZATION * gatedconv.polarization_loss(model)  # every sample decides alike
+            if gated:  # every sample decides alike
+                weight = gatedconv.schedules.rising(progress, POLARIZATION) if paper else POLARIZATION
+                loss = loss + weight * gatedconv.polarization_loss(model)
+            if gated and paper:
+                loss = loss + ACTIVATION * gatedconv.activation_loss(model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = learning_rate(progress)
             optimizer.step()
             if pruner is not None:
-                pruner.step(allowed_macs(progress))  # closes what matters least per MAC
+                pruner.step(gatedconv.schedules.falling(progress, TARGET, PRUNE_FROM, PRUNE_TO))  # least first per MAC
     if pruner is not None:
         pruner.prune(TARGET)
         pruner.detach()
@@ -101,20 +100,23 @@ def main() -> None:
     """Train the gated and the dense network, and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images, four epochs")
-    total, count = (4, 384) if parser.parse_args().quick else (24, 1437)
+    parser.add_argument("--paper", action="store_true", help="the losses of the paper, no gate pruner, frozen at the end")
+    arguments = parser.parse_args()
+    total, count = (4, 384) if arguments.quick else (24, 1437)
     torch.manual_seed(0)
     *data, test_images, test_labels = digits(count)
-    test, end = (test_images, test_labels), round(FREEZE_AT * total)
+    test, end = (test_images, test_labels), total if arguments.paper else round(FREEZE_AT * total)
 
     gated = gatedconv.models.resnet20(10, gate="channel", position="middle", input_size=(1, 8, 8))
-    train(gated, tuple(data), range(end), total)
+    train(gated, tuple(data), range(end), total, arguments.paper)
     frozen = gatedconv.freeze(gated, [images for images, _ in batches(*data)])  # each gate by the vote of the images
     gatedconv.re_estimate_batchnorm(frozen, batches(*data))  # statistics without the channels that are gone
     small = gatedconv.compact(frozen, test_images[:2])
     lines = [f"agreement of the gates: {frozen.consensus.agreement:.1%}", row("compact", small, test)]
-    train(small, tuple(data), range(end, total), total)
-    engine = gatedconv.Engine(small.eval(), test_images)
-    lines += [row("compact, trained further", small, test), row("the same by Engine", engine, test, small)]
+    if end < total:
+        train(small, tuple(data), range(end, total), total)
+        lines.append(row("compact, trained further", small, test))
+    lines.append(row("the same by Engine", gatedconv.Engine(small.eval(), test_images), test, small))
 
     dense = gatedconv.models.resnet20(10, input_size=(1, 8, 8))
     train(dense, tuple(data), range(total), total)

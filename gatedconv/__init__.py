@@ -1,7 +1,7 @@
 """Train a network with gated layers and channels once, freeze the sub-network its gates agree on, and compact it.
 
 The public names are those of ``gatedconv.__all__``, the networks of ``gatedconv.models``, the operators of
-``gatedconv.ops``, and ``gatedconv.HubModel``, which requires the extra ``hub``.
+``gatedconv.ops``, ``gatedconv.schedules``, and ``gatedconv.HubModel``, which requires the extra ``hub``.
 """
 
 from typing import Any
@@ -27,6 +27,7 @@ from gatedconv.gating import (
     masks_for_target,
     polarization_loss,
     pruning_rate,
+    schedules,
 )
 from gatedconv.gating import find_gates as gates
 from gatedconv.measure.macs import count_macs
@@ -60,6 +61,7 @@ __all__ = [
     "pruning_rate",
     "re_estimate_batchnorm",
     "save",
+    "schedules",
 ]
 
 

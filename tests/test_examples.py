@@ -43,6 +43,13 @@ def test_train_loop_ends_with_its_table():
     assert re.fullmatch(r"agreement of the gates: [\d.]+%", agreement)
 
 
+def test_train_loop_by_the_paper_freezes_at_the_end():
+    *_, dense, compact, engine, agreement = output("train_loop.py", "--quick", "--paper")
+    assert [row[:24].strip() for row in (dense, compact, engine)] == ["dense", "compact", "the same by Engine"]
+    assert compact[24:] == engine[24:] and float(compact.split()[2]) <= float(dense.split()[2])
+    assert agreement.startswith("agreement of the gates: ")
+
+
 def test_swap_conv2d_prunes_and_loses_nothing_by_compacting():
     pattern = r"(\w+) +top-1 +([\d.]+) %, +(\d+) parameters"
     rows = [re.fullmatch(pattern, line) for line in output("swap_conv2d.py", "--quick")]

@@ -2,7 +2,7 @@
 
 gates.py: the modules. losses.py: polarization, activations, MACs, and the controller of a MAC target. mac_terms.py:
 MACs as a polynomial in the gates. ranking.py, pruner.py: gates in order of what they matter per MAC, and closing them.
-weight_schedules.py: the weight of a loss over the run. registry.py: the gates of a model. collectives.py: several
+schedules.py: loss weights and the MAC target over the run. registry.py: the gates of a model. collectives.py: several
 ranks.
 """
 

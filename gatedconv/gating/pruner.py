@@ -105,7 +105,7 @@ class GatePruner(nn.Module):
 
         Args:
             target: share of the dense model's MACs, in (0, 1]; lower it step by step, for example by
-                `gatedconv.gating.weight_schedules.falling`.
+                `gatedconv.schedules.falling`.
         """
         self._steps += 1
         behind = target == self._target < self._reached

@@ -19,7 +19,7 @@ from gatedconv.gating import (
     find_gates,
     mac_target_loss,
     polarization_loss,
-    weight_schedules,
+    schedules,
 )
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.distributed import SINGLE, Ranks
@@ -66,7 +66,7 @@ class GateWeights(NamedTuple):
 
 def gate_weights(options: GateLossOptions, progress: float) -> GateWeights:
     """The weights at a progress in [0, 1]."""
-    ramp = weight_schedules.linear_warmup(progress, 1.0, options.gate_warmup)
+    ramp = schedules.linear_warmup(progress, 1.0, options.gate_warmup)
     controls = options.mac_control == "price" and progress >= options.mac_ramp[0]
     return GateWeights(
         polar_weight(options, progress),
@@ -116,15 +116,15 @@ def prune_gates(pruner: GatePruner, options: GateLossOptions, progress: float) -
 def macs_wanted(options: GateLossOptions, progress: float) -> float:
     """MACs that `mac_control` aims at, as a share of the dense network's, at a progress in [0, 1]."""
     start, end = options.mac_ramp
-    return weight_schedules.falling(progress, options.mac_target, start, end, options.mac_ramp_power)
+    return schedules.falling(progress, options.mac_target, start, end, options.mac_ramp_power)
 
 
 def polar_weight(options: GateLossOptions, progress: float) -> float:
     """λ of the polarization loss at a progress in [0, 1]."""
     if options.polar_schedule == "rising":
-        return weight_schedules.rising(progress, options.polar_weight)
+        return schedules.rising(progress, options.polar_weight)
     if options.polar_schedule == "warmup":
-        return weight_schedules.linear_warmup(progress, options.polar_weight, options.gate_warmup)
+        return schedules.linear_warmup(progress, options.polar_weight, options.gate_warmup)
     return options.polar_weight
 
 

@@ -20,7 +20,7 @@ from gatedconv.gating import (
     masks_for_target,
     mean_logits,
     polarization_loss,
-    weight_schedules,
+    schedules,
 )
 from gatedconv.measure.macs import count_macs
 from gatedconv.models import resnet20
@@ -169,7 +169,7 @@ def test_the_pruner_follows_the_target_and_what_is_closed_stays_closed() -> None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        wanted = weight_schedules.falling(min(1.0, step / 20), 0.5, 0.2, 1.0)
+        wanted = schedules.falling(min(1.0, step / 20), 0.5, 0.2, 1.0)
         pruner.prune(wanted)
         assert (pruner.pruned | ~shut).all()  # nothing opens again
         shut = pruner.pruned.clone()
@@ -195,7 +195,7 @@ def test_steps_prune_to_the_end_of_a_ramp_that_ends_between_two_prunings(ramp: i
             pruner.detach()
             pruner = GatePruner(model)
             pruner.load_state_dict(state)
-        pruner.step(weight_schedules.falling(min(1.0, step / ramp), 0.5, 0.0, 1.0))
+        pruner.step(schedules.falling(min(1.0, step / ramp), 0.5, 0.0, 1.0))
         before.append(pruner.pruned.clone())
         if step == ramp + 1:  # on the batch that decided
             rates = torch.cat([gate.open_rate for gate in find_gates(model).values()]).masked_fill(pruner.pruned, 0)
@@ -292,6 +292,6 @@ def test_the_pruner_needs_gates_that_learn() -> None:
 
 @pytest.mark.parametrize(("progress", "value"), [(0.0, 1.0), (0.2, 1.0), (0.45, 0.75), (0.7, 0.5), (1.0, 0.5)])
 def test_a_falling_target(progress: float, value: float) -> None:
-    assert weight_schedules.falling(progress, 0.5, 0.2, 0.7) == pytest.approx(value)
+    assert schedules.falling(progress, 0.5, 0.2, 0.7) == pytest.approx(value)
     with pytest.raises(ValueError, match="start must not come after end"):
-        weight_schedules.falling(progress, 0.5, 0.8, 0.7)
+        schedules.falling(progress, 0.5, 0.8, 0.7)

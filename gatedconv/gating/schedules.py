@@ -1,6 +1,8 @@
-"""Schedules of the regularization weights: pure functions of the progress of a run, a float in [0, 1]."""
+"""Schedules of loss weights and of the MAC target: pure functions of the progress of a run, a float in [0, 1]."""
 
 from __future__ import annotations
+
+__all__ = ["falling", "linear_warmup", "rising"]
 
 # Table 6 of the paper, "rising λ": 0 for the first 125 of 350 epochs, 2 for the next 65, then 3 to the end.
 # Kept as fractions of the run so that a run of any length passes through the same three stages.
