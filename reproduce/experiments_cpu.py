@@ -1,4 +1,4 @@
-"""The rows that two CPU cores can afford: the 16x16 bench, the network that trains in minutes, and short trainings."""
+"""The small rows: the 16x16 bench, the network that trains in minutes, and short trainings, most for two CPU cores."""
 
 from __future__ import annotations
 

@@ -64,3 +64,11 @@ def test_every_page_is_in_the_navigation_of_the_site():
     navigation = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
     for page in (ROOT / "docs").rglob("*.md"):
         assert f": {page.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, page
+
+
+def test_the_table_of_environment_variables_is_complete():
+    sources = [*(ROOT / "gatedconv").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
+    reading = r'(?:environ\.get\(|getenv\(|_VARIABLE = )"(GATEDCONV_\w+)"'
+    read = {name for path in sources for name in re.findall(reading, path.read_text())}
+    page = (ROOT / "docs" / "howto" / "describe.md").read_text()
+    assert read == set(re.findall(r"^\| `(GATEDCONV_[A-Z_]+)", page, re.M))
