@@ -33,6 +33,7 @@ from gatedconv.convert.verify import require_same, require_same_training
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
 from gatedconv.measure.macs import count_macs
 from gatedconv.nn.block import GATES, POSITIONS
+from gatedconv.ops._checks import require_choice
 
 
 def gate_model(
@@ -334,11 +335,7 @@ def _check(model: Any, gate: str, position: str, estimator: str, example_input: 
             f"gate='both' puts in both kinds; what is frozen can be compacted first, by gatedconv.compact"
         )
     example_input = require_example(example_input, "gate_model")
-    for name, value, allowed in (
-        ("gate", gate, GATES),
-        ("position", position, POSITIONS),
-        ("estimator", estimator, ESTIMATORS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"gate_model: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    require_choice("gate_model", "gate", gate, GATES)
+    require_choice("gate_model", "position", position, POSITIONS)
+    require_choice("gate_model", "estimator", estimator, ESTIMATORS)
     return example_input

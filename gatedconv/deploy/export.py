@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gatedconv.convert.example import does_not_run
 from gatedconv.deploy.compact import compact
 from gatedconv.gating import find_gates, require_frozen, unwrap
+from gatedconv.ops._checks import require_choice
 
 ONNX_OPSET = 18
 
@@ -74,8 +75,7 @@ def export(
             fit the network, or of another format than "plan".
         ImportError: the packages that ONNX needs are missing.
     """
-    if format not in _WRITERS:
-        raise ValueError(f"export: format must be one of {', '.join(_WRITERS)}, got {format!r}")
+    require_choice("export", "format", format, _WRITERS)
     about = About(classes, mean, std)
     if about != About() and format != "plan":
         raise ValueError(f"export: classes, mean and std are kept in a plan alone, not in {format!r}")
@@ -118,7 +118,7 @@ def quiet() -> Iterator[None]:
 
 
 def _origin(error: BaseException) -> str:
-    """The first line of the error that others were made of; the outer ones say what to do in PyTorch."""
+    """First line of the root cause; outer exceptions give advice for PyTorch developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating.collectives import SynchronizedNorm
-from gatedconv.ops import ESTIMATORS
+from gatedconv.ops._checks import require_choice
+from gatedconv.ops.estimate import DEFAULT_TEMPERATURE, require_estimator
 from gatedconv.ops.gate import decide
 
 POOLS = ("avg", "flatten")
-DEFAULT_TEMPERATURE = 2 / 3  # at most 1 for two classes: above, hard samples and soft gradients disagree
 RUNNING_MOMENTUM = 0.1  # as BatchNorm's running statistics: about the last ten batches
 
 
@@ -111,10 +111,7 @@ class Estimator(nn.Module):
 
 def make_estimator(name: str, num_gates: int, temperature: float, *, owner: str) -> Estimator:
     """Estimator by name; ValueError, naming ``owner``, for an unknown one or a temperature <= 0."""
-    if name not in ESTIMATORS:
-        raise ValueError(f"{owner}: estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
-    if not temperature > 0:
-        raise ValueError(f"{owner}: temperature must be above 0, got {temperature!r}")
+    require_estimator(owner, name, temperature)
     return Estimator(name, num_gates, float(temperature))
 
 
@@ -313,8 +310,7 @@ class ChannelGate(LearnedGate):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if pool not in POOLS:
-            raise ValueError(f"ChannelGate: pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        require_choice("ChannelGate", "pool", pool, POOLS)
         if pool == "flatten" and feature_size is None:
             raise ValueError("ChannelGate: pool='flatten' needs feature_size, the H*W of the input")
         size = math.prod(feature_size) if isinstance(feature_size, tuple) else feature_size

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from gatedconv.gating.collectives import global_mean, world_size
 from gatedconv.gating.mac_terms import cached, expected_macs, mac_terms
 from gatedconv.gating.registry import find_gates, open_rates, require_gates, unwrap
+from gatedconv.ops._checks import require_choice
 
 _WINDOW = "gatedconv_rate_window"  # the attribute of a model in `accumulating`
 
@@ -53,9 +54,11 @@ def activation_loss(model: nn.Module, weight: str = "uniform") -> Tensor:
     Args:
         model: a gated model that has seen a batch.
         weight: "uniform" weighs each gate alike (the paper); "macs" by the MACs that it controls.
+
+    Raises:
+        ValueError: another weight, or a model without gates or without a batch.
     """
-    if weight not in ("uniform", "macs"):
-        raise ValueError(f"activation_loss: weight must be 'uniform' or 'macs', got {weight!r}")
+    require_choice("activation_loss", "weight", weight, ("uniform", "macs"))
     rates = global_open_rates(model, "activation_loss")
     joined = torch.cat(list(rates.values()))
     if weight == "uniform":

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from gatedconv import ops
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, MacTerm, forget
-from gatedconv.gating.gates import DEFAULT_TEMPERATURE, Gate
+from gatedconv.gating.gates import Gate
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn import Conv2d
+from gatedconv.ops._checks import require_choice
+from gatedconv.ops.estimate import DEFAULT_TEMPERATURE
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 WIDTHS = (64, 256, 256)
@@ -165,13 +167,9 @@ def _check(
 ) -> None:
     if num_classes < 1:
         raise ValueError(f"cifar_vgg: num_classes must be at least 1, got {num_classes}")
-    for name, value, allowed in (
-        ("gate", gate, (None, "channel")),
-        ("activation", activation, tuple(ACTIVATIONS)),
-        ("estimator", estimator, ESTIMATORS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"cifar_vgg: {name} must be one of {allowed}, got {value!r}")
+    require_choice("cifar_vgg", "gate", gate, (None, "channel"))
+    require_choice("cifar_vgg", "activation", activation, ACTIVATIONS)
+    require_choice("cifar_vgg", "estimator", estimator, ESTIMATORS)
     if len(input_size) != 3 or input_size[0] < 1 or not all(25 <= side <= 48 for side in input_size[1:]):
         raise ValueError(f"cifar_vgg: input_size must be (C, H, W) with H and W from 25 to 48, got {input_size!r}")
 

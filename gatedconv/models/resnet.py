@@ -13,6 +13,8 @@ from gatedconv.gating.gates import POOLS
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn.block import GATES, POSITIONS, BasicBlock
 from gatedconv.nn.skip import has_hooks
+from gatedconv.ops._checks import require_choice
+from gatedconv.ops.estimate import DEFAULT_TEMPERATURE
 
 WIDTHS = (16, 32, 64)
 
@@ -42,7 +44,7 @@ class ResNet(nn.Module):
         shortcut: str = "B",
         *,
         estimator: str = "ste",
-        temperature: float = 2 / 3,
+        temperature: float = DEFAULT_TEMPERATURE,
         hidden: int | None = 16,
         pool: str = "avg",
         input_size: tuple[int, int, int] = (3, 32, 32),
@@ -186,15 +188,11 @@ def _check(
         raise ValueError(f"ResNet: depth must be 6n + 2 with n >= 1, got {depth}")
     if num_classes < 1:
         raise ValueError(f"ResNet: num_classes must be at least 1, got {num_classes}")
-    for name, value, allowed in (
-        ("gate", gate, (None, *GATES)),
-        ("position", position, POSITIONS),
-        ("shortcut", shortcut, ("A", "B")),
-        ("estimator", estimator, ESTIMATORS),
-        ("pool", pool, POOLS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"ResNet: {name} must be one of {allowed}, got {value!r}")
+    require_choice("ResNet", "gate", gate, (None, *GATES))
+    require_choice("ResNet", "position", position, POSITIONS)
+    require_choice("ResNet", "shortcut", shortcut, ("A", "B"))
+    require_choice("ResNet", "estimator", estimator, ESTIMATORS)
+    require_choice("ResNet", "pool", pool, POOLS)
     if hidden is not None and hidden < 1:
         raise ValueError(f"ResNet: hidden must be a positive int or None, got {hidden!r}")
     if len(input_size) != 3 or min(input_size) < 1:

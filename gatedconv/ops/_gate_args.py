@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gatedconv.ops import _triton
-from gatedconv.ops.estimate import ESTIMATORS
+from gatedconv.ops._checks import require_tensor
+from gatedconv.ops.estimate import DEFAULT_TEMPERATURE, require_estimator
 
 _MAX_HIDDEN = 128  # units of the hidden layer that fit a kernel's tile
 
@@ -59,7 +60,7 @@ class GateOptions:
     """
 
     estimator: str = "ste"
-    temperature: float = 2 / 3
+    temperature: float = DEFAULT_TEMPERATURE
     flatten: bool = False
     training: bool = True
     batch_stats: bool = True
@@ -84,12 +85,10 @@ def check_gate(
     x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None
 ) -> None:
     """Raise TypeError or ValueError with what was expected and what was given."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"gate: x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    require_tensor("gate", "x", x)
     if x.dim() not in (2, 4):
         raise ValueError(f"gate: x must be (N, C, H, W) or features (N, K), got shape {tuple(x.shape)}")
-    if options.estimator not in ESTIMATORS:
-        raise ValueError(f"gate: estimator must be one of {', '.join(ESTIMATORS)}, got {options.estimator!r}")
+    require_estimator("gate", options.estimator, options.temperature)
     weight1, weight2 = parameters.weight1, parameters.weight2
     first = weight2 if weight1 is None else weight1
     features = x.shape[1] * x.shape[2] * x.shape[3] if x.dim() == 4 and options.flatten else x.shape[1]
@@ -116,14 +115,8 @@ def _check_tensors(x: Tensor, parameters: GateParameters, statistics: GateStatis
         named += [(name, getattr(parameters, name), units) for name in ("bias1", "norm_weight", "norm_bias")]
         named += [(name, getattr(statistics, name), units) for name in ("mean", "var")]
     for name, tensor, shape in named:
-        if tensor is None:
-            continue
-        if shape is not None and tensor.shape != shape:
-            raise ValueError(f"gate: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"gate: {name} must be on {device}, as x is, got {tensor.device}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"gate: {name} must be floating point, got {tensor.dtype}")
+        if tensor is not None:
+            require_tensor("gate", name, tensor, shape, device)
     for name, tensor in zip(GateParameters._fields, parameters, strict=True):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(f"gate: {name} must be {dtype}, as weight2 is, got {tensor.dtype}")
@@ -159,3 +152,19 @@ def kernels_can(
             return False
         kept += [*parameters[:4], statistics.mean, statistics.var]
     return all(t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in kept)
+
+
+def empty_decision(
+    weight1: Tensor | None, weight2: Tensor, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What kernels return of a gate, uninitialized: gate in ``dtype``, open rate, logits, hidden, stat, threshold."""
+    gates, hidden, new = weight2.shape[0], 0 if weight1 is None else weight1.shape[0], weight2.new_empty
+    gate = new((batch, gates), dtype=dtype)
+    return gate, new(gates), new(batch, gates), new(batch, hidden), new(3, hidden), new(gates)
+
+
+def empty_gradients(weight1: Tensor | None, weight2: Tensor) -> list[Tensor]:
+    """The gradients of the six `GateParameters`, uninitialized; those of a layer that is not there are empty."""
+    new = weight2.new_empty
+    units, d_weight1 = (0, (0, 0)) if weight1 is None else (weight1.shape[0], tuple(weight1.shape))
+    return [new(d_weight1), new(units), new(units), new(units), new(weight2.shape), new(weight2.shape[0])]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gatedconv.ops._checks import require_choice, require_tensor
 from gatedconv.ops.ste import ste
 
 ESTIMATORS = ("ste", "gumbel", "bernoulli", "batch_mean")
+DEFAULT_TEMPERATURE = 2 / 3  # at most 1 for two classes: above, hard samples and soft gradients disagree
 
 
 def estimate(
@@ -15,7 +17,7 @@ def estimate(
     estimator: str,
     *,
     noise: Tensor | None = None,
-    temperature: float = 2 / 3,
+    temperature: float = DEFAULT_TEMPERATURE,
     threshold: Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
@@ -30,12 +32,20 @@ def estimate(
             in eq. 4.
         noise: uniform on [0, 1), shape and dtype of ``logits``; None makes "gumbel" and "bernoulli"
             deterministic: open where z > 0. The others use none.
-        temperature: of the Gumbel-softmax.
+        temperature: of the Gumbel-softmax, above 0.
         threshold: (num_gates,), of "batch_mean" alone: the running batch mean, which replaces the
             batch's own where not ``training`` and moves by ``momentum``, in place, where training.
         training: of "batch_mean" alone.
         momentum: of ``threshold``.
+
+    Raises:
+        TypeError: logits or noise that are not floating point.
+        ValueError: noise of another shape or device, an unknown estimator, or a temperature that is not above 0.
     """
+    require_tensor("estimate", "logits", logits)
+    if noise is not None:
+        require_tensor("estimate", "noise", noise, logits.shape, logits.device)
+    require_estimator("estimate", estimator, temperature)
     if estimator == "ste":
         return ste(logits)
     if estimator == "batch_mean":
@@ -43,10 +53,15 @@ def estimate(
     if estimator == "bernoulli":
         probability = torch.sigmoid(logits)
         return _hard_forward(logits > 0 if noise is None else noise < probability, probability)
-    if estimator == "gumbel":
-        noisy = logits if noise is None else logits + logistic_noise(noise)
-        return _hard_forward(noisy > 0, torch.sigmoid(noisy / temperature))
-    raise ValueError(f"estimate: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    noisy = logits if noise is None else logits + logistic_noise(noise)
+    return _hard_forward(noisy > 0, torch.sigmoid(noisy / temperature))
+
+
+def require_estimator(owner: str, name: str, temperature: float) -> None:
+    """ValueError unless there is such an estimator, and the temperature is above 0."""
+    require_choice(owner, "estimator", name, ESTIMATORS)
+    if not temperature > 0:
+        raise ValueError(f"{owner}: temperature must be above 0, got {temperature!r}")
 
 
 def logistic_noise(uniform: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from gatedconv.ops._gate_args import (
     GateParameters,
     GateStatistics,
     check_gate,
+    empty_decision,
+    empty_gradients,
     kernels_can,
     require_batch,
 )
@@ -229,21 +231,17 @@ def _backward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     a = ForwardArguments(*arguments)
-    batch, gates, hidden = a.x.shape[0], a.weight2.shape[0], 0 if a.weight1 is None else a.weight1.shape[0]
-    new = a.weight2.new_empty
-    pooled = new(batch, a.x.shape[1]) if a.x.dim() == 4 and not a.flatten else new(0)
-    gate = new((batch, gates), dtype=a.dtype)
-    return gate, new(gates), new(batch, gates), pooled, new(batch, hidden), new(3, hidden), new(gates)
+    gate, rate, logits, *rest = empty_decision(a.weight1, a.weight2, a.x.shape[0], a.dtype)
+    pooled = a.weight2.new_empty(a.x.shape[:2] if a.x.dim() == 4 and not a.flatten else (0,))
+    return gate, rate, logits, pooled, *rest
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
     from gatedconv.kernels.common import gradient_like
 
     a = BackwardArguments(*arguments)
-    new = a.weight2.new_empty
-    units, d_weight1 = (0, (0, 0)) if a.weight1 is None else (a.weight1.shape[0], tuple(a.weight1.shape))
-    dx = gradient_like(a.features, a.dtype) if a.need_dx else new(0)
-    return [dx, new(d_weight1), new(units), new(units), new(units), new(a.weight2.shape), new(a.weight2.shape[0])]
+    dx = gradient_like(a.features, a.dtype) if a.need_dx else a.weight2.new_empty(0)
+    return [dx, *empty_gradients(a.weight1, a.weight2)]
 
 
 def _save(ctx: Any, arguments: ForwardArguments, output: Sequence[Tensor]) -> None:

@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gatedconv.ops import _triton
+from gatedconv.ops._checks import require_map, require_tensor
 from gatedconv.ops._gate_args import (
     GateOptions,
     GateOutput,
     GateParameters,
     GateStatistics,
     check_gate,
+    empty_decision,
+    empty_gradients,
     kernels_can,
     require_batch,
 )
@@ -111,30 +114,18 @@ def gated_residual_reference(
 
 
 def _check(x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | None, channel: InnerGate | None) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        raise _wrong("x", x, "(N, C, H, W)")
+    require_map("gated_residual", x)
     per_channel = (x.shape[1],)
-    named: list[tuple[str, Any, tuple[int, ...]]] = [("x", x, x.shape), ("shortcut", shortcut, x.shape)]
+    named: list[tuple[str, Any, tuple[int, ...]]] = [("shortcut", shortcut, x.shape)]
     named += [] if layer is None else [("layer", layer, (x.shape[0], 1))]
     named += [(f"norm.{name}", getattr(norm, name), per_channel) for name in ("weight", "bias", "mean", "var")]
     for name, tensor, shape in named:
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
-            raise _wrong(name, tensor, tuple(shape))
-        if tensor.device != x.device:
-            raise ValueError(f"gated_residual: {name} must be on {x.device}, as x is, got {tensor.device}")
+        require_tensor("gated_residual", name, tensor, shape, x.device)
     if channel is not None:
         gates = channel.parameters.weight2.shape[0]
         if gates != x.shape[1]:
             raise ValueError(f"gated_residual: channel must have {x.shape[1]} gates, one a channel of x, got {gates}")
         check_gate(x, *channel)
-
-
-def _wrong(name: str, tensor: Any, shape: Any) -> TypeError | ValueError:
-    """The error for a tensor of a wrong type, or else of a wrong shape."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        kind = getattr(tensor, "dtype", type(tensor).__name__)
-        return TypeError(f"gated_residual: {name} must be a floating point tensor, got {kind}")
-    return ValueError(f"gated_residual: {name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def _kernels_can(
@@ -309,10 +300,7 @@ def _forward_fake(*arguments: Any) -> _Kept:
     first = (out, new(batch, channels), new(3, channels), new(batch, channels))
     if a.weight2 is None:
         return _Kept(*first, *(new(0) for _ in range(7)))
-    gates, hidden = a.weight2.shape[0], 0 if a.weight1 is None else a.weight1.shape[0]
-    gate = new((batch, gates), dtype=a.dtype)
-    decision = (gate, new(gates), new(batch, gates), new(batch, hidden), new(3, hidden), new(gates))
-    return _Kept(*first, new(batch, channels), *decision)
+    return _Kept(*first, new(batch, channels), *empty_decision(a.weight1, a.weight2, batch, a.dtype))
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
@@ -325,8 +313,7 @@ def _backward_fake(*arguments: Any) -> list[Tensor]:
     first = [gradient_like(a.x, a.x.dtype), d_shortcut, d_layer, torch.empty_like(a.weight), torch.empty_like(a.weight)]
     if a.weight2 is None:
         return [*first, *(new(0) for _ in range(6))]
-    units, d_weight1 = (0, (0, 0)) if a.weight1 is None else (a.weight1.shape[0], tuple(a.weight1.shape))
-    return [*first, new(d_weight1), new(units), new(units), new(units), new(a.weight2.shape), new(a.weight2.shape[0])]
+    return [*first, *empty_gradients(a.weight1, a.weight2)]
 
 
 def _save(ctx: Any, arguments: ForwardArguments, kept: _Kept) -> None:
@@ -355,14 +342,8 @@ def _gradients(
     dx, d_shortcut, d_layer, d_weight, d_bias, *gate = backward(*arguments)
     hidden = [None] * 4 if arguments.weight1 is None else gate[:4]
     last = [None] * 2 if arguments.weight2 is None else gate[4:]
-    made = (
-        dx,
-        None if shortcut_dtype is None else d_shortcut,
-        None if arguments.layer is None else d_layer,
-        d_weight,
-        d_bias,
-    )
-    return *made, *hidden, *last
+    first = (dx, None if shortcut_dtype is None else d_shortcut, None if arguments.layer is None else d_layer)
+    return *first, d_weight, d_bias, *hidden, *last
 
 
 class _GatedResidual(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gatedconv.ops import _triton
+from gatedconv.ops._checks import require_map, require_tensor
 
 
 def gated_scale(x: Tensor, gate: Tensor) -> Tensor:
@@ -18,7 +19,8 @@ def gated_scale(x: Tensor, gate: Tensor) -> Tensor:
     the operator ``gatedconv::gated_scale``.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError: not floating point.
+        ValueError: shapes or devices do not fit.
     """
     _check(x, gate)
     if not _triton.kernels_run_on(x) or {x.dtype, gate.dtype} - set(_triton.KERNEL_DTYPES) or x.numel() == 0:
@@ -35,9 +37,8 @@ def gated_scale_reference(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, gate: Tensor) -> None:
-    if x.dim() != 4 or gate.shape != x.shape[:2]:
-        shapes = f"{tuple(x.shape)} and {tuple(gate.shape)}"
-        raise ValueError(f"gated_scale: x must be (N, C, H, W) and gate (N, C), got {shapes}")
+    require_map("gated_scale", x)
+    require_tensor("gated_scale", "gate", gate, x.shape[:2], x.device)
 
 
 class _GatedScale(torch.autograd.Function):

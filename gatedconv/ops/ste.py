@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatedconv.ops._checks import require_tensor
+
 
 class _Ste(torch.autograd.Function):
     generate_vmap_rule = True
@@ -38,9 +40,7 @@ def ste(logits: Tensor) -> Tensor:
     Raises:
         TypeError: ``logits`` is not a floating point tensor.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"ste: logits must be a floating point tensor, got {kind}")
+    require_tensor("ste", "logits", logits)
     return _Ste.apply(logits)
 
 

@@ -11,6 +11,7 @@ from gatedconv.gating import ESTIMATORS
 from gatedconv.gating.gates import POOLS
 from gatedconv.models import NETWORKS
 from gatedconv.nn.block import GATES, POSITIONS
+from gatedconv.ops.estimate import DEFAULT_TEMPERATURE
 
 MAX_THREADS = 4096
 _SEED_LIMIT = 2**63 - 1  # the largest seed that every generator accepts
@@ -79,7 +80,7 @@ class ModelOptions(Options):
     gate: str = option("layer", "what is gated; none trains the dense network", choices=("none", *GATES))
     position: str = option("after", "what a channel gate gates and reads", choices=POSITIONS)
     estimator: str = option("ste", "gradient estimator of the gates", choices=tuple(ESTIMATORS))
-    temperature: float = option(2 / 3, "temperature of the gumbel estimator", above=0.0)
+    temperature: float = option(DEFAULT_TEMPERATURE, "temperature of the gumbel estimator", above=0.0)
     hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0, high=4096)
     pool: str = option("avg", "how a channel gate reads its input", choices=POOLS)
     gate_bias: float = option(

@@ -27,8 +27,11 @@ def operator_arguments(x, parameters, statistics, options, noise=None):
     return gate_op.ForwardArguments(x, *parameters, noise, *running, *numbers)
 
 
-def gate(x, estimator="ste", noise=None):
-    return ops.gate(x, *make(), ops.GateOptions(estimator), noise)
+def gate(x, estimator="ste", noise=None, temperature=1.0):
+    return ops.gate(x, *make(), ops.GateOptions(estimator, temperature), noise)
+
+
+MAP = torch.ones(2, 3, 4, 4)
 
 
 def test_reference_is_table_2_written_out():
@@ -145,15 +148,24 @@ def test_modules_compile_in_one_graph():
         (lambda: gate(torch.ones(2, 3, dtype=torch.int64)), TypeError, "torch.int64"),
         (lambda: gate(torch.ones(2, 3, 1)), ValueError, r"got shape \(2, 3, 1\)"),
         (lambda: gate(torch.ones(2, 4)), ValueError, "gives 4 features"),
-        (lambda: gate(torch.ones(2, 3), "argmax"), ValueError, "got 'argmax'"),
+        (lambda: gate(torch.ones(2, 3), "argmax"), ValueError, "gate: .*got 'argmax'"),
+        (lambda: gate(torch.ones(2, 3), "gumbel", temperature=-1.0), ValueError, "gate: temperature must be above 0"),
         (
             lambda: gate(torch.ones(2, 3), "gumbel", torch.rand(2, 4)),
             ValueError,
             r"noise must have shape \(2, 5\), got \(2, 4\)",
         ),
         (lambda: gate(torch.ones(1, 3)), ValueError, "more than 1 value per channel"),
-        (lambda: ops.estimate(torch.ones(2, 3), "argmax"), ValueError, "got 'argmax'"),
-        (lambda: ops.gated_scale(torch.ones(2, 3, 4, 4), torch.ones(2, 1)), ValueError, r"gate \(N, C\)"),
+        (lambda: ops.estimate(torch.ones(2, 3), "argmax"), ValueError, "estimate: .*got 'argmax'"),
+        (lambda: ops.estimate(torch.ones(2, 3).long(), "ste"), TypeError, "estimate: logits must .*torch.int64"),
+        (lambda: ops.estimate(torch.ones(2, 3), "gumbel", noise=torch.rand(2, 1)), ValueError, r"shape \(2, 3\)"),
+        (lambda: ops.estimate(torch.ones(2, 3), "gumbel", temperature=0.0), ValueError, "temperature must be above 0"),
+        (lambda: ops.gated_scale(MAP, torch.ones(2, 1)), ValueError, r"gated_scale: gate must have shape \(2, 3\)"),
+        (lambda: ops.gated_scale(MAP[0], torch.ones(2, 3)), ValueError, r"gated_scale: x must be \(N, C, H, W\)"),
+        (lambda: ops.gated_scale(MAP, torch.ones(2, 3).bool()), TypeError, "gated_scale: gate must .*torch.bool"),
+        (lambda: ops.gated_scale([[1.0]], torch.ones(1, 1)), TypeError, "gated_scale: x must .*list"),
+        (lambda: ops.gated_scale(MAP, torch.ones(2, 3, device="meta")), ValueError, "gate must be on cpu, got meta"),
+        (lambda: ops.global_average_pool(MAP[0], torch.float32), ValueError, r"pool: x must be \(N, C, H, W\)"),
     ],
 )
 def test_bad_arguments_are_named(call, kind, message):
