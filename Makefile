@@ -76,11 +76,11 @@ wheel: $(VENV)/.dev
 
 # A few minutes: the most telling cases, printed. BENCH="--benchmark-json FILE" keeps the rows.
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -m quick -q $(BENCH)
+	$(BIN)/python -m pytest benchmarks -m quick -q $(BENCH)
 
 # Every case; on an idle machine with two cores about 25 minutes.
 bench-all: $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/gpu -q $(BENCH)
+	$(BIN)/python -m pytest benchmarks -q $(BENCH)
 
 bench-docs: $(VENV)/.build
 	$(BIN)/python docs/write.py

@@ -17,7 +17,6 @@ class Conversion:
     """The record that ``gate_model`` leaves on its result as ``conversion``.
 
     Attributes:
-        traced_by: "run": the layers were found in one recorded run of the model's own code.
         gated: gate path -> what it gates (a residual branch or a layer).
         skipped: layer or block -> why it has no gate.
         reachable_macs: 0 to 1, the share of the model's MACs that at least one gate scales.
@@ -26,7 +25,6 @@ class Conversion:
         note: what could not be checked or counted; empty otherwise.
     """
 
-    traced_by: str
     gated: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     reachable_macs: float = 0.0
@@ -34,7 +32,7 @@ class Conversion:
     note: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs (traced by {self.traced_by})"]
+        lines = [f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs"]
         lines += [self.note] if self.note else []
         lines += [f"  {gate}: {what}" for gate, what in self.gated.items()]
         lines += [f"  not gated, {name}: {reason}" for name, reason in self.skipped.items()]

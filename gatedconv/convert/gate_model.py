@@ -93,7 +93,7 @@ def gate_model(
         )
     flow = Flow(found)
     branches, rejected = find_branches(flow)
-    conversion = Conversion("run")
+    conversion = Conversion()
     installer = _Installer(result, flow, conversion, estimator)
     sites: list[Site] = []
     if gate in ("channel", "both"):

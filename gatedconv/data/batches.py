@@ -133,9 +133,9 @@ class TrainBatches:
         The state of another kind of device's generator seeds this one: an interrupted pass then continues in another
         order, and may repeat an image.
         """
-        self._begun = state.get("begun", state["data"])
-        self.position = self._skip_to = int(state.get("position", 0))
-        self.passes = int(state.get("passes", 0))
+        self._begun = state["begun"]
+        self.position = self._skip_to = int(state["position"])
+        self.passes = int(state["passes"])
         if state["data"].numel() != self.generator.get_state().numel():
             digest = hashlib.sha256(state["data"].numpy().tobytes()).digest()
             self.generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

@@ -20,7 +20,7 @@ from gatedconv.deploy.graph import NoGraph, write_graph
 from gatedconv.deploy.graph_format import build_graph, describe_graph, require_small
 from gatedconv.deploy.module_changes import apply_changes, describe_changes, ties_of
 from gatedconv.gating import FrozenGate, MacTerm, eval_mode, find_gates, unwrap
-from gatedconv.models import BUILDERS, CifarVGG, ResNet, cifar_vgg
+from gatedconv.models import BUILDERS, CifarVGG, ResNet
 from gatedconv.nn import CompactBlock, GraphNet
 
 FORMAT = "gatedconv"
@@ -288,11 +288,10 @@ class _Unfit(ValueError):
 def _build_ours(path: Path, description: dict[str, Any]) -> nn.Module:
     config = dict(description["model"])
     name = config.pop("name")
-    builders: dict[str, Callable[..., nn.Module]] = {**BUILDERS, "cifar_vgg": cifar_vgg}
-    if name not in builders:
-        raise ValueError(f"load: {path} holds an unknown model {name!r}; known: {', '.join(builders)}")
+    if name not in BUILDERS:
+        raise ValueError(f"load: {path} holds an unknown model {name!r}; known: {', '.join(BUILDERS)}")
     config["input_size"] = tuple(config["input_size"])
-    model = builders[name](**config)
+    model = BUILDERS[name](**config)
     if description["stage"] in ("frozen", "compact"):
         model = _reshape(model, description, config["input_size"])
     return model

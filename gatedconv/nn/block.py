@@ -102,9 +102,6 @@ class BasicBlock(nn.Module):
         """Drop what belongs to one training run."""
         return {**self.__dict__, "skip": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"skip": None, **state})
-
     def forward(
         self, x: Tensor, mean: Tensor | None = None, return_mean: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | None]:

@@ -41,7 +41,7 @@ _STATE = {
         "cuda?": torch.Tensor,
         "begun": torch.Tensor,
         "position": int,
-        "passes?": int,
+        "passes": int,
         "ranks?": list,
     },
     "history": list,

@@ -9,7 +9,7 @@ from typing import Any
 
 from gatedconv.gating import ESTIMATORS
 from gatedconv.gating.gates import POOLS
-from gatedconv.models import NETWORKS
+from gatedconv.models import BUILDERS
 from gatedconv.nn.block import GATES, POSITIONS
 from gatedconv.ops.estimate import DEFAULT_TEMPERATURE
 
@@ -75,7 +75,7 @@ class DataOptions(Options):
 class ModelOptions(Options):
     """The network and its gates."""
 
-    model: str = option("resnet20", "network", choices=NETWORKS)
+    model: str = option("resnet20", "network", choices=tuple(BUILDERS))
     shortcut: str = option("B", "shortcut where shapes change: A padding, B projection", choices=("A", "B"))
     gate: str = option("layer", "what is gated; none trains the dense network", choices=("none", *GATES))
     position: str = option("after", "what a channel gate gates and reads", choices=POSITIONS)

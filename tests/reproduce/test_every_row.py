@@ -102,7 +102,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
             patch.setattr(module, "find_experiment", tiny.__getitem__)
         for name in (SHALLOW, "resnet8"):  # what it is asked for by, and what it is saved as
             patch.setattr(models, name, shallow, raising=False)
-            patch.setitem(BUILDERS, name, shallow)  # type: ignore[arg-type]
+            patch.setitem(BUILDERS, name, shallow)
         patch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
         stand_ins(patch)
         yield Workplace(folder / "runs", folder / "results", {name: f"npz:{archive}" for name in DATA})
