@@ -69,3 +69,16 @@ def test_examples_use_public_names_only(path):
         first, _, second = name.partition(".")
         assert first in gatedconv.__all__, f"{path.name}: gatedconv.{first} is not public"
         assert not second or first in NAMESPACES and second in getattr(gatedconv, first).__all__, name
+
+
+@pytest.mark.parametrize(
+    ("place", "pattern"),
+    [
+        ("pyproject.toml", r'^version = "(.+)"'),
+        ("runtime/pyproject.toml", r'^version = "(.+)"'),
+        ("runtime/gatedconv_runtime/__init__.py", r'^__version__ = "(.+)"'),
+        ("runtime/CMakeLists.txt", r"^project\(\w+ VERSION (\S+)"),
+    ],
+)
+def test_every_part_has_the_same_version(place, pattern):
+    assert re.findall(pattern, (ROOT / place).read_text(), re.M) == [gatedconv.__version__]

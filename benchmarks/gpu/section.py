@@ -19,7 +19,8 @@ BASELINES = {
     "training step": "ungated graph",
 }
 
-_HEADER = ("benchmark", "case", "batch", "dtype", "provider", "median (ms)", "least (ms)", "speed", "error", "note")
+_TIMES = ("median (ms)", "least (ms)", "IQR (ms)")
+_HEADER = ("benchmark", "case", "batch", "dtype", "provider", *_TIMES, "speed", "error", "note")
 
 
 def section(folder: Path = RESULTS) -> str:
@@ -48,7 +49,7 @@ def speed(row: Row, rows: Sequence[Row]) -> float | None:
 
 def _cells(row: Row, times: float | None) -> list[str]:
     provider = " ".join(filter(None, (row.provider, row.setting)))
-    ms = ["" if each is None else f"{each:.4f}" for each in (row.ms_median, row.ms_min)]
+    ms = ["" if each is None else f"{each:.4f}" for each in (row.ms_median, row.ms_min, row.ms_iqr)]
     error = "" if row.error is None else f"{row.error:.1e}"
     return [
         row.benchmark,

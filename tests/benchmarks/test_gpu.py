@@ -336,7 +336,7 @@ def test_the_stand_in_is_installed_where_it_exists(monkeypatch: pytest.MonkeyPat
 def test_committed_rows_are_all_shown_with_their_failures(tmp_path: Path) -> None:
     assert section(tmp_path) == "**Not measured yet on any GPU.**"
     rows = [Row("parity", "c", 0, "float16", "gatedconv", note="failed: error 1.0e-01", error=0.1)]
-    rows += [Row("gate", "g", 1, "float32", "eager", ms_median=1.0, ms_min=0.9)]
+    rows += [Row("gate", "g", 1, "float32", "eager", ms_median=1.0, ms_min=0.9, ms_iqr=0.05)]
     rows += [Row("gate", "g", 1, "float32", "gatedconv", ms_median=0.5, ms_min=0.45)]
     for case_, times, chosen in (
         ("net: run of 59 a1", {"layers": 0.5, "resident x1": 0.25}, "resident x1"),
@@ -350,8 +350,8 @@ def test_committed_rows_are_all_shown_with_their_failures(tmp_path: Path) -> Non
     command.save(tmp_path, rows)
     (tmp_path / "gpu.json").rename(tmp_path / "gpu-h200.json")
     text = section(tmp_path)
-    assert "| parity | c |  | float16 | gatedconv |  |  |  | 1.0e-01 | failed: error 1.0e-01 |" in text
-    assert "| gate | g | 1 | float32 | eager | 1.0000 | 0.9000 | 1.00 |  |" in text and "### h200" in text
-    assert "| gate | g | 1 | float32 | gatedconv | 0.5000 | 0.4500 | 2.00 |  |" in text
+    assert "| parity | c |  | float16 | gatedconv |  |  |  |  | 1.0e-01 | failed: error 1.0e-01 |" in text
+    assert "| gate | g | 1 | float32 | eager | 1.0000 | 0.9000 | 0.0500 | 1.00 |  |" in text and "### h200" in text
+    assert "| gate | g | 1 | float32 | gatedconv | 0.5000 | 0.4500 |  | 2.00 |  |" in text
     assert "| net | run of 59 | 32 | layers 0.500, resident x1 0.250 |" in text
     assert "the tuner measured 2 and took ours in 1;" in text
