@@ -58,9 +58,8 @@ class ChannelPlan(Constants):
     """The passes; see the module's docstring.
 
     Attributes:
-        caution: which tensors of fewer channels the model's code may see. 0: also those that it reshapes; 1: of those
-            that are reshaped, only whole channels behind ``nn.Flatten`` and its like; 2: none, every tensor that the
-            code can see keeps all its channels, and a dense layer all that it reads of a flattened map.
+        caution: 0: any tensor may shrink; 1: reshaped tensors shrink only behind ``nn.Flatten`` and its like; 2: no
+            tensor visible to user code shrinks, and a dense layer keeps all that it reads of a flattened map.
         unsliceable: paths of modules that have to stay as they are.
     """
 

@@ -1,8 +1,8 @@
 """The MACs of a recorded run piece by piece, by fvcore's rules, each with the gates that scale it.
 
-A channel's *label* is the gate decision that makes it a constant, on its way forward, or useless, on its
-way back: a convolution between labeled inputs and labeled outputs costs in proportion to both. Where that is an
-estimate, a trial against what compacting would leave finds it out.
+A label names the gate whose closing makes a channel constant (forward pass) or unused (backward pass): a convolution
+between labeled inputs and labeled outputs costs in proportion to both. Where that is an estimate, a trial against what
+compacting would leave finds it out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Stateless operators; those with kernels have a reference in PyTorch, ``<name>_reference``, without ``packed``."""
+"""Stateless operators.
+
+Each with a kernel has ``<name>_reference``: the same function in plain PyTorch, without the cache argument ``packed``.
+"""
 
 from gatedconv.ops._gate_args import GateOptions, GateOutput, GateParameters, GateStatistics
 from gatedconv.ops._packed_conv import PackedConv

@@ -63,8 +63,8 @@ class DataOptions(Options):
     )
     flip: str = option(
         "random",
-        "which images are flipped: a coin in each epoch; or a coin in the first, and from then on every other epoch, "
-        "so that two epochs show each image both ways (Jordan 2024, arXiv:2404.00498)",
+        "random: each image is flipped with p = 0.5 every epoch; alternating: random in epoch 1, then every other "
+        "epoch, so that two epochs show each image both ways (Jordan 2024, arXiv:2404.00498)",
         choices=("random", "alternating"),
     )
     stream: bool = option(False, "imagefolder: decode images while training, not all at the start")
