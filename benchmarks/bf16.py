@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, machine_header, variable, write_result
+from benchmarks.harness import RESULTS, machine_header, made_by, variable, write_result
 from gatedconv.engine import Engine
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.ops.plan import plan_isa, plan_times, unavailable
@@ -105,8 +105,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def gains(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The geometric mean of float32 over each instruction set."""
     names = [name for name in rows[0]["ms"] if name != "float32"]
-    logs = {name: [math.log(row["ms"]["float32"] / row["ms"][name]) for row in rows] for name in names}
-    return {name: math.exp(statistics.fmean(values)) for name, values in logs.items()}
+    return {name: statistics.geometric_mean(row["ms"]["float32"] / row["ms"][name] for row in rows) for name in names}
 
 
 def section() -> str:
@@ -117,7 +116,7 @@ def section() -> str:
         machine, rows = found["machine"], found["rows"]
         means = " and ".join(f"{gain:.2f} with {name}" for name, gain in gains(rows).items())
         parts.append(
-            f"{machine['cpu']}, one thread; commit `{(machine['commit'] or 'unknown')[:10]}`, {machine['date'][:10]}. "
+            f"{machine['cpu']}, one thread; {made_by(machine)}. "
             f"Geometric mean of float32 / bfloat16: {means}.\n\n{table(rows)}"
         )
     return "\n\n".join(parts) or "Not measured yet."

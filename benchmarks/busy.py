@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, machine_header, write_result
+from benchmarks.harness import RESULTS, machine_header, made_by, write_result
 from benchmarks.networks import NetworkCase
+from gatedconv._io import silenced
 from gatedconv.measure.latency import wait_until_idle
 from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS, SETTINGS, silenced
+from gatedconv.report.runtimes import OURS, SETTINGS
 from gatedconv.report.tables import markdown_table
 
 FILE = RESULTS / "busy.json"
@@ -119,9 +120,8 @@ def section() -> str:
     ]
     header = ["network", "batch", "runtime", "quiet (ms)", "95 %", "busy (ms)", "95 %", "busy / quiet"]
     return (
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; commit "
-        f"`{(machine['commit'] or '?')[:10]}`, {machine['date'][:10]}; load average at the start "
-        f"{found['load']:.1f}.\n\n" + markdown_table(header, lines, 3)
+        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads; {made_by(machine)}; "
+        f"load average at the start {found['load']:.1f}.\n\n" + markdown_table(header, lines, 3)
     )
 
 

@@ -99,6 +99,11 @@ def machine_header(threads: int | None = None, gpu: str | None = None) -> dict[s
     }
 
 
+def made_by(machine: Mapping[str, Any]) -> str:
+    """Commit and date of a header, for a page."""
+    return f"commit `{(machine['commit'] or 'unknown')[:10]}`, {machine['date'][:10]}"
+
+
 def device_name(model: str, cores: int, limits: Iterable[str] = ()) -> str:
     """A short name such as "epyc-2c", with the instruction sets that the software is limited to: "epyc-2c-avx2"."""
     family = re.search(r"epyc|xeon|ryzen|threadripper|core|apple|graviton|neoverse", model.lower())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.harness import RESULTS, machine_header, write_result
+from benchmarks.harness import RESULTS, machine_header, made_by, write_result
 from gatedconv.engine.choose import ALGORITHMS, RATES, Rates, Work
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer
@@ -159,12 +158,11 @@ def section() -> str:
         rows = [judge(row["case"], row["ms"]) for row in found["rows"]]
         near = sum(row["over_best"] <= LIMIT for row in rows)
         worst = sorted(rows, key=lambda row: -row["over_best"])[:WORST]
-        mean = math.exp(statistics.fmean(math.log(row["over_best"]) for row in rows))
+        mean = statistics.geometric_mean(row["over_best"] for row in rows)
         parts.append(
-            f"{machine['cpu']}, {found['isa']}, one thread; commit `{(machine['commit'] or 'unknown')[:10]}`, "
-            f"{machine['date'][:10]}. The choice takes at most 5 % longer than the best algorithm in {near} of "
-            f"{len(rows)} cases ({near / len(rows):.0%}), and {mean - 1:.1%} longer in the geometric mean. The "
-            f"{len(worst)} worst:\n\n{table(worst)}"
+            f"{machine['cpu']}, {found['isa']}, one thread; {made_by(machine)}. The choice takes at most "
+            f"5 % longer than the best algorithm in {near} of {len(rows)} cases ({near / len(rows):.0%}), and "
+            f"{mean - 1:.1%} longer in the geometric mean. The {len(worst)} worst:\n\n{table(worst)}"
         )
     return "\n\n".join(parts) or "Not measured yet."
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 import gatedconv
 from benchmarks import shipped
-from benchmarks.harness import RESULTS, machine_header, write_result
+from benchmarks.harness import RESULTS, machine_header, made_by, write_result
 from benchmarks.networks import NetworkCase, fill_norms
 from gatedconv.measure.latency import Interleaved
 from gatedconv.report.tables import markdown_table
@@ -122,10 +121,10 @@ def section() -> str:
         "same bits",
     ]
     kept = sum(row["least_ratio"] <= WANTED for row in rows)
-    mean = math.exp(statistics.fmean(math.log(row["least_ratio"]) for row in rows))
+    mean = statistics.geometric_mean(row["least_ratio"] for row in rows)
     return (
-        f"{machine['cpu']}, {machine['isa']}; torch {machine['torch']}; commit `{(machine['commit'] or '?')[:10]}`, "
-        f"{machine['date'][:10]}; {found['rounds']} rounds. Fastest calls, their ratio, and the median ratio of the "
+        f"{machine['cpu']}, {machine['isa']}; torch {machine['torch']}; {made_by(machine)}; "
+        f"{found['rounds']} rounds. Fastest calls, their ratio, and the median ratio of the "
         f"rounds. In {kept} of {len(rows)} rows the runtime takes at most {WANTED - 1:.0%} longer than the engine; "
         f"geometric mean of the ratios {mean:.3f}.\n\n" + markdown_table(header, lines, 1)
     )

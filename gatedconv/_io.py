@@ -1,9 +1,10 @@
-"""Atomic writes, JSON lines, schema checks, locks, and the first line of an error."""
+"""Atomic writes, JSON lines, schema checks, locks, silence, and the first line of an error."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -111,6 +112,18 @@ def locked(path: Path, *, held: str | None = None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Drop what exporters and compilers print and log: graphs and stacks, of which their exceptions say enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def first_line(error: BaseException) -> str:

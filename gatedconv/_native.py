@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from gatedconv import _build
+from gatedconv._io import locked
 
 _PACKAGE = Path(__file__).resolve().parent
 _log = logging.getLogger("gatedconv")
@@ -146,7 +146,7 @@ def _compile(target: str) -> Path:
     path = folder / _build.library_name(target)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with locked(folder.with_name(f"{folder.name}.lock")):
             if not path.exists():  # another process may have built it in the meantime
                 _log.warning("compiling the %s library on first use into %s; this takes minutes", target, folder)
                 _build.build(target, csrc, path, cache_folder() / "objects", _log.info)

@@ -17,17 +17,12 @@ from torch import Tensor, nn
 import gatedconv
 from benchmarks.harness import Machine, poisoned, precision, variable
 from benchmarks.networks import NetworkCase
+from gatedconv.convert.verify import distance
 from gatedconv.ops import cuda_conv
 from gatedconv.report.bench import Row
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 REPEATS = 200
-
-
-def relative(result: Tensor, exact: Tensor) -> float:
-    """max|a - b| / max|b|; infinite where a value is not finite."""
-    difference = float((result.double() - exact).abs().max() / exact.abs().max())
-    return difference if difference == difference else float("inf")
 
 
 def judged(row: tuple[str, str, str, str], mine: float, theirs: float, floor: float) -> Row:
@@ -75,7 +70,7 @@ def conv_row(machine: Machine, dtype: str, tile: tuple[int, int]) -> Row:
         exact, theirs = reference(torch.float64), reference(kind)
         result = tiled_conv(machine, x, weight, bias, order, residual, dtype, tile)
         row = ("parity", f"tiled convolution {tile[0]}x{tile[1]}", dtype, "gatedconv")
-        return judged(row, relative(result, exact), relative(theirs, exact), floor_of(dtype))
+        return judged(row, distance(result, exact), distance(theirs, exact), floor_of(dtype))
 
 
 def tiled_conv(
@@ -124,7 +119,7 @@ def resident_rows(machine: Machine, ranks: int) -> list[Row]:
             if not any(found == name for runs in plan.runs.values() for _, found in runs.values()):
                 return [Row("parity", name, 0, dtype, "gatedconv", note="not run: not possible on this GPU")]
             result = plan(given)
-        errors = relative(result.cpu(), exact), relative(theirs.cpu(), exact)
+        errors = distance(result.cpu(), exact), distance(theirs.cpu(), exact)
     return [judged(("parity", name, dtype, "gatedconv"), *errors, floor_of(dtype))]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, made_by
 from gatedconv.report.bench import Row
 from gatedconv.report.tables import markdown_table
 
@@ -31,7 +31,7 @@ def section(folder: Path = RESULTS) -> str:
         machine = found["machine"]
         parts.append(
             f"### {path.stem.removeprefix('gpu-')}\n\ntorch {machine['torch']}, Triton {machine['triton']}, "
-            f"CUDA {machine['cuda']}; commit `{(machine['commit'] or 'unknown')[:10]}`, {machine['date'][:10]}."
+            f"CUDA {machine['cuda']}; {made_by(machine)}."
         )
         rows = [Row(**row) for row in found["rows"]]
         shown = [row for row in rows if row.benchmark != "candidate"]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
-import io
-import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv._io import silenced
 from gatedconv.convert.example import does_not_run
 from gatedconv.deploy.compact import compact
 from gatedconv.gating import find_gates, require_frozen, unwrap
@@ -95,7 +93,7 @@ def export(
         warnings.simplefilter("ignore")  # deprecations inside the exporters, not for our user to mend
         part = Path(folder) / (path.name if format == "onnx" else "model.pt2")
         try:
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), silenced():
                 _WRITERS[format](plain, part, example_input if format == "plan" else example, about)
         except (ImportError, OSError):
             raise
@@ -103,18 +101,6 @@ def export(
             why = f"{type(model).__name__} cannot be written as {format!r}: {_origin(error)}"
             raise ValueError(f"export: {why}") from error
         os.replace(part, path)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """A failed export writes its graph and its stack to the log and to stderr; the exception says enough."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _origin(error: BaseException) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv._io import silenced
 from gatedconv.convert.verify import distance
 from gatedconv.measure.latency import Interleaved
 from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint, silenced
+from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint
 from gatedconv.report.tables import text_table
 
 Candidate = tuple[str, str]

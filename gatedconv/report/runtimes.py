@@ -6,13 +6,11 @@ files and AOTInductor packages go to a folder, which a second run reuses.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import importlib.util
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,18 +259,6 @@ def fingerprint(network: nn.Module, x: Tensor) -> str:
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Suppress the output of exporters and compilers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
