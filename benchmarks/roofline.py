@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gating import eval_mode
-from gatedconv.train.step_macs import PASSES_PER_STEP
+from gatedconv.train.skip_dead import PASSES_PER_STEP
 
 ROUNDS = 10
 

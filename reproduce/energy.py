@@ -53,7 +53,7 @@ def _measured(workplace: Workplace, row: LedgerRow, cache: dict[tuple[Any, ...],
     from gatedconv.deploy import load
     from gatedconv.measure.energy import EnergyMeter
     from gatedconv.train.build import load_images
-    from gatedconv.train.recipe import place, resolve_device
+    from gatedconv.train.device import place, resolve_device
     from gatedconv.train.results import energies
 
     folder = workplace.folder(row.experiment, row.seed)

@@ -13,7 +13,7 @@ from gatedconv._io import NUMBER, Schema, require_schema
 from gatedconv.environment import provenance
 from gatedconv.train.config import FREE_ON_RESUME, field_specs, make_config
 from gatedconv.train.run_dir import RunFolder
-from gatedconv.train.run_energy import run_energy
+from gatedconv.train.metrics import run_energy
 from reproduce.checks import known_images, require_macs
 from reproduce.experiment import Experiment
 from reproduce.experiments import all_experiments, find_experiment
@@ -169,7 +169,7 @@ def _of_gates(summary: Mapping[str, Any]) -> dict[str, Any]:
 def naive_row(workplace: Workplace, experiment: Experiment, seed: int, rows: Mapping[Key, LedgerRow]) -> LedgerRow:
     """The ledger's row of a naive baseline: a trained dense network with random parts left out."""
     from gatedconv.deploy import load
-    from gatedconv.train.recipe import place, resolve_device
+    from gatedconv.train.device import place, resolve_device
     from gatedconv.train.results import figures
     from reproduce.naive import drop_layers, drop_parameters
 

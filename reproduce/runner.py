@@ -229,7 +229,7 @@ def _plan(keys: Iterable[Key], rows: Mapping[Key, LedgerRow], failures: Failures
 
 def _require_machine(workplace: Workplace) -> None:
     """Fail fast on problems that would otherwise stop every run hours later."""
-    from gatedconv.train.recipe import resolve_device
+    from gatedconv.train.device import resolve_device
 
     if workplace.device:
         resolve_device(workplace.device)

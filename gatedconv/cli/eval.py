@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.report import figures_table
     from gatedconv.train.build import load_images
     from gatedconv.train.config import TrainConfig
-    from gatedconv.train.recipe import resolve_device
+    from gatedconv.train.device import resolve_device
     from gatedconv.train.results import figures
     from gatedconv.train.run_dir import RunFolder
 

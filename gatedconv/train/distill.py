@@ -17,10 +17,10 @@ from gatedconv.deploy import load
 from gatedconv.train.build import build_model
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import make_stepper
+from gatedconv.train.device import mixed_dtype, place, resolve_device
 from gatedconv.train.distributed import SINGLE, Ranks
-from gatedconv.train.recipe import mixed_dtype, place, resolve_device
 from gatedconv.train.step import Stepper
-from gatedconv.train.step_macs import StepMacs
+from gatedconv.train.skip_dead import StepMacs
 
 
 def make_teacher(

@@ -24,14 +24,22 @@ from gatedconv.train.checkpoint import State, load_checkpoint, pack_state, resto
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_eval import make_forward
 from gatedconv.train.cuda_graph_step import make_stepper
+from gatedconv.train.device import place
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import current
-from gatedconv.train.metrics import EpochMeter, EpochMetrics, evaluate
+from gatedconv.train.metrics import (
+    Energy,
+    EpochMeter,
+    EpochMetrics,
+    added_energy,
+    evaluate,
+    measured_energy,
+    total_energy,
+)
 from gatedconv.train.optimizer import learning_rate
-from gatedconv.train.recipe import eval_batches, place, polar_weight, train_batches
-from gatedconv.train.run_energy import Energy, added_energy, measured_energy, total_energy
+from gatedconv.train.recipe import eval_batches, polar_weight, train_batches
 from gatedconv.train.step import Stepper, StepResult, checks_immediately
-from gatedconv.train.step_macs import PASSES_PER_STEP, StepMacs
+from gatedconv.train.skip_dead import PASSES_PER_STEP, StepMacs
 from gatedconv.train.stopping import StopPoll
 
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.

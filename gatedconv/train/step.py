@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from gatedconv.gating import find_gates
 from gatedconv.gating.losses import RateWindow, accumulating
 from gatedconv.train.config import TrainConfig
+from gatedconv.train.device import mixed_dtype, tuned_convolutions
 from gatedconv.train.distributed import SINGLE, Ranks, parallel, synchronized_norms
 from gatedconv.train.optimizer import learning_rate, make_lookahead, make_optimizer, set_learning_rate
 from gatedconv.train.recipe import (
@@ -26,14 +27,11 @@ from gatedconv.train.recipe import (
     gate_weights,
     make_controller,
     make_pruner,
-    mixed_dtype,
     prune_gates,
     task_loss,
-    tuned_convolutions,
 )
 from gatedconv.train.recompute import recomputing
-from gatedconv.train.skip_dead import BlockSkipping
-from gatedconv.train.step_macs import StepMacs
+from gatedconv.train.skip_dead import BlockSkipping, StepMacs
 
 # More bad steps in a row, or in an epoch, end the run.
 MOST_IN_A_ROW = 3

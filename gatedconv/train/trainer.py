@@ -21,21 +21,14 @@ from gatedconv.train.callbacks import Callback
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint, read_consensus, restore_part, write_consensus
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import require_graphs
+from gatedconv.train.device import mixed_dtype, place, precision_note, resolve_device
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import SINGLE, Ranks, by_torchrun, joined
 from gatedconv.train.loop import Training
-from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard
-from gatedconv.train.recipe import (
-    eval_batches,
-    mixed_dtype,
-    place,
-    precision_note,
-    resolve_device,
-    train_batches,
-)
+from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard, run_energy
+from gatedconv.train.recipe import eval_batches, train_batches
 from gatedconv.train.results import consensus_figures, example_images, measured, write_exports
 from gatedconv.train.run_dir import MetricsWriter, RunFolder
-from gatedconv.train.run_energy import run_energy
 from gatedconv.train.stopping import StopRequest
 
 # MACs that are off the target by more than this share of it, with gates that get no gradient (dead or saturated), are

@@ -13,7 +13,7 @@ import torch
 from gatedconv.measure.energy import SHARED
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.config import TrainConfig
-from gatedconv.train.recipe import computes_in_bf16
+from gatedconv.train.device import computes_in_bf16
 from reproduce import runner
 from reproduce.__main__ import main
 from reproduce.experiments import all_experiments

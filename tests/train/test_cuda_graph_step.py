@@ -19,10 +19,10 @@ from gatedconv.models.resnet import ResNet
 from gatedconv.train import RunFolder, TrainConfig, cuda_graph_eval, cuda_graph_step, run
 from gatedconv.train.cuda_graph_eval import CudaGraphForward, make_forward
 from gatedconv.train.cuda_graph_step import CudaGraphStepper, make_stepper, require_graphs
+from gatedconv.train.device import mixed_dtype, tuned_convolutions
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.presets import preset_settings
-from gatedconv.train.recipe import mixed_dtype, tuned_convolutions
 from gatedconv.train.step import Stepper
 from tests.train.steps import make_steps
 

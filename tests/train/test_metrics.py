@@ -14,7 +14,7 @@ from gatedconv.measure import energy as meters
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import EpochMetrics, TrainConfig
 from gatedconv.train.checkpoint import load_checkpoint
-from gatedconv.train.run_energy import Energy, added_energy, run_energy, total_energy
+from gatedconv.train.metrics import Energy, added_energy, run_energy, total_energy
 from tests.train.steps import train
 
 LINE = EpochMetrics("gated", 1, 0.1, 1.0, 50.0, 1.0, 50.0, 1.0, energy_j=2.0, energy_source="GPU 0 (NVML)")

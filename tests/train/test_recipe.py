@@ -11,15 +11,11 @@ import torch
 from gatedconv.data import ImageData
 from gatedconv.gating import find_gates
 from gatedconv.models import cifar_vgg
-from gatedconv.train import TrainConfig, recipe
+from gatedconv.train import TrainConfig, device
+from gatedconv.train.device import mixed_dtype, precision_note, resolve_device
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.optimizer import learning_rate, make_optimizer
-from gatedconv.train.recipe import (
-    mixed_dtype,
-    precision_note,
-    resolve_device,
-    train_batches,
-)
+from gatedconv.train.recipe import train_batches
 from tests.train.losses import total_loss
 from tests.train.test_loop import CONFIG, network
 
@@ -90,7 +86,7 @@ def test_a_warm_up_never_exceeds_the_learning_rate(warmup: float) -> None:
 def test_bf16_on_cpus_with_and_without_its_instructions(
     flags: str, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipe, "cpu_info", lambda field: flags)
+    monkeypatch.setattr(device, "cpu_info", lambda field: flags)
     cpu = torch.device("cpu")
     assert mixed_dtype("auto", cpu) == (torch.bfloat16 if native else None)
     assert (mixed_dtype("bf16", cpu), mixed_dtype("off", cpu)) == (torch.bfloat16, None)
