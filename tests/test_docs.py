@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
+import operator
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import gatedconv
 from gatedconv.cli import COMMANDS, Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +34,30 @@ def test_the_readme_examples_run_one_after_the_other(capsys):
     assert "layer1.0" in out
     error = (engine(images[:8]) - small.eval()(images[:8])).abs().max()
     assert error <= 1e-5 * small(images[:8]).abs().max()
+
+
+def python_blocks():
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        found = re.findall(r"^ *```python\n(.*?)^ *```", page.read_text(), re.S | re.M)
+        for number, block in enumerate(found, start=1):
+            yield pytest.param(textwrap.dedent(block), id=f"{page.stem} {number}")
+
+
+@pytest.mark.parametrize("block", [*python_blocks()])
+def test_the_code_of_the_documents_uses_what_there_is(block):
+    """It parses; the names of gatedconv exist, and what is called takes the arguments that it is given."""
+    if "HubModel" in block:
+        pytest.importorskip("huggingface_hub")
+    nodes = [*ast.walk(ast.parse(block))]
+    dotted = {node: ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    ours = {node: name[10:] for node, name in dotted.items() if re.fullmatch(r"gatedconv(\.\w+)+", name)}
+    for node in nodes:
+        if node in ours:
+            operator.attrgetter(ours[node])(gatedconv)
+        if isinstance(node, ast.Call) and node.func in ours:
+            keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+            signature = inspect.signature(operator.attrgetter(ours[node.func])(gatedconv))
+            signature.bind_partial(*[None] * len(node.args), **keywords)
 
 
 def test_the_numbers_of_the_documents_come_from_the_results():

@@ -61,7 +61,10 @@ class Link:
 
 
 def _guard_hooks() -> None:
-    """Have torch.compile look at hooks: else it takes a gated model for the dense one, which is of the same class."""
+    """Have torch.compile look at hooks: else it takes a gated model for the dense one, which is of the same class.
+
+    By default it does not (pytorch/pytorch#98371).
+    """
     from torch import _dynamo
 
     if _dynamo.config.skip_nnmodule_hook_guards:

@@ -84,8 +84,9 @@ def forget(model: nn.Module) -> None:
     """Drop what the gates of a model keep of the last call, which holds that call's autograd graph in memory.
 
     A network calls this before its first layer runs. When a CUDA graph is captured after eager steps, PyTorch would
-    otherwise reuse the gradient accumulators of those steps, which are bound to another stream. The networks of
-    `gatedconv.models` and those that `gate_model` returns do it themselves in training.
+    otherwise reuse the gradient accumulators of those steps, which are bound to another stream
+    (pytorch/pytorch#137483). The networks of `gatedconv.models` and those that `gate_model` returns do it themselves
+    in training.
     """
     if torch.compiler.is_compiling():  # a compiled graph has no such accumulators
         return

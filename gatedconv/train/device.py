@@ -77,7 +77,8 @@ def tuned_convolutions(device: torch.device) -> Iterator[None]:
 
 def _set_benchmark(on: bool) -> None:
     # The attribute is read-only after `torch.backends.disable_global_flags`, which is about lasting changes; and
-    # cudnn.set_flags reads all flags, which raises where the precision is set for one kind of operator alone.
+    # cudnn.set_flags reads all flags, which raises where the precision is set for one kind of operator alone
+    # (pytorch/pytorch#179445).
     torch._C._set_cudnn_benchmark(on)
 
 
