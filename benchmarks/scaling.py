@@ -1,12 +1,13 @@
 """What training at scale costs and saves, measured: ``python -m benchmarks.scaling STAGE...``, one file each.
 
-Stages: skipping, compile, checkpoint, collectives, kills; the results go to results/scaling/STAGE.json. What is
-compared is timed interleaved, in one process, and given as ratios: the machine may be busy.
+Stages: skipping, compile, checkpoint, collectives, kills; the results go to benchmarks/results/scaling-STAGE.json. What
+is compared is timed interleaved, in one process, and given as ratios: the machine may be busy.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -22,17 +23,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import gatedconv
-from gatedconv._io import write_atomic
-from gatedconv.environment import provenance
+from benchmarks.harness import RESULTS, machine_header, write_result
 from gatedconv.measure.latency import Interleaved
 from gatedconv.models import resnet20, resnet56
+from gatedconv.report.tables import markdown_table
 from gatedconv.train import TrainConfig
 from gatedconv.train.checkpoint import save_checkpoint
 from gatedconv.train.distributed import current, synchronized_norms
 from gatedconv.train.recipe import gate_loss, gate_weights, task_loss
 from gatedconv.train.step import Stepper
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "scaling"
+_ABSENT = "Not run yet."
 CPU = torch.device("cpu")
 
 
@@ -260,13 +261,128 @@ STAGES = {
 }
 
 
+_NORMS = {"off": "own", "gates": "synchronized"}
+
+
+def collectives_table() -> str:
+    """Messages and launches of the gates in a step, with what two processes of gloo took for the messages."""
+    found = _read("collectives")
+    if found is None:
+        return _ABSENT
+    lines = []
+    for row in found["rows"]:
+        own, gradients, together = _gate_bytes(row), row["gradient_bytes_per_step"], row["launches_together"]
+        lines.append(
+            [
+                _named(row),
+                _NORMS[row["sync_norm"]],
+                str(row["messages_per_step"]),
+                *(f"{count:,}" for count in (row["bytes_per_step"], row["gate_gradient_bytes_per_step"], gradients)),
+                f"{own / (row['bytes_per_step'] + gradients):.2%}",
+                f"{together - row['launches_without_gates']} of {together}",
+                str(together - row["launches_alone"]),
+                f"{row['messages_ms']:.2f}",
+                f"{row['step_ms']:.1f}",
+            ]
+        )
+    header = ["network", "norms of gates", "messages", "their bytes", "gradients of gates, bytes", "of all, bytes"]
+    header += ["gates' share of bytes", "launches for gates", "of these, for several GPUs"]
+    return markdown_table([*header, "2 processes: messages (ms)", "step (ms)"], lines)
+
+
+def on_paper() -> str:
+    """Bytes and messages of the gates in a step on 8 and on 1,024 GPUs, by a ring and by a tree."""
+    found = _read("collectives")
+    if found is None:
+        return _ABSENT
+    lines = []
+    for row, gpus in itertools.product(found["rows"], (8, 1024)):
+        own, ring, tree = _gate_bytes(row), 2 * (gpus - 1), 2 * (gpus - 1).bit_length()
+        share = own / (row["bytes_per_step"] + row["gradient_bytes_per_step"])
+        sent, count = round(2 * (gpus - 1) / gpus * own), row["messages_per_step"]
+        cells = [f"{gpus:,}", f"{sent:,}", f"{share:.2%}", f"{count} x {ring:,}", f"{count} x {tree}"]
+        lines.append([_named(row), _NORMS[row["sync_norm"]], *cells])
+    header = ["network", "norms of gates", "GPUs", "sent by each GPU for gates, ring (bytes)", "of all it sends"]
+    return markdown_table([*header, "messages x steps of a ring", "of a tree"], lines)
+
+
+def skipping_table() -> str:
+    """A training step with half of the gates closed, with and without skipping their blocks."""
+    found = _read("skipping")
+    if found is None:
+        return _ABSENT
+    header = ["network", "gates closed", "batch", f"speed-up, median of {found['rounds']} rounds"]
+    cells = [found["model"], f"{found['gates_closed']} of {found['gates']}", str(found["batch"])]
+    cells += [f"{found['ratio_median']:.2f}x", f"{found['ratio_of_least']:.2f}x", f"{found['largest_difference']:.1e}"]
+    return markdown_table([*header, "of the least times", "largest difference of a weight"], [cells])
+
+
+def compiled_table() -> str:
+    """Eager against compiled training steps on the CPU."""
+    found = _read("compile")
+    if found is None:
+        return _ABSENT
+    lines = []
+    for row in found["rows"]:
+        ratios = [f"{row[key]:.2f}" for key in ("ratio_median", "ratio_of_least")]
+        lines.append([f"{row['model']}, {row['gate']} gates", str(row["batch"]), *ratios])
+    return markdown_table(["network", "batch", "eager / compiled, median", "of the least times"], lines)
+
+
+def survival() -> str:
+    """Kill-and-resume rounds, and the cost of a checkpoint."""
+    found, written, lines = _read("kills"), _read("checkpoint"), []
+    if found is not None:
+        lines.append(
+            f"- {found['rounds']} runs of ResNet-20 (alternating: {'; '.join(found['recipes'])}; 48 images of 8 x 8, a "
+            f"checkpoint after every step), killed {found['killed_at_a_time']} times at a random moment and "
+            f"{found['killed_in_a_write']} times inside a write: {found['rounds_with_differences']} ended with any "
+            "difference, to the last bit, in weights, optimizer, random numbers, metrics or summary."
+        )
+    if written is not None:
+        lines.append(
+            f"- A checkpoint of {written['model']} ({written['bytes'] / 1e6:.1f} MB) took at most "
+            f"{written['write_s']['most']:.2f} s, {written['share_of_an_epoch']:.3%} of a CPU epoch of CIFAR-10."
+        )
+    return "\n".join(lines) or _ABSENT
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "collectives": collectives_table,
+    "on-paper": on_paper,
+    "skipping": skipping_table,
+    "compile": compiled_table,
+    "survival": survival,
+}
+"""The parts of docs/scaling.md."""
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['model']}, {row['gate']}"
+
+
+def _gate_bytes(row: dict[str, Any]) -> int:
+    """What a step sends for gates: their messages, and the gradients of their parameters."""
+    total: int = row["bytes_per_step"] + row["gate_gradient_bytes_per_step"]
+    return total
+
+
+def _file(stage: str) -> Path:
+    return RESULTS / f"scaling-{stage}.json"
+
+
+def _read(stage: str) -> dict[str, Any] | None:
+    path = _file(stage)
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return found
+
+
 def main(stages: list[str]) -> None:
     """Measure some stages."""
     torch.set_num_threads(1)
     for name in stages:
-        found = {"stage": name, **STAGES[name](), **provenance(CPU)}
-        write_atomic(RESULTS / f"{name}.json", (json.dumps(found, indent=2) + "\n").encode())
-        print(f"written: {RESULTS / name}.json", file=sys.stderr)
+        write_result(_file(name), {"machine": machine_header(1), "stage": name, **STAGES[name]()})
+        print(f"written: {_file(name)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

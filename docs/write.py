@@ -15,9 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
-from scaling_tables import TABLES  # noqa: E402
-
-from benchmarks import bf16, busy, kernels, runtime_speed, shipped  # noqa: E402
+from benchmarks import bf16, busy, kernels, runtime_speed, scaling, shipped  # noqa: E402
 from benchmarks.gpu import section as gpu_section  # noqa: E402
 from gatedconv.report.footprint import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
@@ -207,7 +205,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "speed": shipped.headline},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
     ROOT / "docs" / "quantize.md": {"quantize": quantize},
-    ROOT / "docs" / "scaling.md": TABLES,
+    ROOT / "docs" / "scaling.md": scaling.SECTIONS,
     ROOT / "docs" / "performance.md": {
         "kernels": kernels.section,
         "bf16": bf16.section,

@@ -39,7 +39,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 @pytest.mark.slow
 def test_runs_killed_at_random_end_the_same(straight: tuple[Path, float]) -> None:
-    """Three of the rounds; fifty are in results/scaling/kills.json."""
+    """Three of the rounds; fifty are in benchmarks/results/scaling-kills.json."""
     folder, seconds = straight
     draw, kills = random.Random(5), 0
     for number in range(3):
