@@ -109,12 +109,6 @@ class Estimator(nn.Module):
         return logits if self.name == "ste" else torch.zeros_like(logits)
 
 
-def make_estimator(name: str, num_gates: int, temperature: float, *, owner: str) -> Estimator:
-    """Estimator by name; ValueError, naming ``owner``, for an unknown one or a temperature <= 0."""
-    require_estimator(owner, name, temperature)
-    return Estimator(name, num_gates, float(temperature))
-
-
 class LearnedGate(Gate):
     """features -> dense ``hidden`` -> BatchNorm1d -> ReLU -> dense ``num_gates`` -> estimator.
 
@@ -140,7 +134,8 @@ class LearnedGate(Gate):
         if hidden is not None and (isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1):
             raise ValueError(f"{name}: hidden must be a positive int or None, got {hidden!r}")
         self.mask = None
-        self.estimator: Estimator = make_estimator(estimator, num_gates, temperature, owner=name)
+        require_estimator(name, estimator, temperature)
+        self.estimator = Estimator(estimator, num_gates, float(temperature))
         self.estimator.to(device=device)
         self.fc1 = nn.Linear(in_features, hidden, device=device, dtype=dtype) if hidden else None
         self.norm = nn.BatchNorm1d(hidden, device=device, dtype=dtype) if hidden else None
@@ -269,13 +264,7 @@ class LayerGate(LearnedGate):
         dtype: Any = None,
     ) -> None:
         super().__init__(
-            in_channels,
-            1,
-            hidden=hidden,
-            estimator=estimator,
-            temperature=temperature,
-            device=device,
-            dtype=dtype,
+            in_channels, 1, hidden=hidden, estimator=estimator, temperature=temperature, device=device, dtype=dtype
         )
         self.in_channels = in_channels
         self.pool = "avg"
@@ -317,15 +306,9 @@ class ChannelGate(LearnedGate):
         if size is not None and size < 1:
             raise ValueError(f"ChannelGate: feature_size must be at least 1, got {feature_size!r}")
         positions = size if pool == "flatten" and size is not None else 1
-        super().__init__(
-            in_channels * positions,
-            in_channels if num_gates is None else num_gates,
-            hidden=hidden,
-            estimator=estimator,
-            temperature=temperature,
-            device=device,
-            dtype=dtype,
-        )
+        num_gates = in_channels if num_gates is None else num_gates
+        options: dict[str, Any] = {"estimator": estimator, "temperature": temperature, "device": device, "dtype": dtype}
+        super().__init__(in_channels * positions, num_gates, hidden=hidden, **options)
         self.in_channels = in_channels
         self.pool = pool
         self.feature_size = size

@@ -168,11 +168,7 @@ class Multilinear(NamedTuple):
         offset[0] = 1
         totals = torch.tensor(list(merged.values()), dtype=torch.float64)
         return cls(
-            totals.to(like),
-            average.to(like),
-            offset.to(like),
-            index.contiguous().to(like.device),
-            pick.to(like),
+            totals.to(like), average.to(like), offset.to(like), index.contiguous().to(like.device), pick.to(like)
         )
 
 

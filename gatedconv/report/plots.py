@@ -71,13 +71,7 @@ def draw_gate_evolution(history: History, path: Path, *, title: str = "") -> Pat
         # Edges, not centers, so that epoch e covers the column from e - 0.5 to e + 0.5.
         extent = (lines[0]["epoch"] - 0.5, lines[-1]["epoch"] + 0.5, len(names) - 0.5, -0.5)
         image = axes.imshow(
-            rates,
-            aspect="auto",
-            interpolation="nearest",
-            cmap=_open_closed_map(),
-            vmin=0,
-            vmax=1,
-            extent=extent,
+            rates, aspect="auto", interpolation="nearest", cmap=_open_closed_map(), vmin=0, vmax=1, extent=extent
         )
         axes.set_yticks([row - 0.5 for row in range(1, len(names))], minor=True)
         axes.grid(axis="y", which="minor", color="white", linewidth=1.0)

@@ -130,12 +130,7 @@ class Training:
         """
         torch.manual_seed((self.config.seed + 7919 * self.ranks.rank) % 2**63)  # the gates' own noise
         self.stepper = make_stepper(
-            self.model,
-            self.config,
-            self.device,
-            self.ranks,
-            macs_per_image=self._compact_macs(),
-            observe=self._observe,
+            self.model, self.config, self.device, self.ranks, macs_per_image=self._compact_macs(), observe=self._observe
         )
         if self.teacher is not None:
             self.teacher.begin(self.stepper)

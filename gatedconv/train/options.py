@@ -266,14 +266,7 @@ def _checked_number(spec: dataclasses.Field[Any], kind: type, value: Any) -> Any
     low, high, above = (spec.metadata[key] for key in ("low", "high", "above"))
     inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
     if not inside or not abs(value) <= sys.float_info.max:  # nor infinite, nor NaN
-        bounds = [
-            text
-            for bound, text in (
-                (low, f"at least {low}"),
-                (above, f"above {above}"),
-                (high, f"at most {high}"),
-            )
-            if bound is not None
-        ]
+        limits = ((low, f"at least {low}"), (above, f"above {above}"), (high, f"at most {high}"))
+        bounds = [text for bound, text in limits if bound is not None]
         raise ValueError(f"{spec.name}: expected {' and '.join(bounds) or 'a finite number'}, got {value!r}")
     return kind(value)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatedconv.gating.gates import make_estimator
+from gatedconv.gating import LayerGate
+from gatedconv.gating.gates import Estimator
 from gatedconv.ops import estimate
 from tests.tolerances import assert_close
 
 
 def estimator(name, num_gates=3, temperature=2 / 3):
-    return make_estimator(name, num_gates, temperature, owner="test")
+    return Estimator(name, num_gates, temperature)
 
 
 def gates(head, z):
@@ -89,6 +90,6 @@ def test_every_gate_is_exactly_zero_or_one(name, dtype):
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="LayerGate: estimator must be one of .*'argmax'"):
-        make_estimator("argmax", 1, 1.0, owner="LayerGate")
+        LayerGate(4, estimator="argmax")
     with pytest.raises(ValueError, match="temperature must be above 0"):
-        make_estimator("gumbel", 1, 0.0, owner="LayerGate")
+        LayerGate(4, estimator="gumbel", temperature=0.0)
