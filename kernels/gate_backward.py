@@ -1,7 +1,7 @@
 """A gate's backward in two launches; shapes, number formats and the order of sums as in ``gate``.
 
-``gate_backward_rows`` (``gate_backward_logits`` where there is no hidden layer), then ``gate_backward_dense``. The first
-launch writes batch sums per row tile (T partial rows); each program of the second adds up the T rows.
+``gate_backward_rows`` (``gate_backward_logits`` where there is no hidden layer), then ``gate_backward_dense``. The
+first launch writes batch sums per row tile (T partial rows); each program of the second adds up the T rows.
 
 CENTER: the threshold was the batch mean of the logits, so the gradient of a logit is dz - mean(dz). At the hidden layer
 the mean is a vector to subtract, mean(dz) @ weight2, which is another sum over row tiles.

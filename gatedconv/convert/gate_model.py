@@ -324,7 +324,7 @@ def _check(model: Any, gate: str, position: str, estimator: str, example_input: 
         hint = ": pass its .module()" if isinstance(model, torch.export.ExportedProgram) else ""
         raise TypeError(f"gate_model: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("gate_model: a TorchScript module cannot be hooked or recorded; pass the torch.nn.Module itself")
+        raise TypeError("gate_model: a TorchScript module cannot be hooked or recorded; pass the nn.Module itself")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ValueError("gate_model: the model has lazy layers without weights; run it on an image once")
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):

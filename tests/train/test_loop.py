@@ -300,7 +300,8 @@ def test_a_run_resumes_where_random_numbers_are_made_otherwise(tmp_path: Path, d
 
 
 def test_generators_of_another_kind_draw_what_no_pass_before_has_drawn(data: ImageData) -> None:
-    state = {"data": torch.arange(16, dtype=torch.uint8), "position": 1}
+    foreign = torch.arange(16, dtype=torch.uint8)
+    state = {"data": foreign, "begun": foreign, "position": 1, "passes": 0}
     found = []
     for seed in (0, 1):
         batches = TrainBatches(data, 16, seed=seed)
