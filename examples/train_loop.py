@@ -100,7 +100,7 @@ def main() -> None:
     """Train the gated and the dense network, and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images, four epochs")
-    parser.add_argument("--paper", action="store_true", help="no gate pruner but the losses of the paper")
+    parser.add_argument("--paper", action="store_true", help="the losses of the paper in place of the gate pruner")
     arguments = parser.parse_args()
     total, count = (4, 384) if arguments.quick else (24, 1437)
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """The experiment table: every run of the paper's tables and figures, our recipes, and their controls.
 
-Ordered by what a GPU minute buys; `reproduce.schedule` has other orders. Nothing here runs; `reproduce.runner` does that.
+Ordered by what a GPU minute buys; `reproduce.schedule` has other orders. Nothing here runs anything:
+`reproduce.runner` does.
 """
 
 from __future__ import annotations
