@@ -12,8 +12,8 @@ from typing import Any
 from gatedconv._io import NUMBER, Schema, require_schema
 from gatedconv.environment import provenance
 from gatedconv.train.config import FREE_ON_RESUME, field_specs, make_config
-from gatedconv.train.run_dir import RunFolder
 from gatedconv.train.metrics import run_energy
+from gatedconv.train.run_dir import RunFolder
 from reproduce.checks import known_images, require_macs
 from reproduce.experiment import Experiment
 from reproduce.experiments import all_experiments, find_experiment

@@ -19,8 +19,8 @@ from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import make_stepper
 from gatedconv.train.device import mixed_dtype, place, resolve_device
 from gatedconv.train.distributed import SINGLE, Ranks
-from gatedconv.train.step import Stepper
 from gatedconv.train.skip_dead import StepMacs
+from gatedconv.train.step import Stepper
 
 
 def make_teacher(

@@ -38,8 +38,8 @@ from gatedconv.train.metrics import (
 )
 from gatedconv.train.optimizer import learning_rate
 from gatedconv.train.recipe import eval_batches, polar_weight, train_batches
-from gatedconv.train.step import Stepper, StepResult, checks_immediately
 from gatedconv.train.skip_dead import PASSES_PER_STEP, StepMacs
+from gatedconv.train.step import Stepper, StepResult, checks_immediately
 from gatedconv.train.stopping import StopPoll
 
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.

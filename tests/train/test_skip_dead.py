@@ -15,8 +15,8 @@ from gatedconv.data import ImageData
 from gatedconv.models.resnet import ResNet
 from gatedconv.nn import BasicBlock
 from gatedconv.train import TrainConfig
-from gatedconv.train.step import Stepper
 from gatedconv.train.skip_dead import PASSES_PER_STEP
+from gatedconv.train.step import Stepper
 from tests.tolerances import assert_close
 from tests.train.losses import total_loss
 from tests.train.steps import set_predict_skips, train
