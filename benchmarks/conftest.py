@@ -73,7 +73,8 @@ def sample_rounds(benchmark: Any, comparison: Comparison, rounds: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = best_rows(config.stash[_ROWS])
+    found: list[Row] = config.stash[_ROWS]
+    rows = best_rows(found)
     if not rows:
         return
     terminalreporter.section(f"fastest setting of each provider; ratios of pairs, over {OURS}")

@@ -273,7 +273,7 @@ def variable(name: str, value: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """Let float32 convolutions and products use tf32 if ``dtype`` is "tf32", and not otherwise."""
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = conv.fp32_precision, matmul.fp32_precision
     conv.fp32_precision = matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
@@ -286,11 +286,12 @@ def precision(dtype: str) -> Iterator[None]:
 def poisoned() -> Iterator[None]:
     """Fill uninitialized memory with NaN, so that a kernel that writes nothing cannot pass for a right one."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill

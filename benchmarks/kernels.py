@@ -78,7 +78,8 @@ def parse(case: str) -> Work:
     found = dict(re.findall(r"\b([nioh])(\d+)\b", case))
     if sorted(found) != ["h", "i", "n", "o"] or min(map(int, found.values())) < 1:
         raise ValueError(f"{case!r} is no case: write images, channels and size as in 'n8 i256 o128 h14'")
-    return Work(*(int(found[key]) for key in "nioh"), int(found["h"]))
+    batch, inputs, outputs, side = (int(found[key]) for key in "nioh")
+    return Work(batch, inputs, outputs, side, side)
 
 
 def layer_of(work: Work) -> Layer:

@@ -52,8 +52,8 @@ def _cases() -> tuple[NetworkCase, ...]:
     quick = {("resnet56", variant, batch) for variant in VARIANTS for batch in (1, 32)} | {("resnet18", "mid-50", 1)}
     small = itertools.product(("resnet56", "resnet110"), VARIANTS, (1, 8, 32))
     large = itertools.product(("resnet18", "resnet50"), VARIANTS[:2], (1, 8))
-    wanted = [*small, *large]
-    return tuple(NetworkCase(*case, quick=case in quick) for case in wanted)
+    wanted = itertools.chain(small, large)
+    return tuple(NetworkCase(model, kind, batch, (model, kind, batch) in quick) for model, kind, batch in wanted)
 
 
 CASES = _cases()
@@ -113,6 +113,7 @@ def fill_norms(network: nn.Module) -> None:
     """Give BatchNorm2d statistics that are neither 0 nor 1, and each branch a small share of the stream."""
     for name, norm in network.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None and norm.running_var is not None
             norm.running_mean.normal_(0, 0.2)
             norm.running_var.uniform_(0.5, 1.5)
             norm.weight.uniform_(0.5, 1.0)

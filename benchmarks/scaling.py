@@ -55,7 +55,7 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 def stepping(config: TrainConfig, model: torch.nn.Module, images: torch.Tensor) -> Callable[[], object]:
     """A call that makes one training step."""
-    model = model.to(memory_format=torch.channels_last).train()
+    model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     stepper = Stepper(model, config, CPU)
     labels = torch.arange(len(images)) % 10
 
@@ -75,7 +75,7 @@ def skipping() -> dict[str, Any]:
         torch.manual_seed(0)
         nets[name] = net = resnet56(gate="layer")
         for number, gate in enumerate(gatedconv.gates(net).values()):
-            torch.nn.init.constant_(gate.fc2.bias, -20.0 if number % 2 else 0.5)
+            torch.nn.init.constant_(gate.get_parameter("fc2.bias"), -20.0 if number % 2 else 0.5)
         calls[name] = stepping(TrainConfig(**{**vars(config), "skip_blocks": skip}), net, images)
     found = interleaved(calls, 9)
     weights = [{name: p.detach() for name, p in net.named_parameters()} for net in nets.values()]
@@ -132,7 +132,7 @@ NETWORKS = [(depth, gate) for depth in (20, 56) for gate in ("layer", "channel")
 def collectives() -> dict[str, Any]:
     """What the gates of a network send and launch in a step, counted, and how long two processes take to send it."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(folder,), nprocs=2)
+        mp.spawn(_rank, args=(folder,), nprocs=2)  # type: ignore[attr-defined]
         return {"rows": json.loads((Path(folder) / "rows.json").read_text())}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -23,5 +24,5 @@ JIT, WITH_JIT = "freezing, channels_last", ("resnet56", "resnet18")
 def test_network(case: NetworkCase, compete: Callable[[Comparison], None], cpu_threads: int) -> None:
     network, x = case.build()
     settings = [setting for setting in SETTINGS if setting.name != JIT or case.model in WITH_JIT]
-    options = {"folder": CACHE, "threads": cpu_threads, "sample_ms": SAMPLE_MS[case.image_size]}
+    options: dict[str, Any] = {"folder": CACHE, "threads": cpu_threads, "sample_ms": SAMPLE_MS[case.image_size]}
     compete(compare_runtimes(case.name, network, x, settings=settings, **options))

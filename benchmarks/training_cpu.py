@@ -134,7 +134,8 @@ class PlainImages:
 
 def plain_epochs(depth: int, data: ImageData, amp: str, compiled: bool, gated: bool = False) -> Iterator[float]:
     """Train an epoch for every item taken, and evaluate; yields the top-1 in percent."""
-    model: nn.Module = plain_resnet(depth, gated=gated).to(memory_format=torch.channels_last)
+    model: nn.Module = plain_resnet(depth, gated=gated)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     gates = [module for module in model.modules() if isinstance(module, PlainGate)]
     run: Any = torch.compile(model) if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)

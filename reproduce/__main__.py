@@ -35,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m reproduce", description="The paper's experiments: run them, and show the results.")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
-    results = argparse.ArgumentParser(add_help=False)
+    results = Parser(add_help=False)
     results.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="folder of the ledger [results]"
     )
-    docs = argparse.ArgumentParser(add_help=False)
+    docs = Parser(add_help=False)
     docs.add_argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of results.md [docs]")
-    machine = argparse.ArgumentParser(add_help=False)
+    machine = Parser(add_help=False)
     _add_machine(machine)
     run = verbs.add_parser(
         "run",

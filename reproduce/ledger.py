@@ -126,8 +126,8 @@ class LedgerRow:
                 raise ValueError(f"{spec.name}: expected a finite number, got {value!r}")
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        for names, high in ((_PERCENTS, 100.0), (_SHARES, 1.0), (("polar",), 0.25), (_AMOUNTS, math.inf)):
-            _check_range(self, names, high)
+        for group, high in ((_PERCENTS, 100.0), (_SHARES, 1.0), (("polar",), 0.25), (_AMOUNTS, math.inf)):
+            _check_range(self, group, high)
         if self.macs_dense == 0:
             raise ValueError(f"macs_dense: expected more than 0, got {self.macs_dense!r}")
         for name in ("experiment", "dataset"):

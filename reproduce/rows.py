@@ -184,6 +184,9 @@ def naive_row(workplace: Workplace, experiment: Experiment, seed: int, rows: Map
     found = figures(place(pruned, config), config, images)
     here = provenance(resolve_device(config.device))
     kept = found["params"] / sum(parameter.numel() for parameter in dense.parameters())
+    unknown: dict[str, Any] = dict.fromkeys(
+        ("train_macs", "core_minutes", "energy_j", "energy_reason", "energy_j_image")
+    )
     return replace(
         source,
         experiment=experiment.name,
@@ -196,5 +199,5 @@ def naive_row(workplace: Workplace, experiment: Experiment, seed: int, rows: Map
         recipe=recipe_of(experiment),
         **{name: found[name] for name in ("macs", "macs_conv", "params")},
         **{name: here[name] for name in ("device", "commit", "versions")},
-        **dict.fromkeys(("train_macs", "core_minutes", "energy_j", "energy_reason", "energy_j_image")),
+        **unknown,
     )

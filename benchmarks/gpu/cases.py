@@ -64,9 +64,9 @@ def _cases() -> Iterator[Case]:
     yield Case("build", (build,), 300.0, dry=True)
     yield Case("ceilings", (ceilings,), dry=True)
     for format_ in ("float16", "tf32", "bfloat16", "float32"):
-        yield _check(f"conv-{format_}", lambda m, f=format_: parity.conv_rows(m, f), dry=format_ == "float16")
+        yield _check(f"conv-{format_}", partial(parity.conv_rows, dtype=format_), dry=format_ == "float16")
     for ranks in (1, 2, 4, 8):
-        yield _check(f"resident-x{ranks}", lambda m, r=ranks: parity.resident_rows(m, r), dry=ranks == 1)
+        yield _check(f"resident-x{ranks}", partial(parity.resident_rows, ranks=ranks), dry=ranks == 1)
     yield _check("gate", parity.gate_rows)
     yield _check("block", parity.block_rows)
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):

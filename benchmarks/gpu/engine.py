@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def network_rows(machine: Machine, model: str, variant: str, batch: int, dtype: 
             if errors[0] > max(2 * errors[1], 1e-5):
                 raise RuntimeError(f"error {errors[0]:.1e}, twice PyTorch's own is {2 * errors[1]:.1e}")
             inputs = machine.copies(lambda: torch.randn_like(given))
-            values = machine.values([lambda x=x: run(x) for x in inputs], False, inner=provider != COMPILED)
+            values = machine.values([partial(run, x) for x in inputs], False, inner=provider != COMPILED)
         row = Row("engine", case.name, batch, dtype, provider, error=errors[0], **values)
         return [row, *_candidates(Path(cache), case, dtype, provider)]
 
@@ -67,7 +68,7 @@ def build(machine: Machine, provider: str, network: nn.Module, x: Tensor) -> Run
         return gatedconv.Engine(network, x)
     if PROVIDERS[provider] is not None:  # there is no engine for half precision on a CPU, but its plans run there
         return _dry_plan(network, x, provider) if machine.stands_in else network
-    network = network.to(memory_format=torch.channels_last)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     last = {"memory_format": torch.channels_last}
     if provider == COMPILED:
         with torch._inductor.config.patch(freezing=True):
@@ -217,7 +218,7 @@ def layer_providers(machine: Machine, layer: LayerCase, batch: int, dtype: torch
     found: dict[str, Run] = {"compact cudnn": compact, "dense cudnn": dense}
     if machine.stands_in:
         found["gatedconv"] = _ours(layer, wide if scatters else weight, wide_bias if scatters else bias, stream, index)
-    return {name: [lambda x=x, r=run: r(x) for x in maps] for name, run in found.items()}
+    return {name: [partial(run, x) for x in maps] for name, run in found.items()}
 
 
 def _ours(layer: LayerCase, weight: Tensor, bias: Tensor, stream: Tensor, index: Tensor) -> Run:

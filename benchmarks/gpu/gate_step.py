@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def gate_steps(gate: torch.nn.Module, inputs: list[Tensor], wrap: Callable[..., 
     """One call per input: gradients of the input and of every parameter, from those of gate and open rate."""
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return gate(x), gate.open_rate
+        return gate(x), gate.open_rate  # type: ignore[return-value]
 
     run = wrap(forward)
     with torch.no_grad():  # makes no autograd graph, whose nodes would be bound to this stream
@@ -49,7 +50,7 @@ def gate_steps(gate: torch.nn.Module, inputs: list[Tensor], wrap: Callable[..., 
         torch.compiler.cudagraph_mark_step_begin()
         return torch.autograd.grad(run(x), [x, *gate.parameters()], incoming)
 
-    return [lambda x=x: step(x) for x in inputs]
+    return [partial(step, x) for x in inputs]
 
 
 def gate_rows(machine: Machine, kind: str, channels: int, size: int, providers: tuple[str, ...] = EAGER) -> list[Row]:

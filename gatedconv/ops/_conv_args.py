@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gatedconv.ops._checks import require_tensor
-
 IntPair = int | Sequence[int]
 
 
@@ -153,9 +151,12 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual:
     ):
         if tensor is None and name in ("bias", "residual"):
             continue
-        require_tensor("masked_conv2d", name, tensor)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"masked_conv2d: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"masked_conv2d: {name} must be dense (torch.strided), got {tensor.layout}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"masked_conv2d: {name} must be floating point, got {tensor.dtype}")
         if tensor.dim() != rank:
             raise ValueError(f"masked_conv2d: {name} must be {rank}-D, got shape {tuple(tensor.shape)}")
         if tensor.dtype != input.dtype:

@@ -18,7 +18,7 @@ def call(function, **changes):
 
 
 BAD = {
-    "input no tensor": ({"input": [[1.0]]}, TypeError, "input must be a floating point tensor, got list"),
+    "input no tensor": ({"input": [[1.0]]}, TypeError, "input must be a tensor, got list"),
     "input of 3 dimensions": ({"input": torch.randn(3, 5, 5)}, ValueError, "input must be 4-D"),
     "weight of 5 dimensions": ({"weight": torch.randn(4, 3, 3, 3, 1)}, ValueError, "weight must be 4-D"),
     "integers": ({"input": torch.ones(2, 3, 5, 5, dtype=torch.int64)}, TypeError, "floating point"),
