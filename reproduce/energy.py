@@ -54,7 +54,7 @@ def _measured(workplace: Workplace, row: LedgerRow, cache: dict[tuple[Any, ...],
     from gatedconv.measure.energy import EnergyMeter
     from gatedconv.train.build import load_images
     from gatedconv.train.device import place, resolve_device
-    from gatedconv.train.results import energies
+    from gatedconv.train.summary import energies
 
     folder = workplace.folder(row.experiment, row.seed)
     weights = folder.model("compact" if row.kind == "gated" else "dense")

@@ -80,7 +80,7 @@ def with_controls(
     name: str, preset: str, shown: str, seeds: tuple[int, ...] = THREE, settings: Settings | None = None
 ) -> Iterator[Experiment]:
     """A gated run, its dense network and its controls, the second of them also with a teacher."""
-    label, without = f"{network_name(name)} gated", f"{name}-dense"
+    label, without = f"{network_label(name)} gated", f"{name}-dense"
     gated = Experiment(name, "gated", preset, settings or {}, seeds, (shown,), label, dense=without)
     yield gated
     yield dense(gated)
@@ -91,11 +91,11 @@ def with_controls(
 def dense(gated: Experiment) -> Experiment:
     """The experiment that `gated.dense` names."""
     settings = {**gated.settings, "gate": "none", "consensus_at": 1.0, "mac_control": "none", "teacher_at": 1.0}
-    label = f"{network_name(gated.name)} dense"
+    label = f"{network_label(gated.name)} dense"
     return replace(gated, name=gated.dense, kind="dense", settings=settings, label=label, dense="")
 
 
-def network_name(name: str) -> str:
+def network_label(name: str) -> str:
     """headline-r56-c10 -> ResNet-56 CIFAR-10; fast-c10 -> VGG CIFAR-10."""
     parts = name.split("-")
     depth = next((part[1:] for part in parts if part[:1] == "r" and part[1:].isdigit()), "")

@@ -12,7 +12,7 @@ from reproduce.experiment import (
     Settings,
     controls,
     dense,
-    network_name,
+    network_label,
     taught,
     with_controls,
 )
@@ -66,7 +66,7 @@ def cpu_bench() -> Iterator[Experiment]:
         ("cpu-untaught-r20-c10", {}, "no teacher"),
         ("cpu-early-r20-c10", _EARLY, "no teacher, most gates early"),
     ):
-        label = f"{network_name(name)} gated, {label}"
+        label = f"{network_label(name)} gated, {label}"
         settings = {**_CPU_BENCH, "teacher_at": 1.0, **change}
         without = "cpu-r20-c10-dense"
         other = Experiment(name, "gated", "best-c10-r20", settings, shown=("cpu",), label=label, dense=without)
@@ -95,14 +95,14 @@ def fast() -> Iterator[Experiment]:
     ):
         shown = "fast30" if target == 0.3 else name.replace("-", "")
         own = {**_HERE, "data": data, "mac_target": target}
-        label, teacher = f"{network_name(name)} gated", "fast-c10-dense" if data == "cifar10" else f"{name}-dense"
+        label, teacher = f"{network_label(name)} gated", "fast-c10-dense" if data == "cifar10" else f"{name}-dense"
         gated = Experiment(name, "gated", "fast-c10", own, seeds, (shown,), label, dense=teacher)
         even, fixed = controls(gated)
         with_teacher = replace(
             gated,
             name=f"{name}-taught",
             settings={**own, "teacher_at": 0.3},
-            label=f"{network_name(name)} gated, taught",
+            label=f"{network_label(name)} gated, taught",
         )
         yield from (gated, even, fixed, with_teacher, taught(controls(with_teacher)[1], with_teacher))
         if target == 0.5:

@@ -22,7 +22,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int | None": (int, _NONE),
     "float | None": (int, float, _NONE),
 }
-_PERCENTS = ("top1_last", "top1_dynamic", "top1_whole")
+_PERCENTS = ("top1_last", "top1_dynamic", "top1_teacher")
 _SHARES = ("open_ratio", "pruning_rate", "agreement")
 _AMOUNTS = (
     "seed",
@@ -65,7 +65,7 @@ class LedgerRow:
         agreement: share of the samples' decisions that equal the consensus, 0 to 1.
         top1_dynamic: percent, before the freeze, with gates deciding per sample.
         macs_dynamic: expected MACs of the same.
-        top1_whole: percent, of the dense teacher after the last epoch; None without a teacher.
+        top1_teacher: percent, of the dense teacher after the last epoch; None without a teacher.
         train_macs: multiply-accumulates of the training, the teacher's included; None if unknown.
         core_minutes: of CPU cores in the training; None in rows older than the field.
         params: parameters of the deployed network.
@@ -102,7 +102,7 @@ class LedgerRow:
     agreement: float | None = None
     top1_dynamic: float | None = None
     macs_dynamic: float | None = None
-    top1_whole: float | None = None
+    top1_teacher: float | None = None
     train_macs: float | None = None
     core_minutes: float | None = None
     params: int | None = None

@@ -18,7 +18,7 @@ from reproduce.checks import known_images, require_macs
 from reproduce.experiment import Experiment
 from reproduce.experiments import all_experiments, find_experiment
 from reproduce.ledger import LedgerRow
-from reproduce.presets import preset_settings
+from reproduce.paper_presets import paper_settings
 from reproduce.workplace import Key, Workplace, dataset_name
 
 _NET: Schema = {"top1": NUMBER, "macs": NUMBER, "params": int}
@@ -44,7 +44,7 @@ _GATES: dict[str, Schema] = {
 
 def recipe_settings(experiment: Experiment) -> dict[str, Any]:
     """The config fields that an experiment sets: its preset's, overridden by its own."""
-    return (preset_settings(experiment.preset) if experiment.preset else {}) | dict(experiment.settings)
+    return (paper_settings(experiment.preset) if experiment.preset else {}) | dict(experiment.settings)
 
 
 def recipe_of(experiment: Experiment) -> str:
@@ -162,7 +162,7 @@ def _of_gates(summary: Mapping[str, Any]) -> dict[str, Any]:
         "agreement": summary["agreement"],
         "top1_dynamic": summary["dynamic"]["top1"],
         "macs_dynamic": summary["dynamic"]["macs"],
-        "top1_whole": summary["dense"]["top1"] if "dense" in summary else None,
+        "top1_teacher": summary["dense"]["top1"] if "dense" in summary else None,
     }
 
 
@@ -170,7 +170,7 @@ def naive_row(workplace: Workplace, experiment: Experiment, seed: int, rows: Map
     """The ledger's row of a naive baseline: a trained dense network with random parts left out."""
     from gatedconv.deploy import load
     from gatedconv.train.device import place, resolve_device
-    from gatedconv.train.results import figures
+    from gatedconv.train.summary import figures
     from reproduce.naive import drop_layers, drop_parameters
 
     source = reference(experiment, seed, rows)

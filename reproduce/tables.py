@@ -206,7 +206,7 @@ def _line(experiment: Experiment, rows: Rows) -> list[str]:
         _shown([run.agreement for run in runs], 2, 100, " %"),
         _shown([run.top1_dynamic for run in runs], 2),
         _shown([None if run.macs_dynamic is None else run.macs_dynamic / 1e6 for run in runs], 2),
-        _shown([run.top1_whole for run in runs], 2),
+        _shown([run.top1_teacher for run in runs], 2),
         _shown([None if run.train_macs is None else run.train_macs / 1e12 for run in runs], 2),
         _shown([run.core_minutes if run.device == "cpu" else None for run in runs], 1),
         _shown([None if run.energy_j is None else run.energy_j / 3600 for run in runs], 2),

@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.train.build import load_images
     from gatedconv.train.config import TrainConfig
     from gatedconv.train.device import resolve_device
-    from gatedconv.train.results import figures
     from gatedconv.train.run_dir import RunFolder
+    from gatedconv.train.summary import figures
 
     networks = saved_networks(arguments.target)
     if arguments.target.is_dir():

@@ -27,7 +27,7 @@ from gatedconv.convert.flow import (
 )
 from gatedconv.convert.install import Link, attach, open_gate
 from gatedconv.convert.record import CALL, Node, Record, Value
-from gatedconv.convert.record_macs import Gated, estimated_parts, mac_terms, node_terms, reachable_share
+from gatedconv.convert.record_macs import Gated, estimated_parts, merge_terms, node_terms, reachable_share
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import require_same, require_same_training
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
@@ -117,7 +117,7 @@ def gate_model(
     installer.finish()
     total, conversion.note = _total_macs(probe, example_input)
     by_node = node_terms(flow, installer.gated)
-    terms = mac_terms((term for found in by_node.values() for term in found), total)
+    terms = merge_terms((term for found in by_node.values() for term in found), total)
     conversion.estimated = estimated_parts(flow, installer.gated, by_node)
     conversion.reachable_macs = reachable_share(terms)
     conversion.gated = {name: conversion.gated[name] for name in find_gates(result)}

@@ -45,7 +45,7 @@ def node_terms(flow: Flow, gated: Gated) -> dict[Node, list[MacTerm]]:
     return _Labels(flow, gated).terms()
 
 
-def mac_terms(found: Iterable[MacTerm], total: float | None) -> list[MacTerm]:
+def merge_terms(found: Iterable[MacTerm], total: float | None) -> list[MacTerm]:
     """One term for each combination of gates.
 
     Args:

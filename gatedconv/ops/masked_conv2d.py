@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gatedconv.ops import _native_conv, cuda_conv
-from gatedconv.ops._compact_conv import compact_backward, compact_forward, without_closed_samples
-from gatedconv.ops._conv_args import Conv, IntPair, check_arguments, conv_memory_format
-from gatedconv.ops._packed_conv import PackedConv
+from gatedconv.ops import _masked_conv2d_native, cuda_conv
+from gatedconv.ops._masked_conv2d_args import Conv, IntPair, check_arguments, conv_memory_format
+from gatedconv.ops._masked_conv2d_compact import compact_backward, compact_forward, without_closed_samples
+from gatedconv.ops._masked_conv2d_packed import PackedConv
 
 
 def masked_conv2d(
@@ -83,7 +83,7 @@ def masked_conv2d(
 def _masked_conv2d(conv: Conv, packed: PackedConv | None, meta: bool) -> Tensor:
     """Compute `masked_conv2d` by the native operator, by compact tensors or, where everything is open, by PyTorch."""
     input, weight = conv.input, conv.weight
-    native = _has_kernel(conv) and _native_conv.ready()
+    native = _has_kernel(conv) and _masked_conv2d_native.ready()
     if conv.in_open is not None and conv.in_open.dim() == 2 and not (native and _takes_sample_inputs(input)):
         conv = conv._replace(input=_without_closed_inputs(input, conv.in_open), in_open=None)
     if not torch.compiler.is_compiling() and not meta:
@@ -100,10 +100,10 @@ def _masked_conv2d(conv: Conv, packed: PackedConv | None, meta: bool) -> Tensor:
             return compact_forward(conv)
         if packed is not None:
             kept = packed.tensor(weight, conv.out_open, conv.in_open, conv.geometry.groups)
-            return _native_conv.call(conv, kept)
-        return _native_conv.call(conv)
+            return _masked_conv2d_native.call(conv, kept)
+        return _masked_conv2d_native.call(conv)
     if native:
-        return _native_conv.call(conv)
+        return _masked_conv2d_native.call(conv)
     # A traced graph does not know how many channels are open, so it cannot hold compact tensors.
     return _reference(conv).contiguous(memory_format=conv_memory_format(input, weight))
 
@@ -134,7 +134,7 @@ class _MaskedConv2d(torch.autograd.Function):
     def forward(*inputs: Any) -> Tensor:
         # A signature of its own would be inspected anew at every call, which takes longer than small layers.
         fast, conv = inputs[0], Conv(*inputs[1:])
-        return _native_conv.call(conv) if fast else compact_forward(conv)
+        return _masked_conv2d_native.call(conv) if fast else compact_forward(conv)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

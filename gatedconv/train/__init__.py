@@ -2,7 +2,7 @@
 
 trainer.py: the phases of a run. build.py, recipe.py, device.py: what a phase trains and where, from config.py. loop.py:
 epochs; step.py: a step, with distill.py (teachers), skip_dead.py, recompute.py, cuda_graph_step.py. optimizer.py: the
-optimizer and the learning rate. metrics.py, results.py: what is measured. checkpoint.py, run_dir.py, stopping.py: what
+optimizer and the learning rate. metrics.py, summary.py: what is measured. checkpoint.py, run_dir.py, stopping.py: what
 is written, and when. options.py, presets.py: settings by name. distributed.py: several ranks.
 """
 

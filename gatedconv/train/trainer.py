@@ -27,9 +27,9 @@ from gatedconv.train.distributed import SINGLE, Ranks, by_torchrun, joined
 from gatedconv.train.loop import Training
 from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard, run_energy
 from gatedconv.train.recipe import eval_batches, train_batches
-from gatedconv.train.results import consensus_figures, example_images, measured, write_exports
 from gatedconv.train.run_dir import MetricsWriter, RunFolder
 from gatedconv.train.stopping import StopRequest
+from gatedconv.train.summary import consensus_figures, example_images, measured, write_exports
 
 # MACs that are off the target by more than this share of it, with gates that get no gradient (dead or saturated), are
 # worth a note. A single layer gate of ResNet-20 is a fifth of a target of one half.

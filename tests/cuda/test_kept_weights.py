@@ -11,7 +11,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv import ops
-from gatedconv.ops import _native_conv, _packed_conv
+from gatedconv.ops import _masked_conv2d_native, _masked_conv2d_packed
 from tests.tolerances import assert_close
 
 
@@ -48,10 +48,10 @@ class OnDevice:
     def __init__(self, monkeypatch) -> None:
         self.cuda_stream, self.tf32, self.packs = 0, False, 0
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
-        monkeypatch.setattr(_packed_conv.cuda_conv, "allows_tf32", lambda: self.tf32)
+        monkeypatch.setattr(_masked_conv2d_packed.cuda_conv, "allows_tf32", lambda: self.tf32)
 
     def key(self, *tensors, groups=1):
-        return _packed_conv._device_key(tensors, groups)
+        return _masked_conv2d_packed._device_key(tensors, groups)
 
 
 def test_a_key_changes_with_whatever_the_packed_weights_depend_on(monkeypatch):
@@ -95,8 +95,8 @@ def test_a_layer_packs_once_until_its_weights_change(monkeypatch):
     """What a frozen layer does on a GPU, told by its keys."""
     OnDevice(monkeypatch)
     packs = []
-    monkeypatch.setattr(_native_conv, "pack", lambda *arguments: packs.append(arguments) or torch.zeros(1))
-    monkeypatch.setattr(_packed_conv, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(_masked_conv2d_native, "pack", lambda *arguments: packs.append(arguments) or torch.zeros(1))
+    monkeypatch.setattr(_masked_conv2d_packed, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     capturing = False
     conv, mask = gatedconv.Conv2d(4, 4, 3).half(), torch.ones(4, dtype=torch.bool)
@@ -120,7 +120,7 @@ def test_a_layer_packs_once_until_its_weights_change(monkeypatch):
 
 
 def test_the_mask_that_is_open_everywhere_is_no_inference_tensor():
-    kept = _packed_conv.PackedConv()
+    kept = _masked_conv2d_packed.PackedConv()
     with torch.inference_mode():
         mask = kept.everything(4, torch.device("cpu"))
     assert not mask.is_inference() and bool(mask.all()) and kept.everything(4, torch.device("cpu")) is mask

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gatedconv.ops import _native_conv, masked_conv2d, masked_conv2d_reference
-from gatedconv.ops._conv_args import check_arguments
+from gatedconv.ops import _masked_conv2d_native, masked_conv2d, masked_conv2d_reference
+from gatedconv.ops._masked_conv2d_args import check_arguments
 from gatedconv.report.conv_case import ConvCase
 from tests.ops.conv_oracle import masked_conv2d_oracle
 from tests.tolerances import assert_close, relative_error, tolerance
@@ -26,9 +26,9 @@ def mask_of(bits: list[int]) -> torch.Tensor:
 def backend(request, monkeypatch):
     """Run with the native library, and as if there were none."""
     if request.param == "compact":
-        monkeypatch.setattr(_native_conv, "ready", lambda: False)
+        monkeypatch.setattr(_masked_conv2d_native, "ready", lambda: False)
     else:
-        assert _native_conv.ready(), "no native library: the tests of it would test nothing"
+        assert _masked_conv2d_native.ready(), "no native library: the tests of it would test nothing"
     return request.param
 
 
@@ -91,7 +91,7 @@ def check_case(case) -> None:
 @pytest.fixture(scope="module", params=["avx512", "avx2", "portable"])
 def instruction_set(request):
     with pytest.MonkeyPatch.context() as patch:
-        assert _native_conv.ready()
+        assert _masked_conv2d_native.ready()
         patch.setenv("GATEDCONV_ISA", request.param)
         try:
             masked_conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), None, mask_of([1]))
@@ -117,7 +117,7 @@ def test_the_native_fp64_body_equals_the_definition(case):
     tensors = [None if t is None else t.double() for t in tensors]
     residual = None if numbers["residual"] is None else numbers["residual"].double()
     numbers |= {"residual": residual}
-    out = _native_conv.call(check_arguments(*tensors, out_open, in_open, **numbers))
+    out = _masked_conv2d_native.call(check_arguments(*tensors, out_open, in_open, **numbers))
     expected = masked_conv2d_oracle(*tensors, out_open, in_open, **numbers)
     assert relative_error(out, expected, SCALE) <= tolerance(torch.float64)
 
@@ -155,7 +155,7 @@ def test_real_layers(instruction_set, text):
 @given(cases())
 def test_compact_tensors_equal_the_definition(case):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_native_conv, "ready", lambda: False)
+        patch.setattr(_masked_conv2d_native, "ready", lambda: False)
         check_case(case)
 
 
@@ -181,7 +181,7 @@ def test_gradients_equal_the_definitions(case, native):
 
     with pytest.MonkeyPatch.context() as patch:
         if not native:
-            patch.setattr(_native_conv, "ready", lambda: False)
+            patch.setattr(_masked_conv2d_native, "ready", lambda: False)
         got = gradients(masked_conv2d)
     for ours, theirs, plain in zip(
         got, gradients(masked_conv2d_oracle), gradients(masked_conv2d_reference), strict=True
@@ -397,7 +397,7 @@ def test_autocast_computes_in_the_autocast_type(backend):
 
 
 def test_the_compact_convolution_multiplies_only_what_is_open(monkeypatch):
-    monkeypatch.setattr(_native_conv, "ready", lambda: False)
+    monkeypatch.setattr(_masked_conv2d_native, "ready", lambda: False)
     from torch.utils.flop_counter import FlopCounterMode
 
     x, w = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(10, 8, 3, 3, requires_grad=True)
@@ -414,7 +414,7 @@ def test_the_backward_operator_multiplies_only_what_is_open():
     x, w = torch.randn(2, 8, 6, 6), torch.randn(10, 8, 3, 3)
     out_open, in_open = torch.arange(10) % 2 == 0, torch.arange(8) % 4 == 0
     with FlopCounterMode(display=False) as counter:
-        made = _native_conv._backward_op(
+        made = _masked_conv2d_native._backward_op(
             torch.randn(2, 10, 6, 6), x, w, out_open, in_open, None, [1, 1], [1] * 4, [1, 1], 1, [True] * 4
         )
     assert made[0].shape == x.shape and made[1].shape == w.shape

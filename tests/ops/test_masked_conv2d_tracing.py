@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gatedconv.ops import _native_conv, masked_conv2d
+from gatedconv.ops import _masked_conv2d_native, masked_conv2d
 from tests.ops.conv_oracle import masked_conv2d_oracle
 from tests.tolerances import assert_close
 
@@ -49,7 +49,7 @@ class Layer(torch.nn.Module):
     ],
 )
 def test_opcheck(dtype, channels_last, per_sample):
-    assert _native_conv.ready()
+    assert _masked_conv2d_native.ready()
     x, w, b, residual = tensors(dtype, channels_last, requires_grad=True)
     mask = OUT_OPEN.expand(2, 5).contiguous() if per_sample else OUT_OPEN
     numbers = ([2, 2], [1, 1, 1, 1], [1, 1], 1)
@@ -67,7 +67,7 @@ def test_opcheck(dtype, channels_last, per_sample):
 @pytest.mark.parametrize("native", [True, False])
 def test_gradcheck(monkeypatch, native):
     if not native:
-        monkeypatch.setattr(_native_conv, "ready", lambda: False)
+        monkeypatch.setattr(_masked_conv2d_native, "ready", lambda: False)
     x, w, b, residual = tensors(torch.float64)
     leaves = [t.clone().requires_grad_() for t in (x[:1, :, :3, :3], w, b, residual[:1, :, :2, :2])]
     assert torch.autograd.gradcheck(layer, leaves)
@@ -78,7 +78,7 @@ def test_gradcheck(monkeypatch, native):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_compiled_in_one_graph_gives_the_same_output_and_gradients(monkeypatch, native, channels_last):
     if not native:
-        monkeypatch.setattr(_native_conv, "ready", torch.compiler.assume_constant_result(lambda: False))
+        monkeypatch.setattr(_masked_conv2d_native, "ready", torch.compiler.assume_constant_result(lambda: False))
     torch._dynamo.reset()
     leaves = tensors(channels_last=channels_last, requires_grad=True)
     expected = layer(*leaves)

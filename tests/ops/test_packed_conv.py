@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 
 import gatedconv
-from gatedconv.ops import PackedConv, _native_conv, masked_conv2d
+from gatedconv.ops import PackedConv, _masked_conv2d_native, masked_conv2d
 from tests.ops.test_masked_conv2d import SCALE, cases, masked_conv2d_oracle
 from tests.tolerances import assert_close, relative_error, tolerance
 
@@ -22,14 +22,14 @@ MASK = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1]).bool()
 @pytest.fixture
 def packs(monkeypatch):
     """Counts how often weights are packed to be kept."""
-    assert _native_conv.ready()
-    calls, pack = [], _native_conv.pack
+    assert _masked_conv2d_native.ready()
+    calls, pack = [], _masked_conv2d_native.pack
 
     def counted(*arguments):
         calls.append(arguments)
         return pack(*arguments)
 
-    monkeypatch.setattr(_native_conv, "pack", counted)
+    monkeypatch.setattr(_masked_conv2d_native, "pack", counted)
     return calls
 
 
@@ -165,10 +165,10 @@ def test_packed_of_other_weights_is_left_alone():
 
 
 def test_opcheck_with_packed_weights():
-    assert _native_conv.ready()
+    assert _masked_conv2d_native.ready()
     x, w = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randn(5, 4, 3, 3, requires_grad=True)
     mask = torch.tensor([1, 0, 1, 1, 0]).bool()
-    packed = _native_conv.pack(w, mask, None, 1)
+    packed = _masked_conv2d_native.pack(w, mask, None, 1)
     arguments = (x, w, None, mask, None, None, [1, 1], [0, 0, 0, 0], [1, 1], 1, True, packed)
     torch.library.opcheck(torch.ops.gatedconv.masked_conv2d.default, arguments)
 
@@ -176,7 +176,7 @@ def test_opcheck_with_packed_weights():
 def test_opcheck_of_packing():
     weight, mask = torch.randn(5, 9, 3, 3), torch.tensor([1, 0, 1, 1, 0]).bool()
     op = torch.ops.gatedconv.masked_conv2d_pack.default
-    assert _native_conv.ready()
+    assert _masked_conv2d_native.ready()
     torch.library.opcheck(op, (weight, mask, None, 1))
     torch.library.opcheck(op, (weight, mask, torch.arange(9) > 3, 1))
 

@@ -189,7 +189,7 @@ def test_joules_per_image_are_measured_when_all_have_ended(
     assert {each.jobs for each in before.values()} == {2} and {each.energy_j for each in before.values()} == {None}
     counter = SimpleNamespace(name="fake", span=None, read=lambda: 1.0)
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
-    monkeypatch.setattr("gatedconv.train.results.energy_per_call", lambda call, meter, synchronize: 0.5 * len(call()))
+    monkeypatch.setattr("gatedconv.train.summary.energy_per_call", lambda call, meter, synchronize: 0.5 * len(call()))
     keys = [(DENSE, 0), (GATED, 0)]
     assert runner.run_experiments(shared, keys, 2) == runner.DONE  # others run at the same time: not now
     assert read_ledger(workplace.ledger) == before

@@ -18,7 +18,7 @@ from reproduce import runner
 from reproduce.__main__ import main
 from reproduce.experiments import all_experiments
 from reproduce.ledger import read_ledger
-from reproduce.presets import preset_settings
+from reproduce.paper_presets import paper_settings
 from reproduce.workplace import Workplace
 from tests.image_files import blobs, write_npz
 
@@ -33,7 +33,7 @@ def test_every_row_has_a_config_and_a_network_at_its_own_depth(name: str, tmp_pa
     data = load_images(TrainConfig(data=f"npz:{archive}"))
     for each in EXPERIMENTS.values():
         if each.preset == name:
-            config = TrainConfig(**{**preset_settings(name), **each.settings})
+            config = TrainConfig(**{**paper_settings(name), **each.settings})
             key = (config.gate, config.position, config.estimator, config.hidden)
             if key not in built:
                 built.add(key)

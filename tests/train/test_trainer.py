@@ -16,8 +16,8 @@ from gatedconv.deploy import re_estimate_batchnorm
 from gatedconv.train import Callback, EpochMetrics, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.metrics import TensorBoard, evaluate
-from gatedconv.train.results import energies
 from gatedconv.train.stopping import StopRequest
+from gatedconv.train.summary import energies
 from reproduce.experiments import find_experiment
 from reproduce.rows import training_row
 from tests.image_files import write_npz
@@ -126,7 +126,7 @@ def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pyt
     counter = SimpleNamespace(name="fake", span=None)
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
     monkeypatch.setattr(
-        "gatedconv.train.results.energy_per_call",
+        "gatedconv.train.summary.energy_per_call",
         lambda call, meter, synchronize: asked.append(len(call())) or 0.1 * len(call()),
     )
     found = energies(net, config, data)
@@ -158,7 +158,7 @@ def test_the_ledger_takes_over_the_energy_of_an_image(tmp_path: Path, joules: fl
     experiment = find_experiment("headline-r56-c10-dense")
     row = training_row(experiment, 0, begun(tmp_path), summary, {})
     assert row.energy_j_image == joules
-    assert (row.train_macs, row.top1_whole) == (3e15, None)
+    assert (row.train_macs, row.top1_teacher) == (3e15, None)
 
 
 def test_a_row_of_the_recipe_has_the_dense_network_too(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_row_of_the_recipe_has_the_dense_network_too(tmp_path: Path) -> None:
         "dynamic": {"top1": 70.0, "macs": 5e6},
     }
     row = training_row(find_experiment("cpu-r20-c10"), 0, begun(tmp_path), summary, {})
-    assert (row.top1_last, row.top1_whole, row.macs, row.macs_dense, row.epochs) == (76.0, 78.0, 5e6, 1e7, 24)
+    assert (row.top1_last, row.top1_teacher, row.macs, row.macs_dense, row.epochs) == (76.0, 78.0, 5e6, 1e7, 24)
 
 
 def test_a_run_counts_what_it_trains_after_compacting(tmp_path: Path, archive: Path) -> None:

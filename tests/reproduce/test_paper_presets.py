@@ -7,12 +7,12 @@ import pytest
 from gatedconv.train.config import make_config
 from gatedconv.train.optimizer import learning_rate
 from gatedconv.train.recipe import polar_weight
-from reproduce.presets import PAPER, preset_settings
+from reproduce.paper_presets import PAPER, paper_settings
 
 
 def test_every_preset_is_a_valid_config_with_its_own_name() -> None:
     for name in PAPER:
-        assert make_config(preset_settings(name)).name == name
+        assert make_config(paper_settings(name)).name == name
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_every_preset_is_a_valid_config_with_its_own_name() -> None:
     ],
 )
 def test_paper_presets_follow_section_4_1(name: str, batch: int, drops: tuple[int, ...]) -> None:
-    config = make_config(preset_settings(name))
+    config = make_config(paper_settings(name))
     assert (config.epochs, config.batch_size, config.momentum, config.weight_decay) == (350, batch, 0.9, 5e-4)
     assert (config.nesterov, config.seed, config.shortcut, config.estimator) == (False, 1, "B", "ste")
     rates = [learning_rate(config, epoch) for epoch in range(350)]
@@ -38,11 +38,11 @@ def test_paper_presets_follow_section_4_1(name: str, batch: int, drops: tuple[in
 
 
 def test_paper_channel_preset_is_2fc_after() -> None:
-    config = make_config(preset_settings("paper-c10-r110-channel"))
+    config = make_config(paper_settings("paper-c10-r110-channel"))
     assert (config.gate, config.position, config.hidden, config.pool) == ("channel", "after", 16, "flatten")
 
 
 def test_presets_of_the_package_are_found_too() -> None:
-    assert preset_settings("best-c10-r56")["name"] == "best-c10-r56"
+    assert paper_settings("best-c10-r56")["name"] == "best-c10-r56"
     with pytest.raises(ValueError, match="unknown preset"):
-        preset_settings("paper-c10-r57-layer")
+        paper_settings("paper-c10-r57-layer")

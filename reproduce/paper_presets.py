@@ -58,7 +58,7 @@ def _presets() -> dict[str, Settings]:
 PAPER = _presets()
 
 
-def preset_settings(name: str) -> Settings:
+def paper_settings(name: str) -> Settings:
     """The config fields that a preset of the paper, or of the package, sets; a copy.
 
     Raises:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gatedconv import _native
 from gatedconv.ops import cuda_conv
-from gatedconv.ops._compact_conv import compact_backward
-from gatedconv.ops._conv_args import Conv, Geometry, conv_memory_format
+from gatedconv.ops._masked_conv2d_args import Conv, Geometry, conv_memory_format
+from gatedconv.ops._masked_conv2d_compact import compact_backward
 from gatedconv.ops._triton import arguments_schema, constant_in_graphs
 
 _NAME = "gatedconv::masked_conv2d"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedconv.ops._conv_args import Conv, conv_memory_format
+from gatedconv.ops._masked_conv2d_args import Conv, conv_memory_format
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

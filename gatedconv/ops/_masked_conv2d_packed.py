@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.ops import _native_conv, cuda_conv
+from gatedconv.ops import _masked_conv2d_native, cuda_conv
 
 
 class PackedConv:
@@ -73,7 +73,7 @@ class PackedConv:
             return None
         kept = self._kept
         if kept is None or kept[0] != key:
-            packed = _native_conv.pack(weight, out_open, in_open, groups)
+            packed = _masked_conv2d_native.pack(weight, out_open, in_open, groups)
             # One assignment, so that threads see either state as a whole.
             self._kept = kept = (key, packed)
         return kept[1]
