@@ -7,6 +7,7 @@ record serves to find places for gates and channels that can go; the model itsel
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
 
 from gatedconv.gating import Gate, eval_mode
 
+_RECORDING = threading.RLock()  # records replace nn.Module.__call__ for their time
+
 CALL = "call"  # the operation of a node that is the call of a known layer
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 
@@ -34,12 +37,14 @@ class Value:
     Attributes:
         tensor: the recorded tensor; its numbers may have been overwritten since.
         name: of a constant, its path in the model's state; "" for others.
+        numbers: of a constant without a name, a copy of it as it was when it was first read.
     """
 
     tensor: Tensor = field(repr=False)
     node: Node | None = field(default=None, repr=False)
     index: int = 0
     name: str = ""
+    numbers: Tensor | None = field(default=None, repr=False)
     users: list[Node] = field(default_factory=list, repr=False)
 
     @property
@@ -54,7 +59,8 @@ class Node:
 
     Attributes:
         op: "input", "output", "call" for a known layer, "overwritten" for what an in-place operation did to another
-            view, "same" for a module that returned its input; else the name of an ATen operation.
+            view (its arguments: that view, the result of the operation, and what that wrote to, as it was before),
+            "same" for a module that returned its input; else the name of an ATen operation.
         scope: path of the module in whose forward it ran; of the layer itself for "call".
         module: the layer that was called, or None.
     """
@@ -100,6 +106,7 @@ class Record:
         self.calls: dict[str, list[ModuleCall]] = {}
         self.inputs: list[Value] = []
         self.outputs: list[Value] = []
+        self.returned: Any = None
         self.structure: Any = None  # what the model returned, with values in place of tensors
 
     def calls_of(self, path: str) -> list[ModuleCall]:
@@ -176,7 +183,7 @@ def record(
     """
     result = Record(model)
     recorder = _Recorder(result, known)
-    with eval_mode(model), torch.no_grad():
+    with _RECORDING, eval_mode(model), torch.no_grad():
         # A compiled part would hide its operations. The stance acts as soon as it is made.
         with torch.compiler.set_stance("force_eager"), recorder.watching_modules():
             recorder.start(args, dict(kwargs or {}))
@@ -214,7 +221,7 @@ class _Recorder(TorchDispatchMode):
         with self:
             out = self.result.model(*args, **kwargs)
         node = Node("output", "")
-        self.result.structure = self._read(node, open_up(out))
+        self.result.returned, self.result.structure = out, self._read(node, open_up(out))
         self.result.outputs = node.inputs
         node.order = len(self.result.nodes)
         self.result.nodes.append(node)
@@ -223,6 +230,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for item in () if self.quiet else tree_flatten((args, kwargs))[0]:
+            if isinstance(item, Tensor) and id(item) not in self.values:
+                self._constant(item)  # before an operation in place changes its numbers
         out = func(*args, **kwargs)
         if self.quiet:
             return out
@@ -239,12 +249,19 @@ class _Recorder(TorchDispatchMode):
         def look_up(item: Any) -> Any:
             if not isinstance(item, Tensor):
                 return item
-            value = self.values.get(id(item)) or self._keep(Value(item))
+            value = self.values.get(id(item)) or self._constant(item)
             node.inputs.append(value)
             value.users.append(node)
             return value
 
         return tree_map(look_up, structure)
+
+    def _constant(self, tensor: Tensor) -> Value:
+        """The value of a tensor that no recorded operation made."""
+        self.quiet += 1
+        numbers = tensor.detach().clone()
+        self.quiet -= 1
+        return self._keep(Value(tensor, numbers=numbers))
 
     def _append(self, node: Node, outputs: list[Tensor], written: set[int]) -> None:
         node.order = len(self.result.nodes)
@@ -259,10 +276,11 @@ class _Recorder(TorchDispatchMode):
     def _overwrite(self, node: Node, tensor: Tensor) -> None:
         """Other views of a tensor's memory changed with it."""
         mine = self.values[id(tensor)]
+        before = next((value for value in node.inputs if value.tensor is tensor), None)
         for other in list(self.storages.get(_memory(tensor), ())):
             if other is mine or other.tensor is tensor or self.values.get(id(other.tensor)) is not other:
                 continue
-            change = Node("overwritten", node.scope, (other, mine), inputs=[other, mine])
+            change = Node("overwritten", node.scope, (other, mine, before), inputs=[other, mine])
             other.users.append(change)
             mine.users.append(change)
             self._append(change, [other.tensor], set())
@@ -316,7 +334,7 @@ class _Recorder(TorchDispatchMode):
         if known:
             read.places = _places(out)
             self._append(read, tensors, written)
-        outputs = [self.values.get(id(t)) or self._keep(Value(t)) for t in tensors]
+        outputs = [self.values.get(id(t)) or self._constant(t) for t in tensors]
         plain = bool(args) and isinstance(args[0], Tensor) and isinstance(out, Tensor)
         self.result.calls.setdefault(path, []).append(
             ModuleCall(path, module, inputs, outputs, first, len(self.result.nodes), plain)

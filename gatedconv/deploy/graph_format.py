@@ -285,7 +285,7 @@ _ATEN = (
         "new_ones new_full repeat repeat_interleave scalar_tensor item _unsafe_index isfinite isinf remainder fmod "
         "trunc frac atan2 hypot sinh cosh asin acos tan log2 log10 exp2 expm1 erfc erfinv cross cdist _cdist_forward "
         "nonzero fmax fmin logical_xor scatter_add index_add masked_select mish glu prelu _prelu_kernel "
-        "rrelu_with_noise".split()
+        "rrelu_with_noise slice_scatter select_scatter".split()
     )
 )
 _OURS = ("gatedconv.gated_scale.default", "gatedconv.masked_conv2d.default")

@@ -6,6 +6,7 @@ from torch import fx
 
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.cuda_plan import CudaPlan
+from gatedconv.engine.idioms import name_of
 from gatedconv.engine.maps import Map, Step
 from gatedconv.ops.plan import plan_passing, plan_workspace
 
@@ -39,7 +40,7 @@ def describe_body(body: fx.GraphModule, batch: int, threads: int) -> list[str]:
 def _operation(body: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "call_module":
         return type(body.get_submodule(str(node.target))).__name__
-    return str(getattr(node.target, "__name__", node.target))
+    return name_of(node)
 
 
 def _cuda_plan(name: str, plan: CudaPlan, batch: int) -> list[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from gatedconv._io import first_line
 from gatedconv.convert import ConversionError, require_same
+from gatedconv.convert.verify import Inputs
 from gatedconv.deploy.compact import compact
 from gatedconv.engine.choose import choose_estimated
 from gatedconv.engine.cpu_plan import PlanModule
@@ -24,7 +25,7 @@ from gatedconv.engine.lower import trace
 from gatedconv.engine.partition import Segment, find_segments
 from gatedconv.engine.program import lay_out, write_program
 from gatedconv.engine.time_on_cpu import choose_measured
-from gatedconv.gating import find_gates, require_frozen, unwrap
+from gatedconv.gating import copied, find_gates, require_frozen, unwrap
 from gatedconv.ops.plan import plan_isa, unavailable
 
 
@@ -34,9 +35,11 @@ class Engine(nn.Module):
     On the CPU it computes in float32, or its products in bfloat16; on CUDA in the model's float32, float16 or bfloat16,
     each layer by the algorithm measured fastest, as one CUDA graph for each input shape.
 
-    What no plan can run (see `describe`) runs in PyTorch, in between; a model that cannot be traced runs
-    there as a whole. The result equals the model's up to rounding: max|a - b| / max|b| <= 1e-5 in float32, in other
-    types at most twice PyTorch's own error against float32.
+    What no plan can run (see `describe`) runs in PyTorch, in between. The model is written as a graph, from runs of its
+    code on random images of several sizes. A model that cannot be written so runs in PyTorch as a whole; one whose code
+    computes with the size of the images may be written for the example's size alone, and runs there for others. The
+    result equals the model's up to rounding: max|a - b| / max|b| <= 1e-5 in float32, in other types at most twice
+    PyTorch's own error against float32.
 
     Args:
         model: A frozen, compact or plain model; a frozen one is compacted first. It is copied, and not changed.
@@ -87,7 +90,7 @@ class Engine(nn.Module):
         _check_input(example_input, "example_input", None, own, device)
         require_frozen(model, "Engine")
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            source = compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
+            source = compact(model, example_input) if find_gates(model) else copied(model)
             source.eval()
             source.requires_grad_(False)
             # Kept out of the submodules: it is what save and pickle keep, and what runs is packed from it.
@@ -95,6 +98,7 @@ class Engine(nn.Module):
             self.example_size = tuple(example_input.shape)
             self.dtype, self.device = own, device
             self.reason = _why_not(source)
+            self.fixed_size: tuple[int, ...] | None = None  # (C, H, W) that alone does not run as a whole in PyTorch
             self.body: nn.Module = source
             measured = tune and device.type == "cpu" and self.products == torch.float32
             self.choose = choose_measured(threads or 0) if measured else choose_estimated
@@ -109,9 +113,10 @@ class Engine(nn.Module):
         plain = copy.deepcopy(source).to("cpu", torch.float32) if self.device.type == "cuda" else source
         try:
             traced = trace(plain, example_input)
-        except Exception as error:  # tracing runs the model's own code, which may raise anything
-            self.reason = f"torch.fx cannot trace the model: {type(error).__name__}: {error}"
+        except Exception as error:  # of the model's own code, which may raise anything
+            self.reason = f"the model cannot be written as a graph: {first_line(error)}"
             return
+        self.fixed_size = vars(traced)["fixed_size"]
         calls: dict[fx.Node, fx.Node] = {}  # the result of a segment -> the call that makes it now
         on_cpu = self.device.type == "cpu"
         segments = find_segments(traced) if on_cpu else find_segments(traced, runs_on_cuda)
@@ -125,7 +130,7 @@ class Engine(nn.Module):
             segment.result.replace_all_uses_with(call)
             for node in reversed(segment.nodes):
                 traced.graph.erase_node(node)
-        traced.graph.lint()
+        traced.graph.eliminate_dead_code()
         traced.recompile()
         traced.delete_all_unused_submodules()
         self.body = traced.to(self.device, self.dtype) if self.device.type == "cuda" else traced
@@ -138,11 +143,15 @@ class Engine(nn.Module):
 
     def _verify(self, source: nn.Module, example: Tensor) -> None:
         """Run everything in PyTorch, with a warning, if a result is not the model's."""
-        locate = partial(first_difference, example=example, choose=self.choose, dtype=self.products)
+
+        def locate(source: nn.Module, _: nn.Module, inputs: Inputs) -> str:
+            options: dict[str, Any] = {"example": example, "choose": self.choose, "dtype": self.products}
+            return first_difference(source, self.body, inputs, **options)
+
         try:
-            require_same(source, self.body, example, "the plan", locate=locate, integers=False, precision=self.products)
+            require_same(source, self, example, "the plan", locate=locate, integers=False, precision=self.products)
         except ConversionError as error:
-            self.reason = str(error)
+            self.reason, self.fixed_size = str(error), None
             self.body = source
             warnings.warn(f"Engine: everything runs in PyTorch, because of {self.reason}", stacklevel=3)
 
@@ -160,11 +169,19 @@ class Engine(nn.Module):
                 the plans or the memory.
         """
         _check_input(x, "input", self.example_size[1], self.dtype, self.device)
+        run = self.body if self.fixed_size in (None, tuple(x.shape[1:])) else self._run_source
         if torch.is_autocast_enabled(self.device.type):
             # Plans are float32; what PyTorch computes between them has to be, too.
             with torch.autocast(self.device.type, enabled=False):
-                return self.body(x.detach())
-        return self.body(x.detach())
+                return run(x.detach())
+        return run(x.detach())
+
+    def _run_source(self, x: Tensor) -> Any:
+        """The model itself, of a size that the body is not written for."""
+        try:
+            return self.source(x)
+        except RuntimeError as error:
+            raise ValueError(f"Engine: the model does not take {_by(x.shape[1:])}: {first_line(error)}") from error
 
     def describe(self) -> str:
         """Report what runs where: layers, kernels, MACs, bytes, instruction set, workspace."""
@@ -177,10 +194,10 @@ class Engine(nn.Module):
         else:
             modes = {plan.mode for plan in self.plans if isinstance(plan, CudaPlan)}
             machine = f"{self.device}, {self.dtype}, GATEDCONV_CUDA_KERNELS: {', '.join(sorted(modes)) or 'no plan'}"
-        size = " x ".join(map(str, self.example_size))
+        more = [f"Inputs of other sizes than {_by(self.fixed_size)} run in PyTorch."] if self.fixed_size else []
         assert isinstance(self.body, fx.GraphModule)
         lines = describe_body(self.body, self.example_size[0], threads)
-        return "\n".join([f"Engine for inputs of {size}; {machine}.", *lines])
+        return "\n".join([f"Engine for inputs of {_by(self.example_size)}; {machine}.", *more, *lines])
 
     def train(self, mode: bool = True) -> Engine:
         """Stay in eval: a packed network cannot be trained."""
@@ -200,6 +217,10 @@ class Engine(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         example = torch.zeros(self.example_size, dtype=self.dtype, device=self.device)
         return _restore, (self.source, example, self.threads, self.tune, self.products)
+
+
+def _by(size: Iterable[int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def _restore(source: nn.Module, example: Tensor, threads: int | None, tune: bool, dtype: torch.dtype) -> Engine:

@@ -1,16 +1,18 @@
-"""Idioms of a traced graph, written as one call each: chunks, splits, channel shuffles, resizing, flattening."""
+"""Idioms of a graph, written as one call each: parts of channels, channel shuffles, resizing, flattening, products."""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-_IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv, torch.relu_}
+aten = torch.ops.aten
+_RESHAPES = (aten.view, aten._unsafe_view)
 
 
 def slice_channels(x: Tensor, start: int, stop: int) -> Tensor:
@@ -28,30 +30,35 @@ def resize_like(x: Tensor, reference: Tensor, mode: str, align_corners: bool | N
     return F.interpolate(x, size=reference.shape[2:], mode=mode, align_corners=align_corners)
 
 
+def multiply_channels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., C), (C, K), (K,) -> (..., K)."""
+    return F.linear(x, weight.t(), bias)
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """(N, C) -> (N, C, 1, 1)."""
+    return x[:, :, None, None]
+
+
+def adaptive_maximum(x: Tensor, size: list[int]) -> Tensor:
+    """(N, C, H, W) -> (N, C, *size)."""
+    return F.adaptive_max_pool2d(x, size)
+
+
 def join_idioms(traced: fx.GraphModule) -> None:
-    """Write chunks, splits, channel shuffles and resizing to another map's size as one call each."""
+    """Write what takes several nodes, or a node with several results, as one call each."""
     for node in list(traced.graph.nodes):
-        call = _slice(node, traced) or _shuffle(node) or _resize(node) or _flatten(node)
+        call = next((found for read in _IDIOMS if node.op == "call_function" and (found := read(node))), None)
         if call is None:
             continue
         function, args = call
+        name = node.meta.get("path") or getattr(function, "overloadpacket", function).__name__
         with traced.graph.inserting_before(node):
-            joined = traced.graph.call_function(function, args)
-        joined.meta.update({key: node.meta[key] for key in ("tensor_meta", "larger_shape") if key in node.meta})
+            joined = traced.graph.create_node("call_function", function, args, name=name)
+        joined.meta.update(node.meta)
         node.replace_all_uses_with(joined)
-    for node in reversed(list(traced.graph.nodes)):
-        if not node.users and node.op in ("call_function", "call_method") and not is_in_place(node, traced):
-            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
     traced.recompile()
-
-
-def is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether a node writes to its first argument."""
-    if node.op == "call_module":
-        return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_function":
-        return node.target in _IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace", False))
-    return node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
 
 
 def size_of(node: Any, larger: bool = False) -> tuple[int, ...] | None:
@@ -62,9 +69,16 @@ def size_of(node: Any, larger: bool = False) -> tuple[int, ...] | None:
     return None if meta is None else tuple(meta)
 
 
+def operation_of(node: Any) -> Any:
+    """The function that a node calls, of whatever overload; None where it calls none."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    return getattr(node.target, "overloadpacket", node.target)
+
+
 def name_of(node: fx.Node) -> str:
     """The name of the function or method that a node calls."""
-    return str(getattr(node.target, "__name__", node.target))
+    return str(getattr(getattr(node.target, "overloadpacket", node.target), "__name__", node.target))
 
 
 def argument_of(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
@@ -72,70 +86,74 @@ def argument_of(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
     return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
 
 
-def _slice(node: fx.Node, traced: fx.GraphModule) -> tuple[Any, tuple[Any, ...]] | None:
-    """An element of a chunk or split over the channels, or a slice of channels."""
-    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+def attribute_of(model: nn.Module, path: str) -> Any:
+    """What a model has at a path."""
+    found: Any = model
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+Joined = tuple[Callable[..., Tensor], tuple[Any, ...]] | None
+"""A function and its arguments, where a node is an idiom."""
+
+
+def _first(node: fx.Node) -> Joined:
+    """The result of a norm or a pooling that returns more than that."""
+    if node.target is not operator.getitem or node.args[1] != 0:
         return None
-    parts, index = node.args[0], node.args[1]
-    shape = size_of(node)
-    if isinstance(index, tuple):
-        source, start = parts, None
-        full = slice(None, None, None)
-        if len(index) < 2 or index[0] != full or any(i != full for i in index[2:]) or not isinstance(index[1], slice):
+    call: Any = node.args[0]
+    kind, args = operation_of(call), call.args
+    if kind is aten.native_batch_norm:
+        return aten.batch_norm.default, (*args, False)
+    if kind is aten.native_layer_norm:
+        return aten.layer_norm.default, args
+    if kind is aten.native_group_norm:
+        x, weight, bias, _, _, _, groups, epsilon = args
+        return aten.group_norm.default, (x, groups, weight, bias, epsilon)
+    if kind is aten.adaptive_max_pool2d:
+        return adaptive_maximum, args
+    return (aten.max_pool2d.default, args) if kind is aten.max_pool2d_with_indices else None
+
+
+def _slice(node: fx.Node) -> Joined:
+    """A part of a split over the channels, or a slice of channels."""
+    shape, start = size_of(node), 0
+    source: Any = node.args[0] if node.args else None
+    if operation_of(node) is aten.slice:
+        dim, first = argument_of(node, 1, "dim", 0), argument_of(node, 2, "start")
+        if argument_of(node, 4, "step", 1) != 1 or not (first is None or isinstance(first, int)):
             return None
-        size = size_of(source)
-        if size is None or not all(v is None or isinstance(v, int) for v in (index[1].start, index[1].stop)):
+    elif node.target is operator.getitem and operation_of(source) in (aten.split, aten.split_with_sizes):
+        index: Any = node.args[1]
+        widths, dim, first = source.args[1], argument_of(source, 2, "dim", 0), 0
+        widths, source = [widths] * index if isinstance(widths, int) else widths[:index], source.args[0]
+        if not all(isinstance(width, int) for width in widths):
             return None
-        start, _, step = index[1].indices(size[1])
-        if step != 1:
-            return None
-    elif isinstance(index, int) and name_of(parts) in ("chunk", "split"):
-        source = parts.args[0] if parts.args else None  # type: ignore[assignment]
-        given = parts.args[1] if len(parts.args) > 1 else None
-        size = size_of(source)
-        if argument_of(parts, 2, "dim", 0) not in (1, -3) or size is None:
-            return None
-        if name_of(parts) == "split" and isinstance(given, (list, tuple)):
-            if not all(isinstance(width, int) for width in given):
-                return None
-            widths = list(given)
-        elif isinstance(given, int):
-            chunk = name_of(parts) == "chunk"
-            width = -(-size[1] // given) if chunk else given
-            widths = [min(width, size[1] - at) for at in range(0, size[1], width)]
-        else:
-            return None
-        start = sum(widths[: index % len(widths)])
+        start = sum(widths)
     else:
         return None
-    assert isinstance(source, fx.Node)
-    if shape is None or size is None or len(size) != 4 or shape != (size[0], shape[1], *size[2:]):
+    size = size_of(source)
+    if size is None or shape is None or len(size) != 4 or dim not in (1, -3):
         return None
-    # A slice is a view: what is written to it, or to what it views, in place, would be seen in the other.
-    if any(is_in_place(user, traced) for viewed in (source, node, *parts.users) for user in viewed.users):
-        return None
+    start = start or slice(first, None).indices(size[1])[0]
     return slice_channels, (source, start, start + shape[1])
 
 
-_RESHAPES = ("view", "reshape")
-
-
-def _shuffle(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+def _shuffle(node: fx.Node) -> Joined:
     """View as groups, transpose, view back."""
-    chain = [node]
-    while len(chain) < 5 and chain[-1].args and isinstance(chain[-1].args[0], fx.Node):
-        chain.append(chain[-1].args[0])
-    names = [str(getattr(one.target, "__name__", one.target)) for one in chain]
-    if len(names) > 2 and names[1] == "contiguous":
-        del chain[1], names[1]
-    if len(chain) < 4 or names[0] not in _RESHAPES or names[1] != "transpose" or names[2] not in _RESHAPES:
+    swap: Any = node.args[0] if node.args else None
+    if operation_of(swap) is aten.clone:
+        swap = swap.args[0]
+    turned = operation_of(swap) is aten.transpose and sorted(swap.args[1:]) == [1, 2]
+    turned = turned or (operation_of(swap) is aten.permute and swap.args[1] == [0, 2, 1, 3, 4])
+    split = swap.args[0] if turned else None
+    if operation_of(node) not in _RESHAPES or operation_of(split) not in _RESHAPES:
         return None
-    back, swap, split, source = chain[:4]
-    if sorted((argument_of(swap, 1, "dim0"), argument_of(swap, 2, "dim1"))) != [1, 2]:
-        return None
+    source = split.args[0]
     groups = []
     for larger in (False, True):
-        size, parts, result = (size_of(one, larger) for one in (source, split, back))
+        size, parts, result = (size_of(one, larger) for one in (source, split, node))
         if larger and size is None:
             break  # the model takes no other size
         if size is None or parts is None or result != size or len(size) != 4 or len(parts) != 5:
@@ -146,9 +164,9 @@ def _shuffle(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     return (shuffle_channels, (source, groups[0])) if len(set(groups)) == 1 else None
 
 
-def _flatten(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+def _flatten(node: fx.Node) -> Joined:
     """View as vectors."""
-    if node.op != "call_method" or node.target not in _RESHAPES:
+    if operation_of(node) not in _RESHAPES and node.target is not aten.squeeze.dims:
         return None
     for larger in (False, True):
         before, after = size_of(node.args[0], larger), size_of(node, larger)
@@ -156,50 +174,79 @@ def _flatten(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
             break  # the model takes no other size
         if before is None or after is None or len(before) != 4 or after != (before[0], math.prod(before[1:])):
             return None
-    return torch.flatten, (node.args[0], 1)
+    return aten.flatten.using_ints, (node.args[0], 1)
 
 
-def _resize(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    """Interpolation to the size of another map, worked out from its shape."""
-    if node.target is not F.interpolate:
+def _pixels(node: fx.Node) -> Joined:
+    """View vectors as maps of one pixel."""
+    source: Any = node.args[0] if node.args else None
+    if operation_of(node) is aten.unsqueeze and operation_of(source) is aten.unsqueeze:
+        source = source.args[0]
+    elif operation_of(node) not in _RESHAPES:
         return None
-    if argument_of(node, 2, "scale_factor") is not None:
+    size = size_of(source)
+    if size is None or len(size) != 2 or size_of(node) != (*size, 1, 1):
         return None
-    if node.kwargs.get("antialias") or node.kwargs.get("recompute_scale_factor"):
+    return as_pixels, (source,)
+
+
+def _strides(node: fx.Node) -> Joined:
+    """Another order of channels and pixels in memory, where there is one pixel."""
+    size, source = size_of(node), node.args[0] if node.args else None
+    if node.target is not aten.as_strided.default or size is None or size != size_of(source):
         return None
-    reference = _sized_like(argument_of(node, 1, "size"))
-    shape, wanted = size_of(node), size_of(reference)
-    if shape is None or wanted is None or len(wanted) != 4 or shape[2:] != wanted[2:]:
+    channels_follow = node.args[2][1] == 1  # type: ignore[index]
+    return (aten.alias.default, (source,)) if len(size) == 4 and size[2:] == (1, 1) and channels_follow else None
+
+
+def _resize(node: fx.Node) -> Joined:
+    """Interpolation to the size of another map."""
+    if node.target is aten.upsample_nearest2d.default:
+        mode, corners, scales = "nearest", None, node.args[2:]
+    elif node.target is aten.upsample_bilinear2d.default:
+        mode, corners, scales = "bilinear", node.args[2], node.args[3:]
+    else:
         return None
-    larger = (size_of(node, True), size_of(reference, True))
-    if larger[0] is None or larger[1] is None or larger[0][2:] != larger[1][2:]:
+    reference = _map_of(node.args[1])
+    if any(scale is not None for scale in scales) or len(size_of(reference) or ()) != 4:
         return None
-    mode, corners = argument_of(node, 3, "mode", "nearest"), argument_of(node, 4, "align_corners")
     return resize_like, (node.args[0], reference, mode, corners)
 
 
-def _sized_like(size: Any) -> fx.Node | None:
-    """The map whose height and width these are: x.shape[2:], (x.shape[2], x.shape[3]) or (x.size(2), x.size(3))."""
-    if isinstance(size, fx.Node):
-        whole = size.target is operator.getitem and size.args[1] in (slice(2, None, None), slice(-2, None, None))
-        return _shape_of_what(size.args[0]) if whole else None
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
+def _map_of(size: Any) -> fx.Node | None:
+    """The map whose height and width these are."""
+    sizes: list[Any] = [one.args for one in size if isinstance(one, fx.Node) and one.target == "size"]
+    if [dim for _, dim in sizes] != [2, 3] or sizes[0][0] is not sizes[1][0]:
         return None
-    found: list[Any] = []
-    for axis, one in enumerate(size, start=2):
-        if not isinstance(one, fx.Node) or len(one.args) != 2 or one.args[1] not in (axis, axis - 4):
-            return None
-        if one.target is operator.getitem:
-            found.append(_shape_of_what(one.args[0]))
-        elif one.op == "call_method" and one.target == "size":
-            found.append(one.args[0])
-    return found[0] if len(found) == 2 and found[0] is found[1] and isinstance(found[0], fx.Node) else None
+    found: fx.Node = sizes[0][0]
+    return found
 
 
-def _shape_of_what(shape: Any) -> fx.Node | None:
-    """The tensor of `x.shape` or `x.size()`."""
-    if not isinstance(shape, fx.Node) or not shape.args or not isinstance(shape.args[0], fx.Node):
+def _pool(node: fx.Node) -> Joined:
+    """An average over a window of the map's size."""
+    if node.target is not aten.avg_pool2d.default or _map_of(node.args[1]) is not node.args[0]:
         return None
-    is_shape = shape.target is getattr and shape.args[1] == "shape"
-    is_size = shape.op == "call_method" and shape.target == "size" and len(shape.args) == 1
-    return shape.args[0] if is_shape or is_size else None
+    return (aten.mean.dim, (node.args[0], [2, 3], True)) if len(node.args) == 2 else None
+
+
+def _multiply(node: fx.Node) -> Joined:
+    """A product with a constant matrix, of vectors or of what is viewed as vectors for the time of the product."""
+    product: Any = node.args[0] if operation_of(node) in _RESHAPES else node
+    kind, bias = operation_of(product), None
+    if kind is aten.addmm and not product.kwargs:
+        bias, x, weight = product.args
+    elif kind is aten.mm:
+        x, weight = product.args
+    else:
+        return None
+    folded = operation_of(x) in _RESHAPES
+    if weight.op != "get_attr" or folded == (product is node):
+        return None
+    source = x.args[0] if folded else x
+    before, after = size_of(source), size_of(node)
+    if before is None or after is None or before[:-1] != after[:-1] or before[-1:] != (size_of(x) or ())[-1:]:
+        return None
+    return multiply_channels, (source, weight, bias)
+
+
+_IDIOMS = (_first, _slice, _shuffle, _flatten, _pixels, _strides, _resize, _pool, _multiply)

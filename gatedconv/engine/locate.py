@@ -49,7 +49,7 @@ def first_difference(
 
 
 class _Values(fx.Interpreter):
-    """Keeps a copy of every tensor, since later nodes may write into it."""
+    """Keeps every tensor."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
@@ -59,7 +59,7 @@ class _Values(fx.Interpreter):
         """Compute a node's value and keep it."""
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.values[n] = result.clone()
+            self.values[n] = result
         return result
 
 

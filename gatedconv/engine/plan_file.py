@@ -16,6 +16,7 @@ from gatedconv import _native
 from gatedconv.deploy.export import About
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.engine import Engine
+from gatedconv.engine.idioms import name_of
 from gatedconv.engine.program import VERSION
 
 PRODUCER = "gatedconv 0.1.0"
@@ -35,6 +36,9 @@ def write_plan(model: nn.Module, path: Path, example_input: Tensor, about: About
     """
     engine = model if isinstance(model, Engine) else Engine(model.cpu(), example_input.cpu())
     plan = _whole_plan(engine)
+    if engine.fixed_size is not None and _takes_larger(plan, *engine.fixed_size):
+        size = " x ".join(map(str, engine.fixed_size))
+        raise ValueError(f"its plan is right for images of {size} alone, and a file takes those of any size")
     channels, outputs = engine.example_size[1], plan.shape[0]
     _check(about, channels, outputs)
     texts = {
@@ -96,13 +100,22 @@ def _whole_plan(engine: Engine) -> PlanModule:
             continue
         module = engine.body.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(module, PlanModule):
-            kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
+            kind = type(module).__name__ if module is not None else name_of(node)
             raise ValueError(f"{node.name} ({kind}) would stay in PyTorch, and a plan holds a whole network")
         calls.append((node, module))
     (result,) = (node for node in engine.body.graph.nodes if node.op == "output")
     if len(calls) != 1 or result.args[0] is not calls[0][0]:
         raise ValueError("it returns something else than one tensor that a plan computes")
     return calls[0][1]
+
+
+def _takes_larger(plan: PlanModule, channels: int, height: int, width: int) -> bool:
+    """Whether a plan runs larger images; one with a linear layer over all pixels does not."""
+    try:
+        plan(torch.zeros(1, channels, 2 * height, 2 * width, device="cpu"))
+    except ValueError:
+        return False
+    return True
 
 
 def _check(about: About, channels: int, outputs: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gatedconv.engine.idioms import argument_of, attribute_of
 from gatedconv.engine.layers import (
     Layer,
     Pair,
@@ -19,34 +20,33 @@ from gatedconv.engine.layers import (
     map_size,
     shape_of,
 )
-from gatedconv.nn import ChannelBias
 
 
 class Call:
-    """A call of a function or method: its arguments by position or name."""
+    """A call of an operation: its arguments, of which trailing ones that are the default may lack."""
 
     def __init__(self, node: fx.Node, model: nn.Module) -> None:
         self.node, self.model = node, model
-        self.name = node.name
+        self.source = node.args[0]
 
-    def get(self, at: int, name: str, default: Any = None) -> Any:
+    def get(self, at: int, name: str = "", default: Any = None) -> Any:
         """Return the argument at a position or of a name."""
-        return self.node.args[at] if len(self.node.args) > at else self.node.kwargs.get(name, default)
+        return argument_of(self.node, at, name, default)
 
     def constant(self, value: Any) -> Tensor | None:
         """A parameter or buffer of the model, or a number; None for what is computed."""
         if isinstance(value, (bool, int, float)):
             return torch.tensor(float(value), dtype=torch.float64, device="cpu")
         if isinstance(value, fx.Node) and value.op == "get_attr":
-            found: Any = self.model
-            for part in str(value.target).split("."):
-                found = getattr(found, part)
-            return found.detach().double() if isinstance(found, Tensor) and found.dtype == torch.float32 else None
+            found = attribute_of(self.model, str(value.target))
+            # A number of the model's code is a tensor without dimensions, whatever its type.
+            real = found.dtype == torch.float32 or (found.dim() == 0 and not found.is_complex())
+            return found.detach().double() if real else None
         return None
 
-    def constants(self, *arguments: tuple[int, str]) -> list[Tensor | None] | None:
+    def constants(self, *at: int) -> list[Tensor | None] | None:
         """The values of arguments that are constants or None; None if one is computed."""
-        given = [self.get(*argument) for argument in arguments]
+        given = [self.get(one) for one in at]
         found = [None if value is None else self.constant(value) for value in given]
         computed = any(value is not None and one is None for value, one in zip(given, found, strict=True))
         return None if computed else found
@@ -69,62 +69,46 @@ def double(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach().double().clone()
 
 
+def name_of_layer(node: fx.Node) -> str:
+    """The path of the module that a node is all of; else the node's name."""
+    return str(node.meta.get("path", node.name))
+
+
 def make_layer(kind: str, node: fx.Node, **fields: Any) -> Layer:
     """Return a layer of a node that reads its first argument."""
-    name = str(node.target) if node.op == "call_module" else node.name
-    return Layer(kind, name, [source_of(node)], node, **fields)
+    return Layer(kind, name_of_layer(node), [source_of(node)], node, **fields)
 
 
-def read_conv(node: fx.Node, conv: nn.Conv2d) -> Layer | None:
-    """Read a convolution."""
-    if conv.padding_mode != "zeros" or conv.weight.dtype != torch.float32:
+def read_conv(call: Call) -> Layer | None:
+    """Read a convolution with constant weights."""
+    constants = call.constants(1, 2)
+    stride, padding, dilation, transposed, _, groups = call.node.args[3:]
+    weight, bias = constants or (None, None)
+    if weight is None or transposed or not is_map(call.source):
         return None
-    window = conv.stride, conv.padding, conv.dilation, conv.groups
-    return _make_conv(node, double(conv.weight), double(conv.bias), *window)
-
-
-def read_call_conv(call: Call) -> Layer | None:
-    """Read a call of F.conv2d with constant weights."""
-    given = [(3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1)]
-    constants = call.constants((1, "weight"), (2, "bias"))
-    if constants is None:
-        return None
-    weight, bias = constants
-    return _make_conv(call.node, weight, bias, *(call.get(*one) for one in given))
-
-
-def _make_conv(
-    node: fx.Node, weight: Tensor | None, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Layer | None:
-    if weight is None or not is_map(node.args[0]):
-        return None
-    kernel, dilation = pair(tuple(weight.shape[2:])), pair(dilation)
-    if padding == "same":
-        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        sides = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
-    else:
-        top, left = (0, 0) if padding == "valid" else pair(padding)
-        sides = (top, left, top, left)
-    fields = {"stride": pair(stride), "padding": sides, "dilation": dilation, "groups": groups}
-    return make_layer("conv", node, kernel=kernel, weight=weight, bias=bias, **fields)
+    (top, left), kernel = pair(padding), pair(tuple(weight.shape[2:]))
+    window = {"stride": pair(stride), "padding": (top, left, top, left), "dilation": pair(dilation), "groups": groups}
+    return make_layer("conv", call.node, kernel=kernel, weight=weight, bias=bias, **window)
 
 
 def read_linear(node: fx.Node, linear: nn.Linear) -> Layer | None:
     """Read a linear layer over vectors, over the channels of every pixel, or over a flattened map."""
     if linear.weight.dtype != torch.float32:
         return None
-    return _make_linear(node, double(linear.weight), double(linear.bias))
+    return _make_linear(node, linear.weight.detach().double(), double(linear.bias))
 
 
-def read_call_linear(call: Call) -> Layer | None:
-    """Read a call of F.linear with constant weights."""
-    constants = call.constants((1, "weight"), (2, "bias"))
-    return None if constants is None else _make_linear(call.node, *constants)
+def read_product(call: Call) -> Layer | None:
+    """Read a product of each pixel's channels, or of vectors, with a constant matrix (C, K)."""
+    weight, bias = call.constants(1, 2) or (None, None)
+    if weight is None or (bias is not None and bias.shape != weight.shape[1:]):
+        return None
+    return _make_linear(call.node, weight.t().contiguous(), bias)
 
 
-def _make_linear(node: fx.Node, weight: Tensor | None, bias: Tensor | None) -> Layer | None:
+def _make_linear(node: fx.Node, weight: Tensor, bias: Tensor | None) -> Layer | None:
     source = source_of(node)
-    if weight is None or not (is_vector(source) or is_channels_last(source)):
+    if not (is_vector(source) or is_channels_last(source)):
         return None
     size = source.meta.get("flattened")  # of the map that was flattened: a convolution as large as the map
     if size is not None:
@@ -132,121 +116,72 @@ def _make_linear(node: fx.Node, weight: Tensor | None, bias: Tensor | None) -> L
     return make_layer("conv", node, weight=weight[:, :, None, None], bias=bias)
 
 
-def read_norm(node: fx.Node, norm: nn.BatchNorm2d) -> Layer | None:
-    """Read a batch norm with running statistics."""
-    if norm.running_mean is None or norm.running_mean.dtype != torch.float32:
+def read_norm(call: Call) -> Layer | None:
+    """Read a batch norm with constant statistics."""
+    weight, bias, mean, var = call.constants(1, 2, 3, 4) or (None,) * 4
+    if mean is None or var is None or call.get(5) is not False:
         return None
-    numbers = norm.running_mean, norm.running_var, norm.weight, norm.bias
-    return _make_norm(node, *map(double, numbers), eps=norm.eps)
-
-
-def read_call_norm(call: Call) -> Layer | None:
-    """Read a call of F.batch_norm with constant statistics."""
-    constants = call.constants((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
-    if constants is None or call.get(5, "training", False) is not False:
+    if not is_stored(call.source) or is_channels_last(source_of(call.node)):
         return None
-    return _make_norm(call.node, *constants, eps=call.get(7, "eps", 1e-5))
-
-
-def _make_norm(
-    node: fx.Node, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, *, eps: float
-) -> Layer | None:
-    if mean is None or var is None or not is_stored(node.args[0]) or is_channels_last(source_of(node)):
-        return None
-    scale = torch.rsqrt(var + eps)
+    scale = torch.rsqrt(var + call.get(7))
     scale = scale if weight is None else scale * weight
-    return make_layer("affine", node, weight=scale, bias=-mean * scale if bias is None else bias - mean * scale)
-
-
-def read_channel_bias(node: fx.Node, module: ChannelBias) -> Layer:
-    """Read a bias per channel."""
-    bias = module.bias.detach().double().clone()
-    return make_layer("affine", node, weight=torch.ones_like(bias), bias=bias)
+    return make_layer("affine", call.node, weight=scale, bias=-mean * scale if bias is None else bias - mean * scale)
 
 
 def _over_channels(node: fx.Node, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     channels = map_size(node)[0]
     ones = torch.ones(channels, dtype=torch.float64, device="cpu")
-    return (ones if weight is None else weight.double().clone(), 0 * ones if bias is None else bias.double().clone())
+    return (ones if weight is None else weight.clone(), 0 * ones if bias is None else bias.clone())
 
 
-def read_layer_norm(node: fx.Node, norm: nn.LayerNorm) -> Layer | None:
-    """Read a layer norm over channels."""
-    weight, bias = (None if value is None else value.detach() for value in (norm.weight, norm.bias))
-    return _make_layer_norm(node, list(norm.normalized_shape), weight, bias, eps=norm.eps)
-
-
-def read_call_layer_norm(call: Call) -> Layer | None:
-    """Read a call of F.layer_norm over channels."""
-    constants = call.constants((2, "weight"), (3, "bias"))
-    if constants is None:
+def read_layer_norm(call: Call) -> Layer | None:
+    """Read a layer norm over channels, with constant weights."""
+    source, constants = source_of(call.node), call.constants(2, 3)
+    if constants is None or not (is_channels_last(source) or is_vector(source)):
         return None
-    weight, bias = constants
-    return _make_layer_norm(call.node, call.get(1, "normalized_shape"), weight, bias, eps=call.get(4, "eps", 1e-5))
-
-
-def _make_layer_norm(
-    node: fx.Node, over: Any, weight: Tensor | None, bias: Tensor | None, *, eps: float
-) -> Layer | None:
-    source = source_of(node)
-    if not (is_channels_last(source) or is_vector(source)) or list(over) != [map_size(source)[0]]:
+    if list(call.get(1)) != [map_size(source)[0]]:
         return None
-    scale, shift = _over_channels(source, weight, bias)
-    return make_layer("layer_norm", node, weight=scale, bias=shift, epsilon=eps)
+    scale, shift = _over_channels(source, *constants)
+    return make_layer("layer_norm", call.node, weight=scale, bias=shift, epsilon=call.get(4))
 
 
-def read_group_norm(node: fx.Node, norm: nn.GroupNorm) -> Layer | None:
-    """Read a group norm."""
-    if not is_map(node.args[0]):
+def read_group_norm(call: Call) -> Layer | None:
+    """Read a group norm with constant weights."""
+    constants = call.constants(2, 3)
+    if constants is None or not is_map(call.source):
         return None
-    scale, shift = _over_channels(
-        source_of(node), *(None if v is None else v.detach() for v in (norm.weight, norm.bias))
-    )
-    return make_layer("group_norm", node, groups=norm.num_groups, weight=scale, bias=shift, epsilon=norm.eps)
+    scale, shift = _over_channels(source_of(call.node), *constants)
+    return make_layer("group_norm", call.node, groups=call.get(1), weight=scale, bias=shift, epsilon=call.get(4))
 
 
-def read_act(act: str, parameter: str = "", default: float = 0.0) -> Any:
-    """Reader of an activation; `parameter` is the module's attribute and the function's argument for its value."""
+def read_act(act: str, default: float = 0.0) -> Callable[[Call], Layer | None]:
+    """Reader of an activation, and of its number where it has one."""
 
-    def read(node: fx.Node, module: nn.Module) -> Layer:
-        return make_layer("act", node, act=act, value=float(getattr(module, parameter)) if parameter else 0.0)
+    def read(call: Call) -> Layer | None:
+        if len(call.node.args) > 2:  # an ELU that is scaled
+            return None
+        return make_layer("act", call.node, act=act, value=float(call.get(1, default=default)))
 
-    def read_call(call: Call) -> Layer | None:
-        value = call.get(1, parameter, default) if parameter else 0.0
-        fine = isinstance(call.node.args[0], fx.Node) and isinstance(value, (int, float))
-        return make_layer("act", call.node, act=act, value=float(value)) if fine else None
-
-    return read, read_call
+    return read
 
 
-def read_hardtanh(node: fx.Node, module: nn.Hardtanh) -> Layer | None:
-    """Read a hardtanh that is a ReLU6."""
-    return make_layer("act", node, act="relu6") if (module.min_val, module.max_val) == (0, 6) else None
+def read_hardtanh(call: Call) -> Layer | None:
+    """Read a hardtanh, or a clamp, that is a ReLU6."""
+    return make_layer("act", call.node, act="relu6") if call.node.args[1:] == (0, 6) else None
 
 
-def read_call_hardtanh(call: Call) -> Layer | None:
-    """Read a call of F.hardtanh that is a ReLU6."""
-    fits = (call.get(1, "min_val", -1.0), call.get(2, "max_val", 1.0)) == (0, 6)
-    return make_layer("act", call.node, act="relu6") if fits else None
-
-
-def read_gelu(node: fx.Node, module: nn.GELU) -> Layer:
+def read_gelu(call: Call) -> Layer | None:
     """Read a GELU."""
-    return make_layer("act", node, act="gelu_tanh" if module.approximate == "tanh" else "gelu")
-
-
-def read_call_gelu(call: Call) -> Layer | None:
-    """Read a call of F.gelu."""
     act = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(call.node.kwargs.get("approximate", "none")))
     return make_layer("act", call.node, act=act) if act else None
 
 
-def read_prelu(node: fx.Node, module: nn.PReLU) -> Layer | None:
-    """Read a PReLU, with one slope or one for each channel."""
-    slopes = module.weight.detach().double().clone()
-    if not (is_map(node.args[0]) or is_vector(node.args[0])) or module.weight.dtype != torch.float32:
+def read_prelu(call: Call) -> Layer | None:
+    """Read a PReLU with constant slopes: one, or one for each channel."""
+    slopes = call.constant(call.get(1))
+    if slopes is None or not (is_map(call.source) or is_vector(call.source)):
         return None
-    return make_layer("prelu", node, bias=slopes.expand(map_size(source_of(node))[0]).clone())
+    return make_layer("prelu", call.node, bias=slopes.flatten().expand(map_size(source_of(call.node))[0]).clone())
 
 
 def read_binary(kind: str, scale: Callable[[Tensor], Tensor], shift: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
@@ -257,7 +192,7 @@ def read_binary(kind: str, scale: Callable[[Tensor], Tensor], shift: Callable[[T
 
     def read(call: Call) -> Layer | None:
         node = call.node
-        if len(node.args) != 2 or set(node.kwargs) - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
+        if len(node.args) != 2 or node.kwargs:
             return None
         left, right = node.args
         for one, other in ((left, right), (right, left)):
@@ -266,12 +201,12 @@ def read_binary(kind: str, scale: Callable[[Tensor], Tensor], shift: Callable[[T
                 channels = _per_channel(value, one)
                 if channels is None:
                     return None
-                return Layer("affine", call.name, [one], node, weight=scale(channels), bias=shift(channels))
+                return Layer("affine", name_of_layer(node), [one], node, weight=scale(channels), bias=shift(channels))
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
             return None
         if _broadcasts(left, right):
-            return Layer(kind, call.name, [left], node, residual=right)
-        return Layer(kind, call.name, [right], node, residual=left) if _broadcasts(right, left) else None
+            return Layer(kind, name_of_layer(node), [left], node, residual=right)
+        return Layer(kind, name_of_layer(node), [right], node, residual=left) if _broadcasts(right, left) else None
 
     return read
 

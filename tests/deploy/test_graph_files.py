@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gatedconv
@@ -78,6 +79,31 @@ def test_a_loaded_gated_network_trains_freezes_and_is_compacted(tmp_path):
     small = gatedconv.compact(frozen, IMAGES)
     with torch.no_grad():
         assert_close(small(IMAGES), frozen(IMAGES))
+
+
+class Resizing(nn.Module):
+    """A map is resized to the odd size of another; a part of it is written in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.a(x)
+        y = F.interpolate(self.b(x), size=x.shape[2:], mode="nearest")
+        y[:, 2:5].relu_()
+        return self.fc((x + y).flatten(2).mean(2))
+
+
+def test_a_graph_of_any_size_comes_back(tmp_path):
+    model = Resizing().eval()
+    gatedconv.save(gatedconv.Engine(model, IMAGES), tmp_path / "m")
+    source = gatedconv.load(tmp_path / "m").source
+    assert "fixed_size" not in vars(source)
+    for size in ((12, 12), (21, 34), (5, 1)):
+        x = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            assert_close(source(x), model(x))
 
 
 def test_a_compact_network_loads_without_its_code(tmp_path):

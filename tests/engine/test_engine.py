@@ -140,8 +140,10 @@ def test_an_input_smaller_than_a_kernel():
 def test_a_linear_layer_after_a_map_of_another_size():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 2))
     engine = gatedconv.Engine(net, torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="linear"):
+    with pytest.raises(ValueError, match="does not take 3 x 8 x 8: .*shapes cannot be multiplied"):
         engine(torch.zeros(1, 3, 8, 8))
+    x = torch.randn(2, 3, 5, 5)
+    assert error(engine(x), net, x) <= tolerance()
 
 
 def test_what_cannot_be_built():
@@ -208,6 +210,17 @@ def test_engines_of_their_own_in_several_threads(model):
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+def test_engines_that_are_built_in_several_threads(model):
+    x, found, call = torch.randn(2, 3, 32, 32), [], nn.Module.__call__
+    workers = [threading.Thread(target=lambda: found.append(gatedconv.Engine(model, x)(x))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 3 and all(error(result, model, x) <= tolerance() for result in found)
+    assert nn.Module.__call__ is call
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
@@ -311,10 +324,10 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_what_cannot_be_traced_runs_in_pytorch():
+def test_a_model_without_a_graph_runs_in_pytorch():
     engine = gatedconv.Engine(nn.Sequential(nn.Conv2d(3, 4, 1), Branching()), torch.zeros(1, 3, 4, 4))
     x = torch.randn(1, 3, 4, 4)
-    assert "Everything runs in PyTorch" in engine.describe() and "trace" in engine.describe()
+    assert "Everything runs in PyTorch: the model cannot be written as a graph: its code reads" in engine.describe()
     assert torch.equal(engine(x), engine.source(x))
 
 

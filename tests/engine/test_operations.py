@@ -94,6 +94,33 @@ class Calls(nn.Module):
         return F.silu(x).mul(self.gain.reshape(1, -1, 1, 1))
 
 
+class CallsByPixel(nn.Module):
+    """As ByPixel, without layers."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(channels)), nn.Parameter(torch.rand(channels))
+        self.up, self.bias = nn.Parameter(torch.randn(20, channels)), nn.Parameter(torch.randn(20))
+        self.down = nn.Parameter(torch.randn(channels, 20))
+
+    def forward(self, x):
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.scale.shape, self.scale, self.shift)
+        return F.linear(F.gelu(F.linear(y, self.up, self.bias)), self.down).permute(0, 3, 1, 2) + x
+
+
+class Vectors(nn.Module):
+    """Squeeze and excitation by linear layers that are calls."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(4, channels)), nn.Parameter(torch.randn(channels, 4))
+        self.bias = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x):
+        y = F.relu(F.linear(F.adaptive_avg_pool2d(x, 1).squeeze((2, 3)), self.down))
+        return x * torch.sigmoid(F.linear(y, self.up, self.bias))[:, :, None, None]
+
+
 def split_from_the_end(x):
     a, b = x.split(8, 1)[-1], torch.split(x, 8, 1)[-2]
     return torch.cat([a, b], 1)
@@ -165,6 +192,7 @@ FUNCTIONS = {
     "average pool, rounded up": (lambda: nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), 16),
     "average pool, rounded up, padding": (lambda: nn.AvgPool2d(3, (2, 3), 1, ceil_mode=True), 16),
     "average pool, rounded up, called": (lambda: lambda x: F.avg_pool2d(x, 3, 3, 1, True, False), 16),
+    "average of a window of the map's size": (lambda: lambda x: x * F.avg_pool2d(x, x.shape[2:]), 16),
     "calls": (lambda: Calls(16), 16),
     "split from the end": (lambda: split_from_the_end, 16),
     "zeros around": (lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 3)), nn.MaxPool2d(2, 1)), 16),
@@ -175,6 +203,11 @@ FUNCTIONS = {
     "layer norm, linear": (lambda: ByPixel(16), 16),
     "softmax": (lambda: nn.Softmax(dim=1), 16),
     "softmax, called": (lambda: lambda x: x.softmax(1), 16),
+    "ReLU6 as a clamp": (lambda: lambda x: x.clamp(0, 6), 16),
+    "PReLU, called": (lambda: lambda x: F.prelu(x, torch.linspace(-1, 1, 16).to(x)), 16),
+    "group norm, called": (lambda: lambda x: F.group_norm(x, 4, torch.linspace(0.5, 1, 16).to(x)), 16),
+    "layer norm and linear, called": (lambda: CallsByPixel(16), 16),
+    "squeezed and multiplied": (lambda: Vectors(16), 16),
     "norm and ReLU in front": (lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(16), nn.ReLU()), 16),
     "norm and SiLU in front": (lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(16), nn.SiLU()), 16),
 }
