@@ -46,8 +46,8 @@ def write_graph(
 
     The ``meta`` of its nodes has a tensor's shape and dtype for two images of the given size ("tensor_meta", on the
     meta device), where the model takes other sizes its shape for larger ones ("larger_shape"), and the module without
-    children in whose forward it was made ("path"). The attribute ``returned`` is what the model returned for two images,
-    of the classes that it has there; the graph returns tuples, lists and dicts.
+    children in whose forward it was made ("path"). The attribute ``returned`` is what the model returned for two
+    images, of the classes that it has there; the graph returns tuples, lists and dicts.
 
     Args:
         model: it is copied.
@@ -332,7 +332,7 @@ class _Writer:
 
     def _constant(self, value: Value) -> fx.Node:
         name = value.name or next(self.names)
-        tensor = self.state[name] if value.name else value.numbers
+        tensor: Any = self.state[name] if value.name else value.numbers
         owner, _, attribute = name.rpartition(".")
         if owner and owner not in dict(self.root.named_modules()):
             set_module(self.root, owner, nn.Module())

@@ -169,7 +169,8 @@ class Engine(nn.Module):
                 the plans or the memory.
         """
         _check_input(x, "input", self.example_size[1], self.dtype, self.device)
-        run = self.body if self.fixed_size in (None, tuple(x.shape[1:])) else self._run_source
+        written = self.fixed_size in (None, tuple(x.shape[1:]))
+        run: Callable[[Tensor], Any] = self.body if written else self._run_source
         if torch.is_autocast_enabled(self.device.type):
             # Plans are float32; what PyTorch computes between them has to be, too.
             with torch.autocast(self.device.type, enabled=False):
@@ -178,8 +179,9 @@ class Engine(nn.Module):
 
     def _run_source(self, x: Tensor) -> Any:
         """The model itself, of a size that the body is not written for."""
+        source: nn.Module = self.__dict__["source"]
         try:
-            return self.source(x)
+            return source(x)
         except RuntimeError as error:
             raise ValueError(f"Engine: the model does not take {_by(x.shape[1:])}: {first_line(error)}") from error
 

@@ -147,7 +147,7 @@ def _shuffle(node: fx.Node) -> Joined:
         swap = swap.args[0]
     turned = operation_of(swap) is aten.transpose and sorted(swap.args[1:]) == [1, 2]
     turned = turned or (operation_of(swap) is aten.permute and swap.args[1] == [0, 2, 1, 3, 4])
-    split = swap.args[0] if turned else None
+    split: Any = swap.args[0] if turned else None
     if operation_of(node) not in _RESHAPES or operation_of(split) not in _RESHAPES:
         return None
     source = split.args[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -97,7 +97,7 @@ def _shuffled(call: Call) -> Layer | None:
 
 
 def _cat(call: Call) -> Layer | None:
-    nodes, node = call.source, call.node
+    node, nodes = call.node, cast(list[fx.Node], call.source)
     if not isinstance(nodes, (list, tuple)) or not all(is_map(n) or is_vector(n) for n in nodes):
         return None
     along_channels = call.get(1, "dim", 0) in (1, 1 - len(shape_of(node) or ()))
