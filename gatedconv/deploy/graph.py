@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
 
 from gatedconv._io import first_line
 from gatedconv.convert.install import computing_all_samples, hooks_of
@@ -82,13 +84,22 @@ def _graph_of(
 ) -> GraphNet:
     generator = torch.Generator().manual_seed(0)
 
+    @functools.cache
+    def without_numbers() -> nn.Module:
+        return copy.deepcopy(model).to("meta")
+
     def run(count: int, *more: int) -> tuple[Tensor, Record]:
         kept = len(size) - 1 - len(more)
         shape = (*size[1 : 1 + kept], *(n + m for n, m in zip(size[1 + kept :], more, strict=True)))
         x = torch.rand(count, *shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-        found = record(model, (x,), known=lambda module: module is not model and _is_leaf(module, leaves))
-        _keep_shapes(found)
-        return x, found
+        if runs:
+            try:  # on the meta device, where it costs next to nothing
+                found = _recorded(without_numbers(), x.to("meta"), leaves)
+                if _is_alike(found, runs[0][1]):
+                    return x, found
+            except Exception:  # code or operations that need them
+                pass
+        return x, _recorded(model, x, leaves)
 
     def larger(height: int, width: int) -> list[tuple[Tensor, Record]]:
         # Vectors (N, K) and clips (N, T, C, H, W) are longer as well.
@@ -97,8 +108,10 @@ def _graph_of(
         except Exception:  # a size that is not taken
             return []
 
+    runs: list[tuple[Tensor, Record]] = []
     try:
-        runs = [run(count) for count in counts]
+        for number in counts:
+            runs.append(run(number))
     except Exception as error:  # whatever the model's code raises
         raise NoGraph(f"it does not run: {type(error).__name__}: {first_line(error)}") from error
     found = next((taken for more in _LARGER if (taken := larger(*more))), [])
@@ -111,6 +124,27 @@ def _graph_of(
     graph = _write(model, runs, check)
     vars(graph)["fixed_size"] = tuple(runs[0][0].shape[1:])
     return graph
+
+
+def _recorded(model: nn.Module, x: Tensor, leaves: tuple[type[nn.Module], ...] | None) -> Record:
+    found = record(model, (x,), known=lambda module: module is not model and _is_leaf(module, leaves))
+    _keep_shapes(found)
+    return found
+
+
+def _is_alike(found: Record, first: Record) -> bool:
+    """Whether a run on the meta device went the way of the first run, and read no constants made there."""
+    read = tree_flatten([(node.args, node.kwargs) for node in found.nodes])[0]
+    there = any(item == torch.device("meta") if isinstance(item, torch.device) else _is_there(item) for item in read)
+    return not there and [_step(node) for node in found.nodes] == [_step(node) for node in first.nodes]
+
+
+def _is_there(item: Any) -> bool:
+    return isinstance(item, Value) and item.numbers is not None and item.numbers.is_meta
+
+
+def _step(node: Node) -> tuple[str, str, int]:
+    return node.op, node.scope, len(node.outputs)
 
 
 def _is_leaf(module: nn.Module, leaves: tuple[type[nn.Module], ...] | None) -> bool:
@@ -144,8 +178,7 @@ def _write(model: nn.Module, runs: list[tuple[Tensor, Record]], check: bool) -> 
     if any(node.op in _NUMBERS and not node.is_constant for node in records[0].nodes):
         raise NoGraph("its code reads numbers of a tensor, on which what it does may depend")
     if len({len(found.nodes) for found in records}) > 1 or any(
-        len({(node.op, node.scope, len(node.outputs)) for node in nodes}) > 1
-        for nodes in zip(*(found.nodes for found in records), strict=True)
+        len({_step(node) for node in nodes}) > 1 for nodes in zip(*(found.nodes for found in records), strict=True)
     ):
         raise NoGraph("another batch or image size takes another way through its code")
     graph = _Writer(model, records).write()
