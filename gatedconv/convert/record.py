@@ -2,7 +2,8 @@
 
 Nothing is traced symbolically: the model runs, whatever its code does, and every operation that PyTorch
 dispatches is noted with the module in whose forward it ran. Known layers count as one operation each. The
-record serves to find places for gates and channels that can go; the model itself stays as it is.
+record serves to find places for gates and channels that can go, and graphs are written from several of them; the
+model itself stays as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gatedconv.gating import Gate, eval_mode
 
 _RECORDING = threading.RLock()  # records replace nn.Module.__call__ for their time
 
+_GIVERS = ("tolist", "numpy", "__array__")  # methods that take numbers of a tensor past the dispatcher
 CALL = "call"  # the operation of a node that is the call of a known layer
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 
@@ -108,6 +110,7 @@ class Record:
         self.outputs: list[Value] = []
         self.returned: Any = None
         self.structure: Any = None  # what the model returned, with values in place of tensors
+        self.gave_numbers = False  # whether its code took numbers of a computed tensor, past the dispatcher
 
     def calls_of(self, path: str) -> list[ModuleCall]:
         """The calls of the module at a path."""
@@ -296,8 +299,9 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def watching_modules(self) -> Iterator[None]:
-        """Context in which every module call goes through ``_call``."""
+        """Context in which every module call goes through ``_call``, and numbers that leave a tensor are noticed."""
         original = nn.Module.__call__
+        own = dict(vars(Tensor))
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             path = self.paths.get(id(module))
@@ -305,11 +309,26 @@ class _Recorder(TorchDispatchMode):
                 return original(module, *args, **kwargs)
             return self._call(original, path, module, args, kwargs)
 
+        def noticed(give: Callable[..., Any]) -> Callable[..., Any]:
+            def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+                value = self.values.get(id(tensor))
+                self.result.gave_numbers |= value is not None and not value.is_constant
+                return give(tensor, *args, **kwargs)
+
+            return method
+
         nn.Module.__call__ = call  # type: ignore[method-assign]
+        for name in _GIVERS:
+            setattr(Tensor, name, noticed(getattr(Tensor, name)))
         try:
             yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
+            for name in _GIVERS:
+                if name in own:
+                    setattr(Tensor, name, own[name])
+                else:
+                    delattr(Tensor, name)
 
     def _call(self, original: Any, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first, known = len(self.result.nodes), self.known(module)

@@ -29,6 +29,7 @@ _LARGER = ((33, 65), (32, 64), (64, 128))
 _PARITIES = ((2, 16), (4, 2), (8, 4))
 _NUMBERS = ("_local_scalar_dense", "equal")  # operations that give the model's code numbers of a tensor
 _RESHAPES = ("view", "_unsafe_view")
+_COMPARISONS = frozenset("gt_ ge_ lt_ le_ eq_ ne_ logical_and_ logical_or_ logical_xor_ logical_not_".split())
 
 
 class NoGraph(ValueError):
@@ -57,7 +58,7 @@ def write_graph(
             its code needs a multiple of N.
         dtype: of its input.
         leaves: classes whose modules stay modules; None: all layers that a file can describe.
-        check: compare the graph with the model; costs two forwards of each for each of six sizes.
+        check: compare the graph with the model; costs two forwards of each for each of eight sizes.
 
     Raises:
         NoGraph: what it computes depends on the batch size or on numbers that its code reads, changes views in place
@@ -101,12 +102,15 @@ def _graph_of(
                 pass
         return x, _recorded(model, x, leaves)
 
-    def larger(height: int, width: int) -> list[tuple[Tensor, Record]]:
-        # Vectors (N, K) and clips (N, T, C, H, W) are longer as well.
+    def taken(number: int, *more: int) -> list[tuple[Tensor, Record]]:
         try:
-            return [run(counts[0], *{2: (height,), 4: (height, width), 5: (2, 0, height, width)}[len(size)])]
+            return [run(number, *more)]
         except Exception:  # a size that is not taken
             return []
+
+    def grown(height: int, width: int) -> tuple[int, ...]:
+        # Vectors (N, K) and clips (N, T, C, H, W) are longer as well.
+        return {2: (height,), 4: (height, width), 5: (2, 0, height, width)}[len(size)]
 
     runs: list[tuple[Tensor, Record]] = []
     try:
@@ -114,14 +118,19 @@ def _graph_of(
             runs.append(run(number))
     except Exception as error:  # whatever the model's code raises
         raise NoGraph(f"it does not run: {type(error).__name__}: {first_line(error)}") from error
-    found = next((taken for more in _LARGER if (taken := larger(*more))), [])
-    found += [taken for more in _PARITIES for taken in larger(*more)]
+    alone = taken(1)
+    found = next((each for more in _LARGER if (each := taken(counts[0], *grown(*more)))), [])
+    found += [each for more in _PARITIES for each in taken(counts[0], *grown(*more))]
+    found += taken(counts[0], *(-(n // 2) for n in size[-2:])) if len(size) == 4 else []
     if found:
         try:
-            return _write(model, [*runs, *found], check)
+            return _write(model, [*runs, *found, *alone], check, len(runs))
         except Exception:  # it takes another way through the code
             pass
-    graph = _write(model, runs, check)
+    try:
+        graph = _write(model, [*runs, *alone], check)
+    except (KeyError, IndexError, TypeError) as error:  # runs of one way whose operations have other arguments
+        raise NoGraph("another batch takes another way through its code") from error
     vars(graph)["fixed_size"] = tuple(runs[0][0].shape[1:])
     return graph
 
@@ -173,23 +182,24 @@ def _require_same(graph: GraphNet, model: nn.Module, inputs: list[Tensor]) -> No
             raise NoGraph("the graph computes something else")
 
 
-def _write(model: nn.Module, runs: list[tuple[Tensor, Record]], check: bool) -> GraphNet:
+def _write(model: nn.Module, runs: list[tuple[Tensor, Record]], check: bool, larger: int | None = None) -> GraphNet:
+    """The graph that all runs agree on; ``larger`` is the run that has the shapes for larger images."""
     records = [found for _, found in runs]
-    if any(node.op in _NUMBERS and not node.is_constant for node in records[0].nodes):
+    if records[0].gave_numbers or any(node.op in _NUMBERS and not node.is_constant for node in records[0].nodes):
         raise NoGraph("its code reads numbers of a tensor, on which what it does may depend")
     if len({len(found.nodes) for found in records}) > 1 or any(
         len({_step(node) for node in nodes}) > 1 for nodes in zip(*(found.nodes for found in records), strict=True)
     ):
         raise NoGraph("another batch or image size takes another way through its code")
-    graph = _Writer(model, records).write()
+    graph = _Writer(model, records, larger).write()
     if check:
         _require_same(graph, model, [x for x, _ in runs])
     return graph
 
 
 class _Writer:
-    def __init__(self, model: nn.Module, runs: list[Record]) -> None:
-        self.model, self.runs = model, runs
+    def __init__(self, model: nn.Module, runs: list[Record], larger: int | None) -> None:
+        self.model, self.runs, self.larger = model, runs, larger
         self.graph, self.root = fx.Graph(), nn.Module()
         self.nodes: dict[Value, fx.Node] = {}
         self.views = ViewWriter(self.graph)
@@ -229,7 +239,7 @@ class _Writer:
             structures = [run.structure for run in self.runs]
             self.graph.output(self._argument(structures, nodes))
         elif node.op == "same":
-            self.nodes[node.outputs[0]] = self._read(node.inputs[0], nodes, 0)
+            self.nodes[node.outputs[0]] = self._argument([n.inputs[0] for n in nodes], nodes)
         elif node.op == "overwritten":
             self._know(nodes, 0, self._overwritten(nodes))
         else:
@@ -242,8 +252,8 @@ class _Writer:
         if index == 0:
             self.shapes[new] = shapes
         new.meta["tensor_meta"] = value.tensor
-        if len(shapes) > 2:
-            new.meta["larger_shape"] = tuple(shapes[2])
+        if self.larger is not None:
+            new.meta["larger_shape"] = tuple(shapes[self.larger])
         if path := self._path(nodes[0]):
             new.meta["path"] = path
 
@@ -263,8 +273,9 @@ class _Writer:
             func = _functional(node)
             if "upsample" in node.op and "2d" in node.op and all(isinstance(a, float) for a in node.args[-2:]):
                 # By factors, from which the size follows.
-                func, source = getattr(torch.ops.aten, node.op).vec, self._read(node.inputs[0], nodes, 0)
-                args, kwargs = (source, None, *node.args[2:-2], list(node.args[-2:])), {}
+                func, source = getattr(torch.ops.aten, node.op).vec, self._argument([n.args[0] for n in nodes], nodes)
+                *more, height, width = self._argument([n.args[2:] for n in nodes], nodes)
+                args, kwargs = (source, None, *more, [height, width]), {}
             else:
                 args, kwargs = self._arguments(nodes)
             name = self._path(node) or func._schema.name.split("::")[1]
@@ -277,6 +288,8 @@ class _Writer:
 
     def _overwritten(self, nodes: tuple[Node, ...]) -> fx.Node:
         """A tensor after another view of its memory was written."""
+        for found in zip(*(node.args for node in nodes), strict=True):
+            _require_one_source(found)
         other, result, before = nodes[0].args
         views = None if before is None else (self.nodes[before], self._read(other, nodes, 0))
         found = None if views is None else self.views.write(*views, self.nodes[result])
@@ -289,7 +302,8 @@ class _Writer:
     def _arguments(self, nodes: tuple[Node, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         node = nodes[0]
         if node.op in _RESHAPES and isinstance(node.args[1], (list, tuple)):
-            return (self._read(node.inputs[0], nodes, 0), self._sizes([n.args[1] for n in nodes], nodes)), {}
+            source = self._argument([n.args[0] for n in nodes], nodes)
+            return (source, self._sizes([n.args[1] for n in nodes], nodes)), {}
         args = self._argument([n.args for n in nodes], nodes)
         return args, {key: self._argument([n.kwargs[key] for n in nodes], nodes) for key in node.kwargs}
 
@@ -311,6 +325,7 @@ class _Writer:
         """One argument, given as each run has it."""
         first = found[0]
         if isinstance(first, Value):
+            _require_one_source(found)
             index = nodes[0].inputs.index(first)
             return self._read(first, nodes, index)
         if isinstance(first, (list, tuple)):
@@ -351,7 +366,7 @@ class _Writer:
         raise NoGraph("it computes with the image's size")
 
     def _read(self, value: Value, nodes: tuple[Node, ...], index: int) -> fx.Node:
-        if value in self.nodes:
+        if value in self.nodes and value.numbers is None:
             return self.nodes[value]
         if not value.is_constant or value.node is not None:
             raise NoGraph("it uses a tensor that no recorded operation made")
@@ -359,6 +374,8 @@ class _Writer:
             others = [node.inputs[index].numbers for node in nodes[1:]]
             if any(t is None or t.shape != value.numbers.shape or not torch.equal(t, value.numbers) for t in others):
                 raise NoGraph("a constant of its code depends on the image's size")
+        if value in self.nodes:
+            return self.nodes[value]
         self.nodes[value] = self._constant(value)
         self.nodes[value].meta["tensor_meta"] = torch.empty_like(value.tensor, device="meta")
         return self.nodes[value]
@@ -379,6 +396,18 @@ class _Writer:
             return self.graph.get_attr(name)
         with self.graph.inserting_before(first):
             return self.graph.get_attr(name)
+
+
+def _require_one_source(found: Iterable[Any]) -> None:
+    """NoGraph unless every run reads the same value; `_read` compares the numbers of constants without a name."""
+
+    def source(value: Any) -> Any:
+        if not isinstance(value, Value):
+            return None
+        return -1 if value.node is None else value.node.order, value.index, value.name
+
+    if len({source(value) for value in found}) > 1:
+        raise NoGraph("which tensors it computes with depends on the image's size")
 
 
 def _dimensions(
@@ -410,6 +439,8 @@ def _functional(node: Node) -> Any:
         return func
     if node.inputs[0].name:
         raise NoGraph(f"it changes its own {node.inputs[0].name}")
+    if name in _COMPARISONS:
+        raise NoGraph(f"it works in place, by {name}, whose functional form has another dtype")
     packet = getattr(torch.ops.aten, name.rstrip("_"), None)
     types = [argument.type for argument in func._schema.arguments]
     for overload in packet.overloads() if packet is not None else ():

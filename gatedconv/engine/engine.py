@@ -104,7 +104,7 @@ class Engine(nn.Module):
             self.choose = choose_measured(threads or 0) if measured else choose_estimated
             if self.reason is None:
                 self._build(source, example_input)
-            if verify and self.reason is None and device.type == "cpu" and self.plans:
+            if verify and self.reason is None and device.type == "cpu":
                 self._verify(source, example_input)
         self.eval()
 
@@ -182,6 +182,8 @@ class Engine(nn.Module):
         source: nn.Module = self.__dict__["source"]
         try:
             return source(x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(f"Engine: the model does not take {_by(x.shape[1:])}: {first_line(error)}") from error
 

@@ -136,6 +136,9 @@ def _slice(node: fx.Node) -> Joined:
     size = size_of(source)
     if size is None or shape is None or len(size) != 4 or dim not in (1, -3):
         return None
+    larger = size_of(node, True)
+    if larger is not None and larger[1] != shape[1]:
+        return None  # as many channels as the image has pixels
     start = start or slice(first, None).indices(size[1])[0]
     return slice_channels, (source, start, start + shape[1])
 
@@ -184,18 +187,23 @@ def _pixels(node: fx.Node) -> Joined:
         source = source.args[0]
     elif operation_of(node) not in _RESHAPES:
         return None
-    size = size_of(source)
-    if size is None or len(size) != 2 or size_of(node) != (*size, 1, 1):
-        return None
+    for larger in (False, True):
+        size, after = size_of(source, larger), size_of(node, larger)
+        if larger and size is None:
+            break  # the model takes no other size
+        if size is None or len(size) != 2 or after != (*size, 1, 1):
+            return None
     return as_pixels, (source,)
 
 
 def _strides(node: fx.Node) -> Joined:
     """Another order of channels and pixels in memory, where there is one pixel."""
     size, source = size_of(node), node.args[0] if node.args else None
-    if node.target is not aten.as_strided.default or size is None or size != size_of(source):
+    if node.target is not aten.as_strided.default or len(node.args) != 3 or size is None or size != size_of(source):
         return None
-    channels_follow = node.args[2][1] == 1  # type: ignore[index]
+    if size_of(node, True) != size_of(source, True):
+        return None
+    channels_follow = node.args[2][:2] == [size[1], 1]  # type: ignore[index]
     return (aten.alias.default, (source,)) if len(size) == 4 and size[2:] == (1, 1) and channels_follow else None
 
 
@@ -243,9 +251,12 @@ def _multiply(node: fx.Node) -> Joined:
     if weight.op != "get_attr" or folded == (product is node):
         return None
     source = x.args[0] if folded else x
-    before, after = size_of(source), size_of(node)
-    if before is None or after is None or before[:-1] != after[:-1] or before[-1:] != (size_of(x) or ())[-1:]:
-        return None
+    for larger in (False, True):
+        before, after, vectors = (size_of(one, larger) for one in (source, node, x))
+        if larger and before is None:
+            break  # the model takes no other size
+        if before is None or after is None or before[:-1] != after[:-1] or before[-1:] != (vectors or ())[-1:]:
+            return None
     return multiply_channels, (source, weight, bias)
 
 

@@ -63,7 +63,7 @@ class Layer:
 
 
 def shape_of(node: Any) -> tuple[int, ...] | None:
-    """Return the shape that tracing found for a node, None if it is no float32 tensor."""
+    """Return the shape of a node's value for two images, None if it is no float32 tensor."""
     meta: Any = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
     return tuple(meta.shape) if hasattr(meta, "shape") and meta.dtype == torch.float32 else None
 
@@ -75,7 +75,7 @@ def larger_shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def is_map(node: Any) -> bool:
-    """Whether a node's value is a batch of feature maps (2, C, H, W), the batch of the tracing example."""
+    """Whether a node's value is a batch of feature maps (2, C, H, W), the batch of the recorded run."""
     shape = shape_of(node)
     return shape is not None and len(shape) == 4 and shape[0] == 2 and min(shape) > 0 and not is_channels_last(node)
 

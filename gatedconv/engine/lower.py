@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
 
+from gatedconv.convert.record import record
 from gatedconv.deploy.graph import NoGraph, write_graph
 from gatedconv.engine.idioms import attribute_of, join_idioms, size_of
 from gatedconv.nn import (
@@ -70,6 +72,8 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
         maps = _constant_maps(module) if name and example_input.device.type == "cpu" else None  # CPU plans know them
         if maps is not None:
             source.set_submodule(name, maps)
+    if example_input.dtype != torch.float32:
+        _require_one_dtype(source, example_input)
     written = write_graph(source, tuple(example_input.shape), leaves=_LEAVES, check=False)
     traced = fx.GraphModule(written, written.graph, type(model).__name__)
     vars(traced)["fixed_size"] = vars(written).get("fixed_size")
@@ -79,7 +83,57 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     join_idioms(traced)
     if example_input.device.type == "cpu":
         _fill_empty_maps(traced)
+    else:
+        _move(traced.graph, example_input.device)
     return traced
+
+
+def _require_one_dtype(model: nn.Module, example_input: Tensor) -> None:
+    """NoGraph if a model's code names dtypes or converts between them: its graph is written in float32.
+
+    Found from two runs on the meta device; a model that does not run there is taken to do neither.
+    """
+    ways = []
+    for dtype in (torch.float32, example_input.dtype):
+        images = torch.empty(2, *example_input.shape[1:], dtype=dtype, device="meta")
+        try:
+            found = record(copy.deepcopy(model).to("meta", dtype), (images,), known=lambda module: False)
+        except Exception:  # code or operations that need numbers
+            return
+        ways.append(
+            [
+                (
+                    node.op,
+                    [value.tensor.dtype == dtype for value in node.outputs if value.users],
+                    _dtypes((node.args, node.kwargs)),
+                )
+                for node in found.nodes
+            ]
+        )
+    if ways[0] != ways[1]:
+        raise NoGraph(f"its code names or converts dtypes, and would compute otherwise in {example_input.dtype}")
+
+
+def _dtypes(arguments: Any) -> list[torch.dtype]:
+    return [item for item in tree_flatten(arguments)[0] if isinstance(item, torch.dtype)]
+
+
+def _move(graph: fx.Graph, device: torch.device) -> None:
+    """Let a graph that was recorded on the CPU make its tensors on another device.
+
+    Raises:
+        NoGraph: an operation runs on the CPU alone.
+    """
+
+    def there(item: Any) -> Any:
+        return device if isinstance(item, torch.device) else item
+
+    for node in graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, there)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, there)
+        name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name and not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, device.type.upper()):
+            raise NoGraph(f"{name} does not run on {device.type}")
 
 
 def _fold_constants(traced: fx.GraphModule) -> None:

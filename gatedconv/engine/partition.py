@@ -1,4 +1,4 @@
-"""Splits a traced model into segments that a plan runs and the rest, which stays in PyTorch."""
+"""Splits a model's graph into segments that a plan runs and the rest, which stays in PyTorch."""
 
 from __future__ import annotations
 

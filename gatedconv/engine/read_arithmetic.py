@@ -70,7 +70,7 @@ def double(value: Tensor | None) -> Tensor | None:
 
 
 def name_of_layer(node: fx.Node) -> str:
-    """The path of the module that a node is all of; else the node's name."""
+    """The path of the module without children in whose forward a node ran; else the node's name."""
     return str(node.meta.get("path", node.name))
 
 

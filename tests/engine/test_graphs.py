@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor, fx, nn
 
 import gatedconv
 from gatedconv.convert.verify import tensors_of
+from gatedconv.deploy.graph import NoGraph
+from gatedconv.engine.lower import trace
 from tests.engine.nets import error, settle
 from tests.tolerances import relative_error, tolerance
 
@@ -162,3 +165,81 @@ def test_a_graph_of_one_size(tmp_path):
     with pytest.raises(ValueError, match="for images of 3 x 32 x 32 alone"):
         gatedconv.export(engine, tmp_path / "net.plan", torch.randn(1, 3, 32, 32), format="plan")
     assert not list(tmp_path.iterdir())
+
+
+class Varying(nn.Module):
+    """A convolution whose output goes through code that differs with the size of the images, or their number."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.code, self.conv = code, nn.Conv2d(3, 4, 3, 1, 1)
+        self.small, self.large = (nn.Parameter(torch.randn(4, 4, 1, 1)) for _ in range(2))
+
+    def forward(self, x):
+        return self.code(self, self.conv(x))
+
+
+VARYING = {
+    "a factor": lambda net, x: F.interpolate(x, scale_factor=64 / x.shape[-1], mode="nearest"),
+    "weights": lambda net, x: F.conv2d(x, net.small if x.shape[-1] < 64 else net.large),
+    "constants": lambda net, x: x * torch.tensor([2.0 if x.shape[-1] < 64 else 3.0]),
+    "operands": lambda net, x: (lambda a, b: torch.relu(a if x.shape[-1] < 64 else b))(x + 1, x - 1),
+    "a smaller grid": lambda net, x: F.adaptive_avg_pool2d(x, min(x.shape[-1], 32)),
+    "larger images": lambda net, x: F.interpolate(x, 32) if x.shape[-1] < 32 else x,
+    "channels": lambda net, x: x[:, : x.shape[2] // 16],
+    "pixels": lambda net, x: (
+        F.max_pool2d(x, 32).flatten(1).softmax(1).view(x.shape[0], 4, *(n // 32 for n in x.shape[2:]))
+    ),
+    "one image": lambda net, x: x.relu() if len(x) == 1 else x.sigmoid(),
+}
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_what_varies_with_the_size_is_right_without_verification(name):
+    torch.manual_seed(2)
+    net = Varying(VARYING[name]).eval()
+    engine = gatedconv.Engine(net, torch.randn(2, 3, 32, 32), verify=False)
+    for shape in ((2, 3, 32, 32), (1, 3, 32, 32), (3, 3, 32, 64), (2, 3, 96, 96), (2, 3, 16, 16)):
+        x = torch.randn(shape)
+        try:
+            wanted = net(x)
+        except RuntimeError:
+            continue
+        assert relative_error(engine(x), wanted) <= tolerance(), shape
+
+
+@pytest.mark.parametrize("take", [lambda x: x.tolist(), lambda x: x.numpy(), lambda x: np.asarray(x), float])
+def test_code_that_takes_numbers_of_its_input_has_no_graph(take):
+    def code(net, x):
+        return x.relu() if np.max(take(x.abs().amax())) > 5 else -x
+
+    net = Varying(code).eval().requires_grad_(False)
+    engine = gatedconv.Engine(net, torch.randn(1, 3, 8, 8), verify=False)
+    assert "reads numbers of a tensor" in engine.reason and "tolist" not in vars(Tensor)
+    for factor in (0.1, 100.0):
+        x = factor * torch.randn(1, 3, 8, 8)
+        assert torch.equal(engine(x), net(x))
+
+
+CASTS = {
+    "float": lambda net, x: x.float().square().mean((2, 3)),
+    "to its dtype": lambda net, x: (x > 0).to(x.dtype) * x,
+    "none": lambda net, x: F.layer_norm(x.relu().softmax(1), x.shape[3:]),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_code_that_converts_dtypes_has_no_graph_in_half_precision(name):
+    net, x = Varying(CASTS[name]).eval(), torch.randn(1, 3, 8, 8).half()
+    if name == "none":
+        assert trace(net, x).graph.nodes
+    else:
+        with pytest.raises(NoGraph, match="converts dtypes"):
+            trace(net, x)
+
+
+def test_comparisons_in_place_have_no_graph():
+    net = Varying(lambda net, x: x.clone().gt_(0) + x.clone().gt_(0)).eval()
+    engine = gatedconv.Engine(net, torch.randn(1, 3, 8, 8))
+    x = torch.randn(1, 3, 8, 8)
+    assert "gt_" in engine.reason and torch.equal(engine(x), net(x))
