@@ -288,8 +288,8 @@ class _Writer:
 
     def _overwritten(self, nodes: tuple[Node, ...]) -> fx.Node:
         """A tensor after another view of its memory was written."""
-        for found in zip(*(node.args for node in nodes), strict=True):
-            _require_one_source(found)
+        for values in zip(*(node.args for node in nodes), strict=True):
+            _require_one_source(values)
         other, result, before = nodes[0].args
         views = None if before is None else (self.nodes[before], self._read(other, nodes, 0))
         found = None if views is None else self.views.write(*views, self.nodes[result])

@@ -172,7 +172,7 @@ def _as_returned(graph: fx.Graph, returned: Any, part: Any) -> Any:
         listed = [_as_returned(graph, *each) for each in zip(returned, part, strict=True)]
         if isinstance(returned, list):
             return listed
-        return type(returned)(*listed) if hasattr(returned, "_fields") else tuple(listed)
+        return graph.call_function(type(returned), tuple(listed)) if hasattr(returned, "_fields") else tuple(listed)
     if not isinstance(part, dict):
         return part
     keyed = returned if isinstance(returned, Mapping) else vars(returned)
