@@ -23,6 +23,7 @@ class Conversion:
         estimated: module -> by how much, where ``expected_macs`` is an estimate: it was off in a trial at random masks.
             Empty: at masks of 0 and 1 it is what ``count_macs`` finds in the compact network.
         note: what could not be checked or counted; empty otherwise.
+        traced_by: "run": the layers were found in one recorded run of the model's own code.
     """
 
     gated: dict[str, str] = field(default_factory=dict)
@@ -30,9 +31,10 @@ class Conversion:
     reachable_macs: float = 0.0
     estimated: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    traced_by: str = "run"
 
     def __str__(self) -> str:
-        lines = [f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs"]
+        lines = [f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs (traced by {self.traced_by})"]
         lines += [self.note] if self.note else []
         lines += [f"  {gate}: {what}" for gate, what in self.gated.items()]
         lines += [f"  not gated, {name}: {reason}" for name, reason in self.skipped.items()]
