@@ -108,8 +108,8 @@ class Record:
         self.calls: dict[str, list[ModuleCall]] = {}
         self.inputs: list[Value] = []
         self.outputs: list[Value] = []
-        self.returned: Any = None
-        self.structure: Any = None  # what the model returned, with values in place of tensors
+        self.returned: Any = None  # what the model returned
+        self.structure: Any = None  # the same, with values in place of tensors
         self.gave_numbers = False  # whether its code took numbers of a computed tensor, past the dispatcher
 
     def calls_of(self, path: str) -> list[ModuleCall]:

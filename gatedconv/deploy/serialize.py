@@ -16,8 +16,9 @@ from gatedconv._io import write_atomic
 from gatedconv.convert import Conversion
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.freeze import Consensus, freeze_gates
-from gatedconv.deploy.graph import NoGraph, write_graph
+from gatedconv.deploy.graph import write_graph
 from gatedconv.deploy.graph_format import build_graph, describe_graph, require_small
+from gatedconv.deploy.graph_writer import NoGraph
 from gatedconv.deploy.module_changes import apply_changes, describe_changes, ties_of
 from gatedconv.gating import FrozenGate, MacTerm, eval_mode, find_gates, unwrap
 from gatedconv.models import BUILDERS, CifarVGG, ResNet

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import gatedconv
 from gatedconv.convert.verify import tensors_of
-from gatedconv.deploy.graph import NoGraph
+from gatedconv.deploy.graph_writer import NoGraph
 from gatedconv.engine.lower import trace
 from tests.engine.nets import error, settle
 from tests.tolerances import relative_error, tolerance
