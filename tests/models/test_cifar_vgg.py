@@ -112,3 +112,8 @@ def test_a_training_step_moves_what_learns():
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         cifar_vgg(**options)
+
+
+def test_a_choice_of_a_type_without_a_hash_is_a_value_error():
+    with pytest.raises(ValueError, match=r"activation must be one of .*, got \['gelu'\]"):
+        gatedconv.models.cifar_vgg(10, activation=["gelu"])
