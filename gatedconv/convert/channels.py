@@ -94,7 +94,8 @@ class ChannelPlan(Constants):
             return
         for value in node.outputs:
             kind = flow.kind(value)
-            replaced = kind in ("conv", "linear") or value in self.masks.values  # by constants where they are known
+            layer = kind in ("conv", "linear") and (self.is_sliceable(node) or self.is_dead(node))
+            replaced = layer or value in self.masks.values  # by constants where they are known
             if bool(self.wanted(value).any()) if replaced else value in self.alive:
                 self.alive.update(node.inputs)
             if not flow.has_channels(value):

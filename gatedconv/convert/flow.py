@@ -256,7 +256,8 @@ class Flow:
             return None
         reduced = {d % dims for d in dim}
         if reduced & {0, axis}:
-            return None
+            keeps = 0 not in reduced and value.tensor.dim() == dims
+            return self._follow("opaque", value, source) if keeps else None  # one channel, in the same dimension
         if value.tensor.dim() < dims:
             axis -= sum(d < axis for d in reduced)
         return self._follow("elementwise", value, source, axis)

@@ -320,3 +320,72 @@ def test_a_closed_map_holds_at_every_size():
     for compact in (small, engine):
         assert_close(compact(IMAGES), frozen(IMAGES))
         assert_close(compact(other), frozen(other))
+
+
+class OwnLinear(nn.Linear):
+    """A linear layer with code of its own, as timm's."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class OwnHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.b, self.act, self.fc = nn.Conv2d(8, 6, 1), nn.ReLU(), OwnLinear(6, 4)
+
+    def forward(self, x):
+        return self.fc(self.act(self.b(self.norm(self.a(x)))).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_what_a_layer_reads_that_cannot_shrink_is_computed_even_where_all_of_it_is_constant():
+    gates = gatedconv.gate_model(OwnHead().eval(), "channel", example_input=IMAGES, include=["a"])
+    frozen = gatedconv.freeze(gates, masks={n: torch.zeros(g.num_gates) > 0 for n, g in gatedconv.gates(gates).items()})
+    assert bool((gates.b.bias < 0).any())  # which the activation changes
+    assert_close(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES))
+
+
+class ResponseNorm(nn.Module):
+    """The response norm of ConvNeXt V2, over channels in dimension ``axis``."""
+
+    def __init__(self, channels, axis):
+        super().__init__()
+        self.axis = axis
+        self.weight, self.bias = nn.Parameter(torch.rand(channels)), nn.Parameter(torch.rand(channels))
+
+    def forward(self, x):
+        shape = [-1 if d == self.axis % 4 else 1 for d in range(4)]
+        size = x.norm(dim=(2, 3) if self.axis == 1 else (1, 2), keepdim=True)
+        size = size / (size.mean(dim=self.axis, keepdim=True) + 1e-6)
+        return x + torch.addcmul(self.bias.view(shape), self.weight.view(shape), x * size)
+
+
+class ResponseNet(nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+        self.stem, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.fc1, self.fc2 = (
+            (nn.Linear(6, 24), nn.Linear(24, 6)) if last else (nn.Conv2d(6, 24, 1), nn.Conv2d(24, 6, 1))
+        )
+        self.grn, self.head = ResponseNorm(24, -1 if last else 1), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        y = x.permute(0, 2, 3, 1) if self.last else x
+        y = self.fc2(self.grn(torch.nn.functional.gelu(self.fc1(y))))
+        return self.head(x + (y.permute(0, 3, 1, 2) if self.last else y)).mean((2, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", [True, False])
+def test_what_is_behind_a_mean_over_channels_shrinks_wherever_the_channels_are(last):
+    model = gatedconv.gate_model(ResponseNet(last).eval(), "channel", example_input=IMAGES)
+    masks = masks_of(model, "odd")
+    gate = next(name for name in masks if name.startswith("fc1"))
+    frozen = gatedconv.freeze(model, masks=masks)
+    small = gatedconv.compact(frozen, IMAGES)
+    assert_close(small(IMAGES), frozen(IMAGES))
+    assert small.fc2.layer.weight.shape[1] == int(masks[gate].sum()) < 24
