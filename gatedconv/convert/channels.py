@@ -7,6 +7,7 @@ concatenates tensors whose channels have to match.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from gatedconv.convert.constants import Constants, groups_of, is_depthwise, is_padded
 from gatedconv.convert.flow import MOVING, PASSING, op_name
 from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value, is_computed, is_exact
+from gatedconv.convert.verify import is_same
 
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
 _VIEWS = ("view", "_unsafe_view", "reshape")
@@ -47,10 +49,34 @@ class Sliceable:
         """Whether a convolution or linear layer may lose channels: its own, and its weights no other code's."""
         module = node.module
         assert module is not None
-        plain = is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear)
-        if is_computed(module) or not (plain or groups_of(module) == 1 or is_depthwise(module)):
+        if is_computed(module) or not self.is_own(node):
             return False
-        return self.is_own(node)
+        if is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear) or is_depthwise(module):
+            return True
+        return groups_of(module) == 1 and self._reads_by_channel(node)
+
+    def _reads_by_channel(self, node: Node) -> bool:
+        """Whether the weights of a channel do nothing where it is zero; standardized weights depend on each other.
+
+        A layer with code of its own is tried out, once.
+        """
+        if node.scope not in self.record.reads_by_channel:
+            self.record.reads_by_channel[node.scope] = _ignores_zeros(node)
+        return self.record.reads_by_channel[node.scope]
+
+
+@torch.no_grad()
+def _ignores_zeros(node: Node) -> bool:
+    layer, x = copy.deepcopy(node.module).eval(), node.inputs[0].tensor[:1].detach().clone()  # type: ignore[union-attr]
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    half = layer.weight.shape[1] // 2
+    x.narrow(1 if isinstance(layer, nn.Conv2d) else -1, 0, half).zero_()
+    try:
+        before = layer(x)
+        layer.weight[:, :half] += layer.weight.abs().amax() + 1
+        return is_same(layer(x), before)
+    except Exception:  # whatever foreign code says of other weights
+        return False
 
 
 @dataclass
@@ -189,7 +215,7 @@ class ChannelPlan(Constants):
                 for part, piece in zip(node.args[0], held.split([flow[p].size for p in node.args[0]]), strict=True):
                     piece |= self.present[part]
                     self.present[part] |= piece
-            else:
+            elif value.users or value is node.outputs[0]:  # statistics that a norm also returns, and nobody reads
                 self._all(*node.inputs)
                 if value not in self.masks.values:  # behind a gate the closed channels can be dropped
                     self._all(value)
@@ -335,10 +361,24 @@ class ChannelPlan(Constants):
         return node.scope not in self.unsliceable and self.sliceable(node)
 
     def is_dead(self, node: Node) -> bool:
-        """Whether a layer with torch.nn's own code, whose weights no other code reads, has an unused output."""
-        if getattr(type(node.module), "forward", None) not in (nn.Conv2d.forward, nn.Linear.forward):
+        """Whether a layer whose weights no other code reads has an unused output, of a size that torch.nn's would have.
+
+        Of layers with code of their own the size may be another for other images: those are left to run with caution.
+        """
+        own = getattr(type(node.module), "forward", None) not in (nn.Conv2d.forward, nn.Linear.forward)
+        if own and (self.caution or not _has_usual_size(node)):
             return False
         return not bool(self.wanted(node.outputs[0]).any()) and self.sliceable.is_own(node)
+
+
+def _has_usual_size(node: Node) -> bool:
+    layer, source, out = node.module, node.inputs[0].tensor, node.outputs[0].tensor
+    if isinstance(layer, nn.Linear):
+        return True
+    if not isinstance(layer, nn.Conv2d) or isinstance(layer.padding, str):
+        return False
+    numbers = zip(source.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
+    return list(out.shape[2:]) == [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in numbers]
 
 
 def _filled(marked: Tensor, live: Tensor) -> Tensor:

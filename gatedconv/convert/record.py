@@ -111,6 +111,7 @@ class Record:
         self.returned: Any = None  # what the model returned
         self.structure: Any = None  # the same, with values in place of tensors
         self.gave_numbers = False  # whether its code took numbers of a computed tensor, past the dispatcher
+        self.reads_by_channel: dict[str, bool] = {}  # found by `convert.channels.Sliceable`
 
     def calls_of(self, path: str) -> list[ModuleCall]:
         """The calls of the module at a path."""

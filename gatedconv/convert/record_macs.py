@@ -1,12 +1,13 @@
 """The MACs of a recorded run piece by piece, by fvcore's rules, each with the gates that scale it.
 
-A label names the gate whose closing makes a channel constant (forward pass) or unused (backward pass): a convolution
-between labeled inputs and labeled outputs costs in proportion to both. Where that is an estimate, a trial against what
-compacting would leave finds it out.
+A label names the gates any of which makes a channel constant (forward pass) or unused (backward pass) when it closes: a
+convolution between labeled inputs and labeled outputs costs in proportion to both. Where that is an estimate, a trial
+against what compacting would leave finds it out.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert.channels import ChannelPlan, Sliceable
-from gatedconv.convert.constants import Masks, groups_of, is_depthwise
+from gatedconv.convert.constants import Constants, Masks, groups_of, is_depthwise, is_padded
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
 
 ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that nobody reads
-_SHIFT = 1 << 20  # a label is gate number * _SHIFT + channel number
+_SHIFT = 1 << 20  # a label is the number of a gate, or of a set of gates, * _SHIFT + the number of a channel in it
+_MOST_GATES = 3  # in a label; more would make a term for almost every channel
 _PASSING = ("elementwise", "cat", "move")
+Factor = tuple[str, tuple[int, ...] | None]  # a gate, and the channels whose mean counts; None for all
 
 
 @dataclass
@@ -74,11 +77,17 @@ class _Labels:
         self.flow = flow
         self.gated = gated
         self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
-        self.gates = list(self.sizes)
+        self.gates: list[tuple[str, ...]] = [(name,) for name in self.sizes]
+        self.first = {name: number * _SHIFT for number, (name,) in enumerate(self.gates)}
+        self.next = [number * _SHIFT for number in range(len(self.gates))]  # label that a set of gates gives out next
+        self.parts: dict[int, tuple[int, ...]] = {}  # label of several gates -> their labels
+        self.joined: dict[tuple[int, ...], int] = {}  # and the other way round
         self.images = _images_of(flow)
         self.whole: set[Value] = set()  # keep all channels, regardless of later gates
+        self.closed = Constants(flow, _all_closed(flow, gated))  # what closing everything leaves
         self.forward: dict[Value, Tensor] = {}
         self.needed: dict[Value, Tensor] = {}
+        self.costs: dict[Value, Tensor] = {}
         for node in flow.record.nodes:
             for value in node.outputs:
                 if flow.has_channels(value):
@@ -94,12 +103,39 @@ class _Labels:
             self._spread_need(node)
 
     def _gate(self, path: str) -> Tensor:
-        return self.gates.index(path) * _SHIFT + torch.arange(self.sizes[path])
+        return self.first[path] + torch.arange(self.sizes[path])
+
+    def _either(self, a: Tensor, b: Tensor) -> Tensor:
+        """The labels of channels that close with either of two."""
+        result = torch.where(a >= 0, a, b)
+        for index in ((a >= 0) & (b >= 0) & (a != b)).nonzero().flatten().tolist():
+            result[index] = self._join(int(a[index]), int(b[index]))
+        return result
+
+    def _join(self, a: int, b: int) -> int:
+        parts = tuple(sorted({*self.parts.get(a, (a,)), *self.parts.get(b, (b,))}))
+        if len(parts) > _MOST_GATES:
+            return a
+        if parts not in self.joined:
+            names = tuple(self.gates[part // _SHIFT][0] for part in parts)
+            if names not in self.gates:
+                self.gates.append(names)
+                self.next.append((len(self.gates) - 1) * _SHIFT)
+            number = self.gates.index(names)
+            label, self.next[number] = self.next[number], self.next[number] + 1
+            self.joined[parts], self.parts[label] = label, parts
+        return self.joined[parts]
 
     def read(self, node: Node, value: Value) -> Tensor:
         """The labels of a value as one node reads it."""
         site = self.gated.inputs.get((node, value))
-        return self._gate(site[0]) if site else self.forward[value]
+        label = self._gate(site[0]) if site else self.forward[value]
+        return self._zero(node, value, label) if is_padded(node) else label  # another constant changes at the border
+
+    def _zero(self, node: Node, value: Value, label: Tensor) -> Tensor:
+        """The labels of those channels that are zero once they are closed."""
+        known, constant = self.closed.known_to(node, value)
+        return torch.where(known & (constant == 0), label, ALWAYS)
 
     # -- which gate closes a channel ---------------------------------------------------------------
 
@@ -116,15 +152,14 @@ class _Labels:
             return source.repeat_interleave(channels.size // len(source))
         if channels.kind != "elementwise":
             return always
-        labels = [self.read(node, o) for o in self.flow.operands(node)]
-        labels = [label for label in labels if len(label) == channels.size]
-        if op_name(node) == "mul":
-            result = always
-            for label in labels:
-                result = torch.where(label >= 0, label, result)
-            return result
-        same = torch.stack([label == labels[0] for label in labels]).all(dim=0)
-        return torch.where(same, labels[0], always)
+        labels = {o: self.read(node, o) for o in self.flow.operands(node)}
+        labels = {o: label for o, label in labels.items() if len(label) == channels.size}
+        first, *others = labels.values()
+        same = torch.where(torch.stack([label == first for label in (first, *others)]).all(dim=0), first, always)
+        if op_name(node) != "mul":
+            return same
+        zeros = [self._zero(node, o, label) for o, label in labels.items()]
+        return torch.where(same >= 0, same, functools.reduce(self._either, zeros, always))
 
     # -- which gate makes a channel useless ----------------------------------------------------------
 
@@ -180,8 +215,10 @@ class _Labels:
         self.needed[source] = _merge(have, need)
 
     def effective(self, value: Value) -> Tensor:
-        """The label by which a value's channels cost: its own, else its readers'."""
-        return torch.where(self.forward[value] >= 0, self.forward[value], self.needed[value])
+        """The label by which a value's channels cost: its own and its readers'."""
+        if value not in self.costs:  # asked for once all readers have been visited
+            self.costs[value] = self._either(self.forward[value], self.needed[value])
+        return self.costs[value]
 
     # -- terms ------------------------------------------------------------------------------------------
 
@@ -226,7 +263,7 @@ class _Labels:
                 columns = outputs.div(_SHIFT, rounding_mode="floor") == gate_out
                 share = float((rows.sum(1) * columns.sum(1)).sum()) / (rows.shape[1] * outputs.numel())
                 if share:
-                    scaled = [self._named(inputs[rows], gate_in), self._named(outputs[columns], gate_out)]
+                    scaled = self._named(inputs[rows], gate_in) + self._named(outputs[columns], gate_out)
                     terms.append(_term(total * share, round(params * share), layer, scaled))
         return terms
 
@@ -237,26 +274,32 @@ class _Labels:
         terms = []
         for number in numbers.unique().tolist():
             share = float((numbers == number).float().mean())
-            named = self._named(labels[numbers == number], number)
-            terms.append(_term(macs * share, round(params * share), layer, [named]))
+            scaled = self._named(labels[numbers == number], number)
+            terms.append(_term(macs * share, round(params * share), layer, scaled))
         return terms
 
-    def _named(self, labels: Tensor, number: int) -> tuple[str, tuple[int, ...] | None] | None:
-        """The gate of these labels and which of its channels they are; None for all of them."""
+    def _named(self, labels: Tensor, number: int) -> list[Factor]:
+        """The gates of these labels, each with those of its channels that they name; None for all of them."""
         if number < 0:
-            return None
-        name = self.gates[number]
-        channels = (labels % _SHIFT).unique().tolist()
-        return name, (None if len(channels) == self.sizes[name] else tuple(channels))
+            return []
+        factors: list[Factor] = []
+        parts = [self.parts.get(label, (label,)) for label in labels.unique().tolist()]
+        for name, own in zip(self.gates[number], zip(*parts, strict=True), strict=True):
+            channels = sorted({part % _SHIFT for part in own})
+            factors.append((name, None if len(channels) == self.sizes[name] else tuple(channels)))
+        return factors
 
 
-def _term(
-    macs: float, params: int, layer: tuple[str, ...], scaled: list[tuple[str, tuple[int, ...] | None] | None]
-) -> MacTerm:
-    named = [s for s in scaled if s is not None]
-    gates = (*layer, *(name for name, _ in named))
-    channels = (*[None] * len(layer), *(which for _, which in named))
+def _term(macs: float, params: int, layer: tuple[str, ...], scaled: list[Factor]) -> MacTerm:
+    gates = (*layer, *(name for name, _ in scaled))
+    channels = (*[None] * len(layer), *(which for _, which in scaled))
     return MacTerm(macs, params, gates, channels if any(c is not None for c in channels) else ())
+
+
+def _all_closed(flow: Flow, gated: Gated) -> Masks:
+    values = {value: torch.zeros(size, dtype=torch.bool) for value, (_, size) in gated.values.items()}
+    inputs = {key: torch.zeros(size, dtype=torch.bool) for key, (_, size) in gated.inputs.items()}
+    return Masks(values, inputs, {})
 
 
 def _merge(a: Tensor, b: Tensor) -> Tensor:

@@ -161,6 +161,8 @@ def _torchvision(short: str) -> Subject:
         options["weights_backbone"] = None
     if kind == "detection" and "ssd" not in short:
         options |= {"min_size": 128, "max_size": 192}
+    if "rcnn" in short:
+        options["box_detections_per_img"] = 10  # random weights find the most, each with its keypoints or mask
     model = torchvision.models.get_model(short, weights=None, **options).eval()
     if kind == "detection":
         return _detector(model, short)

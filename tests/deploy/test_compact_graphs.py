@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import gatedconv
+from gatedconv.convert import ConversionError, require_same
 from gatedconv.nn import ScatterChannels
 from tests.convert.networks import IMAGES, NETWORKS, masked_forward, network
 from tests.oracle import random_masks
@@ -74,8 +76,8 @@ def test_the_other_positions(name, position):
             assert error(gatedconv.compact(frozen, IMAGES)(IMAGES), frozen(IMAGES), model) <= tolerance()
 
 
-EXACT_MACS = ("relu", "channels_last", "attention", "computed", "unet")  # of those gated by channels
-ESTIMATED_MACS = {"residual": "blocks.2", "grouped": "blocks.0.conv2", "sigmoid": "conv2", "shuffled": "head"}
+EXACT_MACS = ("relu", "sigmoid", "channels_last", "attention", "computed", "unet")  # of those gated by channels
+ESTIMATED_MACS = {"residual": "blocks.2", "grouped": "blocks.0.conv2", "shuffled": "head"}
 
 
 @pytest.mark.parametrize("kind", ["odd", "one"])
@@ -300,6 +302,27 @@ def test_rounding_that_a_network_amplifies_is_no_difference():
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-8
 
 
+class Scaled(nn.Module):
+    """A network that is off by one factor in single precision and by another in double precision."""
+
+    def __init__(self, single, double):
+        super().__init__()
+        self.single, self.double_ = single, double
+
+    def forward(self, x):
+        return x * (1 + (self.double_ if x.dtype == torch.float64 else self.single))
+
+
+@pytest.mark.parametrize(
+    ("own", "constant", "rounding"),
+    [(1.5e-4, 2.9e-4, True), (1.5e-4, -1.4e-4, True), (1.5e-4, 3.2e-4, False), (6e-3, 1.2e-3, False)],
+)
+def test_a_constant_may_be_off_by_twice_what_rounding_costs_its_source(own, constant, rounding):
+    source, result = Scaled(own, 0.0), Scaled(constant, constant)  # a constant stays rounded in double precision
+    with contextlib.nullcontext() if rounding else pytest.raises(ConversionError, match="differs"):
+        require_same(source, result, IMAGES, "compact")
+
+
 class Stacked(nn.Module):
     def __init__(self):
         super().__init__()
@@ -389,3 +412,74 @@ def test_what_is_behind_a_mean_over_channels_shrinks_wherever_the_channels_are(l
     small = gatedconv.compact(frozen, IMAGES)
     assert_close(small(IMAGES), frozen(IMAGES))
     assert small.fc2.layer.weight.shape[1] == int(masks[gate].sum()) < 24
+
+
+class Product(nn.Module):
+    """Two maps, each with a gate, multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = (
+            nn.Conv2d(3, 16, 3, bias=False),
+            nn.Conv2d(3, 16, 3, bias=False),
+            nn.Conv2d(16, 4, 3),
+        )
+
+    def forward(self, x):
+        return self.head(self.a(x) * self.b(x)).mean((2, 3))
+
+
+def test_the_macs_of_a_product_are_those_of_channels_that_are_open_on_both_sides():
+    model = gatedconv.gate_model(Product().eval(), "channel", example_input=IMAGES)
+    halves = torch.arange(16) < 8, torch.arange(16) % 2 == 0
+    masks = dict(zip(gatedconv.gates(model), halves, strict=True))
+    small = gatedconv.compact(gatedconv.freeze(model, masks=masks), IMAGES)
+    assert small.head.weight.shape[1] == 4
+    expected = float(gatedconv.expected_macs(model, {n: m.double() for n, m in masks.items()}))
+    assert expected == pytest.approx(gatedconv.count_macs(small, IMAGES[:1]), abs=0.5)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm with its activation, as timm's: code of its own, and numbers for each channel."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        x = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+        return self.act(self.drop(x))
+
+
+def test_a_norm_with_its_activation_becomes_smaller_with_the_layer_in_front():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), NormAct(8), nn.Conv2d(8, 4, 1), nn.Flatten()).eval()
+    gates = gatedconv.gate_model(model, "channel", example_input=IMAGES)
+    masks = {n: torch.arange(g.num_gates) % 2 == 0 for n, g in gatedconv.gates(gates).items()}
+    frozen = gatedconv.freeze(gates, masks=masks)
+    small = gatedconv.compact(frozen, IMAGES)
+    sizes = {path: len(m.weight) for path, m in small.named_modules() if isinstance(m, (nn.Conv2d, NormAct))}
+    assert sorted(sizes.values()) == [4, 4, 4]
+    expected = float(gatedconv.expected_macs(gates, {n: m.double() for n, m in masks.items()}))
+    assert expected == pytest.approx(gatedconv.count_macs(small, IMAGES[:1]), abs=0.5)
+    assert not gates.conversion.estimated
+    assert_close(small(IMAGES), frozen(IMAGES))
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weights are standardized in every forward, as those of NFNets."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / weight.square().mean((1, 2, 3), keepdim=True).sqrt()
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_no_macs_are_promised_of_layers_whose_weights_depend_on_all_channels():
+    layers = [Standardized(3, 8, 3), nn.ReLU(), Standardized(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    model = gatedconv.gate_model(nn.Sequential(*layers).eval(), "channel", example_input=IMAGES)
+    masks = {n: torch.arange(g.num_gates) % 2 == 0 for n, g in gatedconv.gates(model).items()}
+    small = gatedconv.compact(gatedconv.freeze(model, masks=masks), IMAGES)
+    expected = float(gatedconv.expected_macs(model, {n: m.double() for n, m in masks.items()}))
+    assert expected == pytest.approx(gatedconv.count_macs(small, IMAGES[:1]), abs=0.5)
