@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv._io import silenced
+from gatedconv._io import first_line, silenced
 from gatedconv.convert.example import does_not_run
 from gatedconv.deploy.compact import compact
 from gatedconv.gating import find_gates, require_frozen, unwrap
@@ -107,8 +107,7 @@ def _origin(error: BaseException) -> str:
     """First line of the root cause; outer exceptions give advice for PyTorch developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
