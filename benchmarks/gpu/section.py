@@ -72,8 +72,8 @@ def _chosen(rows: Sequence[Row]) -> list[str]:
         name, _, key = candidates[0].case.partition(": ")
         times = {each.provider: each.ms_median for each in candidates if each.ms_median is not None}
         if key.startswith("run of"):
-            told = ", ".join(f"{provider} {ms:.3f}" for provider, ms in times.items())
-            runs.append([name, " ".join(key.split()[:3]), str(candidates[0].batch), told])
+            times_text = ", ".join(f"{provider} {ms:.3f}" for provider, ms in times.items())
+            runs.append([name, " ".join(key.split()[:3]), str(candidates[0].batch), times_text])
         elif any(provider.startswith("gatedconv") for provider in times) and candidates[0].setting == "gatedconv":
             layers += 1
             ours += [each.provider for each in candidates if each.note == "chosen" and "gatedconv" in each.provider]

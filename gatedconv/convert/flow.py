@@ -168,7 +168,8 @@ class Flow:
         if node.is_constant:
             return Channels("constant")
         if not _is_move(node):
-            for source in node.inputs:  # channels that went astray: from here on, new ones
+            for source in node.inputs:
+                # Moved channels met an operation that needs them in one dimension: its input begins a new set of them.
                 if self.kind(source) == "deferred":
                     self.channels[source] = self._plain("opaque", source)
         if value.index and op_name(node) not in MOVES:

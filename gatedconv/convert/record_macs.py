@@ -328,7 +328,7 @@ def estimated_parts(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]
 
 
 def _trial(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], caution: int, share: float) -> dict[str, str]:
-    """Of the channels ``share`` are open, and at least one; of the branches a half."""
+    """A trial of random masks: ``share`` of each gate's channels open, at least one, and half of the branches."""
     sizes = dict((*gated.values.values(), *gated.inputs.values())) | dict.fromkeys(gated.ends.values(), 1)
     generator = torch.Generator().manual_seed(0)
     masks = {n: torch.rand(size, generator=generator) < (share if size > 1 else 0.5) for n, size in sizes.items()}

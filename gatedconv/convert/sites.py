@@ -209,7 +209,7 @@ class SiteFinder:
     # -- sets of values --------------------------------------------------------------------------------
 
     def _leader(self, node: Node, gated: dict[Value, Site]) -> Site | None:
-        """Of a depthwise convolution, the site that gates its input."""
+        """The site that gates the input of a depthwise convolution; None for other layers."""
         module = node.module
         if not (isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1):
             return None

@@ -132,7 +132,7 @@ def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
 
 
 def _dynamic(write: Callable[[tuple[int, ...]], Any]) -> Any:
-    """What ``write`` makes with batch, height and width dynamic, or those of them that the model does not fix."""
+    """Call ``write`` with batch, height and width dynamic, then with fewer of them, until it succeeds."""
     fixed = None
     for dims in ((0, 2, 3), (0, 3), (0, 2), (0,), (2, 3), (3,), (2,)):
         try:

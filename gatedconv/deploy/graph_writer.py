@@ -250,7 +250,7 @@ def _dimensions(
 
 
 def _fraction(found: list[int], sizes: list[int]) -> Fraction | None:
-    """What sizes are multiplied by, and rounded down, to give some numbers; None where nothing does."""
+    """The factor f with found = floor(f * size) in every run; None where there is none."""
     if found[0] and sizes[0] and all(f * sizes[0] == s * found[0] for f, s in zip(found, sizes, strict=True)):
         return Fraction(found[0], sizes[0])
     if not all(found) or len(set(found)) < 3:  # such as a padding, which may be right for the wrong reason

@@ -70,7 +70,7 @@ class Gate(nn.Module):
 
 
 class Estimator(nn.Module):
-    r"""What `gatedconv.ops.estimate` takes besides logits (N, num_gates), and their distance from the threshold.
+    r"""The state and the noise of an estimator, and the distance of logits (N, num_gates) from its threshold.
 
     It keeps what an estimator needs between calls. In training it may draw noise; in eval it is deterministic.
 

@@ -124,12 +124,12 @@ class Interleaved(Generic[Name]):
             self.sample(name)
 
     def spread(self, name: Name) -> Spread:
-        """Of a candidate's ms per call; ``least`` is its fastest call."""
+        """The spread of a candidate's ms per call; ``least`` is its fastest call."""
         of_rounds = Spread.of(self.samples[name])
         return Spread(of_rounds.median, of_rounds.lower, of_rounds.upper, self.least[name])
 
     def ratio(self, name: Name, base: Name) -> Spread:
-        """Of a candidate's time over that of ``base``, round by round: 2 where ``base`` takes half as long."""
+        """The spread of a candidate's time divided by that of ``base``, round by round."""
         pairs = zip(self.samples[name], self.samples[base], strict=True)
         return Spread.of([theirs / ours for theirs, ours in pairs])
 

@@ -154,7 +154,7 @@ class CudaGraphStepper(Stepper):
 
     def _captured(self) -> _Replay:
         try:
-            # Not again: a step changes numbers on the host.
+            # No retry: the failed attempt has changed counters and schedules on the host.
             graph, result = capture(self._step, self.device, self._stream, retries=0)
         except RuntimeError as error:
             raise ValueError(

@@ -207,12 +207,12 @@ class Training:
         return report
 
     def _steppers(self) -> list[Stepper]:
-        """Of the network, and of its teacher, if there is one by now."""
+        """The steppers at work: the network's and, once it exists, the teacher's."""
         teacher = None if self.teacher is None else self.teacher.stepper
         return [self.stepper] if teacher is None else [self.stepper, teacher]
 
     def _counters(self) -> list[StepMacs]:
-        """Of the MACs of every network at work."""
+        """The MAC counters of the steppers and of a finished teacher."""
         counters = [stepper.macs for stepper in self._steppers()]
         return [*counters, self.teacher.macs] if isinstance(self.teacher, FinishedTeacher) else counters
 
@@ -286,7 +286,7 @@ class Training:
         }
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state, by name."""
+        """The parts with a state, by name."""
         teacher = {} if self.teacher is None else {"teacher": self.teacher}
         return self.stepper.parts | {"guard": self.stepper.guard} | teacher
 

@@ -181,7 +181,7 @@ class Stepper:
             self.lookahead.finish()
 
     def _after_step(self, progress: float) -> None:
-        """What reads values, and changes weights without a gradient."""
+        """Lookahead and pruning: they read values on the host and change weights without a gradient."""
         if self.lookahead is not None:
             self.lookahead.step(progress)
         if self.pruner is not None:
