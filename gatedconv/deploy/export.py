@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gatedconv._io import first_line, silenced
 from gatedconv.convert.example import does_not_run
 from gatedconv.deploy.compact import compact
+from gatedconv.deploy.engine_hooks import engine_hooks
 from gatedconv.gating import find_gates, require_frozen, unwrap
 from gatedconv.ops._checks import require_choice
 
@@ -31,15 +32,6 @@ class About:
     classes: Sequence[str] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-
-
-Writer = Callable[[nn.Module, Path, Tensor, About], None]
-_plan_writer: list[Writer] = []
-
-
-def register_plan_writer(writer: Writer) -> None:
-    """Let ``export`` write plans, which the engine makes."""
-    _plan_writer[:] = [writer]
 
 
 def export(
@@ -194,7 +186,12 @@ def _write_onnx(model: nn.Module, path: Path, example: Tensor, about: About) -> 
 
 
 def _write_plan(model: nn.Module, path: Path, example: Tensor, about: About) -> None:
-    _plan_writer[0](model, path, example, about)
+    engine_hooks().write_plan(model, path, example, about)
 
 
-_WRITERS: Mapping[str, Writer] = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti, "plan": _write_plan}
+_WRITERS: Mapping[str, Callable[[nn.Module, Path, Tensor, About], None]] = {
+    "onnx": _write_onnx,
+    "torch": _write_torch,
+    "aoti": _write_aoti,
+    "plan": _write_plan,
+}
