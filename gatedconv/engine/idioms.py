@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from gatedconv.engine.layers import size_of
+
 aten = torch.ops.aten
 _RESHAPES = (aten.view, aten._unsafe_view)
 
@@ -59,14 +61,6 @@ def join_idioms(traced: fx.GraphModule) -> None:
         node.replace_all_uses_with(joined)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-
-
-def size_of(node: Any, larger: bool = False) -> tuple[int, ...] | None:
-    """The shape of a node's value for the example, or for the larger image; None where it is unknown."""
-    if not isinstance(node, fx.Node):
-        return None
-    meta = node.meta.get("larger_shape") if larger else getattr(node.meta.get("tensor_meta"), "shape", None)
-    return None if meta is None else tuple(meta)
 
 
 def operation_of(node: Any) -> Any:

@@ -62,16 +62,23 @@ class Layer:
     option: int = 0
 
 
+def size_of(node: Any, larger: bool = False) -> tuple[int, ...] | None:
+    """Return the shape of a node's value for two images of the example's size; None where it is unknown.
+
+    Args:
+        node: A node, or anything else, whose shape is unknown.
+        larger: For images larger than the example; None, too, if the model takes none.
+    """
+    if not isinstance(node, fx.Node):
+        return None
+    shape = node.meta.get("larger_shape") if larger else getattr(node.meta.get("tensor_meta"), "shape", None)
+    return None if shape is None else tuple(shape)
+
+
 def shape_of(node: Any) -> tuple[int, ...] | None:
-    """Return the shape of a node's value for two images, None if it is no float32 tensor."""
+    """Return the `size_of` a node's value, None if it is no float32 tensor."""
     meta: Any = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return tuple(meta.shape) if hasattr(meta, "shape") and meta.dtype == torch.float32 else None
-
-
-def larger_shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Return a node's shape for an image larger than the example, None if the model takes none."""
-    shape: tuple[int, ...] | None = node.meta.get("larger_shape")
-    return shape
+    return size_of(node) if getattr(meta, "dtype", None) == torch.float32 else None
 
 
 def is_map(node: Any) -> bool:

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten
 from gatedconv.convert.record import record
 from gatedconv.deploy.graph import write_graph
 from gatedconv.deploy.graph_writer import NoGraph
-from gatedconv.engine.idioms import attribute_of, join_idioms, size_of
+from gatedconv.engine.idioms import attribute_of, join_idioms
+from gatedconv.engine.layers import size_of
 from gatedconv.nn import (
     ConstantMap,
     EmptyMap,

@@ -23,9 +23,9 @@ from gatedconv.engine.layers import (
     is_map,
     is_stored,
     is_vector,
-    larger_shape_of,
     map_size,
     shape_of,
+    size_of,
 )
 from gatedconv.engine.lower import ConstantMaps
 from gatedconv.engine.read_arithmetic import (
@@ -169,7 +169,7 @@ def _flatten(call: Call) -> Layer | None:
         if any(user.op != "call_module" and user.target is not multiply_channels for user in node.users):
             return None
         node.meta["flattened"] = size
-    elif (larger_shape_of(source) or (1, 1))[-2:] != (1, 1):
+    elif (size_of(source, larger=True) or (1, 1))[-2:] != (1, 1):
         return None  # one pixel at the example's size alone
     return make_layer("alias", node)
 
