@@ -23,6 +23,8 @@ _LARGER = ((33, 65), (32, 64), (64, 128))
 # A padding may depend on whether a map's size is even; 2**n more pixels change that behind n layers of stride 2, and
 # not before. Here n is 1 to 4 in one direction or the other, 1 and 2 in both.
 _PARITIES = ((2, 16), (4, 2), (8, 4))
+# `distance` of a graph from its model, in any precision: both make the same calls in the same order.
+GRAPH_ERROR = 1e-5
 _NUMBERS = ("_local_scalar_dense", "equal")  # operations that give the model's code numbers of a tensor
 
 
@@ -168,7 +170,7 @@ def _require_same(graph: GraphNet, model: nn.Module, inputs: list[Tensor]) -> No
             result = run_seeded(graph, as_inputs(x))
         except Exception as error:  # of an operation that cannot be called with what was recorded
             raise NoGraph(f"the graph does not run: {type(error).__name__}: {first_line(error)}") from error
-        if not distance(result, of_model) <= 1e-5:
+        if not distance(result, of_model) <= GRAPH_ERROR:
             raise NoGraph("the graph computes something else")
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from gatedconv.convert.channels import ChannelPlan
 from gatedconv.convert.constants import groups_of, is_depthwise
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_exact
-from gatedconv.convert.verify import as_inputs, run_seeded, trains
+from gatedconv.convert.verify import TOLERANCES, as_inputs, distance, run_seeded, trains
 from gatedconv.deploy.slicing import set_weight, slice_numbers
 from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels, Zeros
 
-_CLOSE = 1e-4  # of a foreign module's slice: |slice(x) - module(x)| against the largest output
+SLICE_ERROR = TOLERANCES[torch.float32]  # `distance` of a user's module with fewer channels from the module
 
 
 class CannotSlice(Exception):
@@ -238,7 +238,7 @@ def _require_slice(
         raise CannotSlice(path) from error
     if trains(module, x) and not trains(small, part):
         raise CannotSlice(path)
-    if got.shape != wanted.shape or float((got - wanted).abs().max()) > _CLOSE * float(wanted.abs().max()) + 1e-12:
+    if not distance(got, wanted) <= SLICE_ERROR:
         raise CannotSlice(path)
 
 

@@ -24,7 +24,7 @@ Candidate = tuple[str, str]
 """Provider and setting."""
 
 # max|a - b| / max|b| against eager PyTorch: beyond it the output is wrong, and is not timed.
-TOLERANCE = 1e-4
+WRONG_ABOVE = 1e-4
 DISTURBED = 1.3  # median over minimum: beyond it, something else used the machine
 PROBES = 32  # images on which the error of reduced precision is found
 _NONSENSE = 10.0  # an error beyond it is no matter of precision
@@ -132,7 +132,7 @@ class Comparison:
             except Exception as problem:  # a peer may raise anything; it is reported, and the others continue
                 self.failures[candidate] = _one_line(problem)
                 continue
-            limit = _NONSENSE if candidate in self.reduced else TOLERANCE
+            limit = _NONSENSE if candidate in self.reduced else WRONG_ABOVE
             if not error <= limit:
                 self.failures[candidate] = f"wrong output: relative error {error:.1e}, at most {limit:.0e} allowed"
                 continue

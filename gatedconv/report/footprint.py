@@ -25,7 +25,7 @@ from gatedconv._io import first_line, require_schema
 from gatedconv.convert.verify import distance
 from gatedconv.deploy import export, save
 from gatedconv.report import mobile
-from gatedconv.report.bench import TOLERANCE
+from gatedconv.report.bench import WRONG_ABOVE
 
 FILE_NAME = "footprint.json"
 
@@ -179,7 +179,7 @@ def measure_footprints(
     for _ in range(rounds):
         for runtime, path in ready:
             *figures, output = _run_once(runtime, path, list(x.shape), threads, calls)
-            if distance(torch.tensor(output), expected) > TOLERANCE:
+            if distance(torch.tensor(output), expected) > WRONG_ABOVE:
                 raise RuntimeError(f"{runtime.name} computes another output than the model")
             samples[runtime.name].append(figures)
     for name, figures in samples.items():
