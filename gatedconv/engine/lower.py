@@ -60,7 +60,7 @@ _LEAVES = (
 )
 
 
-def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+def lower(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     """Return the graph of an eval copy of `model`, with shapes for two images of example_input's size on its nodes.
 
     Its attribute `fixed_size` is the only (C, H, W) that the graph is right for, None where that is any.

@@ -253,7 +253,6 @@ def _figures(
     }
 
 
-
 def _submodule(net: nn.Module, path: str) -> nn.Module | None:
     try:
         return net.get_submodule(path)
