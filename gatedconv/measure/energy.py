@@ -176,7 +176,9 @@ def energy_per_call(
     return None if joules is None else joules / calls
 
 
-def find_counters(device: torch.device, *, host: bool = True, powercap: Path = POWERCAP) -> tuple[list[EnergyCounter], str]:
+def find_counters(
+    device: torch.device, *, host: bool = True, powercap: Path = POWERCAP
+) -> tuple[list[EnergyCounter], str]:
     """The counters for work on a device; without any, the reason.
 
     A GPU's own counter is required, and all packages of a CPU: a part would pass for the total.
