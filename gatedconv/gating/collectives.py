@@ -1,7 +1,7 @@
 """Collectives of distributed training: open rates of the global batch, the norm over it, votes, masks.
 
-Every function except `world_size` and `synchronized_norm` has to be called by all ranks. With a single process none of them
-communicates.
+Every function except `world_size` and `synchronized_norm` has to be called by all ranks. With a single process none of
+them communicates.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def synchronized_norms(model: nn.Module, which: str) -> Iterator[None]:
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in list(model.modules()) if which != "off" else []:
         for name, child in parent.named_children():
-            replacement = _synchronized_norm(parent, child, which)
+            replacement = _replacement(parent, child, which)
             if replacement is not None:
                 swapped.append((parent, name, child))
                 parent._modules[name] = replacement
@@ -185,7 +185,7 @@ def synchronized_norms(model: nn.Module, which: str) -> Iterator[None]:
             parent._modules[name] = child
 
 
-def _synchronized_norm(parent: nn.Module, child: nn.Module, which: str) -> nn.Module | None:
+def _replacement(parent: nn.Module, child: nn.Module, which: str) -> nn.Module | None:
     if isinstance(parent, LearnedGate) and isinstance(child, nn.BatchNorm1d):
         return synchronized_norm(child)
     if which != "all" or not isinstance(child, nn.modules.batchnorm._BatchNorm):
