@@ -226,7 +226,7 @@ class _Builder:
             self.steps.append(ResidentStep("mean", one.source, one.target))
         else:
             if one.op == "subsample":
-                index = [-1] * one.option + list(range(one.channels[0]))
+                index = [-1] * one.offset + list(range(one.channels[0]))
             else:
                 index = one.index or list(range(one.channels[0]))
             stride = one.stride if one.op == "subsample" else (1, 1)
