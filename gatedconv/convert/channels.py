@@ -19,7 +19,7 @@ from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value, is_c
 
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
 _VIEWS = ("view", "_unsafe_view", "reshape")
-MOST_CAUTION = 2  # of a `ChannelPlan`
+MOST_CAUTION = 2  # of a `Removal`
 
 
 class Sliceable:
@@ -54,8 +54,8 @@ class Sliceable:
 
 
 @dataclass
-class ChannelPlan(Constants):
-    """The passes; see the module's docstring.
+class Removal(Constants):
+    """The channels that each tensor of a frozen model keeps, by the three passes of the module's docstring.
 
     Attributes:
         caution: 0: any tensor may shrink; 1: reshaped tensors shrink only behind ``nn.Flatten`` and its like; 2: no

@@ -27,7 +27,7 @@ from gatedconv.convert.flow import (
 )
 from gatedconv.convert.install import Link, attach, open_gate
 from gatedconv.convert.record import CALL, Node, Record, Value
-from gatedconv.convert.record_macs import Gated, estimated_parts, merge_terms, node_terms, reachable_share
+from gatedconv.convert.record_macs import GatePlaces, estimated_parts, merge_terms, node_terms, reachable_share
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import require_same, require_same_training
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
@@ -160,7 +160,7 @@ class _Installer:
     estimator: str
 
     def __post_init__(self) -> None:
-        self.gated = Gated({}, {}, {})
+        self.gated = GatePlaces({}, {}, {})
         self.values: dict[Value, tuple[str, int]] = {}
         self.inputs: dict[tuple[Node, Value], tuple[str, int]] = {}
         self.layers: dict[Node, tuple[str, ...]] = {}
@@ -242,7 +242,7 @@ class _Installer:
 
     def finish(self) -> None:
         """Hooks of the whole model."""
-        self.gated = Gated(self.values, self.inputs, self.layers, self.ends)
+        self.gated = GatePlaces(self.values, self.inputs, self.layers, self.ends)
         self.result.register_forward_pre_hook(install.BeforeForward(self.links))
 
 

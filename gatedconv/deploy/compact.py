@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert import ConversionError, require_same
-from gatedconv.convert.channels import MOST_CAUTION, ChannelPlan
+from gatedconv.convert.channels import MOST_CAUTION, Removal
 from gatedconv.convert.constants import Masks
 from gatedconv.convert.example import record_example, require_example
 from gatedconv.convert.flow import Flow
@@ -131,7 +131,7 @@ def _compact_rest(
         result = copied(model)
         try:
             with keeping_aliases(result):
-                shrink(result, ChannelPlan(flow, masks, caution, unsliceable))
+                shrink(result, Removal(flow, masks, caution, unsliceable))
             if verify:
                 require_same(unwrap(frozen), result, example_input, "compact")
         except CannotSlice as failure:
