@@ -31,7 +31,7 @@ class Conversion:
     reachable_macs: float = 0.0
     estimated: dict[str, str] = field(default_factory=dict)
     note: str = ""
-    traced_by: str = "run"
+    traced_by: str = "run"  # its one value: kept, since scripts outside this project print it
 
     def __str__(self) -> str:
         lines = [f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs (traced by {self.traced_by})"]
