@@ -26,9 +26,9 @@ import torch
 from benchmarks.harness import RESULTS, machine_header, made_by, write_result
 from benchmarks.networks import NetworkCase
 from gatedconv._io import silenced
+from gatedconv.bench.exported import Run
+from gatedconv.bench.runtimes import OURS, SETTINGS
 from gatedconv.measure.latency import wait_until_idle
-from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS, SETTINGS
 from gatedconv.report.tables import markdown_table
 
 FILE = RESULTS / "busy.json"

@@ -30,12 +30,12 @@ from benchmarks.harness import RESULTS, ResultFile, machine_header
 from benchmarks.networks import NetworkCase, fill_norms, half_open
 from benchmarks.roofline import layer_work, measured_rates
 from benchmarks.yolo import Yolo
+from gatedconv.bench.comparison import PROBES, Row, best_rows, compare_runtimes
+from gatedconv.bench.quantizers import CALIBRATION
+from gatedconv.bench.runtimes import OURS, REDUCED, SETTINGS
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.environment import versions
 from gatedconv.ops.plan import plan_times
-from gatedconv.report.bench import PROBES, Row, best_rows, compare_runtimes
-from gatedconv.report.quantizers import CALIBRATION
-from gatedconv.report.runtimes import OURS, REDUCED, SETTINGS
 from gatedconv.report.tables import markdown_table
 
 NETWORKS = (

@@ -21,7 +21,7 @@ from benchmarks.gpu import engine, gate_step, parity, training
 from benchmarks.harness import ROOT, Machine
 from benchmarks.roofline import measured_rates
 from gatedconv import _native
-from gatedconv.report.bench import Row
+from gatedconv.bench.comparison import Row
 
 FIRST_S = 40.0
 STAND_IN = "tests.ptx.stand_in"  # where it exists, its `installed()` runs kernels without a GPU in a dry walk

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, made_by
-from gatedconv.report.bench import Row
+from gatedconv.bench.comparison import Row
 from gatedconv.report.tables import markdown_table
 
 # The provider that others of the same case are compared with.

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv.bench import mobile, quantizers
+from gatedconv.bench.exported import Run, made_once, onnx_file
 from gatedconv.engine import Engine
 from gatedconv.ops.plan import plan_isa
-from gatedconv.report import mobile, quantizers
-from gatedconv.report.exported import Run, made_once, onnx_file
 
 OURS = "gatedconv"
 UNLIMITED_ISA = "on every instruction set of the machine"

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatedconv._io import first_line, require_schema
+from gatedconv._io import first_line
+from gatedconv.bench import mobile
+from gatedconv.bench.comparison import WRONG_ABOVE
 from gatedconv.convert.verify import distance
 from gatedconv.deploy import export, save
-from gatedconv.report import mobile
-from gatedconv.report.bench import WRONG_ABOVE
-
-FILE_NAME = "footprint.json"
 
 # The process: NumPy is there already, as it is in whoever has an image.
 _PROCESS = """
@@ -71,10 +69,6 @@ class Runtime:
     imports: str
     load: str
 
-
-_MAYBE = (int, float, type(None))
-_ROW = {"runtime": str, "version": str, **dict.fromkeys(("file", "package", "peak_mib"), _MAYBE)}
-_ROW |= dict.fromkeys(("import_ms", "first_ms", "call_ms"), _MAYBE)
 
 _ORT = (
     "options = ort.SessionOptions(); options.intra_op_num_threads = threads; options.log_severity_level = 3\n"
@@ -187,45 +181,6 @@ def measure_footprints(
         values = dict(zip(("import_ms", "first_ms", "call_ms", "peak_mib"), least, strict=True))
         found[name] = Footprint(**{**asdict(found[name]), **values})
     return list(found.values())
-
-
-def footprint_rows(footprints: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of a table of footprints, as read from JSON."""
-    header = [
-        "runtime",
-        "version",
-        "file (MB)",
-        "package (MB)",
-        "memory (MiB)",
-        "import (ms)",
-        "first (ms)",
-        "call (ms)",
-    ]
-    columns = (("file", 1e-6, 2), ("package", 1e-6, 1), ("peak_mib", 1, 0), ("import_ms", 1, 1), ("first_ms", 1, 1))
-
-    def cells(row: Mapping[str, Any]) -> list[str]:
-        shown = [*columns, ("call_ms", 1, 3)]
-        return [str(row["runtime"]), str(row["version"])] + [
-            "-" if row[key] is None else f"{scale * row[key]:.{digits}f}" for key, scale, digits in shown
-        ]
-
-    return header, [cells(row) for row in footprints]
-
-
-def read_footprints(path: Path) -> list[dict[str, Any]]:
-    """Read the rows that `gatedconv bench RUN --footprint` keeps.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found damaged text ({error})") from None
-    require_schema(rows, list, str(path))
-    for row in rows:
-        require_schema(row, _ROW, str(path))
-    return rows
 
 
 def _input(shape: Sequence[int]) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv._io import silenced
+from gatedconv.bench.exported import Run
+from gatedconv.bench.runtimes import OURS, SETTINGS, Setting, fingerprint
 from gatedconv.convert.verify import distance
 from gatedconv.measure.latency import Interleaved
-from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint
 from gatedconv.report.tables import text_table
 
 Candidate = tuple[str, str]

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatedconv.bench.comparison import Candidate, Comparison
+from gatedconv.bench.exported import Run
+from gatedconv.bench.runtimes import OURS
 from gatedconv.deploy import freeze
 from gatedconv.nn import Conv2d
 from gatedconv.ops import masked_conv2d
-from gatedconv.report.bench import Candidate, Comparison
-from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS
 
 SAMPLE_MS = 3.0
 
