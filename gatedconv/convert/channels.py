@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gatedconv.convert.constants import Constants, groups_of, is_depthwise, is_padded
 from gatedconv.convert.flow import MOVING, PASSING, op_name
-from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value, is_computed, is_exact
+from gatedconv.convert.module_kinds import is_computed, is_exact
+from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value
 
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
 _VIEWS = ("view", "_unsafe_view", "reshape")

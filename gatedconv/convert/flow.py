@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gatedconv.convert.record import CALL, Node, Record, Value, has_own_hooks
+from gatedconv.convert.module_kinds import has_own_hooks
+from gatedconv.convert.record import CALL, Node, Record, Value
 from gatedconv.gating import Gate
 from gatedconv.nn import GatherChannels
 

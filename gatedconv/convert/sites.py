@@ -12,7 +12,8 @@ from torch import nn
 from gatedconv.convert.branches import Branch
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATION_OPS, ACTIVATIONS, MIXING_NORMS, NORMS, Flow, is_mixing, op_name
-from gatedconv.convert.record import CALL, ModuleCall, Node, Value, has_own_hooks
+from gatedconv.convert.module_kinds import has_own_hooks
+from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 
 GATED_ALREADY = "another layer's gate is in the same place"
 

@@ -29,7 +29,8 @@ from gatedconv.convert.install import (
     masks_by_link,
     remove_gates,
 )
-from gatedconv.convert.record import Node, Value, is_computed
+from gatedconv.convert.module_kinds import is_computed
+from gatedconv.convert.record import Node, Value
 from gatedconv.convert.verify import as_inputs, tensors_of, trains
 from gatedconv.deploy.blocks import compact_our_blocks
 from gatedconv.deploy.shrink import CannotSlice, shrink

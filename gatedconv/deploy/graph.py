@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten
 
 from gatedconv._io import first_line
 from gatedconv.convert.install import computing_all_samples, hooks_of
-from gatedconv.convert.record import Node, Record, Value, has_own_hooks, is_computed, record
+from gatedconv.convert.module_kinds import has_own_hooks, is_computed
+from gatedconv.convert.record import Node, Record, Value, record
 from gatedconv.convert.verify import as_inputs, distance, run_seeded
 from gatedconv.deploy.graph_format import is_describable
 from gatedconv.deploy.graph_writer import GraphWriter, NoGraph

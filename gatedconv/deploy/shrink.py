@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gatedconv.convert.channels import Removal
 from gatedconv.convert.constants import groups_of, is_depthwise
-from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_exact
+from gatedconv.convert.module_kinds import is_exact
+from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 from gatedconv.convert.verify import TOLERANCES, as_inputs, distance, run_seeded, trains
 from gatedconv.deploy.slicing import set_weight, slice_numbers
 from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels, Zeros
