@@ -1,4 +1,4 @@
-"""What each runtime loses where something else keeps one core busy: ``python -m benchmarks.busy``.
+"""Slowdown of each runtime where something else keeps one core busy: ``python -m benchmarks.busy``.
 
 Interleaved runtimes, each for a fraction of a second on the quiet machine and then with a process that computes on one
 core all the time. Figures are means and the 95th percentile of all calls, because the system takes a core away for

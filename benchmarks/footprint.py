@@ -1,4 +1,4 @@
-"""What a network weighs in each runtime, for docs/performance.md: ``python -m benchmarks.footprint``.
+"""Footprints of networks in each runtime, for docs/performance.md: ``python -m benchmarks.footprint``.
 
 Install gatedconv-runtime (``pip install ./runtime``), onnxruntime, MNN, ncnn and pnnx first. Every figure is the least
 of interleaved processes, on one thread: see gatedconv/bench/footprint.py.

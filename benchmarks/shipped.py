@@ -67,7 +67,7 @@ GROUPS = {
     "mobile": OWN + tuple(s for s in SETTINGS if s.provider in ("mnn", "ncnn", "litert")),
     "reduced": OWN + REDUCED,
 }
-"""What is measured side by side, each in a result file of its own."""
+"""Settings that are measured side by side; each group has a result file of its own."""
 PACKAGES = {"main": (), "small": (), "mobile": ("MNN", "ncnn", "pnnx", "ai-edge-litert"), "reduced": ("nncf",)}
 SLOWEST, PROFILES = 10, 20
 
@@ -82,7 +82,7 @@ class ShippedCase:
 
     @property
     def name(self) -> str:
-        """As result rows call it."""
+        """The name in result rows."""
         return f"{self.network} {self.variant}"
 
 

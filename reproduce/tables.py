@@ -119,7 +119,7 @@ def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: C
 
 
 def _printed(members: Sequence[Experiment]) -> str:
-    """What the paper prints for a table."""
+    """The figures that the paper prints for a table."""
     return "; ".join(f"{each.label}: {PRINTED[each.name]}" for each in members if each.name in PRINTED)
 
 

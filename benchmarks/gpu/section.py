@@ -65,7 +65,7 @@ def _cells(row: Row, times: float | None) -> list[str]:
 
 
 def _chosen(rows: Sequence[Row]) -> list[str]:
-    """What a tuner measured of layers that run as one launch, and how often a single layer went to which library."""
+    """Choices of the tuner: for runs of layers in one launch with each time, for single layers how often ours won."""
     runs, layers, ours = list[list[str]](), 0, list[str]()
     for _, group in groupby(rows, key=lambda row: (row.case, row.batch, row.setting)):
         candidates = list(group)

@@ -135,7 +135,7 @@ class ConvCase:
 
     @property
     def name(self) -> str:
-        """As result rows call it; they have the batch apart."""
+        """The name in result rows, which have the batch apart."""
         share = f"{self.open} %" if self.open != "odd" else f"{self.open_count} of {self.out_channels}"
         return f"{self.shape}, {share} open"
 

@@ -1,4 +1,4 @@
-"""What a network weighs where it runs: the file, the installed package, memory, the time to the first answer.
+"""The footprint of a network where it runs: file, installed package, memory, time to the first answer.
 
 Every figure is of a whole process of its own, which imports one runtime, loads the network and answers. Runtimes take
 turns, and the least of the rounds is kept: what a busy machine adds is no property of a runtime.
@@ -206,7 +206,7 @@ def _export(network: nn.Module, x: Tensor, path: Path) -> None:
 
 
 def _file_bytes(path: Path) -> int:
-    """Of a network's file, and of its weights where a runtime keeps them in another one."""
+    """The size of a network's file and of its weights, where a runtime keeps them in another one."""
     weights = path.with_suffix(".bin")
     return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 

@@ -1,4 +1,4 @@
-"""What a conversion did, and what it left alone and why; and the choice of layers by name."""
+"""The report of a conversion: its gates, and the layers without one and why; and the choice of layers by name."""
 
 from __future__ import annotations
 

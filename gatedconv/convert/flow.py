@@ -105,7 +105,7 @@ def op_name(node: Node) -> str:
 
 @dataclass(eq=False)
 class Channels:
-    """What is known of one value.
+    """The channels of one value.
 
     Attributes:
         kind: see the module's docstring.
@@ -334,7 +334,7 @@ class Flow:
         return node.func(*args, **kwargs)
 
     def _resolve(self, source: Value, moved: Tensor) -> Channels | None:
-        """Where the channels of ``source`` lie in a tensor that holds the numbers of its elements."""
+        """Find the channels of ``source`` in a tensor that holds the numbers of its elements."""
         shape, axis = source.tensor.shape, self[source].axis
         size = int(shape[axis])
         if moved.dim() < 2 or moved.numel() == 0 or moved.shape[0] != shape[0]:

@@ -301,7 +301,7 @@ def _runs_in_training_alone(trained: nn.Module, record: Record) -> bool:
 
 
 def _without_gradients(trained: nn.Module, ran: dict[str, bool]) -> str:
-    """What does not reach the gates of layers that learn by their flags: inside torch.no_grad(), or detached."""
+    """A note about gated layers that require gradients and get none, or whose gates' losses are cut off; else ""."""
     unreached = []
     for path in ran:
         learning = [p for p in trained.get_submodule(path.rpartition(".")[0]).parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""What a model computes, operation by operation: one run of its own code, recorded.
+"""Records the operations of one run of a model's own code.
 
 Nothing is traced symbolically: the model runs, whatever its code does, and every operation that PyTorch
 dispatches is noted with the module in whose forward it ran. Known layers count as one operation each. The

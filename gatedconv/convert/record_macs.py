@@ -28,7 +28,7 @@ _PASSING = ("elementwise", "cat", "move")
 
 @dataclass
 class GatePlaces:
-    """Where gates multiply.
+    """The places where gates multiply.
 
     ``values`` and, at one reader alone, ``inputs``: -> (gate path, number of gates); ``layers``: node -> paths of the
     layer gates that it runs under; ``ends``: last value of each branch with a layer gate -> the gate's path.

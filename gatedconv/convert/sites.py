@@ -1,4 +1,4 @@
-"""Where channel gates go: behind the norm of each convolution, in front of what reads an activation, or of a block."""
+"""Sites of channel gates: behind the norm of each convolution, in front of an activation's reader, or of a block."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ ONNX_OPSET = 18
 
 @dataclass(frozen=True)
 class About:
-    """What a plan says about the images and the classes of its network."""
+    """The images and the classes of a network, as a plan keeps them."""
 
     classes: Sequence[str] | None = None
     mean: Sequence[float] | None = None

@@ -23,7 +23,7 @@ AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net 
 
 @dataclass(frozen=True)
 class Consensus:
-    """What the gates agreed on.
+    """The masks that the gates agreed on, and how far they agreed.
 
     Attributes:
         masks: gate path -> bool (num_gates,), True for open.

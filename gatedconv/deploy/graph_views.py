@@ -19,7 +19,7 @@ class ViewWriter:
         self.written: dict[tuple[fx.Node, fx.Node], fx.Node | None] = {}  # (view, what it became) -> its source then
 
     def write(self, before: fx.Node, other: fx.Node, result: fx.Node) -> fx.Node | None:
-        """What ``other`` becomes where ``before``, which shares its memory, becomes ``result``; None if it has no form.
+        """The new ``other`` where ``before``, which shares its memory, becomes ``result``; None if it has no form.
 
         The result is put back into what ``before`` is a view of, up to the tensor that both are views of; of that,
         ``other`` is viewed anew.

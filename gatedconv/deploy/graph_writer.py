@@ -138,7 +138,7 @@ class GraphWriter:
         return args, {key: self._argument([n.kwargs[key] for n in nodes], nodes) for key in node.kwargs}
 
     def _sizes(self, of_runs: list[list[int]], nodes: tuple[Node, ...]) -> list[Any]:
-        """What a tensor is reshaped to; the one size that follows from the others may be any number."""
+        """The sizes that a tensor is reshaped to; one of them follows from the others and may be any number."""
         if len({len(one) for one in of_runs}) > 1:
             raise NoGraph("its arguments depend on the image's size")
         sizes: list[Any] = []

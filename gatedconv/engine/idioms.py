@@ -81,7 +81,7 @@ def argument_of(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
 
 
 def attribute_of(model: nn.Module, path: str) -> Any:
-    """What a model has at a path."""
+    """The attribute of a model at a dotted path."""
     found: Any = model
     for part in path.split("."):
         found = getattr(found, part)

@@ -1,4 +1,4 @@
-"""Where a plan goes wrong: the first layer that it computes otherwise than PyTorch."""
+"""Locates the first layer that a plan computes otherwise than PyTorch."""
 
 from __future__ import annotations
 

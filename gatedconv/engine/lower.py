@@ -43,7 +43,7 @@ class ConstantMaps(EmptyMap):
 
 
 def _constant_maps(module: nn.Module) -> ConstantMaps | None:
-    """What a module computes if that is a constant for every channel, whatever its input; else None."""
+    """The constants, one for each channel, that a module makes of any input; None for other modules."""
     if type(module) is ConstantMap:
         stride = (module.stride, module.stride)
         return ConstantMaps(module.value.detach(), EmptyMap(0, (1, 1), stride, (0, 0), (1, 1)))

@@ -88,7 +88,7 @@ class CudaGraphStepper(Stepper):
     def __call__(
         self, images: Tensor, labels: Tensor, epoch: float, teacher_logits: Tensor | None = None
     ) -> StepResult:
-        """As `Stepper`; the result is valid until the next step."""
+        """Make a step, as `Stepper` does; the result is valid until the next step."""
         progress = epoch / self.config.epochs
         self._set_inputs(images, labels, teacher_logits, epoch)
         if not self._capture:

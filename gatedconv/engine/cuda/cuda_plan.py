@@ -227,7 +227,7 @@ class CudaPlan(nn.Module):
         return entered
 
     def _simple(self, at: int, x: Tensor, residual: Tensor | None) -> Tensor:
-        """What is not a convolution, by PyTorch."""
+        """Run an instruction that is no convolution in PyTorch."""
         one = self.instructions[at]
         top, left = one.padding[:2]
         channels = padded(one.channels[1], self.dtype)

@@ -109,7 +109,7 @@ class Run:
 
     @property
     def ring_at(self) -> int:
-        """Where the pieces lie; the maps are behind them."""
+        """The offset of the pieces; the maps follow them."""
         return TABLE_AT + self.table_bytes
 
     def ring(self, budget: int, ranks: int) -> int:
