@@ -90,7 +90,7 @@ def _put_back(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node | None:
 
 
 def _view_again(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node | None:
-    """The view, of ``value``."""
+    """The same view, taken of ``value``."""
     if view.target is operator.getitem:
         section = _section(view)
         return None if section is None else graph.call_function(aten.slice.Tensor, (value, *section))

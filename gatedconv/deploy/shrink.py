@@ -264,7 +264,7 @@ def _gather(read: Tensor, held: Tensor, axis: int) -> list[tuple[str, nn.Module]
 def _glue(
     computed: Tensor, kept: Tensor, known: Tensor, constant: Tensor, value: Value, axis: int
 ) -> list[tuple[str, nn.Module]]:
-    """From the channels ``computed`` to ``kept``, constants among them."""
+    """Modules that make the channels ``kept`` of the channels ``computed``, constants among them."""
     taken = kept & computed & ~known
     if torch.equal(taken, computed) and torch.equal(taken, kept):
         return []

@@ -245,7 +245,7 @@ _FUNCTIONS: dict[Any, Callable[[Call], Layer | None]] = {
     aten.detach: _same,
     aten.alias: _same,
 }
-"""By operation, of whatever overload, and by idiom."""
+"""Readers by operation, of whatever overload, and by idiom."""
 
 # What may read and make maps whose axes are permuted: each pixel by itself.
 _BY_PIXEL = {"act", "affine", "add", "multiply", "layer_norm", "alias", "conv", "gather", "scatter_add"}
