@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, machine_header, made_by, variable, write_result
+from gatedconv.bench.conv_case import ConvCase
 from gatedconv.engine import Engine
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.ops.plan import plan_isa, plan_times, unavailable
-from gatedconv.report.conv_case import ConvCase
 from gatedconv.report.tables import markdown_table
 
 # Of MobileNetV2 and V3, EfficientNet-B0, ResNet-18 and 50: 1x1, strided, 3x3, first and last layers.

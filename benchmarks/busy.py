@@ -1,4 +1,4 @@
-"""What each runtime loses where something else keeps one core busy: ``python -m benchmarks.busy``.
+"""Slowdown of each runtime where something else keeps one core busy: ``python -m benchmarks.busy``.
 
 Interleaved runtimes, each for a fraction of a second on the quiet machine and then with a process that computes on one
 core all the time. Figures are means and the 95th percentile of all calls, because the system takes a core away for
@@ -26,9 +26,9 @@ import torch
 from benchmarks.harness import RESULTS, machine_header, made_by, write_result
 from benchmarks.networks import NetworkCase
 from gatedconv._io import silenced
+from gatedconv.bench.exported import Run
+from gatedconv.bench.runtimes import OURS, SETTINGS
 from gatedconv.measure.latency import wait_until_idle
-from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS, SETTINGS
 from gatedconv.report.tables import markdown_table
 
 FILE = RESULTS / "busy.json"

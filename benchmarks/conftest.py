@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.masked_conv2d import MOST_ROUNDS
-from gatedconv.report.bench import Comparison, Row, bench_table, best_rows
-from gatedconv.report.runtimes import OURS
+from gatedconv.bench.comparison import Comparison, Row, bench_table, best_rows
+from gatedconv.bench.runtimes import OURS
 
 CACHE = Path(__file__).resolve().parent.parent / "build" / "bench"
 _ROWS = pytest.StashKey[list[Row]]()

@@ -1,7 +1,7 @@
-"""What a network weighs in each runtime, for docs/performance.md: ``python -m benchmarks.footprint``.
+"""Footprints of networks in each runtime, for docs/performance.md: ``python -m benchmarks.footprint``.
 
 Install gatedconv-runtime (``pip install ./runtime``), onnxruntime, MNN, ncnn and pnnx first. Every figure is the least
-of interleaved processes, on one thread: see gatedconv/report/footprint.py.
+of interleaved processes, on one thread: see gatedconv/bench/footprint.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import nn
 
 import gatedconv
 from benchmarks.harness import RESULTS, machine_header, write_result
+from gatedconv.bench.footprint import measure_footprints
 from gatedconv.environment import versions
-from gatedconv.report.footprint import footprint_rows, measure_footprints
+from gatedconv.report.footprint_table import footprint_rows
 from gatedconv.report.tables import text_table
 
 NETWORKS = {"ResNet-20, CIFAR": "resnet20", "ResNet-56, CIFAR": "resnet56"}

@@ -1,4 +1,4 @@
-"""What all benchmarks share: result files and their header, and times on a GPU.
+"""Result files of all benchmarks and their header, and times on a GPU.
 
 A result file is JSON: the ``machine`` (`machine_header`), ``rows`` (`Row`, and more fields) and what a benchmark adds.
 """

@@ -26,7 +26,7 @@ from benchmarks.harness import RESULTS, machine_header, made_by, write_result
 from gatedconv.engine.choose import ALGORITHMS, RATES, Rates, Work
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer
-from gatedconv.engine.lower import trace
+from gatedconv.engine.lower import lower
 from gatedconv.engine.partition import find_segments
 from gatedconv.engine.time_on_cpu import layer_call, least_ms
 from gatedconv.ops.plan import plan_isa, unavailable
@@ -85,7 +85,7 @@ def parse(case: str) -> Work:
 def layer_of(work: Work) -> Layer:
     """The convolution as a layer of a plan, with random weights."""
     conv = nn.Conv2d(work.in_channels, work.out_channels, 3, 1, 1)
-    traced = trace(nn.Sequential(conv), torch.zeros(1, work.in_channels, work.height, work.width))
+    traced = lower(nn.Sequential(conv), torch.zeros(1, work.in_channels, work.height, work.width))
     (segment,) = find_segments(traced)
     (layer,) = fuse(segment.layers, segment.result)
     return layer

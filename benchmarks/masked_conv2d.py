@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gatedconv.report.conv_case import ConvCase
+from gatedconv.bench.conv_case import ConvCase
 
 BATCHES = (1, 8, 32)
 OPEN = (0, 25, 50, 75, 100, "odd")

@@ -32,7 +32,7 @@ class NetworkCase:
 
     @property
     def name(self) -> str:
-        """As result rows call it."""
+        """The name in result rows."""
         return f"{self.model} {self.variant}"
 
     @property

@@ -1,4 +1,4 @@
-"""What a training step has to multiply and to move, and the time that a device would take which does only that."""
+"""The products and bytes of a training step, and the time of a device that does nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDS = 10
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """What a device does at best, measured: FLOP of large products, bytes of a large copy, read and written."""
+    """The best rates of a device, measured: FLOP of large products, bytes of a large copy, read and written."""
 
     flop_per_ms: float
     bytes_per_ms: float
@@ -65,7 +65,7 @@ def _least_ms(call: Callable[[], object], device: torch.device) -> float:
 
 @torch.no_grad()
 def layer_work(model: nn.Module, image: Tensor) -> list[tuple[int, int, int]]:
-    """Of each convolution and linear layer of a network, forward, for one image (1, C, H, W).
+    """The work of each convolution and linear layer of a network, forward, for one image (1, C, H, W).
 
     Returns:
         Multiply-accumulates, elements of input and output, elements of weights.

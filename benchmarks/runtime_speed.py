@@ -34,7 +34,7 @@ WANTED = 1.03
 
 
 @dataclass(frozen=True)
-class Case:
+class RuntimeCase:
     """A compact network and a batch: "demo" (half of the blocks left), others with half of the channels in blocks."""
 
     network: str
@@ -52,7 +52,7 @@ class Case:
 
 
 CASES = tuple(
-    Case(*case) for case in (*itertools.product(("demo", *CIFAR), (1, 32)), *itertools.product(IMAGENET, (1, 8)))
+    RuntimeCase(*case) for case in (*itertools.product(("demo", *CIFAR), (1, 32)), *itertools.product(IMAGENET, (1, 8)))
 )
 
 
@@ -68,7 +68,7 @@ def _demo() -> nn.Module:
     return gatedconv.compact(gatedconv.freeze(network.eval(), masks=masks), torch.zeros(1, *size))
 
 
-def measure(case: Case, threads: int, rounds: int) -> dict[str, Any]:
+def measure(case: RuntimeCase, threads: int, rounds: int) -> dict[str, Any]:
     """Fastest calls of the runtime and of the engine in ms, their ratio, and whether all bits are equal."""
     import gatedconv_runtime as rt
 

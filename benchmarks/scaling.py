@@ -1,4 +1,4 @@
-"""What training at scale costs and saves, measured: ``python -m benchmarks.scaling STAGE...``, one file each.
+"""Costs and savings of training at scale, measured: ``python -m benchmarks.scaling STAGE...``, one file each.
 
 Stages: skipping, compile, checkpoint, collectives, kills; the results go to benchmarks/results/scaling-STAGE.json. What
 is compared is timed interleaved, in one process, and given as ratios: the machine may be busy.
@@ -130,7 +130,7 @@ NETWORKS = [(depth, gate) for depth in (20, 56) for gate in ("layer", "channel")
 
 
 def collectives() -> dict[str, Any]:
-    """What the gates of a network send and launch in a step, counted, and how long two processes take to send it."""
+    """Count the messages and launches of a network's gates in a step, and time the messages of two processes."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, args=(folder,), nprocs=2)  # type: ignore[attr-defined]
         return {"rows": json.loads((Path(folder) / "rows.json").read_text())}
@@ -362,7 +362,7 @@ def _named(row: dict[str, Any]) -> str:
 
 
 def _gate_bytes(row: dict[str, Any]) -> int:
-    """What a step sends for gates: their messages, and the gradients of their parameters."""
+    """Bytes that a step sends for gates: their messages, and the gradients of their parameters."""
     total: int = row["bytes_per_step"] + row["gate_gradient_bytes_per_step"]
     return total
 

@@ -30,12 +30,12 @@ from benchmarks.harness import RESULTS, ResultFile, machine_header
 from benchmarks.networks import NetworkCase, fill_norms, half_open
 from benchmarks.roofline import layer_work, measured_rates
 from benchmarks.yolo import Yolo
+from gatedconv.bench.comparison import PROBES, Row, best_rows, compare_runtimes
+from gatedconv.bench.quantizers import CALIBRATION
+from gatedconv.bench.runtimes import OURS, REDUCED, SETTINGS
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.environment import versions
 from gatedconv.ops.plan import plan_times
-from gatedconv.report.bench import PROBES, Row, best_rows, compare_runtimes
-from gatedconv.report.quantizers import CALIBRATION
-from gatedconv.report.runtimes import OURS, REDUCED, SETTINGS
 from gatedconv.report.tables import markdown_table
 
 NETWORKS = (
@@ -67,13 +67,13 @@ GROUPS = {
     "mobile": OWN + tuple(s for s in SETTINGS if s.provider in ("mnn", "ncnn", "litert")),
     "reduced": OWN + REDUCED,
 }
-"""What is measured side by side, each in a result file of its own."""
+"""Settings that are measured side by side; each group has a result file of its own."""
 PACKAGES = {"main": (), "small": (), "mobile": ("MNN", "ncnn", "pnnx", "ai-edge-litert"), "reduced": ("nncf",)}
 SLOWEST, PROFILES = 10, 20
 
 
 @dataclass(frozen=True)
-class Case:
+class ShippedCase:
     """A network, "dense" or "mid-50" (half of the channels inside of its blocks removed at random), and a batch."""
 
     network: str
@@ -82,12 +82,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As result rows call it."""
+        """The name in result rows."""
         return f"{self.network} {self.variant}"
 
 
-CASES = tuple(Case(*case) for case in itertools.product(NETWORKS, VARIANTS, BATCHES))
-SMALL = tuple(Case(*case) for case in itertools.product(("resnet56", "resnet110"), VARIANTS, (1, 32)))
+CASES = tuple(ShippedCase(*case) for case in itertools.product(NETWORKS, VARIANTS, BATCHES))
+SMALL = tuple(ShippedCase(*case) for case in itertools.product(("resnet56", "resnet110"), VARIANTS, (1, 32)))
 
 
 def build(network: str, variant: str, size: int = 224) -> nn.Module:
@@ -139,7 +139,9 @@ def slowest_layers(network: nn.Module, x: Tensor) -> list[dict[str, Any]]:
     return sorted(layers, key=lambda layer: -layer["ms"])[:SLOWEST]
 
 
-def measure(case: Case, network: nn.Module, folder: Path, options: argparse.Namespace, peak: float) -> dict[str, Any]:
+def measure(
+    case: ShippedCase, network: nn.Module, folder: Path, options: argparse.Namespace, peak: float
+) -> dict[str, Any]:
     """Rows, failures and, in the main group, the slowest layers of a case; files go to the folder."""
     x = torch.randn(case.batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(1))
     found = compare_runtimes(
@@ -209,18 +211,18 @@ class _Timed:
     def __init__(self, found: dict[str, Any]) -> None:
         names = set(Row.__dataclass_fields__)
         rows = [Row(**{key: value for key, value in row.items() if key in names}) for row in found["rows"]]
-        self.best: dict[Case, dict[tuple[str, str], Row]] = {case: {} for case in CASES + SMALL}
+        self.best: dict[ShippedCase, dict[tuple[str, str], Row]] = {case: {} for case in CASES + SMALL}
         for row in best_rows(rows, "ms_min"):
             case = next(case for case in self.best if (case.name, case.batch) == (row.case, row.batch))
             self.best[case][row.provider, row.dtype] = row
 
-    def ours(self, case: Case) -> Row | None:
+    def ours(self, case: ShippedCase) -> Row | None:
         return self.best[case].get((OURS, "float32"))
 
-    def peers(self, case: Case) -> dict[tuple[str, str], Row]:
+    def peers(self, case: ShippedCase) -> dict[tuple[str, str], Row]:
         return {key: row for key, row in self.best[case].items() if key[0] != OURS}
 
-    def ratios(self, case: Case, dtype: str = "float32") -> list[float]:
+    def ratios(self, case: ShippedCase, dtype: str = "float32") -> list[float]:
         """Peer over ours in a dtype, of interleaved calls."""
         ours = self.best[case].get((OURS, dtype))
         times = [row.ms_min for row in self.peers(case).values() if row.ms_min]

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.conftest import as_parameter
 from benchmarks.masked_conv2d import CASES, is_quick
-from gatedconv.report.bench import Comparison
-from gatedconv.report.conv_case import ConvCase, compare_layers
+from gatedconv.bench.comparison import Comparison
+from gatedconv.bench.conv_case import ConvCase, compare_layers
 
 
 @pytest.mark.parametrize("case", [as_parameter(case, str(case), is_quick(case)) for case in CASES])

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.conftest import CACHE, as_parameter
 from benchmarks.networks import CASES, NetworkCase
-from gatedconv.report.bench import Comparison, compare_runtimes
-from gatedconv.report.runtimes import SETTINGS
+from gatedconv.bench.comparison import Comparison, compare_runtimes
+from gatedconv.bench.runtimes import SETTINGS
 
 SAMPLE_MS = {32: 25.0, 224: 60.0}
 

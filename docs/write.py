@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # reproduce/ and benchmarks/ are not installed
 
 from benchmarks import bf16, busy, kernels, runtime_speed, scaling, shipped  # noqa: E402
 from benchmarks.gpu import section as gpu_section  # noqa: E402
-from gatedconv.report.footprint import footprint_rows  # noqa: E402
+from gatedconv.report.footprint_table import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
 from gatedconv.train.config import read_toml  # noqa: E402
 from reproduce.ledger import read_ledger  # noqa: E402

@@ -52,7 +52,7 @@ class Experiment:
 
 
 def controls(gated: Experiment) -> tuple[Experiment, Experiment]:
-    """What a gated run has to beat: a dense network of equal MACs, and its own sub-network fixed at epoch 0.
+    """The networks that a gated run has to beat: a dense one of equal MACs, and its own sub-network fixed at epoch 0.
 
     Both train by the same recipe and for as many epochs, without a teacher. The first keeps the same share of every
     gate.

@@ -118,7 +118,7 @@ def fast() -> Iterator[Experiment]:
 
 
 def few_epochs() -> Iterator[Experiment]:
-    """What two cores can afford of the paper's networks: schedules keep their shares of the run."""
+    """The paper's networks in as many epochs as two cores can afford: schedules keep their shares of the run."""
     for name, preset, epochs, shown in (
         ("epochs40-r56-c10", "best-c10-r56", 40, "epochs40"),
         ("epochs60-r20-c10", "best-c10-r20", 60, "epochs60"),

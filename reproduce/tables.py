@@ -119,7 +119,7 @@ def results_text(rows: Rows, recipes: Mapping[str, str] | None = None, images: C
 
 
 def _printed(members: Sequence[Experiment]) -> str:
-    """What the paper prints for a table."""
+    """The figures that the paper prints for a table."""
     return "; ".join(f"{each.label}: {PRINTED[each.name]}" for each in members if each.name in PRINTED)
 
 
@@ -254,7 +254,7 @@ def paired_runs(mine: Experiment, theirs: Experiment, rows: Rows) -> list[tuple[
 
 
 def dense_pairs(experiment: Experiment, rows: Rows) -> list[tuple[LedgerRow, LedgerRow]]:
-    """Its runs and those of its dense network, by seed; none for a dense network."""
+    """The runs of an experiment with those of its dense network, by seed; none for a dense network."""
     return paired_runs(experiment, all_experiments()[experiment.dense], rows) if experiment.dense else []
 
 

@@ -1,4 +1,4 @@
-"""Where the runs of the experiment table are, on what they run, and which of their files are kept."""
+"""The place of the experiment table's runs: their folders and device, and which of their files are kept."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Imports go one way.
 
-cli -> report | train -> engine -> deploy -> convert | models -> nn | measure -> gating -> ops -> kernels.
+cli -> bench -> report | train -> engine -> deploy -> convert | models -> nn | measure -> gating -> ops -> kernels.
 """
 
 import ast
@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 RANK = {
-    "cli": 9,
+    "cli": 10,
+    "bench": 9,
     "report": 8,
     "train": 8,
     "engine": 7,

@@ -35,8 +35,8 @@ from benchmarks.gpu.section import speed
 from benchmarks.harness import ROOT, Machine, machine_header, write_result
 from gatedconv import _native
 from gatedconv._io import first_line, write_atomic
+from gatedconv.bench.comparison import Row
 from gatedconv.cli import Parser
-from gatedconv.report.bench import Row
 from gatedconv.report.tables import text_table
 
 FIRST_MINUTES = 6.0

@@ -21,7 +21,7 @@ from benchmarks.gpu import engine, gate_step, parity, training
 from benchmarks.harness import ROOT, Machine
 from benchmarks.roofline import measured_rates
 from gatedconv import _native
-from gatedconv.report.bench import Row
+from gatedconv.bench.comparison import Row
 
 FIRST_S = 40.0
 STAND_IN = "tests.ptx.stand_in"  # where it exists, its `installed()` runs kernels without a GPU in a dry walk
@@ -102,7 +102,7 @@ def _step(depth: int, gate: str, providers: Sequence[str]) -> tuple[Part, ...]:
 
 
 def _compiling() -> Iterator[Case]:
-    """What compiles takes longest, so it comes last."""
+    """Cases that compile: they take longest, so they come last."""
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
         yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gate_step.COMPILED),), dry=kind == "layer")
     yield Case("engine-32-compile", _network("resnet56", 32, [engine.COMPILED]), dry=True)
@@ -146,7 +146,7 @@ def ceilings(machine: Machine) -> list[Row]:
 
 
 def stand_in(machine: Machine) -> AbstractContextManager[Any]:
-    """What replaces the device in a dry walk: the interpreter of compiled kernels, or nothing (the references run)."""
+    """Stand in for the device in a dry walk: the interpreter of compiled kernels, or nothing (the references run)."""
     if machine.dry and _exists(STAND_IN):
         context: AbstractContextManager[Any] = importlib.import_module(STAND_IN).installed()
         return context

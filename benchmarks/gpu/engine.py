@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import gatedconv
 from benchmarks.harness import Call, Machine, precision, variable
 from benchmarks.networks import NetworkCase
+from gatedconv.bench.comparison import Row
 from gatedconv.ops import cuda_conv
-from gatedconv.report.bench import Row
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
 # Provider: GATEDCONV_CUDA_KERNELS, None for PyTorch.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gatedconv
 from benchmarks.harness import Call, Machine, variable
-from gatedconv.report.bench import Row
+from gatedconv.bench.comparison import Row
 
 # Provider: (GATEDCONV_TRITON, mode of torch.compile, captured in a graph).
 PROVIDERS: dict[str, tuple[str, str | None, bool]] = {

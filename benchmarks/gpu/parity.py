@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import gatedconv
 from benchmarks.harness import Machine, poisoned, precision, variable
 from benchmarks.networks import NetworkCase
+from gatedconv.bench.comparison import Row
 from gatedconv.convert.verify import distance
 from gatedconv.ops import cuda_conv
-from gatedconv.report.bench import Row
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 REPEATS = 200

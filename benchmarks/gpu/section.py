@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, made_by
-from gatedconv.report.bench import Row
+from gatedconv.bench.comparison import Row
 from gatedconv.report.tables import markdown_table
 
 # The provider that others of the same case are compared with.
@@ -65,15 +65,15 @@ def _cells(row: Row, times: float | None) -> list[str]:
 
 
 def _chosen(rows: Sequence[Row]) -> list[str]:
-    """What a tuner measured of layers that run as one launch, and how often a single layer went to which library."""
+    """Choices of the tuner: for runs of layers in one launch with each time, for single layers how often ours won."""
     runs, layers, ours = list[list[str]](), 0, list[str]()
     for _, group in groupby(rows, key=lambda row: (row.case, row.batch, row.setting)):
         candidates = list(group)
         name, _, key = candidates[0].case.partition(": ")
         times = {each.provider: each.ms_median for each in candidates if each.ms_median is not None}
         if key.startswith("run of"):
-            told = ", ".join(f"{provider} {ms:.3f}" for provider, ms in times.items())
-            runs.append([name, " ".join(key.split()[:3]), str(candidates[0].batch), told])
+            times_text = ", ".join(f"{provider} {ms:.3f}" for provider, ms in times.items())
+            runs.append([name, " ".join(key.split()[:3]), str(candidates[0].batch), times_text])
         elif any(provider.startswith("gatedconv") for provider in times) and candidates[0].setting == "gatedconv":
             layers += 1
             ours += [each.provider for each in candidates if each.note == "chosen" and "gatedconv" in each.provider]

@@ -8,7 +8,7 @@ import torch
 
 import gatedconv
 from benchmarks.harness import Call, Machine, variable
-from gatedconv.report.bench import Row
+from gatedconv.bench.comparison import Row
 
 # Provider: (gated, GATEDCONV_TRITON, mode of torch.compile, captured). The ungated step is the baseline.
 PROVIDERS: dict[str, tuple[bool, str, str | None, bool]] = {

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure the networks of the target, in our engine and in other runtimes, and print a table."""
     import torch
 
-    from gatedconv.report.bench import compare_runtimes
+    from gatedconv.bench.comparison import compare_runtimes
 
     _check(arguments)
     if arguments.threads is not None:
@@ -78,14 +78,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _is_case(target: str) -> bool:
-    from gatedconv.report.conv_case import ConvCase
+    from gatedconv.bench.conv_case import ConvCase
 
     return ConvCase.is_meant(target) and not Path(target).exists()
 
 
 def _layer(arguments: argparse.Namespace) -> int:
     """Measure one convolution in our operator and in PyTorch's, and print a table."""
-    from gatedconv.report.conv_case import ConvCase, compare_layers
+    from gatedconv.bench.conv_case import ConvCase, compare_layers
 
     case = ConvCase.parse(arguments.target)
     given = [name for name in ("batch", "size", "energy", "footprint", "reduced") if getattr(arguments, name)]
@@ -100,7 +100,7 @@ def _layer(arguments: argparse.Namespace) -> int:
 
 def _print(rows: list[Any], failures: dict[tuple[str, str], str], all_settings: bool) -> None:
     """Print the table, and what was not measured."""
-    from gatedconv.report.bench import bench_table, best_rows
+    from gatedconv.bench.comparison import bench_table, best_rows
 
     print(bench_table(rows if all_settings else best_rows(rows, "ms_min")))
     for (provider, setting), reason in failures.items():
@@ -114,8 +114,9 @@ def _footprint(arguments: argparse.Namespace) -> int:
     import tempfile
 
     from gatedconv._io import write_atomic
+    from gatedconv.bench.footprint import measure_footprints
     from gatedconv.cli.networks import compact_network
-    from gatedconv.report.footprint import FILE_NAME, footprint_rows, measure_footprints
+    from gatedconv.report.footprint_table import FILE_NAME, footprint_rows
     from gatedconv.report.tables import text_table
 
     target = Path(arguments.target)
@@ -169,7 +170,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _settings(peers: str, reduced: bool) -> list[Any]:
-    from gatedconv.report.runtimes import OURS, PROVIDERS, REDUCED, SETTINGS
+    from gatedconv.bench.runtimes import OURS, PROVIDERS, REDUCED, SETTINGS
 
     others = [name for name in PROVIDERS if name != OURS]
     wanted = {"all": others, "none": []}.get(peers, [name.strip() for name in peers.split(",")])

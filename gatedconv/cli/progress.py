@@ -35,7 +35,7 @@ def describe(metrics: EpochMetrics, loss: float | None = None) -> str:
 
 
 def headline(config: TrainConfig, data: ImageData) -> str:
-    """What is trained on what, and the columns, in two lines."""
+    """Two lines: the network and the data, and the names of the columns."""
     channels, height, width = data.image_shape
     gates = "no gates" if config.gate == "none" else f"{config.gate} gates, {config.estimator}"
     return (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedconv._io import write_atomic
-from gatedconv.report.footprint import FILE_NAME, read_footprints
+from gatedconv.report.footprint_table import FILE_NAME, read_footprints
 from gatedconv.report.html import RunView, html_page
 from gatedconv.train.run_dir import RunFolder
 

@@ -74,7 +74,7 @@ def _walks_over_children(module: nn.Module) -> bool:
 
 
 def _names_in(kind: type, method: str) -> set[str]:
-    """What the code of a method names, and, where it calls super(), the code of those that it overrides."""
+    """The names in the code of a method and, where it calls super(), in that of the methods that it overrides."""
     names: set[str] = set()
     for base in kind.__mro__:
         code = getattr(inspect.unwrap(vars(base).get(method) or len), "__code__", None)

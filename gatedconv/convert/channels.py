@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from gatedconv.convert.constants import Constants, groups_of, is_depthwise, is_padded
 from gatedconv.convert.flow import MOVING, PASSING, op_name
-from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value, is_computed, is_exact
+from gatedconv.convert.module_kinds import is_computed, is_exact
+from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value
 from gatedconv.convert.verify import is_same
 
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
 _VIEWS = ("view", "_unsafe_view", "reshape")
-MOST_CAUTION = 2  # of a `ChannelPlan`
+MOST_CAUTION = 2  # of a `Removal`
 
 
 class Sliceable:
@@ -80,8 +81,8 @@ def _ignores_zeros(node: Node) -> bool:
 
 
 @dataclass
-class ChannelPlan(Constants):
-    """The passes; see the module's docstring.
+class Removal(Constants):
+    """The channels that each tensor of a frozen model keeps, by the three passes of the module's docstring.
 
     Attributes:
         caution: 0: any tensor may shrink; 1: reshaped tensors shrink only behind ``nn.Flatten`` and its like; 2: no

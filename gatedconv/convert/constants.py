@@ -19,7 +19,7 @@ _UNIFORM = 1e-6  # what rounding leaves between the pixels of an interpolation
 
 @dataclass
 class Masks:
-    """What the frozen gates close: bool (C,) for each gated value, and for each value that one node reads gated.
+    """Masks of the frozen gates: bool (C,) for each gated value, and for each value that one node reads gated.
 
     ``paths``: of the module whose output each gated value is.
     """

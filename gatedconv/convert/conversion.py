@@ -1,4 +1,4 @@
-"""What a conversion did, and what it left alone and why; and the choice of layers by name."""
+"""The report of a conversion: its gates, and the layers without one and why; and the choice of layers by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Conversion:
     reachable_macs: float = 0.0
     estimated: dict[str, str] = field(default_factory=dict)
     note: str = ""
-    traced_by: str = "run"
+    traced_by: str = "run"  # its one value: kept, since scripts outside this project print it
 
     def __str__(self) -> str:
         lines = [f"{len(self.gated)} gates reach {self.reachable_macs:.1%} of the MACs (traced by {self.traced_by})"]

@@ -59,7 +59,7 @@ def record_example(model: nn.Module, example_input: Any, owner: str) -> Record:
 
 
 def does_not_run(model: nn.Module, inputs: Any, error: Exception, owner: str) -> ValueError:
-    """What to raise for a model whose code raised ``error``."""
+    """The error to raise for a model whose code raised ``error``."""
     shapes = ", ".join(f"{tuple(t.shape)}, {t.dtype}, on {t.device}" for t in tensors_of(inputs))
     why = f"{type(error).__name__}: {error}"
     return ValueError(f"{owner}: {type(model).__name__} does not run on example_input ({shapes}): {why}")

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gatedconv.convert.record import CALL, Node, Record, Value, has_own_hooks
+from gatedconv.convert.module_kinds import has_own_hooks
+from gatedconv.convert.record import CALL, Node, Record, Value
 from gatedconv.gating import Gate
 from gatedconv.nn import GatherChannels
 
@@ -104,7 +105,7 @@ def op_name(node: Node) -> str:
 
 @dataclass(eq=False)
 class Channels:
-    """What is known of one value.
+    """The channels of one value.
 
     Attributes:
         kind: see the module's docstring.
@@ -168,7 +169,8 @@ class Flow:
         if node.is_constant:
             return Channels("constant")
         if not _is_move(node):
-            for source in node.inputs:  # channels that went astray: from here on, new ones
+            for source in node.inputs:
+                # Moved channels met an operation that needs them in one dimension: its input begins a new set of them.
                 if self.kind(source) == "deferred":
                     self.channels[source] = self._plain("opaque", source)
         if value.index and op_name(node) not in MOVES:
@@ -333,7 +335,7 @@ class Flow:
         return node.func(*args, **kwargs)
 
     def _resolve(self, source: Value, moved: Tensor) -> Channels | None:
-        """Where the channels of ``source`` lie in a tensor that holds the numbers of its elements."""
+        """Find the channels of ``source`` in a tensor that holds the numbers of its elements."""
         shape, axis = source.tensor.shape, self[source].axis
         size = int(shape[axis])
         if moved.dim() < 2 or moved.numel() == 0 or moved.shape[0] != shape[0]:

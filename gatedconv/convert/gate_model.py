@@ -27,7 +27,7 @@ from gatedconv.convert.flow import (
 )
 from gatedconv.convert.install import Link, attach, open_gate
 from gatedconv.convert.record import CALL, Node, Record, Value
-from gatedconv.convert.record_macs import Gated, estimated_parts, merge_terms, node_terms, reachable_share
+from gatedconv.convert.record_macs import GatePlaces, estimated_parts, merge_terms, node_terms, reachable_share
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import require_same, require_same_training
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
@@ -85,13 +85,13 @@ def gate_model(
     selection = Selection(include, exclude)
     model = unwrap(model)
     result, probe = _copied(model), _copied(model)
-    found = record_example(probe, example_input, "gate_model")
+    record = record_example(probe, example_input, "gate_model")
     if made := sorted(dict(probe.named_modules()).keys() - dict(result.named_modules()).keys()):
         raise ValueError(
             f"gate_model: {type(model).__name__} makes modules in its forward ({', '.join(made[:3])}); run it on "
             f"example_input once, so that they are there"
         )
-    flow = Flow(found)
+    flow = Flow(record)
     branches, rejected = find_branches(flow)
     conversion = Conversion()
     installer = _Installer(result, flow, conversion, estimator)
@@ -117,7 +117,7 @@ def gate_model(
     installer.finish()
     total, conversion.note = _total_macs(probe, example_input)
     by_node = node_terms(flow, installer.gated)
-    terms = merge_terms((term for found in by_node.values() for term in found), total)
+    terms = merge_terms((term for of_node in by_node.values() for term in of_node), total)
     conversion.estimated = estimated_parts(flow, installer.gated, by_node)
     conversion.reachable_macs = reachable_share(terms)
     conversion.gated = {name: conversion.gated[name] for name in find_gates(result)}
@@ -125,7 +125,7 @@ def gate_model(
     vars(result).update(mac_terms=terms, conversion=conversion, gatedconv_size=size)
     if verify:
         trained = _verify(model, result, example_input, conversion)
-        if _runs_in_training_alone(trained, found):  # what it reads may have to keep its channels
+        if _runs_in_training_alone(trained, record):  # what it reads may have to keep its channels
             conversion.estimated |= estimated_parts(flow, installer.gated, by_node, MOST_CAUTION)
     return result
 
@@ -160,7 +160,7 @@ class _Installer:
     estimator: str
 
     def __post_init__(self) -> None:
-        self.gated = Gated({}, {}, {})
+        self.gated = GatePlaces({}, {}, {})
         self.values: dict[Value, tuple[str, int]] = {}
         self.inputs: dict[tuple[Node, Value], tuple[str, int]] = {}
         self.layers: dict[Node, tuple[str, ...]] = {}
@@ -183,8 +183,8 @@ class _Installer:
 
     def layer(self, branch: Branch) -> None:
         """Gate a residual branch."""
-        found = self.flow.record
-        start, end = branch.start(found), branch.end(found)
+        record = self.flow.record
+        start, end = branch.start(record), branch.end(record)
         assert start is not None and end is not None
         channels, axis = self.flow[branch.entry].size, self.flow[branch.entry].axis
         first, last = self.result.get_submodule(start.path), self.result.get_submodule(end.path)
@@ -194,10 +194,10 @@ class _Installer:
         convs = tuple(
             self.result.get_submodule(n.scope)
             for n in branch.nodes
-            if type(n.module) is nn.Conv2d and len(found.calls_of(n.scope)) == 1
+            if type(n.module) is nn.Conv2d and len(record.calls_of(n.scope)) == 1
         )
         first.register_forward_pre_hook(install.DecideBranch(name, axis, link))
-        for reader in _sample_wise(branch, found):
+        for reader in _sample_wise(branch, record):
             self.result.get_submodule(reader).register_forward_pre_hook(install.SelectSamples("", axis, link))
         last.register_forward_hook(install.GateBranch("", axis, link, convs))
         path = f"{start.path}.{name}"
@@ -242,11 +242,11 @@ class _Installer:
 
     def finish(self) -> None:
         """Hooks of the whole model."""
-        self.gated = Gated(self.values, self.inputs, self.layers, self.ends)
+        self.gated = GatePlaces(self.values, self.inputs, self.layers, self.ends)
         self.result.register_forward_pre_hook(install.BeforeForward(self.links))
 
 
-def _sample_wise(branch: Branch, found: Record) -> list[str]:
+def _sample_wise(branch: Branch, record: Record) -> list[str]:
     """Paths of the layers that read the branch's input, where every sample can be computed by itself; else none.
 
     Code that could see the batch's size, such as ``view``, and reads that are no layer's keep the whole batch.
@@ -255,7 +255,7 @@ def _sample_wise(branch: Branch, found: Record) -> list[str]:
     layers = (*NORMS, *MIXING_NORMS, *ACTIVATIONS, *PASSING, *SPATIAL, nn.Conv2d, nn.Linear)
     simple = ELEMENTWISE | SPATIAL_OPS | set(REDUCTIONS) | {"cat", "same", "permute", "transpose"}
     plain = all(isinstance(n.module, layers) if n.op == CALL else op_name(n) in simple for n in branch.nodes)
-    alone = all(r.op == CALL and len(found.calls_of(r.scope)) == 1 for r in readers)
+    alone = all(r.op == CALL and len(record.calls_of(r.scope)) == 1 for r in readers)
     return [r.scope for r in readers] if plain and alone else []
 
 
@@ -292,24 +292,24 @@ def _opened(result: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
     return opened, ran
 
 
-def _runs_in_training_alone(trained: nn.Module, found: Record) -> bool:
+def _runs_in_training_alone(trained: nn.Module, record: Record) -> bool:
     """Whether something learned that no operation of the eval-mode record reads, such as an auxiliary head."""
-    read = {value.name for node in found.nodes for value in node.inputs}
-    layers = tuple(f"{node.scope}." for node in found.nodes if node.op == CALL)
+    read = {value.name for node in record.nodes for value in node.inputs}
+    layers = tuple(f"{node.scope}." for node in record.nodes if node.op == CALL)
     learned = [name for name, p in trained.named_parameters() if p.grad is not None]
     return any(name not in read and not name.startswith(layers) for name in learned)
 
 
 def _without_gradients(trained: nn.Module, ran: dict[str, bool]) -> str:
-    """What does not reach the gates of layers that learn by their flags: inside torch.no_grad(), or detached."""
-    found = []
+    """A note about gated layers that require gradients and get none, or whose gates' losses are cut off; else ""."""
+    unreached = []
     for path in ran:
         learning = [p for p in trained.get_submodule(path.rpartition(".")[0]).parameters() if p.requires_grad]
         if learning and all(p.grad is None for p in learning):
-            found.append(path)
-    notes = [f"no gradient reaches {', '.join(found)}: they stay as they are"] if found else []
+            unreached.append(path)
+    notes = [f"no gradient reaches {', '.join(unreached)}: they stay as they are"] if unreached else []
     # Backward computes these a second time, with gradients.
-    again = [path for path in ran if not ran[path] and path not in found]
+    again = [path for path in ran if not ran[path] and path not in unreached]
     if again:
         notes.append(
             f"the losses on the gates do not reach {', '.join(again)}, which a checkpoint with use_reentrant=True runs "

@@ -1,4 +1,4 @@
-"""What a model computes, operation by operation: one run of its own code, recorded.
+"""Records the operations of one run of a model's own code.
 
 Nothing is traced symbolically: the model runs, whatever its code does, and every operation that PyTorch
 dispatches is noted with the module in whose forward it ran. Known layers count as one operation each. The
@@ -17,19 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
 
-from gatedconv.gating import Gate, eval_mode
+from gatedconv.convert.module_kinds import is_known
+from gatedconv.gating import eval_mode
 
 _RECORDING = threading.RLock()  # records replace nn.Module.__call__ for their time
 
 _GIVERS = ("tolist", "numpy", "__array__")  # methods that take numbers of a tensor past the dispatcher
 CALL = "call"  # the operation of a node that is the call of a known layer
-_CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 
 
 @dataclass(eq=False)
@@ -131,47 +128,6 @@ class Record:
         """The calls of modules that were given this very value, the innermost first."""
         found = [c for calls in self.calls.values() for c in calls if c.is_plain and value in c.inputs]
         return sorted(found, key=lambda call: call.last - call.first)
-
-
-def is_exact(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module is of that very class, its weights computed by a parametrization or not."""
-    if type(module) is kind:
-        return True
-    return isinstance(module, kind) and parametrize.is_parametrized(module) and type(module).__mro__[1] is kind
-
-
-def is_computed(module: nn.Module) -> bool:
-    """Whether a layer's weights are computed in every forward: weight norm, spectral norm, parametrizations."""
-    hooks = module._forward_pre_hooks.values()
-    return parametrize.is_parametrized(module) or any(isinstance(h, (WeightNorm, SpectralNorm)) for h in hooks)
-
-
-def has_own_hooks(module: nn.Module) -> bool:
-    """Whether a hook of someone else may change what the module takes or returns."""
-
-    def foreign(hook: Any) -> bool:
-        return not isinstance(hook, (WeightNorm, SpectralNorm)) and not getattr(hook, "of_gatedconv", False)
-
-    return any(map(foreign, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
-
-
-def is_known(module: nn.Module) -> bool:
-    """Whether a call of the module is one operation of the record."""
-    if isinstance(module, (Gate, nn.Conv2d, nn.Linear)) and not isinstance(module, nn.LazyLinear):
-        return True
-    kind = type(module)
-    if parametrize.is_parametrized(module):
-        kind = kind.__mro__[1]
-    if kind.__module__.startswith("gatedconv.nn.") and kind.__name__ not in (
-        "BasicBlock",
-        "CompactBlock",
-        "GraphNet",
-        "Framed",
-    ):
-        return True
-    if not kind.__module__.startswith("torch.nn.modules.") or kind.__name__ in _CONTAINERS:
-        return False
-    return kind is not nn.Module and "transformer" not in kind.__module__
 
 
 def record(

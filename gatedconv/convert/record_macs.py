@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.channels import ChannelPlan, Sliceable
+from gatedconv.convert.channels import Removal, Sliceable
 from gatedconv.convert.constants import Constants, Masks, groups_of, is_depthwise, is_padded
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
 from gatedconv.convert.record import CALL, Node, Value
@@ -30,8 +30,8 @@ Factor = tuple[str, tuple[int, ...] | None]  # a gate, and the channels whose me
 
 
 @dataclass
-class Gated:
-    """Where gates multiply.
+class GatePlaces:
+    """The places where gates multiply.
 
     ``values`` and, at one reader alone, ``inputs``: -> (gate path, number of gates); ``layers``: node -> paths of the
     layer gates that it runs under; ``ends``: last value of each branch with a layer gate -> the gate's path.
@@ -43,7 +43,7 @@ class Gated:
     ends: Mapping[Value, str] = field(default_factory=dict)
 
 
-def node_terms(flow: Flow, gated: Gated) -> dict[Node, list[MacTerm]]:
+def node_terms(flow: Flow, gated: GatePlaces) -> dict[Node, list[MacTerm]]:
     """Terms for one image: for each operation one for each combination of gates; those of the gates are left out."""
     return _Labels(flow, gated).terms()
 
@@ -73,7 +73,7 @@ def reachable_share(terms: Sequence[MacTerm]) -> float:
 
 
 class _Labels:
-    def __init__(self, flow: Flow, gated: Gated) -> None:
+    def __init__(self, flow: Flow, gated: GatePlaces) -> None:
         self.flow = flow
         self.gated = gated
         self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
@@ -84,7 +84,7 @@ class _Labels:
         self.joined: dict[tuple[int, ...], int] = {}  # and the other way round
         self.images = _images_of(flow)
         self.whole: set[Value] = set()  # keep all channels, regardless of later gates
-        self.closed = Constants(flow, _all_closed(flow, gated))  # what closing everything leaves
+        self.closed = Constants(flow, _all_closed(gated))  # what closing everything leaves
         self.forward: dict[Value, Tensor] = {}
         self.needed: dict[Value, Tensor] = {}
         self.costs: dict[Value, Tensor] = {}
@@ -296,7 +296,7 @@ def _term(macs: float, params: int, layer: tuple[str, ...], scaled: list[Factor]
     return MacTerm(macs, params, gates, channels if any(c is not None for c in channels) else ())
 
 
-def _all_closed(flow: Flow, gated: Gated) -> Masks:
+def _all_closed(gated: GatePlaces) -> Masks:
     values = {value: torch.zeros(size, dtype=torch.bool) for value, (_, size) in gated.values.items()}
     inputs = {key: torch.zeros(size, dtype=torch.bool) for key, (_, size) in gated.inputs.items()}
     return Masks(values, inputs, {})
@@ -358,20 +358,24 @@ def _other_macs(node: Node) -> float:
     return 0.0
 
 
-def estimated_parts(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], caution: int = 0) -> dict[str, str]:
+def estimated_parts(
+    flow: Flow, gated: GatePlaces, terms: Mapping[Node, list[MacTerm]], caution: int = 0
+) -> dict[str, str]:
     """Module path -> by how much its terms were off, for the modules whose terms were, at two sets of random masks.
 
     Args:
         flow: of the model without gates.
         gated: its gates.
         terms: of ``node_terms``.
-        caution: of the ``ChannelPlan``.
+        caution: of the ``Removal``.
     """
     return _trial(flow, gated, terms, caution, 0.5) | _trial(flow, gated, terms, caution, 0.0)
 
 
-def _trial(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], caution: int, share: float) -> dict[str, str]:
-    """Of the channels ``share`` are open, and at least one; of the branches a half."""
+def _trial(
+    flow: Flow, gated: GatePlaces, terms: Mapping[Node, list[MacTerm]], caution: int, share: float
+) -> dict[str, str]:
+    """A trial of random masks: ``share`` of each gate's channels open, at least one, and half of the branches."""
     sizes = dict((*gated.values.values(), *gated.inputs.values())) | dict.fromkeys(gated.ends.values(), 1)
     generator = torch.Generator().manual_seed(0)
     masks = {n: torch.rand(size, generator=generator) < (share if size > 1 else 0.5) for n, size in sizes.items()}
@@ -382,13 +386,13 @@ def _trial(flow: Flow, gated: Gated, terms: Mapping[Node, list[MacTerm]], cautio
         if not bool(masks[name]) and flow.has_channels(value):
             values[value] = torch.zeros(flow[value].size, dtype=torch.bool)
     inputs = {key: masks[name] for key, (name, _) in gated.inputs.items()}
-    channels = ChannelPlan(flow, Masks(values, inputs, {}), caution)
+    removal = Removal(flow, Masks(values, inputs, {}), caution)
     promised: dict[str, float] = defaultdict(float)
     left: dict[str, float] = defaultdict(float)
     for node, found in terms.items():
         if found:
             promised[node.scope] += math.fsum(_at(term, masks) for term in found)
-            left[node.scope] += math.fsum(term.macs for term in found) * _share_left(node, channels)
+            left[node.scope] += math.fsum(term.macs for term in found) * _share_left(node, removal)
     return {
         path: f"{promised[path]:,.0f} MACs expected where {left[path]:,.0f} are left, in a trial"
         for path in promised
@@ -404,18 +408,18 @@ def _at(term: MacTerm, masks: Mapping[str, Tensor]) -> float:
     return macs
 
 
-def _share_left(node: Node, channels: ChannelPlan) -> float:
+def _share_left(node: Node, removal: Removal) -> float:
     """0 to 1: how much of a node's work is left in the compact network."""
-    flow, value = channels.flow, node.outputs[0]
+    flow, value = removal.flow, node.outputs[0]
     kind = flow.kind(value)
     if kind in ("conv", "linear"):
-        if not channels.is_sliceable(node):
-            return float(not channels.is_dead(node))
-        read, write = (m.reshape(groups_of(node.module), -1).double() for m in channels.layer_channels(node, value))
+        if not removal.is_sliceable(node):
+            return float(not removal.is_dead(node))
+        read, write = (m.reshape(groups_of(node.module), -1).double() for m in removal.layer_channels(node, value))
         return float((read.sum(1) * write.sum(1)).sum()) / (read.shape[1] * write.numel())
-    if channels.is_idle(node):
+    if removal.is_idle(node):
         return 0.0
     if kind != "elementwise" or not _per_element(node):
         return 1.0
-    held = channels.present[flow.source(node)] if _is_pool(node) else channels.computed(node, value)
+    held = removal.present[flow.source(node)] if _is_pool(node) else removal.computed(node, value)
     return float(held.double().mean())

@@ -1,4 +1,4 @@
-"""Where channel gates go: behind the norm of each convolution, in front of what reads an activation, or of a block."""
+"""Sites of channel gates: behind the norm of each convolution, in front of an activation's reader, or of a block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 from gatedconv.convert.branches import Branch
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATION_OPS, ACTIVATIONS, MIXING_NORMS, NORMS, Flow, is_mixing, op_name
-from gatedconv.convert.record import CALL, ModuleCall, Node, Value, has_own_hooks
+from gatedconv.convert.module_kinds import has_own_hooks
+from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 
 GATED_ALREADY = "another layer's gate is in the same place"
 
@@ -209,7 +210,7 @@ class SiteFinder:
     # -- sets of values --------------------------------------------------------------------------------
 
     def _leader(self, node: Node, gated: dict[Value, Site]) -> Site | None:
-        """Of a depthwise convolution, the site that gates its input."""
+        """The site that gates the input of a depthwise convolution; None for other layers."""
         module = node.module
         if not (isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1):
             return None

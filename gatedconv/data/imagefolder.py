@@ -80,7 +80,7 @@ class _Found:
     nested: set[str] = field(default_factory=set)
 
     def remarks(self) -> list[str]:
-        """In words."""
+        """Sentences about the files that were skipped and the images in sub-folders."""
         found = []
         if self.skipped:
             more = f" and {len(self.skipped) - 1} more" if len(self.skipped) > 1 else ""

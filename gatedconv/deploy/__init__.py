@@ -1,9 +1,9 @@
 """From a trained model to a smaller one: freeze, compact, save, load, export.
 
-freeze.py: the vote, and BatchNorm after it. compact.py, shrink.py, slicing.py: removal of channels, by the plan of
-convert/channels.py, which also solves sums and concatenations. blocks.py: our own blocks. graph.py, graph_writer.py,
+freeze.py: the vote, and BatchNorm after it. compact.py, shrink.py, slicing.py: removal of channels; which ones, through
+sums and concatenations, convert/channels.py solves. blocks.py: our own blocks. graph.py, graph_writer.py,
 graph_views.py: a model as a graph. serialize.py, graph_format.py, module_changes.py: files. export.py: ONNX,
-torch.export, AOTInductor, plan. hub.py: the Hugging Face Hub.
+torch.export, AOTInductor, plan. engine_hooks.py: the engine's part in files. hub.py: the Hugging Face Hub.
 """
 
 from gatedconv.deploy.compact import compact

@@ -64,7 +64,7 @@ def compact_block(block: BasicBlock, channel_multiple: int = 1) -> CompactBlock:
 
 
 def _closed_block(block: BasicBlock) -> CompactBlock:
-    """What a residual block adds to its stream although its channel gate is closed: constants, which norms make."""
+    """A block whose channel gate is all closed: it adds the constants that its norms make to the stream."""
     if block.position == "after":
         return CompactBlock(block.downsample, None, None)
     if block.position == "middle":  # conv2 sees zeros, so bn2 sees zeros
@@ -118,6 +118,6 @@ def _norm(norm: nn.BatchNorm2d, kept: Tensor, mask: Tensor) -> nn.BatchNorm2d:
 
 
 def _of_zeros(norm: nn.BatchNorm2d) -> Tensor:
-    """What a norm in eval mode makes of zeros, one value for each channel (C,)."""
+    """The output (C,) of a norm in eval mode for zeros, one value for each channel."""
     values: Tensor = norm(norm.weight.new_zeros(1, norm.num_features, 1, 1))
     return values.flatten()

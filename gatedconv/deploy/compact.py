@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert import ConversionError, require_same
-from gatedconv.convert.channels import MOST_CAUTION, ChannelPlan
+from gatedconv.convert.channels import MOST_CAUTION, Removal
 from gatedconv.convert.constants import Masks
 from gatedconv.convert.example import record_example, require_example
 from gatedconv.convert.flow import Flow
@@ -29,7 +29,8 @@ from gatedconv.convert.install import (
     masks_by_link,
     remove_gates,
 )
-from gatedconv.convert.record import Node, Value, is_computed
+from gatedconv.convert.module_kinds import is_computed
+from gatedconv.convert.record import Node, Value
 from gatedconv.convert.verify import as_inputs, tensors_of, trains
 from gatedconv.deploy.blocks import compact_our_blocks
 from gatedconv.deploy.shrink import CannotSlice, shrink
@@ -131,7 +132,7 @@ def _compact_rest(
         result = copied(model)
         try:
             with keeping_aliases(result):
-                shrink(result, ChannelPlan(flow, masks, caution, unsliceable))
+                shrink(result, Removal(flow, masks, caution, unsliceable))
             if verify:
                 require_same(unwrap(frozen), result, example_input, "compact")
         except CannotSlice as failure:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv._io import silenced
+from gatedconv._io import first_line, silenced
 from gatedconv.convert.example import does_not_run
 from gatedconv.deploy.compact import compact
+from gatedconv.deploy.engine_hooks import engine_hooks
 from gatedconv.gating import find_gates, require_frozen, unwrap
 from gatedconv.ops._checks import require_choice
 
@@ -26,20 +27,11 @@ ONNX_OPSET = 18
 
 @dataclass(frozen=True)
 class About:
-    """What a plan says about the images and the classes of its network."""
+    """The images and the classes of a network, as a plan keeps them."""
 
     classes: Sequence[str] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-
-
-Writer = Callable[[nn.Module, Path, Tensor, About], None]
-_plan_writer: list[Writer] = []
-
-
-def register_plan_writer(writer: Writer) -> None:
-    """Let ``export`` write plans, which the engine makes."""
-    _plan_writer[:] = [writer]
 
 
 def export(
@@ -107,8 +99,7 @@ def _origin(error: BaseException) -> str:
     """First line of the root cause; outer exceptions give advice for PyTorch developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
@@ -133,7 +124,7 @@ def _batch(model: nn.Module, example_input: Tensor) -> Tensor:
 
 
 def _dynamic(write: Callable[[tuple[int, ...]], Any]) -> Any:
-    """What ``write`` makes with batch, height and width dynamic, or those of them that the model does not fix."""
+    """Call ``write`` with batch, height and width dynamic, then with fewer of them, until it succeeds."""
     fixed = None
     for dims in ((0, 2, 3), (0, 3), (0, 2), (0,), (2, 3), (3,), (2,)):
         try:
@@ -195,7 +186,12 @@ def _write_onnx(model: nn.Module, path: Path, example: Tensor, about: About) -> 
 
 
 def _write_plan(model: nn.Module, path: Path, example: Tensor, about: About) -> None:
-    _plan_writer[0](model, path, example, about)
+    engine_hooks().write_plan(model, path, example, about)
 
 
-_WRITERS: Mapping[str, Writer] = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti, "plan": _write_plan}
+_WRITERS: Mapping[str, Callable[[nn.Module, Path, Tensor, About], None]] = {
+    "onnx": _write_onnx,
+    "torch": _write_torch,
+    "aoti": _write_aoti,
+    "plan": _write_plan,
+}

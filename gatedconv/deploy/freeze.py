@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert.install import keeping_aliases, skip_closed
 from gatedconv.gating import FrozenGate, Gate, copied, eval_mode
-from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_votes
+from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_over_ranks
 from gatedconv.gating.registry import find_gates, require_gates
 
 AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net is not the one that trained
@@ -23,7 +23,7 @@ AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net 
 
 @dataclass(frozen=True)
 class Consensus:
-    """What the gates agreed on.
+    """The masks that the gates agreed on, and how far they agreed.
 
     Attributes:
         masks: gate path -> bool (num_gates,), True for open.
@@ -195,7 +195,7 @@ def _vote(
     finally:
         for hook in hooks:
             hook.remove()
-    votes, counts = sum_votes(votes, counts)
+    votes, counts = sum_over_ranks(votes, counts)
     if seen == 0 and not any(counts.values()):
         raise ValueError("freeze: the loader yielded no samples")
     rates = {

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten
 
 from gatedconv._io import first_line
 from gatedconv.convert.install import computing_all_samples, hooks_of
-from gatedconv.convert.record import Node, Record, Value, has_own_hooks, is_computed, record
+from gatedconv.convert.module_kinds import has_own_hooks, is_computed
+from gatedconv.convert.record import Node, Record, Value, record
 from gatedconv.convert.verify import as_inputs, distance, run_seeded
 from gatedconv.deploy.graph_format import is_describable
 from gatedconv.deploy.graph_writer import GraphWriter, NoGraph
@@ -23,6 +24,8 @@ _LARGER = ((33, 65), (32, 64), (64, 128))
 # A padding may depend on whether a map's size is even; 2**n more pixels change that behind n layers of stride 2, and
 # not before. Here n is 1 to 4 in one direction or the other, 1 and 2 in both.
 _PARITIES = ((2, 16), (4, 2), (8, 4))
+# `distance` of a graph from its model, in any precision: both make the same calls in the same order.
+GRAPH_ERROR = 1e-5
 _NUMBERS = ("_local_scalar_dense", "equal")  # operations that give the model's code numbers of a tensor
 
 
@@ -85,9 +88,9 @@ def _graph_of(
         x = torch.rand(count, *shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
         if runs:
             try:  # on the meta device, where it costs next to nothing
-                found = _recorded(without_numbers(), x.to("meta"), leaves)
-                if _is_alike(found, runs[0][1]):
-                    return x, found
+                recorded = _recorded(without_numbers(), x.to("meta"), leaves)
+                if _is_alike(recorded, runs[0][1]):
+                    return x, recorded
             except Exception:  # code or operations that need them
                 pass
         return x, _recorded(model, x, leaves)
@@ -109,12 +112,12 @@ def _graph_of(
     except Exception as error:  # whatever the model's code raises
         raise NoGraph(f"it does not run: {type(error).__name__}: {first_line(error)}") from error
     alone = taken(1)
-    found = next((each for more in _LARGER if (each := taken(counts[0], *grown(*more)))), [])
-    found += [each for more in _PARITIES for each in taken(counts[0], *grown(*more))]
-    found += taken(counts[0], *(-(n // 2) for n in size[-2:])) if len(size) == 4 else []
-    if found:
+    others = next((each for more in _LARGER if (each := taken(counts[0], *grown(*more)))), [])
+    others += [each for more in _PARITIES for each in taken(counts[0], *grown(*more))]
+    others += taken(counts[0], *(-(n // 2) for n in size[-2:])) if len(size) == 4 else []
+    if others:
         try:
-            return _write(model, [*runs, *found, *alone], check, len(runs))
+            return _write(model, [*runs, *others, *alone], check, len(runs))
         except Exception:  # it takes another way through the code
             pass
     try:
@@ -126,16 +129,16 @@ def _graph_of(
 
 
 def _recorded(model: nn.Module, x: Tensor, leaves: tuple[type[nn.Module], ...] | None) -> Record:
-    found = record(model, (x,), known=lambda module: module is not model and _is_leaf(module, leaves))
-    _keep_shapes(found)
-    return found
+    recorded = record(model, (x,), known=lambda module: module is not model and _is_leaf(module, leaves))
+    _keep_shapes(recorded)
+    return recorded
 
 
-def _is_alike(found: Record, first: Record) -> bool:
+def _is_alike(recorded: Record, first: Record) -> bool:
     """Whether a run on the meta device went the way of the first run, and read no constants made there."""
-    read = tree_flatten([(node.args, node.kwargs) for node in found.nodes])[0]
+    read = tree_flatten([(node.args, node.kwargs) for node in recorded.nodes])[0]
     there = any(item == torch.device("meta") if isinstance(item, torch.device) else _is_there(item) for item in read)
-    return not there and [_step(node) for node in found.nodes] == [_step(node) for node in first.nodes]
+    return not there and [_step(node) for node in recorded.nodes] == [_step(node) for node in first.nodes]
 
 
 def _is_there(item: Any) -> bool:
@@ -152,9 +155,9 @@ def _is_leaf(module: nn.Module, leaves: tuple[type[nn.Module], ...] | None) -> b
     return known and not changed
 
 
-def _keep_shapes(found: Record) -> None:
+def _keep_shapes(recorded: Record) -> None:
     """Forget the numbers of what was computed: eight runs of a large network would fill the memory."""
-    for node in found.nodes:
+    for node in recorded.nodes:
         for value in node.outputs:
             value.tensor = torch.empty(value.tensor.shape, dtype=value.tensor.dtype, device="meta")
 
@@ -168,17 +171,17 @@ def _require_same(graph: GraphNet, model: nn.Module, inputs: list[Tensor]) -> No
             result = run_seeded(graph, as_inputs(x))
         except Exception as error:  # of an operation that cannot be called with what was recorded
             raise NoGraph(f"the graph does not run: {type(error).__name__}: {first_line(error)}") from error
-        if not distance(result, of_model) <= 1e-5:
+        if not distance(result, of_model) <= GRAPH_ERROR:
             raise NoGraph("the graph computes something else")
 
 
 def _write(model: nn.Module, runs: list[tuple[Tensor, Record]], check: bool, larger: int | None = None) -> GraphNet:
     """The graph that all runs agree on; ``larger`` is the run that has the shapes for larger images."""
-    records = [found for _, found in runs]
+    records = [recorded for _, recorded in runs]
     if records[0].gave_numbers or any(node.op in _NUMBERS and not node.is_constant for node in records[0].nodes):
         raise NoGraph("its code reads numbers of a tensor, on which what it does may depend")
-    if len({len(found.nodes) for found in records}) > 1 or any(
-        len({_step(node) for node in nodes}) > 1 for nodes in zip(*(found.nodes for found in records), strict=True)
+    if len({len(each.nodes) for each in records}) > 1 or any(
+        len({_step(node) for node in nodes}) > 1 for nodes in zip(*(each.nodes for each in records), strict=True)
     ):
         raise NoGraph("another batch or image size takes another way through its code")
     graph = GraphWriter(model, records, larger).write()

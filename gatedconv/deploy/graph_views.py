@@ -19,7 +19,7 @@ class ViewWriter:
         self.written: dict[tuple[fx.Node, fx.Node], fx.Node | None] = {}  # (view, what it became) -> its source then
 
     def write(self, before: fx.Node, other: fx.Node, result: fx.Node) -> fx.Node | None:
-        """What ``other`` becomes where ``before``, which shares its memory, becomes ``result``; None if it has no form.
+        """The new ``other`` where ``before``, which shares its memory, becomes ``result``; None if it has no form.
 
         The result is put back into what ``before`` is a view of, up to the tensor that both are views of; of that,
         ``other`` is viewed anew.
@@ -47,7 +47,7 @@ def _views(node: fx.Node) -> list[fx.Node]:
 
 
 def _source(node: fx.Node) -> fx.Node | None:
-    """What a node is a view of; None for what has memory of its own."""
+    """The tensor that a node is a view of; None where it has memory of its own."""
     call: Any = node.args[0] if node.target is operator.getitem else node  # a part of a split
     schema = getattr(call.target, "_schema", None)
     if schema is None or schema.is_mutable or not schema.arguments or schema.arguments[0].alias_info is None:
@@ -75,7 +75,7 @@ def _section(view: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _put_back(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node | None:
-    """What ``view`` is a view of, with ``value`` in the view's place."""
+    """The source of ``view``, with the viewed part replaced by ``value``; None where that cannot be written."""
     source, section = _source(view), _section(view)
     assert source is not None
     if section is not None:
@@ -90,7 +90,7 @@ def _put_back(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node | None:
 
 
 def _view_again(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node | None:
-    """The view, of ``value``."""
+    """The same view, taken of ``value``."""
     if view.target is operator.getitem:
         section = _section(view)
         return None if section is None else graph.call_function(aten.slice.Tensor, (value, *section))

@@ -52,11 +52,11 @@ class GraphWriter:
         return result.eval()
 
     def _needed(self) -> set[Node]:
-        found: set[Node] = set()
+        needed: set[Node] = set()
         for node in reversed(self.runs[0].nodes):
-            if node.op in ("output", "input") or any(user in found for v in node.outputs for user in v.users):
-                found.add(node)
-        return found
+            if node.op in ("output", "input") or any(user in needed for v in node.outputs for user in v.users):
+                needed.add(node)
+        return needed
 
     def _emit(self, nodes: tuple[Node, ...]) -> None:
         node = nodes[0]
@@ -122,10 +122,10 @@ class GraphWriter:
             _require_one_source(values)
         other, result, before = nodes[0].args
         views = None if before is None else (self.nodes[before], self._read(other, nodes, 0))
-        found = None if views is None else self.views.write(*views, self.nodes[result])
-        if found is None:
+        written = None if views is None else self.views.write(*views, self.nodes[result])
+        if written is None:
             raise NoGraph("it changes a view of a tensor in place")
-        return found
+        return written
 
     # -- arguments -------------------------------------------------------------------------------------
 
@@ -137,12 +137,12 @@ class GraphWriter:
         args = self._argument([n.args for n in nodes], nodes)
         return args, {key: self._argument([n.kwargs[key] for n in nodes], nodes) for key in node.kwargs}
 
-    def _sizes(self, found: list[list[int]], nodes: tuple[Node, ...]) -> list[Any]:
-        """What a tensor is reshaped to; the one size that follows from the others may be any number."""
-        if len({len(f) for f in found}) > 1:
+    def _sizes(self, of_runs: list[list[int]], nodes: tuple[Node, ...]) -> list[Any]:
+        """The sizes that a tensor is reshaped to; one of them follows from the others and may be any number."""
+        if len({len(one) for one in of_runs}) > 1:
             raise NoGraph("its arguments depend on the image's size")
         sizes: list[Any] = []
-        for each in zip(*found, strict=True):
+        for each in zip(*of_runs, strict=True):
             try:
                 sizes.append(self._argument(list(each), nodes))
             except NoGraph:
@@ -151,37 +151,37 @@ class GraphWriter:
             raise NoGraph("it computes with the image's size")
         return sizes
 
-    def _argument(self, found: list[Any], nodes: tuple[Node, ...]) -> Any:
+    def _argument(self, of_runs: list[Any], nodes: tuple[Node, ...]) -> Any:
         """One argument, given as each run has it."""
-        first = found[0]
+        first = of_runs[0]
         if isinstance(first, Value):
-            _require_one_source(found)
+            _require_one_source(of_runs)
             index = nodes[0].inputs.index(first)
             return self._read(first, nodes, index)
         if isinstance(first, (list, tuple)):
-            if len({len(f) for f in found}) > 1:
+            if len({len(one) for one in of_runs}) > 1:
                 raise NoGraph("its arguments depend on the image's size")
-            parts = [self._argument(list(part), nodes) for part in zip(*found, strict=True)]
+            parts = [self._argument(list(part), nodes) for part in zip(*of_runs, strict=True)]
             return parts if isinstance(first, list) else tuple(parts)
         if isinstance(first, dict):
-            return {key: self._argument([f[key] for f in found], nodes) for key in first}
-        if all(type(f) is type(first) and f == first for f in found):
+            return {key: self._argument([one[key] for one in of_runs], nodes) for key in first}
+        if all(type(one) is type(first) and one == first for one in of_runs):
             return first
         if isinstance(first, int) and not isinstance(first, bool):
-            return self._size(found, nodes)
+            return self._size(of_runs, nodes)
         raise NoGraph(f"its arguments depend on the image's size: {first!r}")
 
-    def _size(self, found: list[int], nodes: tuple[Node, ...]) -> fx.Node:
+    def _size(self, numbers: list[int], nodes: tuple[Node, ...]) -> fx.Node:
         """A number that is a dimension of a tensor, or a multiple or fraction of one, or a product of two."""
         read = nodes[0].inputs
         shapes = [[n.inputs[i].tensor.shape for n in nodes] for i in range(len(read))]
         inputs = [(self.nodes[v], shape) for v, shape in zip(read, shapes, strict=True) if v in self.nodes]
         written = list(self.shapes.items())
         for node, dim, sizes in _dimensions([*inputs, *reversed(written)]):
-            if sizes == found:
+            if sizes == numbers:
                 return self.graph.call_method("size", (node, dim))
         for node, dim, sizes in _dimensions([*inputs, *written[: len(self.runs[0].inputs)]]):
-            part = _fraction(found, sizes)
+            part = _fraction(numbers, sizes)
             if part is not None:
                 result = self.graph.call_method("size", (node, dim))
                 if part.numerator != 1:
@@ -190,7 +190,7 @@ class GraphWriter:
                     result = self.graph.call_function(operator.floordiv, (result, part.denominator))
                 return result
         for one, other in combinations(_dimensions(inputs), 2):
-            if [a * b for a, b in zip(one[2], other[2], strict=True)] == found:
+            if [a * b for a, b in zip(one[2], other[2], strict=True)] == numbers:
                 factors = tuple(self.graph.call_method("size", (node, dim)) for node, dim, _ in (one, other))
                 return self.graph.call_function(operator.mul, factors)
         raise NoGraph("it computes with the image's size")
@@ -228,7 +228,7 @@ class GraphWriter:
             return self.graph.get_attr(name)
 
 
-def _require_one_source(found: Iterable[Any]) -> None:
+def _require_one_source(values: Iterable[Any]) -> None:
     """NoGraph unless every run reads the same value; `_read` compares the numbers of constants without a name."""
 
     def source(value: Any) -> Any:
@@ -236,7 +236,7 @@ def _require_one_source(found: Iterable[Any]) -> None:
             return None
         return -1 if value.node is None else value.node.order, value.index, value.name
 
-    if len({source(value) for value in found}) > 1:
+    if len({source(value) for value in values}) > 1:
         raise NoGraph("which tensors it computes with depends on the image's size")
 
 
@@ -249,14 +249,15 @@ def _dimensions(
             yield node, dim, list(sizes)
 
 
-def _fraction(found: list[int], sizes: list[int]) -> Fraction | None:
-    """What sizes are multiplied by, and rounded down, to give some numbers; None where nothing does."""
-    if found[0] and sizes[0] and all(f * sizes[0] == s * found[0] for f, s in zip(found, sizes, strict=True)):
-        return Fraction(found[0], sizes[0])
-    if not all(found) or len(set(found)) < 3:  # such as a padding, which may be right for the wrong reason
+def _fraction(numbers: list[int], sizes: list[int]) -> Fraction | None:
+    """The factor f with number = floor(f * size) in every run; None where there is none."""
+    if numbers[0] and sizes[0] and all(n * sizes[0] == s * numbers[0] for n, s in zip(numbers, sizes, strict=True)):
+        return Fraction(numbers[0], sizes[0])
+    if not all(numbers) or len(set(numbers)) < 3:  # such as a padding, which may be right for the wrong reason
         return None
-    parts = round(max(sizes) / max(found))
-    return Fraction(1, parts) if parts > 1 and all(f == s // parts for f, s in zip(found, sizes, strict=True)) else None
+    parts = round(max(sizes) / max(numbers))
+    fits = parts > 1 and all(n == s // parts for n, s in zip(numbers, sizes, strict=True))
+    return Fraction(1, parts) if fits else None
 
 
 def _functional(node: Node) -> Any:

@@ -1,4 +1,4 @@
-"""What gatedconv changed in a user's modules, as JSON, and the same done again to another copy of the dense network."""
+"""Changes in a user's modules as JSON, and their repetition on another copy of the dense network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BEFORE = ("GateInput", "DecideBranch", "SelectSamples")
 
 
 def describe_changes(model: nn.Module) -> dict[str, Any]:
-    """What ``gate_model``, ``freeze`` and ``compact`` did to the modules; empty for a model that they did not make.
+    """The changes that ``gate_model``, ``freeze`` and ``compact`` made; empty for a model that they did not make.
 
     Raises:
         TypeError: a change that a file cannot describe.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from gatedconv._io import write_atomic
 from gatedconv.convert import Conversion
 from gatedconv.deploy.compact import compact
+from gatedconv.deploy.engine_hooks import engine_hooks
 from gatedconv.deploy.freeze import Consensus, freeze_gates
 from gatedconv.deploy.graph import write_graph
 from gatedconv.deploy.graph_format import build_graph, describe_graph, require_small
@@ -27,27 +27,7 @@ from gatedconv.nn import CompactBlock, GraphNet
 FORMAT = "gatedconv"
 VERSION = 1
 
-# Of modules that are made anew from another one when they are loaded: class -> (that model, its example's size, and the
-# dtype of its products).
-_PACKED: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, list[int], torch.dtype]]] = {}
 _PRODUCTS = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
-_pack: list[Callable[[nn.Module, Tensor, torch.dtype], nn.Module]] = []
-
-
-def register_packed(
-    cls: type[nn.Module],
-    unpack: Callable[[Any], tuple[nn.Module, list[int], torch.dtype]],
-    pack: Callable[[nn.Module, Tensor, torch.dtype], nn.Module],
-) -> None:
-    """Let ``save`` and ``load`` take a class whose modules are packed from a model and an example input.
-
-    Args:
-        cls: the class, of which there is one.
-        unpack: module -> its model, the size of its example, and the dtype of its products.
-        pack: model, example (zeros), dtype -> the module.
-    """
-    _PACKED[cls] = unpack
-    _pack[:] = [pack]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -73,8 +53,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     _require_path(path, "save")
     model = unwrap(model)
     example_size = products = None
-    if type(model) in _PACKED:
-        model, example_size, products = _PACKED[type(model)](model)
+    if type(model) is engine_hooks().kind:
+        model, example_size, products = engine_hooks().unpack(model)
     ties = ties_of(model)
     with eval_mode(model):  # copies: some classes merge weights there, and tensors may share their memory
         state = {name: _copy(tensor) for name, tensor in model.state_dict().items() if name not in ties}
@@ -149,11 +129,10 @@ def _require_path(path: Any, where: str) -> None:
 
 def _packed(path: Path, model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     size, dtype = description["engine"], next((value.dtype for value in model.parameters()), torch.float32)
-    if not _pack:
-        raise ValueError(f"load: {path} holds an Engine; import gatedconv.engine first")
     try:
         require_small(size, tensors)
-        return _pack[0](model, torch.zeros(size, dtype=dtype, device="cpu"), _PRODUCTS[description["products"]])
+        example = torch.zeros(size, dtype=dtype, device="cpu")
+        return engine_hooks().pack(model, example, _PRODUCTS[description["products"]])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
 

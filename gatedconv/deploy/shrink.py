@@ -1,6 +1,6 @@
 """Smaller layers in a model's own places, and the small modules around those whose channels its code still expects.
 
-Which channels are left of each tensor, of sums and concatenations too, is in the ``ChannelPlan`` of
+Which channels are left of each tensor, of sums and concatenations too, is in the ``Removal`` of
 ``convert.channels``.
 """
 
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.channels import ChannelPlan
+from gatedconv.convert.channels import Removal
 from gatedconv.convert.constants import groups_of, is_depthwise
-from gatedconv.convert.record import CALL, ModuleCall, Node, Value, is_exact
-from gatedconv.convert.verify import as_inputs, run_seeded, trains
+from gatedconv.convert.module_kinds import is_exact
+from gatedconv.convert.record import CALL, ModuleCall, Node, Value
+from gatedconv.convert.verify import TOLERANCES, as_inputs, distance, run_seeded, trains
 from gatedconv.deploy.slicing import set_weight, slice_numbers
 from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels, Zeros
 
-_CLOSE = 1e-4  # of a foreign module's slice: |slice(x) - module(x)| against the largest output
+SLICE_ERROR = TOLERANCES[torch.float32]  # `distance` of a user's module with fewer channels from the module
 
 
 class CannotSlice(Exception):
@@ -32,40 +33,40 @@ class CannotSlice(Exception):
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, channels: ChannelPlan) -> None:
+def shrink(model: nn.Module, removal: Removal) -> None:
     """Make a model smaller, in place; it has the module paths of the recorded one.
 
     Raises:
         CannotSlice: found out by trial.
     """
-    flow, done = channels.flow, set()
+    flow, done = removal.flow, set()
     for node in flow.record.nodes:
         for value in node.outputs:
             if flow.kind(value) in ("conv", "linear"):
-                _layer(model, channels, node, value)
+                _layer(model, removal, node, value)
                 done.add(value)
-    for path, call in channels.sliced.items():
-        _foreign(model, channels, path, call)
-    inside = tuple(f"{path}." for path in channels.sliced)
+    for path, call in removal.sliced.items():
+        _foreign(model, removal, path, call)
+    inside = tuple(f"{path}." for path in removal.sliced)
     for node in flow.record.nodes:
         if node.scope.startswith(inside):
             continue
-        if channels.is_idle(node):
+        if removal.is_idle(node):
             model.set_submodule(node.scope, nn.Identity())
         elif node.op == CALL and node.outputs and flow.kind(node.outputs[0]) == "elementwise":
-            _numbers(model, channels, node, node.outputs[0])
-    for value in channels.masks.values:
+            _numbers(model, removal, node, node.outputs[0])
+    for value in removal.masks.values:
         if value not in done:
-            _behind(model, channels, value)
-    for node, value in channels.masks.inputs:
-        if flow.kind(node.outputs[0]) not in ("conv", "linear") or not channels.is_sliceable(node):
-            mask = channels.masks.inputs[node, value]
+            _behind(model, removal, value)
+    for node, value in removal.masks.inputs:
+        if flow.kind(node.outputs[0]) not in ("conv", "linear") or not removal.is_sliceable(node):
+            mask = removal.masks.inputs[node, value]
             _frame(
                 model,
                 node.scope,
                 before=_glue(
-                    ~channels.zeros(value),
-                    ~channels.zeros(value),
+                    ~removal.zeros(value),
+                    ~removal.zeros(value),
                     ~mask,
                     torch.zeros(len(mask)),
                     value,
@@ -77,35 +78,35 @@ def shrink(model: nn.Module, channels: ChannelPlan) -> None:
 # -- single modules ------------------------------------------------------------------------------------
 
 
-def _layer(model: nn.Module, channels: ChannelPlan, node: Node, value: Value) -> None:
+def _layer(model: nn.Module, removal: Removal, node: Node, value: Value) -> None:
     module = model.get_submodule(node.scope)
-    source, axis = node.inputs[0], channels.flow[value].axis
-    held, kept = channels.present[source], channels.present[value]
-    computed = channels.computed(node, value)
+    source, axis = node.inputs[0], removal.flow[value].axis
+    held, kept = removal.present[source], removal.present[value]
+    computed = removal.computed(node, value)
     read = held
-    if not channels.is_sliceable(node):
-        if channels.is_dead(node):
+    if not removal.is_sliceable(node):
+        if removal.is_dead(node):
             read, module = computed.new_zeros(len(held)), _nothing(module)
     else:
-        read, _ = channels.layer_channels(node, value)
+        read, _ = removal.layer_channels(node, value)
         if bool(read.all()) and bool(computed.all()):
             pass
         elif is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear):
-            module = _small_layer(channels, node, module, read, computed)
+            module = _small_layer(removal, node, module, read, computed)
         else:
-            module = _foreign_layer(channels, node, module, read, computed)
-    before = _gather(read, held, channels.flow[source].axis) if not torch.equal(read, held) else []
-    closed = channels.known[value]
-    if value not in channels.masks.values and (node, source) not in channels.masks.inputs:
-        closed = channels.zeros(value)  # what is computed is right
-    after = _glue(computed, kept, closed, channels.constant[value], value, axis)
-    if isinstance(module, EmptyMap) and not bool(channels.constant[value].any()):
+            module = _foreign_layer(removal, node, module, read, computed)
+    before = _gather(read, held, removal.flow[source].axis) if not torch.equal(read, held) else []
+    closed = removal.known[value]
+    if value not in removal.masks.values and (node, source) not in removal.masks.inputs:
+        closed = removal.zeros(value)  # what is computed is right
+    after = _glue(computed, kept, closed, removal.constant[value], value, axis)
+    if isinstance(module, EmptyMap) and not bool(removal.constant[value].any()):
         module.channels, before, after = int(kept.sum()), [], []
     model.set_submodule(node.scope, module)
     _frame(model, node.scope, before, after)
 
 
-def _small_layer(channels: ChannelPlan, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
+def _small_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
     """The layer with the inputs ``read`` and outputs ``write``; its bias stands for constants that are not read."""
     if not bool(write.any()):
         return _nothing(module)
@@ -117,7 +118,7 @@ def _small_layer(channels: ChannelPlan, node: Node, module: nn.Module, read: Ten
         small, bias, groups = rows, None, int(read.sum())
     elif groups == 1:
         absent = ~read
-        known, constant = channels.known_to(node, node.inputs[0])
+        known, constant = removal.known_to(node, node.inputs[0])
         values = torch.where(absent & known, constant, 0.0).to(device)
         summed = rows.flatten(2).sum(dim=2) if rows.dim() > 2 else rows
         share = summed.double() @ values.double()
@@ -127,13 +128,13 @@ def _small_layer(channels: ChannelPlan, node: Node, module: nn.Module, read: Ten
         live = read.reshape(groups, -1).any(dim=1)
         per_in, per_out = read.reshape(groups, -1)[live], write.reshape(groups, -1)[live]
         # A closed channel may fill up its group. What its gate would have multiplied by 0, its weights do.
-        is_open = channels.masks.inputs.get((node, node.inputs[0]), read).reshape(groups, -1)[live]
+        is_open = removal.masks.inputs.get((node, node.inputs[0]), read).reshape(groups, -1)[live]
         parts = []
         for group, (ins, outs) in enumerate(zip(per_in, per_out, strict=True)):
             block = rows[group * int(outs.sum()) : (group + 1) * int(outs.sum())]
             zeros = (~is_open[group][ins]).to(device)
             parts.append(block[:, ins.to(device)].masked_fill(zeros.reshape(1, -1, 1, 1), 0.0))
-        small, bias, groups = torch.cat(parts), _group_bias(channels, node, rows, read, write, groups), int(live.sum())
+        small, bias, groups = torch.cat(parts), _group_bias(removal, node, rows, read, write, groups), int(live.sum())
     old = None if module.bias is None else module.bias[write.to(device)]
     if old is not None or bias is not None:
         total = old if bias is None else bias if old is None else old + bias
@@ -144,10 +145,8 @@ def _small_layer(channels: ChannelPlan, node: Node, module: nn.Module, read: Ten
     return module
 
 
-def _group_bias(
-    channels: ChannelPlan, node: Node, rows: Tensor, read: Tensor, write: Tensor, groups: int
-) -> Tensor | None:
-    known, constant = channels.known_to(node, node.inputs[0])
+def _group_bias(removal: Removal, node: Node, rows: Tensor, read: Tensor, write: Tensor, groups: int) -> Tensor | None:
+    known, constant = removal.known_to(node, node.inputs[0])
     values = torch.where(~read & known, constant, 0.0).reshape(groups, -1).to(rows.device, torch.float64)
     group = torch.arange(len(write)).reshape(groups, -1)[:, :1].expand(groups, len(write) // groups).flatten()
     group = (group // (len(write) // groups))[write].to(rows.device)
@@ -166,9 +165,9 @@ def _nothing(module: nn.Module) -> nn.Module:
     return EmptyMap(0, module.kernel_size, module.stride, tuple(padding), module.dilation)  # type: ignore[arg-type]
 
 
-def _foreign_layer(channels: ChannelPlan, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
+def _foreign_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
     """A layer of a subclass with code of its own: sliced like a plain one, if a trial finds that right."""
-    known, constant = channels.known_to(node, node.inputs[0])
+    known, constant = removal.known_to(node, node.inputs[0])
     unread = ~read & known & (constant != 0) & (not is_depthwise(module))
     assert isinstance(module, (nn.Conv2d, nn.Linear))
     if bool(unread.any()) or not bool(write.any()):
@@ -184,39 +183,37 @@ def _foreign_layer(channels: ChannelPlan, node: Node, module: nn.Module, read: T
     weight = module.weight[write.to(module.weight.device)]
     weight = weight if is_depthwise(module) else weight[:, read.to(weight.device)]
     set_weight(small, weight, int(read.sum()) if is_depthwise(module) else 1)
-    _require_slice(
-        channels, node.scope, module, small, node.inputs[0], read, write, channels.flow[node.outputs[0]].axis
-    )
+    _require_slice(removal, node.scope, module, small, node.inputs[0], read, write, removal.flow[node.outputs[0]].axis)
     return small
 
 
-def _foreign(model: nn.Module, channels: ChannelPlan, path: str, call: ModuleCall) -> None:
+def _foreign(model: nn.Module, removal: Removal, path: str, call: ModuleCall) -> None:
     source, value = call.inputs[0], call.outputs[0]
-    held = channels.present[source]
+    held = removal.present[source]
     if bool(held.all()):
         return
     module = model.get_submodule(path)
-    idle = value in channels.masks.values  # else a reader further on may want its constants
-    if idle and not bool(channels.wanted(value).any()) and value.tensor.shape == source.tensor.shape:
+    idle = value in removal.masks.values  # else a reader further on may want its constants
+    if idle and not bool(removal.wanted(value).any()) and value.tensor.shape == source.tensor.shape:
         model.set_submodule(path, nn.Identity())
         return
     small = copy.deepcopy(module)
     for part in small.modules():
         slice_numbers(part, held)
-    _require_slice(channels, path, module, small, source, held, held, channels.flow[value].axis)
+    _require_slice(removal, path, module, small, source, held, held, removal.flow[value].axis)
     model.set_submodule(path, small)
 
 
-def _numbers(model: nn.Module, channels: ChannelPlan, node: Node, value: Value) -> None:
+def _numbers(model: nn.Module, removal: Removal, node: Node, value: Value) -> None:
     """Norms and the like: their numbers for each channel."""
     module = model.get_submodule(node.scope)
-    computed = channels.computed(node, value)
-    if not bool(computed.all()) and channels.can_slice_numbers(node, value):
+    computed = removal.computed(node, value)
+    if not bool(computed.all()) and removal.can_slice_numbers(node, value):
         slice_numbers(module, computed)
 
 
 def _require_slice(
-    channels: ChannelPlan,
+    removal: Removal,
     path: str,
     module: nn.Module,
     small: nn.Module,
@@ -227,7 +224,7 @@ def _require_slice(
 ) -> None:
     """Raise CannotSlice unless ``small`` gives the channels ``write`` of the module's output, and trains if it does."""
     x = torch.randn(source.tensor.shape, generator=torch.Generator().manual_seed(0)).to(source.tensor)
-    source_axis = channels.flow[source].axis
+    source_axis = removal.flow[source].axis
     shape = [-1 if d == source_axis else 1 for d in range(x.dim())]
     x = x * read.to(x).reshape(shape)
     part = x.index_select(source_axis, read.nonzero().flatten().to(x.device))
@@ -238,24 +235,24 @@ def _require_slice(
         raise CannotSlice(path) from error
     if trains(module, x) and not trains(small, part):
         raise CannotSlice(path)
-    if got.shape != wanted.shape or float((got - wanted).abs().max()) > _CLOSE * float(wanted.abs().max()) + 1e-12:
+    if not distance(got, wanted) <= SLICE_ERROR:
         raise CannotSlice(path)
 
 
 # -- what is put around them ---------------------------------------------------------------------------
 
 
-def _behind(model: nn.Module, channels: ChannelPlan, value: Value) -> None:
+def _behind(model: nn.Module, removal: Removal, value: Value) -> None:
     """Closed channels of a gated module that is no layer are dropped or made zero behind it."""
-    path = channels.masks.paths[value]
+    path = removal.masks.paths[value]
     node = value.node
     assert node is not None
-    axis, kept = channels.flow[value].axis, channels.present[value]
-    known, constant = channels.known[value], channels.constant[value]
-    if bool(known.all() & kept.all()) and not bool(constant.any()) and channels.flow.is_guess(value):
+    axis, kept = removal.flow[value].axis, removal.present[value]
+    known, constant = removal.known[value], removal.constant[value]
+    if bool(known.all() & kept.all()) and not bool(constant.any()) and removal.flow.is_guess(value):
         _frame(model, path, [], [("zeros", Zeros())])
         return
-    after = _glue(channels.computed(node, value), kept, known, constant, value, axis)
+    after = _glue(removal.computed(node, value), kept, known, constant, value, axis)
     _frame(model, path, [], after)
 
 
@@ -267,7 +264,7 @@ def _gather(read: Tensor, held: Tensor, axis: int) -> list[tuple[str, nn.Module]
 def _glue(
     computed: Tensor, kept: Tensor, known: Tensor, constant: Tensor, value: Value, axis: int
 ) -> list[tuple[str, nn.Module]]:
-    """From the channels ``computed`` to ``kept``, constants among them."""
+    """Modules that make the channels ``kept`` of the channels ``computed``, constants among them."""
     taken = kept & computed & ~known
     if torch.equal(taken, computed) and torch.equal(taken, kept):
         return []

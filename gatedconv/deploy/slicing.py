@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gatedconv.convert.record import is_computed
+from gatedconv.convert.module_kinds import is_computed
 
 COUNTS = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "num_parameters")
 

@@ -7,16 +7,17 @@ places of maps, instructions and packed weights, which csrc/cpu runs; cpu_plan.p
 describe.py: what runs where. plan_file.py: a plan as a file. locate.py: the first wrong layer.
 """
 
-from gatedconv.deploy.export import register_plan_writer
-from gatedconv.deploy.serialize import register_packed
+from gatedconv.deploy.engine_hooks import EngineHooks, register_engine
 from gatedconv.engine.engine import Engine
 from gatedconv.engine.plan_file import write_plan
 
-register_plan_writer(write_plan)
-register_packed(
-    Engine,
-    lambda engine: (engine.source, list(engine.example_size), engine.products),
-    lambda model, example, dtype: Engine(model, example, dtype=dtype),
+register_engine(
+    EngineHooks(
+        kind=Engine,
+        unpack=lambda engine: (engine.source, list(engine.example_size), engine.products),
+        pack=lambda model, example, dtype: Engine(model, example, dtype=dtype),
+        write_plan=write_plan,
+    )
 )
 
 __all__ = ["Engine"]

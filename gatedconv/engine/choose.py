@@ -79,7 +79,7 @@ def algorithms(layer: Layer) -> tuple[str, ...]:
 
 
 def work_of(layer: Layer, batch: int) -> Work:
-    """What a convolution computes for `batch` images of the example's size."""
+    """The size of a convolution for `batch` images of the example's size."""
     assert layer.weight is not None
     out_channels, in_channels = layer.weight.shape[:2]
     return Work(batch, in_channels, out_channels, *map_size(layer.inputs[0])[1:])

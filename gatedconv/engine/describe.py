@@ -1,4 +1,4 @@
-"""What `Engine.describe` reports: which layer runs where, by which kernel, with how many MACs and bytes."""
+"""The report of `Engine.describe`: which layer runs where, by which kernel, with how many MACs and bytes."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from gatedconv.engine.cuda.cuda_plan import CudaPlan
 from gatedconv.engine.describe import describe_body
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer, runs_on_cuda
-from gatedconv.engine.locate import first_difference
-from gatedconv.engine.lower import trace
+from gatedconv.engine.locate import first_wrong_layer
+from gatedconv.engine.lower import lower
 from gatedconv.engine.partition import Segment, find_segments
 from gatedconv.engine.program import lay_out, write_program
 from gatedconv.engine.time_on_cpu import choose_measured
@@ -112,7 +112,7 @@ class Engine(nn.Module):
         # Shapes are worked out, and weights read, in float32 on the CPU, whatever they are to run in.
         plain = copy.deepcopy(source).to("cpu", torch.float32) if self.device.type == "cuda" else source
         try:
-            traced = trace(plain, example_input)
+            traced = lower(plain, example_input)
         except Exception as error:  # of the model's own code, which may raise anything
             self.reason = f"the model cannot be written as a graph: {first_line(error)}"
             return
@@ -146,7 +146,7 @@ class Engine(nn.Module):
 
         def locate(source: nn.Module, _: nn.Module, inputs: Inputs) -> str:
             options: dict[str, Any] = {"example": example, "choose": self.choose, "dtype": self.products}
-            return first_difference(source, self.body, inputs, **options)
+            return first_wrong_layer(source, self.body, inputs, **options)
 
         try:
             require_same(source, self, example, "the plan", locate=locate, integers=False, precision=self.products)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from gatedconv.engine.layers import size_of
+
 aten = torch.ops.aten
 _RESHAPES = (aten.view, aten._unsafe_view)
 
@@ -61,14 +63,6 @@ def join_idioms(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
-def size_of(node: Any, larger: bool = False) -> tuple[int, ...] | None:
-    """The shape of a node's value for the example, or for the larger image; None where it is unknown."""
-    if not isinstance(node, fx.Node):
-        return None
-    meta = node.meta.get("larger_shape") if larger else getattr(node.meta.get("tensor_meta"), "shape", None)
-    return None if meta is None else tuple(meta)
-
-
 def operation_of(node: Any) -> Any:
     """The function that a node calls, of whatever overload; None where it calls none."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
@@ -87,7 +81,7 @@ def argument_of(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
 
 
 def attribute_of(model: nn.Module, path: str) -> Any:
-    """What a model has at a path."""
+    """The attribute of a model at a dotted path."""
     found: Any = model
     for part in path.split("."):
         found = getattr(found, part)

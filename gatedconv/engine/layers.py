@@ -37,8 +37,10 @@ class Layer:
         gate: A map (N, C, 1, 1) that the input of a 1x1 convolution is multiplied by.
         before: Scale and shift of a 1x1 convolution's input, float64, and the activation that follows.
         index: Channel list of "gather" and "scatter_add".
-        option: Channels in front of "subsample"; first channel of "slice"; 1 if "avg_pool" counts its padding or
-            "bilinear" aligns the corners, 2 (in addition) if "avg_pool" or "max_pool" rounds its size up.
+        offset: Channels in front of "subsample"; the first channel of "slice".
+        counts_padding: Whether "avg_pool" divides by the window with its padding.
+        rounds_up: Whether "avg_pool" and "max_pool" round the size of their output up.
+        aligns_corners: Whether "bilinear" aligns the corners.
     """
 
     kind: str
@@ -59,19 +61,29 @@ class Layer:
     gate: fx.Node | None = None
     before: tuple[Tensor, Tensor, str | None] | None = None
     index: list[int] = field(default_factory=list)
-    option: int = 0
+    offset: int = 0
+    counts_padding: bool = False
+    rounds_up: bool = False
+    aligns_corners: bool = False
+
+
+def size_of(node: Any, larger: bool = False) -> tuple[int, ...] | None:
+    """Return the shape of a node's value for two images of the example's size; None where it is unknown.
+
+    Args:
+        node: A node, or anything else, whose shape is unknown.
+        larger: For images larger than the example; None, too, if the model takes none.
+    """
+    if not isinstance(node, fx.Node):
+        return None
+    shape = node.meta.get("larger_shape") if larger else getattr(node.meta.get("tensor_meta"), "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def shape_of(node: Any) -> tuple[int, ...] | None:
-    """Return the shape of a node's value for two images, None if it is no float32 tensor."""
+    """Return the `size_of` a node's value, None if it is no float32 tensor."""
     meta: Any = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return tuple(meta.shape) if hasattr(meta, "shape") and meta.dtype == torch.float32 else None
-
-
-def larger_shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Return a node's shape for an image larger than the example, None if the model takes none."""
-    shape: tuple[int, ...] | None = node.meta.get("larger_shape")
-    return shape
+    return size_of(node) if getattr(meta, "dtype", None) == torch.float32 else None
 
 
 def is_map(node: Any) -> bool:
@@ -110,7 +122,7 @@ def runs_on_cuda(layer: Layer) -> bool:
     if layer.kind not in _CUDA_KINDS or layer.act not in (None, "relu", "relu6"):
         return False
     whole = layer.kind != "add" or shape_of(layer.residual) == shape_of(layer.inputs[0])
-    if layer.kind in ("max_pool", "avg_pool") and layer.option & 2:
+    if layer.rounds_up:
         return False
     if layer.kind in ("gather", "scatter_add"):
         whole = is_map(layer.inputs[0]) and (layer.kind == "gather" or layer.residual is not None)

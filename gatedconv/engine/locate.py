@@ -1,4 +1,4 @@
-"""Where a plan goes wrong: the first layer that it computes otherwise than PyTorch."""
+"""Locates the first layer that a plan computes otherwise than PyTorch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gatedconv.convert import verify
 from gatedconv.engine.choose import Choose
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.fuse import fuse
-from gatedconv.engine.lower import trace
+from gatedconv.engine.lower import lower
 from gatedconv.engine.partition import Segment, find_segments
 from gatedconv.engine.program import write_program
 
 
-def first_difference(
+def first_wrong_layer(
     source: nn.Module,
     body: nn.Module,
     inputs: verify.Inputs,
@@ -37,7 +37,7 @@ def first_difference(
         dtype: of their products.
     """
     (x,) = inputs[0]
-    traced = trace(source, example)
+    traced = lower(source, example)
     run = _Values(traced)
     if not verify.is_same(run.run(x.clone()), source(x.clone())):
         return verify.first_difference(source, traced, inputs)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten
 from gatedconv.convert.record import record
 from gatedconv.deploy.graph import write_graph
 from gatedconv.deploy.graph_writer import NoGraph
-from gatedconv.engine.idioms import attribute_of, join_idioms, size_of
+from gatedconv.engine.idioms import attribute_of, join_idioms
+from gatedconv.engine.layers import size_of
 from gatedconv.nn import (
     ConstantMap,
     EmptyMap,
@@ -42,7 +43,7 @@ class ConstantMaps(EmptyMap):
 
 
 def _constant_maps(module: nn.Module) -> ConstantMaps | None:
-    """What a module computes if that is a constant for every channel, whatever its input; else None."""
+    """The constants, one for each channel, that a module makes of any input; None for other modules."""
     if type(module) is ConstantMap:
         stride = (module.stride, module.stride)
         return ConstantMaps(module.value.detach(), EmptyMap(0, (1, 1), stride, (0, 0), (1, 1)))
@@ -59,7 +60,7 @@ _LEAVES = (
 )
 
 
-def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+def lower(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     """Return the graph of an eval copy of `model`, with shapes for two images of example_input's size on its nodes.
 
     Its attribute `fixed_size` is the only (C, H, W) that the graph is right for, None where that is any.

@@ -65,7 +65,7 @@ def join_maps(steps: list[Step], maps: list[Map]) -> list[Step]:
     for step in steps:
         if step.op == "slice":
             assert step.layer is not None
-            maps[step.target].holder, maps[step.target].offset = step.source, step.layer.option
+            maps[step.target].holder, maps[step.target].offset = step.source, step.layer.offset
     copied: dict[tuple[int, int], int] = {}  # (concatenation, position) -> the view that a copy fills
     for step in reversed([step for step in steps if step.op == "cat"]):
         at = 0

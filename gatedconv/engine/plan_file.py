@@ -18,8 +18,7 @@ from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.engine import Engine
 from gatedconv.engine.idioms import name_of
 from gatedconv.engine.program import VERSION
-
-PRODUCER = "gatedconv 0.1.0"
+from gatedconv.environment import version
 
 
 def write_plan(model: nn.Module, path: Path, example_input: Tensor, about: About) -> None:
@@ -44,7 +43,7 @@ def write_plan(model: nn.Module, path: Path, example_input: Tensor, about: About
     texts = {
         "format": "gatedconv.plan",
         "version": str(VERSION),
-        "producer": PRODUCER,
+        "producer": f"gatedconv {version('gatedconv') or 'of an unknown version'}",
         "input": " ".join(map(str, engine.example_size)),
         "rank": str(plan.shape[1]),
     }

@@ -156,11 +156,9 @@ def _windows(steps: list[Step]) -> list[int]:
         else:
             extent = [d * (k - 1) + 1 for k, d in zip(kernel, layer.dilation, strict=True)]
             padding = [layer.padding[0] + layer.padding[2], layer.padding[1] + layer.padding[3]]
-            up = layer.kind in ("max_pool", "avg_pool") and layer.option & 2
             if layer.stride != (1, 1) or [e - p for e, p in zip(extent, padding, strict=True)] != [1, 1]:
-                rows = [
-                    n for e, s, p in zip(extent, layer.stride, padding, strict=True) for n in (e, -s if up else s, p)
-                ]
+                stride = [-s if layer.rounds_up else s for s in layer.stride]
+                rows = [n for window in zip(extent, stride, padding, strict=True) for n in window]
         windows = rows + windows
         at = follow
     return windows
@@ -241,7 +239,7 @@ def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> li
 
 
 def _describe(step: Step, layer: Layer, maps: list[Map], weights: _Blob, lists: list[int]) -> dict[str, int]:
-    fields: dict[str, int] = {"act": ACTS.index(layer.act), "option": 2 if step.op == "bf16" else layer.option}
+    fields: dict[str, int] = {"act": ACTS.index(layer.act), "option": _option(step.op, layer)}
     index = layer.index
     if layer.kind in ("layer_norm", "group_norm"):
         assert layer.weight is not None and layer.bias is not None
@@ -249,8 +247,6 @@ def _describe(step: Step, layer: Layer, maps: list[Map], weights: _Blob, lists: 
         fields["span"] = layer.groups
     elif layer.weight is not None:
         packed, fields["span"], starts = _pack(step.op, layer)
-        if step.op == "conv" and has_groups_of_8(layer.weight, layer.groups):
-            fields["option"] = 1
         index = index or starts
         fields["weights"] = weights.add(packed)
         if step.op.startswith("winograd"):
@@ -278,6 +274,16 @@ def _describe(step: Step, layer: Layer, maps: list[Map], weights: _Blob, lists: 
         fields[f"{name}_h"], fields[f"{name}_w"] = getattr(layer, name)
     fields.update(zip(("top", "left", "bottom", "right"), layer.padding, strict=True))
     return fields
+
+
+def _option(op: str, layer: Layer) -> int:
+    """The number of the encoding that tells variants of an operation apart (csrc/cpu/plan.h)."""
+    if layer.kind == "conv":
+        assert layer.weight is not None
+        return 2 if op == "bf16" else int(op == "conv" and has_groups_of_8(layer.weight, layer.groups))
+    if layer.kind == "subsample":
+        return layer.offset
+    return 2 * layer.rounds_up + (layer.counts_padding or layer.aligns_corners)
 
 
 def _panels(values: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from gatedconv.engine.layers import (
     is_map,
     is_stored,
     is_vector,
-    larger_shape_of,
     map_size,
     shape_of,
+    size_of,
 )
 
 
@@ -224,7 +224,7 @@ def _per_channel(value: Tensor, node: fx.Node) -> Tensor | None:
 
 def _broadcasts(large: fx.Node, small: fx.Node) -> bool:
     """Whether `small` has the size of `large`, or one pixel, or one channel, whatever the size of the images."""
-    for shapes in ((shape_of(large), shape_of(small)), (larger_shape_of(large), larger_shape_of(small))):
+    for shapes in ((shape_of(large), shape_of(small)), (size_of(large, larger=True), size_of(small, larger=True))):
         if not shapes[0] or not shapes[1]:  # unknown, or a number
             if shapes != (None, None):
                 return False
@@ -236,9 +236,9 @@ def _broadcasts(large: fx.Node, small: fx.Node) -> bool:
             fits = [tuple(size)]
         if other[:1] != (n,) or other[1:] not in fits:
             return False
-    if larger_shape_of(large) is None:
+    if size_of(large, larger=True) is None:
         return True
-    same = shape_of(large) == shape_of(small), larger_shape_of(large) == larger_shape_of(small)
+    same = shape_of(large) == shape_of(small), size_of(large, larger=True) == size_of(small, larger=True)
     return same[0] == same[1]  # equal at the example's size alone, a broadcast at others
 
 

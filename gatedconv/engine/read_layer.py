@@ -23,9 +23,9 @@ from gatedconv.engine.layers import (
     is_map,
     is_stored,
     is_vector,
-    larger_shape_of,
     map_size,
     shape_of,
+    size_of,
 )
 from gatedconv.engine.lower import ConstantMaps
 from gatedconv.engine.read_arithmetic import (
@@ -105,11 +105,11 @@ def _cat(call: Call) -> Layer | None:
 
 
 def _slice(call: Call) -> Layer | None:
-    return make_layer("slice", call.node, option=int(call.get(1))) if is_map(call.source) else None
+    return make_layer("slice", call.node, offset=int(call.get(1))) if is_map(call.source) else None
 
 
 def _subsample(node: fx.Node, module: PadShortcut) -> Layer:
-    return make_layer("subsample", node, stride=(module.stride, module.stride), option=module.front)
+    return make_layer("subsample", node, stride=(module.stride, module.stride), offset=module.front)
 
 
 def _fill(node: fx.Node, module: ConstantMaps) -> Layer | None:
@@ -138,7 +138,7 @@ def _interpolate(mode: str) -> Callable[[Call], Layer | None]:
         _, _, *corners, factors = args
         if not all(factor == int(factor) >= 1 for factor in factors):
             return None
-        return make_layer(mode, call.node, kernel=(int(factors[0]), int(factors[1])), option=int(any(corners)))
+        return make_layer(mode, call.node, kernel=(int(factors[0]), int(factors[1])), aligns_corners=any(corners))
 
     return read
 
@@ -147,7 +147,7 @@ def _resize_like(call: Call) -> Layer | None:
     source, reference, mode, corners = call.node.args
     if not is_map(source) or not is_map(reference):
         return None
-    return make_layer(str(mode), call.node, residual=reference, option=int(bool(corners)))
+    return make_layer(str(mode), call.node, residual=reference, aligns_corners=bool(corners))
 
 
 def _pixel_shuffle(call: Call) -> Layer | None:
@@ -169,7 +169,7 @@ def _flatten(call: Call) -> Layer | None:
         if any(user.op != "call_module" and user.target is not multiply_channels for user in node.users):
             return None
         node.meta["flattened"] = size
-    elif (larger_shape_of(source) or (1, 1))[-2:] != (1, 1):
+    elif (size_of(source, larger=True) or (1, 1))[-2:] != (1, 1):
         return None  # one pixel at the example's size alone
     return make_layer("alias", node)
 
@@ -245,7 +245,7 @@ _FUNCTIONS: dict[Any, Callable[[Call], Layer | None]] = {
     aten.detach: _same,
     aten.alias: _same,
 }
-"""By operation, of whatever overload, and by idiom."""
+"""Readers by operation, of whatever overload, and by idiom."""
 
 # What may read and make maps whose axes are permuted: each pixel by itself.
 _BY_PIXEL = {"act", "affine", "add", "multiply", "layer_norm", "alias", "conv", "gather", "scatter_add"}

@@ -11,13 +11,16 @@ from gatedconv.engine.layers import Layer, is_map
 from gatedconv.engine.read_arithmetic import Call, make_layer, pair
 
 
-def read_window(kind: str, node: fx.Node, kernel: Any, stride: Any, padding: Any, option: int = 0) -> Layer | None:
-    """A layer of a kind whose outputs each read a window of a map; None where the input is no map."""
+def read_window(kind: str, node: fx.Node, kernel: Any, stride: Any, padding: Any, **fields: bool) -> Layer | None:
+    """A layer of a kind whose outputs each read a window of a map; None where the input is no map.
+
+    More fields of `Layer` are taken as they are.
+    """
     if not is_map(node.args[0]):
         return None
     top, left = pair(padding)
     sides = (top, left, top, left)
-    return make_layer(kind, node, kernel=pair(kernel), stride=pair(stride or kernel), padding=sides, option=option)
+    return make_layer(kind, node, kernel=pair(kernel), stride=pair(stride or kernel), padding=sides, **fields)
 
 
 def read_max_pool(call: Call) -> Layer | None:
@@ -25,7 +28,7 @@ def read_max_pool(call: Call) -> Layer | None:
     if pair(call.get(4, "dilation", 1)) != (1, 1):
         return None
     kernel, stride, padding, up = call.get(1), call.get(2), call.get(3, default=0), call.get(5, default=False)
-    return read_window("max_pool", call.node, kernel, stride, padding, 2 * bool(up))
+    return read_window("max_pool", call.node, kernel, stride, padding, rounds_up=bool(up))
 
 
 def read_avg_pool(call: Call) -> Layer | None:
@@ -33,8 +36,8 @@ def read_avg_pool(call: Call) -> Layer | None:
     if call.get(6, "divisor_override") is not None:
         return None
     kernel, stride, padding, up = call.get(1), call.get(2), call.get(3, default=0), call.get(4, default=False)
-    option = bool(call.get(5, "count_include_pad", True)) + 2 * bool(up)
-    return read_window("avg_pool", call.node, kernel, stride, padding, option)
+    counts = bool(call.get(5, "count_include_pad", True))
+    return read_window("avg_pool", call.node, kernel, stride, padding, rounds_up=bool(up), counts_padding=counts)
 
 
 def read_adaptive_pool(kind: str) -> Callable[[Call], Layer | None]:

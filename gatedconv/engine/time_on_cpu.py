@@ -71,7 +71,7 @@ def choose_measured(threads: int) -> Choose:
     tuner = Tuner(cache_path(header), header, least_ms, _ROUNDS)
 
     def choose(layer: Layer, batch: int) -> str:
-        batch = max(batch, 1)  # an empty run tells nothing
+        batch = max(batch, 1)  # an empty batch cannot be timed
         work = work_of(layer, batch)
         key = f"n{batch} i{work.in_channels} o{work.out_channels} h{work.height} w{work.width} k3"
         return tuner.choose(key, {name: partial(layer_call, layer, batch, name, threads) for name in algorithms(layer)})

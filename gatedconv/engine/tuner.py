@@ -17,8 +17,8 @@ from gatedconv import _native
 from gatedconv._io import first_line, require_schema, write_atomic
 
 FORMAT = 2
-# Against the first candidate, relative to its largest value: rounding of two orders of summation, no more.
-TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 5e-3}
+# max|a - b| / max|b| that a candidate may have against the first one: rounding of two orders of summation, no more.
+CANDIDATE_ERROR = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 5e-3}
 
 Timer = Callable[[Callable[[], Tensor]], float]
 
@@ -151,7 +151,7 @@ def agrees(result: Tensor, trusted: Tensor) -> bool:
     mine, theirs = (torch.where(finite, t, 0).float() for t in (result, trusted))
     if not theirs.numel():
         return True
-    return bool((mine - theirs).abs().max() <= TOLERANCE[result.dtype] * theirs.abs().max() + 1e-6)
+    return bool((mine - theirs).abs().max() <= CANDIDATE_ERROR[result.dtype] * theirs.abs().max() + 1e-6)
 
 
 def wait_for_device() -> None:

@@ -1,7 +1,7 @@
 """Collectives of distributed training: open rates of the global batch, the norm over it, votes, masks.
 
-Every function except `world_size` and `synchronized` has to be called by all ranks. With a single process none of them
-communicates.
+Every function except `world_size` and `synchronized_norm` has to be called by all ranks. With a single process none of
+them communicates.
 """
 
 from __future__ import annotations
@@ -89,24 +89,29 @@ class SynchronizedNorm(nn.BatchNorm1d):
         self.running_var.lerp_((var * (total / (total - 1))).to(self.running_var), momentum)
 
 
-def synchronized(norm: nn.BatchNorm1d) -> SynchronizedNorm:
+def synchronized_norm(norm: nn.BatchNorm1d) -> SynchronizedNorm:
     """A norm over all processes that shares a norm's parameters, buffers and mode."""
     twin = SynchronizedNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     twin._parameters, twin._buffers, twin.training = norm._parameters, norm._buffers, norm.training
     return twin
 
 
-def sum_votes(votes: Mapping[str, Tensor], counts: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Sum votes (num_gates,), or other sums over samples, and the numbers of samples, over all ranks."""
-    if world_size() == 1 or not votes:
-        return dict(votes), dict(counts)
-    device = next(iter(votes.values())).device
-    sizes = torch.tensor([float(counts[name]) for name in votes], dtype=torch.float64, device=device)
-    joined = torch.cat([*(vote.double() for vote in votes.values()), sizes])
+def sum_over_ranks(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Sum over all ranks what each summed over its samples, such as votes, and the numbers of samples.
+
+    Args:
+        sums: gate path -> (num_gates,).
+        counts: gate path -> number of samples.
+    """
+    if world_size() == 1 or not sums:
+        return dict(sums), dict(counts)
+    device = next(iter(sums.values())).device
+    sizes = torch.tensor([float(counts[name]) for name in sums], dtype=torch.float64, device=device)
+    joined = torch.cat([*(part.double() for part in sums.values()), sizes])
     dist.all_reduce(joined)
-    *summed, sizes = joined.split([*(vote.numel() for vote in votes.values()), len(votes)])
-    total = {name: int(count) for name, count in zip(votes, sizes.tolist(), strict=True)}
-    return dict(zip(votes, summed, strict=True)), total
+    *summed, sizes = joined.split([*(part.numel() for part in sums.values()), len(sums)])
+    total = {name: int(count) for name, count in zip(sums, sizes.tolist(), strict=True)}
+    return dict(zip(sums, summed, strict=True)), total
 
 
 def mean_over_ranks(rates: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from gatedconv.gating.collectives import sum_votes
+from gatedconv.gating.collectives import sum_over_ranks
 from gatedconv.gating.gates import Gate
 from gatedconv.gating.mac_terms import expected_macs
 from gatedconv.gating.registry import eval_mode, find_gates, require_gates, unwrap
@@ -97,7 +97,7 @@ def fisher_information(
         for name, slope in zip(taps, torch.autograd.grad(value, list(taps.values())), strict=True):
             totals[name] += slope.double().square().sum(0)
         count += len(labels)
-    totals, counts = sum_votes(totals, dict.fromkeys(gates, count))
+    totals, counts = sum_over_ranks(totals, dict.fromkeys(gates, count))
     if not all(counts.values()):
         raise ValueError("fisher_information: expected at least one batch, got none")
     return {name: total.cpu() / counts[name] for name, total in totals.items()}
@@ -125,7 +125,7 @@ def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
                 if gate.logits is not None:
                     totals[name] += gate.logits.double().sum(0)
                     counts[name] += len(gate.logits)
-    totals, counts = sum_votes(totals, counts)
+    totals, counts = sum_over_ranks(totals, counts)
     return {name: total.cpu() / max(1, counts[name]) for name, total in totals.items()}
 
 
@@ -140,7 +140,7 @@ def gate_macs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _zeros(gate: Gate) -> Tensor:
-    """Where the gate is, also on a rank without images: float64 (num_gates,)."""
+    """Zeros, float64 (num_gates,), on the gate's device; a rank without images needs them, too."""
     return torch.zeros_like(gate.running_open_rate, dtype=torch.float64)
 
 

@@ -20,7 +20,7 @@ POWERCAP = Path("/sys/class/powercap")
 SHARED = "other work ran on the device"
 
 
-class Counter(Protocol):
+class EnergyCounter(Protocol):
     """The energy that a device has consumed; it only grows, and restarts at 0 after ``span`` joules (None: never)."""
 
     name: str
@@ -95,7 +95,7 @@ class EnergyMeter:
         device: torch.device,
         *,
         host: bool = True,
-        counters: Sequence[Counter] | None = None,
+        counters: Sequence[EnergyCounter] | None = None,
         shared: bool = False,
     ) -> None:
         reason = SHARED if shared else ""
@@ -176,7 +176,9 @@ def energy_per_call(
     return None if joules is None else joules / calls
 
 
-def find_counters(device: torch.device, *, host: bool = True, powercap: Path = POWERCAP) -> tuple[list[Counter], str]:
+def find_counters(
+    device: torch.device, *, host: bool = True, powercap: Path = POWERCAP
+) -> tuple[list[EnergyCounter], str]:
     """The counters for work on a device; without any, the reason.
 
     A GPU's own counter is required, and all packages of a CPU: a part would pass for the total.
@@ -186,7 +188,7 @@ def find_counters(device: torch.device, *, host: bool = True, powercap: Path = P
         host: whether this machine's CPUs count.
         powercap: the kernel's folder.
     """
-    found: list[Counter] = []
+    found: list[EnergyCounter] = []
     reasons: list[str] = []
     if device.type == "cuda":
         _add(found, reasons, partial(NvmlCounter, device))
@@ -203,7 +205,7 @@ def find_counters(device: torch.device, *, host: bool = True, powercap: Path = P
     return found, "" if found else "; ".join(reasons) or "another process counts this machine"
 
 
-def _add(found: list[Counter], reasons: list[str], make: Callable[[], Counter]) -> None:
+def _add(found: list[EnergyCounter], reasons: list[str], make: Callable[[], EnergyCounter]) -> None:
     try:
         found.append(make())
     except ImportError:

@@ -124,12 +124,12 @@ class Interleaved(Generic[Name]):
             self.sample(name)
 
     def spread(self, name: Name) -> Spread:
-        """Of a candidate's ms per call; ``least`` is its fastest call."""
+        """The spread of a candidate's ms per call; ``least`` is its fastest call."""
         of_rounds = Spread.of(self.samples[name])
         return Spread(of_rounds.median, of_rounds.lower, of_rounds.upper, self.least[name])
 
     def ratio(self, name: Name, base: Name) -> Spread:
-        """Of a candidate's time over that of ``base``, round by round: 2 where ``base`` takes half as long."""
+        """The spread of a candidate's time divided by that of ``base``, round by round."""
         pairs = zip(self.samples[name], self.samples[base], strict=True)
         return Spread.of([theirs / ours for theirs, ours in pairs])
 
@@ -188,11 +188,18 @@ def measure_latency(
     if rounds < 1:
         raise ValueError(f"measure_latency: expected at least one of rounds, got {rounds}")
     calls = {name: partial(model, example_input) for name, model in models.items()}
-    synchronize = partial(torch.cuda.synchronize, example_input.device) if example_input.is_cuda else None
-    timing = Interleaved(calls, sample_ms=min_ms, warmup=warmup, lead_in=0, wait=False, synchronize=synchronize)
+    return _spreads(calls, example_input.device, rounds, sample_ms=min_ms, warmup=warmup)
+
+
+def _spreads(
+    calls: Mapping[Name, Callable[[], object]], device: torch.device, rounds: int, **options: Any
+) -> dict[Name, Spread]:
+    """Time calls on a device; the options are those of `Interleaved`. No sample waits or has calls before it."""
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+    timing = Interleaved(calls, lead_in=0, wait=False, synchronize=synchronize, **options)
     for _ in range(rounds):
         timing.round()
-    return {name: timing.spread(name) for name in models}
+    return {name: timing.spread(name) for name in calls}
 
 
 @torch.inference_mode()
@@ -225,8 +232,8 @@ def block_figures(
     finally:
         for hook in hooks:
             hook.remove()
-    calls = {path: partial(_call, present[path], x) for path, x in inputs.items()}
-    times = measure_latency(calls, example_input, rounds=rounds, min_ms=1.0) if rounds and calls else {}
+    calls = {path: partial(present[path], x) for path, x in inputs.items()}
+    times = _spreads(calls, example_input.device, rounds, sample_ms=1.0) if rounds and calls else {}
     return [_figures(path, masks, present.get(path), inputs.get(path), times.get(path)) for path in paths]
 
 
@@ -244,10 +251,6 @@ def _figures(
         "macs": 0 if block is None or x is None or isinstance(block, nn.Identity) else count_macs(block, x),
         "ms": None if spread is None else round(spread.median, 5),
     }
-
-
-def _call(block: nn.Module, x: Tensor, unused: Tensor) -> Any:
-    return block(x)
 
 
 def _submodule(net: nn.Module, path: str) -> nn.Module | None:

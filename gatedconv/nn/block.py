@@ -185,7 +185,7 @@ class BasicBlock(nn.Module):
         return (self.layer_gate is not None or inner) and type(self.relu) is nn.ReLU and not hooked
 
     def _end_norm(self) -> ops.NormArguments | None:
-        """What `ops.gated_residual` takes of bn2; None where it is another norm, or not learning."""
+        """The arguments of `ops.gated_residual` about bn2; None where it is another norm, or not learning."""
         norm = self.bn2
         mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
         if type(norm) is not nn.BatchNorm2d or not norm.training or not norm.affine or norm.momentum is None:

@@ -106,7 +106,7 @@ class Conv2d(nn.Conv2d):
         return self._packed.everything(self.out_channels, self.weight.device)
 
     def train(self, mode: bool = True) -> Conv2d:
-        """As torch.nn.Module's; drops packed weights, which the replay of a CUDA graph makes stale."""
+        """Set the mode, and drop packed weights, which the replay of a CUDA graph makes stale."""
         self._packed.clear()
         super().train(mode)
         return self

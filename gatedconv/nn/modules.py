@@ -198,7 +198,7 @@ class ConstantMap(nn.Module):
 
 
 class CompactBlock(nn.Module):
-    """What compacting leaves of a residual block; shapes and layout as the block that it replaces.
+    """A compact residual block; shapes and layout as the block that it replaces.
 
     ``downsample`` is None for an identity shortcut and ``branch`` is None where nothing of the branch is
     left; ``scatter`` says where the branch's channels go when only some of them are left.

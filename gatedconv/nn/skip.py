@@ -1,4 +1,4 @@
-"""What a gated block does not compute: its branch in training; closed samples and inputs in eval, on CUDA.
+"""Skipped work of a gated block: its branch in training; closed samples and inputs in eval, on CUDA.
 
 Training: if every logit of a block's layer gate is below -1, the gate is 0 for every sample: the branch adds nothing,
 and by eq. 4 no gradient passes. Neither branch nor gate would learn anything from the batch, so skipping the branch is

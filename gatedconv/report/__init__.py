@@ -1,4 +1,4 @@
-"""What people look at after a run: tables and plots, made from plain dicts."""
+"""Tables, plots and a page about runs, made from plain dicts."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import PurePath
 from typing import Any
 
-from gatedconv.report.footprint import footprint_rows
+from gatedconv.report.footprint_table import footprint_rows
 from gatedconv.report.svg import Point, heat_map, legend, scatter
 from gatedconv.report.tables import joules_text, network_name
 

@@ -1,4 +1,4 @@
-"""What a run reports while it trains. Nothing here prints: the command line passes a callback that does."""
+"""Reports of a run while it trains. Nothing here prints: the command line passes a callback that does."""
 
 from __future__ import annotations
 

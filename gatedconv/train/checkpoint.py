@@ -282,7 +282,7 @@ def write_consensus(path: Path, consensus: Consensus, figures: Figures) -> None:
 
 
 def read_consensus(path: Path) -> tuple[Consensus, Figures]:
-    """What `write_consensus` wrote, tensors on the CPU; a file without open rates has none.
+    """Read what `write_consensus` wrote, tensors on the CPU; a file without open rates has none.
 
     Raises:
         ValueError: the file is missing, damaged or has another schema.

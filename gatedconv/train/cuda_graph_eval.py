@@ -17,7 +17,7 @@ from gatedconv.ops._cuda_graph import capture
 def make_forward(
     model: nn.Module, cuda_graph: bool, on_note: Callable[[str], object] = warnings.warn
 ) -> Callable[[Tensor], Tensor]:
-    """What evaluates a network: the network, or with `cuda_graph` its replay.
+    """The forward pass for evaluations: the network, or with `cuda_graph` its replay.
 
     In eval mode the host decides which samples a layer gate lets through: such a network is not captured.
     """

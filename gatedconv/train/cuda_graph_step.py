@@ -88,7 +88,7 @@ class CudaGraphStepper(Stepper):
     def __call__(
         self, images: Tensor, labels: Tensor, epoch: float, teacher_logits: Tensor | None = None
     ) -> StepResult:
-        """As `Stepper`; the result is valid until the next step."""
+        """Make a step, as `Stepper` does; the result is valid until the next step."""
         progress = epoch / self.config.epochs
         self._set_inputs(images, labels, teacher_logits, epoch)
         if not self._capture:
@@ -109,7 +109,7 @@ class CudaGraphStepper(Stepper):
         """Copy what a step depends on into the static buffers."""
         inputs = (images, labels) if teacher_logits is None else (images, labels, teacher_logits)
         weights = gate_weights(self.config, epoch / self.config.epochs)
-        kind = [(each.shape, each.stride(), each.dtype) for each in inputs], weights.wanted is None
+        kind = [(each.shape, each.stride(), each.dtype) for each in inputs], weights.mac_share is None
         if kind != self._kind:
             self._kind, self._replay, self._warm = kind, None, 0
             self._inputs = tuple(torch.empty_like(each) for each in inputs)
@@ -122,11 +122,11 @@ class CudaGraphStepper(Stepper):
         for scalar, weight in zip(self._scalars.values(), weights, strict=True):
             if weight is not None:
                 scalar.set(float(weight))
-        self._wanted = weights.wanted is not None
+        self._has_mac_share = weights.mac_share is not None
 
-    def _weights(self, progress: float) -> GateWeights:
+    def _loss_weights(self, progress: float) -> GateWeights:
         found = GateWeights(*(scalar.value for scalar in self._scalars.values()))
-        return found if self._wanted else found._replace(wanted=None)
+        return found if self._has_mac_share else found._replace(mac_share=None)
 
     def _step(self) -> StepResult:
         """The step itself, from the static buffers to tensors."""
@@ -154,7 +154,7 @@ class CudaGraphStepper(Stepper):
 
     def _captured(self) -> _Replay:
         try:
-            # Not again: a step changes numbers on the host.
+            # No retry: the failed attempt has changed counters and schedules on the host.
             graph, result = capture(self._step, self.device, self._stream, retries=0)
         except RuntimeError as error:
             raise ValueError(

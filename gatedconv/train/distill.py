@@ -85,7 +85,7 @@ class Teacher:
         return logits if teaches else None
 
     def average(self, weight: float) -> None:
-        """As `Stepper.average`; a collective."""
+        """Average running statistics over the ranks, as `Stepper.average` does; a collective."""
         if self.stepper is not None:
             self.stepper.average(weight)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gatedconv.gating.collectives import synchronized
+from gatedconv.gating.collectives import synchronized_norm
 from gatedconv.gating.gates import LearnedGate
 
 
@@ -77,7 +77,7 @@ SINGLE = Ranks()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def process_group(device: str) -> Iterator[Ranks]:
     """Join the processes that torchrun started; a single process without torchrun.
 
     NCCL between GPUs, gloo between CPUs. Each process selects the GPU of its local rank.
@@ -174,7 +174,7 @@ def synchronized_norms(model: nn.Module, which: str) -> Iterator[None]:
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in list(model.modules()) if which != "off" else []:
         for name, child in parent.named_children():
-            replacement = _synchronized_norm(parent, child, which)
+            replacement = _replacement(parent, child, which)
             if replacement is not None:
                 swapped.append((parent, name, child))
                 parent._modules[name] = replacement
@@ -185,9 +185,9 @@ def synchronized_norms(model: nn.Module, which: str) -> Iterator[None]:
             parent._modules[name] = child
 
 
-def _synchronized_norm(parent: nn.Module, child: nn.Module, which: str) -> nn.Module | None:
+def _replacement(parent: nn.Module, child: nn.Module, which: str) -> nn.Module | None:
     if isinstance(parent, LearnedGate) and isinstance(child, nn.BatchNorm1d):
-        return synchronized(child)
+        return synchronized_norm(child)
     if which != "all" or not isinstance(child, nn.modules.batchnorm._BatchNorm):
         return None
     if child.weight is not None and not child.weight.is_cuda:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.data import ImageData
-from gatedconv.measure.energy import EnergyMeter
 from gatedconv.measure.macs import count_macs
 from gatedconv.train.callbacks import StepReport
 from gatedconv.train.checkpoint import State, load_checkpoint, pack_state, restore_state, save_checkpoint
@@ -27,15 +26,8 @@ from gatedconv.train.cuda_graph_step import make_stepper
 from gatedconv.train.device import place
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import current
-from gatedconv.train.metrics import (
-    Energy,
-    EpochMeter,
-    EpochMetrics,
-    added_energy,
-    evaluate,
-    measured_energy,
-    total_energy,
-)
+from gatedconv.train.epoch_cost import EpochCost
+from gatedconv.train.metrics import EpochMeter, EpochMetrics, evaluate
 from gatedconv.train.optimizer import learning_rate
 from gatedconv.train.recipe import eval_batches, polar_weight, train_batches
 from gatedconv.train.skip_dead import PASSES_PER_STEP, StepMacs
@@ -44,8 +36,6 @@ from gatedconv.train.stopping import StopPoll
 
 # Reading the loss makes the host wait for a GPU; once in this many steps costs nothing measurable.
 _SYNC_EVERY = 20
-# Of an epoch: seconds, those of the cores, MACs executed and skipped.
-_NOTHING = {"seconds": 0.0, "core_seconds": 0.0, "executed": 0.0, "saved": 0.0}
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -108,11 +98,9 @@ class Training:
         self.replayed = 0
         self.meter = EpochMeter(model, self.device)
         self.forward = make_forward(model, config.cuda_graph, on_note)
-        self.energy = EnergyMeter(self.device, host=ranks.local == 0, shared=config.shared_device)
+        self.cost = EpochCost(self._counters, ranks, self.device, shared=config.shared_device)
         self.poll = StopPoll(ranks, self.device)
-        self._earlier, self._earlier_energy = dict(_NOTHING), Energy()  # of this epoch, before a restart
-        self._started = self._written = time.monotonic()
-        self._cores_started = time.process_time()
+        self._written = time.monotonic()
 
     def epochs(self, resume: bool) -> Iterator[EpochMetrics]:
         """Train epoch by epoch.
@@ -152,9 +140,8 @@ class Training:
 
     def _steps(self, epoch: int) -> bool:
         """Make the steps of an epoch that are left; False if the run is to stop before its end."""
-        self._started = self._written = time.monotonic()
-        self._cores_started = time.process_time()
-        self.energy.start()
+        self._written = time.monotonic()
+        self.cost.start()
         self.model.train()
         steps = len(self.batches)
         with self.stepper.active():
@@ -165,7 +152,7 @@ class Training:
                 self.stepper(images, labels, now, teacher_logits)
                 now_and_then = step % _SYNC_EVERY == 0 or step == steps
                 if now_and_then:
-                    self.energy.poll()
+                    self.cost.poll()
                 if checks_immediately(self.device) or now_and_then:
                     self.on_step(self._checked(epoch))
                 if self.poll.due() and step < steps and not self._continues(epoch):
@@ -207,12 +194,12 @@ class Training:
         return report
 
     def _steppers(self) -> list[Stepper]:
-        """Of the network, and of its teacher, if there is one by now."""
+        """The steppers at work: the network's and, once it exists, the teacher's."""
         teacher = None if self.teacher is None else self.teacher.stepper
         return [self.stepper] if teacher is None else [self.stepper, teacher]
 
     def _counters(self) -> list[StepMacs]:
-        """Of the MACs of every network at work."""
+        """The MAC counters of the steppers and of a finished teacher."""
         counters = [stepper.macs for stepper in self._steppers()]
         return [*counters, self.teacher.macs] if isinstance(self.teacher, FinishedTeacher) else counters
 
@@ -228,7 +215,8 @@ class Training:
         report = StepReport(self.phase, epoch + 1, steps, steps, self.meter.mean_loss, self.meter.top1)
         self._require_finite("" if math.isfinite(report.loss) else "every step", report)
         self._require_finite("" if math.isfinite(test_loss) else "the evaluation", report)
-        within, energy = self._within(), self._energy()
+        cost = self.cost.state_dict()
+        executed, saved = cost.pop("executed"), cost.pop("saved")
         done = epoch + (steps - 1) / steps
         metrics = EpochMetrics(
             phase=self.phase,
@@ -238,14 +226,10 @@ class Training:
             train_top1=report.top1,
             test_loss=test_loss,
             test_top1=test_top1,
-            seconds=within["seconds"],
-            core_seconds=self._sum(within["core_seconds"]),
             polar_weight=polar_weight(config, done / config.epochs),
             steps_skipped=int(self.stepper.guard.skipped),
-            energy_j=energy.joules,
-            energy_reason=energy.reason,
-            energy_source=energy.source,
-            **self._macs(self._sum(within["executed"]), self._sum(within["saved"])),
+            **cost,
+            **self._macs(executed, saved),
             **of_gates,
         )
         if metrics.steps_skipped:
@@ -260,33 +244,15 @@ class Training:
         self.meter.new_epoch()
         for stepper in self._steppers():
             stepper.guard.new_epoch()
-        for counter in self._counters():
-            counter.new_epoch()
-        self._earlier, self._earlier_energy = dict(_NOTHING), Energy()
+        self.cost.new_epoch()
 
     def _macs(self, executed: float, saved: float) -> dict[str, Any]:
         """MACs that the epoch's steps executed, and the share that was skipped; empty where they are unknown."""
         full = PASSES_PER_STEP * self.stepper.macs.per_image * len(self.batches) * self.config.batch_size
         return {"train_macs": executed, "macs_saved": saved / full} if full else {}
 
-    def _sum(self, value: float) -> float:
-        return float(self.ranks.sum(torch.tensor(value, dtype=torch.float64, device=self.device)))
-
-    def _energy(self) -> Energy:
-        """The energy of the epoch so far, of all processes; a collective."""
-        return added_energy(self._earlier_energy, total_energy(self.ranks.gather(measured_energy(self.energy))))
-
-    def _within(self) -> dict[str, Any]:
-        """Time and MACs of the epoch so far, those before a restart included."""
-        return {
-            "seconds": self._earlier["seconds"] + time.monotonic() - self._started,
-            "core_seconds": self._earlier["core_seconds"] + time.process_time() - self._cores_started,
-            "executed": self._earlier["executed"] + sum(counter.executed for counter in self._counters()),
-            "saved": self._earlier["saved"] + self.stepper.macs.saved,
-        }
-
     def _parts(self) -> dict[str, Any]:
-        """What has a state, by name."""
+        """The parts with a state, by name."""
         teacher = {} if self.teacher is None else {"teacher": self.teacher}
         return self.stepper.parts | {"guard": self.stepper.guard} | teacher
 
@@ -299,10 +265,7 @@ class Training:
             self.teacher.average(self.weight)
         state = pack_state(self._parts(), self.batches, self.config, self.phase, self.history, self.ranks)
         if self.batches.position:
-            within, energy = self._within(), self._energy()
-            within |= {"energy_j": energy.joules, "energy_reason": energy.reason, "energy_source": energy.source}
-            within |= {name: self._sum(within[name]) for name in ("executed", "saved", "core_seconds")}
-            state["within"] = {**within, "meter": self.meter.total(self.ranks)}
+            state["within"] = {**self.cost.state_dict(), "meter": self.meter.total(self.ranks)}
         if self.ranks.main:
             save_checkpoint(self.checkpoint, state)
 
@@ -315,11 +278,8 @@ class Training:
         self.stepper.guard.buffers.keep()
         within = state.get("within")
         if within:
-            self._earlier["seconds"] = within["seconds"]
-            words = [str(within.get(name, "")) for name in ("energy_reason", "energy_source")]
-            self._earlier_energy = Energy(within["energy_j"], *words)
+            self.cost.load_state_dict(within)
             if self.ranks.main:  # the sums are those of all ranks
-                self._earlier |= {name: within[name] for name in ("executed", "saved", "core_seconds")}
                 self.meter.load_state_dict(within["meter"])
 
     def _deadline_passed(self) -> bool:

@@ -53,13 +53,13 @@ class GateWeights(NamedTuple):
         polar: λ of the polarization loss.
         act: of the activation loss.
         mac: of the MAC-target loss.
-        wanted: MACs that the controller aims at, as a share of the dense network's; None before it begins.
+        mac_share: MACs that the controller aims at, as a share of the dense network's; None before it begins.
     """
 
     polar: float | Tensor
     act: float | Tensor
     mac: float | Tensor
-    wanted: float | Tensor | None
+    mac_share: float | Tensor | None
 
 
 def gate_weights(options: GateLossOptions, progress: float) -> GateWeights:
@@ -70,7 +70,7 @@ def gate_weights(options: GateLossOptions, progress: float) -> GateWeights:
         polar_weight(options, progress),
         ramp * options.act_weight,
         ramp * options.mac_weight,
-        macs_wanted(options, progress) if controls else None,
+        mac_share_at(options, progress) if controls else None,
     )
 
 
@@ -85,8 +85,8 @@ def gate_loss(
         loss = loss + weights.act * activation_loss(model, weight=options.act_weighting)
     if options.mac_weight:
         loss = loss + weights.mac * mac_target_loss(model, target=options.mac_target)
-    if controller is not None and weights.wanted is not None:
-        loss = loss + controller(model, weights.wanted)
+    if controller is not None and weights.mac_share is not None:
+        loss = loss + controller(model, weights.mac_share)
     return loss, polarization
 
 
@@ -108,10 +108,10 @@ def make_pruner(model: nn.Module, options: GateLossOptions) -> GatePruner | None
 def prune_gates(pruner: GatePruner, options: GateLossOptions, progress: float) -> None:
     """After a step at a progress in [0, 1]: prune the gates that exceed the MACs of the ramp."""
     if progress >= options.mac_ramp[0]:
-        pruner.step(macs_wanted(options, progress))
+        pruner.step(mac_share_at(options, progress))
 
 
-def macs_wanted(options: GateLossOptions, progress: float) -> float:
+def mac_share_at(options: GateLossOptions, progress: float) -> float:
     """MACs that `mac_control` aims at, as a share of the dense network's, at a progress in [0, 1]."""
     start, end = options.mac_ramp
     return schedules.falling(progress, options.mac_target, start, end, options.mac_ramp_power)

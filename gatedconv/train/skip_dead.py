@@ -14,7 +14,7 @@ from gatedconv.nn import BasicBlock
 from gatedconv.nn.skip import BlockSkip, is_closed
 from gatedconv.train.distributed import SINGLE, Ranks
 
-Count = Callable[[int, float, bool], None]  # images, MACs of one image that were skipped, pass made again
+CountPass = Callable[[int, float, bool], None]  # images, MACs of one image that were skipped, pass made again
 
 # A training step costs a forward pass and, backward, about two more.
 PASSES_PER_STEP = 3
@@ -86,7 +86,7 @@ class BlockSkipping:
         self,
         model: nn.Module,
         device: torch.device,
-        count: Count = lambda images, skipped, repeated: None,
+        count: CountPass = lambda images, skipped, repeated: None,
         *,
         predict: bool | None = None,
         ranks: Ranks = SINGLE,

@@ -181,7 +181,7 @@ class Stepper:
             self.lookahead.finish()
 
     def _after_step(self, progress: float) -> None:
-        """What reads values, and changes weights without a gradient."""
+        """Lookahead and pruning: they read values on the host and change weights without a gradient."""
         if self.lookahead is not None:
             self.lookahead.step(progress)
         if self.pruner is not None:
@@ -209,7 +209,7 @@ class Stepper:
                 total = task if share * weight == 1 else task * (share * weight)
                 loss += task.detach() * share
                 if self._gates:
-                    of_gates, polar = gate_loss(self.model, self.config, self._weights(progress), self.controller)
+                    of_gates, polar = gate_loss(self.model, self.config, self._loss_weights(progress), self.controller)
                     total = total + of_gates
                     loss += of_gates.detach() / count
                     polarization = polar.detach() / count + (0 if polarization is None else polarization)
@@ -227,7 +227,7 @@ class Stepper:
         part = torch.cat(seen)
         return part if share == 1 else part * share + (0 if rates is None else rates)
 
-    def _weights(self, progress: float) -> GateWeights:
+    def _loss_weights(self, progress: float) -> GateWeights:
         return gate_weights(self.config, progress)
 
     def _update(self, computed: Computed) -> StepResult:

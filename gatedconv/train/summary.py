@@ -74,7 +74,7 @@ def figures(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, A
 
 
 def consensus_figures(gated: nn.Module, consensus: Consensus, dynamic_top1: float) -> dict[str, Any]:
-    """What the gates agreed on, and the gated network before: top-1 (percent) and expected MACs per image."""
+    """Figures of the consensus, and of the gated network before it: top-1 (percent) and expected MACs per image."""
     rates = consensus.open_rates
     everything = {name: torch.ones_like(rate) for name, rate in rates.items()}
     polarization = torch.stack([((1 - rate) * rate).mean() for rate in rates.values()]).mean()

@@ -23,7 +23,7 @@ from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.cuda_graph_step import require_graphs
 from gatedconv.train.device import mixed_dtype, place, precision_note, resolve_device
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
-from gatedconv.train.distributed import SINGLE, Ranks, by_torchrun, joined
+from gatedconv.train.distributed import SINGLE, Ranks, by_torchrun, process_group
 from gatedconv.train.loop import Training
 from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard, run_energy
 from gatedconv.train.recipe import eval_batches, train_batches
@@ -71,7 +71,7 @@ def run(
     """
     stop = stop or StopRequest()
     deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
-    with joined(config.device) as ranks:
+    with process_group(config.device) as ranks:
         resume = ranks.agree(resume or (by_torchrun() and folder.holds_run()))
         callback = (callback if ranks.main else None) or Callback()
         if config.threads:

@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks import masked_conv2d, networks
 from benchmarks.networks import NetworkCase
-from gatedconv.report.conv_case import ConvCase, compare_layers
+from gatedconv.bench.conv_case import ConvCase, compare_layers
 
 
 def test_names_of_cases_are_unique() -> None:

@@ -19,7 +19,7 @@ from benchmarks.gpu import cases, engine, gate_step, parity, training
 from benchmarks.gpu.cases import Case, all_cases
 from benchmarks.gpu.section import section
 from benchmarks.harness import Machine, count_kernels, poisoned, precision, variable
-from gatedconv.report.bench import Row
+from gatedconv.bench.comparison import Row
 
 DRY = Machine(dry=True)
 

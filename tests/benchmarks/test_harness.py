@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import ResultFile, device_name, gpu_name, machine_header
-from gatedconv.report.bench import Row
+from gatedconv.bench.comparison import Row
 
 ROW = Row("network", "net", 1, "float32", "eager", "NCHW", 2.0, 1.5, 0.25, 3, None, None, None, 1e-7)
 

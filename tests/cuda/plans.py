@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gatedconv
 from gatedconv.engine.cuda.cuda_plan import CudaPlan
 from gatedconv.engine.fuse import fuse
-from gatedconv.engine.lower import trace
+from gatedconv.engine.lower import lower
 from gatedconv.engine.partition import find_segments
 from gatedconv.engine.program import lay_out
 
@@ -19,7 +19,7 @@ from gatedconv.engine.program import lay_out
 def make_plan(model: nn.Module, x: Tensor, dtype=torch.float32, device="cpu", **options) -> CudaPlan:
     """The plan of a model that is one segment."""
     plain = copy.deepcopy(model).float().cpu().eval()
-    (segment,) = find_segments(trace(plain, x))
+    (segment,) = find_segments(lower(plain, x))
     layers = fuse(segment.layers, segment.result)
     laid_out = lay_out(segment.source, layers, segment.result, x.shape[0], lambda *_: "conv")
     return CudaPlan(*laid_out, dtype, torch.device(device), **options)

@@ -363,7 +363,7 @@ def test_a_plan_that_is_wrong_is_left_to_pytorch_and_the_layer_named(wrong, monk
     def fail(*_):
         raise RuntimeError("no plan of a part")
 
-    monkeypatch.setattr("gatedconv.engine.engine.first_difference", fail)
+    monkeypatch.setattr("gatedconv.engine.engine.first_wrong_layer", fail)
     with pytest.warns(UserWarning, match="first at a layer that could not be found"):
         assert torch.equal(gatedconv.Engine(net, x)(x), net(x))
 

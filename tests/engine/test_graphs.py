@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 import gatedconv
 from gatedconv.convert.verify import tensors_of
 from gatedconv.deploy.graph_writer import NoGraph
-from gatedconv.engine.lower import trace
+from gatedconv.engine.lower import lower
 from tests.engine.nets import error, settle
 from tests.tolerances import relative_error, tolerance
 
@@ -232,10 +232,10 @@ CASTS = {
 def test_code_that_converts_dtypes_has_no_graph_in_half_precision(name):
     net, x = Varying(CASTS[name]).eval(), torch.randn(1, 3, 8, 8).half()
     if name == "none":
-        assert trace(net, x).graph.nodes
+        assert lower(net, x).graph.nodes
     else:
         with pytest.raises(NoGraph, match="converts dtypes"):
-            trace(net, x)
+            lower(net, x)
 
 
 def test_comparisons_in_place_have_no_graph():

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gatedconv
-from gatedconv.gating.collectives import synchronized
+from gatedconv.gating.collectives import synchronized_norm
 from tests.processes import run_ranks
 from tests.tolerances import assert_close
 
@@ -46,7 +46,7 @@ def rank(index: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
     wrapped = DistributedDataParallel(gated_model())
     loss = step(wrapped, X[index * 4 : index * 4 + 4])
-    norm = synchronized(torch.nn.BatchNorm1d(3))
+    norm = synchronized_norm(torch.nn.BatchNorm1d(3))
     norm(ROWS[:5] if index == 0 else ROWS[5:])
     torch.save(
         {

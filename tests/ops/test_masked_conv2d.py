@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gatedconv.bench.conv_case import ConvCase
 from gatedconv.ops import _masked_conv2d_native, masked_conv2d, masked_conv2d_reference
 from gatedconv.ops._masked_conv2d_args import check_arguments
-from gatedconv.report.conv_case import ConvCase
 from tests.ops.conv_oracle import masked_conv2d_oracle
 from tests.tolerances import assert_close, relative_error, tolerance
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import gatedconv
 from gatedconv.data import EvalBatches, load_data
-from gatedconv.gating.collectives import require_same_masks, synchronized
+from gatedconv.gating.collectives import require_same_masks, synchronized_norm
 from gatedconv.measure import energy
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import RunFolder, TrainConfig
@@ -120,7 +120,7 @@ def norm_of_the_whole(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """A norm and a loss over this rank's share of x; gradients as DistributedDataParallel averages them."""
     ranks = current()
     mine = x[: 3 if ranks.rank == 0 else 5] if ranks.rank == 0 else x[3:]
-    norm = synchronized(torch.nn.BatchNorm1d(4))
+    norm = synchronized_norm(torch.nn.BatchNorm1d(4))
     share = mine.clone().requires_grad_()
     out = norm(share)
     (out**3).sum().mul(ranks.world / len(x)).backward()
@@ -266,8 +266,8 @@ def test_a_synchronized_norm_is_that_of_the_joined_batch(both: tuple[list[dict[s
 MEETING = """
 import os, signal, sys
 import torch
-from gatedconv.train.distributed import joined
-with joined("cpu") as ranks:
+from gatedconv.train.distributed import process_group
+with process_group("cpu") as ranks:
     total = ranks.sum(torch.ones(1) * (ranks.rank + 1)).item()
     if sys.argv[2] == "lose" and ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)

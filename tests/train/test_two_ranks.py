@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from gatedconv.data import EvalBatches, ImageData, load_data
 from gatedconv.gating import fisher_information, mean_logits
-from gatedconv.gating.collectives import synchronized
+from gatedconv.gating.collectives import synchronized_norm
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import Callback, RunFolder, TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks, current
@@ -77,7 +77,7 @@ def rank(index: int, folder: str) -> None:
     found = decided(load_data(f"npz:{folder}/blobs.npz"), Path(folder) / "two", current())
     found["re-estimated"] = re_estimated(load_data(f"npz:{folder}/blobs.npz"), Path(folder) / "two", current())
     x, slope = (each[:50] if index == 0 else each[50:] for each in small_spread())
-    norm = synchronized(torch.nn.BatchNorm1d(4))
+    norm = synchronized_norm(torch.nn.BatchNorm1d(4))
     x = x.clone().requires_grad_()
     out = norm(x)
     (out * slope).sum().backward()

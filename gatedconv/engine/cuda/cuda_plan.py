@@ -227,22 +227,22 @@ class CudaPlan(nn.Module):
         return entered
 
     def _simple(self, at: int, x: Tensor, residual: Tensor | None) -> Tensor:
-        """What is not a convolution, by PyTorch."""
+        """Run an instruction that is no convolution in PyTorch."""
         one = self.instructions[at]
         top, left = one.padding[:2]
         channels = padded(one.channels[1], self.dtype)
         if one.op == "max_pool":
             out = F.max_pool2d(x, one.kernel, one.stride, (top, left))
         elif one.op == "avg_pool":
-            out = F.avg_pool2d(x, one.kernel, one.stride, (top, left), count_include_pad=bool(one.option))
+            out = F.avg_pool2d(x, one.kernel, one.stride, (top, left), count_include_pad=one.counts_padding)
         elif one.op == "mean_pool":
             out = x.mean((2, 3), keepdim=True)
         elif one.op == "gather":
             out = F.pad(x.index_select(1, self._lists[at]), (0, 0, 0, 0, 0, channels - len(one.index)))
         elif one.op == "subsample":
             thin = x[:, : one.channels[0], :: one.stride[0], :: one.stride[1]]
-            behind = channels - one.option - one.channels[0]
-            out = F.pad(thin, (0, 0, 0, 0, one.option, behind))
+            behind = channels - one.offset - one.channels[0]
+            out = F.pad(thin, (0, 0, 0, 0, one.offset, behind))
         else:
             assert residual is not None
             if one.op == "scatter_add":

@@ -213,7 +213,7 @@ def _power(blocks: int) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a GPU gives a block.
+    """The resources that a GPU gives a block.
 
     Attributes:
         shared_bytes: Shared memory, of those that ask for more than 48 KiB.

@@ -14,6 +14,8 @@ from gatedconv.engine.maps import Map, Step
 from gatedconv.engine.pack import round_up
 
 CONVS = ("conv", "winograd2", "winograd4", "depthwise")  # as a CPU computes them; here one instruction
+# Fields of `Instruction` that are those of its layer.
+_OF_LAYER = "act kernel stride padding dilation groups weight bias offset counts_padding".split()
 
 
 @dataclass
@@ -34,7 +36,8 @@ class Instruction:
         index: Channels of "gather" and "scatter_add".
         in_index: Channels of the source that "conv" reads, None for all.
         out_index: Channels of the target that "conv" writes, None for all; the others are act(residual).
-        option: As in `Layer`.
+        offset: Channels of the target in front of those of "subsample".
+        counts_padding: Whether "avg_pool" divides by the window with its padding.
         dead: Maps that nobody reads after this instruction.
         keeps_closed: Whether act(residual) is residual: what is closed stays as it is in memory.
         macs: Multiply-adds an image, for the example's size.
@@ -57,7 +60,8 @@ class Instruction:
     index: list[int] = field(default_factory=list)
     in_index: list[int] | None = None
     out_index: list[int] | None = None
-    option: int = 0
+    offset: int = 0
+    counts_padding: bool = False
     dead: tuple[int, ...] = ()
     keeps_closed: bool = False
     macs: int = 0
@@ -91,7 +95,7 @@ def _instruction(step: Step, maps: list[Map]) -> Instruction:
     op = "conv" if step.op in CONVS else step.op
     made = Instruction(op, layer.name, step.source, step.target, step.residual)
     made.channels = (maps[step.source].channels, target.channels)
-    for name in ("act", "kernel", "stride", "padding", "dilation", "groups", "weight", "bias", "option"):
+    for name in _OF_LAYER:
         setattr(made, name, getattr(layer, name))
     made.index = list(layer.index)
     if layer.weight is not None:

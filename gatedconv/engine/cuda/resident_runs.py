@@ -109,7 +109,7 @@ class Run:
 
     @property
     def ring_at(self) -> int:
-        """Where the pieces lie; the maps are behind them."""
+        """The offset of the pieces; the maps follow them."""
         return TABLE_AT + self.table_bytes
 
     def ring(self, budget: int, ranks: int) -> int:
@@ -226,7 +226,7 @@ class _Builder:
             self.steps.append(ResidentStep("mean", one.source, one.target))
         else:
             if one.op == "subsample":
-                index = [-1] * one.option + list(range(one.channels[0]))
+                index = [-1] * one.offset + list(range(one.channels[0]))
             else:
                 index = one.index or list(range(one.channels[0]))
             stride = one.stride if one.op == "subsample" else (1, 1)

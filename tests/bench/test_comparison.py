@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import gatedconv
-from gatedconv.report import exported, runtimes
-from gatedconv.report.bench import Comparison, Row, bench_table, best_rows, compare_runtimes
-from gatedconv.report.exported import made_once, onnx_file
-from gatedconv.report.runtimes import OURS, REDUCED, SETTINGS, Setting, fingerprint
+from gatedconv.bench import exported, runtimes
+from gatedconv.bench.comparison import Comparison, Row, bench_table, best_rows, compare_runtimes
+from gatedconv.bench.exported import made_once, onnx_file
+from gatedconv.bench.runtimes import OURS, REDUCED, SETTINGS, Setting, fingerprint
 
 OUT = torch.tensor([1.0, 2.0])
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatedconv.bench.comparison import Candidate, Comparison
+from gatedconv.bench.exported import Run
+from gatedconv.bench.runtimes import OURS
 from gatedconv.deploy import freeze
 from gatedconv.nn import Conv2d
 from gatedconv.ops import masked_conv2d
-from gatedconv.report.bench import Candidate, Comparison
-from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS
 
 SAMPLE_MS = 3.0
 
@@ -135,7 +135,7 @@ class ConvCase:
 
     @property
     def name(self) -> str:
-        """As result rows call it; they have the batch apart."""
+        """The name in result rows, which have the batch apart."""
         share = f"{self.open} %" if self.open != "odd" else f"{self.open_count} of {self.out_channels}"
         return f"{self.shape}, {share} open"
 

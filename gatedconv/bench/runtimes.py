@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv.bench import mobile, quantizers
+from gatedconv.bench.exported import Run, made_once, onnx_file
 from gatedconv.engine import Engine
 from gatedconv.ops.plan import plan_isa
-from gatedconv.report import mobile, quantizers
-from gatedconv.report.exported import Run, made_once, onnx_file
 
 OURS = "gatedconv"
 UNLIMITED_ISA = "on every instruction set of the machine"
@@ -234,7 +234,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("ncnn", "float32, image by image", mobile.ncnn, ("ncnn", "pnnx"), extra="peers"),
     Setting("litert", "XNNPACK", mobile.litert, ("ai_edge_litert", "litert_torch"), extra="litert"),
 )
-"""In float32."""
+"""Settings in float32."""
 REDUCED: tuple[Setting, ...] = (
     Setting(OURS, "Engine, bf16", _engine_bf16, dtype="bfloat16"),
     Setting("onnxruntime", "int8, QDQ", _ort_int8, ("onnx", "onnxscript", "onnxruntime"), dtype="int8"),
@@ -248,7 +248,7 @@ REDUCED: tuple[Setting, ...] = (
         extra="peers",
     ),
 )
-"""In fewer bits, at the price of an error."""
+"""Settings in fewer bits, each with an error."""
 PROVIDERS = tuple(dict.fromkeys(setting.provider for setting in SETTINGS))
 """The names of the runtimes, ours first."""
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.masked_conv2d import CASES
-from gatedconv.report.conv_case import ConvCase, compare_layers
+from gatedconv.bench.conv_case import ConvCase, compare_layers
 
 
 @given(st.data())

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv._io import silenced
+from gatedconv.bench.exported import Run
+from gatedconv.bench.runtimes import OURS, SETTINGS, Setting, fingerprint
 from gatedconv.convert.verify import distance
 from gatedconv.measure.latency import Interleaved
-from gatedconv.report.exported import Run
-from gatedconv.report.runtimes import OURS, SETTINGS, Setting, fingerprint
 from gatedconv.report.tables import text_table
 
 Candidate = tuple[str, str]
 """Provider and setting."""
 
 # max|a - b| / max|b| against eager PyTorch: beyond it the output is wrong, and is not timed.
-TOLERANCE = 1e-4
+WRONG_ABOVE = 1e-4
 DISTURBED = 1.3  # median over minimum: beyond it, something else used the machine
 PROBES = 32  # images on which the error of reduced precision is found
 _NONSENSE = 10.0  # an error beyond it is no matter of precision
@@ -132,7 +132,7 @@ class Comparison:
             except Exception as problem:  # a peer may raise anything; it is reported, and the others continue
                 self.failures[candidate] = _one_line(problem)
                 continue
-            limit = _NONSENSE if candidate in self.reduced else TOLERANCE
+            limit = _NONSENSE if candidate in self.reduced else WRONG_ABOVE
             if not error <= limit:
                 self.failures[candidate] = f"wrong output: relative error {error:.1e}, at most {limit:.0e} allowed"
                 continue

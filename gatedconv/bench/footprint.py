@@ -1,4 +1,4 @@
-"""What a network weighs where it runs: the file, the installed package, memory, the time to the first answer.
+"""The footprint of a network where it runs: file, installed package, memory, time to the first answer.
 
 Every figure is of a whole process of its own, which imports one runtime, loads the network and answers. Runtimes take
 turns, and the least of the rounds is kept: what a busy machine adds is no property of a runtime.
@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatedconv._io import first_line, require_schema
+from gatedconv._io import first_line
+from gatedconv.bench import mobile
+from gatedconv.bench.comparison import WRONG_ABOVE
 from gatedconv.convert.verify import distance
 from gatedconv.deploy import export, save
-from gatedconv.report import mobile
-from gatedconv.report.bench import TOLERANCE
-
-FILE_NAME = "footprint.json"
 
 # The process: NumPy is there already, as it is in whoever has an image.
 _PROCESS = """
@@ -71,10 +69,6 @@ class Runtime:
     imports: str
     load: str
 
-
-_MAYBE = (int, float, type(None))
-_ROW = {"runtime": str, "version": str, **dict.fromkeys(("file", "package", "peak_mib"), _MAYBE)}
-_ROW |= dict.fromkeys(("import_ms", "first_ms", "call_ms"), _MAYBE)
 
 _ORT = (
     "options = ort.SessionOptions(); options.intra_op_num_threads = threads; options.log_severity_level = 3\n"
@@ -179,7 +173,7 @@ def measure_footprints(
     for _ in range(rounds):
         for runtime, path in ready:
             *figures, output = _run_once(runtime, path, list(x.shape), threads, calls)
-            if distance(torch.tensor(output), expected) > TOLERANCE:
+            if distance(torch.tensor(output), expected) > WRONG_ABOVE:
                 raise RuntimeError(f"{runtime.name} computes another output than the model")
             samples[runtime.name].append(figures)
     for name, figures in samples.items():
@@ -187,45 +181,6 @@ def measure_footprints(
         values = dict(zip(("import_ms", "first_ms", "call_ms", "peak_mib"), least, strict=True))
         found[name] = Footprint(**{**asdict(found[name]), **values})
     return list(found.values())
-
-
-def footprint_rows(footprints: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of a table of footprints, as read from JSON."""
-    header = [
-        "runtime",
-        "version",
-        "file (MB)",
-        "package (MB)",
-        "memory (MiB)",
-        "import (ms)",
-        "first (ms)",
-        "call (ms)",
-    ]
-    columns = (("file", 1e-6, 2), ("package", 1e-6, 1), ("peak_mib", 1, 0), ("import_ms", 1, 1), ("first_ms", 1, 1))
-
-    def cells(row: Mapping[str, Any]) -> list[str]:
-        shown = [*columns, ("call_ms", 1, 3)]
-        return [str(row["runtime"]), str(row["version"])] + [
-            "-" if row[key] is None else f"{scale * row[key]:.{digits}f}" for key, scale, digits in shown
-        ]
-
-    return header, [cells(row) for row in footprints]
-
-
-def read_footprints(path: Path) -> list[dict[str, Any]]:
-    """Read the rows that `gatedconv bench RUN --footprint` keeps.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found damaged text ({error})") from None
-    require_schema(rows, list, str(path))
-    for row in rows:
-        require_schema(row, _ROW, str(path))
-    return rows
 
 
 def _input(shape: Sequence[int]) -> Tensor:
@@ -251,7 +206,7 @@ def _export(network: nn.Module, x: Tensor, path: Path) -> None:
 
 
 def _file_bytes(path: Path) -> int:
-    """Of a network's file, and of its weights where a runtime keeps them in another one."""
+    """The size of a network's file and of its weights, where a runtime keeps them in another one."""
     weights = path.with_suffix(".bin")
     return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 

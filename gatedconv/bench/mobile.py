@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatedconv.report.exported import Run, made_once, onnx_file
+from gatedconv.bench.exported import Run, made_once, onnx_file
 
 
 def mnn(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:

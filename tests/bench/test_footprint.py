@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from gatedconv.bench import footprint
 from gatedconv.cli import main
-from gatedconv.report import footprint
+from gatedconv.report.footprint_table import FILE_NAME, read_footprints
 from gatedconv.report.html import RunView, html_page
 
 ROW = {
@@ -55,13 +56,13 @@ def test_a_runtime_is_measured_in_its_own_process_and_checked(echo, tmp_path):
 
 
 def test_rows_are_read_back_and_damage_is_named(tmp_path):
-    path = tmp_path / footprint.FILE_NAME
+    path = tmp_path / FILE_NAME
     path.write_text(json.dumps([ROW]))
-    assert footprint.read_footprints(path) == [ROW]
+    assert read_footprints(path) == [ROW]
     for text, words in (("{", "expected JSON"), ("{}", "expected list"), ('[{"runtime": 1}]', "expected str")):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):
-            footprint.read_footprints(path)
+            read_footprints(path)
 
 
 def test_the_page_has_a_panel_of_what_ships(tmp_path):
@@ -70,7 +71,7 @@ def test_the_page_has_a_panel_of_what_ships(tmp_path):
     assert "What you ship" not in html_page([RunView("run")])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")
-    (tmp_path / "run" / footprint.FILE_NAME).write_text(json.dumps([ROW]))
+    (tmp_path / "run" / FILE_NAME).write_text(json.dumps([ROW]))
     assert main(["report", "html", str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
     assert "What you ship" in (tmp_path / "page.html").read_text()
 
@@ -83,4 +84,4 @@ def test_bench_keeps_the_footprint_with_the_run(echo, tmp_path, monkeypatch, cap
     assert main(["bench", str(run), "--footprint", "--rounds", "1", "--batch", "1"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "echo" in printed and "not measured: gone" in printed
-    assert [row["runtime"] for row in footprint.read_footprints(run / footprint.FILE_NAME)] == ["echo", "gone"]
+    assert [row["runtime"] for row in read_footprints(run / FILE_NAME)] == ["echo", "gone"]

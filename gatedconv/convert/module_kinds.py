@@ -1,0 +1,55 @@
+"""Kinds of modules: which a record takes for one layer, and which have torch.nn's own class, weights and hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from gatedconv.gating import Gate
+
+_CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
+
+
+def is_exact(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module is of that very class, its weights computed by a parametrization or not."""
+    if type(module) is kind:
+        return True
+    return isinstance(module, kind) and parametrize.is_parametrized(module) and type(module).__mro__[1] is kind
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a layer's weights are computed in every forward: weight norm, spectral norm, parametrizations."""
+    hooks = module._forward_pre_hooks.values()
+    return parametrize.is_parametrized(module) or any(isinstance(h, (WeightNorm, SpectralNorm)) for h in hooks)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether a hook of someone else may change what the module takes or returns."""
+
+    def foreign(hook: Any) -> bool:
+        return not isinstance(hook, (WeightNorm, SpectralNorm)) and not getattr(hook, "of_gatedconv", False)
+
+    return any(map(foreign, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a call of the module is one operation of the record."""
+    if isinstance(module, (Gate, nn.Conv2d, nn.Linear)) and not isinstance(module, nn.LazyLinear):
+        return True
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        kind = kind.__mro__[1]
+    if kind.__module__.startswith("gatedconv.nn.") and kind.__name__ not in (
+        "BasicBlock",
+        "CompactBlock",
+        "GraphNet",
+        "Framed",
+    ):
+        return True
+    if not kind.__module__.startswith("torch.nn.modules.") or kind.__name__ in _CONTAINERS:
+        return False
+    return kind is not nn.Module and "transformer" not in kind.__module__
