@@ -236,12 +236,12 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return gate, rate, logits, pooled, *rest
 
 
-def _backward_fake(*arguments: Any) -> list[Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels.common import gradient_like
 
     a = BackwardArguments(*arguments)
     dx = gradient_like(a.features, a.dtype) if a.need_dx else a.weight2.new_empty(0)
-    return [dx, *empty_gradients(a.weight1, a.weight2)]
+    return dx, *empty_gradients(a.weight1, a.weight2)
 
 
 def _save(ctx: Any, arguments: ForwardArguments, output: Sequence[Tensor]) -> None:
@@ -295,7 +295,9 @@ torch.library.define(
     f"({_triton.arguments_schema(ForwardArguments)}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, "
     "Tensor hidden, Tensor stat, Tensor threshold)",
 )
-torch.library.define("gatedconv::gate_backward", f"({_triton.arguments_schema(BackwardArguments)}) -> Tensor[]")
+torch.library.define(  # gradients of x and of the six parameters
+    "gatedconv::gate_backward", f"({_triton.arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 7)})"
+)
 torch.library.impl("gatedconv::gate_forward", "CUDA", _forward_kernels)
 torch.library.impl("gatedconv::gate_backward", "CUDA", _backward_kernels)
 torch.library.register_fake("gatedconv::gate_forward", _forward_fake)

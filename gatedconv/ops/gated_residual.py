@@ -273,7 +273,7 @@ def _forward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     return _flat(kernels.forward(a.x, a.shortcut, a.layer, norm, channel, update=False))
 
 
-def _backward_kernels(*arguments: Any) -> list[Tensor]:
+def _backward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels import gate
     from gatedconv.kernels import gated_residual as kernels
 
@@ -288,7 +288,7 @@ def _backward_kernels(*arguments: Any) -> list[Tensor]:
     saved = kernels.ResidualForward(a.out, None, a.stat, a.pooled, a.normed, decision)
     grads = (a.d_out, a.d_pooled, (a.d_rate, a.d_logits))
     made = kernels.backward(*grads, a.x, saved, a.layer, norm, channel, shortcut_dtype=a.shortcut_dtype)
-    return [a.weight.new_empty(0) if grad is None else grad for grad in made]
+    return tuple(a.weight.new_empty(0) if grad is None else grad for grad in made)
 
 
 def _forward_fake(*arguments: Any) -> _Kept:
@@ -303,17 +303,17 @@ def _forward_fake(*arguments: Any) -> _Kept:
     return _Kept(*first, new(batch, channels), *empty_decision(a.weight1, a.weight2, batch, a.dtype))
 
 
-def _backward_fake(*arguments: Any) -> list[Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels.common import gradient_like
 
     a = BackwardArguments(*arguments)
     new = a.weight.new_empty
     d_shortcut = new(0) if a.shortcut_dtype is None else gradient_like(a.out, a.shortcut_dtype)
     d_layer = new(0) if a.layer is None else torch.empty_like(a.layer, memory_format=torch.contiguous_format)
-    first = [gradient_like(a.x, a.x.dtype), d_shortcut, d_layer, torch.empty_like(a.weight), torch.empty_like(a.weight)]
+    first = (gradient_like(a.x, a.x.dtype), d_shortcut, d_layer, torch.empty_like(a.weight), torch.empty_like(a.weight))
     if a.weight2 is None:
-        return [*first, *(new(0) for _ in range(6))]
-    return [*first, *empty_gradients(a.weight1, a.weight2)]
+        return *first, *(new(0) for _ in range(6))
+    return *first, *empty_gradients(a.weight1, a.weight2)
 
 
 def _save(ctx: Any, arguments: ForwardArguments, kept: _Kept) -> None:
@@ -382,8 +382,9 @@ torch.library.define(
     "gatedconv::gated_residual",
     f"({_triton.arguments_schema(ForwardArguments)}) -> ({_triton.arguments_schema(_Kept)})",
 )
-torch.library.define(
-    "gatedconv::gated_residual_backward", f"({_triton.arguments_schema(BackwardArguments)}) -> Tensor[]"
+torch.library.define(  # gradients of x, shortcut, layer, weight, bias and of the gate's six parameters
+    "gatedconv::gated_residual_backward",
+    f"({_triton.arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 11)})",
 )
 torch.library.impl("gatedconv::gated_residual", "CUDA", _forward_kernels)
 torch.library.impl("gatedconv::gated_residual_backward", "CUDA", _backward_kernels)

@@ -89,7 +89,7 @@ def gate_backward(*arguments):
     made = new(0)
     if a.need_dx:
         made = gradient_like(a.features, a.dtype).copy_((dx / a.pixels).view(a.features.shape))
-    return [made, *hidden, last, dz.sum(0)]
+    return made, *hidden, last, dz.sum(0)
 
 
 def gated_residual(*arguments):
@@ -137,7 +137,7 @@ def gated_residual_backward(*arguments):
     dx = dy - d_bias[:, None, None] / count - normal * d_weight[:, None, None] / count
     dx = gradient_like(a.x, a.x.dtype).copy_((a.weight * a.stat[1])[:, None, None] * dx)
     d_shortcut = new(0) if a.shortcut_dtype is None else gradient_like(a.out, a.shortcut_dtype).copy_(grad)
-    return [dx, d_shortcut, d_layer, d_weight, d_bias, *gates]
+    return dx, d_shortcut, d_layer, d_weight, d_bias, *gates
 
 
 def gated_scale(x, gate):
