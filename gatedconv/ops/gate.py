@@ -122,7 +122,7 @@ def _normalize(hidden: Tensor, parameters: GateParameters, statistics: GateStati
 
 
 class ForwardArguments(NamedTuple):
-    """The arguments of ``gatedconv::gate_forward``; ``dtype`` is that of the gate."""
+    """The arguments of ``gatedconv::gate``; ``dtype`` is that of the gate."""
 
     x: Tensor
     weight1: Tensor | None
@@ -185,7 +185,7 @@ def _compiled(
 ) -> GateOutput:
     """Compute `gate` through the operators; the buffers move here, in the graph."""
     arguments = _arguments(x, parameters, noise, statistics, options)
-    gate, rate, logits, _, _, stat, threshold = torch.ops.gatedconv.gate_forward.default(*arguments)
+    gate, rate, logits, _, _, stat, threshold = torch.ops.gatedconv.gate.default(*arguments)
     move_buffers(statistics, options, rate, stat, threshold)
     return GateOutput(gate, rate, logits)
 
@@ -291,19 +291,19 @@ class _Gate(torch.autograd.Function):
 
 
 torch.library.define(
-    "gatedconv::gate_forward",
+    "gatedconv::gate",
     f"({_triton.arguments_schema(ForwardArguments)}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, "
     "Tensor hidden, Tensor stat, Tensor threshold)",
 )
 torch.library.define(  # gradients of x and of the six parameters
     "gatedconv::gate_backward", f"({_triton.arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 7)})"
 )
-torch.library.impl("gatedconv::gate_forward", "CUDA", _forward_kernels)
+torch.library.impl("gatedconv::gate", "CUDA", _forward_kernels)
 torch.library.impl("gatedconv::gate_backward", "CUDA", _backward_kernels)
-torch.library.register_fake("gatedconv::gate_forward", _forward_fake)
+torch.library.register_fake("gatedconv::gate", _forward_fake)
 torch.library.register_fake("gatedconv::gate_backward", _backward_fake)
 torch.library.register_autograd(
-    "gatedconv::gate_forward",
+    "gatedconv::gate",
     lambda ctx, *grads: (*_gradients(ctx, grads, torch.ops.gatedconv.gate_backward.default), *[None] * 11),
     setup_context=lambda ctx, inputs, output: _save(ctx, ForwardArguments(*inputs), output),
 )

@@ -79,7 +79,7 @@ def test_registered_operators_equal_the_reference(estimator, hidden, flatten):
     expected = ops.gate_reference(
         x, parameters, ops.GateStatistics(*(None if s is None else s.clone() for s in statistics)), options, noise
     )
-    got = torch.ops.gatedconv.gate_forward(*operator_arguments(x, parameters, statistics, options, noise))[:3]
+    got = torch.ops.gatedconv.gate(*operator_arguments(x, parameters, statistics, options, noise))[:3]
     weights = [torch.randn_like(t) for t in expected]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -96,15 +96,15 @@ def test_opcheck(shape, hidden):
     leaves = ops.GateParameters(*(None if p is None else p.requires_grad_() for p in parameters))
     x = torch.randn(shape).requires_grad_()
     options = ops.GateOptions(flatten=flatten)
-    opcheck(torch.ops.gatedconv.gate_forward.default, operator_arguments(x, leaves, statistics, options))
+    opcheck(torch.ops.gatedconv.gate.default, operator_arguments(x, leaves, statistics, options))
 
 
 def test_opcheck_of_a_permuted_input_and_of_backward():
     parameters, statistics = make(3)
     x = torch.randn(6, 3, 2, 4).contiguous(memory_format=torch.channels_last)
     arguments = operator_arguments(x, parameters, statistics, ops.GateOptions("batch_mean", dtype=torch.float16))
-    opcheck(torch.ops.gatedconv.gate_forward.default, arguments)
-    gate, rate, logits, pooled, hidden, stat, threshold = torch.ops.gatedconv.gate_forward(*arguments)
+    opcheck(torch.ops.gatedconv.gate.default, arguments)
+    gate, rate, logits, pooled, hidden, stat, threshold = torch.ops.gatedconv.gate(*arguments)
     assert gate.dtype == torch.float16
     saved = (pooled, logits, hidden, stat, threshold)
     weights = (parameters.weight1, parameters.norm_weight, parameters.norm_bias, parameters.weight2)

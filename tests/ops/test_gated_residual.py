@@ -179,8 +179,8 @@ def test_networks_compile_through_the_operators(monkeypatch, gate, position):
     compiled(x)  # buffers move as often as in the run above
     out = compiled(x)
     grad = torch.autograd.grad(out.sum() + gatedconv.polarization_loss(copied), copied.conv1.weight)
-    assert called == {"gatedconv.gate_forward.default", "gatedconv.gated_residual.default"} - (
-        {"gatedconv.gate_forward.default"} if (gate, position) == ("channel", "after") else set()
+    assert called == {"gatedconv.gate.default", "gatedconv.gated_residual.default"} - (
+        {"gatedconv.gate.default"} if (gate, position) == ("channel", "after") else set()
     ) - ({"gatedconv.gated_residual.default"} if (gate, position) == ("channel", "middle") else set()) | (
         {"gatedconv.gated_scale.default"} if position == "middle" else set()
     )
