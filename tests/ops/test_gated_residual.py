@@ -147,19 +147,6 @@ def test_opcheck(gates):
     opcheck(torch.ops.gatedconv.gated_residual_backward.default, detached)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_opcheck_of_a_gated_map(dtype):
-    x = torch.randn(2, 3, 4, 5, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    gate = torch.rand(2, 3).requires_grad_()
-    opcheck(torch.ops.gatedconv.gated_scale.default, (x, gate))
-    results = []
-    for function in (torch.ops.gatedconv.gated_scale, ops.gated_scale_reference):
-        out = function(x, gate)
-        results.append([out, *torch.autograd.grad(out, (x, gate), torch.ones_like(out))])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("gate", ["both", "channel"])
 @pytest.mark.parametrize("position", ["after", "middle"])
 def test_networks_compile_through_the_operators(monkeypatch, gate, position):
