@@ -85,6 +85,28 @@ def test_registered_operators_equal_the_reference(estimator, hidden, flatten):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("batch_stats", [True, False])
+@pytest.mark.parametrize("hidden", [4, None])
+def test_gradcheck_of_the_logits(hidden, batch_stats):
+    """Decisions are steps, whose straight-through gradient is no derivative: the oracle is the evidence for theirs."""
+    parameters, statistics = make(3, hidden, dtype=torch.float64)
+    options = ops.GateOptions(batch_stats=batch_stats, training=batch_stats)
+    places = [i for i, t in enumerate(parameters) if t is not None]
+    leaves = [torch.randn(6, 3, 2, 2, dtype=torch.float64), *(parameters[i] for i in places)]
+
+    def reference(x, *values):
+        given = dict(zip(places, values, strict=True))
+        return ops.gate_reference(x, ops.GateParameters(*map(given.get, range(6))), statistics, options).logits
+
+    def operator(x, *values):
+        given = dict(zip(places, values, strict=True))
+        arguments = operator_arguments(x, ops.GateParameters(*map(given.get, range(6))), statistics, options)
+        return torch.ops.gatedconv.gate(*arguments)[2]
+
+    for logits in (reference, operator):
+        assert torch.autograd.gradcheck(logits, [t.requires_grad_() for t in leaves])
+
+
 @pytest.mark.parametrize("shape", [(6, 3, 2, 2), (6, 12)])
 @pytest.mark.parametrize("hidden", [4, None])
 def test_opcheck(shape, hidden):
@@ -157,7 +179,11 @@ def test_modules_compile_in_one_graph():
         (lambda: ops.estimate(torch.ones(2, 3).long(), "ste"), TypeError, "estimate: logits must .*torch.int64"),
         (lambda: ops.estimate(torch.ones(2, 3), "gumbel", noise=torch.rand(2, 1)), ValueError, r"shape \(2, 3\)"),
         (lambda: ops.estimate(torch.ones(2, 3), "gumbel", temperature=0.0), ValueError, "temperature must be above 0"),
-        (lambda: ops.global_average_pool(torch.ones(3, 4), torch.float32), ValueError, r"pool: x must be \(N, C, H, W\)"),
+        (
+            lambda: ops.global_average_pool(torch.ones(3, 4), torch.float32),
+            ValueError,
+            r"pool: x must be \(N, C, H, W\)",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, kind, message):

@@ -132,6 +132,22 @@ def test_registered_operator_equals_the_reference(gates, estimator):
         torch.testing.assert_close(a, b)
 
 
+def test_gradcheck_with_a_layer_gate():
+    """A channel gate's decision is a step, whose straight-through gradient is no derivative: see the test above."""
+    arguments, _ = residual_arguments("layer")
+    leaves, numbers = [*arguments[:2], torch.rand(6, 1, dtype=torch.float64), *arguments[3:5]], arguments[5:]
+
+    def reference(x, shortcut, layer, weight, bias):
+        norm = ops.NormArguments(weight, bias, torch.zeros(4).double(), torch.ones(4).double(), torch.tensor(0))
+        return ops.gated_residual_reference(x, shortcut, norm, layer)[:2]
+
+    def operator(*tensors):
+        return torch.ops.gatedconv.gated_residual(*tensors, *numbers)[:2]
+
+    for function in (reference, operator):
+        assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in leaves])
+
+
 @pytest.mark.parametrize("gates", ["layer", "1fc", "both"])
 def test_opcheck(gates):
     channels_last = lambda x: x.contiguous(memory_format=torch.channels_last)  # noqa: E731
