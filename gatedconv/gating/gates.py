@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
+from gatedconv._checks import require_choice
 from gatedconv.gating.collectives import SynchronizedNorm
-from gatedconv.ops._checks import require_choice
 from gatedconv.ops.estimate import DEFAULT_TEMPERATURE, require_estimator
 from gatedconv.ops.gate import decide
 

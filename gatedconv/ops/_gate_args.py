@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gatedconv._checks import require_tensor
 from gatedconv.ops import _triton
-from gatedconv.ops._checks import require_tensor
 from gatedconv.ops.estimate import DEFAULT_TEMPERATURE, require_estimator
 
 _MAX_HIDDEN = 128  # units of the hidden layer that fit a kernel's tile

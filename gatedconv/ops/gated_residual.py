@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gatedconv._checks import require_map, require_tensor
 from gatedconv.ops import _triton
-from gatedconv.ops._checks import require_map, require_tensor
 from gatedconv.ops._gate_args import (
     GateOptions,
     GateOutput,
