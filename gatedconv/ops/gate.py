@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gatedconv.ops import _triton
 from gatedconv.ops._gate_args import (
     GateOptions,
     GateOutput,
@@ -22,6 +21,7 @@ from gatedconv.ops._gate_args import (
     kernels_can,
     require_batch,
 )
+from gatedconv.ops._registration import arguments_schema
 from gatedconv.ops.estimate import estimate
 from gatedconv.ops.global_average_pool import global_average_pool
 
@@ -292,11 +292,11 @@ class _Gate(torch.autograd.Function):
 
 torch.library.define(
     "gatedconv::gate",
-    f"({_triton.arguments_schema(ForwardArguments)}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, "
+    f"({arguments_schema(ForwardArguments)}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, "
     "Tensor hidden, Tensor stat, Tensor threshold)",
 )
 torch.library.define(  # gradients of x and of the six parameters
-    "gatedconv::gate_backward", f"({_triton.arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 7)})"
+    "gatedconv::gate_backward", f"({arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 7)})"
 )
 torch.library.impl("gatedconv::gate", "CUDA", _forward_kernels)
 torch.library.impl("gatedconv::gate_backward", "CUDA", _backward_kernels)

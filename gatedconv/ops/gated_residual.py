@@ -23,6 +23,7 @@ from gatedconv.ops._gate_args import (
     kernels_can,
     require_batch,
 )
+from gatedconv.ops._registration import arguments_schema
 from gatedconv.ops.gate import gate_reference, move_buffers
 
 
@@ -380,11 +381,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 torch.library.define(
     "gatedconv::gated_residual",
-    f"({_triton.arguments_schema(ForwardArguments)}) -> ({_triton.arguments_schema(_Kept)})",
+    f"({arguments_schema(ForwardArguments)}) -> ({arguments_schema(_Kept)})",
 )
 torch.library.define(  # gradients of x, shortcut, layer, weight, bias and of the gate's six parameters
     "gatedconv::gated_residual_backward",
-    f"({_triton.arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 11)})",
+    f"({arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 11)})",
 )
 torch.library.impl("gatedconv::gated_residual", "CUDA", _forward_kernels)
 torch.library.impl("gatedconv::gated_residual_backward", "CUDA", _backward_kernels)

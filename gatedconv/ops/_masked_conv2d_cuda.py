@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gatedconv import _native
-from gatedconv.ops._triton import constant_in_graphs
+from gatedconv.ops._registration import constant_in_graphs
 
 # (16-row fragments of a warp, 8-column fragments of a block) that the library has kernels for.
 TILES = tuple((rows, columns) for rows in (1, 2) for columns in (1, 2, 4, 8))
