@@ -174,7 +174,7 @@ class ImageWork : public Work {
             float* workspace)
       : plan_(plan), kernels_(kernels), schedule_(schedule), output_(output), workspace_(workspace) {
     images_ = schedule.share * schedule.workers;
-    chunks_ = count_parts(schedule.share, schedule.most) * schedule.workers;
+    chunks_ = ceil_div(schedule.share, schedule.most) * schedule.workers;
   }
   void work(int worker) override {
     for (int64_t i; (i = next_.fetch_add(1)) < chunks_; done_.fetch_add(1, std::memory_order_release)) {

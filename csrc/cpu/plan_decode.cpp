@@ -22,10 +22,6 @@ bool within(int64_t value, int64_t low, int64_t high) {
   return value >= low && value <= high;
 }
 
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 int winograd_tile(Op op) {
   return op == Op::kWinograd4 ? 4 : op == Op::kWinograd2 ? 2 : 1;
 }
@@ -108,7 +104,7 @@ const char* check_index(const Step& step) {
   if (step.op == Op::kGather) size = step.out.channels, limit = step.in.channels - 1;
   if (step.op == Op::kScatterAdd) size = step.in.channels, limit = step.out.channels - 1;
   if (step.op == Op::kConv && step.index) {
-    size = (step.out.channels + kPanel - 1) / kPanel, limit = step.in.channels - step.span;
+    size = ceil_div(step.out.channels, kPanel), limit = step.in.channels - step.span;
   }
   if (step.index_size != size) return "an index list has another length than its layer";
   for (int64_t i = 0; i < size; ++i) {

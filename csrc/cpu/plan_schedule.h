@@ -10,9 +10,6 @@
 
 namespace gatedconv {
 
-// Parts of at most `size` that make up `all`.
-int count_parts(int64_t all, int64_t size);
-
 // Bytes of feature maps that should stay in a core's own cache while a step runs.
 int64_t cache_bytes();
 
