@@ -367,7 +367,7 @@ void masked_conv2d_maps(const ConvShape& s, const ConvTensors<float>& t, const O
   const int64_t inputs = t.in_offset[1], count = static_cast<int64_t>(places.size());
   const Bands bands = lay_out_bands(s, inputs, count, threads);
   const int64_t strips = ceil_div(s.out_h, bands.rows);
-  // As many groups for every thread.
+  // The same number of groups for every thread.
   const int64_t groups = std::min(s.batch, round_up(ceil_div(s.batch, bands.images), std::max(1, threads)));
   const int64_t work = ceil_div(s.batch, groups) * bands.rows * s.out_w * count * inputs * kTaps;
   parallel(groups * strips, 1 + kMapThreadMacs / std::max<int64_t>(1, work), [&](int64_t begin, int64_t end) {

@@ -218,7 +218,7 @@ void copy_band(const ConvShape& s, const ConvTensors<float>& t, const Layout& la
   }
 }
 
-// What a closed output is, in a planar output.
+// Writes rows of a closed channel to a planar output: act(residual), or 0.
 void write_closed(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t row, int64_t begin,
                   int64_t end) {
   const int64_t first = begin * s.out_w, count = (end - begin) * s.out_w;

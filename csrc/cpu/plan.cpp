@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kMaxGroup = 8;  // images in a workspace
 
-// Where a chunk of images lies in a workspace, and the steps with their maps placed there.
+// A chunk of images in a workspace: the steps with their maps placed there.
 class Chunk {
  public:
   Chunk(const Plan& plan, float* workspace, int64_t images)
@@ -213,7 +213,7 @@ class StepWork : public Work {
         first_(first),
         seconds_(seconds) {
     for (const Segment& segment : segments_) {
-      // What does not go round is shared.
+      // Images that are left over are shared.
       const int64_t alone = segment.alone ? images / schedule.workers * schedule.workers : 0;
       if (alone)
         items_.push_back({{}, {}, {alone, static_cast<int>(alone), 1, 1}, segment.begin, 1, false, &segment});

@@ -186,7 +186,7 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 
-// What computes products of bfloat16: "amx", "avx512_bf16" or "emulated".
+// The instructions that multiply bfloat16: "amx", "avx512_bf16" or "emulated".
 const char* bf16_name(const Kernels& kernels);
 
 // The best instruction set of this machine, or the one that GATEDCONV_ISA names (null if it cannot run here).

@@ -150,7 +150,7 @@ const char* resolve_size(Step& step, const int64_t* field) {
   return nullptr;
 }
 
-// Where the weights of a step begin; without weights (a plan that is only sized) nothing but whether they
+// Finds where the weights of a step begin; without weights (a plan that is only sized) it checks that they
 // fit.
 const char* Reader::read_weights(const int64_t* field, Step& step) const {
   const int64_t channels = round_up(step.out.channels, kPanel);

@@ -45,7 +45,7 @@ struct Life {
   bool inside(const Segment& segment) const { return begin >= segment.begin && end < segment.end; }
 };
 
-// Of every step the lives of the maps `in`, `out`, `residual` and `gate`.
+// The lives of the maps `in`, `out`, `residual` and `gate` of every step.
 std::vector<std::array<Life, 4>> find_lives(const Plan& plan);
 
 // How one step, or a run that ends with it, is cut into tasks: bands of rows, each in blocks of output
