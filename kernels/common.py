@@ -44,6 +44,14 @@ def relu(x):
     return tl.where(x < 0.0, 0.0, x)
 
 
+@triton.jit
+def move_running(buffer_ptr, value, momentum, mask):
+    """Move a running buffer towards a value, as torch.lerp does."""
+    old = tl.load(buffer_ptr, mask=mask)
+    tl.debug_barrier()  # warps hold copies of one element: all have read it before one of them overwrites it
+    tl.store(buffer_ptr, old + momentum * (value - old), mask=mask)
+
+
 def as_map(x: Tensor) -> Map:
     """Return x (N, C, H, W) with its H*W positions at one stride, or features (N, C) as maps of one position.
 

@@ -20,7 +20,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from .common import FIXED_ORDER, TILE, as_map, ceil_div, map_at, multiprocessors, on_device, power_of_two, relu
+from .common import (
+    FIXED_ORDER,
+    TILE,
+    as_map,
+    ceil_div,
+    map_at,
+    move_running,
+    multiprocessors,
+    on_device,
+    power_of_two,
+    relu,
+)
 
 # The four numbers below follow from sizes and register counts; their speed is unmeasured.
 DENSE_ROWS = 16  # samples that share one read of a weight: the least that tl.dot takes
@@ -157,14 +168,6 @@ def sum_of_slices(part_ptr, rows, columns, mask, N, S, M):
 
 
 @triton.jit
-def move(buffer_ptr, value, momentum, mask):
-    """Move a running buffer towards a value, as torch.lerp does."""
-    old = tl.load(buffer_ptr, mask=mask)
-    tl.debug_barrier()  # warps hold copies of one element: all have read it before one of them overwrites it
-    tl.store(buffer_ptr, old + momentum * (value - old), mask=mask)
-
-
-@triton.jit
 def hidden_statistics(
     stat_ptr,
     part_ptr,
@@ -211,8 +214,8 @@ def hidden_statistics(
         tl.store(stat_ptr + H + j, rstd, mask=in_h)
         tl.store(stat_ptr + 2 * H + j, var, mask=in_h)
         if BATCH_STATS and UPDATE:
-            move(running.mean + j, mean, momentum, in_h)
-            move(running.var + j, var, momentum, in_h)
+            move_running(running.mean + j, mean, momentum, in_h)
+            move_running(running.var + j, var, momentum, in_h)
             batches = tl.load(running.batches)
             tl.debug_barrier()
             tl.store(running.batches, batches + 1)
@@ -298,9 +301,9 @@ def gate_tail(
     tl.store(out.threshold + o, threshold, mask=in_o)
     tl.store(out.rate + o, rate, mask=in_o)
     if UPDATE:
-        move(running.open_rate + o, rate, momentum, in_o)
+        move_running(running.open_rate + o, rate, momentum, in_o)
         if ESTIMATOR == "batch_mean":
-            move(running.threshold + o, threshold, momentum, in_o)
+            move_running(running.threshold + o, threshold, momentum, in_o)
 
 
 def forward(

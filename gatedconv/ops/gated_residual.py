@@ -276,7 +276,8 @@ def _forward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels import gate
-    from gatedconv.kernels import gated_residual as kernels
+    from gatedconv.kernels import gated_residual as forward
+    from gatedconv.kernels import gated_residual_backward as kernels
 
     a = BackwardArguments(*arguments)
     norm = NormArguments(a.weight, a.bias, None, None, None)  # type: ignore[arg-type]
@@ -286,7 +287,7 @@ def _backward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
         options = GateOptions(a.estimator, a.temperature, training=a.train, batch_stats=a.batch_stats)
         channel = InnerGate(parameters, GateStatistics(), options, a.noise)
         decision = gate.GateForward(a.gate, None, a.logits, a.normed, a.hidden, a.gate_stat, a.threshold)
-    saved = kernels.ResidualForward(a.out, None, a.stat, a.pooled, a.normed, decision)
+    saved = forward.ResidualForward(a.out, None, a.stat, a.pooled, a.normed, decision)
     grads = (a.d_out, a.d_pooled, (a.d_rate, a.d_logits))
     made = kernels.backward(*grads, a.x, saved, a.layer, norm, channel, shortcut_dtype=a.shortcut_dtype)
     return tuple(a.weight.new_empty(0) if grad is None else grad for grad in made)
