@@ -41,7 +41,7 @@ SLICE_FEATURES = 512  # features of a slice, at least
 
 
 class GateForward(NamedTuple):
-    """What a forward computes; all fp32 but ``gate``.
+    """The results of a forward; all fp32 but ``gate``.
 
     gate (N, O); rate (O,), mean of the gates; logits (N, O); pooled (N, C), empty if nothing was pooled;
     hidden (N, H); stat (3, H): mean, 1 / sqrt(var + eps), variance (of the batch: unbiased); threshold (O,).
@@ -57,7 +57,7 @@ class GateForward(NamedTuple):
 
 
 class PooledRows(NamedTuple):
-    """What the pooling row passes write: part (S, N, M), pooled (N, C)."""
+    """Outputs of the pooling row passes: part (S, N, M), pooled (N, C)."""
 
     part: Tensor
     pooled: Tensor
@@ -97,7 +97,7 @@ def gate_pool_dense(
 def gate_pool_wide(
     out, x, weight_ptr, N, C, HW, M, BLOCK_R: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr, BLOCK_S: constexpr
 ):
-    """As gate_pool_dense for many units: a weight is read once for BLOCK_R samples. Grid (N tiles, S = C tiles)."""
+    """Do as gate_pool_dense, for many units: a weight is read once for BLOCK_R samples. Grid (N tiles, S = C tiles)."""
     r = tl.arange(0, BLOCK_R)
     first = tl.program_id(0) * BLOCK_R
     split = tl.program_id(1)

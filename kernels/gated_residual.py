@@ -32,7 +32,7 @@ from .common import (
     relu,
 )
 
-# Of a pass that sums over the batch: 4 programs of 2048 elements keep 16 KB (fp16) in flight on a multiprocessor, about
+# Programs of a pass that sums over the batch: 4 of 2048 elements keep 16 KB (fp16) in flight on a multiprocessor, about
 # what the latency of a Hopper's memory needs by arithmetic; unmeasured.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 # Tile of partial sums of the kernels that finish a reduction; unmeasured.
@@ -48,7 +48,7 @@ class Norm(NamedTuple):
 
 
 class ResidualForward(NamedTuple):
-    """What a forward computes.
+    """The results of a forward.
 
     out (N, C, H, W); pooled_out (N, C), its mean; stat (3, C); pooled (N, C), mean of x; normed (N, C), mean of BN(x),
     and decision, the channel gate's, both None without one.
@@ -231,7 +231,7 @@ def forward(
 
 
 def batch_grid(x: Tensor) -> tuple[int, int, int, dict[str, int]]:
-    """For passes that sum over the batch: groups of samples, samples of a group, channel tiles, and tile sizes."""
+    """The grid of a pass that sums over the batch: groups of samples, samples of a group, channel tiles, tile sizes."""
     tiles, blocks = map_tiles(x)
     per_group = ceil_div(x.shape[0], ceil_div(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x), tiles))
     return ceil_div(x.shape[0], per_group), per_group, tiles, blocks

@@ -70,9 +70,9 @@ class Gate(nn.Module):
 
 
 class Estimator(nn.Module):
-    r"""What `gatedconv.ops.estimate` takes besides logits (N, num_gates), and their distance from the threshold.
+    r"""The state of an estimator between calls, its noise, and the distance of logits from its threshold.
 
-    It keeps what an estimator needs between calls. In training it may draw noise; in eval it is deterministic.
+    Logits are (N, num_gates). In training it may draw noise; in eval it is deterministic.
 
     "ste": eqs. 3-4 of the paper: forward z > 0; backward the identity where \|z\| <= 1. "gumbel": hard
     binary Gumbel-softmax (Jang et al. 2017). "bernoulli": a sample of Bernoulli(sigmoid(z)) with the gradient
@@ -215,7 +215,7 @@ class LearnedGate(Gate):
     def arguments(
         self, batch: int, dtype: torch.dtype
     ) -> tuple[ops.GateParameters, ops.GateStatistics, ops.GateOptions, Tensor | None]:
-        """What `gatedconv.ops.gate` takes besides its input, noise of this call included."""
+        """The arguments of `gatedconv.ops.gate` besides its input, noise of this call included."""
         fc1, norm, fc2, estimator = self.fc1, self.norm, self.fc2, self.estimator
         parameters = ops.GateParameters(None, None, None, None, fc2.weight, fc2.bias)
         statistics = ops.GateStatistics(open_rate=self.running_open_rate, threshold=estimator.running_mean)

@@ -133,7 +133,7 @@ def _mac_weights(model: nn.Module, rates: dict[str, Tensor], like: Tensor) -> Te
 
 
 def _weights(model: nn.Module, shares: tuple[tuple[float, int], ...], like: Tensor) -> Tensor:
-    """For each (share, size) the share, size times."""
+    """The shares, each repeated ``size`` times, as one vector."""
     return cached(
         unwrap(model),
         ("weights", shares, like.device, like.dtype),

@@ -140,7 +140,7 @@ def gate_macs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _zeros(gate: Gate) -> Tensor:
-    """Where the gate is, also on a rank without images: float64 (num_gates,)."""
+    """Zeros, float64 (num_gates,), on the gate's device; a rank without images needs them too."""
     return torch.zeros_like(gate.running_open_rate, dtype=torch.float64)
 
 

@@ -98,7 +98,7 @@ _library: torch.library.Library | None = None
 
 
 def register_fakes() -> None:
-    """Give compilers the shapes of what these operators return; the library that declares them must be loaded."""
+    """Register the fakes of these operators; the library that declares them must be loaded."""
     global _library
     if _library is None:
         _library = torch.library.Library("gatedconv", "FRAGMENT")
@@ -114,7 +114,7 @@ def _pack_fake(weight: Tensor, in_index: Tensor | None, allow_tf32: bool) -> Ten
 
 
 def _no_result(*_: object) -> None:
-    """Of an operator that writes to an argument."""
+    """The fake of an operator that writes to an argument and returns nothing."""
 
 
 def conv_pack(weight: Tensor, in_index: Tensor | None, tf32: bool) -> Tensor:

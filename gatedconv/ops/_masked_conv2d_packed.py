@@ -102,7 +102,10 @@ class _Same:
 
 
 def _device_key(tensors: tuple[Tensor, ...], groups: int) -> tuple[object, ...]:
-    """What must not change for weights packed on a GPU to hold; on another stream they might not be there yet."""
+    """The key of weights packed on a GPU.
+
+    The stream is part of it, since another one may read before the packing has finished.
+    """
     states = [(_Same(t), *_state(t), t.shape, t.stride(), t.dtype) for t in tensors]
     return (
         *states,

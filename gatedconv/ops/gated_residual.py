@@ -52,7 +52,7 @@ class InnerGate(NamedTuple):
 
 
 class ResidualOutput(NamedTuple):
-    """What leaves a block.
+    """The output of a block.
 
     out (N, C, H, W); pooled (N, C), its mean over H and W in the norm's dtype, for the next block's gate;
     channel: the inner gate's decision, None without one. All are differentiable, except ``channel.gate`` where
@@ -252,7 +252,7 @@ def _compiled(
 
 
 def _flat(kept: Any) -> _Kept:
-    """What the kernels return as the outputs of the operator."""
+    """The outputs of the operator, made of those of the kernels."""
     flat: tuple[Any, ...] = (*kept[:4], *(kept.stat.new_empty(0) for _ in range(7)))
     if kept.decision is not None:
         d = kept.decision
