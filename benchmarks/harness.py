@@ -202,7 +202,7 @@ class Machine:
         """
         if self.dry:
             return call
-        from gatedconv.ops._cuda_graph import capture, on_stream
+        from gatedconv._cuda_graph import capture, on_stream
 
         stream = torch.cuda.Stream()
         with on_stream(stream):

@@ -4,11 +4,10 @@
 
 STABLE_TORCH_LIBRARY(gatedconv, m) {
   // input (N, C_in, H, W), weight (C_out, C_in / groups, KH, KW), bias (C_out), residual (N, C_out, P, Q),
-  // out_open bool (C_out) or (N, C_out), in_open bool (C_in); padding is top, bottom, left, right.
-  // packed is the result of masked_conv2d_pack, so that the call need not pack the weights. If it is of other
-  // weights or masks, it is ignored on CPUs; on GPUs the result is wrong, since checking would synchronize.
-  // On GPUs in_open may be (N, C_in), too. allow_tf32 lets GPUs multiply float32 in tf32. Returns (N, C_out,
-  // P, Q).
+  // out_open bool (C_out) or (N, C_out), in_open bool (C_in), on GPUs also (N, C_in); padding is top, bottom,
+  // left, right. packed is the result of masked_conv2d_pack, so that the call need not pack the weights. If
+  // it is of other weights or masks, it is ignored on CPUs; on GPUs the result is wrong, since checking would
+  // synchronize. allow_tf32 lets GPUs multiply float32 in tf32. Returns (N, C_out, P, Q).
   m.def(
       "masked_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor out_open, Tensor? in_open, "
       "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool relu, "

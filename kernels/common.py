@@ -1,4 +1,4 @@
-"""What the kernel files share: maps by strides, tile sizes, the device of a launch."""
+"""Shared by the kernel files: maps by strides, tile sizes, the device of a launch."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def relu(x):
     return tl.where(x < 0.0, 0.0, x)
 
 
+@triton.jit
+def move_running(buffer_ptr, value, momentum, mask):
+    """Move a running buffer towards a value, as torch.lerp does."""
+    old = tl.load(buffer_ptr, mask=mask)
+    tl.debug_barrier()  # warps hold copies of one element: all have read it before one of them overwrites it
+    tl.store(buffer_ptr, old + momentum * (value - old), mask=mask)
+
+
 def as_map(x: Tensor) -> Map:
     """Return x (N, C, H, W) with its H*W positions at one stride, or features (N, C) as maps of one position.
 
@@ -68,7 +76,7 @@ def gradient_like(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def map_tiles(x: Tensor) -> tuple[int, dict[str, int]]:
-    """For a pass over x (N, C, H, W): programs that share the channels of a sample, and their tile sizes."""
+    """The grid of a pass over x (N, C, H, W): programs that share a sample's channels, and their tile sizes."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     if x.stride(1) == 1 and channels > 1:  # channels_last: neighbors in memory are channels
         block_c = power_of_two(channels, most=64)

@@ -20,7 +20,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from .common import FIXED_ORDER, TILE, as_map, ceil_div, map_at, multiprocessors, on_device, power_of_two, relu
+from .common import (
+    FIXED_ORDER,
+    TILE,
+    as_map,
+    ceil_div,
+    map_at,
+    move_running,
+    multiprocessors,
+    on_device,
+    power_of_two,
+    relu,
+)
 
 # The four numbers below follow from sizes and register counts; their speed is unmeasured.
 DENSE_ROWS = 16  # samples that share one read of a weight: the least that tl.dot takes
@@ -30,7 +41,7 @@ SLICE_FEATURES = 512  # features of a slice, at least
 
 
 class GateForward(NamedTuple):
-    """What a forward computes; all fp32 but ``gate``.
+    """The results of a forward; all fp32 but ``gate``.
 
     gate (N, O); rate (O,), mean of the gates; logits (N, O); pooled (N, C), empty if nothing was pooled;
     hidden (N, H); stat (3, H): mean, 1 / sqrt(var + eps), variance (of the batch: unbiased); threshold (O,).
@@ -46,7 +57,7 @@ class GateForward(NamedTuple):
 
 
 class PooledRows(NamedTuple):
-    """What the pooling row passes write: part (S, N, M), pooled (N, C)."""
+    """Outputs of the pooling row passes: part (S, N, M), pooled (N, C)."""
 
     part: Tensor
     pooled: Tensor
@@ -86,7 +97,7 @@ def gate_pool_dense(
 def gate_pool_wide(
     out, x, weight_ptr, N, C, HW, M, BLOCK_R: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr, BLOCK_S: constexpr
 ):
-    """As gate_pool_dense for many units: a weight is read once for BLOCK_R samples. Grid (N tiles, S = C tiles)."""
+    """Do as gate_pool_dense, for many units: a weight is read once for BLOCK_R samples. Grid (N tiles, S = C tiles)."""
     r = tl.arange(0, BLOCK_R)
     first = tl.program_id(0) * BLOCK_R
     split = tl.program_id(1)
@@ -157,14 +168,6 @@ def sum_of_slices(part_ptr, rows, columns, mask, N, S, M):
 
 
 @triton.jit
-def move(buffer_ptr, value, momentum, mask):
-    """Move a running buffer towards a value, as torch.lerp does."""
-    old = tl.load(buffer_ptr, mask=mask)
-    tl.debug_barrier()  # warps hold copies of one element: all have read it before one of them overwrites it
-    tl.store(buffer_ptr, old + momentum * (value - old), mask=mask)
-
-
-@triton.jit
 def hidden_statistics(
     stat_ptr,
     part_ptr,
@@ -211,8 +214,8 @@ def hidden_statistics(
         tl.store(stat_ptr + H + j, rstd, mask=in_h)
         tl.store(stat_ptr + 2 * H + j, var, mask=in_h)
         if BATCH_STATS and UPDATE:
-            move(running.mean + j, mean, momentum, in_h)
-            move(running.var + j, var, momentum, in_h)
+            move_running(running.mean + j, mean, momentum, in_h)
+            move_running(running.var + j, var, momentum, in_h)
             batches = tl.load(running.batches)
             tl.debug_barrier()
             tl.store(running.batches, batches + 1)
@@ -298,9 +301,9 @@ def gate_tail(
     tl.store(out.threshold + o, threshold, mask=in_o)
     tl.store(out.rate + o, rate, mask=in_o)
     if UPDATE:
-        move(running.open_rate + o, rate, momentum, in_o)
+        move_running(running.open_rate + o, rate, momentum, in_o)
         if ESTIMATOR == "batch_mean":
-            move(running.threshold + o, threshold, momentum, in_o)
+            move_running(running.threshold + o, threshold, momentum, in_o)
 
 
 def forward(

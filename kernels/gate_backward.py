@@ -27,7 +27,7 @@ FEW_FEATURES = 1024  # up to which tiles of features are narrower, so that there
 
 
 class GateGradients(NamedTuple):
-    """Gradients of what a gate returns: gate (N, O), rate (O,), logits (N, O); None where there is none."""
+    """Gradients of the outputs of a gate: gate (N, O), rate (O,), logits (N, O); None where there is none."""
 
     gate: Tensor | None
     rate: Tensor | None
@@ -35,7 +35,7 @@ class GateGradients(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What the gradient of the logits (N, O) is computed from: d_gate (N, O), d_rate (O,), d_logits (N, O), noise."""
+    """Inputs of the gradient of the logits: d_gate, d_logits, logits and noise (N, O); d_rate and threshold (O,)."""
 
     d_gate: Tensor | None
     d_rate: Tensor | None
@@ -56,7 +56,7 @@ class HiddenLayer(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What gate_backward_rows writes: da (N, H), sums (5, T, H), weight2 (O, H), bias2 (O,)."""
+    """Outputs of gate_backward_rows: da (N, H), sums (5, T, H), weight2 (O, H), bias2 (O,)."""
 
     da: Tensor
     sums: Tensor
@@ -286,7 +286,7 @@ def sum_of_tiles(sums_ptr, row, m, T, M, BLOCK_M: constexpr, BLOCK_T: constexpr 
 
 @triton.jit
 def norm_sums(sums_ptr, m, N, M, T, CENTER: constexpr, BLOCK_M: constexpr):
-    """For units m: what to subtract from da, and the gradients of the norm's bias and weight."""
+    """The shift of da, and the gradients of the norm's bias and weight, for units m."""
     center = tl.zeros((BLOCK_M,), tl.float32)
     d_beta = center
     d_gamma = center

@@ -17,6 +17,7 @@ import pytest
 
 import gatedconv
 from gatedconv.cli import COMMANDS, Parser
+from tests.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,8 +33,7 @@ def test_the_readme_examples_run_one_after_the_other(capsys):
     small, engine, images = namespace["small"], namespace["engine"], namespace["images"]
     out = capsys.readouterr().out
     assert "layer1.0" in out
-    error = (engine(images[:8]) - small.eval()(images[:8])).abs().max()
-    assert error <= 1e-5 * small(images[:8]).abs().max()
+    assert_close(engine(images[:8]), small.eval()(images[:8]))
 
 
 def python_blocks():

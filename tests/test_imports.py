@@ -28,7 +28,15 @@ RANK = {
 }
 MAY_READ_DATA = {"train", "cli", "data"}
 # Modules at the top of the package, by the layer that they belong to.
-TOP = {"_build": "ops", "_native": "ops", "environment": "ops", "_io": "ops", "__main__": "cli"}
+TOP = {
+    "_build": "ops",
+    "_native": "ops",
+    "_checks": "ops",
+    "_cuda_graph": "ops",
+    "environment": "ops",
+    "_io": "ops",
+    "__main__": "cli",
+}
 
 
 def layer_of(module: str) -> str | None:

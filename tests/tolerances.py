@@ -58,6 +58,15 @@ AMPLIFICATION = {
 BEYOND_CONTRACT = {"gradient": 10.0, "training": 100.0}
 # Of one operation's error in low precision: sqrt(16) for a network of about 16 layers.
 LOW_PRECISION = {"network": 4.0, "training": 10.0}
+# Relative to the difference between the outputs of two images, a scale that may be far below the largest output: ten
+# times the contract.
+OF_TWO_IMAGES = 1e-4
+# Functions of one number, at arguments of any size in one tensor: every value relative to itself. Next to 0 a factor
+# of the result may be a subnormal number, which has fewer digits.
+EACH_VALUE = {"rtol": CONTRACT[torch.float32], "atol": 1e-30}
+# No rounding: statistics of 45 images as the mean of two ranks', of 21 and 24, whose images count by a fifteenth more
+# and less than in those of all.
+UNEVEN_SHARES = {"rtol": 0.1, "atol": 0.05}
 
 
 def tolerance(dtype: torch.dtype | str = torch.float32, algorithm: str = "direct", terms: int | None = None) -> float:

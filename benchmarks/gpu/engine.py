@@ -22,7 +22,7 @@ import gatedconv
 from benchmarks.harness import Call, Machine, precision, variable
 from benchmarks.networks import NetworkCase
 from gatedconv.bench.comparison import Row
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
 # Provider: GATEDCONV_CUDA_KERNELS, None for PyTorch.
@@ -223,15 +223,17 @@ def layer_providers(machine: Machine, layer: LayerCase, batch: int, dtype: torch
 
 def _ours(layer: LayerCase, weight: Tensor, bias: Tensor, stream: Tensor, index: Tensor) -> Run:
     scatters = layer.open < layer.outputs
-    tf32 = weight.dtype == torch.float32 and cuda_conv.allows_tf32()
+    tf32 = weight.dtype == torch.float32 and _masked_conv2d_cuda.allows_tf32()
     closed = torch.tensor(sorted(set(range(layer.outputs)) - set(index.tolist())), device=weight.device)
     order = torch.cat([index, closed.long(), index.new_tensor([layer.open])]).int() if scatters else None
-    packed, floats, pad = cuda_conv.conv_pack(weight, None, tf32), bias.float(), layer.kernel // 2
+    packed, floats, pad = _masked_conv2d_cuda.conv_pack(weight, None, tf32), bias.float(), layer.kernel // 2
     geometry = [layer.kernel, layer.kernel, 1, 1, pad, pad, 1, 1]
     output, residual = torch.empty_like(stream), stream if scatters else None
 
     def run(x: Tensor) -> Tensor:
         tile = (0, 0)  # the library's choice by size; an `Engine` measures every tile
-        return cuda_conv.conv_run(x, packed, floats, None, order, residual, output, geometry, 1, False, tf32, tile)
+        return _masked_conv2d_cuda.conv_run(
+            x, packed, floats, None, order, residual, output, geometry, 1, False, tf32, tile
+        )
 
     return run

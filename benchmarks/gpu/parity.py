@@ -19,7 +19,7 @@ from benchmarks.harness import Machine, poisoned, precision, variable
 from benchmarks.networks import NetworkCase
 from gatedconv.bench.comparison import Row
 from gatedconv.convert.verify import distance
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 REPEATS = 200
@@ -47,7 +47,10 @@ def exact_memory(dtype: str) -> Iterator[None]:
 
 def conv_rows(machine: Machine, dtype: str) -> list[Row]:
     """The tiled convolution in every tile, dense and scattered into a stream, against float64."""
-    return [conv_row(machine, dtype, tile) for tile in (cuda_conv.TILES[:1] if machine.dry else cuda_conv.TILES)]
+    return [
+        conv_row(machine, dtype, tile)
+        for tile in (_masked_conv2d_cuda.TILES[:1] if machine.dry else _masked_conv2d_cuda.TILES)
+    ]
 
 
 def conv_row(machine: Machine, dtype: str, tile: tuple[int, int]) -> Row:
@@ -87,9 +90,11 @@ def tiled_conv(
     tf32 = dtype == "tf32"
     if machine.stands_in:
         output = torch.empty_like(residual)
-        packed = cuda_conv.conv_pack(weight, None, tf32)
+        packed = _masked_conv2d_cuda.conv_pack(weight, None, tf32)
         geometry = [3, 3, 1, 1, 1, 1, 1, 1]
-        return cuda_conv.conv_run(x, packed, bias, None, order, residual, output, geometry, 1, False, tf32, tile)
+        return _masked_conv2d_cuda.conv_run(
+            x, packed, bias, None, order, residual, output, geometry, 1, False, tf32, tile
+        )
     open_ = torch.zeros(len(weight), dtype=torch.bool)
     open_[order[: int(order[-1])].long()] = True
     return gatedconv.ops.masked_conv2d_reference(

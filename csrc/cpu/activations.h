@@ -107,7 +107,7 @@ static inline vec hyperbolic_tangent(vec x) {
 // x times the normal distribution function: max(x, 0) - a tail with a = |x| and tail = exp(-a^2 / 2) t p(t),
 // t = 1 / (1 + a / 4). p is a polynomial about `middle`, fitted to the least relative error against float64's
 // erfcx for a <= 13.2 (it is 2^-26.8), its coefficients rounded one after another; at `middle`, p is a float.
-// What the rounded t, squares, products and sums lack goes to `low`, that of t by the derivative of
+// `low` takes up the roundings of t, squares, products and sums, that of t by the derivative of
 // log(t p(t)), which is 0.75 + 2.3 t to 5 %. Beyond 13.25, power_of_two gives 0.
 static inline vec gelu(vec x) {
   constexpr float middle = 0.54638671875f, at_middle = 0.203791827f;

@@ -54,7 +54,7 @@ static inline void by_groups(const vec (&sum)[kPanelVectors], vec (&ordered)[kPa
 #endif
 }
 
-// What a tile reads and writes: `rows` are interleaved, 16 floats a pixel.
+// The operands of a tile: `rows` are interleaved, 16 floats a pixel.
 struct GroupedTile {
   const float* rows;
   ptrdiff_t row;

@@ -97,7 +97,7 @@ static inline void transform_patch(const Map& in, const float* patch, float* to,
   }
 }
 
-// Where one tile's result goes: `rows` x `columns` of its M x M pixels lie inside the map.
+// The place of one tile's result: `rows` x `columns` of its M x M pixels lie inside the map.
 struct Target {
   float* out;
   const float* residual;

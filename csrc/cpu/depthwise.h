@@ -10,7 +10,7 @@ namespace gatedconv::GATEDCONV_ISA {
 
 constexpr int kMostPixels = 8;  // sums in registers: enough to hide the latency of their additions
 
-// Where some channels of some pixels are read and written: the pointers are at the first ones.
+// The operands of some channels of some pixels: the pointers are at the first ones.
 struct Column {
   const float* window;
   const float* weights;

@@ -29,7 +29,7 @@ using namespace gatedconv;
 // The most images of a call, and the most floats of a tensor: its bytes still have an address.
 constexpr int64_t kMostImages = INT32_MAX, kMostFloats = INT64_MAX / 64;
 
-// Of a fixed size: there is room for the reason when there is no memory.
+// Its size is fixed, so that there is room for the reason when memory has run out.
 thread_local char last_error[1024];
 
 // Runs the body of a function of the interface; `failed` is what the function returns where it cannot do its

@@ -9,16 +9,8 @@
 
 namespace gatedconv {
 
-// Of a filter, and of its Winograd transform.
+// Weights of a filter, and of its Winograd transform.
 constexpr int64_t kTaps = 9, kPoints = 36;
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return ceil_div(value, multiple) * multiple;
-}
 
 inline bool is_winograd(const ConvShape& s) {
   return s.stride_h == 1 && s.stride_w == 1;

@@ -18,11 +18,11 @@ constexpr int64_t kMostWeights = 64 * 128;
 constexpr int64_t kLeastInputs = 8;
 
 // Floats of maps that stay in such a cache with the weights (384 KiB), and images of a band.
-constexpr int64_t kBandFloats = 96 * 1024;
+constexpr int64_t kMapBandFloats = 96 * 1024;
 constexpr int64_t kMostImages = 8;
 
 // Multiply-adds that are worth a thread: 5 us at 40 a nanosecond.
-constexpr int64_t kWorthwhile = 200 * 1000;
+constexpr int64_t kMapThreadMacs = 200 * 1000;
 
 constexpr int64_t kTile = 4;  // outputs of Winograd, along a line and down
 
@@ -52,7 +52,7 @@ Bands lay_out_bands(const ConvShape& s, int64_t inputs, int64_t outputs, int thr
     return in_rows(rows) * bands.in_cols * bands.in_pixel + rows * s.out_w * bands.out_pixel;
   };
   bands.rows = s.out_h, bands.images = 1;
-  while (bands.rows > multiple && floats(bands.rows) > kBandFloats) {
+  while (bands.rows > multiple && floats(bands.rows) > kMapBandFloats) {
     bands.rows = round_up(ceil_div(bands.rows, 2), multiple);
   }
   // Enough bands for every thread, and whole images together where they are small.
@@ -61,7 +61,7 @@ Bands lay_out_bands(const ConvShape& s, int64_t inputs, int64_t outputs, int thr
   }
   if (bands.rows >= s.out_h) {
     const int64_t share = std::max<int64_t>(1, s.batch / std::max(1, threads));
-    bands.images = std::clamp<int64_t>(kBandFloats / floats(bands.rows), 1, std::min(kMostImages, share));
+    bands.images = std::clamp<int64_t>(kMapBandFloats / floats(bands.rows), 1, std::min(kMostImages, share));
   }
   bands.in_rows = in_rows(bands.rows);
   return bands;
@@ -367,10 +367,10 @@ void masked_conv2d_maps(const ConvShape& s, const ConvTensors<float>& t, const O
   const int64_t inputs = t.in_offset[1], count = static_cast<int64_t>(places.size());
   const Bands bands = lay_out_bands(s, inputs, count, threads);
   const int64_t strips = ceil_div(s.out_h, bands.rows);
-  // As many groups for every thread.
+  // The same number of groups for every thread.
   const int64_t groups = std::min(s.batch, round_up(ceil_div(s.batch, bands.images), std::max(1, threads)));
   const int64_t work = ceil_div(s.batch, groups) * bands.rows * s.out_w * count * inputs * kTaps;
-  parallel(groups * strips, 1 + kWorthwhile / std::max<int64_t>(1, work), [&](int64_t begin, int64_t end) {
+  parallel(groups * strips, 1 + kMapThreadMacs / std::max<int64_t>(1, work), [&](int64_t begin, int64_t end) {
     const float* panels = weights ? weights : own_weights(s, t, outputs, planes);
     Worker worker(s, t, places, kernels, planes, bands, panels);
     for (int64_t unit = begin; unit < end; ++unit) {

@@ -142,8 +142,8 @@ void keep_weights(const ConvShape& s, const ConvTensors<float>& t, const PlaneKe
     to = write_tiles(s, t, group, outputs, to);
   }
   if (!can_use_maps(s, t.in_offset[1], open_rows(s, t))) return;
-  // Of one group, whose outputs are listed. Whether the stride will be 1, for which Winograd's are, is not
-  // known yet.
+  // There is one group, whose outputs are listed. Winograd's weights are for a stride of 1, which is not
+  // known yet: they are packed, too.
   pack_map_weights(s, t, outputs, kernels, true, to);
 }
 

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "masked_pack.h"
+#include "plan.h"
 #include "workspace.h"
 
 namespace gatedconv {
@@ -18,14 +19,14 @@ namespace {
 
 // Floats of copied planes that stay in a core's second-level cache with the weights: 256 KiB, half of a small
 // one. This and the limit below are chosen by size, unmeasured.
-constexpr int64_t kBandFloats = 64 * 1024;
+constexpr int64_t kPlaneBandFloats = 64 * 1024;
 
 // Floats between planes whose size is a power of 2: the same pixel of all of them would fall on one cache
 // set.
 constexpr int64_t kPlaneGap = 16;
 
 // Multiply-adds that are worth a thread: 2.5 us at 40 a nanosecond.
-constexpr int64_t kWorthwhile = 100 * 1000;
+constexpr int64_t kPlaneThreadMacs = 100 * 1000;
 
 // The rows that kernel rows of one phase (kh * dilation modulo stride) read.
 struct Phase {
@@ -51,10 +52,6 @@ struct Layout {
 void reserve(std::vector<float>& buffer, int64_t floats) {
   if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
   poison(buffer.data(), floats);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
 }
 
 bool planar(const Strides4& strides, int64_t width) {
@@ -102,7 +99,8 @@ Layout lay_out(const ConvShape& s, const ConvTensors<float>& t, int64_t channels
   // Enough bands for every thread, and each small enough for the cache.
   int64_t band = ceil_div(s.out_h, std::max<int64_t>(1, ceil_div(threads, std::max<int64_t>(1, s.batch))));
   const int64_t row_floats = channels * s.kernel_w * static_cast<int64_t>(layout.phases.size()) * s.out_w;
-  band = std::max<int64_t>(1, std::min(band, kBandFloats / std::max<int64_t>(1, row_floats) - s.kernel_h));
+  band =
+      std::max<int64_t>(1, std::min(band, kPlaneBandFloats / std::max<int64_t>(1, row_floats) - s.kernel_h));
   band = ceil_div(s.out_h, ceil_div(s.out_h, band));
   const bool pointwise = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 &&
                          s.out_h == s.height && s.out_w == s.width;
@@ -220,7 +218,7 @@ void copy_band(const ConvShape& s, const ConvTensors<float>& t, const Layout& la
   }
 }
 
-// What a closed output is, in a planar output.
+// Writes rows of a closed channel to a planar output: act(residual), or 0.
 void write_closed(const ConvShape& s, const ConvTensors<float>& t, int64_t n, int64_t row, int64_t begin,
                   int64_t end) {
   const int64_t first = begin * s.out_w, count = (end - begin) * s.out_w;
@@ -379,7 +377,7 @@ void masked_conv2d_planes(const ConvShape& shape, const ConvTensors<float>& tens
   const int64_t bands = ceil_div(shape.out_h, layout.band);
   const int64_t work = layout.band * shape.out_w * shape.out_channels * shape.in_channels / shape.groups *
                        shape.kernel_h * shape.kernel_w;
-  parallel(shape.batch * bands, 1 + kWorthwhile / std::max<int64_t>(1, work),
+  parallel(shape.batch * bands, 1 + kPlaneThreadMacs / std::max<int64_t>(1, work),
            [&](int64_t begin, int64_t end) {
              Worker worker(shape, tensors, kernels, layout, outputs);
              for (int64_t unit = begin; unit < end; ++unit) {

@@ -27,7 +27,7 @@ struct PlaneTile {
   bool relu;
 };
 
-// Where each channel of a pixel comes from among its open ones: -1 for closed ones, which are zeros.
+// For each channel of a pixel its place among the open ones; -1 for closed ones, which are zeros.
 using Spread = std::vector<int32_t>;
 
 struct PlaneKernels {

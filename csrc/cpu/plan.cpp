@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kMaxGroup = 8;  // images in a workspace
 
-// Where a chunk of images lies in a workspace, and the steps with their maps placed there.
+// A chunk of images in a workspace: the steps with their maps placed there.
 class Chunk {
  public:
   Chunk(const Plan& plan, float* workspace, int64_t images)
@@ -174,7 +174,7 @@ class ImageWork : public Work {
             float* workspace)
       : plan_(plan), kernels_(kernels), schedule_(schedule), output_(output), workspace_(workspace) {
     images_ = schedule.share * schedule.workers;
-    chunks_ = count_parts(schedule.share, schedule.most) * schedule.workers;
+    chunks_ = ceil_div(schedule.share, schedule.most) * schedule.workers;
   }
   void work(int worker) override {
     for (int64_t i; (i = next_.fetch_add(1)) < chunks_; done_.fetch_add(1, std::memory_order_release)) {
@@ -213,7 +213,7 @@ class StepWork : public Work {
         first_(first),
         seconds_(seconds) {
     for (const Segment& segment : segments_) {
-      // What does not go round is shared.
+      // Images that are left over are shared.
       const int64_t alone = segment.alone ? images / schedule.workers * schedule.workers : 0;
       if (alone)
         items_.push_back({{}, {}, {alone, static_cast<int>(alone), 1, 1}, segment.begin, 1, false, &segment});

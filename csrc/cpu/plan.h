@@ -26,6 +26,16 @@ constexpr bool kFuzzing = true;
 constexpr bool kFuzzing = false;
 #endif
 
+// Static, as is in_bf16 below: every instruction set's units include them, and of an inline function that is
+// not inlined the linker could keep the copy with AVX.
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+static inline int64_t round_up(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
+
 enum class Op : int64_t {
   kInput,   // NCHW tensor of any strides -> map
   kOutput,  // map -> contiguous NCHW tensor
@@ -176,7 +186,7 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 
-// What computes products of bfloat16: "amx", "avx512_bf16" or "emulated".
+// The instructions that multiply bfloat16: "amx", "avx512_bf16" or "emulated".
 const char* bf16_name(const Kernels& kernels);
 
 // The best instruction set of this machine, or the one that GATEDCONV_ISA names (null if it cannot run here).

@@ -164,7 +164,7 @@ std::vector<std::pair<size_t, size_t>> find_runs(const Plan& plan) {
 
 void size_slots(Plan& plan) {
   std::fill(plan.slot_floats.begin(), plan.slot_floats.end(), 0);
-  // What is read counts, too: a damaged program may read a slot as a larger map than was written there.
+  // Maps that are read count, too: a damaged program may read a slot as a larger map than was written there.
   for (const Step& step : plan.steps) {
     for (const Map* map : {&step.in, &step.out, &step.residual, &step.gate}) {
       if (!map->exists() || map->passes) continue;

@@ -15,7 +15,7 @@
 
 namespace gatedconv {
 
-// What is wrong with a file, in one line.
+// A damaged file; the message, one line, says what is wrong.
 struct FileError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -34,10 +34,6 @@ int64_t group_of(const Amount& amount, int64_t most) {
 
 }  // namespace
 
-int count_parts(int64_t all, int64_t size) {
-  return static_cast<int>((all + size - 1) / size);
-}
-
 int64_t cache_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -137,7 +133,7 @@ std::vector<std::array<Life, 4>> find_lives(const Plan& plan) {
 
 Split split_step(const Step& step, int64_t images, int workers) {
   const int channels = step.op == Op::kOutput || step.op == Op::kInput ? kPanel : step.out.channels;
-  Split split{images * step.rows, 1, count_parts(channels, kPanel), 1};
+  Split split{images * step.rows, 1, static_cast<int>(ceil_div(channels, kPanel)), 1};
   if (workers == 1) return split;
   const bool by_channels = !step.in.passes && (is_conv(step) || step.op == Op::kMeanPool) &&
                            split.panels >= workers &&

@@ -10,9 +10,6 @@
 
 namespace gatedconv {
 
-// Parts of at most `size` that make up `all`.
-int count_parts(int64_t all, int64_t size);
-
 // Bytes of feature maps that should stay in a core's own cache while a step runs.
 int64_t cache_bytes();
 
@@ -48,7 +45,7 @@ struct Life {
   bool inside(const Segment& segment) const { return begin >= segment.begin && end < segment.end; }
 };
 
-// Of every step the lives of the maps `in`, `out`, `residual` and `gate`.
+// The lives of the maps `in`, `out`, `residual` and `gate` of every step.
 std::vector<std::array<Life, 4>> find_lives(const Plan& plan);
 
 // How one step, or a run that ends with it, is cut into tasks: bands of rows, each in blocks of output

@@ -5,7 +5,7 @@
 
 namespace gatedconv::GATEDCONV_ISA {
 
-// What a tile reads and writes. Offsets and strides are in floats.
+// The operands of a tile. Offsets and strides are in floats.
 struct Tile {
   const float* pixels;     // first tap, first channel of the first pixel
   ptrdiff_t pixel_stride;  // from one output pixel's window to the next one's

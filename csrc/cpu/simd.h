@@ -104,7 +104,7 @@ static inline vec hard_sigmoid(vec value) {
   return clamped * 0.16666667163f + clamped * -4.967053731e-9f;
 }
 
-// What `in_registers` names.
+// Applies one of the activations that `in_registers` names.
 static inline vec activate(vec value, Act act) {
   if (act == Act::kNone) return value;
   if (act <= Act::kRelu6) {

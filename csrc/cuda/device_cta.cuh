@@ -24,7 +24,7 @@ __device__ inline void load_matrices(uint32_t (&to)[2], uint32_t row) {
                : "r"(row));
 }
 
-// What the format's instructions require of the GPU.
+// The oldest architecture that has the format's instructions.
 template <class Math>
 constexpr int kOldest = 750;
 template <>

@@ -1,4 +1,4 @@
-// What the operators of the CUDA library share: streams, what the device is, which format multiplies a dtype.
+// Shared by the operators of the CUDA library: streams, properties of the device, the format for a dtype.
 #pragma once
 
 // Files that include this define USE_CUDA above all includes: PyTorch's headers require it.

@@ -11,7 +11,7 @@
 
 namespace gatedconv {
 
-// What a lane keeps through a tile.
+// The state that a lane keeps through a tile.
 template <class Math, int MT, int NT>
 struct LaneState {
   static constexpr int kRows =

@@ -164,7 +164,7 @@ GATEDCONV_HOST_DEVICE inline Pixel tile_pixel(const ConvArgs& a, const ConvTile&
   return {p.sample, p.row, p.col, inside};
 }
 
-// Where row m of a tile begins in the patch at tap (0, 0), in bytes; any place for rows past the tile.
+// The byte of the patch at which row m of a tile begins, at tap (0, 0); any place for rows past the tile.
 GATEDCONV_HOST_DEVICE inline int32_t patch_row(const ConvTile& t, int m) {
   const int32_t per_sample = t.rows * t.cols;
   if (m >= t.samples * per_sample) return 0;
@@ -177,7 +177,7 @@ GATEDCONV_HOST_DEVICE inline int32_t patch_tap(const ConvArgs& a, const ConvTile
   return (tap / a.kernel_w * t.tap_h * t.patch_w + tap % a.kernel_w * t.tap_w) * t.pitch;
 }
 
-// Where a patch pixel lies in the input, in elements at channel 0; -1 for padding and for samples past the
+// The place of a patch pixel in the input, in elements, at channel 0; -1 for padding and for samples past the
 // end.
 GATEDCONV_HOST_DEVICE inline int64_t patch_source(const ConvArgs& a, const ConvTile& t, const TileStart& at,
                                                   int32_t pixel) {

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA registration of masked_conv2d share: the op's arguments checked and laid out.
+// Shared by the CPU and the CUDA body of masked_conv2d: its arguments, checked and laid out.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv._checks import require_choice
 from gatedconv.convert import install
 from gatedconv.convert.branches import Branch, find_branches
 from gatedconv.convert.channels import MOST_CAUTION
@@ -33,7 +34,6 @@ from gatedconv.convert.verify import require_same, require_same_training
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
 from gatedconv.measure.macs import count_macs
 from gatedconv.nn.block import GATES, POSITIONS
-from gatedconv.ops._checks import require_choice
 
 
 def gate_model(

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv._checks import require_choice
 from gatedconv._io import first_line, silenced
 from gatedconv.convert.example import does_not_run
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.engine_hooks import engine_hooks
 from gatedconv.gating import find_gates, require_frozen, unwrap
-from gatedconv.ops._checks import require_choice
 
 ONNX_OPSET = 18
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
+from gatedconv._checks import require_choice
 from gatedconv.gating.collectives import SynchronizedNorm
-from gatedconv.ops._checks import require_choice
 from gatedconv.ops.estimate import DEFAULT_TEMPERATURE, require_estimator
 from gatedconv.ops.gate import decide
 
@@ -70,9 +70,9 @@ class Gate(nn.Module):
 
 
 class Estimator(nn.Module):
-    r"""The state and the noise of an estimator, and the distance of logits (N, num_gates) from its threshold.
+    r"""The state of an estimator between calls, its noise, and the distance of logits from its threshold.
 
-    It keeps what an estimator needs between calls. In training it may draw noise; in eval it is deterministic.
+    Logits are (N, num_gates). In training it may draw noise; in eval it is deterministic.
 
     "ste": eqs. 3-4 of the paper: forward z > 0; backward the identity where \|z\| <= 1. "gumbel": hard
     binary Gumbel-softmax (Jang et al. 2017). "bernoulli": a sample of Bernoulli(sigmoid(z)) with the gradient

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gatedconv._checks import require_choice
 from gatedconv.gating.collectives import global_mean, world_size
 from gatedconv.gating.mac_terms import cached, expected_macs, mac_terms
 from gatedconv.gating.registry import find_gates, open_rates, require_gates, unwrap
-from gatedconv.ops._checks import require_choice
 
 _WINDOW = "gatedconv_rate_window"  # the attribute of a model in `accumulating`
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
+from gatedconv._checks import require_choice
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, MacTerm, forget
 from gatedconv.gating.gates import Gate
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn import Conv2d
-from gatedconv.ops._checks import require_choice
 from gatedconv.ops.estimate import DEFAULT_TEMPERATURE
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
+from gatedconv._checks import require_choice
 from gatedconv.gating import ESTIMATORS, ChannelGate, LayerGate, MacTerm, forget
 from gatedconv.gating.gates import POOLS
 from gatedconv.gating.mac_terms import conv_macs, norm_macs, params_of
 from gatedconv.nn.block import GATES, POSITIONS, BasicBlock
 from gatedconv.nn.skip import has_hooks
-from gatedconv.ops._checks import require_choice
 from gatedconv.ops.estimate import DEFAULT_TEMPERATURE
 
 WIDTHS = (16, 32, 64)

@@ -20,7 +20,7 @@ from gatedconv import ops
 from gatedconv.gating import Gate
 from gatedconv.gating.gates import LearnedGate
 from gatedconv.nn.conv import Conv2d
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 
 ConvNorm = tuple[Conv2d, nn.BatchNorm2d]
 
@@ -152,7 +152,7 @@ def _conv_relu(
 
 def decides_on_device(x: Tensor, first: ConvNorm, last: ConvNorm) -> bool:
     """Whether to run one of these branches: our kernels are enabled and available, and no gradient is required."""
-    if x.device.type != "cuda" or torch.is_grad_enabled() or cuda_conv.kernels_mode() != "on":
+    if x.device.type != "cuda" or torch.is_grad_enabled() or _masked_conv2d_cuda.kernels_mode() != "on":
         return False
     return all(
         type(norm) is nn.BatchNorm2d
@@ -161,7 +161,7 @@ def decides_on_device(x: Tensor, first: ConvNorm, last: ConvNorm) -> bool:
         and conv.gate is None
         and conv.padding_mode == "zeros"
         and not (has_hooks(conv) or has_hooks(norm))
-        and cuda_conv.takes(x, conv.kernel_size, conv.dilation, conv.groups)
+        and _masked_conv2d_cuda.takes(x, conv.kernel_size, conv.dilation, conv.groups)
         for conv, norm in (first, last)
     )
 

@@ -4,9 +4,9 @@ Each with a kernel has ``<name>_reference``: the same function in plain PyTorch,
 """
 
 from gatedconv.ops._gate_args import GateOptions, GateOutput, GateParameters, GateStatistics
+from gatedconv.ops._masked_conv2d_cuda import cuda_kernels
 from gatedconv.ops._masked_conv2d_packed import PackedConv
 from gatedconv.ops._triton import kernels_run_on
-from gatedconv.ops.cuda_conv import cuda_kernels
 from gatedconv.ops.estimate import ESTIMATORS, estimate
 from gatedconv.ops.gate import gate, gate_reference
 from gatedconv.ops.gated_residual import (

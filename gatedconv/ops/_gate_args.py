@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gatedconv._checks import require_tensor
 from gatedconv.ops import _triton
-from gatedconv.ops._checks import require_tensor
 from gatedconv.ops.estimate import DEFAULT_TEMPERATURE, require_estimator
 
 _MAX_HIDDEN = 128  # units of the hidden layer that fit a kernel's tile
@@ -71,7 +71,7 @@ class GateOptions:
 
 
 class GateOutput(NamedTuple):
-    """What a gate decides.
+    """The decision of a gate.
 
     gate (N, O), exactly 0 or 1; open_rate (O,), its mean over the batch; logits (N, O). All differentiable.
     """
@@ -157,7 +157,7 @@ def kernels_can(
 def empty_decision(
     weight1: Tensor | None, weight2: Tensor, batch: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What kernels return of a gate, uninitialized: gate in ``dtype``, open rate, logits, hidden, stat, threshold."""
+    """The outputs of a gate's kernels, uninitialized: gate in ``dtype``, open rate, logits, hidden, stat, threshold."""
     gates, hidden, new = weight2.shape[0], 0 if weight1 is None else weight1.shape[0], weight2.new_empty
     gate = new((batch, gates), dtype=dtype)
     return gate, new(gates), new(batch, gates), new(batch, hidden), new(3, hidden), new(gates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,39 +68,12 @@ def check_arguments(
     channels = weight.shape[0]
     if bias is not None and bias.shape[0] != channels:
         raise ValueError(f"masked_conv2d: bias must have shape ({channels},), got {tuple(bias.shape)}")
-    numbers = (input.shape, weight.shape, stride, padding, dilation, groups)
-    geometry = _known(numbers) or _geometry(*numbers)
+    geometry = _geometry(input.shape, weight.shape, stride, padding, dilation, groups)
     if residual is not None and residual.shape != geometry.output_shape:
         raise ValueError(
             f"masked_conv2d: residual must have the output's shape {geometry.output_shape}, got {tuple(residual.shape)}"
         )
     return Conv(input, weight, bias, out_open, in_open, residual, geometry, relu)
-
-
-_MOST_KEPT = 1024
-_geometries: dict[tuple[Any, ...], Geometry] = {}
-
-
-def _known(numbers: tuple[Any, ...]) -> Geometry | None:
-    """The geometry if it can be kept; computing it at every call would take half of a small layer's time."""
-    if torch.compiler.is_compiling() or not all(map(_is_plain, numbers[2:])):
-        return None
-    try:
-        found = _geometries.get(numbers)
-    except TypeError:  # sizes that are being traced have no hash
-        return None
-    if found is None:
-        if len(_geometries) >= _MOST_KEPT:
-            _geometries.clear()
-        found = _geometries[numbers] = _geometry(*numbers)
-    return found
-
-
-def _is_plain(number: object) -> bool:
-    """Whether equal ones mean the same: True equals 1, and is not accepted."""
-    if type(number) is tuple:
-        return len(number) == 2 and type(number[0]) is type(number[1]) is int
-    return type(number) is int or type(number) is str
 
 
 def _geometry(
@@ -132,7 +105,8 @@ def _geometry(
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     if residual is None and isinstance(input, Tensor) and isinstance(weight, Tensor):
-        # The usual call is right; checking it tensor by tensor would take half of a small layer's time.
+        # The usual call is right; checking it tensor by tensor adds 0.9 us to a small layer's 15 (n1 i16 o16 h8 k3
+        # open50, one thread of an EPYC, family 26).
         dtype, device = input.dtype, input.device
         alike = dtype == weight.dtype and device == weight.device
         alike = alike and input.layout == weight.layout == torch.strided
@@ -201,6 +175,7 @@ def _require_int(name: str, value: object, least: int) -> None:
 
 
 def _pair(name: str, value: IntPair, least: int) -> tuple[int, int]:
+    # Without this case, the usual one, three pairs add 1.7 us to a small layer's 15, measured as above.
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
         if least <= value[0] <= _MOST and least <= value[1] <= _MOST:
             return value

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gatedconv import _native
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 from gatedconv.ops._masked_conv2d_args import Conv, Geometry, conv_memory_format
 from gatedconv.ops._masked_conv2d_compact import compact_backward
-from gatedconv.ops._triton import arguments_schema, constant_in_graphs
+from gatedconv.ops._registration import arguments_schema, constant_in_graphs
 
 _NAME = "gatedconv::masked_conv2d"
 _library: torch.library.Library | None = None
@@ -59,7 +59,7 @@ def pack(weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int) 
 
 def _tf32(tensor: Tensor) -> dict[str, bool]:
     """The argument that only GPUs take."""
-    return {"allow_tf32": cuda_conv.allows_tf32()} if tensor.is_cuda and tensor.dtype == torch.float32 else {}
+    return {"allow_tf32": _masked_conv2d_cuda.allows_tf32()} if tensor.is_cuda and tensor.dtype == torch.float32 else {}
 
 
 class BackwardArguments(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.ops import _masked_conv2d_native, cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda, _masked_conv2d_native
 
 
 class PackedConv:
@@ -102,9 +102,17 @@ class _Same:
 
 
 def _device_key(tensors: tuple[Tensor, ...], groups: int) -> tuple[object, ...]:
-    """What must not change for weights packed on a GPU to hold; on another stream they might not be there yet."""
+    """The key of weights packed on a GPU.
+
+    The stream is part of it, since another one may read before the packing has finished.
+    """
     states = [(_Same(t), *_state(t), t.shape, t.stride(), t.dtype) for t in tensors]
-    return (*states, groups, cuda_conv.allows_tf32(), torch.cuda.current_stream(tensors[0].device).cuda_stream)
+    return (
+        *states,
+        groups,
+        _masked_conv2d_cuda.allows_tf32(),
+        torch.cuda.current_stream(tensors[0].device).cuda_stream,
+    )
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

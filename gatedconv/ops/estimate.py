@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gatedconv.ops._checks import require_choice, require_tensor
+from gatedconv._checks import require_choice, require_tensor
 from gatedconv.ops.ste import ste
 
 ESTIMATORS = ("ste", "gumbel", "bernoulli", "batch_mean")

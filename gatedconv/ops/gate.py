@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gatedconv.ops import _triton
 from gatedconv.ops._gate_args import (
     GateOptions,
     GateOutput,
@@ -22,6 +21,7 @@ from gatedconv.ops._gate_args import (
     kernels_can,
     require_batch,
 )
+from gatedconv.ops._registration import arguments_schema
 from gatedconv.ops.estimate import estimate
 from gatedconv.ops.global_average_pool import global_average_pool
 
@@ -122,7 +122,7 @@ def _normalize(hidden: Tensor, parameters: GateParameters, statistics: GateStati
 
 
 class ForwardArguments(NamedTuple):
-    """The arguments of ``gatedconv::gate_forward``; ``dtype`` is that of the gate."""
+    """The arguments of ``gatedconv::gate``; ``dtype`` is that of the gate."""
 
     x: Tensor
     weight1: Tensor | None
@@ -185,7 +185,7 @@ def _compiled(
 ) -> GateOutput:
     """Compute `gate` through the operators; the buffers move here, in the graph."""
     arguments = _arguments(x, parameters, noise, statistics, options)
-    gate, rate, logits, _, _, stat, threshold = torch.ops.gatedconv.gate_forward.default(*arguments)
+    gate, rate, logits, _, _, stat, threshold = torch.ops.gatedconv.gate.default(*arguments)
     move_buffers(statistics, options, rate, stat, threshold)
     return GateOutput(gate, rate, logits)
 
@@ -236,12 +236,12 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return gate, rate, logits, pooled, *rest
 
 
-def _backward_fake(*arguments: Any) -> list[Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels.common import gradient_like
 
     a = BackwardArguments(*arguments)
     dx = gradient_like(a.features, a.dtype) if a.need_dx else a.weight2.new_empty(0)
-    return [dx, *empty_gradients(a.weight1, a.weight2)]
+    return dx, *empty_gradients(a.weight1, a.weight2)
 
 
 def _save(ctx: Any, arguments: ForwardArguments, output: Sequence[Tensor]) -> None:
@@ -291,17 +291,19 @@ class _Gate(torch.autograd.Function):
 
 
 torch.library.define(
-    "gatedconv::gate_forward",
-    f"({_triton.arguments_schema(ForwardArguments)}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, "
+    "gatedconv::gate",
+    f"({arguments_schema(ForwardArguments)}) -> (Tensor gate, Tensor rate, Tensor logits, Tensor pooled, "
     "Tensor hidden, Tensor stat, Tensor threshold)",
 )
-torch.library.define("gatedconv::gate_backward", f"({_triton.arguments_schema(BackwardArguments)}) -> Tensor[]")
-torch.library.impl("gatedconv::gate_forward", "CUDA", _forward_kernels)
+torch.library.define(  # gradients of x and of the six parameters
+    "gatedconv::gate_backward", f"({arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 7)})"
+)
+torch.library.impl("gatedconv::gate", "CUDA", _forward_kernels)
 torch.library.impl("gatedconv::gate_backward", "CUDA", _backward_kernels)
-torch.library.register_fake("gatedconv::gate_forward", _forward_fake)
+torch.library.register_fake("gatedconv::gate", _forward_fake)
 torch.library.register_fake("gatedconv::gate_backward", _backward_fake)
 torch.library.register_autograd(
-    "gatedconv::gate_forward",
+    "gatedconv::gate",
     lambda ctx, *grads: (*_gradients(ctx, grads, torch.ops.gatedconv.gate_backward.default), *[None] * 11),
     setup_context=lambda ctx, inputs, output: _save(ctx, ForwardArguments(*inputs), output),
 )

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gatedconv._checks import require_map, require_tensor
 from gatedconv.ops import _triton
-from gatedconv.ops._checks import require_map, require_tensor
 from gatedconv.ops._gate_args import (
     GateOptions,
     GateOutput,
@@ -23,6 +23,7 @@ from gatedconv.ops._gate_args import (
     kernels_can,
     require_batch,
 )
+from gatedconv.ops._registration import arguments_schema
 from gatedconv.ops.gate import gate_reference, move_buffers
 
 
@@ -51,7 +52,7 @@ class InnerGate(NamedTuple):
 
 
 class ResidualOutput(NamedTuple):
-    """What leaves a block.
+    """The output of a block.
 
     out (N, C, H, W); pooled (N, C), its mean over H and W in the norm's dtype, for the next block's gate;
     channel: the inner gate's decision, None without one. All are differentiable, except ``channel.gate`` where
@@ -251,7 +252,7 @@ def _compiled(
 
 
 def _flat(kept: Any) -> _Kept:
-    """What the kernels return as the outputs of the operator."""
+    """The outputs of the operator, made of those of the kernels."""
     flat: tuple[Any, ...] = (*kept[:4], *(kept.stat.new_empty(0) for _ in range(7)))
     if kept.decision is not None:
         d = kept.decision
@@ -273,9 +274,10 @@ def _forward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     return _flat(kernels.forward(a.x, a.shortcut, a.layer, norm, channel, update=False))
 
 
-def _backward_kernels(*arguments: Any) -> list[Tensor]:
+def _backward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels import gate
-    from gatedconv.kernels import gated_residual as kernels
+    from gatedconv.kernels import gated_residual as forward
+    from gatedconv.kernels import gated_residual_backward as kernels
 
     a = BackwardArguments(*arguments)
     norm = NormArguments(a.weight, a.bias, None, None, None)  # type: ignore[arg-type]
@@ -285,10 +287,10 @@ def _backward_kernels(*arguments: Any) -> list[Tensor]:
         options = GateOptions(a.estimator, a.temperature, training=a.train, batch_stats=a.batch_stats)
         channel = InnerGate(parameters, GateStatistics(), options, a.noise)
         decision = gate.GateForward(a.gate, None, a.logits, a.normed, a.hidden, a.gate_stat, a.threshold)
-    saved = kernels.ResidualForward(a.out, None, a.stat, a.pooled, a.normed, decision)
+    saved = forward.ResidualForward(a.out, None, a.stat, a.pooled, a.normed, decision)
     grads = (a.d_out, a.d_pooled, (a.d_rate, a.d_logits))
     made = kernels.backward(*grads, a.x, saved, a.layer, norm, channel, shortcut_dtype=a.shortcut_dtype)
-    return [a.weight.new_empty(0) if grad is None else grad for grad in made]
+    return tuple(a.weight.new_empty(0) if grad is None else grad for grad in made)
 
 
 def _forward_fake(*arguments: Any) -> _Kept:
@@ -303,17 +305,17 @@ def _forward_fake(*arguments: Any) -> _Kept:
     return _Kept(*first, new(batch, channels), *empty_decision(a.weight1, a.weight2, batch, a.dtype))
 
 
-def _backward_fake(*arguments: Any) -> list[Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels.common import gradient_like
 
     a = BackwardArguments(*arguments)
     new = a.weight.new_empty
     d_shortcut = new(0) if a.shortcut_dtype is None else gradient_like(a.out, a.shortcut_dtype)
     d_layer = new(0) if a.layer is None else torch.empty_like(a.layer, memory_format=torch.contiguous_format)
-    first = [gradient_like(a.x, a.x.dtype), d_shortcut, d_layer, torch.empty_like(a.weight), torch.empty_like(a.weight)]
+    first = (gradient_like(a.x, a.x.dtype), d_shortcut, d_layer, torch.empty_like(a.weight), torch.empty_like(a.weight))
     if a.weight2 is None:
-        return [*first, *(new(0) for _ in range(6))]
-    return [*first, *empty_gradients(a.weight1, a.weight2)]
+        return *first, *(new(0) for _ in range(6))
+    return *first, *empty_gradients(a.weight1, a.weight2)
 
 
 def _save(ctx: Any, arguments: ForwardArguments, kept: _Kept) -> None:
@@ -380,10 +382,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 torch.library.define(
     "gatedconv::gated_residual",
-    f"({_triton.arguments_schema(ForwardArguments)}) -> ({_triton.arguments_schema(_Kept)})",
+    f"({arguments_schema(ForwardArguments)}) -> ({arguments_schema(_Kept)})",
 )
-torch.library.define(
-    "gatedconv::gated_residual_backward", f"({_triton.arguments_schema(BackwardArguments)}) -> Tensor[]"
+torch.library.define(  # gradients of x, shortcut, layer, weight, bias and of the gate's six parameters
+    "gatedconv::gated_residual_backward",
+    f"({arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 11)})",
 )
 torch.library.impl("gatedconv::gated_residual", "CUDA", _forward_kernels)
 torch.library.impl("gatedconv::gated_residual_backward", "CUDA", _backward_kernels)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gatedconv._checks import require_map, require_tensor
 from gatedconv.ops import _triton
-from gatedconv.ops._checks import require_map, require_tensor
 
 
 def gated_scale(x: Tensor, gate: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gatedconv.ops._checks import require_map
+from gatedconv._checks import require_map
 
 
 def global_average_pool(x: Tensor, dtype: torch.dtype) -> Tensor:

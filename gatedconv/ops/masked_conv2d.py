@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gatedconv.ops import _masked_conv2d_native, cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda, _masked_conv2d_native
 from gatedconv.ops._masked_conv2d_args import Conv, IntPair, check_arguments, conv_memory_format
 from gatedconv.ops._masked_conv2d_compact import compact_backward, compact_forward, without_closed_samples
 from gatedconv.ops._masked_conv2d_packed import PackedConv
@@ -188,9 +188,9 @@ def _has_kernel(conv: Conv) -> bool:
     input, geometry = conv.input, conv.geometry
     if input.device.type == "cpu":
         return input.dtype in (torch.float32, torch.float64)
-    if input.device.type != "cuda" or cuda_conv.kernels_mode() != "on":
+    if input.device.type != "cuda" or _masked_conv2d_cuda.kernels_mode() != "on":
         return False
-    return cuda_conv.takes(input, conv.weight.shape[2:], geometry.dilation, geometry.groups)
+    return _masked_conv2d_cuda.takes(input, conv.weight.shape[2:], geometry.dilation, geometry.groups)
 
 
 # Where everything is open PyTorch's convolution is as fast from this many multiply-adds on; below, it pays

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatedconv.ops._checks import require_tensor
+from gatedconv._checks import require_tensor
 
 
 class _Ste(torch.autograd.Function):

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from gatedconv._cuda_graph import capture
 from gatedconv._io import first_line
 from gatedconv.gating import LayerGate, find_gates
-from gatedconv.ops._cuda_graph import capture
 
 
 def make_forward(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedconv._cuda_graph import capture, on_stream
 from gatedconv._io import first_line
 from gatedconv.gating import find_gates
-from gatedconv.ops._cuda_graph import capture, on_stream
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.distributed import SINGLE, Ranks
 from gatedconv.train.optimizer import learning_rate

@@ -33,10 +33,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import gatedconv
 from tests.convert.zoo import NAMED, TASKS, Subject, build, drawn, fresh, randomize
+from tests.tolerances import OF_TWO_IMAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "results" / "architectures"
-TOLERANCE = 1e-4  # of the difference between the outputs of two images, fp32
 MASKS: tuple[float | str, ...] = (0.7, 0.3, "one", "closed")
 SECTIONS = (
     ("named", "named networks"),
@@ -85,7 +85,7 @@ class Row:
     @property
     def ok(self) -> bool:
         """Gated, compacted and exact for every mask, or left alone with a reason."""
-        exact = self.gates > 0 and self.error <= TOLERANCE
+        exact = self.gates > 0 and self.error <= OF_TWO_IMAGES
         return not self.failures and (exact or bool(self.left))
 
 
@@ -185,13 +185,13 @@ def compared(
                 raise
             continue
         error = relative(call(result, example), expected, dense)
-        if not error <= TOLERANCE:
+        if not error <= OF_TWO_IMAGES:
             remark = f"{key}: {error:.0e} in single precision, amplified rounding"
             example = tree_map(lambda t: t.double() if t.is_floating_point() else t, example)
             source64, result64 = copy.deepcopy(source).double(), copy.deepcopy(result).double()
             expected = call(source64, example)
             error = relative(call(result64, example), expected, expected)
-            row.remarks += [remark] if error <= TOLERANCE else []
+            row.remarks += [remark] if error <= OF_TWO_IMAGES else []
         row.errors[key] = max(row.errors.get(key, 0.0), error)
         count += 1
     return count

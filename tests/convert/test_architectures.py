@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from tests.convert.architectures import KEPT, ROOT, SECTIONS, TOLERANCE, examine, kept, written
+from tests.convert.architectures import KEPT, ROOT, SECTIONS, examine, kept, written
 from tests.convert.zoo import NAMED, TASKS, drawn
+from tests.tolerances import OF_TWO_IMAGES
 
 QUICK = ("torchvision/resnet18", "torchvision/shufflenet_v2_x1_0", "timm/lcnet_050")
 
@@ -20,8 +21,8 @@ def test_an_architecture_is_gated_trained_compacted_and_exact(name):
     assert not row.failures
     assert row.ok and row.trained, row
     assert row.gates >= 13 and row.reach > 0.6 and row.removed["0.3"] > row.removed["0.7"] > 0.15
-    assert row.onnx is None or row.onnx <= 1e-4
-    assert row.engine is not None and row.engine <= 1e-4
+    assert row.onnx is None or row.onnx <= OF_TWO_IMAGES
+    assert row.engine is not None and row.engine <= OF_TWO_IMAGES
 
 
 def test_the_tables_of_the_documents_are_those_of_the_rows_that_are_kept():
@@ -37,7 +38,7 @@ def test_nearly_every_network_is_exact():
         assert all(row.failures for row in found if not row.ok)  # each with its reason
         assert all(row.kept or row.left or row.failures for row in found)
         exact = [row for row in found if not row.failures]
-        assert all(error <= TOLERANCE for row in exact for error in (row.onnx, row.engine) if error is not None)
+        assert all(error <= OF_TWO_IMAGES for row in exact for error in (row.onnx, row.engine) if error is not None)
 
 
 def test_a_draw_is_always_the_same_and_a_longer_one_begins_with_it(monkeypatch):

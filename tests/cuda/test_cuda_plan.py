@@ -15,7 +15,7 @@ import gatedconv
 from gatedconv.engine import tuner as tuner_module
 from gatedconv.engine.cuda import candidates, graphs
 from gatedconv.engine.cuda.time_on_gpu import planner_hash
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 from tests.cuda import plans
 from tests.cuda.plans import always
 from tests.engine.nets import Residual, error, settle
@@ -33,9 +33,9 @@ def kernel(monkeypatch):
         runs.append(arguments)
         return plans.conv_run(*arguments)
 
-    monkeypatch.setattr(cuda_conv, "takes", lambda x, kernel, dilation, groups: groups == 1)
-    monkeypatch.setattr(cuda_conv, "conv_pack", plans.conv_pack)
-    monkeypatch.setattr(cuda_conv, "conv_run", run)
+    monkeypatch.setattr(_masked_conv2d_cuda, "takes", lambda x, kernel, dilation, groups: groups == 1)
+    monkeypatch.setattr(_masked_conv2d_cuda, "conv_pack", plans.conv_pack)
+    monkeypatch.setattr(_masked_conv2d_cuda, "conv_run", run)
     return runs
 
 
@@ -378,10 +378,10 @@ def test_threads_take_turns_at_a_graph():
 
 def test_the_switch(monkeypatch):
     monkeypatch.delenv("GATEDCONV_CUDA_KERNELS", raising=False)
-    assert cuda_conv.kernels_mode() == "off"
+    assert _masked_conv2d_cuda.kernels_mode() == "off"
     monkeypatch.setenv("GATEDCONV_CUDA_KERNELS", "always")
     with pytest.raises(ValueError, match="expected off, on, auto or experimental, got 'always'"):
-        cuda_conv.kernels_mode()
+        _masked_conv2d_cuda.kernels_mode()
 
 
 def test_without_the_switch_no_kernel_of_ours_is_among_the_ways(kernel):
@@ -396,6 +396,6 @@ def test_pytorchs_own_setting_decides_about_tf32():
     try:
         for precision, allowed in (("tf32", True), ("ieee", False)):
             conv.fp32_precision = precision
-            assert cuda_conv.allows_tf32() is allowed
+            assert _masked_conv2d_cuda.allows_tf32() is allowed
     finally:
         conv.fp32_precision = before

@@ -48,7 +48,7 @@ class OnDevice:
     def __init__(self, monkeypatch) -> None:
         self.cuda_stream, self.tf32, self.packs = 0, False, 0
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
-        monkeypatch.setattr(_masked_conv2d_packed.cuda_conv, "allows_tf32", lambda: self.tf32)
+        monkeypatch.setattr(_masked_conv2d_packed._masked_conv2d_cuda, "allows_tf32", lambda: self.tf32)
 
     def key(self, *tensors, groups=1):
         return _masked_conv2d_packed._device_key(tensors, groups)

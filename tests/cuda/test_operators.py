@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from gatedconv.ops import cuda_conv, plan
+from gatedconv.ops import _masked_conv2d_cuda, plan
 from tests.cuda import plans
 
 
@@ -14,7 +14,7 @@ from tests.cuda import plans
 def stand_ins():
     if (reason := plan.unavailable()) is not None:
         pytest.skip(reason)
-    cuda_conv.register_fakes()
+    _masked_conv2d_cuda.register_fakes()
     with torch.library._scoped_library("gatedconv", "IMPL") as library:
         library.impl("conv_pack", plans.conv_pack, "CPU")
         library.impl("conv_run", run, "CPU")

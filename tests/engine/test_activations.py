@@ -8,6 +8,7 @@ from torch import nn
 
 import gatedconv
 from tests.engine.nets import ISAS, supported
+from tests.tolerances import EACH_VALUE
 
 # Reference in float64 and the most units in the last place that csrc/cpu/activations.h states.
 ACTIVATIONS = {
@@ -99,4 +100,4 @@ def test_nan_infinities_and_signs_of_zero(isa, name):
     result, expected = run(module, x), module(x.double()).float()
     assert torch.equal(result.isnan(), expected.isnan()) and torch.equal(result.isinf(), expected.isinf())
     finite = expected.isfinite()
-    assert torch.allclose(result[finite], expected[finite], rtol=1e-5, atol=1e-30)
+    assert torch.allclose(result[finite], expected[finite], **EACH_VALUE)

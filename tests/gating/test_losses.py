@@ -37,6 +37,23 @@ def test_polarization_gradient_is_one_minus_two_g(model):
     assert gate.fc1.weight.grad.abs().sum() > 0
 
 
+def test_gradcheck_of_the_forms_with_gradients_of_their_own(model):
+    gates = gatedconv.gates(model)
+    rates = [torch.rand(gate.num_gates, dtype=torch.float64).requires_grad_() for gate in gates.values()]
+
+    def polarization(*rates):
+        for gate, rate in zip(gates.values(), rates, strict=True):
+            gate.open_rate = rate
+        return polarization_loss(model)
+
+    def macs(*rates):
+        total = sum(term.macs for term in model.mac_terms)
+        return expected_macs(model, dict(zip(gates, rates, strict=True))) / total
+
+    for function in (polarization, macs):
+        assert torch.autograd.gradcheck(function, rates)
+
+
 def test_activation_is_equation_10_uniform_or_weighted(model):
     means = {name: g.open_rate.mean().item() for name, g in gatedconv.gates(model).items()}
     assert activation_loss(model).item() == pytest.approx(sum(means.values()) / len(means), rel=1e-5)

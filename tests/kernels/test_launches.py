@@ -148,9 +148,9 @@ def test_programs_that_sum_over_the_batch_fill_the_device(monkeypatch):
     from gatedconv.kernels import gated_residual as kernels
 
     x = torch.zeros(1024, 16, 32, 32).contiguous(memory_format=torch.channels_last)
-    assert kernels._grid(x)[0] == 512  # two samples a program: 528 programs at most
+    assert kernels.batch_grid(x)[0] == 512  # two samples a program: 528 programs at most
     monkeypatch.setattr(kernels, "multiprocessors", lambda _: 40)
-    assert kernels._grid(x)[0] == 147  # seven samples a program: 160 at most
+    assert kernels.batch_grid(x)[0] == 147  # seven samples a program: 160 at most
 
 
 @pytest.mark.parametrize(("variable", "devices"), [(None, ("cuda",)), ("auto", ("cuda",)), ("off", ())])

@@ -1,7 +1,7 @@
 """The gate and the block's end in closed form, gradients derived by hand: the oracle of both operators.
 
 Of the package it uses the operators' argument lists and the layout of a gradient; no arithmetic. Importing it gives
-``gatedconv::gate_forward`` and the other operators with Triton kernels a body on the CPU, so that schemas, fakes,
+``gatedconv::gate`` and the other operators with Triton kernels a body on the CPU, so that schemas, fakes,
 autograd formulas and compiled graphs can be tested without a GPU. The package has none there: its CPU code is the
 reference.
 """
@@ -42,7 +42,7 @@ def through_estimator(d, z, estimator, noise, threshold, temperature):
     return torch.where((z - threshold).abs() <= 1, d, 0)
 
 
-def gate_forward(*arguments):
+def gate(*arguments):
     a = gate_op.ForwardArguments(*arguments)
     dtype, pooling = a.weight2.dtype, a.x.dim() == 4 and not a.flatten
     pooled = a.x.mean((2, 3), dtype=dtype) if pooling else a.weight2.new_empty(0)
@@ -59,8 +59,8 @@ def gate_forward(*arguments):
     threshold = torch.zeros_like(a.bias2)
     if a.estimator == "batch_mean":
         threshold = logits.mean(0) if a.train else a.running_threshold.clone()
-    gate = open_gates(logits, a.estimator, a.noise, threshold).to(dtype)
-    return gate.to(a.dtype, copy=True), gate.mean(0), logits, pooled, hidden, stat, threshold
+    opened = open_gates(logits, a.estimator, a.noise, threshold).to(dtype)
+    return opened.to(a.dtype, copy=True), opened.mean(0), logits, pooled, hidden, stat, threshold
 
 
 def gate_backward(*arguments):
@@ -89,7 +89,7 @@ def gate_backward(*arguments):
     made = new(0)
     if a.need_dx:
         made = gradient_like(a.features, a.dtype).copy_((dx / a.pixels).view(a.features.shape))
-    return [made, *hidden, last, dz.sum(0)]
+    return made, *hidden, last, dz.sum(0)
 
 
 def gated_residual(*arguments):
@@ -103,9 +103,9 @@ def gated_residual(*arguments):
     normed, *decision = [new(0) for _ in range(7)]
     if a.weight2 is not None:
         normed = (pooled - mean) * stat[1] * a.weight + a.bias
-        gate, rate, logits, _, hidden, gate_stat, threshold = gate_forward(normed, *a[5:15], False, a.gate_eps, *a[17:])
-        decision = [gate, rate, logits, hidden, gate_stat, threshold]
-        factor = factor * gate
+        opened, rate, logits, _, hidden, gate_stat, threshold = gate(normed, *a[5:15], False, a.gate_eps, *a[17:])
+        decision = [opened, rate, logits, hidden, gate_stat, threshold]
+        factor = factor * opened
     branch = (wide - mean[:, None, None]) * (stat[1] * a.weight)[:, None, None] + a.bias[:, None, None]
     out = torch.relu(a.shortcut + factor[:, :, None, None] * branch)
     out = gradient_like(a.x, torch.promote_types(a.x.dtype, a.shortcut.dtype)).copy_(out)
@@ -137,7 +137,7 @@ def gated_residual_backward(*arguments):
     dx = dy - d_bias[:, None, None] / count - normal * d_weight[:, None, None] / count
     dx = gradient_like(a.x, a.x.dtype).copy_((a.weight * a.stat[1])[:, None, None] * dx)
     d_shortcut = new(0) if a.shortcut_dtype is None else gradient_like(a.out, a.shortcut_dtype).copy_(grad)
-    return [dx, d_shortcut, d_layer, d_weight, d_bias, *gates]
+    return dx, d_shortcut, d_layer, d_weight, d_bias, *gates
 
 
 def gated_scale(x, gate):
@@ -151,5 +151,5 @@ def gated_scale_backward(d_out, x, gate):
     return dx, d_gate.copy_((d_out * x).sum((2, 3)))
 
 
-for body in (gate_forward, gate_backward, gated_residual, gated_residual_backward, gated_scale, gated_scale_backward):
+for body in (gate, gate_backward, gated_residual, gated_residual_backward, gated_scale, gated_scale_backward):
     torch.library.impl(f"gatedconv::{body.__name__}", "CPU", body)

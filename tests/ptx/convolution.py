@@ -135,7 +135,7 @@ def run(
 def arguments(
     memory: GlobalMemory, x: Tensor, bias: Tensor | None, residual: Tensor | None, output: Tensor, geometry: list[int]
 ) -> ConvArgs:
-    """Place the tensors and describe them; `geometry` as `gatedconv.ops.cuda_conv.conv_run` takes it."""
+    """Place the tensors and describe them; `geometry` as `gatedconv.ops._masked_conv2d_cuda.conv_run` takes it."""
     args = ConvArgs()
     args.input, args.output = memory.place(flat(x)), memory.place(flat(output))
     if residual is not None:
@@ -192,14 +192,14 @@ def launch(
 
 
 def conv_pack(weight: Tensor, in_index: Tensor | None, tf32: bool) -> Tensor:
-    """In place of `gatedconv.ops.cuda_conv.conv_pack`."""
+    """In place of `gatedconv.ops._masked_conv2d_cuda.conv_pack`."""
     return torch.from_numpy(
         pack(form_of(weight, tf32), weight, None).view(np.int16 if weight.itemsize == 2 else np.int32)
     ).view(weight.dtype)
 
 
 def conv_run(x, packed, bias, in_index, out_index, residual, output, geometry, act, skip_closed, tf32, tile):
-    """In place of `gatedconv.ops.cuda_conv.conv_run`."""
+    """In place of `gatedconv.ops._masked_conv2d_cuda.conv_run`."""
     memory = GlobalMemory()
     args = arguments(memory, x, bias, residual, output, geometry)
     if in_index is not None:

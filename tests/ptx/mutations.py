@@ -197,7 +197,7 @@ TRITON = [
     Mutation("one slice is left out", "sum_of_slices", "range(0, S)", "range(1, S)", "triton", "gate"),
     Mutation(
         "a running buffer moves twice as fast",
-        "move",
+        "move_running",
         "momentum * (value - old)",
         "2 * momentum * (value - old)",
         "triton",
@@ -205,7 +205,7 @@ TRITON = [
     ),
     Mutation(
         "a running buffer is written before all have read it",
-        "move",
+        "move_running",
         "tl.debug_barrier()  # warps hold copies of one element: all have read it before one of them overwrites it",
         "pass",
         "triton",

@@ -9,7 +9,7 @@ from unittest import mock
 
 from gatedconv import _build
 from gatedconv.engine.cuda import experimental
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 from tests.ptx import convolution
 from tests.ptx.resident import Driver
 
@@ -30,9 +30,9 @@ def installed() -> Iterator[bool]:
         compiles = has_nvcc()
         if compiles:
             for owner, name, replacement in (
-                (cuda_conv, "conv_pack", convolution.conv_pack),
-                (cuda_conv, "conv_run", convolution.conv_run),
-                (cuda_conv, "takes", lambda input, kernel, dilation, groups: groups == 1),
+                (_masked_conv2d_cuda, "conv_pack", convolution.conv_pack),
+                (_masked_conv2d_cuda, "conv_run", convolution.conv_run),
+                (_masked_conv2d_cuda, "takes", lambda input, kernel, dilation, groups: groups == 1),
                 (experimental, "limits", lambda device, dtype: H100),
                 (experimental, "resident_run", driver.run),
             ):

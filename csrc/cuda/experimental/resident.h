@@ -7,7 +7,7 @@
 // tap, and the stores of an accumulator, meet in none. `halo` rows of zeros lie above and below, and `halo`
 // zeros between one row and the next, which are the right border of the one and the left border of the other.
 //
-// What a run reads in addition to its input is one stream of bytes in the order in which it is needed,
+// In addition to its input a run reads one stream of bytes, in the order in which they are needed,
 // through a ring of pieces in shared memory. A request is aligned to its own size, a power of two, so none
 // lies in two pieces. For every instruction: a record; then for a convolution, `steps` times the fragments of
 // `blocks` groups of 8 outputs, then their biases (64 floats) and, where it scatters, their channels (64
@@ -85,7 +85,7 @@ GATEDCONV_HOST_DEVICE inline int32_t pixel_byte(const ResidentMap& m, int32_t ro
   return ((row + m.halo) * m.pitch + col + m.halo) * kUnitBytes;
 }
 
-// Where a channel lies at the plane byte `pixel`.
+// The byte of a channel in a map, `pixel` being that of its pixel in a plane.
 template <class Math>
 GATEDCONV_HOST_DEVICE int32_t channel_byte(const ResidentMap& m, int32_t pixel, int32_t channel) {
   const int32_t in_unit = channel % kVector<Math> * static_cast<int32_t>(sizeof(typename Math::Storage));

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedconv.engine.cuda.instructions import Instruction, output_size, pad_bias, pad_weight, padded
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 
 # (source map, residual map or None) -> target map
 Candidate = Callable[[Tensor, Tensor | None], Tensor]
@@ -33,7 +33,7 @@ def conv_candidates(
         one: A "conv".
         dtype: Of maps and weights.
         device: Where they are.
-        mode: As `cuda_conv.kernels_mode` returns it.
+        mode: As `_masked_conv2d_cuda.kernels_mode` returns it.
     """
     candidates: dict[str, Callable[[], Candidate]] = {"cudnn": lambda: _CompactConv(one, dtype, device)}
     symmetric = one.padding[:2] == one.padding[2:]
@@ -41,8 +41,8 @@ def conv_candidates(
     if device.type == "cuda" and plain and one.act == "relu":
         candidates["cudnn fused"] = lambda: _FusedConv(one, dtype, device)
     probe = torch.empty(0, dtype=dtype, device=device)
-    if mode != "off" and cuda_conv.takes(probe, one.kernel, one.dilation, one.groups):
-        for tile in cuda_conv.TILES:
+    if mode != "off" and _masked_conv2d_cuda.takes(probe, one.kernel, one.dilation, one.groups):
+        for tile in _masked_conv2d_cuda.TILES:
             if _worth_trying(one, tile):
                 candidates[f"gatedconv {tile[0]}x{tile[1]}"] = partial(_TiledConv, one, dtype, device, tile)
     return candidates
@@ -106,7 +106,7 @@ class _TiledConv:
     """Our own kernel: gather, convolution, bias, residual, activation and scatter in one launch."""
 
     def __init__(self, one: Instruction, dtype: torch.dtype, device: torch.device, tile: tuple[int, int]) -> None:
-        self.one, self.tile, self.tf32 = one, tile, cuda_conv.allows_tf32()
+        self.one, self.tile, self.tf32 = one, tile, _masked_conv2d_cuda.allows_tf32()
         self.target = padded(one.channels[1], dtype)
         weight, bias = pad_weight(one, dtype), pad_bias(one, dtype)
         self.inputs = self.outputs = None
@@ -118,7 +118,7 @@ class _TiledConv:
             order = [*one.out_index, *closed, len(one.out_index)]
             self.outputs = torch.tensor(order, dtype=torch.int32, device=device)
         self.bias = bias.to(device, torch.float32)
-        self.packed = cuda_conv.conv_pack(weight.to(device, dtype), self.inputs, self.tf32)
+        self.packed = _masked_conv2d_cuda.conv_pack(weight.to(device, dtype), self.inputs, self.tf32)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         one = self.one
@@ -131,7 +131,7 @@ class _TiledConv:
                 (x.shape[0], self.target, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
             )
         geometry = [*one.kernel, *one.stride, *one.padding[:2], *one.dilation]
-        return cuda_conv.conv_run(
+        return _masked_conv2d_cuda.conv_run(
             x,
             self.packed,
             self.bias,

@@ -19,7 +19,7 @@ from gatedconv.engine.cuda.resident_runs import Run, find_runs
 from gatedconv.engine.cuda.time_on_gpu import tuner_for
 from gatedconv.engine.maps import Map, Step
 from gatedconv.engine.tuner import Tuner
-from gatedconv.ops.cuda_conv import allows_tf32, kernels_mode
+from gatedconv.ops._masked_conv2d_cuda import allows_tf32, kernels_mode
 from gatedconv.ops.plan import plan_output_size
 
 Pick = Callable[[int, Tensor, Tensor | None], Candidate]  # instruction, source, residual -> how to compute it

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatedconv.engine.cuda.instructions import Instruction, pad_bias, pad_weight
 from gatedconv.engine.cuda.resident_runs import ITEM, PIECE, RECORD_AT, TABLE_AT, UNIT, ResidentStep, Run, sum_steps
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 
 OP_NUMBERS = ("end", "load", "conv", "move", "mean", "save")
 RESIDENT_ACTS = (None, "relu", "relu6")
@@ -231,10 +231,10 @@ def limits(device: torch.device, dtype: torch.dtype) -> Limits | None:
     """
     if device.type != "cuda":
         return None
-    if not cuda_conv.takes(torch.empty(0, dtype=dtype, device=device), (1, 1), (1, 1), 1):
+    if not _masked_conv2d_cuda.takes(torch.empty(0, dtype=dtype, device=device), (1, 1), (1, 1), 1):
         return None
     properties = torch.cuda.get_device_properties(device)
-    if dtype == torch.float32 and (properties.major < 8 or not cuda_conv.allows_tf32()):
+    if dtype == torch.float32 and (properties.major < 8 or not _masked_conv2d_cuda.allows_tf32()):
         return None
     most = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not annotated in torch 2.14
     return Limits(most, (1, 2, 4, 8) if properties.major >= 9 else (1,))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gatedconv.ops._cuda_graph import capture, on_stream
+from gatedconv._cuda_graph import capture, on_stream
 
 LIMIT = 8  # graphs kept: each holds its own memory for the maps of its batch
 
@@ -26,7 +26,7 @@ class Replay(Protocol):
 class GraphCache:
     """Runs a function of one tensor through captured graphs; any number of threads and streams may call.
 
-    Captures of a device wait for each other (`gatedconv.ops._cuda_graph`). A thread that calls
+    Captures of a device wait for each other (`gatedconv._cuda_graph`). A thread that calls
     `torch.cuda.synchronize()` while another one's first call captures invalidates that capture; it is repeated once.
 
     Args:

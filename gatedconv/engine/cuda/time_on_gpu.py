@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gatedconv import _build, _native
+from gatedconv._cuda_graph import capture, on_stream
 from gatedconv.engine.tuner import Tuner, cache_path
-from gatedconv.ops._cuda_graph import capture, on_stream
 
 
 def header_of(device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import gatedconv
 from gatedconv import _native, ops
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 from tests.cuda import plans
 from tests.engine.nets import settle
 from tests.tolerances import assert_close, floor
@@ -56,7 +56,7 @@ def dtype(request, monkeypatch):
 
 def kind_of(dtype: torch.dtype) -> torch.dtype | str:
     """The type that convolutions compute in: "tf32" where it is allowed."""
-    return "tf32" if dtype == torch.float32 and cuda_conv.allows_tf32() else dtype
+    return "tf32" if dtype == torch.float32 and _masked_conv2d_cuda.allows_tf32() else dtype
 
 
 def mask_of(kind: str, *shape: int) -> torch.Tensor:
@@ -266,7 +266,7 @@ def test_gates_decide_without_the_host(options, monkeypatch):
     assert_close(result, expected, dtype="tf32", algorithm="network")
 
 
-@pytest.mark.parametrize("tile", cuda_conv.TILES, ids=str)
+@pytest.mark.parametrize("tile", _masked_conv2d_cuda.TILES, ids=str)
 def test_every_tile(tile, dtype):
     """The operator of plans against what it promises, for each kernel of the library."""
     torch.manual_seed(0)
@@ -280,8 +280,8 @@ def test_every_tile(tile, dtype):
         result, expected = stream.clone(), stream.cpu()
         tf32 = kind_of(dtype) == "tf32"
         arguments = [[3, 3, 1, 1, 1, 1, 1, 1], 1, out_index is not None, tf32, tile]
-        packed = cuda_conv.conv_pack(weight, None, tf32)
-        cuda_conv.conv_run(x, packed, bias, None, out_index, result, result, *arguments)
+        packed = _masked_conv2d_cuda.conv_pack(weight, None, tf32)
+        _masked_conv2d_cuda.conv_run(x, packed, bias, None, out_index, result, result, *arguments)
         plain = plans.conv_pack(weight.cpu(), None, False)
         host_index = None if out_index is None else out_index.cpu()
         plans.conv_run(

@@ -12,7 +12,7 @@ from torch import nn
 import gatedconv
 from gatedconv.engine.cuda import experimental
 from gatedconv.engine.cuda.resident_runs import UNIT
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 from tests.cuda import plans
 from tests.cuda.gpu.test_gpu import gated, kind_of
 from tests.cuda.plans import always
@@ -169,7 +169,7 @@ def test_a_layout_that_does_not_fit_is_refused(change):
 def test_kept_weights_follow_the_layers(monkeypatch):
     """A frozen layer packs once, and again when its weights, its mask or the stream is another."""
     monkeypatch.setenv("GATEDCONV_CUDA_KERNELS", "on")
-    assert cuda_conv.kernels_mode() == "on"
+    assert _masked_conv2d_cuda.kernels_mode() == "on"
     torch.manual_seed(0)
     conv = gatedconv.Conv2d(16, 16, 3, padding=1).cuda().half()
     mask = torch.rand(16, device="cuda") < 0.5

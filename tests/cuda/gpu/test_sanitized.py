@@ -10,7 +10,7 @@ import gatedconv
 from gatedconv import ops
 from gatedconv.engine.cuda import experimental
 from gatedconv.engine.cuda.experimental import ResidentLaunch
-from gatedconv.ops import cuda_conv
+from gatedconv.ops import _masked_conv2d_cuda
 from tests.engine.nets import Residual
 
 pytestmark = [
@@ -38,16 +38,18 @@ def test_masked_conv2d(shape, per_sample, dtype, monkeypatch):
     assert bool(out.cpu().isfinite().all())
 
 
-@pytest.mark.parametrize("tile", cuda_conv.TILES, ids=str)
+@pytest.mark.parametrize("tile", _masked_conv2d_cuda.TILES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_tiles(tile, dtype):
     from gatedconv import _native
 
     assert _native.load("cuda").available
     x = torch.ones(1, 16, 10, 10).to(dtype).cuda().to(memory_format=torch.channels_last)
-    packed = cuda_conv.conv_pack(torch.ones(24, 16, 3, 3).to(dtype).cuda(), None, False)
+    packed = _masked_conv2d_cuda.conv_pack(torch.ones(24, 16, 3, 3).to(dtype).cuda(), None, False)
     out = torch.zeros(1, 24, 10, 10).to(dtype).cuda().to(memory_format=torch.channels_last)
-    cuda_conv.conv_run(x, packed, None, None, None, None, out, [3, 3, 1, 1, 1, 1, 1, 1], 0, False, False, tile)
+    _masked_conv2d_cuda.conv_run(
+        x, packed, None, None, None, None, out, [3, 3, 1, 1, 1, 1, 1, 1], 0, False, False, tile
+    )
     assert float(out[0, 0, 5, 5].cpu()) == 144
 
 

@@ -78,8 +78,8 @@ void run_direct(const ConvShape& shape, const Tensor& input, const Tensor& weigh
   launch(0.0);
 }
 
-// What a call prepares: lists of the open outputs of every mask and of the open inputs, counts behind each,
-// then from the next 16 bytes on the packed weights. In int32.
+// Layout of what a call prepares: lists of the open outputs of every mask and of the open inputs, counts
+// behind each, then from the next 16 bytes on the packed weights. In int32.
 struct Prepared {
   int64_t rows, in_rows, weights_at, size;
 };
@@ -174,7 +174,7 @@ Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optio
   return output;
 }
 
-// What masked_conv2d takes as `packed` for these very masks and this very weight; empty where it takes none.
+// Makes the `packed` of these very masks and this very weight for masked_conv2d; empty where it takes none.
 Tensor masked_conv2d_pack(const Tensor& weight, const Tensor& out_open, const std::optional<Tensor>& in_open,
                           int64_t groups, bool allow_tf32) {
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gatedconv import _native
-from gatedconv.ops._triton import constant_in_graphs
+from gatedconv.ops._registration import constant_in_graphs
 
 # (16-row fragments of a warp, 8-column fragments of a block) that the library has kernels for.
 TILES = tuple((rows, columns) for rows in (1, 2) for columns in (1, 2, 4, 8))
@@ -98,7 +98,7 @@ _library: torch.library.Library | None = None
 
 
 def register_fakes() -> None:
-    """Give compilers the shapes of what these operators return; the library that declares them must be loaded."""
+    """Register the fakes of these operators; the library that declares them must be loaded."""
     global _library
     if _library is None:
         _library = torch.library.Library("gatedconv", "FRAGMENT")
@@ -114,7 +114,7 @@ def _pack_fake(weight: Tensor, in_index: Tensor | None, allow_tf32: bool) -> Ten
 
 
 def _no_result(*_: object) -> None:
-    """Of an operator that writes to an argument."""
+    """The fake of an operator that writes to an argument and returns nothing."""
 
 
 def conv_pack(weight: Tensor, in_index: Tensor | None, tf32: bool) -> Tensor:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gatedconv.ops import _cuda_graph
+from gatedconv import _cuda_graph
 
 DEVICE = torch.device("cuda", 0)
 
