@@ -245,6 +245,8 @@ def _require_slice(
 def _behind(model: nn.Module, removal: Removal, value: Value) -> None:
     """Closed channels of a gated module that is no layer are dropped or made zero behind it."""
     path = removal.masks.paths[value]
+    for outer, call in removal.sliced.items():  # which has become another module, whose parts may be gone
+        path = outer if path.startswith(f"{outer}.") and call.outputs[0] is value else path
     node = value.node
     assert node is not None
     axis, kept = removal.flow[value].axis, removal.present[value]

@@ -456,6 +456,29 @@ class NormAct(nn.BatchNorm2d):
         return self.act(self.drop(x))
 
 
+class NormActBlock(nn.Module):
+    """A residual branch that ends with a norm and its activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), NormAct(8)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.norm(self.conv(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("gate", ["layer", "channel", "both"])
+def test_a_norm_whose_activation_a_gate_closes_vanishes(gate):
+    gates = gatedconv.gate_model(NormActBlock().eval(), gate, example_input=IMAGES)
+    masks = {n: torch.zeros(g.num_gates) > 0 for n, g in gatedconv.gates(gates).items()}
+    frozen = gatedconv.freeze(gates, masks=masks)
+    small = gatedconv.compact(frozen, IMAGES)
+    assert_close(small(IMAGES), frozen(IMAGES))
+    assert not any(isinstance(module, NormAct) for module in small.modules())
+
+
 def test_a_norm_with_its_activation_becomes_smaller_with_the_layer_in_front():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), NormAct(8), nn.Conv2d(8, 4, 1), nn.Flatten()).eval()
     gates = gatedconv.gate_model(model, "channel", example_input=IMAGES)
