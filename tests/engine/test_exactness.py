@@ -109,8 +109,8 @@ class Expanded(nn.Module):
         return self.last(y * gate) if self.extra == "gate" else x + self.last(y)
 
 
-# Networks, with the number of layers whose maps are larger than the largest second-level cache that plans reckon with (2 MiB),
-# and whose rows under a window fit into the smallest (0.5 MiB): the next layer reads them band by band.
+# Networks, with the number of layers that the next one reads band by band: their maps are too large for the largest
+# second-level cache that plans reckon with (2 MiB), and their rows under a window fit into the smallest (0.5 MiB).
 LARGE = {
     "mobile": (
         lambda: nn.Sequential(
