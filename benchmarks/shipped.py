@@ -190,15 +190,15 @@ def headline() -> str:
         means = {v: _geometric_mean([r for case, r in least.items() if case.variant == v]) for v in VARIANTS}
         if group == "main":
             parts.append(
-                f"{len({case.network for case in least})} networks at {machine['size']} pixels, batch 1 and 8, "
-                f"float32, {machine['threads']} threads, {machine['isa']}: faster than ONNX Runtime and OpenVINO in "
-                f"{sum(ratio >= 1 for ratio in least.values())} of {len(least)} rows. The faster one of them takes "
-                f"{means['dense']:.2f} times as long on the dense networks, {means['mid-50']:.2f} times with half of "
-                f"the inner channels removed (geometric means)."
+                f"- {len({case.network for case in least})} networks at {machine['size']} pixels, batch 1 and 8, "
+                f"float32, {machine['cpu']}, {machine['isa']}, {machine['threads']} threads: faster than ONNX Runtime "
+                f"and OpenVINO in {sum(ratio >= 1 for ratio in least.values())} of {len(least)} rows. The faster one "
+                f"of them takes {means['dense']:.2f} times as long on the dense networks, {means['mid-50']:.2f} times "
+                f"with half of the inner channels removed (geometric means)."
             )
         elif group == "reduced":
             parts.append(
-                f"A peer that may compute in fewer bits, bfloat16 or int8 on the CPU's matrix units, takes "
+                f"- A peer that may compute in fewer bits, bfloat16 or int8, on {machine['cpu']} takes "
                 f"{means['dense']:.2f} and {means['mid-50']:.2f} times as long as our float32 "
                 f"({len({case.network for case in least})} networks)."
             )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import engine, gate_step, parity, training
+from benchmarks.gpu import engine, gate, parity, training
 from benchmarks.harness import ROOT, Machine
 from benchmarks.roofline import measured_rates
 from gatedconv import _native
@@ -42,7 +42,7 @@ class Case:
         seconds: after which the process is killed.
         first: whether the stage ``first`` has it.
         dry: whether a dry walk has it: one case, the smallest, of each kind.
-        alone: whether it measures times, so that nothing may run beside it.
+        alone: whether it measures times, so that nothing else may run at the same time.
     """
 
     name: str
@@ -68,7 +68,7 @@ def _cases() -> Iterator[Case]:
     for ranks in (1, 2, 4, 8):
         yield _check(f"resident-x{ranks}", partial(parity.resident_rows, ranks=ranks), dry=ranks == 1)
     yield _check("gate", parity.gate_rows)
-    yield _check("block", parity.block_rows)
+    yield _check("block", parity.gated_residual_rows)
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
         yield Case(f"gate-{kind}", (_gate(kind, channels, size),), dry=kind == "layer")
     for batch in (32, 256, 1):
@@ -87,8 +87,8 @@ def _check(name: str, run: Part, dry: bool = True) -> Case:
     return Case(f"parity-{name}", (run,), dry=dry, alone=False)
 
 
-def _gate(kind: str, channels: int, size: int, providers: tuple[str, ...] = gate_step.EAGER) -> Part:
-    return partial(gate_step.gate_rows, kind=kind, channels=channels, size=size, providers=providers)
+def _gate(kind: str, channels: int, size: int, providers: tuple[str, ...] = gate.EAGER) -> Part:
+    return partial(gate.gate_rows, kind=kind, channels=channels, size=size, providers=providers)
 
 
 def _network(model: str, batch: int, providers: Sequence[str]) -> tuple[Part, ...]:
@@ -104,7 +104,7 @@ def _step(depth: int, gate: str, providers: Sequence[str]) -> tuple[Part, ...]:
 def _compiling() -> Iterator[Case]:
     """Cases that compile: they take longest, so they come last."""
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
-        yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gate_step.COMPILED),), dry=kind == "layer")
+        yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gate.COMPILED),), dry=kind == "layer")
     yield Case("engine-32-compile", _network("resnet56", 32, [engine.COMPILED]), dry=True)
     yield Case("step-compile", _step(56, "channel", [training.COMPILED]), dry=True)
 
@@ -120,8 +120,8 @@ def _more() -> Iterator[Case]:
     for model in ("resnet110", "resnet18", "resnet50"):
         for batch in (32, 256, 1):
             yield Case(f"engine-{model}-{batch}", _network(model, batch, (*engine.EAGER, engine.COMPILED)), **slow)
-    for depth, gate in ((56, "layer"), (110, "channel")):
-        yield Case(f"step-{depth}-{gate}", _step(depth, gate, training.EAGER), **slow)
+    for depth, kind in ((56, "layer"), (110, "channel")):
+        yield Case(f"step-{depth}-{kind}", _step(depth, kind, training.EAGER), **slow)
 
 
 def build(machine: Machine) -> list[Row]:

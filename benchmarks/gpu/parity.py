@@ -136,7 +136,7 @@ def gate_rows(machine: Machine) -> list[Row]:
     return _trained(machine, "gate", gate, x, repeats=2 if machine.dry else REPEATS)
 
 
-def block_rows(machine: Machine) -> list[Row]:
+def gated_residual_rows(machine: Machine) -> list[Row]:
     """The end of a residual block in training, forward and backward, against float64."""
     torch.manual_seed(0)
     network = gatedconv.models.resnet20(gate="both", position="after", input_size=(3, 16, 16))

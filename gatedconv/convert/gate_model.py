@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv._checks import require_choice
+from gatedconv._io import first_line
 from gatedconv.convert import install
 from gatedconv.convert.branches import Branch, find_branches
 from gatedconv.convert.channels import MOST_CAUTION
@@ -36,6 +37,7 @@ from gatedconv.measure.macs import count_macs
 from gatedconv.nn.block import GATES, POSITIONS
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode cannot be trained
 def gate_model(
     model: nn.Module,
     gate: str = "layer",
@@ -146,7 +148,7 @@ def _total_macs(model: nn.Module, example_input: Any) -> tuple[float | None, str
         try:
             return count_macs(model, images) / len(images), ""
         except Exception as error:  # fvcore traces the model's code, which may raise anything
-            why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            why = why or f"{type(error).__name__}: {first_line(error)}"
     return None, f"MACs are those of the recorded layers, count_macs fails: {why}"[:200]
 
 

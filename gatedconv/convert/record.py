@@ -143,7 +143,7 @@ def record(
     """
     result = Record(model)
     recorder = _Recorder(result, known)
-    with _RECORDING, eval_mode(model), torch.no_grad():
+    with _RECORDING, eval_mode(model), torch.inference_mode(False), torch.no_grad():
         # A compiled part would hide its operations. The stance acts as soon as it is made.
         with torch.compiler.set_stance("force_eager"), recorder.watching_modules():
             recorder.start(args, dict(kwargs or {}))
@@ -298,7 +298,7 @@ class _Recorder(TorchDispatchMode):
                 value.users.remove(read)
         self.scopes.append(path)
         self.quiet += known
-        versions = [t._version for t in given]
+        versions = [0 if t.is_inference() else t._version for t in given]  # nobody can change weights of inference mode
         try:
             out = original(module, *args, **kwargs)
         finally:

@@ -40,6 +40,7 @@ from gatedconv.nn import Conv2d, FrozenConv2d
 from gatedconv.nn.graph_net import require_size
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode cannot be trained
 def compact(
     frozen: nn.Module, example_input: Any, *, channel_multiple: int | None = None, verify: bool = True
 ) -> nn.Module:

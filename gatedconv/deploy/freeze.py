@@ -39,6 +39,7 @@ class Consensus:
     open_rates: dict[str, Tensor]
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode cannot be trained
 def freeze(
     model: nn.Module, loader: Iterable[Any] | None = None, *, masks: Mapping[str, Tensor] | None = None
 ) -> nn.Module:

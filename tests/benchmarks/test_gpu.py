@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import cases, engine, gate_step, parity, training
+from benchmarks.gpu import cases, engine, gate, parity, training
 from benchmarks.gpu.cases import Case, all_cases
 from benchmarks.gpu.section import section
 from benchmarks.harness import Machine, count_kernels, poisoned, precision, variable
@@ -280,16 +280,16 @@ def test_errors_are_of_64_images_or_more_in_batches(batch: int, images: int) -> 
 
 
 def test_eager_rows_have_the_time_of_the_host_alone() -> None:
-    notes = {row.provider: row.note for row in gate_step.gate_rows(DRY, "layer", 16, 4)}
+    notes = {row.provider: row.note for row in gate.gate_rows(DRY, "layer", 16, 4)}
     assert all((notes[provider] or "").startswith("the host alone: ") for provider in ("eager", "gatedconv"))
     assert notes["eager graph"] is None and notes["gatedconv graph"] is None
 
 
 def test_a_gate_step_has_gradients_of_input_and_parameters() -> None:
-    gate = gate_step.make_gate("channel", 3, 4)
+    made = gate.make_gate("channel", 3, 4)
     x = torch.randn(4, 3, 4, 4, requires_grad=True)
-    grads = gate_step.gate_steps(gate, [x, x.detach().clone().requires_grad_()])[1]()
-    assert len(grads) == 1 + len(list(gate.parameters())) and grads[0].shape == x.shape
+    grads = gate.gate_steps(made, [x, x.detach().clone().requires_grad_()])[1]()
+    assert len(grads) == 1 + len(list(made.parameters())) and grads[0].shape == x.shape
 
 
 def test_a_training_step_moves_the_network() -> None:

@@ -166,3 +166,16 @@ def test_computed_weights_survive_a_training_step_and_copies_of_the_compact_netw
     with torch.no_grad():
         for found in (small, copy.deepcopy(small), gatedconv.Engine(small, IMAGES)):
             assert_close(found(IMAGES), frozen(IMAGES))
+
+
+def test_what_is_made_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        gated = gatedconv.gate_model(network("residual"), "both", example_input=IMAGES.clone())
+        masks = {n: torch.ones(g.num_gates, dtype=torch.bool) for n, g in gatedconv.gates(gated).items()}
+        frozen = gatedconv.freeze(gated, masks=masks)
+        small = gatedconv.compact(frozen, IMAGES.clone())
+        expected = frozen(IMAGES)
+        assert_close(gatedconv.Engine(small, IMAGES.clone())(IMAGES), expected)
+    assert not gated.conversion.note
+    for model in (gated, frozen, small):
+        model.train()(IMAGES).square().mean().backward()

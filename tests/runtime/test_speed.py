@@ -25,7 +25,7 @@ def test_rows_have_both_and_make_a_table(rt: ModuleType, tmp_path: Path, monkeyp
 
 
 def test_the_demos_network_has_half_of_its_blocks() -> None:
-    small, x = runtime_speed.Case("demo", 2).build()
+    small, x = runtime_speed.RuntimeCase("demo", 2).build()
     assert x.shape == (2, 1, 8, 8) and small(x).shape == (2, 10)
     dense = runtime_speed.gatedconv.models.resnet20(10, input_size=(1, 8, 8))
     share = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in dense.parameters())
