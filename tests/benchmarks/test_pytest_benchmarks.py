@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ CASE = "benchmarks/test_masked_conv2d.py::test_layer[n8-i64-o64-h8-k3-open50]"
 
 
 def run(*options: object) -> str:
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, which this one is no part of.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [
             sys.executable,
@@ -28,6 +31,7 @@ def run(*options: object) -> str:
             *(str(option) for option in options),
         ],
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=250,
