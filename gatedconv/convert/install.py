@@ -157,7 +157,7 @@ class SelectSamples(GateHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Select."""
         assert self.link is not None
-        if self.link.selected is None:
+        if self.link.selected is None or len(self.link.selected) == len(args[0]):
             return args
         return args[0].index_select(0, self.link.selected), *args[1:]
 
@@ -169,6 +169,8 @@ class GateBranch(GateHook):
         """Gate the branch."""
         assert self.link is not None
         decision, selected = self.link.read(module), self.link.selected
+        if selected is not None and len(selected) == len(decision):
+            return output  # open for every sample: times 1
         if selected is not None and len(output) != len(decision):
             return output.new_zeros(len(decision), *output.shape[1:]).index_copy(0, selected, output)
         decision = decision.reshape(-1, *[1] * (output.dim() - 1)).to(output.dtype)
