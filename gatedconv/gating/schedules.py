@@ -1,4 +1,7 @@
-"""Schedules of loss weights and of the MAC target: pure functions of the progress of a run, a float in [0, 1]."""
+"""Schedules of loss weights and of the MAC target: pure functions of the progress of a run, a float in [0, 1].
+
+The learning rate's are in ``train/optimizer.py``.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from tests.tolerances import tolerance
+
 
 def leaf(tensor, exact):
     """A copy of its own with a gradient, in fp64 for the exact run."""
@@ -29,7 +31,10 @@ class Case(NamedTuple):
     buffers: dict
 
 
-def assert_close(kernel, exact, *, output=1e-5, gradient=1e-4):
+OUTPUT, GRADIENT = tolerance(torch.float32), tolerance(torch.float32, "gradient")
+
+
+def assert_close(kernel, exact, *, output=OUTPUT, gradient=GRADIENT):
     """Outputs within ``output`` and gradients within ``gradient`` of the exact ones."""
     for name, expected in exact.outputs.items():
         error(name, kernel.outputs[name], expected, output)
