@@ -55,8 +55,8 @@ class Engine(nn.Module):
             and version of the kernels. (On CUDA they always are.)
         dtype: Of the products of dense convolutions and linear layers. On the CPU torch.bfloat16 rounds their weights
             and inputs and sums in float32; the engine's inputs, outputs and all else stay float32. That is fast on
-            a CPU with AMX; others, even with AVX512_BF16, compute the same more slowly than float32. None: the model's
-            own.
+            a CPU with AMX, faster than float32 for most layers with AVX512_BF16 on AMD, and slower elsewhere. None: the
+            model's own.
 
     Shape: (N, C, H, W), any strides, N >= 0 -> whatever the model returns.
 
