@@ -124,7 +124,7 @@ def test_rates_are_found_again_from_their_own_times():
 
 
 def test_the_rates_are_those_of_the_committed_times():
-    rows = [row for path in kernels.RESULTS.glob("kernels-*.json") for row in json.loads(path.read_text())["rows"]]
+    rows = [row for path in kernels.RESULTS.glob(kernels.FITTED) for row in json.loads(path.read_text())["rows"]]
     assert astuple(kernels.fit(rows)) == pytest.approx(astuple(RATES), rel=0.01)
 
 

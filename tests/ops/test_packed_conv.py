@@ -121,7 +121,7 @@ def test_a_change_is_seen_at_the_next_call(change):
 
 def test_inference_tensors_have_no_version_and_are_not_stale():
     with torch.inference_mode():
-        conv, x = frozen_conv(), torch.randn(2, 5, 7, 8)
+        conv, x = copy.deepcopy(frozen_conv()), torch.randn(2, 5, 7, 8)
         assert conv.weight.is_inference()
         check(conv, x)
         conv.weight.mul_(-2)
