@@ -1,6 +1,6 @@
 // The resident driver's own body, run on the CPU: reads cases from standard input, writes their outputs.
-// Driven by tests/native/resident_twin.py, compiled without PyTorch under sanitizers. Every tensor has a buffer of
-// exactly its size, so one step too far is a fault.
+// Driven by tests/native/resident_twin.py, compiled without PyTorch under sanitizers. Every tensor has a
+// buffer of exactly its size, so one step too far is a fault.
 #include <unistd.h>
 
 #include <cstdio>
