@@ -21,12 +21,12 @@ from gatedconv.convert.constants import Constants, Masks, groups_of, is_depthwis
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
+from gatedconv.gating.mac_terms import Factor
 
 ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that nobody reads
 _SHIFT = 1 << 20  # a label is the number of a gate, or of a set of gates, * _SHIFT + the number of a channel in it
 _MOST_GATES = 3  # in a label; more would make a term for almost every channel
 _PASSING = ("elementwise", "cat", "move")
-Factor = tuple[str, tuple[int, ...] | None]  # a gate, and the channels whose mean counts; None for all
 
 
 @dataclass
