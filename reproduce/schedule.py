@@ -14,16 +14,16 @@ from reproduce.workplace import Key, Workplace
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanPart:
     """Runs that answer a question together.
 
     Attributes:
-        part: of the question in docs/results.md.
+        question: its letter, or its title, in docs/results.md.
         names: experiments, or patterns; all of the first, then all of the next.
         seeds: one after the other; those that an experiment does not have are left out.
     """
 
-    part: str
+    question: str
     names: tuple[str, ...]
     seeds: tuple[int, ...] = THREE
 
@@ -36,30 +36,30 @@ def _fast(name: str) -> tuple[str, ...]:
     return tuple(name + suffix for suffix in _FAST)
 
 
-PLANS: Mapping[str, tuple[Step, ...]] = MappingProxyType(
+PLANS: Mapping[str, tuple[PlanPart, ...]] = MappingProxyType(
     {
         "cpu": (
-            Step("a", ("fast-c10-dense", *_fast("fast-c10")), _ONE),
-            Step("b", ("epochs40-r56-c10-paper-*", "epochs40-r56-c10", "epochs40-r56-c10-dense"), _ONE),
-            Step("c", ("epochs60-r20-c10", "epochs60-r20-c10-*"), _ONE),
-            Step("a", _fast("fast-c10"), (1, 2, 3, 4)),
-            Step("a, 30 %", _fast("fast-c10-30")),
-            Step("c", ("epochs60-r20-c10", "epochs60-r20-c10-*"), _MORE),
-            Step("d", (*_fast("fast-c100"), "epochs60-r20-c100", "epochs60-r20-c100-*")),
-            Step("b", ("epochs40-r56-c10", "epochs40-r56-c10-*"), (0, *_MORE)),
-            Step("e", ("small5-*", "small6-*"), _ONE),
+            PlanPart("a", ("fast-c10-dense", *_fast("fast-c10")), _ONE),
+            PlanPart("b", ("epochs40-r56-c10-paper-*", "epochs40-r56-c10", "epochs40-r56-c10-dense"), _ONE),
+            PlanPart("c", ("epochs60-r20-c10", "epochs60-r20-c10-*"), _ONE),
+            PlanPart("a", _fast("fast-c10"), (1, 2, 3, 4)),
+            PlanPart("a, 30 %", _fast("fast-c10-30")),
+            PlanPart("c", ("epochs60-r20-c10", "epochs60-r20-c10-*"), _MORE),
+            PlanPart("d", (*_fast("fast-c100"), "epochs60-r20-c100", "epochs60-r20-c100-*")),
+            PlanPart("b", ("epochs40-r56-c10", "epochs40-r56-c10-*"), (0, *_MORE)),
+            PlanPart("e", ("small5-*", "small6-*"), _ONE),
         ),
         "gpu": (
-            Step("headline", ("headline-*",), (0, 1, 2, 3, 4)),
-            Step("the paper's tables", ("table4-*", "table1-*", "table6-*", "table3-*", "table5-*", "figure2-*")),
-            Step("other recipes", ("ours-*",)),
+            PlanPart("headline", ("headline-*",), (0, 1, 2, 3, 4)),
+            PlanPart("the paper's tables", ("table4-*", "table1-*", "table6-*", "table3-*", "table5-*", "figure2-*")),
+            PlanPart("other recipes", ("ours-*",)),
         ),
     }
 )
 
 
 def planned(name: str) -> dict[Key, str]:
-    """The runs of a plan in order, and the part that each belongs to.
+    """The runs of a plan in order, and the question that each answers.
 
     Raises:
         ValueError: no plan of that name.
@@ -67,12 +67,12 @@ def planned(name: str) -> dict[Key, str]:
     if name not in PLANS:
         raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name!r}")
     known, found = all_experiments(), dict[Key, str]()
-    for step in PLANS[name]:
-        for seed in step.seeds:
-            for pattern in step.names:
+    for part in PLANS[name]:
+        for seed in part.seeds:
+            for pattern in part.names:
                 for each in fnmatch.filter(known, pattern):
                     if seed in known[each].seeds:
-                        found.setdefault((each, seed), step.part)
+                        found.setdefault((each, seed), part.question)
     return found
 
 

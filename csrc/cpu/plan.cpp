@@ -42,14 +42,14 @@ class Chunk {
   }
 
   // The step for the images from `image` on, image `first` of the batch being image 0 of the chunk. With a
-  // segment, maps that live inside of it are those of image `own`.
-  Step at(size_t index, int64_t first, int64_t image, float* output, const Segment* segment = nullptr,
+  // group, maps that live inside of it are those of image `own`.
+  Step at(size_t index, int64_t first, int64_t image, float* output, const StepGroup* group = nullptr,
           int64_t own = 0) const {
     Step step = steps_[index];
     Map* maps[] = {&step.in, &step.out, &step.residual, &step.gate};
     for (int i = 0; i < 4; ++i) {
       if (!maps[i]->data) continue;
-      maps[i]->data += (segment && lives_[index][i].inside(*segment) ? own : image) * maps[i]->image;
+      maps[i]->data += (group && lives_[index][i].inside(*group) ? own : image) * maps[i]->image;
     }
     if (step.source) step.source += (first + image) * step.source_stride[0];
     step.target = output + (first + image) * out_floats_;
@@ -121,12 +121,12 @@ void run_steps(const Kernels& kernels, size_t begin, size_t end, int64_t images,
 }
 
 // One worker, one chunk of images, all steps.
-void run_alone(const Kernels& kernels, const Chunk& chunk, const std::vector<Segment>& segments,
+void run_alone(const Kernels& kernels, const Chunk& chunk, const std::vector<StepGroup>& groups,
                int64_t first, int64_t images, float* output, float* scratch) {
-  for (const Segment& segment : segments) {
-    for (int64_t image = 0; image < images; image += segment.group) {
-      const int64_t group = std::min(segment.group, images - image);
-      run_steps(kernels, segment.begin, segment.end, group, scratch,
+  for (const StepGroup& group : groups) {
+    for (int64_t image = 0; image < images; image += group.batch) {
+      const int64_t batch = std::min(group.batch, images - image);
+      run_steps(kernels, group.begin, group.end, batch, scratch,
                 [&](size_t i) { return chunk.at(i, first, image, output); });
     }
   }
@@ -188,7 +188,7 @@ class ImageWork : public Work {
     const Chunk chunk(plan_, workspace_ + worker * schedule_.map_floats, schedule_.places);
     const int64_t begin = images_ * i / chunks_, end = images_ * (i + 1) / chunks_;
     float* scratch = workspace_ + schedule_.copies * schedule_.map_floats + worker * schedule_.scratch;
-    run_alone(kernels_, chunk, find_segments(plan_, schedule_.most), begin, end - begin, output_, scratch);
+    run_alone(kernels_, chunk, group_steps(plan_, schedule_.most), begin, end - begin, output_, scratch);
   }
   const Plan& plan_;  // like the tensors, read inside of tasks only: the caller waits for those
   const Kernels& kernels_;
@@ -199,7 +199,7 @@ class ImageWork : public Work {
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
-// All workers share the steps of one chunk of images, and the images of segments that a worker does alone.
+// All workers share the steps of one chunk of images, and the images of step groups that a worker does alone.
 class StepWork : public Work {
  public:
   StepWork(const Plan& plan, const Kernels& kernels, const Schedule& schedule, float* output,
@@ -207,17 +207,17 @@ class StepWork : public Work {
       : kernels_(kernels),
         schedule_(schedule),
         chunk_(plan, workspace, schedule.places),
-        segments_(seconds ? find_segments(plan, images) : share_segments(plan, images, schedule.workers)),
+        groups_(seconds ? group_steps(plan, images) : group_shared_steps(plan, images, schedule.workers)),
         output_(output),
         scratch_(workspace + schedule.copies * schedule.map_floats),
         first_(first),
         seconds_(seconds) {
-    for (const Segment& segment : segments_) {
+    for (const StepGroup& group : groups_) {
       // Images that are left over are shared.
-      const int64_t alone = segment.alone ? images / schedule.workers * schedule.workers : 0;
+      const int64_t alone = group.alone ? images / schedule.workers * schedule.workers : 0;
       if (alone)
-        items_.push_back({{}, {}, {alone, static_cast<int>(alone), 1, 1}, segment.begin, 1, false, &segment});
-      add_steps(plan, segment, alone, images);
+        items_.push_back({{}, {}, {alone, static_cast<int>(alone), 1, 1}, group.begin, 1, false, &group});
+      add_steps(plan, group, alone, images);
     }
     queues_.reset(new TaskQueue[items_.size()]);
     for (size_t i = 0; i < items_.size(); ++i) queues_[i].reset(items_[i].split.tasks());
@@ -247,29 +247,29 @@ class StepWork : public Work {
     size_t index;  // of the step in the plan
     size_t count;  // of items that one worker does in a row: small ones need not meet in between
     bool small;
-    const Segment* segment;  // null, or steps that a worker takes an image through; tasks are images
+    const StepGroup* group;  // null, or steps that a worker takes an image through; tasks are images
   };
-  void add_steps(const Plan& plan, const Segment& segment, int64_t image, int64_t images) {
-    for (; image < images; image += segment.group) {
-      const int64_t group = std::min(segment.group, images - image);
-      for (size_t i = segment.begin; i < segment.end; ++i) {
+  void add_steps(const Plan& plan, const StepGroup& group, int64_t image, int64_t images) {
+    for (; image < images; image += group.batch) {
+      const int64_t batch = std::min(group.batch, images - image);
+      for (size_t i = group.begin; i < group.end; ++i) {
         std::vector<Step> run;
         for (; plan.steps[i].out.passes; ++i) run.push_back(chunk_.at(i, first_, image, output_));
         const Step step = chunk_.at(i, first_, image, output_);
         if (!run.empty()) run.push_back(step);
-        const bool small = !seconds_ && run.empty() && is_small(step, group);
+        const bool small = !seconds_ && run.empty() && is_small(step, batch);
         if (small && !items_.empty() && items_.back().small)
           ++items_[head_].count;
         else
           head_ = items_.size();
         items_.push_back(
-            {step, run, split_step(step, group, small ? 1 : schedule_.workers), i, 1, small, nullptr});
+            {step, run, split_step(step, batch, small ? 1 : schedule_.workers), i, 1, small, nullptr});
       }
     }
   }
   void run_task(size_t item, int task, int worker, float* scratch) const {
-    if (items_[item].segment) {
-      take_through(*items_[item].segment, task, schedule_.most + worker, scratch);
+    if (items_[item].group) {
+      take_through(*items_[item].group, task, schedule_.most + worker, scratch);
       return;
     }
     for (size_t j = item; j < item + items_[item].count; ++j) {
@@ -281,14 +281,14 @@ class StepWork : public Work {
         run_bands(kernels_, run.data(), run.size(), part, scratch);
     }
   }
-  void take_through(const Segment& segment, int64_t image, int64_t own, float* scratch) const {
-    run_steps(kernels_, segment.begin, segment.end, 1, scratch,
-              [&](size_t i) { return chunk_.at(i, first_, image, output_, &segment, own); });
+  void take_through(const StepGroup& group, int64_t image, int64_t own, float* scratch) const {
+    run_steps(kernels_, group.begin, group.end, 1, scratch,
+              [&](size_t i) { return chunk_.at(i, first_, image, output_, &group, own); });
   }
   const Kernels& kernels_;
   const Schedule schedule_;
   const Chunk chunk_;
-  const std::vector<Segment> segments_;
+  const std::vector<StepGroup> groups_;
   float* output_;
   float* scratch_;
   int64_t first_;

@@ -22,11 +22,14 @@ struct Ready {
   int workers;
 };
 
+bool is_program(const Tensor& tensor) {
+  return tensor.scalar_type() == torch::headeronly::ScalarType::Long && tensor.is_contiguous();
+}
+
 Ready get_ready(const Tensor& input, const Tensor& program, const Tensor& weights, int64_t workers) {
   STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == torch::headeronly::ScalarType::Float,
                   "plan_run: input must be float32 (N, C, H, W)");
-  STD_TORCH_CHECK(program.scalar_type() == torch::headeronly::ScalarType::Long && program.is_contiguous() &&
-                      weights.scalar_type() == torch::headeronly::ScalarType::Float &&
+  STD_TORCH_CHECK(is_program(program) && weights.scalar_type() == torch::headeronly::ScalarType::Float &&
                       weights.is_contiguous(),
                   "plan_run: program must be int64, weights float32, both contiguous");
   const char* error = nullptr;
@@ -87,6 +90,7 @@ Tensor plan_times(const Tensor& input, const Tensor& program, const Tensor& weig
 // The program decoded for an input of a size, without weights: to be looked at, not to be run.
 gatedconv::Plan get_plan(const std::vector<int64_t>& size, const Tensor& program) {
   STD_TORCH_CHECK(size.size() == 4, "plan: size must be N, C, H, W");
+  STD_TORCH_CHECK(is_program(program), "plan: program must be int64 and contiguous");
   const gatedconv::Input source{nullptr, {size[0], size[1], size[2], size[3]}, {}};
   gatedconv::Plan plan;
   const char* error = gatedconv::decode(static_cast<const int64_t*>(program.const_data_ptr()),
@@ -129,11 +133,11 @@ std::string plan_isa(bool bf16) {
 STABLE_TORCH_LIBRARY_IMPL(gatedconv, CPU, m) {
   m.impl("plan_run", TORCH_BOX(&plan_run));
   m.impl("plan_times", TORCH_BOX(&plan_times));
+  m.impl("plan_workspace", TORCH_BOX(&plan_workspace));
+  m.impl("plan_passing", TORCH_BOX(&plan_passing));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gatedconv, CompositeExplicitAutograd, m) {
-  m.impl("plan_workspace", TORCH_BOX(&plan_workspace));
-  m.impl("plan_passing", TORCH_BOX(&plan_passing));
   m.impl("plan_release", TORCH_BOX(&plan_release));
   m.impl("plan_isa", TORCH_BOX(&plan_isa));
 }

@@ -22,14 +22,14 @@ int64_t weight_bytes(const Step& step) {
 }
 
 // Images that a run takes together: as many as fit the cache, and more while its weights are more than its
-// maps, because every group has the weights come from memory once.
-int64_t group_of(const Amount& amount, int64_t most) {
-  int64_t group = 1;
-  while (group * 2 <= most &&
-         (group * 2 * amount.maps <= cache_bytes() || group * amount.maps < amount.weights)) {
-    group *= 2;
+// maps, because every such batch has the weights come from memory once.
+int64_t batch_of(const Amount& amount, int64_t most) {
+  int64_t batch = 1;
+  while (batch * 2 <= most &&
+         (batch * 2 * amount.maps <= cache_bytes() || batch * amount.maps < amount.weights)) {
+    batch *= 2;
   }
-  return group;
+  return batch;
 }
 
 }  // namespace
@@ -60,21 +60,21 @@ Amount amount_of(const Plan& plan, std::pair<size_t, size_t> steps) {
   return amount;
 }
 
-std::vector<Segment> find_segments(const Plan& plan, int64_t images) {
-  std::vector<Segment> segments;
+std::vector<StepGroup> group_steps(const Plan& plan, int64_t images) {
+  std::vector<StepGroup> groups;
   for (const auto& run : find_runs(plan)) {
-    const int64_t group = group_of(amount_of(plan, run), images);
-    if (segments.empty() || segments.back().group != group) segments.push_back({run.first, 0, group, false});
-    segments.back().end = run.second;
+    const int64_t batch = batch_of(amount_of(plan, run), images);
+    if (groups.empty() || groups.back().batch != batch) groups.push_back({run.first, 0, batch, false});
+    groups.back().end = run.second;
   }
-  return segments;
+  return groups;
 }
 
 // Alone, an image's maps stay in one cache, but every image has the weights come from memory; together, the
 // images share the weights, but their maps do not stay. The schedule with the fewest bytes for an image,
 // where a change between the two costs the map at hand and the time to meet.
-std::vector<Segment> share_segments(const Plan& plan, int64_t images, int workers) {
-  if (images == 1 || images < workers) return find_segments(plan, images);
+std::vector<StepGroup> group_shared_steps(const Plan& plan, int64_t images, int workers) {
+  if (images == 1 || images < workers) return group_steps(plan, images);
   constexpr int64_t kMeeting = 32 * 1024;  // bytes read in the 1.3 us that a meeting takes, as assumed below
   const auto runs = find_runs(plan);
   std::array<int64_t, 2> bytes{};  // of the best schedule that ends together, and that ends alone
@@ -91,16 +91,16 @@ std::vector<Segment> share_segments(const Plan& plan, int64_t images, int worker
     }
     bytes = next;
   }
-  std::vector<Segment> segments;
+  std::vector<StepGroup> groups;
   bool alone = bytes[true] < bytes[false];
   for (size_t i = runs.size(); i-- > 0; alone = before[i][alone]) {
-    if (segments.empty() || segments.back().alone != alone) {
-      segments.push_back({0, runs[i].second, alone ? 1 : images, alone});
+    if (groups.empty() || groups.back().alone != alone) {
+      groups.push_back({0, runs[i].second, alone ? 1 : images, alone});
     }
-    segments.back().begin = runs[i].first;
+    groups.back().begin = runs[i].first;
   }
-  std::reverse(segments.begin(), segments.end());
-  return segments;
+  std::reverse(groups.begin(), groups.end());
+  return groups;
 }
 
 std::vector<std::array<Life, 4>> find_lives(const Plan& plan) {

@@ -26,23 +26,23 @@ struct Amount {
 
 Amount amount_of(const Plan& plan, std::pair<size_t, size_t> steps);
 
-// Steps that are done alike.
-struct Segment {
+// Consecutive steps that take the same number of images at a time.
+struct StepGroup {
   size_t begin, end;
-  int64_t group;  // images that a step takes together
+  int64_t batch;  // images that a step takes together
   bool alone;     // a worker takes an image through all steps; else all workers share every step
 };
 
-// The segments for images that one worker has to itself.
-std::vector<Segment> find_segments(const Plan& plan, int64_t images);
+// The groups for images that one worker has to itself.
+std::vector<StepGroup> group_steps(const Plan& plan, int64_t images);
 
-// The segments for images that some workers share.
-std::vector<Segment> share_segments(const Plan& plan, int64_t images, int workers);
+// The groups for images that some workers share.
+std::vector<StepGroup> group_shared_steps(const Plan& plan, int64_t images, int workers);
 
 // From the step that writes a map to the last one that reads it.
 struct Life {
   size_t begin, end;
-  bool inside(const Segment& segment) const { return begin >= segment.begin && end < segment.end; }
+  bool inside(const StepGroup& group) const { return begin >= group.begin && end < group.end; }
 };
 
 // The lives of the maps `in`, `out`, `residual` and `gate` of every step.

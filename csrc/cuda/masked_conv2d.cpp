@@ -143,6 +143,7 @@ Tensor masked_conv2d(const Tensor& input, const Tensor& weight, const std::optio
   STD_TORCH_CHECK(!loose || (in_open->scalar_type() == ScalarType::Bool && in_open->size(0) == shape.batch &&
                              in_open->size(1) == shape.in_channels),
                   "masked_conv2d: expected in_open to be bool of shape (C_in) or (N, C_in)");
+  STD_TORCH_CHECK(on_one_device(input, in_open, packed), "masked_conv2d: expected all tensors on one device");
   const Tensor output = new_output(shape, input, weight), mask = torch::stable::contiguous(out_open);
   if (output.numel() == 0) return output;
   const std::optional<Tensor> in_mask = dense(in_open);
@@ -183,6 +184,8 @@ Tensor masked_conv2d_pack(const Tensor& weight, const Tensor& out_open, const st
                       (!in_open || (in_open->dim() == 1 && in_open->scalar_type() == ScalarType::Bool &&
                                     in_open->numel() == weight.size(1) * groups)),
                   "masked_conv2d_pack: expected masks of weight's outputs and inputs");
+  STD_TORCH_CHECK(on_one_device(weight, out_open, in_open),
+                  "masked_conv2d_pack: expected all tensors on one device");
   const std::optional<MathKind> math = choose_math(weight, allow_tf32);
   if (groups != 1 || !math || weight.numel() == 0) return ints(0, weight);
   ConvArgs a{};
@@ -230,6 +233,10 @@ ConvShape run_shape(const Tensor& input, const Tensor& output, const std::vector
   return s;
 }
 
+bool is_index_list(const std::optional<Tensor>& list) {
+  return !list || (list->scalar_type() == ScalarType::Int && list->dim() == 1 && list->is_contiguous());
+}
+
 void conv_run(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& in_index, const std::optional<Tensor>& out_index,
               const std::optional<Tensor>& residual, Tensor output, std::vector<int64_t> geometry,
@@ -243,6 +250,10 @@ void conv_run(const Tensor& input, const Tensor& packed, const std::optional<Ten
                   "conv_run: expected tensors of one dtype that this GPU multiplies");
   STD_TORCH_CHECK(output.size(0) == input.size(0) && act >= 0 && act <= 2,
                   "conv_run: bad batch or activation");
+  STD_TORCH_CHECK(on_one_device(input, packed, bias, in_index, out_index, residual, output),
+                  "conv_run: expected all tensors on one device");
+  STD_TORCH_CHECK(is_index_list(in_index) && is_index_list(out_index),
+                  "conv_run: expected in_index and out_index to be contiguous int32");
   ConvArgs a = conv_args(shape, input, residual, output, static_cast<ConvAct>(act));
   if (in_index) {
     a.in_index = static_cast<const int32_t*>(in_index->const_data_ptr());

@@ -17,6 +17,16 @@ inline Strides4 strides4(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
+inline bool is_on(const torch::stable::Device& device, const std::optional<Tensor>& tensor) {
+  return !tensor || tensor->device() == device;
+}
+
+// The dispatcher chooses a body by one of the tensors: the others may be anywhere.
+template <typename... Tensors>
+bool on_one_device(const Tensor& input, const Tensors&... others) {
+  return (is_on(input.device(), others) && ...);
+}
+
 // The public function has checked everything with better words; this keeps a direct call of the op from
 // reading memory that is not there.
 inline ConvShape conv_shape(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -25,6 +35,8 @@ inline ConvShape conv_shape(const Tensor& input, const Tensor& weight, const std
                             const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                             int64_t groups) {
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "masked_conv2d: expected 4-D input and weight");
+  STD_TORCH_CHECK(on_one_device(input, weight, bias, out_open, in_open, residual),
+                  "masked_conv2d: expected all tensors on one device");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2 && groups > 0,
                   "masked_conv2d: expected 2 strides, 4 paddings, 2 dilations and at least 1 group");
   ConvShape s{input.size(0),

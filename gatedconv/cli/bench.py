@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gatedconv.cli.networks import example_input, saved_networks
+from gatedconv.cli.saved_networks import example_input, saved_networks
 
 _MOST = 1_000_000  # of any count
 
@@ -115,7 +115,7 @@ def _footprint(arguments: argparse.Namespace) -> int:
 
     from gatedconv._io import write_atomic
     from gatedconv.bench.footprint import measure_footprints
-    from gatedconv.cli.networks import compact_network
+    from gatedconv.cli.saved_networks import compact_network
     from gatedconv.report.footprint_table import FILE_NAME, footprint_rows
     from gatedconv.report.tables import text_table
 

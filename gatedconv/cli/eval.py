@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from gatedconv.cli.networks import image_size, saved_networks
+from gatedconv.cli.saved_networks import image_size, saved_networks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gatedconv.cli.networks import compact_network, example_input
+from gatedconv.cli.saved_networks import compact_network, example_input
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".aoti.pt2", "plan": ".plan"}
 

@@ -161,7 +161,7 @@ def decides_on_device(x: Tensor, first: ConvNorm, last: ConvNorm) -> bool:
         and conv.gate is None
         and conv.padding_mode == "zeros"
         and not (has_hooks(conv) or has_hooks(norm))
-        and _masked_conv2d_cuda.takes(x, conv.kernel_size, conv.dilation, conv.groups)
+        and _masked_conv2d_cuda.supports(x, conv.kernel_size, conv.dilation, conv.groups)
         for conv, norm in (first, last)
     )
 

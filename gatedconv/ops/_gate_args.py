@@ -131,7 +131,7 @@ def require_batch(x: Tensor, parameters: GateParameters, options: GateOptions) -
         )
 
 
-def kernels_can(
+def kernels_support(
     x: Tensor, parameters: GateParameters, statistics: GateStatistics, options: GateOptions, noise: Tensor | None = None
 ) -> bool:
     """Whether the kernels cover this call: every buffer kept, all in fp32, and no cumulative average."""

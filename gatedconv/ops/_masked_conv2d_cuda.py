@@ -73,7 +73,7 @@ def allows_tf32() -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def takes(input: Tensor, kernel: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+def supports(input: Tensor, kernel: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
     """Whether there is a kernel for this convolution and its library can be loaded."""
     if input.device.type != "cuda" or input.dtype not in _DTYPES or groups != 1:
         return False

@@ -18,7 +18,7 @@ from gatedconv.ops._gate_args import (
     check_gate,
     empty_decision,
     empty_gradients,
-    kernels_can,
+    kernels_support,
     require_batch,
 )
 from gatedconv.ops._registration import arguments_schema
@@ -51,7 +51,7 @@ def gate(
             are needed.
     """
     check_gate(x, parameters, statistics, options, noise)
-    if not kernels_can(x, parameters, statistics, options, noise):
+    if not kernels_support(x, parameters, statistics, options, noise):
         return decide(x, parameters, statistics, options, noise)
     require_batch(x, parameters, options)
     if torch.compiler.is_compiling():

@@ -20,7 +20,7 @@ from gatedconv.ops._gate_args import (
     check_gate,
     empty_decision,
     empty_gradients,
-    kernels_can,
+    kernels_support,
     require_batch,
 )
 from gatedconv.ops._registration import arguments_schema
@@ -84,7 +84,7 @@ def gated_residual(
         ValueError: shapes or devices do not fit, or there is only one value per channel.
     """
     _check(x, shortcut, norm, layer, channel)
-    if not _kernels_can(x, shortcut, norm, layer, channel):
+    if not _kernels_support(x, shortcut, norm, layer, channel):
         return gated_residual_reference(x, shortcut, norm, layer, channel)
     if channel is not None:
         require_batch(x, channel.parameters, channel.options)
@@ -129,7 +129,7 @@ def _check(x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | Non
         check_gate(x, *channel)
 
 
-def _kernels_can(
+def _kernels_support(
     x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | None, channel: InnerGate | None
 ) -> bool:
     maps = [x, shortcut] if layer is None else [x, shortcut, layer]
@@ -142,7 +142,7 @@ def _kernels_can(
     if channel is None:
         return True
     # A gate that reads every position needs BN(x) stored.
-    return not channel.options.flatten and kernels_can(x, *channel)
+    return not channel.options.flatten and kernels_support(x, *channel)
 
 
 class ForwardArguments(NamedTuple):

@@ -190,7 +190,7 @@ def _has_kernel(conv: Conv) -> bool:
         return input.dtype in (torch.float32, torch.float64)
     if input.device.type != "cuda" or _masked_conv2d_cuda.kernels_mode() != "on":
         return False
-    return _masked_conv2d_cuda.takes(input, conv.weight.shape[2:], geometry.dilation, geometry.groups)
+    return _masked_conv2d_cuda.supports(input, conv.weight.shape[2:], geometry.dilation, geometry.groups)
 
 
 # Where everything is open PyTorch's convolution is as fast from this many multiply-adds on; below, it pays

@@ -77,7 +77,7 @@ def test_the_page_has_a_panel_of_what_ships(tmp_path):
 
 
 def test_bench_keeps_the_footprint_with_the_run(echo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("gatedconv.cli.networks.load", lambda path: First())
+    monkeypatch.setattr("gatedconv.cli.saved_networks.load", lambda path: First())
     run = tmp_path / "run"
     run.mkdir()
     (run / "compact.safetensors").touch()

@@ -12,7 +12,7 @@ import torch
 import gatedconv as package
 from gatedconv.cli import COMMANDS
 from gatedconv.cli.config_flags import merge_settings
-from gatedconv.cli.networks import image_size
+from gatedconv.cli.saved_networks import image_size
 from gatedconv.train import RunFolder, TrainConfig
 from gatedconv.train.config import field_specs
 from tests.tolerances import assert_close

@@ -33,7 +33,7 @@ def kernel(monkeypatch):
         runs.append(arguments)
         return plans.conv_run(*arguments)
 
-    monkeypatch.setattr(_masked_conv2d_cuda, "takes", lambda x, kernel, dilation, groups: groups == 1)
+    monkeypatch.setattr(_masked_conv2d_cuda, "supports", lambda x, kernel, dilation, groups: groups == 1)
     monkeypatch.setattr(_masked_conv2d_cuda, "conv_pack", plans.conv_pack)
     monkeypatch.setattr(_masked_conv2d_cuda, "conv_run", run)
     return runs

@@ -67,6 +67,15 @@ def test_a_damaged_program_is_refused(engine):
         torch.ops.gatedconv.plan_run.default(x, plan.program, plan.weights[:20].contiguous(), plan.shape)
 
 
+def test_what_is_no_program_is_not_read(engine):
+    program, size = engine.plans[0].program, [1, 3, 10, 12]
+    for bad in (program.int(), program.double(), program.repeat_interleave(2)[::2]):
+        with pytest.raises(RuntimeError, match="program must be int64 and contiguous"):
+            torch.ops.gatedconv.plan_workspace.default(size, bad, 1)
+        with pytest.raises(RuntimeError, match="program must be int64 and contiguous"):
+            torch.ops.gatedconv.plan_passing.default(size, bad)
+
+
 def test_times_of_every_step_that_computes():
     net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1)))
     x = torch.randn(5, 3, 9, 9)

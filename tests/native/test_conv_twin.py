@@ -233,7 +233,7 @@ def test_any_of_more_convolutions(twin, case):
 @pytest.mark.parametrize("math", MATHS)
 @pytest.mark.parametrize("kernel,dilation", [((7, 7), (3, 3)), ((5, 5), (4, 4)), ((3, 3), (9, 9)), ((1, 7), (1, 60))])
 def test_a_tile_is_found_while_taps_reach_over_400_pixels(twin, math, kernel, dilation):
-    """What `gatedconv.ops._masked_conv2d_cuda.takes` promises, of every tile."""
+    """What `gatedconv.ops._masked_conv2d_cuda.supports` promises, of every tile."""
     x, weight = torch.randn(1, 5, 40, 380).double(), torch.randn(9, 5, *kernel).double()
     for tile in TILES:
         out_open = torch.rand(9) < 0.5

@@ -32,7 +32,7 @@ def installed() -> Iterator[bool]:
             for owner, name, replacement in (
                 (_masked_conv2d_cuda, "conv_pack", convolution.conv_pack),
                 (_masked_conv2d_cuda, "conv_run", convolution.conv_run),
-                (_masked_conv2d_cuda, "takes", lambda input, kernel, dilation, groups: groups == 1),
+                (_masked_conv2d_cuda, "supports", lambda input, kernel, dilation, groups: groups == 1),
                 (experimental, "limits", lambda device, dtype: H100),
                 (experimental, "resident_run", driver.run),
             ):

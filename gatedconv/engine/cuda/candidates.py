@@ -41,7 +41,7 @@ def conv_candidates(
     if device.type == "cuda" and plain and one.act == "relu":
         candidates["cudnn fused"] = lambda: _FusedConv(one, dtype, device)
     probe = torch.empty(0, dtype=dtype, device=device)
-    if mode != "off" and _masked_conv2d_cuda.takes(probe, one.kernel, one.dilation, one.groups):
+    if mode != "off" and _masked_conv2d_cuda.supports(probe, one.kernel, one.dilation, one.groups):
         for tile in _masked_conv2d_cuda.TILES:
             if _worth_trying(one, tile):
                 candidates[f"gatedconv {tile[0]}x{tile[1]}"] = partial(_TiledConv, one, dtype, device, tile)

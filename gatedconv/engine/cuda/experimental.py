@@ -231,7 +231,7 @@ def limits(device: torch.device, dtype: torch.dtype) -> Limits | None:
     """
     if device.type != "cuda":
         return None
-    if not _masked_conv2d_cuda.takes(torch.empty(0, dtype=dtype, device=device), (1, 1), (1, 1), 1):
+    if not _masked_conv2d_cuda.supports(torch.empty(0, dtype=dtype, device=device), (1, 1), (1, 1), 1):
         return None
     properties = torch.cuda.get_device_properties(device)
     if dtype == torch.float32 and (properties.major < 8 or not _masked_conv2d_cuda.allows_tf32()):

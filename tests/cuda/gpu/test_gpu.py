@@ -295,3 +295,19 @@ def test_every_tile(tile, dtype):
             *arguments,
         )
         assert_close(result.cpu(), expected, dtype=kind_of(dtype))
+
+
+def test_operators_refuse_tensors_that_their_kernels_cannot_read():
+    x, weight, bias, out_open, residual, _ = case(SHAPES[0], "half", torch.float32)
+    numbers = ([1, 1], [0, 0, 0, 0], [1, 1], 1, False)
+    tensors = [x, weight, bias, out_open, mask_of("half", x.shape[1]), residual]
+    for i in range(1, len(tensors)):
+        mixed = [tensor.cpu() if k == i else tensor for k, tensor in enumerate(tensors)]
+        with pytest.raises(RuntimeError, match="masked_conv2d: expected all tensors on one device"):
+            torch.ops.gatedconv.masked_conv2d.default(*mixed, *numbers)
+    packed = _masked_conv2d_cuda.conv_pack(weight, None, True)
+    geometry = [weight.shape[2], weight.shape[3], 1, 1, 0, 0, 1, 1]
+    index = torch.arange(x.shape[1], device="cuda")
+    for bad, words in ((index, "contiguous int32"), (index.int().cpu(), "one device")):
+        with pytest.raises(RuntimeError, match=words):
+            _masked_conv2d_cuda.conv_run(x, packed, bias, bad, None, None, residual, geometry, 0, False, True, (0, 0))
