@@ -1,4 +1,8 @@
-"""Shared by the kernel files: maps by strides, tile sizes, the device of a launch."""
+"""Shared by the kernel files: maps by strides, tile sizes, the device of a launch.
+
+In all of them a launched kernel marks its constants as constexpr; the functions that it calls take them as they come,
+because Triton passes a constexpr on as one. Upper case is a size, a flag or a tile.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class PooledRows(NamedTuple):
 
 
 @triton.jit
-def channel_means(x, n, c, C, HW, BLOCK_C: constexpr, BLOCK_S: constexpr):
+def channel_means(x, n, c, C, HW, BLOCK_C, BLOCK_S):
     """Means of some channels of sample n."""
     sums = tl.zeros((BLOCK_C,), tl.float32)
     for s0 in range(0, HW, BLOCK_S):
@@ -145,7 +145,7 @@ def logistic_noise(u):
 
 
 @triton.jit
-def decide(z, u, threshold, ESTIMATOR: constexpr):
+def decide(z, u, threshold, ESTIMATOR):
     """Whether a gate opens: logits z, uniform noise u or None, threshold of the batch-mean estimator."""
     if ESTIMATOR == "batch_mean":
         opens = z - threshold > 0.0
@@ -169,19 +169,7 @@ def sum_of_slices(part_ptr, rows, columns, mask, N, S, M):
 
 @triton.jit
 def hidden_statistics(
-    stat_ptr,
-    part_ptr,
-    parameters,
-    running,
-    N,
-    S,
-    H,
-    eps,
-    momentum,
-    BATCH_STATS: constexpr,
-    UPDATE: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_H: constexpr,
+    stat_ptr, part_ptr, parameters, running, N, S, H, eps, momentum, BATCH_STATS, UPDATE, BLOCK_N, BLOCK_H
 ):
     """Mean and 1 / sqrt(var + eps) of the hidden layer; program 0 writes stat and moves the running statistics."""
     j = tl.arange(0, BLOCK_H)

@@ -74,7 +74,7 @@ class DenseGradients(NamedTuple):
 
 
 @triton.jit
-def through_estimator(d, z, u, threshold, temperature, ESTIMATOR: constexpr):
+def through_estimator(d, z, u, threshold, temperature, ESTIMATOR):
     """Gradient d of a gate as the gradient of its logit z; noise u or None."""
     if ESTIMATOR == "bernoulli":
         p = tl.sigmoid(z)
@@ -91,7 +91,7 @@ def through_estimator(d, z, u, threshold, temperature, ESTIMATOR: constexpr):
 
 
 @triton.jit
-def gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR: constexpr):
+def gate_gradient(decision, rows, o, mask, N, O, ESTIMATOR):
     """Gradient of the logits through gates and open rates."""
     at = rows[:, None] * O + o[None, :]
     result = tl.zeros(mask.shape, tl.float32)
@@ -119,7 +119,7 @@ def own_gradient(decision, rows, o, mask, O):
 
 
 @triton.jit
-def center_of_tile(decision, o, N, O, ESTIMATOR: constexpr, CENTER: constexpr, BLOCK_N: constexpr, BLOCK_O: constexpr):
+def center_of_tile(decision, o, N, O, ESTIMATOR, CENTER, BLOCK_N, BLOCK_O):
     """CENTER: the mean over the batch of the gradient through the gates of a tile; else 0."""
     mean = tl.zeros((BLOCK_O,), tl.float32)
     if CENTER:
@@ -187,22 +187,7 @@ def gate_backward_rows(
 
 
 @triton.jit
-def rows_of_hidden(
-    tile,
-    out,
-    decision,
-    layer,
-    weight2_ptr,
-    N,
-    H,
-    O,
-    T,
-    ESTIMATOR: constexpr,
-    CENTER: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_H: constexpr,
-    BLOCK_O: constexpr,
-):
+def rows_of_hidden(tile, out, decision, layer, weight2_ptr, N, H, O, T, ESTIMATOR, CENTER, BLOCK_N, BLOCK_H, BLOCK_O):
     """One row tile: da = dz @ weight2, neither centered nor masked by the ReLU, and its part of the sums."""
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_H)
@@ -237,20 +222,7 @@ def rows_of_hidden(
 
 
 @triton.jit
-def weights_of_gates(
-    tile,
-    out,
-    decision,
-    layer,
-    N,
-    H,
-    O,
-    ESTIMATOR: constexpr,
-    CENTER: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_H: constexpr,
-    BLOCK_O: constexpr,
-):
+def weights_of_gates(tile, out, decision, layer, N, H, O, ESTIMATOR, CENTER, BLOCK_N, BLOCK_H, BLOCK_O):
     """The second dense layer's gradients for one tile of gates."""
     j = tl.arange(0, BLOCK_H)
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -274,8 +246,9 @@ def weights_of_gates(
 
 
 @triton.jit
-def sum_of_tiles(sums_ptr, row, m, T, M, BLOCK_M: constexpr, BLOCK_T: constexpr = 16):
+def sum_of_tiles(sums_ptr, row, m, T, M, BLOCK_M):
     """Add up one row of sums (5, T, M) over T, for units m."""
+    BLOCK_T: constexpr = 16
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
@@ -285,7 +258,7 @@ def sum_of_tiles(sums_ptr, row, m, T, M, BLOCK_M: constexpr, BLOCK_T: constexpr 
 
 
 @triton.jit
-def norm_sums(sums_ptr, m, N, M, T, CENTER: constexpr, BLOCK_M: constexpr):
+def norm_sums(sums_ptr, m, N, M, T, CENTER, BLOCK_M):
     """The shift of da, and the gradients of the norm's bias and weight, for units m."""
     center = tl.zeros((BLOCK_M,), tl.float32)
     d_beta = center
@@ -301,7 +274,7 @@ def norm_sums(sums_ptr, m, N, M, T, CENTER: constexpr, BLOCK_M: constexpr):
 
 
 @triton.jit
-def dense_gradient(n, m, center, d_beta, d_gamma, dh_ptr, layer, N, M, BATCH_STATS: constexpr):
+def dense_gradient(n, m, center, d_beta, d_gamma, dh_ptr, layer, N, M, BATCH_STATS):
     """Gradient at the first dense layer's output, samples n by units m."""
     mask = (n < N)[:, None] & (m < M)[None, :]
     at = n[:, None] * M + m[None, :]

@@ -146,7 +146,7 @@ def finish_statistics(
 
 
 @triton.jit
-def gate_factor(layer_ptr, channel_ptr, n, c, C, BLOCK_C: constexpr):
+def gate_factor(layer_ptr, channel_ptr, n, c, C, BLOCK_C):
     """Layer gate * channel gate of sample n; 1 for one that is None."""
     factor = tl.full((BLOCK_C,), 1.0, tl.float32)
     if layer_ptr is not None:

@@ -58,7 +58,7 @@ def sum_gradient(d_out, pooled_share, out, n, c, s, mask):
 
 
 @triton.jit
-def pooled_gradient(d_pooled_ptr, n, c, C, HW, BLOCK_C: constexpr):
+def pooled_gradient(d_pooled_ptr, n, c, C, HW, BLOCK_C):
     """The gradient of the pooled out at one position; 0 if it is None."""
     share = tl.zeros((BLOCK_C,), tl.float32)
     if d_pooled_ptr is not None:
