@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,14 @@ def test_a_failed_write_keeps_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match=r"a: could not be written \(No space left on device\); what was there before"):
         write_atomic(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_threads_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
+    path, contents = tmp_path / "a.bin", [bytes([letter]) * 200_000 for letter in b"abcd"]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda content: write_atomic(path, content), contents * 8):
+            pass
+    assert path.read_bytes() in contents and os.listdir(tmp_path) == ["a.bin"]
 
 
 def test_naming_file_names_the_file() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gatedconv.data import ImageData
 from gatedconv.train.callbacks import Callback, StepReport
-from gatedconv.train.config import TrainConfig
+from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.metrics import EpochMetrics
 
 _FINISH = "freezing, compacting, measuring, exporting"
@@ -49,13 +49,14 @@ class LineProgress(Callback):
     """Plain lines, for logs."""
 
     def __init__(self) -> None:
-        self._epochs = 0
+        self._config = TrainConfig()
+        self._last = 0
         self._done = 0
         self._began = time.monotonic()
 
     def start(self, config: TrainConfig, data: ImageData) -> None:
         """Print what is trained on what."""
-        self._epochs = config.epochs
+        self._config = config
         print(headline(config, data), flush=True)
 
     def phase(self, phase: str) -> None:
@@ -63,6 +64,8 @@ class LineProgress(Callback):
         self._done, self._began = 0, time.monotonic()
         if phase == "finish":
             print(_FINISH, flush=True)
+        else:
+            self._last = epoch_range(self._config, phase)[1]
 
     def replay(self, metrics: EpochMetrics) -> None:
         """One line, without the time left: the epoch took none of this process."""
@@ -72,7 +75,7 @@ class LineProgress(Callback):
     def epoch(self, metrics: EpochMetrics) -> None:
         """One line: phase and epoch, its figures, the time left in the phase."""
         self._done += 1
-        left = (time.monotonic() - self._began) / self._done * (self._epochs - metrics.epoch)
+        left = (time.monotonic() - self._began) / self._done * (self._last - metrics.epoch)
         print(f"{self._place(metrics)}  {describe(metrics)}  {_clock(left)} left", flush=True)
 
     def note(self, text: str) -> None:
@@ -80,8 +83,7 @@ class LineProgress(Callback):
         print(f"note: {text}", flush=True)
 
     def _place(self, metrics: EpochMetrics) -> str:
-        label = metrics.phase
-        return f"{label:<5} {metrics.epoch:>{len(str(self._epochs))}}/{self._epochs}"
+        return f"{metrics.phase:<7} {metrics.epoch:>{len(str(self._last))}}/{self._last}"
 
 
 class BarProgress(Callback):
@@ -93,20 +95,23 @@ class BarProgress(Callback):
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
-        self._epochs = 0
+        self._config = TrainConfig()
+        self._range = 0, 0
         self._task: Any = None
         self._last: EpochMetrics | None = None
 
     def start(self, config: TrainConfig, data: ImageData) -> None:
         """Print what is trained on what."""
-        self._epochs = config.epochs
+        self._config = config
         self._progress.console.print(headline(config, data), highlight=False)
 
     def phase(self, phase: str) -> None:
         """Add a bar."""
         self._last = None
-        total = None if phase == "finish" else float(self._epochs)
-        figures = _FINISH if total is None else ""
+        total, figures = None, _FINISH
+        if phase != "finish":
+            self._range = first, last = epoch_range(self._config, phase)
+            total, figures = float(last - first), ""
         self._task = self._progress.add_task(phase, total=total, figures=figures, place="")
 
     def step(self, report: StepReport) -> None:
@@ -119,7 +124,7 @@ class BarProgress(Callback):
     def replay(self, metrics: EpochMetrics) -> None:
         """Move the bar past an epoch of before; the estimate of the time left starts there."""
         self._last = metrics
-        self._progress.reset(self._task, completed=float(metrics.epoch))
+        self._progress.reset(self._task, completed=float(metrics.epoch - self._range[0]))
         self._update(float(metrics.epoch), metrics.epoch, describe(metrics))
 
     def epoch(self, metrics: EpochMetrics) -> None:
@@ -132,7 +137,8 @@ class BarProgress(Callback):
         self._progress.console.print(f"note: {text}", highlight=False, markup=False)
 
     def _update(self, completed: float, epoch: int, figures: str) -> None:
-        self._progress.update(self._task, completed=completed, place=f"{epoch}/{self._epochs}", figures=figures)
+        first, last = self._range
+        self._progress.update(self._task, completed=completed - first, place=f"{epoch}/{last}", figures=figures)
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from gatedconv.nn import CompactBlock, GraphNet
 
 FORMAT = "gatedconv"
 VERSION = 1
+_LARGEST_EXAMPLE = 1 << 28  # numbers of an example input: 1 GB of float32
 
 _PRODUCTS = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
@@ -131,10 +134,17 @@ def _packed(path: Path, model: nn.Module, description: dict[str, Any], tensors: 
     size, dtype = description["engine"], next((value.dtype for value in model.parameters()), torch.float32)
     try:
         require_small(size, tensors)
+        _require_example(size)
         example = torch.zeros(size, dtype=dtype, device="cpu")
         return engine_hooks().pack(model, example, _PRODUCTS[description["products"]])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
+
+
+def _require_example(size: Sequence[int]) -> None:
+    """ValueError for the size of an example, from a file, that no memory should be given to."""
+    if math.prod(size) > _LARGEST_EXAMPLE:
+        raise ValueError(f"an example of size {list(size)} has more than {_LARGEST_EXAMPLE:,} numbers")
 
 
 def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -234,7 +244,7 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Modul
                 f"({description.get('no_graph', '')}): build the dense network and pass it as into="
             )
         else:
-            model = _build_ours(path, description)
+            model = _build_ours(path, description, tensors)
     except _Unfit:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
@@ -265,12 +275,14 @@ class _Unfit(ValueError):
     """A complete file that cannot be loaded this way, or by this version."""
 
 
-def _build_ours(path: Path, description: dict[str, Any]) -> nn.Module:
+def _build_ours(path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     config = dict(description["model"])
+    require_small(config, tensors)
     name = config.pop("name")
     if name not in BUILDERS:
         raise ValueError(f"load: {path} holds an unknown model {name!r}; known: {', '.join(BUILDERS)}")
     config["input_size"] = tuple(config["input_size"])
+    _require_example(config["input_size"])
     model = BUILDERS[name](**config)
     if description["stage"] in ("frozen", "compact"):
         model = _reshape(model, description, config["input_size"])
@@ -317,4 +329,4 @@ def _reshape(model: nn.Module, description: dict[str, Any], input_size: tuple[in
     if description["stage"] == "frozen":
         return frozen
     multiple = description.get("channel_multiple", 1)
-    return compact(frozen.eval(), torch.zeros(1, *input_size), channel_multiple=multiple, verify=False)
+    return compact(frozen.eval(), torch.zeros(1, *input_size, device="cpu"), channel_multiple=multiple, verify=False)

@@ -151,6 +151,6 @@ def _as_depthwise(layer: Layer) -> Layer:
     elif layer.kind in ("act", "pad"):
         channels = map_size(layer.inputs[0])[0]
         layer.groups = channels
-        layer.weight = torch.ones(channels, 1, 1, 1, dtype=torch.float64)
+        layer.weight = torch.ones(channels, 1, 1, 1, dtype=torch.float64, device="cpu")
         layer.kind = "conv"
     return layer

@@ -84,7 +84,9 @@ def compact_backward(grad: Tensor, conv: Conv, output: Tensor | None, needs: Seq
         grad = torch.where(_spread(out_open), grad, 0)
     to_input, to_weight, to_bias = _convolution_backward(_take(grad, left.rows, 1), left, conv, needs)
     if to_input is not None:
-        to_input = _put(_crop(to_input, conv.input), left.cols, conv.input.shape[1], 1)
+        if to_input.shape[2:] != conv.input.shape[2:]:  # `_remove` padded the input
+            to_input = _crop(to_input, conv)
+        to_input = _put(to_input, left.cols, conv.input.shape[1], 1)
         if left.partial and in_open is not None:
             to_input = to_input.masked_fill(~in_open[:, None, None], 0)
     if to_weight is not None:
@@ -169,11 +171,11 @@ def _spread(mask: Tensor) -> Tensor:
     return mask.view(-1, mask.shape[-1], 1, 1)
 
 
-def _crop(tensor: Tensor, like: Tensor) -> Tensor:
-    """Remove the padding that `_remove` put around the input; the smaller half is in front."""
-    high, wide = tensor.shape[2] - like.shape[2], tensor.shape[3] - like.shape[3]
-    top, left = high // 2, wide // 2
-    return tensor[:, :, top : top + like.shape[2], left : left + like.shape[3]]
+def _crop(padded: Tensor, conv: Conv) -> Tensor:
+    """The part of a padded map where the input is."""
+    top, _, left, _ = conv.geometry.padding
+    height, width = conv.input.shape[2:]
+    return padded[:, :, top : top + height, left : left + width]
 
 
 def _index(mask: Tensor) -> Tensor | None:

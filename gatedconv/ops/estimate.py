@@ -77,6 +77,8 @@ def logistic_noise(uniform: Tensor) -> Tensor:
 def _batch_mean(logits: Tensor, running: Tensor | None, training: bool, momentum: float) -> Tensor:
     if not training:
         return logits.new_zeros(()) if running is None else running.to(logits.dtype)
+    if not len(logits):
+        return logits.new_zeros(logits.shape[1:])
     mean = logits.mean(dim=0)
     if running is not None:
         with torch.no_grad():

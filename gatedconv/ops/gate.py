@@ -97,8 +97,9 @@ def decide(
             training=options.training,
             momentum=options.momentum,
         )
-        open_rate = gate.mean(dim=0)
-        if options.training and statistics.open_rate is not None:
+        # No samples have no rate: 0 keeps NaN out of the losses and of the running rate.
+        open_rate = gate.mean(dim=0) if len(gate) else gate.sum(dim=0)
+        if options.training and len(gate) and statistics.open_rate is not None:
             with torch.no_grad():
                 statistics.open_rate.lerp_(open_rate.detach().to(statistics.open_rate.dtype), options.momentum)
     return GateOutput(gate.to(options.dtype or x.dtype), open_rate, logits)

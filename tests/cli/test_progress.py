@@ -73,7 +73,7 @@ def test_lines_and_bars_have_the_same_content(tmp_path: Path, capsys: pytest.Cap
     for text in (printed, screen.getvalue()):
         assert "resnet20 (layer gates, ste)" in text and "note: look here" in text
         assert "each line: training loss, accuracy" in " ".join(text.split())
-    assert "gated 2/4" in printed and "left" in printed and describe(METRICS) in printed
+    assert "gated   2/4" in printed and "left" in printed and describe(METRICS) in printed
     assert "compact 3/4" in printed and shown.tasks[-2].description == "compact"
 
 
@@ -84,7 +84,7 @@ def test_epochs_from_a_checkpoint_do_not_count_in_the_time_left(
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     lines = LineProgress()
-    lines._epochs = 4
+    lines._config = TrainConfig(epochs=4)
     lines.phase("gated")
     for epoch in (1, 2):
         lines.replay(dataclasses.replace(METRICS, epoch=epoch))
@@ -97,10 +97,25 @@ def test_epochs_from_a_checkpoint_do_not_count_in_the_time_left(
 
 def test_a_bar_starts_after_the_epochs_from_a_checkpoint() -> None:
     callback, shown, _ = bar()
-    callback._epochs = 4
+    callback._config = TrainConfig(epochs=4)
     callback.phase("gated")
     callback.replay(METRICS)
     assert shown.tasks[-1].completed == 2.0 and shown.tasks[-1].speed is None
+
+
+def test_phases_count_their_own_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig(epochs=4, consensus_at=0.5, data=f"npz:{write_npz(tmp_path / 'a.npz')}")
+    data = load_data(config.data)
+    callback, shown, _ = bar()
+    for each in (LineProgress(), callback):
+        each.start(config, data)
+        for phase, epoch in (("gated", 2), ("compact", 3)):
+            each.phase(phase)
+            each.epoch(dataclasses.replace(METRICS, phase=phase, epoch=epoch))
+    gated, compact = capsys.readouterr().out.splitlines()[2:4]
+    assert gated.startswith("gated   2/2") and gated.endswith("0:00:00 left") and compact.startswith("compact 3/4")
+    done = [(task.completed, task.total, task.fields["place"]) for task in shown.tasks]
+    assert done == [(2.0, 2.0, "2/2"), (1.0, 2.0, "3/4")]
 
 
 def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,17 @@ def test_a_training_batch_of_one_uses_the_running_statistics(gate):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in gate.parameters())
 
 
+@pytest.mark.parametrize("estimator", gatedconv.ops.ESTIMATORS)
+@pytest.mark.parametrize("hidden", [16, None])
+def test_a_training_batch_of_no_samples_changes_nothing(hidden, estimator):
+    gate = ChannelGate(3, hidden=hidden, estimator=estimator)
+    before = copy.deepcopy(gate.state_dict())
+    (gate(torch.randn(0, 3, 4, 4)).sum() + gate.open_rate.sum()).backward()
+    assert torch.equal(gate.open_rate, torch.zeros(3))
+    assert all(torch.equal(value, before[name]) for name, value in gate.state_dict().items())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in gate.parameters())
+
+
 def test_a_gated_network_trains_on_a_batch_of_one():
     model = gatedconv.models.ResNet(8, 3, "both", input_size=(1, 8, 8)).train()
     loss = model(torch.randn(1, 1, 8, 8)).square().mean() + gatedconv.polarization_loss(model)

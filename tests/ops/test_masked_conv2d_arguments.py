@@ -1,7 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gatedconv.ops import masked_conv2d, masked_conv2d_reference
+from tests.tolerances import assert_close
 
 OPEN = torch.ones(4, dtype=torch.bool)
 
@@ -101,3 +103,17 @@ def test_a_direct_call_of_the_operator_checks_too():
     ):
         with pytest.raises(RuntimeError, match="masked_conv2d: "):
             operator(*bad)
+
+
+@pytest.mark.parametrize("padding", [[2, 0, 0, 0], [0, 3, 1, 2], [1, 1, 0, 2]])
+def test_gradients_of_a_direct_call_with_a_padding_for_each_side(padding):
+    call(masked_conv2d)  # loads the library
+    top, bottom, left, right = padding
+    x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    mask = torch.tensor([True, False, True, True])
+    out = torch.ops.gatedconv.masked_conv2d.default(x, w, None, mask, None, None, [1, 1], padding, [1, 1], 1, False)
+    expected = F.conv2d(F.pad(x, (left, right, top, bottom)), w) * mask[:, None, None]
+    assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for mine, theirs in zip(*(torch.autograd.grad(o, (x, w), grad) for o in (out, expected)), strict=True):
+        assert_close(mine, theirs)
