@@ -1,4 +1,4 @@
-"""Shared by the kernel files: maps by strides, tile sizes, the device of a launch.
+"""Shared by the kernel files: maps by strides, norms, tile sizes.
 
 In all of them a launched kernel marks its constants as constexpr; the functions that it calls take them as they come,
 because Triton passes a constexpr on as one. Upper case is a size, a flag or a tile.
@@ -7,8 +7,7 @@ because Triton passes a constexpr on as one. Upper case is a size, a flag or a t
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,6 +45,16 @@ def map_at(map, n, c, s):
 def relu(x):
     """max(x, 0) that keeps NaN, as PyTorch does; the hardware's maximum returns 0."""
     return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def norm_terms(norm, c, C):
+    """Mean, 1 / sqrt(var + eps), weight and bias of a norm for channels c: norm.stat (3, C), gamma, beta (C,)."""
+    mean = tl.load(norm.stat + c, mask=c < C, other=0.0)
+    rstd = tl.load(norm.stat + C + c, mask=c < C, other=0.0)
+    gamma = tl.load(norm.gamma + c, mask=c < C, other=0.0)
+    beta = tl.load(norm.beta + c, mask=c < C, other=0.0)
+    return mean, rstd, gamma, beta
 
 
 @triton.jit
@@ -101,18 +110,8 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Number of multiprocessors of x's device, by which a launch chooses its number of programs."""
-    return _multiprocessors(x.device.index) if x.is_cuda else ASSUMED_MULTIPROCESSORS
-
-
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of x the current one, as a launch expects it."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a device, by which a launch chooses its number of programs."""
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else ASSUMED_MULTIPROCESSORS

@@ -28,7 +28,6 @@ from .common import (
     map_at,
     move_running,
     multiprocessors,
-    on_device,
     power_of_two,
     relu,
 )
@@ -159,6 +158,14 @@ def decide(z, u, threshold, ESTIMATOR):
 
 
 @triton.jit
+def store_gates(out, z, u, threshold, at, mask, ESTIMATOR):
+    """Decide a tile of logits, write the gates, and return how many samples open each."""
+    opens = decide(z, u, threshold[None, :], ESTIMATOR) & mask
+    tl.store(out.gate + at, opens.to(tl.float32).to(out.gate.dtype.element_ty), mask=mask)
+    return tl.sum(opens.to(tl.float32), 0)
+
+
+@triton.jit
 def sum_of_slices(part_ptr, rows, columns, mask, N, S, M):
     """Rows and columns of sum_s part[s], part (S, N, M), in the order of s."""
     total = tl.zeros(mask.shape, tl.float32)
@@ -272,9 +279,7 @@ def gate_tail(
             u = None
             if noise_ptr is not None:
                 u = tl.load(noise_ptr + row_at, mask=mask, other=0.5)
-            opens = decide(z, u, threshold[None, :], ESTIMATOR) & mask
-            tl.store(out.gate + row_at, opens.to(tl.float32).to(out.gate.dtype.element_ty), mask=mask)
-            opened += tl.sum(opens.to(tl.float32), 0)
+            opened += store_gates(out, z, u, threshold, row_at, mask, ESTIMATOR)
     if ESTIMATOR == "batch_mean" and TRAIN:
         threshold = total / N
         tl.debug_barrier()  # the logits stored above are read back by other threads
@@ -282,9 +287,7 @@ def gate_tail(
             mask = (start + r < N)[:, None] & in_o[None, :]
             row_at = (start + r)[:, None] * O + o[None, :]
             z = tl.load(out.logits + row_at, mask=mask, other=0.0)
-            opens = decide(z, None, threshold[None, :], ESTIMATOR) & mask
-            tl.store(out.gate + row_at, opens.to(tl.float32).to(out.gate.dtype.element_ty), mask=mask)
-            opened += tl.sum(opens.to(tl.float32), 0)
+            opened += store_gates(out, z, None, threshold, row_at, mask, ESTIMATOR)
     rate = opened / N  # a count below 2^24 is exact in fp32
     tl.store(out.threshold + o, threshold, mask=in_o)
     tl.store(out.rate + o, rate, mask=in_o)
@@ -323,7 +326,7 @@ def forward(
         torch.empty(gates, **new),
     )
     tiles = tail_tiles(hidden)
-    with on_device(x):
+    with torch.cuda.device_of(x):
         part = _pooled_rows(x, first, out.pooled) if pooling else _dense_rows(x, first)
         noise = None if noise is None else noise.contiguous()
         sizes = (x.shape[0], part.shape[0], hidden, gates)
@@ -363,11 +366,11 @@ def _pooled_rows(x: Tensor, weight: Tensor, pooled: Tensor) -> Tensor:
 def _dense_rows(x: Tensor, weight: Tensor) -> Tensor:
     """Return part (S, N, M) of features (N, K), or of a map to flatten."""
     (units, features), batch = weight.shape, x.shape[0]
-    pixels = 1 if x.dim() == 2 else x.shape[2] * x.shape[3]
+    pixels = x.shape[2:].numel()
     block_m = power_of_two(units, 16, 32)
     tiles = ceil_div(batch, DENSE_ROWS) * ceil_div(units, block_m)
     # About one program per multiprocessor; more than 32 slices take the tail longer to add up.
-    slices = max(1, min(32, ceil_div(features, SLICE_FEATURES), ceil_div(multiprocessors(x), tiles)))
+    slices = max(1, min(32, ceil_div(features, SLICE_FEATURES), ceil_div(multiprocessors(x.device), tiles)))
     per_slice = ceil_div(ceil_div(features, slices), 64) * 64
     part = torch.empty(ceil_div(features, per_slice), batch, units, device=x.device, dtype=torch.float32)
     blocks: dict[str, Any] = {"BLOCK_R": DENSE_ROWS, "BLOCK_M": block_m, "BLOCK_K": 64, "num_stages": 2}

@@ -28,7 +28,7 @@ from .common import (
     map_tiles,
     move_running,
     multiprocessors,
-    on_device,
+    norm_terms,
     relu,
 )
 
@@ -165,9 +165,8 @@ def residual_forward(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     factor = gate_factor(layer_ptr, channel_ptr, n, c, C, BLOCK_C)
-    mean = tl.load(norm.stat + c, mask=in_c, other=0.0)
-    scale = tl.load(norm.stat + C + c, mask=in_c, other=0.0) * tl.load(norm.gamma + c, mask=in_c, other=0.0)
-    beta = tl.load(norm.beta + c, mask=in_c, other=0.0)
+    mean, rstd, gamma, beta = norm_terms(norm, c, C)
+    scale = rstd * gamma
     total = tl.zeros((BLOCK_C,), tl.float32)
     for s0 in range(0, HW, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
@@ -204,7 +203,7 @@ def forward(
     kept = ResidualForward(
         out, pooled_out, torch.empty(3, channels, **new), torch.empty(batch, channels, **new), normed, None
     )
-    with on_device(x):
+    with torch.cuda.device_of(x):
         statistics[(groups, tiles)](part, kept.pooled, x_map, *sizes, per_group, **blocks, **FIXED_ORDER)
         finish_statistics[(ceil_div(channels, FINISH["BLOCK_C"]),)](
             kept, part, kept.pooled, norm, *sizes, groups, per_group, UPDATE=update, **FINISH
@@ -233,5 +232,5 @@ def forward(
 def batch_grid(x: Tensor) -> tuple[int, int, int, dict[str, int]]:
     """The grid of a pass that sums over the batch: groups of samples, samples of a group, channel tiles, tile sizes."""
     tiles, blocks = map_tiles(x)
-    per_group = ceil_div(x.shape[0], ceil_div(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x), tiles))
+    per_group = ceil_div(x.shape[0], ceil_div(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device), tiles))
     return ceil_div(x.shape[0], per_group), per_group, tiles, blocks

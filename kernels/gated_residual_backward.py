@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from . import gate_backward
-from .common import FIXED_ORDER, as_map, ceil_div, gradient_like, map_at, on_device, power_of_two
+from .common import FIXED_ORDER, as_map, ceil_div, gradient_like, map_at, norm_terms, power_of_two
 from .gated_residual import FINISH, Norm, ResidualForward, batch_grid, gate_factor
 
 
@@ -78,10 +78,7 @@ def residual_reduce(
     tile = tl.program_id(1)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
-    mean = tl.load(given.norm.stat + c, mask=in_c, other=0.0)
-    rstd = tl.load(given.norm.stat + C + c, mask=in_c, other=0.0)
-    gamma = tl.load(given.norm.gamma + c, mask=in_c, other=0.0)
-    beta = tl.load(given.norm.beta + c, mask=in_c, other=0.0)
+    mean, rstd, gamma, beta = norm_terms(given.norm, c, C)
     sum_dy = tl.zeros((BLOCK_C,), tl.float32)
     sum_dyx = tl.zeros((BLOCK_C,), tl.float32)
     for i in range(0, tl.minimum(N - group * N_PER_GROUP, N_PER_GROUP)):
@@ -159,9 +156,8 @@ def residual_backward(
     count = (N * 1.0) * HW  # an argument of 1 is a plain number in a kernel
     factor = gate_factor(given.layer, given.channel, n, c, C, BLOCK_C)
     share = pooled_gradient(given.d_pooled, n, c, C, HW, BLOCK_C)
-    mean = tl.load(given.norm.stat + c, mask=in_c, other=0.0)
-    rstd = tl.load(given.norm.stat + C + c, mask=in_c, other=0.0)
-    scale = tl.load(given.norm.gamma + c, mask=in_c, other=0.0) * rstd
+    mean, rstd, gamma, _ = norm_terms(given.norm, c, C)
+    scale = gamma * rstd
     mean_dyx = tl.load(sums.gamma + c, mask=in_c, other=0.0) / count
     shift = -tl.load(sums.beta + c, mask=in_c, other=0.0) / count
     if d_normed_ptr is not None:
@@ -217,7 +213,7 @@ def backward(
     )
     part = Parts(torch.empty(groups, 2, channels, **new), None if layer is None else torch.empty(batch, tiles, **new))
     d_channel = None if channel is None else torch.empty(batch, channels, **new)
-    with on_device(x):
+    with torch.cuda.device_of(x):
         residual_reduce[(groups, tiles)](part, d_channel, *maps, given, *sizes, per_group, **blocks, **FIXED_ORDER)
         d_normed, d_parameters = None, (None,) * 6
         if channel is not None:

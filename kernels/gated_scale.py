@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from .common import FIXED_ORDER, as_map, gradient_like, map_at, map_tiles, on_device
+from .common import FIXED_ORDER, as_map, gradient_like, map_at, map_tiles
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def forward(x: Tensor, gate: Tensor) -> Tensor:
     out = gradient_like(x, torch.promote_types(x.dtype, gate.dtype))
     tiles, blocks = map_tiles(x_map.ptr)
     sizes = (x.shape[1], x.shape[2] * x.shape[3])
-    with on_device(x):
+    with torch.cuda.device_of(x):
         gated_scale_forward[(x.shape[0], tiles)](as_map(out), x_map, gate.contiguous(), *sizes, **blocks)
     return out
 
@@ -58,7 +58,7 @@ def backward(d_out: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     dx, d_gate = gradient_like(x, x.dtype), torch.empty_like(gate)
     tiles, blocks = map_tiles(x_map.ptr)
     sizes = (x.shape[1], x.shape[2] * x.shape[3])
-    with on_device(x):
+    with torch.cuda.device_of(x):
         gated_scale_backward[(x.shape[0], tiles)](
             as_map(dx), d_gate, as_map(d_out), x_map, gate, *sizes, **blocks, **FIXED_ORDER
         )

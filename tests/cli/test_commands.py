@@ -25,7 +25,7 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
     run = tmp_path / "run"
     trained = gatedconv("train", *quick, "--dense-baseline", "--run", run)
     assert trained.code == 0, trained.err
-    assert "gated 2/2" in trained.out and "agreement (%)" in trained.out and f"written to {run}" in trained.out
+    assert "gated   2/2" in trained.out and "agreement (%)" in trained.out and f"written to {run}" in trained.out
     assert {"config.toml", "metrics.jsonl", "checkpoint", "summary.json", "plots"} <= {p.name for p in run.iterdir()}
     assert {path.name for path in (run / "plots").iterdir()} == {"curves.png", "gate_evolution.png"}
     summary = json.loads((run / "summary.json").read_text())
