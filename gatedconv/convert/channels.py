@@ -135,7 +135,10 @@ class Removal(Constants):
             if kind == "move":
                 source, index = flow[value].source, flow[value].index
                 assert source is not None and index is not None
-                self._add(source, torch.zeros(flow[source].size, dtype=torch.bool).index_fill(0, index[wanted], True))
+                self._add(
+                    source,
+                    torch.zeros(flow[source].size, dtype=torch.bool, device="cpu").index_fill(0, index[wanted], True),
+                )
             elif kind == "elementwise":
                 for operand in flow.operands(node):
                     self._add(operand, wanted if flow[operand].size == len(wanted) else wanted.any().reshape(1))
@@ -313,11 +316,11 @@ class Removal(Constants):
         source, index = channels.source, channels.index
         assert source is not None and index is not None
         size = self.flow[source].size
-        whole = len(index) == size and torch.equal(index, torch.arange(size))
+        whole = len(index) == size and torch.equal(index, torch.arange(size, device="cpu"))
         flat = (
             value.tensor.dim() == 2
             and len(index) % size == 0
-            and torch.equal(index, torch.arange(size).repeat_interleave(len(index) // size))
+            and torch.equal(index, torch.arange(size, device="cpu").repeat_interleave(len(index) // size))
         )
         name, direct = op_name(node), node.inputs[0] is source
         safe = whole and (name in _SAFE_MOVES or isinstance(node.module, PASSING))
@@ -329,7 +332,7 @@ class Removal(Constants):
         if value in self.masks.values:
             self._all(source)
             return
-        held = torch.zeros(size, dtype=torch.bool).index_fill(0, index[self.present[value]], True)
+        held = torch.zeros(size, dtype=torch.bool, device="cpu").index_fill(0, index[self.present[value]], True)
         self.present[source] |= held
         self.present[value] |= self.present[source][index]
 

@@ -53,7 +53,7 @@ class Constants:
 
     def zeros(self, value: Value) -> Tensor:
         """Bool (C,), nothing set."""
-        return torch.zeros(self.flow[value].size, dtype=torch.bool)
+        return torch.zeros(self.flow[value].size, dtype=torch.bool, device="cpu")
 
     def known_to(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
         """Bool (C,) and numbers (C,): the constant channels of a value as one node reads it."""
@@ -63,7 +63,7 @@ class Constants:
 
     def _find_constants(self, node: Node, value: Value) -> None:
         known = self._candidates(node, value)
-        constant = torch.zeros(len(known))
+        constant = torch.zeros(len(known), device="cpu")
         try:
             result = self._evaluate(node) if bool(known.any()) else None
         except Exception:  # it ran under autocast, or takes no single image
@@ -132,7 +132,7 @@ class Constants:
         for value in node.outputs:
             channels = self.flow[value]
             if channels.source is None or channels.index is None:
-                results.append(torch.zeros(1))
+                results.append(torch.zeros(1, device="cpu"))
                 continue
             numbers = self.constant[channels.source][channels.index]
             shape = [-1 if d == channels.axis else 1 for d in range(value.tensor.dim())]

@@ -306,7 +306,7 @@ class Flow:
         if channels.kind == "deferred":
             source, ids = channels.source, channels.ids
         elif self.has_channels(parent):
-            source, ids = parent, torch.arange(parent.tensor.numel()).reshape(parent.tensor.shape)
+            source, ids = parent, torch.arange(parent.tensor.numel(), device="cpu").reshape(parent.tensor.shape)
         else:
             return None
         assert source is not None
@@ -341,7 +341,7 @@ class Flow:
         if moved.dim() < 2 or moved.numel() == 0 or moved.shape[0] != shape[0]:
             return None
         batch = moved // math.prod(shape[1:])
-        if not bool((batch == torch.arange(shape[0]).reshape(-1, *[1] * (moved.dim() - 1))).all()):
+        if not bool((batch == torch.arange(shape[0], device="cpu").reshape(-1, *[1] * (moved.dim() - 1))).all()):
             return None
         channel = (moved // math.prod(shape[axis + 1 :])) % size
         axes = sorted(range(1, moved.dim()), key=lambda a: (a != axis, a))

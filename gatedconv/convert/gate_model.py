@@ -27,7 +27,7 @@ from gatedconv.convert.flow import (
     Flow,
     op_name,
 )
-from gatedconv.convert.install import Link, attach, open_gate
+from gatedconv.convert.install import Link, attach, device_of, open_gate
 from gatedconv.convert.record import CALL, Node, Record, Value
 from gatedconv.convert.record_macs import GatePlaces, estimated_parts, merge_terms, node_terms, reachable_share
 from gatedconv.convert.sites import Site, SiteFinder
@@ -190,7 +190,8 @@ class _Installer:
         assert start is not None and end is not None
         channels, axis = self.flow[branch.entry].size, self.flow[branch.entry].axis
         first, last = self.result.get_submodule(start.path), self.result.get_submodule(end.path)
-        name = attach(first, open_gate(LayerGate(channels, estimator=self.estimator)), "layer_gate")
+        gate = LayerGate(channels, estimator=self.estimator, device=device_of(first, self.result))
+        name = attach(first, open_gate(gate), "layer_gate")
         link = Link()
         self.links.append(link)
         convs = tuple(
@@ -220,7 +221,8 @@ class _Installer:
             module.register_forward_hook(install.FollowGate("", channels.axis, link, convs))
             self.values[site.value] = (self.path_of[leader], channels.size)
             return
-        name = attach(module, open_gate(ChannelGate(channels.size, estimator=self.estimator)), "channel_gate")
+        gate = ChannelGate(channels.size, estimator=self.estimator, device=device_of(module, self.result))
+        name = attach(module, open_gate(gate), "channel_gate")
         path = f"{site.path}.{name}"
         self.path_of[site] = path
         kind = "input" if site.is_input and site.layer == site.path else "output"

@@ -287,14 +287,18 @@ def keeping_aliases(model: nn.Module) -> Iterator[None]:
 
 
 def attach(module: nn.Module, gate: Gate, base: str) -> str:
-    """Make the gate a child of the module, as ``base`` or, where that is taken, with a number; returns the name."""
+    """Make the gate a child of the module, as ``base`` or, where that is taken, with a number; return the name."""
     name, count = base, 1
     while hasattr(module, name):
         count += 1
         name = f"{base}_{count}"
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
-    module.add_module(name, gate if device is None else gate.to(device))
+    module.add_module(name, gate)
     return name
+
+
+def device_of(*modules: nn.Module) -> torch.device | None:
+    """Where the first module that has tensors is; None, the default device, if none has."""
+    return next((t.device for module in modules for t in (*module.parameters(), *module.buffers())), None)
 
 
 @torch.no_grad()

@@ -313,10 +313,10 @@ def _set_attributes(model: nn.Module, description: dict[str, Any]) -> None:
 
 def _consensus(stored: dict[str, Any]) -> Consensus:
     return Consensus(
-        {name: torch.tensor(mask, dtype=torch.bool) for name, mask in stored["masks"].items()},
+        {name: torch.tensor(mask, dtype=torch.bool, device="cpu") for name, mask in stored["masks"].items()},
         stored["agreement"],
         stored["gate_agreement"],
-        {name: torch.tensor(rate) for name, rate in stored["open_rates"].items()},
+        {name: torch.tensor(rate, device="cpu") for name, rate in stored["open_rates"].items()},
     )
 
 

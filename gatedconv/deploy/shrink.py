@@ -68,7 +68,7 @@ def shrink(model: nn.Module, removal: Removal) -> None:
                     ~removal.zeros(value),
                     ~removal.zeros(value),
                     ~mask,
-                    torch.zeros(len(mask)),
+                    torch.zeros(len(mask), device="cpu"),
                     value,
                     flow[value].axis,
                 ),
@@ -148,7 +148,9 @@ def _small_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, 
 def _group_bias(removal: Removal, node: Node, rows: Tensor, read: Tensor, write: Tensor, groups: int) -> Tensor | None:
     known, constant = removal.known_to(node, node.inputs[0])
     values = torch.where(~read & known, constant, 0.0).reshape(groups, -1).to(rows.device, torch.float64)
-    group = torch.arange(len(write)).reshape(groups, -1)[:, :1].expand(groups, len(write) // groups).flatten()
+    group = (
+        torch.arange(len(write), device="cpu").reshape(groups, -1)[:, :1].expand(groups, len(write) // groups).flatten()
+    )
     group = (group // (len(write) // groups))[write].to(rows.device)
     share = (rows.flatten(2).sum(dim=2).double() * values[group]).sum(dim=1)
     return share.to(rows.dtype) if bool((share != 0).any()) else None
@@ -223,7 +225,7 @@ def _require_slice(
     axis: int,
 ) -> None:
     """Raise CannotSlice unless ``small`` gives the channels ``write`` of the module's output, and trains if it does."""
-    x = torch.randn(source.tensor.shape, generator=torch.Generator().manual_seed(0)).to(source.tensor)
+    x = torch.randn(source.tensor.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(source.tensor)
     source_axis = removal.flow[source].axis
     shape = [-1 if d == source_axis else 1 for d in range(x.dim())]
     x = x * read.to(x).reshape(shape)

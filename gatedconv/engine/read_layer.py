@@ -92,7 +92,7 @@ def _along_channels(node: Any, axis: int) -> bool:
 def _shuffled(call: Call) -> Layer | None:
     if not is_map(call.source):
         return None
-    order = torch.arange(map_size(source_of(call.node))[0]).view(call.get(1), -1).t().reshape(-1)
+    order = torch.arange(map_size(source_of(call.node))[0], device="cpu").view(call.get(1), -1).t().reshape(-1)
     return make_layer("gather", call.node, index=order.tolist())
 
 

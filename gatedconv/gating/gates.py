@@ -86,11 +86,11 @@ class Estimator(nn.Module):
 
     running_mean: Tensor | None
 
-    def __init__(self, name: str, num_gates: int, temperature: float) -> None:
+    def __init__(self, name: str, num_gates: int, temperature: float, device: Any = None) -> None:
         super().__init__()
         self.name = name
         self.temperature = temperature
-        self.register_buffer("running_mean", torch.zeros(num_gates) if name == "batch_mean" else None)
+        self.register_buffer("running_mean", torch.zeros(num_gates, device=device) if name == "batch_mean" else None)
 
     def draw_noise(self, batch: int, num_gates: int, like: Tensor) -> Tensor | None:
         """Uniform noise (batch, num_gates) of this call, in the dtype of ``like``; None if none is needed."""
@@ -135,8 +135,7 @@ class LearnedGate(Gate):
             raise ValueError(f"{name}: hidden must be a positive int or None, got {hidden!r}")
         self.mask = None
         require_estimator(name, estimator, temperature)
-        self.estimator = Estimator(estimator, num_gates, float(temperature))
-        self.estimator.to(device=device)
+        self.estimator = Estimator(estimator, num_gates, float(temperature), device)
         self.fc1 = nn.Linear(in_features, hidden, device=device, dtype=dtype) if hidden else None
         self.norm = nn.BatchNorm1d(hidden, device=device, dtype=dtype) if hidden else None
         self.fc2 = nn.Linear(hidden or in_features, num_gates, device=device, dtype=dtype)

@@ -133,7 +133,7 @@ def gate_macs(model: nn.Module) -> dict[str, Tensor]:
     """MACs (num_gates,) that closing each single gate saves with all others open, at least 1."""
     gates = find_gates(model)
     sizes = [gate.num_gates for gate in gates.values()]
-    rates = torch.ones(sum(sizes), dtype=torch.float32, requires_grad=True)
+    rates = torch.ones(sum(sizes), dtype=torch.float32, requires_grad=True, device="cpu")
     macs = expected_macs(model, _rates(gates, rates, sizes))
     (slope,) = torch.autograd.grad(macs, rates)
     return dict(zip(gates, slope.double().clamp(min=1).split(sizes), strict=True))
@@ -149,6 +149,6 @@ def _rates(gates: Mapping[str, nn.Module], joined: Tensor, sizes: list[int]) -> 
 
 
 def _mask(order: Tensor, closed: int) -> Tensor:
-    mask = torch.ones(len(order), dtype=torch.float32)
+    mask = torch.ones(len(order), dtype=torch.float32, device="cpu")
     mask[order[:closed]] = 0
     return mask
