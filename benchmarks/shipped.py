@@ -3,9 +3,9 @@
 ``python -m benchmarks.shipped`` measures what its result file lacks; ``--minutes`` bounds it, and a second call
 continues. The other groups have files of their own, and our engine is measured again in each: ``--group small`` has
 our CIFAR ResNets, ``--group mobile`` runtimes made for phones, ``--group reduced`` those that compute in fewer bits.
-Runtimes are interleaved, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours say
-how many GFLOP/s the fastest call is, and which share of the fastest product that PyTorch computes on the same threads;
-at batch 1 they list the ten slowest layers, each timed with all threads at it.
+Runtimes are interleaved, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours also
+have the GFLOP/s of the fastest call, and their share of the fastest product that PyTorch computes on the same threads;
+at batch 1 they list the ten slowest layers, each timed on all threads.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ GROUPS = {
     "mobile": OWN + tuple(s for s in SETTINGS if s.provider in ("mnn", "ncnn", "litert")),
     "reduced": OWN + REDUCED,
 }
-"""Settings that are measured side by side; each group has a result file of its own."""
+"""Settings that are measured interleaved; each group has a result file of its own."""
 PACKAGES = {"main": (), "small": (), "mobile": ("MNN", "ncnn", "pnnx", "ai-edge-litert"), "reduced": ("nncf",)}
 SLOWEST, PROFILES = 10, 20
 

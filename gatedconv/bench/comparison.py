@@ -228,7 +228,7 @@ def compare_runtimes(
         for candidate in reduced.keys() & found.errors.keys():
             try:
                 quality = _quality(reduced[candidate], network, x, place, threads)
-            except Exception as problem:  # of a batch of another size: the speed alone says nothing
+            except Exception as problem:  # of a batch of another size: a speed without its error is no result
                 del found.errors[candidate]
                 found.failures[candidate] = _one_line(problem)
                 continue

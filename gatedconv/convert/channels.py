@@ -76,7 +76,7 @@ def _ignores_zeros(node: Node) -> bool:
         before = layer(x)
         layer.weight[:, :half] += layer.weight.abs().amax() + 1
         return is_same(layer(x), before)
-    except Exception:  # whatever foreign code says of other weights
+    except Exception:  # whatever foreign code raises for other weights
         return False
 
 
@@ -162,7 +162,7 @@ class Removal(Constants):
                 self._add(source, ~self.zeros(source))
 
     def read_channels(self, node: Node) -> Tensor:
-        """Bool (C_in,): the inputs of a layer that its bias cannot stand for."""
+        """Bool (C_in,): the inputs of a layer that its bias cannot replace."""
         source = node.inputs[0]
         known, constant = self.known_to(node, source)
         if self.caution == MOST_CAUTION and self._is_flattened(source):

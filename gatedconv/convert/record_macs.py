@@ -216,7 +216,7 @@ class _Labels:
 
     def effective(self, value: Value) -> Tensor:
         """The label by which a value's channels cost: its own and its readers'."""
-        if value not in self.costs:  # asked for once all readers have been visited
+        if value not in self.costs:  # needed only after all readers have been visited
             self.costs[value] = self._either(self.forward[value], self.needed[value])
         return self.costs[value]
 

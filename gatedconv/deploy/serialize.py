@@ -1,4 +1,4 @@
-"""Saving and loading: one safetensors file whose header says in JSON what to build. Never a pickle."""
+"""Saving and loading: one safetensors file with a JSON description of the network in its header. Never a pickle."""
 
 from __future__ import annotations
 

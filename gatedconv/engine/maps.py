@@ -93,7 +93,7 @@ def join_maps(steps: list[Step], maps: list[Map]) -> list[Step]:
 
 
 def _adopt(cat: Step, maps: list[Map]) -> None:
-    """Make a concatenation whose parts lie one after another in a longer one a view of that."""
+    """Make a concatenation whose parts follow one another in a longer one a view of that."""
     root, at = _root(cat.parts[0], maps), _offset(cat.parts[0], maps)
     if root in cat.parts or root == cat.target:
         return
@@ -198,8 +198,8 @@ def place_maps(steps: list[Step], maps: list[Map]) -> None:
 
 
 _LOCAL = {"conv", "bf16", "depthwise", "max_pool", "avg_pool", "layer_norm"}
-# Floats of the smallest map that may not stay in a second-level cache. The kernels' limit, which the program does not
-# know, is 0.2 to 0.8 MB by the machine (csrc/cpu/plan_schedule.h: half of cache_bytes); this is 0.5 MB, unmeasured.
+# Floats of the smallest map that may not stay in a second-level cache. The kernels' limit, unknown
+# here, is 0.2 to 0.8 MB by the machine (csrc/cpu/plan_schedule.h: half of cache_bytes); this is 0.5 MB, unmeasured.
 _PASSES = 2**17
 
 
@@ -207,7 +207,7 @@ def _last_reads(steps: list[Step], maps: list[Map], roots: list[int]) -> dict[in
     """The last step for which every map is kept.
 
     Steps in a row, each of which alone reads a large map that the one in front makes, may run band by band
-    (csrc/cpu/plan_bands.h): what they read besides is read until the last of them is done.
+    (csrc/cpu/plan_bands.h): their other inputs are read until the last of them is done.
     """
     readers = Counter(root for step in steps for root in {roots[i] for i in step.reads})
     last_read: dict[int, int] = {}

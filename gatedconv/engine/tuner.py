@@ -27,7 +27,7 @@ class Tuner:
     """Measures candidates for the same result and keeps the choices in a file.
 
     The file is JSON: {"format", the header's keys, "choices": {key: {"candidate", "ms": {name: time}, "out": {name:
-    reason}}}}. The header says what the times depend on: on a GPU device, torch, cuDNN, its flags and the sources, on a
+    reason}}}}. The header has what the times depend on: on a GPU device, torch, cuDNN, its flags and the sources, on a
     CPU its name, instruction set, threads and the sources. A file of another format or header is not read, and
     overwritten. A file that cannot be read or written costs the measurement again, nothing else.
 
