@@ -160,7 +160,7 @@ def recipe_search() -> str:
 
 
 def footprints() -> str:
-    """What a network weighs in each runtime."""
+    """Size, memory and times of a network in each runtime."""
     path = ROOT / "benchmarks" / "results" / "footprint.json"
     if not path.is_file():
         return "Not measured yet."

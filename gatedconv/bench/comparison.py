@@ -27,7 +27,7 @@ Candidate = tuple[str, str]
 WRONG_ABOVE = 1e-4
 DISTURBED = 1.3  # median over minimum: beyond it, something else used the machine
 PROBES = 32  # images on which the error of reduced precision is found
-_NONSENSE = 10.0  # an error beyond it is no matter of precision
+_NONSENSE = 10.0  # a larger error is not due to the precision
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The MACs of a recorded run piece by piece, by fvcore's rules, each with the gates that scale it.
 
 A label names the gates any of which makes a channel constant (forward pass) or unused (backward pass) when it closes: a
-convolution between labeled inputs and labeled outputs costs in proportion to both. Where that is an estimate, a trial
-against what compacting would leave finds it out.
+convolution between labeled inputs and labeled outputs costs in proportion to both. A trial against what
+compacting would leave finds the modules for which that is an estimate.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Labels:
         self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
         self.gates: list[tuple[str, ...]] = [(name,) for name in self.sizes]
         self.first = {name: number * _SHIFT for number, (name,) in enumerate(self.gates)}
-        self.next = [number * _SHIFT for number in range(len(self.gates))]  # label that a set of gates gives out next
+        self.next = [number * _SHIFT for number in range(len(self.gates))]  # the next label for a set of gates
         self.parts: dict[int, tuple[int, ...]] = {}  # label of several gates -> their labels
         self.joined: dict[tuple[int, ...], int] = {}  # and the other way round
         self.images = _images_of(flow)

@@ -37,7 +37,7 @@ def shrink(model: nn.Module, removal: Removal) -> None:
     """Make a model smaller, in place; it has the module paths of the recorded one.
 
     Raises:
-        CannotSlice: found out by trial.
+        CannotSlice: a trial failed.
     """
     flow, done = removal.flow, set()
     for node in flow.record.nodes:

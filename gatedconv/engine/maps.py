@@ -111,7 +111,7 @@ def _place_part(cat: Step, position: int, at: int, maps: list[Map], made_by: dic
     m = maps[part]
     end = at + m.channels
     if _root(part, maps) == _root(cat.target, maps):
-        # Placed with a longer concatenation that begins alike, or with what it is a slice of.
+        # Placed with a longer concatenation that begins with the same parts, or with what it is a slice of.
         return _offset(part, maps) == _offset(cat.target, maps) + at
     maker = made_by[part]
     if maker.op == "slice" and m.offset == 0 and m.holder is not None:
@@ -152,7 +152,7 @@ def _offset(at: int, maps: list[Map]) -> int:
 
 
 def shape_maps(steps: list[Step], maps: list[Map]) -> None:
-    """Give every map the border and the pixel that its readers want; views have those of the map that holds them."""
+    """Give every map the border and the pixel that its readers need; views have those of the map that holds them."""
     narrow = set(range(len(maps)))
     for step in steps:
         layer = step.layer
@@ -211,7 +211,7 @@ def _last_reads(steps: list[Step], maps: list[Map], roots: list[int]) -> dict[in
     """
     readers = Counter(root for step in steps for root in {roots[i] for i in step.reads})
     last_read: dict[int, int] = {}
-    held: set[int] = set()  # by the steps in a row that end with the one at hand
+    held: set[int] = set()  # by the steps in a row that end with the current one
     passing = -1
     for at, step in enumerate(steps):
         reads = {roots[i] for i in step.reads}

@@ -1,4 +1,4 @@
-"""Chooses the fastest candidate for a convolution on this machine, and remembers it from process to process."""
+"""Chooses the fastest candidate for a convolution on this machine, and keeps the choice for later processes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Tuner:
         """Return the name of the fastest candidate whose result agrees with the first one's.
 
         Args:
-            key: What is computed: equal keys get equal answers.
+            key: What is computed: equal keys get equal choices.
             candidates: name -> builds a call; the first is trusted. One that raises RuntimeError is left out.
                 Where the first one's result is not finite, the choice is made but not kept.
             prefer: Of those that are left, the candidates whose names begin so go before the others.

@@ -39,7 +39,7 @@ def linear_warmup(progress: float, value: float, duration: float) -> float:
 def falling(progress: float, final: float, start: float, end: float, power: float = 1.0) -> float:
     """Fall from 1 at `start` to `final` at `end`; 1 before, `final` after.
 
-    What is left to fall shrinks as (1 - t)^power over the way t from 0 to 1: in a straight line with 1, most of it
+    The rest of the fall shrinks as (1 - t)^power, t from 0 at `start` to 1 at `end`: a straight line with 1, most of it
     early with more (3 in Zhu and Gupta 2017).
 
     Raises:

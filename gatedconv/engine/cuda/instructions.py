@@ -131,7 +131,7 @@ def _fuse(made: list[Instruction], keep: int) -> list[Instruction]:
 def _can_scatter(conv: Instruction, scatter: Instruction, fused: list[Instruction]) -> bool:
     if conv.op != "conv" or conv.groups != 1 or conv.act is not None or conv.residual >= 0:
         return False
-    # What the convolution reads must still be there: nothing is overwritten that somebody reads later.
+    # What the convolution reads must still be there: nothing is overwritten that is read later.
     return conv.out_index is None and scatter.residual != conv.target and conv in fused
 
 
