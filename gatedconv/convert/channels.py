@@ -216,7 +216,7 @@ class Removal(Constants):
                 for part, piece in zip(node.args[0], held.split([flow[p].size for p in node.args[0]]), strict=True):
                     piece |= self.present[part]
                     self.present[part] |= piece
-            elif value.users or value is node.outputs[0]:  # statistics that a norm also returns, and nobody reads
+            elif value.users or value is node.outputs[0]:  # statistics that a norm also returns, which are not read
                 self._all(*node.inputs)
                 if value not in self.masks.values:  # behind a gate the closed channels can be dropped
                     self._all(value)

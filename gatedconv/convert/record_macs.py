@@ -23,7 +23,7 @@ from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
 from gatedconv.gating.mac_terms import Factor
 
-ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that nobody reads
+ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that are not read
 _SHIFT = 1 << 20  # a label is the number of a gate, or of a set of gates, * _SHIFT + the number of a channel in it
 _MOST_GATES = 3  # in a label; more would make a term for almost every channel
 _PASSING = ("elementwise", "cat", "move")

@@ -93,7 +93,7 @@ class Zeros(nn.Module):
 
 
 class EmptyMap(nn.Module):
-    """input (N, C, H, W) -> zeros (N, channels, H', W'): what is left of a convolution whose outputs nobody needs.
+    """input (N, C, H, W) -> zeros (N, channels, H', W'): what is left of a convolution whose outputs are not needed.
 
     Args:
         channels: of the result.

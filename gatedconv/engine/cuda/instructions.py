@@ -38,7 +38,7 @@ class Instruction:
         out_index: Channels of the target that "conv" writes, None for all; the others are act(residual).
         offset: Channels of the target in front of those of "subsample".
         counts_padding: Whether "avg_pool" divides by the window with its padding.
-        dead: Maps that nobody reads after this instruction.
+        dead: Maps that are not read after this instruction.
         keeps_closed: Whether act(residual) is residual: what is closed stays as it is in memory.
         macs: Multiply-adds an image, for the example's size.
     """
@@ -104,7 +104,7 @@ def _instruction(step: Step, maps: list[Map]) -> Instruction:
 
 
 def _fuse(made: list[Instruction], keep: int) -> list[Instruction]:
-    """Let convolutions read through a gather and write through a scatter, where nobody else reads what is between."""
+    """Let convolutions read through a gather and write through a scatter, where nothing else reads the map between."""
     readers: dict[int, int] = {keep: 1}
     for one in made:
         for i in (one.source, one.residual):
