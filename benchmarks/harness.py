@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -20,6 +19,7 @@ import torch
 
 from gatedconv._io import write_atomic
 from gatedconv.environment import commit, cpu_info, version, versions
+from gatedconv.measure.latency import Spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -165,9 +165,8 @@ class Machine:
         for _ in range(0 if self.dry else self.WARM_UP):
             call()
         repeats = 1 if self.dry else max(1, min(200, int(self.ROUND_MS / max(self._sample(call, 3), 1e-3))))
-        times = sorted(self._sample(call, repeats) for _ in range(2 if self.dry else self.rounds))
-        quarters = statistics.quantiles(times, n=4)
-        return {"ms_median": statistics.median(times), "ms_min": times[0], "ms_iqr": quarters[2] - quarters[0]}
+        times = Spread.of([self._sample(call, repeats) for _ in range(2 if self.dry else self.rounds)])
+        return {"ms_median": times.median, "ms_min": times.least, "ms_iqr": times.iqr}
 
     def _sample(self, call: Call, repeats: int) -> float:
         if self.dry:

@@ -3,9 +3,9 @@
 ``python -m benchmarks.shipped`` measures what its result file lacks; ``--minutes`` bounds it, and a second call
 continues. The other groups have files of their own, and our engine is measured again in each: ``--group small`` has
 our CIFAR ResNets, ``--group mobile`` runtimes made for phones, ``--group reduced`` those that compute in fewer bits.
-Runtimes are interleaved, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours say
-how many GFLOP/s the fastest call is, and which share of the fastest product that PyTorch computes on the same threads;
-at batch 1 they list the ten slowest layers, each timed with all threads at it.
+Runtimes are interleaved, as in ``pytest benchmarks``; every row has the median and the fastest call. Rows of ours also
+have the GFLOP/s of the fastest call, and their share of the fastest product that PyTorch computes on the same threads;
+at batch 1 they list the ten slowest layers, each timed on all threads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -67,7 +68,7 @@ GROUPS = {
     "mobile": OWN + tuple(s for s in SETTINGS if s.provider in ("mnn", "ncnn", "litert")),
     "reduced": OWN + REDUCED,
 }
-"""Settings that are measured side by side; each group has a result file of its own."""
+"""Settings that are measured interleaved; each group has a result file of its own."""
 PACKAGES = {"main": (), "small": (), "mobile": ("MNN", "ncnn", "pnnx", "ai-edge-litert"), "reduced": ("nncf",)}
 SLOWEST, PROFILES = 10, 20
 
@@ -181,28 +182,51 @@ def section() -> str:
 
 
 def headline() -> str:
-    """The sentences of README.md: how often and how far the engine is ahead, and what fewer bits gain elsewhere."""
-    parts = []
-    for path in sorted(RESULTS.glob("shipped-*.json"), key=lambda path: path.stem):
-        found = json.loads(path.read_text())
-        machine, timed, group = found["machine"], _Timed(found), found["machine"].get("group", "main")
-        least = {case: min(ratios) for case in CASES if (ratios := timed.ratios(case))}
-        means = {v: _geometric_mean([r for case, r in least.items() if case.variant == v]) for v in VARIANTS}
-        if group == "main":
-            parts.append(
-                f"- {len({case.network for case in least})} networks at {machine['size']} pixels, batch 1 and 8, "
-                f"float32, {machine['cpu']}, {machine['isa']}, {machine['threads']} threads: faster than ONNX Runtime "
-                f"and OpenVINO in {sum(ratio >= 1 for ratio in least.values())} of {len(least)} rows. The faster one "
-                f"of them takes {means['dense']:.2f} times as long on the dense networks, {means['mid-50']:.2f} times "
-                f"with half of the inner channels removed (geometric means)."
-            )
-        elif group == "reduced":
-            parts.append(
-                f"- A peer that may compute in fewer bits, bfloat16 or int8, on {machine['cpu']} takes "
-                f"{means['dense']:.2f} and {means['mid-50']:.2f} times as long as our float32 "
-                f"({len({case.network for case in least})} networks)."
-            )
-    return "\n".join(parts) or "Not measured yet."
+    """The table of README.md: how often and how far the engine is ahead, and what fewer bits gain elsewhere."""
+    names = sorted(path.stem for path in RESULTS.glob("shipped-*.json"))
+    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in names}
+    lines, networks, size = [], 0, 0
+    for name, main in found.items():
+        machine = main["machine"]
+        if machine.get("group", "main") != "main":
+            continue
+        least = _least(main)
+        networks, size = max(networks, len({case.network for case in least})), machine["size"]
+        few = _least(found[f"{name}-reduced"]) if f"{name}-reduced" in found else {}
+        lines.append([_cpu(machine), _wins([*least.values()]), *_means(least), *_means(few, networks)])
+    if not lines:
+        return "Not measured yet."
+    header = ["CPU", "rows won", "dense", "half pruned", "dense, fewer bits", "half pruned, fewer bits"]
+    return (
+        f"Time of the faster one of ONNX Runtime and OpenVINO over ours, float32, geometric means over {networks} "
+        f"networks ({size} pixels,\nbatch 1 and 8), dense and with half of the channels inside their blocks removed; "
+        f"in the last columns that of the fastest peer\nin bfloat16 or int8 over our float32. Below 1 the peer is "
+        f"faster. [Every row](docs/performance.md), the lost ones too.\n\n" + markdown_table(header, lines, 1)
+    )
+
+
+def _least(found: dict[str, Any]) -> dict[ShippedCase, float]:
+    """For each case of a result file the fastest peer's time over ours."""
+    timed = _Timed(found)
+    return {case: min(ratios) for case in CASES if (ratios := timed.ratios(case))}
+
+
+def _means(least: dict[ShippedCase, float], networks: int = 0) -> list[str]:
+    """The geometric mean of each variant; fewer networks than ``networks`` are counted in the cell."""
+    cells = []
+    for variant in VARIANTS:
+        ratios = {case: ratio for case, ratio in least.items() if case.variant == variant}
+        count = len({case.network for case in ratios})
+        few = f" ({count} network{'s' * (count > 1)})" if count < networks else ""
+        cells.append(f"{_geometric_mean([*ratios.values()]):.2f}{few}" if ratios else "-")
+    return cells
+
+
+def _cpu(machine: dict[str, Any]) -> str:
+    """Such as "Intel Xeon, AVX-512, 2 threads"."""
+    name = re.sub(r"\((R|TM|family/model [^)]*)\)|\bProcessor\b", "", machine["cpu"])
+    isa = machine["isa"].replace("AVX512", "AVX-512")
+    return f"{' '.join(name.split())}, {isa}, {machine['threads']} threads"
 
 
 class _Timed:
@@ -247,19 +271,17 @@ def _table(groups: dict[str, dict[str, Any]], title: str = "Same precision.") ->
         speed = [f"{ratios[-1]:.2f}", f"{ours['gflops']:.0f}", f"{ours['share_of_peak']:.0%}"]
         lines.append([case.name, str(case.batch), *cells, *speed])
     header = ["network", "batch", "**gatedconv**", *shown.values(), "fastest peer / ours", "GFLOP/s", "of the peak"]
-    phones = ""
-    if machine.get("group", "main") == "main":
-        phones = ", MNN, ncnn and LiteRT "
-        phones += "in another one with our engine" if "mobile" in groups else "are not measured yet"
+    facts = [
+        f"gatedconv is the fastest in {_wins(ratios)} rows; geometric mean of fastest peer / ours "
+        f"{_geometric_mean(ratios):.2f}.",
+        f"Peak: {machine['peak_gflops']:.0f} GFLOP/s.",
+        *_software({name: groups[name] for name in ("main", "mobile") if name in groups}),
+    ]
+    if machine.get("group", "main") == "main" and "mobile" not in groups:
+        facts.append("MNN, ncnn and LiteRT are not measured yet.")
     return (
         f"**{title}** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32, "
-        f"{machine['size']} x {machine['size']}; "
-        f"{_software(groups)}. Fastest call in ms (median of the rounds), each runtime at its fastest setting. "
-        f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows; geometric mean of "
-        f"fastest peer / ours {_geometric_mean(ratios):.2f}. Ratios are of interleaved calls: ONNX Runtime and "
-        f"OpenVINO in one run{phones}. The peak is the fastest product that PyTorch "
-        f"computes on these threads, {machine['peak_gflops']:.0f} GFLOP/s; Winograd's algorithms may pass it, because "
-        f"the multiply-adds of the direct sum are counted.\n\n"
+        f"{machine['size']} x {machine['size']}:\n\n{_list(facts)}\n\n"
         + markdown_table(header, lines, 1)
         + _not_measured(f for name in ("main", "mobile") if name in groups for f in groups[name]["failures"])
     )
@@ -291,21 +313,31 @@ def _reduced(groups: dict[str, dict[str, Any]]) -> str:
         "fastest of all peers / ours",
         "of these / ours in bf16",
     ]
+    machine = found["machine"]
+    facts = [
+        f"Of all peers, those in float32 too, gatedconv is the fastest in {_wins(ratios)} rows, geometric mean "
+        f"{_geometric_mean(ratios):.2f} (the last column but one).",
+        f"int8 is calibrated on {CALIBRATION} images: NNCF for OpenVINO, static QDQ for ONNX Runtime.",
+        f"Error: max|a - b| / max|b| of the outputs of {PROBES} other images; same top-1: the share of them with the "
+        "same largest output.",
+        f"Commit `{(machine['commit'] or 'unknown')[:10]}`, {machine['date'][:10]}.",
+    ]
     return (
-        f"**Whatever the user could pick.** The same networks, and peers that compute in fewer bits: OpenVINO at its "
-        f"default precision, and int8 after calibration on {CALIBRATION} images (NNCF for OpenVINO, static QDQ for "
-        f"ONNX Runtime). Error: max|a - b| / max|b| of the outputs of {PROBES} other images; same top-1: the share of "
-        f"them with the same largest output. Weights and images are random: this is the error of the arithmetic and no "
-        f"loss of accuracy: for that see [Quantize](quantize.md). The last column but one counts "
-        f"all peers, in float32, too: "
-        f"gatedconv is the fastest in {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)} rows, geometric mean "
-        f"{_geometric_mean(ratios):.2f}. Commit `{(found['machine']['commit'] or 'unknown')[:10]}`, "
-        f"{found['machine']['date'][:10]}.\n\n" + markdown_table(header, lines, 1) + _not_measured(found["failures"])
+        f"**Whatever the user could pick.** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, the same "
+        f"networks:\n\n{_list(facts)}\n\n" + markdown_table(header, lines, 1) + _not_measured(found["failures"])
     )
 
 
-def _software(groups: dict[str, dict[str, Any]]) -> str:
-    """Versions, and the commit of each group."""
+def _wins(ratios: list[float]) -> str:
+    return f"{sum(ratio >= 1 for ratio in ratios)} of {len(ratios)}"
+
+
+def _list(items: Iterable[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _software(groups: dict[str, dict[str, Any]]) -> list[str]:
+    """Two sentences: versions, and the commit of each group."""
     machines = {name: found["machine"] for name, found in groups.items()}
     known = {name: number for machine in machines.values() for name, number in machine["versions"].items()}
     packages = ("torch", "onnxruntime", "openvino", *(package for group in PACKAGES.values() for package in group))
@@ -313,7 +345,8 @@ def _software(groups: dict[str, dict[str, Any]]) -> str:
         f"`{(machine['commit'] or 'unknown')[:10]}` ({name}, {machine['date'][:10]})"
         for name, machine in machines.items()
     )
-    return f"{', '.join(f'{name} {known[name]}' for name in packages if name in known)}; commit {commits}"
+    used = ", ".join(f"{name} {known[name]}" for name in packages if name in known)
+    return [f"Versions: {used}.", f"Commits: {commits}."] if used else [f"Commits: {commits}."]
 
 
 def _ms(row: Row | None) -> str:
@@ -333,10 +366,10 @@ def _not_measured(failures: Iterable[dict[str, Any]]) -> str:
     for f in failures:
         cases.setdefault((f["provider"], f["setting"], f["reason"]), []).append(f"{f['case']}, batch {f['batch']}")
     lines = [
-        f"- {provider}, {setting}: {reason} ({'; '.join(names) if len(names) < 4 else f'{len(names)} cases'})"
+        f"{provider}, {setting}: {reason} ({'; '.join(names) if len(names) < 4 else f'{len(names)} cases'})"
         for (provider, setting, reason), names in cases.items()
     ]
-    return "\n\nNot measured:\n\n" + "\n".join(lines) if lines else ""
+    return f"\n\nNot measured:\n\n{_list(lines)}" if lines else ""
 
 
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> None:

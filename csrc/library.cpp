@@ -44,6 +44,6 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
   // For every step that computes something 1 or 0: whether the next one reads what it writes band by band.
   m.def("plan_passing(int[] size, Tensor program) -> int[]");
   m.def("plan_release() -> int");
-  // The instruction set in use, for bfloat16 products if asked for.
+  // The instruction set in use, with bf16 that for bfloat16 products.
   m.def("plan_isa(bool bf16=False) -> str");
 }

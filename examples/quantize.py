@@ -64,11 +64,11 @@ def answers(run: Run, images: Tensor) -> Tensor:
 
 
 def least_ms(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
-    """The fastest call of each, in ms; interleaved, so that whatever disturbs one disturbs all."""
+    """The fastest call of each, in ms; interleaved, so that a disturbance affects all."""
     least = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
-            time.sleep(0.02)  # threads of the one before may still look out for work
+            time.sleep(0.02)  # threads of the one before may still spin
             for _ in range(20):
                 start = time.perf_counter()
                 run(x)

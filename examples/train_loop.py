@@ -71,7 +71,7 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: range, total: i
         for step, (images, labels) in enumerate(batches(*data)):
             progress = (epoch + step / steps) / total
             loss = functional.cross_entropy(model(images), labels)
-            if gated:  # every sample decides alike
+            if gated:  # every sample decides the same
                 weight = gatedconv.schedules.rising(progress, POLARIZATION) if paper else POLARIZATION
                 loss = loss + weight * gatedconv.polarization_loss(model)
             if gated and paper:
@@ -97,7 +97,7 @@ def row(name: str, model: nn.Module, data: tuple[Tensor, Tensor], network: nn.Mo
 
 
 def main() -> None:
-    """Train the gated and the dense network, and print what came out."""
+    """Train the gated and the dense network, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images, four epochs")
     parser.add_argument("--paper", action="store_true", help="the losses of the paper in place of the gate pruner")

@@ -36,5 +36,5 @@ def require_map(owner: str, x: Any) -> None:
 
 def require_choice(owner: str, name: str, value: Any, allowed: Collection[str | None]) -> None:
     """ValueError unless a value is one of those allowed."""
-    if value not in tuple(allowed):  # a dict would want a hash of it
+    if value not in tuple(allowed):  # a dict would require a hash of it
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

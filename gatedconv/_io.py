@@ -117,7 +117,7 @@ def locked(path: Path, *, held: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Drop what exporters and compilers print and log: graphs and stacks, of which their exceptions say enough."""
+    """Drop what exporters and compilers print and log (graphs, stacks); their exceptions contain the reason."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

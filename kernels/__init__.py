@@ -1,4 +1,4 @@
-"""Triton kernels, imported as ``gatedconv.kernels``; they know nothing of the rest of gatedconv."""
+"""Triton kernels, imported as ``gatedconv.kernels``; they import nothing of the rest of gatedconv."""
 
 if __name__ != "gatedconv.kernels":
     # From the root of the repository Python would find this folder under its bare name and make a second copy

@@ -21,7 +21,7 @@ from .gated_residual import FINISH, Norm, ResidualForward, batch_grid, gate_fact
 
 
 class Incoming(NamedTuple):
-    """Inputs of both backward passes besides the maps: the gradient of out's mean, the norm and the gates.
+    """Inputs of both backward passes in addition to the maps: the gradient of out's mean, the norm and the gates.
 
     Maps stay outside: Triton 3.6 turns a stride of 1 in a nested tuple into None.
     """

@@ -1,4 +1,4 @@
-"""What the documents say: their code runs, their numbers are those of the committed results."""
+"""The documents: their code runs, their numbers are those of the committed results."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def tolerance(dtype: torch.dtype | str = torch.float32, algorithm: str = "direct
 def floor(dtype: torch.dtype | str = torch.float32, algorithm: str = "direct") -> float:
     """Error, as a share of the scale, that is allowed however small PyTorch's own in that type is.
 
-    Where tf32 is allowed PyTorch may compute in fp32 all the same: its own error then says nothing about tf32. The
+    Where tf32 is allowed PyTorch may compute in fp32 all the same: its own error is then not that of tf32. The
     root mean square error of a network in tf32, a share of that of its results, is below u.
     """
     if dtype == "tf32":
@@ -169,7 +169,7 @@ def assert_at_most_twice(actual: Any, plain: Any, exact: Any, name: str = "") ->
 def assert_no_worse(actual: Any, plain: Any, exact: Any, name: str = "") -> None:
     """At most the error that PyTorch's own result ``plain`` of that type makes.
 
-    Of products alone in low precision: PyTorch rounds the same operands, and every result besides.
+    Of products alone in low precision: PyTorch rounds the same operands, and also every result.
     """
     ours, theirs = relative_error(actual, exact), relative_error(plain, exact)
     assert ours <= theirs, f"{name or 'result'}: off by {ours:.2e}, PyTorch by {theirs:.2e}"

@@ -40,6 +40,23 @@ def section(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts) or "**Not measured yet on any GPU.**"
 
 
+def headline(folder: Path = RESULTS) -> str:
+    """The sentence of README.md on single layers: the range of our convolution's time over that of dense cuDNN."""
+    parts = []
+    for path in sorted(folder.glob("gpu-*.json")):
+        found = json.loads(path.read_text())
+        rows = [Row(**row) for row in found["rows"]]
+        ours = [row for row in rows if (row.benchmark, row.provider) == ("layer", "gatedconv")]
+        slower = [1 / times for row in ours if (times := speed(row, rows)) is not None]
+        if slower:
+            dtypes = " and ".join(dict.fromkeys(row.dtype for row in ours))
+            parts.append(
+                f"On a GPU ({found['machine']['device'].upper()}), our own convolution takes {min(slower):.1f} to "
+                f"{max(slower):.1f} times as long as cuDNN's dense one on {len(slower)} single layers in {dtypes}."
+            )
+    return "\n".join(parts)
+
+
 def speed(row: Row, rows: Sequence[Row]) -> float | None:
     """How many times as fast as the baseline of its case, by the least times."""
     key = row.benchmark, row.case, row.batch, BASELINES.get(row.benchmark)

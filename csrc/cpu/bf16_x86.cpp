@@ -132,7 +132,7 @@ GATEDCONV_AMX void multiply_amx(const Bf16Product& in) {
 
 constexpr Bf16Kernels kAmx = {"amx", begin_amx, round_native, multiply_amx, end_amx};
 
-// Linux gives tiles to a process that asks for them. Not all compilers know the names of these features.
+// Linux gives tiles to a process that requests them. Not all compilers have names for these features.
 bool has_amx() {
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -161,7 +161,7 @@ const Bf16Kernels* native_bf16() {
   };
 #ifdef GATEDCONV_AMX
   if (takes(kAmx)) {
-    static const bool amx = has_amx();  // which asks for tiles, and so only where they are to be used
+    static const bool amx = has_amx();  // requests tiles, so it is called only where they are to be used
     if (amx) return &kAmx;
   }
 #endif

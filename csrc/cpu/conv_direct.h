@@ -63,7 +63,7 @@ static inline void for_lines(const Step& step, const Part& part, const Lines& li
   }
 }
 
-// Weights that are read after those at hand: every tile fetches a panel of them.
+// Weights that are read after the current ones: every tile fetches a panel of them.
 struct Ahead {
   const float* weights = nullptr;
   ptrdiff_t panel_stride = 0;

@@ -2,7 +2,7 @@
 //
 // A panel of 16 outputs belongs to two groups, and each of them reads 8 inputs of its own: as a direct
 // convolution of 16 inputs half of the products would be with zeros. Here the lanes of a vector alternate
-// between the two groups, so that one load of two inputs serves all of their outputs. The rows at hand are
+// between the two groups, so that one load of two inputs serves all of their outputs. The rows in use are
 // copied with their channels interleaved; the sums return to the groups' order at the end.
 #pragma once
 

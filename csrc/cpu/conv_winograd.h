@@ -97,7 +97,7 @@ static inline void transform_patch(const Map& in, const float* patch, float* to,
   }
 }
 
-// The place of one tile's result: `rows` x `columns` of its M x M pixels lie inside the map.
+// The place of one tile's result: `rows` x `columns` of its M x M pixels are inside the map.
 struct Target {
   float* out;
   const float* residual;

@@ -19,7 +19,7 @@ extern "C" {
  * shared library. */
 #define GATEDCONV_PLAN_VERSION 1
 
-/* Of the files that are read, program and all. A newer file is refused with a line that says so. */
+/* Of the files that are read, program included. A newer file is refused with an error that names it. */
 #define GATEDCONV_PLAN_FILE_VERSION 1
 
 #define GATEDCONV_PLAN_API __attribute__((visibility("default")))

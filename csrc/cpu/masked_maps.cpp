@@ -73,7 +73,7 @@ struct Region {
   int64_t area() const { return y0 < y1 && x0 < x1 ? (y1 - y0) * (x1 - x0) : 0; }
 };
 
-// The outputs whose windows lie inside the image.
+// The outputs whose windows are inside the image.
 Region find_inner(const ConvShape& s) {
   const auto end = [](int64_t size, int64_t pad, int64_t stride, int64_t outputs) {
     return size + pad < 3 ? 0 : std::min(outputs, (size + pad - 3) / stride + 1);
@@ -332,7 +332,7 @@ bool prefer_maps(const ConvShape& s, int64_t inputs, int64_t outputs, int lanes,
       widest > std::numeric_limits<int32_t>::max()) {
     return false;
   }
-  // Register instructions for 16 pixels; the factors 1.4, 1.5, 6 and 10 stand for what planes,
+  // Register instructions for 16 pixels; the factors 1.4, 1.5, 6 and 10 are what planes,
   // transforms and packing cost in addition to the sums. They are set by hand; no saved times support them.
   const int64_t in_vectors = ceil_div(inputs, lanes), out_vectors = ceil_div(outputs, lanes);
   const double planes = 1.4 * kTaps * inputs * outputs * 16 / lanes;

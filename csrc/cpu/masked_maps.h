@@ -1,4 +1,4 @@
-// The masked convolution over maps: an image's open channels lie side by side in a pixel, a register holds
+// The masked convolution over maps: a pixel holds an image's open channels side by side, a register holds
 // output channels. For 3x3 filters: Winograd F(4x4) with stride 1, direct with any other. Independent of
 // PyTorch.
 #pragma once

@@ -1,10 +1,10 @@
 // Cuts a masked convolution into tiles for the plane kernels.
 //
-// A kernel wants every tap's pixels as one run, so each input channel is copied into planes as wide as the
+// A kernel needs every tap's pixels as one run, so each input channel is copied into planes as wide as the
 // output: one plane for every kernel column and, with a stride, for every phase of the rows. In such a plane
-// the next kernel row is the next row of the plane, and row ends need no care. The copies are made band by
-// band, so that they stay in cache, and cost KW stores for an input pixel against KH * KW * outputs
-// multiplies.
+// the next kernel row is the next row of the plane, and row ends need no special case. The copies are
+// made band by band, so that they stay in cache, and cost KW stores for an input pixel against KH * KW *
+// outputs multiplies.
 #include "masked_planes.h"
 
 #include <algorithm>
@@ -111,7 +111,7 @@ Layout lay_out(const ConvShape& s, const ConvTensors<float>& t, int64_t channels
   return layout;
 }
 
-// The part of a plane that lies inside the input; the rest is zeros.
+// The part of a plane that is inside the input; the rest is zeros.
 struct Window {
   int64_t row0, col0;  // of the input, for the plane's first pixel
   TapRange rows, cols;

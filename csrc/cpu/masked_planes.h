@@ -37,7 +37,7 @@ struct PlaneKernels {
   // Pixels of `count` neighboring channels into one plane for each; a null plane is left out.
   void (*to_planes)(const float* from, ptrdiff_t pixel_stride, int64_t pixels, float* const* planes,
                     int64_t count);
-  // `pixels` pixels from `first` on of `count` planes, null for zeros, into channels that lie side by side.
+  // `pixels` pixels from `first` on of `count` planes, null for zeros, into channels side by side.
   void (*from_planes)(float* const* planes, int64_t count, int64_t first, int64_t pixels, float* to,
                       ptrdiff_t channel_stride, ptrdiff_t pixel_stride);
   // `pixels` of `count` planes, their count a multiple of 16 and null for zeros, into a map with rows of

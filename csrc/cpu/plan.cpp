@@ -245,7 +245,7 @@ class StepWork : public Work {
     std::vector<Step> run;  // empty, or steps that are done band by band, `step` last
     Split split;
     size_t index;  // of the step in the plan
-    size_t count;  // of items that one worker does in a row: small ones need not meet in between
+    size_t count;  // of items that one worker does in a row: small ones need no barrier in between
     bool small;
     const StepGroup* group;  // null, or steps that a worker takes an image through; tasks are images
   };
@@ -274,7 +274,7 @@ class StepWork : public Work {
     }
     for (size_t j = item; j < item + items_[item].count; ++j) {
       const Part part = items_[j].split.part(task);
-      std::vector<Step> run = items_[j].run;  // a copy, whose maps lie in this worker's scratch
+      std::vector<Step> run = items_[j].run;  // a copy, whose maps are in this worker's scratch
       if (run.empty())
         kernels_.run(items_[j].step, part, scratch);
       else

@@ -32,7 +32,7 @@ int64_t end_below(const Step& step, int64_t end) {
 }
 
 // Calls take(k, rows) for the map behind step k: the rows that it has room for where `band` rows of the last
-// step are made at a time. A band needs the rows under its windows, and makes those that lie between windows,
+// step are made at a time. A band needs the rows under its windows, and makes those between the windows,
 // too. With twice as many rows, those that the next band reads again are moved to the front half as often.
 template <typename Take>
 void for_rooms(const Step* steps, size_t count, int64_t band, Take take) {
@@ -79,7 +79,7 @@ struct Rows {
     reader.in = map;
   }
 
-  // Makes room for the rows in front of `end`; what lies in front of `needed` is read no more.
+  // Makes room for the rows in front of `end`; what is in front of `needed` is not read any more.
   void make_room(int64_t end, int64_t needed, Step& writer, Step& reader) {
     const Map& map = writer.out;
     const int64_t last = end == map.height ? end + map.bottom() : end;
@@ -134,7 +134,7 @@ bool overlaps(const Plan& plan, size_t begin, size_t last) {
   return false;
 }
 
-// Whether two maps lie in memory alike: a damaged program may read a slot as another map than was written
+// Whether two maps have the same layout: a damaged program may read a slot as another map than was written
 // last.
 bool is_alike(const Map& a, const Map& b) {
   return a.channels == b.channels && a.height == b.height && a.width == b.width && a.halo == b.halo &&

@@ -1,5 +1,5 @@
 // Depth-first runs: steps in a row, each of which alone reads what the one in front has made, done band by
-// band of rows. Of the maps between them only the rows at hand exist, in a worker's own memory, and so they
+// band of rows. Of the maps between them only the rows in use exist, in a worker's own memory, and so they
 // stay in its cache, where whole maps, such as the expanded ones of inverted residuals, would not.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace gatedconv {
 
-// Gives every slot the floats of its largest map; one that passes takes none. Images lie a whole slot apart
+// Gives every slot the floats of its largest map; one that passes takes none. Images are a whole slot apart
 // in every map, so that one image's maps never reach into another image's.
 void size_slots(Plan& plan);
 

@@ -1,4 +1,4 @@
-// Decodes a program for one input size. Nothing is taken on trust: what decode accepts, run can run.
+// Decodes a program for one input size. Nothing in it is trusted: what decode accepts, run can run.
 #include <algorithm>
 #include <cstring>
 

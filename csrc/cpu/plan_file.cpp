@@ -177,7 +177,7 @@ PlanFile read_plan(Source& source) {
   const int64_t program = tensor_size(header, "program", "I64", 8, 0);
   const int64_t stored = tensor_size(header, "weights", "F32", 4, 8 * program);
   if (header.tensors.size() != 2) throw FileError("it is no plan");
-  // Before memory is asked for: the sizes are those of a file that is there.
+  // Before memory is allocated: the sizes must be those of the file.
   const uint64_t bytes = 8 * static_cast<uint64_t>(program) + 4 * static_cast<uint64_t>(stored);
   if (source.left() != bytes) {
     throw FileError(source.left() < bytes ? "the file is cut short" : "the file goes on after its end");

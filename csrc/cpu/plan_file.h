@@ -15,7 +15,7 @@
 
 namespace gatedconv {
 
-// A damaged file; the message, one line, says what is wrong.
+// A damaged file; the message, one line, is the reason.
 struct FileError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

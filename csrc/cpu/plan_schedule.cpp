@@ -72,10 +72,10 @@ std::vector<StepGroup> group_steps(const Plan& plan, int64_t images) {
 
 // Alone, an image's maps stay in one cache, but every image has the weights come from memory; together, the
 // images share the weights, but their maps do not stay. The schedule with the fewest bytes for an image,
-// where a change between the two costs the map at hand and the time to meet.
+// where a change between the two costs the current map and a barrier.
 std::vector<StepGroup> group_shared_steps(const Plan& plan, int64_t images, int workers) {
   if (images == 1 || images < workers) return group_steps(plan, images);
-  constexpr int64_t kMeeting = 32 * 1024;  // bytes read in the 1.3 us that a meeting takes, as assumed below
+  constexpr int64_t kMeeting = 32 * 1024;  // bytes read in the 1.3 us that a barrier takes, as assumed below
   const auto runs = find_runs(plan);
   std::array<int64_t, 2> bytes{};  // of the best schedule that ends together, and that ends alone
   std::vector<std::array<bool, 2>> before(runs.size());  // whether the run in front is alone in that schedule

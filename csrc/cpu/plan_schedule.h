@@ -63,7 +63,7 @@ struct Split {
 
 Split split_step(const Step& step, int64_t images, int workers);
 
-// Whether one core does a step in about the time that two take to meet after it.
+// Whether one core does a step in about the time that a barrier of two takes.
 bool is_small(const Step& step, int64_t images);
 
 }  // namespace gatedconv

@@ -47,7 +47,7 @@ void dot(const double* g, const From* a, const From* b, const From* c, To* to) {
 std::vector<Gap> find_gaps(const std::vector<int64_t>& program, int64_t stored) {
   const auto size = static_cast<int64_t>(program.size());
   std::vector<Gap> gaps;
-  // A list that does not look like a program has no gaps; decode says what is wrong.
+  // A list that does not look like a program has no gaps; decode reports what is wrong.
   if (size < 4 || !within(program[1], 1, size) || !within(program[2], 1, size)) return gaps;
   const int64_t maps = program[1], steps = program[2];
   if (4 + maps * kMapFields + steps * kStepFields > size) return gaps;

@@ -13,7 +13,7 @@
 namespace gatedconv {
 namespace {
 
-// How long a worker looks out for more work before it sleeps: calls in a row find it awake.
+// How long a worker spins for more work before it sleeps: calls in a row find it awake.
 constexpr std::chrono::microseconds kLookout(200);
 
 class Pool {
@@ -62,7 +62,7 @@ class Pool {
       try {
         std::thread([this] { help(); }).detach();
       } catch (const std::exception&) {
-        return;  // no more threads to be had, or no memory for one: the caller works alone
+        return;  // no further thread, or no memory for one: the caller works alone
       }
     }
   }

@@ -17,11 +17,11 @@ class Work {
   // Takes and does tasks until none is left to take. Called with 0 by the caller and with other numbers by
   // workers, by some of them or by none. Returns from work(0) only when every task is done.
   virtual void work(int worker) = 0;
-  // Whether a task could not be done, for want of memory.
+  // Whether a task could not be done, for lack of memory.
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
 
  protected:
-  // Does a task, on any thread. What it throws ends here: others may be in the midst of theirs.
+  // Does a task, on any thread. What it throws ends here: others may still run theirs.
   template <typename Task>
   void attempt(Task task) noexcept {
     try {

@@ -35,7 +35,7 @@ inline void poison(float* data, int64_t floats) {
 }
 
 // One run's memory. At most kKept blocks wait for the next run, whatever the number of threads; `release`
-// frees them. Under AddressSanitizer what a block has more than was asked for is out of bounds.
+// frees them. Under AddressSanitizer what a block has beyond the request is out of bounds.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {

@@ -161,7 +161,7 @@ GATEDCONV_HOST_DEVICE void write_tile(const ConvArgs& a, const ConvTile& t, cons
       const int64_t from = p.sample * a.res.n + channel * a.res.c + p.row * a.res.h + p.col * a.res.w;
       group = *reinterpret_cast<const Group*>(residual + from);
     }
-    // Four floats at a time: lanes that read one would be a vector apart and meet in the banks.
+    // Four floats at a time: lanes that read one would be a vector apart, with bank conflicts.
     struct alignas(Wide < 4 ? 4 : 16) Sums {
       float value[Wide];
     };

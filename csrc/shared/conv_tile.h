@@ -1,10 +1,10 @@
 // The GPU convolution's work, cut into tiles: an implicit GEMM of output pixels x open outputs over kernel
-// taps x open inputs. Everything here is plain index arithmetic that kernels and host compute alike.
+// taps x open inputs. Everything here is plain index arithmetic, the same in kernels and on the host.
 //
 // A tile is `samples` x `rows` x `cols` output pixels (at most 64 * mt) by 8 * nt output slots. The part of
-// the input that the tile reads, its patch, lies in shared memory pixel by pixel, for `chunks` fragment steps
-// of channels at a time; all taps read it there, shifted. Rows of shared memory are an odd number of 16-byte
-// units apart, so that the eight rows of an ldmatrix never meet in a bank.
+// the input that the tile reads, its patch, is kept in shared memory pixel by pixel, for `chunks` fragment
+// steps of channels at a time; all taps read it there, shifted. Rows of shared memory are an odd number of
+// 16-byte units apart, so that the eight rows of an ldmatrix have no bank conflict.
 #pragma once
 
 #include "shared/conv_math.h"
@@ -64,7 +64,7 @@ GATEDCONV_HOST_DEVICE inline int32_t larger(int32_t a, int32_t b) {
   return a > b ? a : b;
 }
 
-// Whether tensors can be read and written in whole 16-byte vectors, and in which order they lie in memory;
+// Whether tensors can be read and written in whole 16-byte vectors, and their order in memory;
 // all other fields are set.
 template <class Math>
 inline void set_access(ConvArgs& a) {

@@ -27,7 +27,7 @@ bool on_one_device(const Tensor& input, const Tensors&... others) {
   return (is_on(input.device(), others) && ...);
 }
 
-// The public function has checked everything with better words; this keeps a direct call of the op from
+// The public function has checked everything, with clearer errors; this keeps a direct call of the op from
 // reading memory that is not there.
 inline ConvShape conv_shape(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                             const Tensor& out_open, const std::optional<Tensor>& in_open,

@@ -27,7 +27,7 @@ Candidate = tuple[str, str]
 WRONG_ABOVE = 1e-4
 DISTURBED = 1.3  # median over minimum: beyond it, something else used the machine
 PROBES = 32  # images on which the error of reduced precision is found
-_NONSENSE = 10.0  # an error beyond it is no matter of precision
+_NONSENSE = 10.0  # a larger error is not due to the precision
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def compare_runtimes(
         for candidate in reduced.keys() & found.errors.keys():
             try:
                 quality = _quality(reduced[candidate], network, x, place, threads)
-            except Exception as problem:  # of a batch of another size: the speed alone says nothing
+            except Exception as problem:  # of a batch of another size: a speed without its error is no result
                 del found.errors[candidate]
                 found.failures[candidate] = _one_line(problem)
                 continue

@@ -95,7 +95,7 @@ class ConvCase:
         """Read a case.
 
         Raises:
-            ValueError: the text is none; the message says which part of it is wrong.
+            ValueError: the text is not of this form; the message names the part that is wrong.
         """
         found: dict[str, int | str] = {}
         for token in _tokens(text):

@@ -1,7 +1,7 @@
-"""The footprint of a network where it runs: file, installed package, memory, time to the first answer.
+"""The footprint of a network where it runs: file, installed package, memory, time to the first result.
 
-Every figure is of a whole process of its own, which imports one runtime, loads the network and answers. Runtimes take
-turns, and the least of the rounds is kept: what a busy machine adds is no property of a runtime.
+Every figure is of a process of its own, which imports one runtime, loads the network and runs it. Runtimes are
+interleaved, and the least of the rounds is kept: what a busy machine adds is no property of a runtime.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gatedconv.bench.comparison import WRONG_ABOVE
 from gatedconv.convert.verify import distance
 from gatedconv.deploy import export, save
 
-# The process: NumPy is there already, as it is in whoever has an image.
+# The process: NumPy is imported before, as in any program that has an image.
 _PROCESS = """
 import json, sys, time
 import numpy as np
@@ -126,9 +126,9 @@ class Footprint:
         file: bytes of the network's file.
         package: bytes of the installed package without what it depends on.
         import_ms: time to import the runtime, beyond NumPy.
-        first_ms: time from before that import to the first answer.
+        first_ms: time from before that import to the first result.
         call_ms: fastest later call.
-        peak_mib: largest resident memory of the process up to the first answer.
+        peak_mib: largest resident memory of the process up to the first result.
         note: why nothing was measured.
     """
 

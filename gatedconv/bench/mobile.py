@@ -1,4 +1,4 @@
-"""Runtimes made for phones, on the CPU and in float32: MNN, ncnn and LiteRT. Each converts the network's own way."""
+"""Runtimes made for phones, on the CPU and in float32: MNN, ncnn and LiteRT. Each has a converter of its own."""
 
 from __future__ import annotations
 

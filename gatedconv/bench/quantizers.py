@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CALIBRATION = 64  # images; both tools recommend some hundreds, of which random ones would say nothing more
+CALIBRATION = 64  # images; both tools recommend some hundreds, but more random ones would add nothing
 
 
 def calibration_images(x: Tensor) -> list[np.ndarray]:

@@ -108,7 +108,7 @@ def _print(rows: list[Any], failures: dict[tuple[str, str], str], all_settings: 
 
 
 def _footprint(arguments: argparse.Namespace) -> int:
-    """Print what the compact network weighs in each runtime, and keep it for the page of `gatedconv report html`."""
+    """Print the footprint of the compact network in each runtime, and keep it for `gatedconv report html`."""
     import dataclasses
     import json
     import tempfile

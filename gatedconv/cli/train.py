@@ -89,7 +89,7 @@ def _draw(folder: RunFolder) -> None:
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    """The first free one of runs/NAME-seedN, runs/NAME-seedN-2, ..."""
+    """The first of runs/NAME-seedN, runs/NAME-seedN-2, ... that does not exist."""
     source = Path(config.data.partition(":")[2]).stem or config.data
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name or f"{config.model}-{config.gate}-{source}")
     base = Path("runs") / f"{label}-seed{config.seed}"

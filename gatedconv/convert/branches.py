@@ -64,7 +64,7 @@ class Branch:
 
 
 def _walks_over_children(module: nn.Module) -> bool:
-    """Whether the forward of a module, or a method that it calls, goes through its children: a gate would be one."""
+    """Whether the forward of a module, or a method that it calls, iterates over its children: a gate would be one."""
     kind, names, waiting = type(module), set[str](), ["forward"]
     while waiting:
         new = _names_in(kind, waiting.pop()) - names
@@ -128,12 +128,12 @@ def _branch_of(addition: Node, flow: Flow) -> tuple[Branch | None, str]:
 
 
 def _private(last: Value, reader: Node) -> set[Node]:
-    """Nodes that only ``reader`` profits from, by way of ``last``."""
+    """Nodes whose results only ``reader`` uses, through ``last``."""
     if last.node is None or last.node.op == "input" or set(last.users) != {reader}:
         return set()
     region, queue = {last.node}, [last.node]
     while queue:
-        # Every node that joins brings its inputs up again, so one with several readers joins with the last.
+        # The inputs of a node that joins are tried again, so a node with several readers joins with the last of them.
         for value in queue.pop().inputs:
             source = value.node
             if source is None or source in region or source.op == "input":

@@ -76,7 +76,7 @@ def _ignores_zeros(node: Node) -> bool:
         before = layer(x)
         layer.weight[:, :half] += layer.weight.abs().amax() + 1
         return is_same(layer(x), before)
-    except Exception:  # whatever foreign code says of other weights
+    except Exception:  # whatever foreign code raises for other weights
         return False
 
 
@@ -165,7 +165,7 @@ class Removal(Constants):
                 self._add(source, ~self.zeros(source))
 
     def read_channels(self, node: Node) -> Tensor:
-        """Bool (C_in,): the inputs of a layer that its bias cannot stand for."""
+        """Bool (C_in,): the inputs of a layer that its bias cannot replace."""
         source = node.inputs[0]
         known, constant = self.known_to(node, source)
         if self.caution == MOST_CAUTION and self._is_flattened(source):
@@ -219,7 +219,7 @@ class Removal(Constants):
                 for part, piece in zip(node.args[0], held.split([flow[p].size for p in node.args[0]]), strict=True):
                     piece |= self.present[part]
                     self.present[part] |= piece
-            elif value.users or value is node.outputs[0]:  # statistics that a norm also returns, and nobody reads
+            elif value.users or value is node.outputs[0]:  # statistics that a norm also returns, which are not read
                 self._all(*node.inputs)
                 if value not in self.masks.values:  # behind a gate the closed channels can be dropped
                     self._all(value)

@@ -66,7 +66,7 @@ class Selection:
         """Raise for names and patterns that no layer and no block has.
 
         Raises:
-            ValueError: naming them and, where there are some, names that look alike.
+            ValueError: naming them and, where there are some, similar names.
         """
         if not self.unused:
             return

@@ -10,7 +10,7 @@ Every value gets an axis, its channels' dimension, and a kind:
     regroup                   pixel shuffle: r * r channels become one
     gate                      a gate's decision
     mix                       a norm over channels: shape and axis stay, channels depend on each other
-    deferred                  moved, but not (yet) to where channels lie in one dimension
+    deferred                  moved, but not (yet) to where the channels are one dimension
     opaque                    anything else: what is not proven is not touched
 """
 

@@ -68,7 +68,7 @@ def gate_model(
         estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
         example_input: images, clips or vectors that the model accepts, or a tuple of positional or a dict of keyword
             arguments; MACs are counted at its size.
-        include: gate only these layers and blocks: a name (a block's stands for all inside it), a pattern
+        include: gate only these layers and blocks: a name (a block's includes all inside it), a pattern
             as of ``fnmatch``, a list of them, or a function (name, module) -> bool.
         exclude: leave these alone.
         verify: compare the result with the model: on the example, a larger batch and larger images, and one training
@@ -154,7 +154,7 @@ def _total_macs(model: nn.Module, example_input: Any) -> tuple[float | None, str
 
 @dataclass
 class _Installer:
-    """Puts gates into ``result``; ``gated`` says where they multiply in the record of the source."""
+    """Puts gates into ``result``; ``gated`` has the places in the record of the source where they multiply."""
 
     result: nn.Module
     flow: Flow

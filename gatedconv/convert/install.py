@@ -61,7 +61,7 @@ class Link:
 
 
 def _guard_hooks() -> None:
-    """Have torch.compile look at hooks: else it takes a gated model for the dense one, which is of the same class.
+    """Have torch.compile guard on hooks: else it runs a gated model by the graph of the dense one, of the same class.
 
     By default it does not (pytorch/pytorch#98371).
     """
@@ -69,7 +69,7 @@ def _guard_hooks() -> None:
 
     if _dynamo.config.skip_nnmodule_hook_guards:
         _dynamo.config.skip_nnmodule_hook_guards = False
-        _dynamo.reset()  # graphs of the dense model that were made without a look
+        _dynamo.reset()  # graphs of the dense model that were compiled without these guards
 
 
 class GateHook:

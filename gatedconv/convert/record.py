@@ -298,7 +298,7 @@ class _Recorder(TorchDispatchMode):
                 value.users.remove(read)
         self.scopes.append(path)
         self.quiet += known
-        versions = [0 if t.is_inference() else t._version for t in given]  # nobody can change weights of inference mode
+        versions = [0 if t.is_inference() else t._version for t in given]  # tensors of inference mode have no version
         try:
             out = original(module, *args, **kwargs)
         finally:
@@ -318,7 +318,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _apart(self, item: Any, given: list[Tensor], written: set[int], path: str, known: bool) -> Any:
-        """A module that hands its input on gets a result of its own: a hook on it gates that and not the input."""
+        """A module that returns its input gets a result of its own: a hook on it gates that and not the input."""
         if not isinstance(item, Tensor) or id(item) in written or not any(item is t for t in given):
             return item
         self.quiet += 1

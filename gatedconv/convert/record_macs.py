@@ -1,8 +1,8 @@
 """The MACs of a recorded run piece by piece, by fvcore's rules, each with the gates that scale it.
 
 A label names the gates any of which makes a channel constant (forward pass) or unused (backward pass) when it closes: a
-convolution between labeled inputs and labeled outputs costs in proportion to both. Where that is an estimate, a trial
-against what compacting would leave finds it out.
+convolution between labeled inputs and labeled outputs costs in proportion to both. A trial against what
+compacting would leave finds the modules for which that is an estimate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
 from gatedconv.gating.mac_terms import Factor
 
-ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that nobody reads
+ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that are not read
 _SHIFT = 1 << 20  # a label is the number of a gate, or of a set of gates, * _SHIFT + the number of a channel in it
 _MOST_GATES = 3  # in a label; more would make a term for almost every channel
 _PASSING = ("elementwise", "cat", "move")
@@ -79,7 +79,7 @@ class _Labels:
         self.sizes = dict((*gated.values.values(), *gated.inputs.values()))
         self.gates: list[tuple[str, ...]] = [(name,) for name in self.sizes]
         self.first = {name: number * _SHIFT for number, (name,) in enumerate(self.gates)}
-        self.next = [number * _SHIFT for number in range(len(self.gates))]  # label that a set of gates gives out next
+        self.next = [number * _SHIFT for number in range(len(self.gates))]  # the next label for a set of gates
         self.parts: dict[int, tuple[int, ...]] = {}  # label of several gates -> their labels
         self.joined: dict[tuple[int, ...], int] = {}  # and the other way round
         self.images = _images_of(flow)
@@ -216,7 +216,7 @@ class _Labels:
 
     def effective(self, value: Value) -> Tensor:
         """The label by which a value's channels cost: its own and its readers'."""
-        if value not in self.costs:  # asked for once all readers have been visited
+        if value not in self.costs:  # needed only after all readers have been visited
             self.costs[value] = self._either(self.forward[value], self.needed[value])
         return self.costs[value]
 

@@ -25,7 +25,7 @@ GRADIENT_ERROR = 1e-2
 
 
 class ConversionError(ValueError):
-    """A result does not compute what its source does; the message names the first layer where they part."""
+    """A result does not compute what its source does; the message names the first layer that differs."""
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

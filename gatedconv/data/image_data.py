@@ -146,7 +146,7 @@ def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, 
     """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of 255.
 
     Exact: counted from the 256-bin histogram of each channel. A constant channel gets std 1, so that
-    normalizing it is harmless. Images in files are judged by 4096 of them, evenly spaced.
+    normalizing it is harmless. For images in files 4096 of them, evenly spaced, are counted.
     """
     if isinstance(images, FileImages):
         images = images.decode(torch.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).round().long())

@@ -64,7 +64,7 @@ def load_imagefolder(
 
 
 def _classes(folder: Path) -> list[str]:
-    """Names of the folders in it, in torchvision's order; hidden ones are none."""
+    """Names of the folders in it, in torchvision's order, without hidden ones."""
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{shown(folder)}: expected one folder per class, found none")

@@ -1,8 +1,8 @@
 """The compact form of our own blocks: a residual block, and a group of `cifar_vgg`.
 
 `shrink` makes layers smaller in the places where a model's own code calls them, and gives that code every channel that
-it expects. The code of these two blocks is ours, so they do not go that way: a `CompactBlock`, whose names are those of
-saved files, takes a residual block's place. It adds the remaining channels to the stream in one step, and disappears
+it expects. The code of these two blocks is ours, so they are replaced: a `CompactBlock`, whose names are those of saved
+files, takes a residual block's place. It adds the remaining channels to the stream in one step, and disappears
 where its gates closed everything. Both ways remove channels by `slicing`.
 """
 

@@ -77,7 +77,7 @@ def compact(
         require_size(model, example_input)
     if find_gates(model):
         result = _compact_rest(model, frozen, example_input, channel_multiple, verify)
-    else:  # one of our networks: its blocks know how they shrink
+    else:  # one of our networks: its blocks have methods that shrink them
         result = model
         if verify:
             require_same(unwrap(frozen), result, example_input, "compact")

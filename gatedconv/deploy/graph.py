@@ -118,11 +118,11 @@ def _graph_of(
     if others:
         try:
             return _write(model, [*runs, *others, *alone], check, len(runs))
-        except Exception:  # it takes another way through the code
+        except Exception:  # its code takes another path
             pass
     try:
         graph = _write(model, [*runs, *alone], check)
-    except (KeyError, IndexError, TypeError) as error:  # runs of one way whose operations have other arguments
+    except (KeyError, IndexError, TypeError) as error:  # runs of one path whose operations have other arguments
         raise NoGraph("another batch takes another way through its code") from error
     vars(graph)["fixed_size"] = tuple(runs[0][0].shape[1:])
     return graph
@@ -135,7 +135,7 @@ def _recorded(model: nn.Module, x: Tensor, leaves: tuple[type[nn.Module], ...] |
 
 
 def _is_alike(recorded: Record, first: Record) -> bool:
-    """Whether a run on the meta device went the way of the first run, and read no constants made there."""
+    """Whether a run on the meta device took the path of the first run, and read no constants made there."""
     read = tree_flatten([(node.args, node.kwargs) for node in recorded.nodes])[0]
     there = any(item == torch.device("meta") if isinstance(item, torch.device) else _is_there(item) for item in read)
     return not there and [_step(node) for node in recorded.nodes] == [_step(node) for node in first.nodes]

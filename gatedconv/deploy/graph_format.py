@@ -56,7 +56,7 @@ _LARGEST = 1 << 16  # a number in a description, unless a tensor of the file is 
 
 
 def is_describable(module: nn.Module) -> bool:
-    """Whether a file can say how to build the module: torch.nn's layers, gates, and the small modules of ours."""
+    """Whether a file can describe the module: torch.nn's layers, gates, and our small modules."""
     if isinstance(module, Gate):
         return isinstance(module, (FrozenGate, LearnedGate))
     name = type(module).__name__

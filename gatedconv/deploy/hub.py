@@ -91,7 +91,7 @@ class HubModel(
         std: Sequence[float] | None = None,
         example_input: Tensor | None = None,
     ) -> HubModel:
-        """Say what the card is to say; returns the model.
+        """Set the contents of the model card; returns the model.
 
         Args:
             summary: measured figures, as in a run's ``summary.json``.

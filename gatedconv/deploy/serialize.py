@@ -1,4 +1,4 @@
-"""Saving and loading: one safetensors file whose header says in JSON what to build. Never a pickle."""
+"""Saving and loading: one safetensors file with a JSON description of the network in its header. Never a pickle."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {name: value.contiguous() for name, value in state.items()}
     header = json.dumps(description)
     if "changes" not in description or "graph" in description:
-        try:  # a file that cannot be read again is found out now, not when it is needed
+        try:  # detects a file that cannot be read again now, not when it is needed
             _rebuild(Path(path), header, tensors)
         except ValueError as error:
             raise TypeError(

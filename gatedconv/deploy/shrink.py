@@ -37,7 +37,7 @@ def shrink(model: nn.Module, removal: Removal) -> None:
     """Make a model smaller, in place; it has the module paths of the recorded one.
 
     Raises:
-        CannotSlice: found out by trial.
+        CannotSlice: a trial failed.
     """
     flow, done = removal.flow, set()
     for node in flow.record.nodes:
@@ -107,7 +107,7 @@ def _layer(model: nn.Module, removal: Removal, node: Node, value: Value) -> None
 
 
 def _small_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
-    """The layer with the inputs ``read`` and outputs ``write``; its bias stands for constants that are not read."""
+    """The layer with the inputs ``read`` and outputs ``write``; its bias includes the constants that are not read."""
     if not bool(write.any()):
         return _nothing(module)
     assert isinstance(module, (nn.Conv2d, nn.Linear))
@@ -233,7 +233,7 @@ def _require_slice(
     try:
         wanted = run_seeded(module, as_inputs(x)).index_select(axis, write.nonzero().flatten().to(x.device))
         got = run_seeded(small, as_inputs(part))
-    except Exception as error:  # whatever foreign code says of fewer channels
+    except Exception as error:  # whatever foreign code raises for fewer channels
         raise CannotSlice(path) from error
     if trains(module, x) and not trains(small, part):
         raise CannotSlice(path)

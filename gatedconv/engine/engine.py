@@ -250,7 +250,7 @@ def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 
 def _why_not(model: nn.Module) -> str | None:
-    """Say why no plan can be made of a model, None if one may."""
+    """Return the reason why no plan can be made of a model, None if one can."""
     dtype, device = _kind(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != device:

@@ -22,7 +22,7 @@ class Layer:
             "group_norm", "softmax", "pad" (zeros around a map) or "alias" (a view of the same map).
         name: The module or function it came from.
         inputs: The maps it reads; of "add", "multiply" and "scatter_add" the other operand is `residual`, which the
-            last may lack: its channels then lie among the constants `bias`.
+            last may lack: its channels are then placed among the constants `bias`.
         output: The node whose value it makes.
         kernel: Kernel, or the size of an adaptive pooling's output, or the factor of "nearest", "bilinear" and
             "pixel_shuffle".

@@ -71,7 +71,7 @@ def lower(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     source = copy.deepcopy(model)
     source.eval()
     for name, module in list(source.named_modules()):
-        maps = _constant_maps(module) if name and example_input.device.type == "cpu" else None  # CPU plans know them
+        maps = _constant_maps(module) if name and example_input.device.type == "cpu" else None  # CPU plans take them
         if maps is not None:
             source.set_submodule(name, maps)
     if example_input.dtype != torch.float32:

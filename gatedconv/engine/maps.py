@@ -93,7 +93,7 @@ def join_maps(steps: list[Step], maps: list[Map]) -> list[Step]:
 
 
 def _adopt(cat: Step, maps: list[Map]) -> None:
-    """Make a concatenation whose parts lie one after another in a longer one a view of that."""
+    """Make a concatenation whose parts follow one another in a longer one a view of that."""
     root, at = _root(cat.parts[0], maps), _offset(cat.parts[0], maps)
     if root in cat.parts or root == cat.target:
         return
@@ -111,7 +111,7 @@ def _place_part(cat: Step, position: int, at: int, maps: list[Map], made_by: dic
     m = maps[part]
     end = at + m.channels
     if _root(part, maps) == _root(cat.target, maps):
-        # Placed with a longer concatenation that begins alike, or with what it is a slice of.
+        # Placed with a longer concatenation that begins with the same parts, or with what it is a slice of.
         return _offset(part, maps) == _offset(cat.target, maps) + at
     maker = made_by[part]
     if maker.op == "slice" and m.offset == 0 and m.holder is not None:
@@ -152,7 +152,7 @@ def _offset(at: int, maps: list[Map]) -> int:
 
 
 def shape_maps(steps: list[Step], maps: list[Map]) -> None:
-    """Give every map the border and the pixel that its readers want; views have those of the map that holds them."""
+    """Give every map the border and the pixel that its readers need; views have those of the map that holds them."""
     narrow = set(range(len(maps)))
     for step in steps:
         layer = step.layer
@@ -198,8 +198,8 @@ def place_maps(steps: list[Step], maps: list[Map]) -> None:
 
 
 _LOCAL = {"conv", "bf16", "depthwise", "max_pool", "avg_pool", "layer_norm"}
-# Floats of the smallest map that may not stay in a second-level cache. The kernels' limit, which the program does not
-# know, is 0.2 to 0.8 MB by the machine (csrc/cpu/plan_schedule.h: half of cache_bytes); this is 0.5 MB, unmeasured.
+# Floats of the smallest map that may not stay in a second-level cache. The kernels' limit, unknown
+# here, is 0.2 to 0.8 MB by the machine (csrc/cpu/plan_schedule.h: half of cache_bytes); this is 0.5 MB, unmeasured.
 _PASSES = 2**17
 
 
@@ -207,11 +207,11 @@ def _last_reads(steps: list[Step], maps: list[Map], roots: list[int]) -> dict[in
     """The last step for which every map is kept.
 
     Steps in a row, each of which alone reads a large map that the one in front makes, may run band by band
-    (csrc/cpu/plan_bands.h): what they read besides is read until the last of them is done.
+    (csrc/cpu/plan_bands.h): their other inputs are read until the last of them is done.
     """
     readers = Counter(root for step in steps for root in {roots[i] for i in step.reads})
     last_read: dict[int, int] = {}
-    held: set[int] = set()  # by the steps in a row that end with the one at hand
+    held: set[int] = set()  # by the steps in a row that end with the current one
     passing = -1
     for at, step in enumerate(steps):
         reads = {roots[i] for i in step.reads}

@@ -28,7 +28,7 @@ def write_plan(model: nn.Module, path: Path, example_input: Tensor, about: About
         model: An `Engine`, or what one is made of. A model on another device is packed for the CPU.
         path: The file to write.
         example_input: (N, C, H, W); the algorithms are chosen for this size.
-        about: What the file says about the network's images and classes.
+        about: The network's images and classes, for the file.
 
     Raises:
         ValueError: A part of the network would stay in PyTorch, or `about` does not fit the network.

@@ -277,7 +277,7 @@ def _describe(step: Step, layer: Layer, maps: list[Map], weights: _Blob, lists: 
 
 
 def _option(op: str, layer: Layer) -> int:
-    """The number of the encoding that tells variants of an operation apart (csrc/cpu/plan.h)."""
+    """The number that distinguishes variants of an operation in the encoding (csrc/cpu/plan.h)."""
     if layer.kind == "conv":
         assert layer.weight is not None
         return 2 if op == "bf16" else int(op == "conv" and has_groups_of_8(layer.weight, layer.groups))

@@ -268,7 +268,7 @@ def read_layer(node: fx.Node, model: nn.Module) -> Layer | None:
         read_call = _FUNCTIONS.get(operation_of(node))
         layer = read_call(Call(node, model)) if read_call is not None else None
     if layer is None or (layer.kind != "conv" and any("flattened" in one.meta for one in layer.inputs)):
-        return None  # only a linear layer knows a vector that is stored as the map it was
+        return None  # only a linear layer takes a vector that is stored as the map it was
     last = [is_channels_last(i) for i in layer.inputs]
     if any(last) and layer.kind in _BY_PIXEL and "permuted" not in node.meta:
         node.meta["channels_last"] = True

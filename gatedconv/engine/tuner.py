@@ -1,4 +1,4 @@
-"""Chooses the fastest candidate for a convolution on this machine, and remembers it from process to process."""
+"""Chooses the fastest candidate for a convolution on this machine, and keeps the choice for later processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tuner:
     """Measures candidates for the same result and keeps the choices in a file.
 
     The file is JSON: {"format", the header's keys, "choices": {key: {"candidate", "ms": {name: time}, "out": {name:
-    reason}}}}. The header says what the times depend on: on a GPU device, torch, cuDNN, its flags and the sources, on a
+    reason}}}}. The header has what the times depend on: on a GPU device, torch, cuDNN, its flags and the sources, on a
     CPU its name, instruction set, threads and the sources. A file of another format or header is not read, and
     overwritten. A file that cannot be read or written costs the measurement again, nothing else.
 
@@ -48,7 +48,7 @@ class Tuner:
         """Return the name of the fastest candidate whose result agrees with the first one's.
 
         Args:
-            key: What is computed: equal keys get equal answers.
+            key: What is computed: equal keys get equal choices.
             candidates: name -> builds a call; the first is trusted. One that raises RuntimeError is left out.
                 Where the first one's result is not finite, the choice is made but not kept.
             prefer: Of those that are left, the candidates whose names begin so go before the others.

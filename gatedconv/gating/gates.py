@@ -214,7 +214,7 @@ class LearnedGate(Gate):
     def arguments(
         self, batch: int, dtype: torch.dtype
     ) -> tuple[ops.GateParameters, ops.GateStatistics, ops.GateOptions, Tensor | None]:
-        """The arguments of `gatedconv.ops.gate` besides its input, noise of this call included."""
+        """The arguments of `gatedconv.ops.gate` after its input, noise of this call included."""
         fc1, norm, fc2, estimator = self.fc1, self.norm, self.fc2, self.estimator
         parameters = ops.GateParameters(None, None, None, None, fc2.weight, fc2.bias)
         statistics = ops.GateStatistics(open_rate=self.running_open_rate, threshold=estimator.running_mean)

@@ -53,7 +53,7 @@ def activation_loss(model: nn.Module, weight: str = "uniform") -> Tensor:
 
     Args:
         model: a gated model that has seen a batch.
-        weight: "uniform" weighs each gate alike (the paper); "macs" by the MACs that it controls.
+        weight: "uniform" weighs each gate equally (the paper); "macs" by the MACs that it controls.
 
     Raises:
         ValueError: another weight, or a model without gates or without a batch.

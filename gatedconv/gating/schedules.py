@@ -17,7 +17,7 @@ def rising(progress: float, final: float = RISING_VALUES[-1]) -> float:
     """Rising λ of Table 6: 0, 2, 3 over the run, scaled so that the last stage has the value `final`.
 
     Raises:
-        ValueError: if `progress` lies outside [0, 1].
+        ValueError: if `progress` is outside [0, 1].
     """
     _check_progress(progress)
     stage = sum(progress >= boundary for boundary in RISING_BOUNDARIES)  # a boundary belongs to the stage that it opens
@@ -28,22 +28,22 @@ def linear_warmup(progress: float, value: float, duration: float) -> float:
     """Rise in a straight line from 0 to `value` over the first `duration` of the run, then stay there.
 
     Raises:
-        ValueError: if `progress` or `duration` lies outside [0, 1].
+        ValueError: if `progress` or `duration` is outside [0, 1].
     """
     _check_progress(progress)
     if not 0.0 <= duration <= 1.0:
-        raise ValueError(f"linear_warmup: duration must lie in [0, 1], got {duration}")
+        raise ValueError(f"linear_warmup: duration must be in [0, 1], got {duration}")
     return value if progress >= duration else value * progress / duration
 
 
 def falling(progress: float, final: float, start: float, end: float, power: float = 1.0) -> float:
     """Fall from 1 at `start` to `final` at `end`; 1 before, `final` after.
 
-    What is left to fall shrinks as (1 - t)^power over the way t from 0 to 1: in a straight line with 1, most of it
+    The rest of the fall shrinks as (1 - t)^power, t from 0 at `start` to 1 at `end`: a straight line with 1, most of it
     early with more (3 in Zhu and Gupta 2017).
 
     Raises:
-        ValueError: if `progress` lies outside [0, 1], `start` comes after `end`, or `power` is not above 0.
+        ValueError: if `progress` is outside [0, 1], `start` comes after `end`, or `power` is not above 0.
     """
     _check_progress(progress)
     if start > end:
@@ -57,4 +57,4 @@ def falling(progress: float, final: float, start: float, end: float, power: floa
 
 def _check_progress(progress: float) -> None:
     if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress must lie in [0, 1], got {progress}")
+        raise ValueError(f"progress must be in [0, 1], got {progress}")

@@ -1,4 +1,4 @@
-"""Latency of networks and of the blocks of a compact one, interleaved, so that a noisy machine disturbs all alike.
+"""Latency of networks and of the blocks of a compact one, interleaved, so that a noisy machine disturbs all equally.
 
 In a round each candidate is measured once. Before a measurement the process waits until none of its threads is busy
 (the pools of OpenMP and ONNX Runtime spin for some milliseconds after their last call, on cores that the next candidate

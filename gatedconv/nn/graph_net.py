@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from gatedconv.gating import Gate, forget
 
-# Attributes of a converted network besides its graph and weights, which torch.fx drops when it copies.
+# Attributes of a converted network, in addition to graph and weights, that torch.fx drops when it copies.
 _CARRIED = ("mac_terms", "conversion", "consensus", "gatedconv_size", "fixed_size")
 
 

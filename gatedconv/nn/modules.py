@@ -93,7 +93,7 @@ class Zeros(nn.Module):
 
 
 class EmptyMap(nn.Module):
-    """input (N, C, H, W) -> zeros (N, channels, H', W'): what is left of a convolution whose outputs nobody needs.
+    """input (N, C, H, W) -> zeros (N, channels, H', W'): what is left of a convolution whose outputs are not needed.
 
     Args:
         channels: of the result.
@@ -124,7 +124,7 @@ class EmptyMap(nn.Module):
 
 
 class GatherChannels(nn.Module):
-    """input (N, C, H, W) -> input[:, index] (N, K, H, W); the channels may lie along another ``axis``."""
+    """input (N, C, H, W) -> input[:, index] (N, K, H, W); the channels may be along another ``axis``."""
 
     index: Tensor
 
@@ -145,7 +145,7 @@ class GatherChannels(nn.Module):
 class ScatterAdd(nn.Module):
     """(stream (N, C, H, W), part (N, K, H, W)) -> stream with ``part`` added at channels ``index``.
 
-    The channels may lie along another ``axis``.
+    The channels may be along another ``axis``.
     """
 
     index: Tensor
@@ -201,7 +201,7 @@ class CompactBlock(nn.Module):
     """A compact residual block; shapes and layout as the block that it replaces.
 
     ``downsample`` is None for an identity shortcut and ``branch`` is None where nothing of the branch is
-    left; ``scatter`` says where the branch's channels go when only some of them are left.
+    left; ``scatter`` has the places of the branch's channels when only some of them are left.
     """
 
     def __init__(self, downsample: nn.Module | None, branch: nn.Module | None, scatter: Tensor | None) -> None:

@@ -120,7 +120,7 @@ def gated_input_branch(
         x: (N, C_in, H, W).
         shortcut: (N, C_out, H', W').
         gate: In eval; its values are 0 or 1.
-        position: "before", it gates x, or "middle", what lies between the convolutions.
+        position: "before", it gates x, or "middle", the map between the convolutions.
         first: The branch's first convolution and norm; a ReLU follows.
         last: Its last ones.
     """

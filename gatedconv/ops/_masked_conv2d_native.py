@@ -79,7 +79,7 @@ class BackwardArguments(NamedTuple):
 
 
 def _register(library: torch.library.Library) -> None:
-    # The backward is an operator of its own because a graph does not know how many channels are open.
+    # The backward is an operator of its own because the number of open channels is not fixed in a graph.
     # Gradients that are not needed come back empty.
     library.define(
         f"masked_conv2d_backward({arguments_schema(BackwardArguments)}) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -104,7 +104,7 @@ def _masked_conv2d(conv: Conv, packed: PackedConv | None, meta: bool) -> Tensor:
         return _masked_conv2d_native.call(conv)
     if native:
         return _masked_conv2d_native.call(conv)
-    # A traced graph does not know how many channels are open, so it cannot hold compact tensors.
+    # The number of open channels is not fixed in a traced graph, so it cannot hold compact tensors.
     return _reference(conv).contiguous(memory_format=conv_memory_format(input, weight))
 
 

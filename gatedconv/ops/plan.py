@@ -126,7 +126,7 @@ def _run_fake(input: Tensor, program: Tensor, weights: Tensor, shape: Sequence[i
 
 
 def _times_fake(input: Tensor, program: Tensor, weights: Tensor, workers: int = 0) -> Tensor:
-    # The program, whose values are not known, says how many steps there are.
+    # The number of steps is in the program, whose values are not known here.
     return input.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float64)
 
 

@@ -47,6 +47,6 @@ def ste(logits: Tensor) -> Tensor:
 def ste_reference(logits: Tensor) -> Tensor:
     """Compute `ste` from PyTorch's own differentiable functions."""
     gate = (logits > 0).to(logits.dtype)
-    # The logit lends the gate its gradient; its value is taken away again.
+    # Adding the logit gives the gate its gradient; subtracting its value leaves the gate.
     passes = torch.where(logits.abs() <= 1, logits, 0)
     return gate + (passes - passes.detach())

@@ -1,4 +1,4 @@
-"""The file and the table of footprints: what a run's network weighs in each runtime."""
+"""The file and the table of footprints: sizes, memory and times of a run's network in each runtime."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class RunView:
         history: one mapping per epoch, with the fields of metrics.jsonl.
         summary: its results, None while it is not finished.
         problems: missing or damaged files.
-        footprint: what the compact network weighs in each runtime: rows of `footprint.json`.
+        footprint: sizes, memory and times of the compact network in each runtime: rows of `footprint.json`.
     """
 
     name: str

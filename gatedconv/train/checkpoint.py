@@ -29,7 +29,7 @@ State = dict[str, Any]
 _NAME = b"gatedconv checkpoint "
 _MAGIC = _NAME + b"2\n"
 _DIGEST_SIZE = hashlib.sha256().digest_size
-# What `pack_state` writes besides the parts.
+# What `pack_state` writes in addition to the parts.
 _STATE = {
     "phase": str,
     "epoch": int,

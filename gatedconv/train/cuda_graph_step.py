@@ -1,6 +1,6 @@
 """Training steps as CUDA graphs: forward, losses, backward, optimizer and metrics in one launch.
 
-A CIFAR ResNet consists of thousands of small kernels; launched one by one they keep a GPU waiting for the host.
+A CIFAR ResNet consists of thousands of small kernels; launched one by one, the GPU waits for the host.
 `torch.cuda.make_graphed_callables` captures the forward and backward of a module, but neither losses, optimizer nor
 metrics. A step captured here computes what `Stepper` computes: the same operations on the same numbers, except for
 the learning rate, which is on the device and rounded to float32 there.

@@ -43,7 +43,7 @@ class Teacher:
 
     It begins an epoch before the consensus at the latest.
 
-    Its logits enter the student's loss (`recipe.distillation_loss`) at no further pass: they come from the dense
+    Its logits enter the student's loss (`recipe.distillation_loss`) without another pass: they come from the dense
     network's own training step on the same batch. A run ends with both networks, dense and compact.
 
     Args:

@@ -78,7 +78,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def make_lookahead(model: nn.Module, options: ScheduleOptions) -> Lookahead | None:
-    """The averaged weights that `options` ask for."""
+    """The averaged weights that `options` request."""
     return Lookahead(model, options.lookahead) if options.lookahead else None
 
 

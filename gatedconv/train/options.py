@@ -117,7 +117,7 @@ class ScheduleOptions(Options):
     norm_bias_lr_factor: float = option(
         1.0,
         "learning rate of the BatchNorm biases over that of the network; their decay in a step stays (Jordan 2024 has "
-        "64: biases that move fast stand in for scales that do not learn)",
+        "64: biases that move fast replace scales that do not learn)",
         above=0.0,
     )
     lookahead: float = option(

@@ -7,7 +7,7 @@ from typing import Any
 
 Settings = dict[str, Any]
 
-# The short tour. The MAC target lies below the 50 % aimed at because gates are discrete: a layer gate of
+# The short tour. The MAC target is below the 50 % aimed at because gates are discrete: a layer gate of
 # ResNet-20 moves a tenth of the MACs at once.
 _DEMO: Settings = {
     "name": "demo",

@@ -47,7 +47,7 @@ class StepMacs:
         Args:
             images: of this process.
             skipped: MACs of one image, forward, that the pass did not execute.
-            repeated: the pass was of no use, and is made again.
+            repeated: the result of the pass is discarded, and the pass is made again.
         """
         again = self._again - skipped if self._recomputes else 0.0
         self.executed += images * (PASSES_PER_STEP * (self.per_image - skipped) + again)

@@ -191,7 +191,7 @@ class Stepper:
         self, images: Tensor, labels: Tensor, progress: float, teacher_logits: Tensor | None
     ) -> Computed:
         count = self.config.accumulate
-        # DistributedDataParallel weighs ranks alike; one may have an image more than another.
+        # DistributedDataParallel weighs ranks equally; one may have an image more than another.
         weight = len(images) * self.ranks.world / self.config.batch_size
         logits_of_parts, loss, polarization, rates = [], torch.zeros((), device=self.device), None, None
         teacher_parts = [None] * count if teacher_logits is None else teacher_logits.tensor_split(count)

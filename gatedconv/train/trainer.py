@@ -52,7 +52,7 @@ def run(
 
     Under torchrun each process calls this: they train one network together, and the main process writes and reports.
     An existing run in the folder is then resumed: torchrun restarts a job after losing a process, and not every
-    process can know of that.
+    process can detect that.
 
     Args:
         config: of the run.

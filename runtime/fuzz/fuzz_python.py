@@ -31,7 +31,7 @@ with atheris.instrument_imports() if atheris else contextlib.nullcontext():
 CORPUS = [path.read_bytes() for path in sorted((Path(__file__).parent / "corpus").iterdir())]
 TYPES = (*("f4",) * 16, ">f4", "f8", "f2", "i4", "u1", "?", "c8", "O", "S4", "M8[s]", "f4,f4")
 EXTENTS = (0, 1, 2, 3, 5, 8, 16, 33)
-MOST_BYTES = 1 << 24  # of maps and of the output: more says nothing new, slowly
+MOST_BYTES = 1 << 24  # of maps and of the output: larger ones test nothing new, slowly
 T = TypeVar("T")
 
 
@@ -53,7 +53,7 @@ class Draw:
 
 
 def check(data: bytes) -> bool:
-    """Open, call or read what the bytes stand for; returns whether a network answered."""
+    """Open, call or read what the bytes encode; returns whether a network returned an output."""
     draw = Draw(data)
     kind = draw.number(8)
     if kind == 0:
@@ -145,7 +145,7 @@ def odd_array(shape: Sequence[int], draw: Draw) -> Any:
 
 
 def call(net: rt.Plan, draw: Draw) -> bool:
-    """Call a network; returns whether it answered. The answer depends neither on strides nor on threads."""
+    """Call a network; returns whether it had an output, which depends neither on strides nor on threads."""
     x = odd_array(net.input_size if np.prod(net.input_size, dtype=float) < MOST_BYTES else (1, 1, 1, 1), draw)
     try:
         if isinstance(x, np.ndarray):

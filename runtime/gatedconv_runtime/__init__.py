@@ -30,7 +30,7 @@ class PlanError(ValueError):
 class Plan:
     """A network, ready to run. `load` makes one.
 
-    A plan does not change: several threads may call it at the same time, and a forked process may go on with it.
+    A plan does not change: several threads may call it at the same time, and a forked process may continue to use it.
 
     Attributes:
         input_size: (N, C, H, W) that the plan was made for. C is fixed; other batches do, and other heights and widths

@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cases, engine, gate, parity, training
 from benchmarks.gpu.cases import Case, all_cases
-from benchmarks.gpu.section import section
+from benchmarks.gpu.section import headline, section
 from benchmarks.harness import Machine, count_kernels, poisoned, precision, variable
 from gatedconv.bench.comparison import Row
 
@@ -214,6 +214,20 @@ def test_the_table_has_speeds_relative_to_the_baseline() -> None:
     ]
     lines = [line.split() for line in command.table(rows).splitlines()[2:]]
     assert [line[7] for line in lines] == ["1.00", "4.00"] and lines[0][8] == "1.0e-03"
+
+
+def test_the_readme_has_the_range_over_dense_cudnn(tmp_path: Path) -> None:
+    times = {"a": (1.0, 2.0), "b": (1.0, 8.0)}
+    rows = [
+        Row("layer", case, 1, "float16", provider, ms_min=ms)
+        for case, pair in times.items()
+        for provider, ms in zip(("dense cudnn", "gatedconv"), pair, strict=True)
+    ]
+    assert headline(tmp_path) == ""
+    found = {"machine": {"device": "h200"}, "rows": [row.as_dict() for row in rows]}
+    (tmp_path / "gpu-h200.json").write_text(json.dumps(found))
+    assert "(H200), our own convolution takes 2.0 to 8.0 times as long" in headline(tmp_path)
+    assert "on 2 single layers in float16" in headline(tmp_path)
 
 
 def test_a_wrong_result_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

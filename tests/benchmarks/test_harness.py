@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import ResultFile, device_name, gpu_name, machine_header
+from benchmarks.harness import Machine, ResultFile, device_name, gpu_name, machine_header
 from gatedconv.bench.comparison import Row
 
 ROW = Row("network", "net", 1, "float32", "eager", "NCHW", 2.0, 1.5, 0.25, 3, None, None, None, 1e-7)
@@ -35,6 +35,14 @@ def test_rows_are_kept_and_a_run_resumes(machine: dict[str, Any], tmp_path: Path
     assert found["rows"][0] == ROW.as_dict() and found["failures"] == [{"case": "net", "reason": "none"}]
     assert found["layers"] == {"net": [1]}
     assert f"  {json.dumps(ROW.as_dict())},\n" in path.read_text()  # a row a line
+
+
+def test_times_on_a_gpu_have_the_quartiles_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = iter([10.0, 4.0, 1.0, 3.0, 2.0, 5.0])  # the first one decides how many calls a sample has
+    monkeypatch.setattr(Machine, "_sample", lambda machine, call, repeats: next(samples))
+    timer = Machine(dry=True, rounds=5)
+    timer.dry = False
+    assert timer.measure(lambda: None) == {"ms_median": 3, "ms_min": 1, "ms_iqr": 2}
 
 
 def test_results_of_another_set_up_are_not_mixed_in(machine: dict[str, Any], tmp_path: Path) -> None:

@@ -94,3 +94,22 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
     own = "| 4.00 (8.00) | 0.50 (1.00) | 1.0e-03, 100% |"
     assert f"{own} 1.00 (2.00) | 1.2e-02, 75% | - | - | - | - | 0.25 | 2.00 |" in text
     assert "fastest in 0 of 1 rows, geometric mean 0.25" in text
+
+
+def test_the_readme_has_a_line_for_each_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(case: str, provider: str, ms: float, dtype: str = "float32") -> dict[str, object]:
+        fields = {"benchmark": "network", "case": case, "batch": 1, "dtype": dtype, "provider": provider}
+        return {**fields, "setting": "", "ms_min": ms, "ms_median": ms}
+
+    monkeypatch.setattr(shipped, "RESULTS", tmp_path)
+    assert shipped.headline() == "Not measured yet."
+    cpu = "Intel(R) Xeon(R) Processor (family/model 6/167)"
+    machine = {"cpu": cpu, "isa": "AVX512", "threads": 2, "size": 224}
+    cases = [("resnet18 dense", 3.0), ("resnet50 dense", 1.5), ("resnet18 mid-50", 5.0)]
+    rows = [each for case, ms in cases for each in (row(case, "gatedconv", 2.0), row(case, "openvino", ms))]
+    (tmp_path / "shipped-a.json").write_text(json.dumps({"machine": machine, "rows": rows}))
+    assert "| Intel Xeon, AVX-512, 2 threads | 2 of 3 | 1.06 | 2.50 | - | - |" in shipped.headline()
+    few = [row("resnet18 dense", "gatedconv", 2.0), row("resnet18 dense", "openvino", 1.0, "int8")]
+    reduced = {"machine": {**machine, "group": "reduced"}, "rows": few}
+    (tmp_path / "shipped-a-reduced.json").write_text(json.dumps(reduced))
+    assert "| 2 of 3 | 1.06 | 2.50 | 0.50 (1 network) | - |" in shipped.headline()

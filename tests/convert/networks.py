@@ -1,4 +1,4 @@
-"""Small networks with one difficulty each, and an oracle for their masks that knows only forward hooks."""
+"""Small networks with one difficulty each, and an oracle for their masks that uses only forward hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that ask ``self.training``, and functional dropout: eval is exact, training keeps its noise."""
+"""Layers that read ``self.training``, and functional dropout: eval is exact, training keeps its noise."""
 
 from __future__ import annotations
 

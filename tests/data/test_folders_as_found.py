@@ -1,4 +1,4 @@
-"""Folders of images as people have them: what is read, in which order, and what is said of the rest."""
+"""Folders of images as people have them: what is read, in which order, and what is reported of the rest."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_constants_of_every_size_leave_the_size_free():
 
 
 class ChannelsLastTail(nn.Module):
-    """A branch that ends in code behind which nobody can tell the channels' dimension."""
+    """A branch that ends in code behind which the channels' dimension is unknown."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""An example image that the model cannot take is told apart from a model that cannot be compacted or written."""
+"""An example image that the model cannot take is distinguished from a model that cannot be compacted or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step begins without the autograd graph of the one before: a captured graph must not go on with its nodes."""
+"""A step begins without the autograd graph of the one before: a captured graph must not use its nodes."""
 
 from __future__ import annotations
 

@@ -31,12 +31,12 @@ def test_progress_outside_the_run_is_refused(progress: float) -> None:
         lambda: schedules.rising(progress),
         lambda: schedules.linear_warmup(progress, 1.0, 0.5),
     ):
-        with pytest.raises(ValueError, match=r"progress must lie in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"progress must be in \[0, 1\]"):
             call()
 
 
 def test_a_duration_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="duration must lie"):
+    with pytest.raises(ValueError, match="duration must be"):
         schedules.linear_warmup(0.5, 1.0, 1.5)
 
 

@@ -1,4 +1,4 @@
-"""Energy from counters that behave, start over, refuse, stand still or are not there."""
+"""Energy from counters that count, restart, fail, do not move or do not exist."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from gatedconv.measure.latency import Interleaved, Spread, wait_until_idle
 
 
 class Clock:
-    """A clock that moves only when an candidate says so."""
+    """A clock that only a candidate moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0

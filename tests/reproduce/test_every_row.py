@@ -1,4 +1,4 @@
-"""Every row of the experiment table runs: two epochs on a few images of 8x8, all else as the row says.
+"""Every row of the experiment table runs: two epochs on a few images of 8x8, all else as in the row.
 
 The headline, ResNet-20 and two rows of ResNet-110 keep their depth. Other networks have one block a stage, that the
 whole table takes minutes; that each row's own network can be built is shown in test_experiments. Rows that differ in

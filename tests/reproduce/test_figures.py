@@ -1,4 +1,4 @@
-"""The paper's figures from a ledger: which are drawn, and that their marks are where the rows say."""
+"""The paper's figures from a ledger: which are drawn, and that their marks are where the rows put them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ledger says of a run's recipe, what is kept with it, and what one failing run takes along."""
+"""What the ledger has of a run's recipe, what is kept with it, and what one failing run takes along."""
 
 from __future__ import annotations
 

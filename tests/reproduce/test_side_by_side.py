@@ -73,7 +73,7 @@ def test_the_command_is_that_of_the_bench(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_reported_by_the_log_of_this_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The log is that of all starts; one that is killed says nothing of its own."""
+    """The log is that of all starts; one that is killed writes nothing of its own."""
     runs = tmp_path / "runs"
     runs.mkdir()
     log = runs / "headline-r56-c10-seed0.log"

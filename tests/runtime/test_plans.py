@@ -1,4 +1,4 @@
-"""The runtime computes the engine's bits, says what the file says, and refuses what does not fit."""
+"""The runtime computes the engine's bits, reports what the file has, and refuses what does not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed and go on: the rounds that the tests and ``python -m benchmarks.scaling kills`` make.
+"""Runs that are killed and continue: the rounds that the tests and ``python -m benchmarks.scaling kills`` make.
 
 A run is a child forked from a process that has everything imported and has trained nothing (what has trained cannot
 be forked): it is there at once and can be killed without a trace, after a while drawn at random, or inside the writing
@@ -64,7 +64,7 @@ def small_config(archive: Path, **changes: Any) -> TrainConfig:
 
 
 def run_in_child(config: TrainConfig, folder: Path, *, kill_after: float = 0.0, kill_in_call: int = 0) -> bool:
-    """Begin or go on with a run in a child; False if it was killed before its end.
+    """Begin or continue a run in a child; False if it was killed before its end.
 
     Args:
         config: of the run.

@@ -245,7 +245,7 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
 
 
 def test_convolutions_are_tuned_where_their_precision_is_set_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch then refuses to tell `allow_tf32`, for lack of one answer for all kinds of operators."""
+    """PyTorch then refuses to return `allow_tf32`, for lack of one answer for all kinds of operators."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # tests ask for them
     cudnn = torch.backends.cudnn
     with cudnn.flags(enabled=True, benchmark=False, deterministic=False):

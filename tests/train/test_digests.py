@@ -1,7 +1,7 @@
 """Training gives the same bits as when `digests.json` was written, for the version of PyTorch that it names.
 
 ``python -m tests.train.test_digests [PYTHON]`` writes the digests of the installed PyTorch (or of that interpreter's).
-A digest may change with a commit that means to change results; the commit says so.
+A digest may change with a commit that means to change results; its message contains that.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def test_the_gates_of_a_step_take_one_message_and_one_backward(both: tuple[list[
 
 
 def test_energy_is_that_of_the_process_that_counts_its_machine(both: tuple[list[dict[str, Any]], Path]) -> None:
-    """The second process of a machine without GPUs has nothing to count; that is no reason to tell nothing."""
+    """The second process of a machine without GPUs has nothing to count; that is no reason to report nothing."""
     joules = [[line["energy_j"] for line in found["run"]["metrics"]] for found in both[0]]
     assert joules[0] == joules[1] and all(each is not None and each > 0 for each in joules[0])
 
@@ -291,7 +291,7 @@ def test_processes_that_torchrun_starts_and_restarts_join(tmp_path: Path, kind: 
 
 @pytest.mark.slow
 def test_a_lost_process_is_started_again_and_the_run_ends_the_same(tmp_path: Path) -> None:
-    """Torchrun starts the job anew when the second process kills itself; it goes on from the checkpoint."""
+    """Torchrun starts the job anew when the second process kills itself; it continues from the checkpoint."""
     archive = write_npz(tmp_path / "blobs.npz")
     script = tmp_path / "job.py"
     script.write_text(

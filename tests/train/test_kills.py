@@ -1,4 +1,4 @@
-"""Whatever kills a run, and wherever: it goes on and ends the same."""
+"""Whatever kills a run, and wherever: it continues and ends the same."""
 
 from __future__ import annotations
 

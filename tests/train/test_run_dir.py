@@ -17,7 +17,7 @@ HELD = "run: another process trains this run"
 
 
 def told_to_another(folder: Path) -> str:
-    """What another thread, which to the lock is like another process, is told when it claims the folder."""
+    """The error of another thread, which to the lock is like another process, when it locks the folder."""
     told = []
 
     def claim() -> None:

@@ -1,4 +1,4 @@
-"""Leaving when asked to, with several processes and under torchrun: all leave together, and nothing is lost."""
+"""Stopping on request, with several processes and under torchrun: all leave together, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def free_port() -> int:
 
 
 def process(rank: int, folder: str, ports: list[int]) -> None:
-    """Runs that the second process is asked to end after some step, each gone on with; and one that nobody disturbs."""
+    """Runs that the second process is asked to end after some step, each continued; and one that is not interrupted."""
     import gatedconv.train.loop as loop
     from gatedconv import models
     from gatedconv.gating import pruner
@@ -151,7 +151,7 @@ def test_a_single_process_polls_after_every_step() -> None:
 def test_a_run_that_was_stopped_is_not_started_again_by_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Torchrun starts all again after any code but 0; by itself the command says with 3 that there is more to do."""
+    """Torchrun starts all again after any code but 0; without it the exit code 3 means that the run can continue."""
     archive = write_npz(tmp_path / "blobs.npz")
     flags = ["--data", f"npz:{archive}", "--epochs", "2", "--batch-size", "16", "--no-latency", "--max-minutes", "1e-9"]
     codes = []

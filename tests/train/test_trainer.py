@@ -400,7 +400,7 @@ def test_tensorboard_that_cannot_be_written_names_the_folder(tmp_path: Path) -> 
 
 
 def test_stuck_gates_off_target_are_noted(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates far beyond the window cannot reach the target; the run must say so."""
+    """Gates far beyond the window cannot reach the target; the run must report that."""
     monkeypatch.setattr("gatedconv.train.build.build_model", with_biases([50.0] * 9))
     heard = Recorder()
     summary = run(

@@ -4,12 +4,12 @@
 //
 // A map is planes of units: a unit is 16 bytes of channels (8 halves, 4 floats), a plane one unit of every
 // pixel. Eight neighboring pixels of a plane fill the banks of shared memory exactly, so an ldmatrix of any
-// tap, and the stores of an accumulator, meet in none. `halo` rows of zeros lie above and below, and `halo`
+// tap, and the stores of an accumulator, have no conflict. `halo` rows of zeros are above and below, `halo`
 // zeros between one row and the next, which are the right border of the one and the left border of the other.
 //
 // In addition to its input a run reads one stream of bytes, in the order in which they are needed,
 // through a ring of pieces in shared memory. A request is aligned to its own size, a power of two, so none
-// lies in two pieces. For every instruction: a record; then for a convolution, `steps` times the fragments of
+// crosses two pieces. For every instruction: a record; then for a convolution, `steps` times the fragments of
 // `blocks` groups of 8 outputs, then their biases (64 floats) and, where it scatters, their channels (64
 // int32).
 //
@@ -80,7 +80,7 @@ GATEDCONV_HOST_DEVICE inline Band needed(const ResidentRecord& r, int32_t rank) 
   return {static_cast<int32_t>(r.need[rank] >> 16), static_cast<int32_t>(r.need[rank] & 0xffffu)};
 }
 
-// Bytes from the begin of a plane to a pixel; -halo <= row < height + halo, columns alike.
+// Bytes from the begin of a plane to a pixel; -halo <= row < height + halo, and so for columns.
 GATEDCONV_HOST_DEVICE inline int32_t pixel_byte(const ResidentMap& m, int32_t row, int32_t col) {
   return ((row + m.halo) * m.pitch + col + m.halo) * kUnitBytes;
 }

@@ -20,7 +20,7 @@ struct ResidentLane {
   float sum[MT][NT][4];
 };
 
-// The stream as it comes by.
+// The stream, read piece by piece.
 template <class Warp>
 class Ring {
  public:
@@ -34,8 +34,8 @@ class Ring {
     return (kPieceBytes - at_ % kPieceBytes) / bytes;
   }
 
-  // The next `bytes`, a power of two or steps of one, and where they lie in shared memory until the next
-  // call, which all warps make alike.
+  // The next `bytes`, a power of two or steps of one, and their place in shared memory until the next
+  // call; all warps make the same calls.
   GATEDCONV_HOST_DEVICE int32_t take(int32_t bytes, int32_t steps = 1) {
     at_ = (at_ + bytes - 1) / bytes * bytes;
     const int32_t from = args_.ring_at + at_ % (args_.ring_pieces * kPieceBytes);
@@ -337,7 +337,7 @@ GATEDCONV_HOST_DEVICE void resident_conv(Warp& warp, Ring<Warp>& ring, const Res
   }
 }
 
-// Keeps the record at hand where the ring does not run over it, and the offsets of a convolution's steps.
+// Copies the record to where the ring does not overwrite it, and the offsets of a convolution's steps.
 template <class Warp>
 GATEDCONV_HOST_DEVICE void keep_record(Warp& warp, const ResidentArgs& args, const ResidentRecord& r) {
   warp.each_lane([&](int lane) {

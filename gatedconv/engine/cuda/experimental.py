@@ -62,7 +62,7 @@ def write_stream(run: Run, dtype: torch.dtype, ranks: int, pieces: int) -> Tenso
         run: Its steps and maps.
         dtype: Of the maps.
         ranks: Blocks that share an image.
-        pieces: Of the stream that are at hand; the maps lie behind them.
+        pieces: Of the stream that are in shared memory; the maps follow them.
     """
     writer = _Writer(run, dtype, ranks, pieces)
     for step in run.steps:
@@ -216,7 +216,7 @@ class Limits:
     """The resources that a GPU gives a block.
 
     Attributes:
-        shared_bytes: Shared memory, of those that ask for more than 48 KiB.
+        shared_bytes: Shared memory of a block that requests more than 48 KiB.
         ranks: Numbers of blocks that can share an image, 1 first.
     """
 

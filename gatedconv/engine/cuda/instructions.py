@@ -38,7 +38,7 @@ class Instruction:
         out_index: Channels of the target that "conv" writes, None for all; the others are act(residual).
         offset: Channels of the target in front of those of "subsample".
         counts_padding: Whether "avg_pool" divides by the window with its padding.
-        dead: Maps that nobody reads after this instruction.
+        dead: Maps that are not read after this instruction.
         keeps_closed: Whether act(residual) is residual: what is closed stays as it is in memory.
         macs: Multiply-adds an image, for the example's size.
     """
@@ -104,7 +104,7 @@ def _instruction(step: Step, maps: list[Map]) -> Instruction:
 
 
 def _fuse(made: list[Instruction], keep: int) -> list[Instruction]:
-    """Let convolutions read through a gather and write through a scatter, where nobody else reads what is between."""
+    """Let convolutions read through a gather and write through a scatter, where nothing else reads the map between."""
     readers: dict[int, int] = {keep: 1}
     for one in made:
         for i in (one.source, one.residual):
@@ -131,7 +131,7 @@ def _fuse(made: list[Instruction], keep: int) -> list[Instruction]:
 def _can_scatter(conv: Instruction, scatter: Instruction, fused: list[Instruction]) -> bool:
     if conv.op != "conv" or conv.groups != 1 or conv.act is not None or conv.residual >= 0:
         return False
-    # What the convolution reads must still be there: nothing is overwritten that somebody reads later.
+    # What the convolution reads must still be there: nothing is overwritten that is read later.
     return conv.out_index is None and scatter.residual != conv.target and conv in fused
 
 

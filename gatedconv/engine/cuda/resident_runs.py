@@ -13,10 +13,10 @@ import torch
 from gatedconv.engine.cuda.instructions import Instruction, padded
 from gatedconv.engine.pack import round_up
 
-UNIT = 16  # bytes of channels that lie together
+UNIT = 16  # bytes of channels that are stored together
 ITEM, PIECE = 256, 4096  # bytes of a record, of a piece of the stream
 RECORD_AT, TABLE_AT = 16, 16 + ITEM  # behind 16 bytes of zeros
-RINGS = (8, 4, 2)  # pieces at hand, the most first
+RINGS = (8, 4, 2)  # pieces in shared memory, the most first
 RESIDENT_OPS = ("conv", "subsample", "gather", "add", "mean_pool")
 
 Size = tuple[int, int]
@@ -104,7 +104,7 @@ class Run:
     map_bytes: int
 
     def shared_bytes(self, pieces: int) -> int:
-        """Shared memory with that many pieces of the stream at hand."""
+        """Shared memory with that many pieces of the stream in it."""
         return self.ring_at + pieces * PIECE + self.map_bytes
 
     @property
@@ -250,7 +250,7 @@ class _Builder:
         self.steps.append(ResidentStep("conv", source, one.target, one.residual, one, act=one.act, clear=clear))
 
     def widen_halos(self) -> None:
-        """Give every place the zeros that the convolutions that read it want."""
+        """Give every place the zeros that the convolutions reading it need."""
         halos: dict[int, int] = {}
         for step in self.steps:
             if step.op == "conv":

@@ -18,7 +18,7 @@ from gatedconv.engine.tuner import Tuner, cache_path
 
 
 def header_of(device: torch.device) -> dict[str, Any]:
-    """Return what choices on a device depend on besides the shapes."""
+    """Return what choices on a device depend on in addition to the shapes."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "device": f"{properties.name}, {properties.multi_processor_count} processors",
