@@ -15,7 +15,7 @@ from gatedconv.report import plots
 from reproduce.experiment import Experiment
 from reproduce.experiments import all_experiments
 from reproduce.ledger import LedgerRow, read_json_lines
-from reproduce.tables import Rows, dense_pairs, interval, mean_spread, runs_of
+from reproduce.result_tables import Rows, dense_pairs, interval, mean_spread, runs_of
 
 # Table 1 of the paper: top-1 (%) before and after, and reduction of the FLOPs (%), ResNet-56 on CIFAR-10.
 LITERATURE = {

@@ -17,7 +17,7 @@ from gatedconv.deploy.export import About
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.engine import Engine
 from gatedconv.engine.idioms import name_of
-from gatedconv.engine.program import VERSION
+from gatedconv.engine.plan_writer import VERSION
 from gatedconv.environment import version
 
 

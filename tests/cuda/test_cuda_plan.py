@@ -261,12 +261,12 @@ def test_a_map_that_is_not_finite_excludes_no_candidate_for_good(tmp_path):
 
 
 def test_choices_depend_on_the_python_that_packs(tmp_path):
-    for name, text in (("candidates.py", "a = 1"), ("experimental.py", "b = 1"), ("other.md", "c = 1")):
+    for name, text in (("candidates.py", "a = 1"), ("resident.py", "b = 1"), ("other.md", "c = 1")):
         (tmp_path / name).write_text(text)
     before = planner_hash(tmp_path)
     (tmp_path / "other.md").write_text("c = 2")
     assert planner_hash(tmp_path) == before
-    (tmp_path / "experimental.py").write_text("b = 2")
+    (tmp_path / "resident.py").write_text("b = 2")
     assert planner_hash(tmp_path) != before
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gatedconv
-from gatedconv.engine.cuda import experimental, resident_runs
+from gatedconv.engine.cuda import resident, resident_runs
 from gatedconv.engine.cuda.instructions import map_sizes
 from tests.cuda import plans
 from tests.cuda.gpu import test_resident as gpu_tests
@@ -49,8 +49,8 @@ def racing_twin(tmp_path_factory):
 def served(monkeypatch, twin, budget=H100, ranks=(1, 2, 4, 8)):
     """Let plans on the CPU believe in a GPU, whose launches the twin runs."""
     twin.layouts.clear()
-    monkeypatch.setattr(experimental, "limits", lambda device, dtype: experimental.Limits(budget, ranks))
-    monkeypatch.setattr(experimental, "resident_run", twin.run)
+    monkeypatch.setattr(resident, "limits", lambda device, dtype: resident.Limits(budget, ranks))
+    monkeypatch.setattr(resident, "resident_run", twin.run)
 
 
 def compare(model, x, dtype, ranks, tuner=None):
@@ -231,8 +231,8 @@ def test_places_never_overlap_while_they_are_needed():
 @pytest.mark.parametrize("fragments", [1, 2, 3, 4, 7, 16, 49, 64, 200])
 @pytest.mark.parametrize("blocks", range(1, 9))
 def test_tiles_cover_everything(fragments, blocks):
-    tile = experimental.choose_tile(fragments, blocks)
-    assert (tile.mt, tile.nt) in experimental.TILES and tile.groups <= 8
+    tile = resident.choose_tile(fragments, blocks)
+    assert (tile.mt, tile.nt) in resident.TILES and tile.groups <= 8
     assert tile.groups * tile.nt >= blocks and tile.groups * tile.nt <= 8
     assert tile.passes * tile.fragments >= fragments > (tile.passes - 1) * tile.fragments
 

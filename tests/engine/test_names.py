@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gatedconv.engine.program import ACTS, OPS
+from gatedconv.engine.plan_writer import ACTS, OPS
 
 CPU = Path(__file__).resolve().parents[2] / "csrc" / "cpu"
 SHOWN = {"winograd2": "winograd F(2x2)", "winograd4": "winograd F(4x4)", None: ""}

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda import resident
 from gatedconv.engine.cuda.candidates import Candidate, activate, conv_candidates
-from gatedconv.engine.cuda.experimental import ResidentLaunch
 from gatedconv.engine.cuda.graphs import GraphCache
 from gatedconv.engine.cuda.instructions import Instruction, make_instructions, map_sizes, padded
-from gatedconv.engine.cuda.resident_runs import Run, find_runs
+from gatedconv.engine.cuda.resident import ResidentLaunch
+from gatedconv.engine.cuda.resident_runs import ResidentRun, find_runs
 from gatedconv.engine.cuda.time_on_gpu import tuner_for
 from gatedconv.engine.maps import Map, Step
 from gatedconv.engine.tuner import Tuner
@@ -60,7 +60,7 @@ class CudaPlan(nn.Module):
         self.tuner = tuner
         # Input shape -> candidate for every instruction, "" for no choice; runs of one launch, by their first.
         self.chosen: dict[tuple[int, ...], list[str]] = {}
-        self.runs: dict[tuple[int, ...], dict[int, tuple[Run, str]]] = {}
+        self.runs: dict[tuple[int, ...], dict[int, tuple[ResidentRun, str]]] = {}
         self._built: dict[tuple[int, str], Candidate] = {}
         self._launches: dict[tuple[int, str, int, int], ResidentLaunch] = {}
         # A graph that is being captured can take nothing from the host.
@@ -123,20 +123,20 @@ class CudaPlan(nn.Module):
             self.runs[shape] = self._choose_runs(runs, sources, chosen, tuner)
         self.chosen[shape] = chosen
 
-    def _find_runs(self, x: Tensor) -> list[Run]:
+    def _find_runs(self, x: Tensor) -> list[ResidentRun]:
         """The runs of layers that one launch could compute for inputs of this size."""
-        limits = experimental.limits(self.device, self.dtype) if self.mode == "experimental" else None
+        limits = resident.limits(self.device, self.dtype) if self.mode == "experimental" else None
         if limits is None:
             return []
         sizes = map_sizes(self.instructions, self.first, (x.shape[2], x.shape[3]))
         return find_runs(self.instructions, sizes, self.last, self.dtype, limits.shared_bytes)
 
     def _choose_runs(
-        self, runs: list[Run], sources: dict[int, Tensor], chosen: list[str], tuner: Tuner
-    ) -> dict[int, tuple[Run, str]]:
+        self, runs: list[ResidentRun], sources: dict[int, Tensor], chosen: list[str], tuner: Tuner
+    ) -> dict[int, tuple[ResidentRun, str]]:
         """Measure each run's layers one by one, by the candidates chosen, against one launch; keep those that gain."""
-        limits = experimental.limits(self.device, self.dtype)
-        gains: dict[int, tuple[Run, str]] = {}
+        limits = resident.limits(self.device, self.dtype)
+        gains: dict[int, tuple[ResidentRun, str]] = {}
         for run in runs if limits is not None else ():
             assert limits is not None
             source = sources[run.start]
@@ -153,7 +153,7 @@ class CudaPlan(nn.Module):
                 gains[run.start] = (run, name)
         return gains
 
-    def _layers(self, run: Run, chosen: list[str]) -> Candidate:
+    def _layers(self, run: ResidentRun, chosen: list[str]) -> Candidate:
         def compute(source: Tensor, _: Tensor | None) -> Tensor:
             maps = {run.source: source}
             for at in range(run.start, run.end):
@@ -162,11 +162,11 @@ class CudaPlan(nn.Module):
 
         return compute
 
-    def _resident(self, run: Run, name: str) -> Candidate:
+    def _resident(self, run: ResidentRun, name: str) -> Candidate:
         first = run.maps[run.source]
         key = (run.start, name, first.height, first.width)
         if key not in self._launches:
-            limits = experimental.limits(self.device, self.dtype)
+            limits = resident.limits(self.device, self.dtype)
             if limits is None:
                 raise RuntimeError("the resident driver no longer supports this device and dtype")
             ranks = int(name.rpartition("x")[2])
@@ -185,7 +185,9 @@ class CudaPlan(nn.Module):
         runs = self.runs.get(tuple(x.shape), {})
         return self._execute(x, lambda at, *_: self._candidate(at, chosen[at] if chosen else "cudnn"), runs, {})
 
-    def _execute(self, x: Tensor, pick: Pick, runs: dict[int, tuple[Run, str]], sources: dict[int, Tensor]) -> Tensor:
+    def _execute(
+        self, x: Tensor, pick: Pick, runs: dict[int, tuple[ResidentRun, str]], sources: dict[int, Tensor]
+    ) -> Tensor:
         """Run everything; at the positions in `sources` the map that is read there is copied into it."""
         maps = {self.first: self._enter(x)}
         at = 0

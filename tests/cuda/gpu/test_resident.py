@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gatedconv
-from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda import resident
 from gatedconv.engine.cuda.resident_runs import UNIT
 from gatedconv.ops import _masked_conv2d_cuda
 from tests.cuda import plans
@@ -38,7 +38,7 @@ def dtype(request, monkeypatch):
 
 def resident_plan(model, x, ranks):
     """The plan of a model, rounded to the dtype of x, with every run of layers as one launch; nothing has run yet."""
-    limits = experimental.limits(x.device, x.dtype)
+    limits = resident.limits(x.device, x.dtype)
     assert limits is not None
     if limits.shared_bytes < 99 * 1024:
         pytest.skip("the maps do not fit into this GPU's shared memory")
@@ -161,9 +161,9 @@ def test_a_layout_that_does_not_fit_is_refused(change):
     given = torch.zeros(size, dtype=x.dtype, device="cuda").to(memory_format=torch.channels_last)
     out = torch.empty(1, *candidate.size, dtype=x.dtype, device="cuda", memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="resident_run"):
-        experimental.resident_run(given, candidate.stream, out, layout, False)
+        resident.resident_run(given, candidate.stream, out, layout, False)
     with pytest.raises(RuntimeError, match="whole pieces"):
-        experimental.resident_run(given, candidate.stream[:-1], out, candidate.layout, False)
+        resident.resident_run(given, candidate.stream[:-1], out, candidate.layout, False)
 
 
 def test_kept_weights_follow_the_layers(monkeypatch):

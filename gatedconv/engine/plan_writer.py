@@ -104,7 +104,7 @@ def lay_out(
         parts = tuple(reads) if op == "cat" else ()
         steps.append(Step(op, layer, reads[0], new_map(layer.output), residual, gate, parts))
     steps.append(Step("output", None, of[result], -1))
-    shape = [maps[steps[-1].source].channels, len(result.meta["tensor_meta"].shape), *_windows(steps)]
+    shape = [maps[steps[-1].source].channels, len(result.meta["tensor_meta"].shape), *_size_changes(steps)]
     return steps, maps, shape
 
 
@@ -137,7 +137,7 @@ def write_program(
     return Program(torch.tensor(code, dtype=torch.int64, device="cpu"), weights.tensor(), steps, maps, shape)
 
 
-def _windows(steps: list[Step]) -> list[int]:
+def _size_changes(steps: list[Step]) -> list[int]:
     """Six numbers for every layer on the way to the output that changes a map's size: see `plan_output_size`."""
     maker = {step.target: step for step in steps}
     windows: list[int] = []
