@@ -23,6 +23,9 @@ from gatedconv.engine.pack import (
     round_up,
 )
 
+# A program is its header, the fields of every map, those of every step, and lists of channels (csrc/cpu/plan.h).
+HEADER = ("version", "maps", "steps", "lists")  # how many maps and steps, and where the lists begin
+MAP_FIELDS = ("channels", "pixel", "halo", "multiple", "slot", "offset")
 VERSION = 1  # of the encoding, and of files: GATEDCONV_PLAN_FILE_VERSION in csrc/cpu/gatedconv_plan.h
 OPS = (
     "input",
@@ -131,8 +134,9 @@ def write_program(
     weights = _Blob()
     lists: list[int] = [0]
     fields = [_encode(step, maps, weights, lists) for step in steps]
-    header = [VERSION, len(maps), len(steps), 4 + 6 * len(maps) + sum(map(len, fields))]
-    described = [number for m in maps for number in (m.channels, m.pixel, m.halo, m.multiple, m.slot, m.offset)]
+    described = [getattr(one, name) for one in maps for name in MAP_FIELDS]
+    lists_at = len(HEADER) + len(described) + len(STEP_FIELDS) * len(steps)
+    header = [VERSION, len(maps), len(steps), lists_at]
     code = header + described + [number for field in fields for number in field] + lists
     return Program(torch.tensor(code, dtype=torch.int64, device="cpu"), weights.tensor(), steps, maps, shape)
 
@@ -200,8 +204,8 @@ class _Blob:
         return torch.cat([*self.parts, _zeros(2 * PANEL)])
 
 
-# The fields of an instruction after its op, as in csrc/cpu/plan.h, with what they are where a layer has none.
-_FIELDS = {
+# The fields of an instruction after its op, with what they are where a layer has none.
+_DEFAULTS = {
     "source": -1,
     "target": -1,
     "residual": -1,
@@ -227,11 +231,12 @@ _FIELDS = {
     "before": 0,
     "before_act": 0,
 }
+STEP_FIELDS = ("op", *_DEFAULTS)
 
 
 def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> list[int]:
     layer = step.layer
-    fields = dict(_FIELDS, source=step.source, target=step.target, residual=step.residual, gate=step.gate)
+    fields = dict(_DEFAULTS, source=step.source, target=step.target, residual=step.residual, gate=step.gate)
     if layer is not None and step.op not in ("view", "copy"):
         fields.update(_describe(step, layer, maps, weights, lists))
     # One operation of the plan, with an option.
