@@ -28,48 +28,11 @@ HEADER = ("version", "maps", "steps", "lists")  # how many maps and steps, and w
 MAP_FIELDS = ("channels", "pixel", "halo", "multiple", "slot", "offset")
 VERSION = 1  # of the encoding, and of files: GATEDCONV_PLAN_FILE_VERSION in csrc/cpu/gatedconv_plan.h
 OPS = (
-    "input",
-    "output",
-    "conv",
-    "winograd2",
-    "winograd4",
-    "depthwise",
-    "max_pool",
-    "avg_pool",
-    "mean_pool",
-    "gather",
-    "scatter_add",
-    "subsample",
-    "add",
-    "fill",
-    "multiply",
-    "view",
-    "copy",
-    "adaptive_max_pool",
-    "adaptive_avg_pool",
-    "nearest",
-    "bilinear",
-    "pixel_shuffle",
-    "layer_norm",
-    "group_norm",
-    "softmax",
-    "prelu",
-)
-ACTS = (
-    None,
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "silu",
-    "hard_swish",
-    "hard_sigmoid",
-    "sigmoid",
-    "tanh",
-    "gelu",
-    "gelu_tanh",
-    "mish",
-)
+    "input output conv winograd2 winograd4 depthwise max_pool avg_pool mean_pool gather scatter_add subsample add "
+    "fill multiply view copy adaptive_max_pool adaptive_avg_pool nearest bilinear pixel_shuffle layer_norm "
+    "group_norm softmax prelu"
+).split()
+ACTS = (None, *"relu relu6 leaky_relu elu silu hard_swish hard_sigmoid sigmoid tanh gelu gelu_tanh mish".split())
 
 
 @dataclass
