@@ -17,7 +17,7 @@ from gatedconv.train import Callback, EpochMetrics, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.metrics import TensorBoard, evaluate
 from gatedconv.train.stopping import StopRequest
-from gatedconv.train.summary import energies
+from gatedconv.train.summary import measure_energies
 from reproduce.experiments import find_experiment
 from reproduce.rows import training_row
 from tests.image_files import write_npz
@@ -129,10 +129,10 @@ def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pyt
         "gatedconv.train.summary.energy_per_call",
         lambda call, meter, synchronize: asked.append(len(call())) or 0.1 * len(call()),
     )
-    found = energies(net, config, data)
+    found = measure_energies(net, config, data)
     assert asked == [1, 32] and found == {"energy_j": {"1": 0.1, "32": 3.2}, "energy_j_image": pytest.approx(0.1)}
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([], "no RAPL zones"))
-    assert energies(net, config, data) == {"energy_j": None, "energy_j_image": None}
+    assert measure_energies(net, config, data) == {"energy_j": None, "energy_j_image": None}
 
 
 def begun(path: Path) -> RunFolder:
