@@ -272,10 +272,7 @@ def parallel_jobs(most: int) -> int:
 
 
 def build_all(
-    csrc: Path,
-    cache: Path,
-    output: Callable[[str], Path],
-    progress: Callable[[str], None] = lambda text: None,
+    csrc: Path, cache: Path, output: Callable[[str], Path], progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, str]:
     """Build every library that this machine can build, following GATEDCONV_BUILD.
 

@@ -48,12 +48,7 @@ OTHERS = {
     },
 }
 _SERIES = {"gated": "ours", "dense": "dense", "naive_dropout": "naive dropout", "naive_layer": "naive layers"}
-_SERIES_COLORS = {
-    "ours": plots.GATED,
-    "dense": plots.DENSE,
-    "naive dropout": plots.POLAR,
-    "naive layers": plots.STAGE,
-}
+_SERIES_COLORS = {"ours": plots.GATED, "dense": plots.DENSE, "naive dropout": plots.POLAR, "naive layers": plots.STAGE}
 _SWAPPED = ", swapped"  # the other reading of the paper's milestones, drawn hollow
 _Series = Mapping[str, Sequence[Sequence[LedgerRow]]]  # by name, the runs of each of its experiments
 _COLORS = {

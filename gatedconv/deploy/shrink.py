@@ -65,12 +65,7 @@ def shrink(model: nn.Module, removal: Removal) -> None:
                 model,
                 node.scope,
                 before=_glue(
-                    ~removal.zeros(value),
-                    ~removal.zeros(value),
-                    ~mask,
-                    torch.zeros(len(mask)),
-                    value,
-                    flow[value].axis,
+                    ~removal.zeros(value), ~removal.zeros(value), ~mask, torch.zeros(len(mask)), value, flow[value].axis
                 ),
             )
 

@@ -9,17 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.engine.idioms import argument_of, attribute_of
-from gatedconv.engine.layers import (
-    Layer,
-    Pair,
-    is_map,
-    is_nhwc,
-    is_stored,
-    is_vector,
-    map_size,
-    shape_of,
-    size_of,
-)
+from gatedconv.engine.layers import Layer, Pair, is_map, is_nhwc, is_stored, is_vector, map_size, shape_of, size_of
 
 
 class Call:

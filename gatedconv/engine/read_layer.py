@@ -17,16 +17,7 @@ from gatedconv.engine.idioms import (
     shuffle_channels,
     slice_channels,
 )
-from gatedconv.engine.layers import (
-    Layer,
-    is_map,
-    is_nhwc,
-    is_stored,
-    is_vector,
-    map_size,
-    shape_of,
-    size_of,
-)
+from gatedconv.engine.layers import Layer, is_map, is_nhwc, is_stored, is_vector, map_size, shape_of, size_of
 from gatedconv.engine.lower import ConstantMaps
 from gatedconv.engine.read_arithmetic import (
     Call,

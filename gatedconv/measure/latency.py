@@ -163,10 +163,7 @@ def wait_until_idle() -> float:
 
 @torch.inference_mode()
 def measure_latency(
-    models: Mapping[Name, Callable[[Tensor], object]],
-    example_input: Tensor,
-    *,
-    rounds: int = 21,
+    models: Mapping[Name, Callable[[Tensor], object]], example_input: Tensor, *, rounds: int = 21
 ) -> dict[Name, Spread]:
     """Time several models on one input: round 1 of each, then round 2 of each, and so on.
 

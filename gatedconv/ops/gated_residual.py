@@ -381,8 +381,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 torch.library.define(
-    "gatedconv::gated_residual",
-    f"({arguments_schema(ResidualForwardArguments)}) -> ({arguments_schema(_Kept)})",
+    "gatedconv::gated_residual", f"({arguments_schema(ResidualForwardArguments)}) -> ({arguments_schema(_Kept)})"
 )
 torch.library.define(  # gradients of x, shortcut, layer, weight, bias and of the gate's six parameters
     "gatedconv::gated_residual_backward",

@@ -57,13 +57,7 @@ def rounded(conv, x):
     weight = conv.weight.bfloat16().double()
     bias = None if conv.bias is None else conv.bias.double()
     return F.conv2d(
-        F.pad(x.bfloat16().double(), _padding(conv)),
-        weight,
-        bias,
-        conv.stride,
-        0,
-        conv.dilation,
-        conv.groups,
+        F.pad(x.bfloat16().double(), _padding(conv)), weight, bias, conv.stride, 0, conv.dilation, conv.groups
     )
 
 

@@ -404,9 +404,7 @@ def test_stuck_gates_off_target_are_noted(tmp_path: Path, archive: Path, monkeyp
     monkeypatch.setattr("gatedconv.train.build.build_model", with_biases([50.0] * 9))
     heard = Recorder()
     summary = run(
-        small(archive, dense_baseline=False, epochs=1, latency=False),
-        RunFolder(tmp_path / "r"),
-        callback=heard,
+        small(archive, dense_baseline=False, epochs=1, latency=False), RunFolder(tmp_path / "r"), callback=heard
     )
     assert any("all 9 gates are saturated at 100.0% of the dense MACs, mac_target is 50.0%" in n for n in heard.notes)
     assert summary["frozen"]["macs"] == pytest.approx(summary["macs_dense"], rel=1e-3)

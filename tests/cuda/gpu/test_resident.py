@@ -19,10 +19,7 @@ from tests.cuda.plans import always
 from tests.engine.nets import Residual, settle
 from tests.tolerances import assert_close, floor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
 RANKS = (1, 2, 4, 8)
@@ -139,19 +136,7 @@ def test_the_engine_measures_both_and_takes_one(monkeypatch, tmp_path):
         assert launches is None or found == launches, mode
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {0: 16},
-        {0: 0},
-        {1: 3},
-        {5: 1 << 30},
-        {6: 7},
-        {7: 31},
-        {9: 99},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", [{0: 16}, {0: 0}, {1: 3}, {5: 1 << 30}, {6: 7}, {7: 31}, {9: 99}], ids=str)
 def test_a_layout_that_does_not_fit_is_refused(change):
     x = torch.randn(1, 3, 32, 32, device="cuda").half()
     (run, candidate), *_ = launches(resident_plan(gated(), x, 1), x)

@@ -13,10 +13,7 @@ from gatedconv.engine.cuda.resident import ResidentLaunch
 from gatedconv.ops import _masked_conv2d_cuda
 from tests.engine.nets import Residual
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
