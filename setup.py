@@ -81,10 +81,7 @@ csrc_packages = ["gatedconv._csrc"] + [
 setup(
     packages=[*find_packages(include=["gatedconv", "gatedconv.*"]), "gatedconv.kernels", *csrc_packages],
     package_dir={"gatedconv.kernels": "kernels", "gatedconv._csrc": "csrc"},
-    package_data={
-        "gatedconv": ["py.typed"],
-        **dict.fromkeys(csrc_packages, ["*.cpp", "*.cu", "*.h", "*.cuh"]),
-    },
+    package_data={"gatedconv": ["py.typed"], **dict.fromkeys(csrc_packages, ["*.cpp", "*.cu", "*.h", "*.cuh"])},
     # The extension is a stand-in that makes setuptools call build_ext and treat the wheel as platform-specific.
     ext_modules=[] if MODE == "off" else [Extension("gatedconv._C_cpu", sources=[])],
     cmdclass={"build_py": BuildPython, "build_ext": BuildLibraries, "bdist_wheel": Wheel},

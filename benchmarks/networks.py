@@ -93,9 +93,7 @@ def _halve_middle(block: nn.Module) -> None:
         inputs = conv.in_channels if index == 1 else conv.in_channels // 2
         outputs = conv.out_channels if index == last else conv.out_channels // 2
         setattr(
-            block,
-            f"conv{index}",
-            nn.Conv2d(inputs, outputs, conv.kernel_size, conv.stride, conv.padding, bias=False),
+            block, f"conv{index}", nn.Conv2d(inputs, outputs, conv.kernel_size, conv.stride, conv.padding, bias=False)
         )
         if index != last:
             setattr(block, f"bn{index}", nn.BatchNorm2d(outputs))

@@ -146,13 +146,7 @@ def measure(
     """Rows, failures and, in the main group, the slowest layers of a case; files go to the folder."""
     x = torch.randn(case.batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(1))
     found = compare_runtimes(
-        case.name,
-        network,
-        x,
-        settings=GROUPS[options.group],
-        folder=folder,
-        threads=options.threads,
-        sample_ms=60.0,
+        case.name, network, x, settings=GROUPS[options.group], folder=folder, threads=options.threads, sample_ms=60.0
     )
     found.rounds(options.rounds)
     macs = sum(macs for macs, _, _ in layer_work(network, x[:1]))

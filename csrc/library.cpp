@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(gatedconv, m) {
       "Tensor(a!) output, int[] geometry, int act, bool skip_closed, bool allow_tf32, int mt, "
       "int nt) -> ()");
   // A run of a plan's layers in one launch, the maps of an image in shared memory: input and output channels
-  // last, stream (uint8) and layout as gatedconv/engine/cuda/experimental.py writes them.
+  // last, stream (uint8) and layout as gatedconv/engine/cuda/resident.py writes them.
   m.def("resident_run(Tensor input, Tensor stream, Tensor(a!) output, int[] layout, bool allow_tf32) -> ()");
   // A network in one call: input (N, C, H, W), program int64 and weights float32 as gatedconv.Engine packs
   // them. shape gives the output's size as a function of the input's, for the fake: output channels, output

@@ -21,8 +21,8 @@ from gatedconv.report.footprint_table import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
 from gatedconv.train.config import read_toml  # noqa: E402
 from reproduce.ledger import read_ledger  # noqa: E402
+from reproduce.result_tables import replace_block, results_text  # noqa: E402
 from reproduce.rows import present_recipes  # noqa: E402
-from reproduce.tables import replace_block, results_text  # noqa: E402
 from tests.ptx.ledger import table  # noqa: E402
 
 RESULTS = ROOT / "results"

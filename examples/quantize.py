@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import gatedconv
 
-Run = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
 def load_images(path: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def quantized(path: Path, images: Tensor) -> openvino.Model:
     return nncf.quantize(model, dataset, subset_size=len(images))
 
 
-def runner(model: openvino.Model | Path, threads: int) -> Run:
+def runner(model: openvino.Model | Path, threads: int) -> Forward:
     """OpenVINO for batches of any size, in float32 where the model is not quantized."""
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(model, "CPU", settings)
@@ -58,12 +58,12 @@ def runner(model: openvino.Model | Path, threads: int) -> Run:
     return lambda x: torch.from_numpy(request.infer({0: x.numpy()})[0].copy())
 
 
-def answers(run: Run, images: Tensor) -> Tensor:
+def answers(run: Forward, images: Tensor) -> Tensor:
     """Scores (M, classes)."""
     return torch.cat([run(batch) for batch in images.split(250)])
 
 
-def least_ms(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
+def least_ms(runs: dict[str, Forward], x: Tensor, rounds: int) -> dict[str, float]:
     """The fastest call of each, in ms; interleaved, so that a disturbance affects all."""
     least = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
@@ -87,7 +87,7 @@ def measure(
         gatedconv.export(model, path, example, format="onnx")
         int8 = quantized(path, train)
         openvino.save_model(int8, arguments.out, compress_to_fp16=False)
-        runs: dict[str, Run] = {
+        runs: dict[str, Forward] = {
             "gatedconv.Engine, float32": gatedconv.Engine(model, example, threads=arguments.threads),
             "OpenVINO, float32": runner(path, arguments.threads),
             "OpenVINO, int8": runner(int8, arguments.threads),

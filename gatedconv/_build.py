@@ -37,20 +37,9 @@ TARGETS = ("cpu", "cuda")
 
 # The library of the package gatedconv-runtime, which needs no torch: the target "plan".
 PLAN_SOURCES = (
-    "bf16_x86",
-    "gatedconv_plan",
-    "plan",
-    "plan_avx2",
-    "plan_avx512",
-    "plan_bands",
-    "plan_decode",
-    "plan_file",
-    "plan_header",
-    "plan_portable",
-    "plan_schedule",
-    "plan_weights",
-    "worker_pool",
-)
+    "bf16_x86 gatedconv_plan plan plan_avx2 plan_avx512 plan_bands plan_decode plan_file plan_header "
+    "plan_portable plan_schedule plan_weights worker_pool"
+).split()
 
 # torch 2.11, in the encoding of torch/headeronly/version.h: the oldest torch whose stable ABI the sources may
 # use.
@@ -283,10 +272,7 @@ def parallel_jobs(most: int) -> int:
 
 
 def build_all(
-    csrc: Path,
-    cache: Path,
-    output: Callable[[str], Path],
-    progress: Callable[[str], None] = lambda text: None,
+    csrc: Path, cache: Path, output: Callable[[str], Path], progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, str]:
     """Build every library that this machine can build, following GATEDCONV_BUILD.
 

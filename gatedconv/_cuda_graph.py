@@ -16,11 +16,7 @@ Result = TypeVar("Result")
 _locks: defaultdict[int, threading.RLock] = defaultdict(threading.RLock)
 _locks_lock = threading.Lock()
 # cudaErrorStreamCaptureInvalidated and its companions, as PyTorch words them.
-_INVALIDATED = (
-    "capture invalidated",
-    "previous error during capture",
-    "not permitted when stream is capturing",
-)
+_INVALIDATED = ("capture invalidated", "previous error during capture", "not permitted when stream is capturing")
 
 
 def capture(

@@ -20,17 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from .common import (
-    FIXED_ORDER,
-    TILE,
-    as_map,
-    ceil_div,
-    map_at,
-    move_running,
-    multiprocessors,
-    power_of_two,
-    relu,
-)
+from .common import FIXED_ORDER, TILE, as_map, ceil_div, map_at, move_running, multiprocessors, power_of_two, relu
 
 # The four numbers below follow from sizes and register counts; their speed is unmeasured.
 DENSE_ROWS = 16  # samples that share one read of a weight: the least that tl.dot takes

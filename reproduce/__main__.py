@@ -13,10 +13,10 @@ from gatedconv.cli import Parser, run_command
 from gatedconv.report.tables import text_table
 from reproduce.experiments import all_experiments
 from reproduce.ledger import Rows, read_ledger
+from reproduce.result_tables import left_out, present_rows, replace_block, results_text, runs_of
 from reproduce.rows import present_recipes
 from reproduce.runner import energy_of_images, run_experiments, select
 from reproduce.schedule import planned, status
-from reproduce.tables import left_out, present_rows, replace_block, results_text, runs_of
 from reproduce.workplace import Key, Workplace
 
 

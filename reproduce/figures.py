@@ -15,7 +15,7 @@ from gatedconv.report import plots
 from reproduce.experiment import Experiment
 from reproduce.experiments import all_experiments
 from reproduce.ledger import LedgerRow, read_json_lines
-from reproduce.tables import Rows, dense_pairs, interval, mean_spread, runs_of
+from reproduce.result_tables import Rows, dense_pairs, interval, mean_spread, runs_of
 
 # Table 1 of the paper: top-1 (%) before and after, and reduction of the FLOPs (%), ResNet-56 on CIFAR-10.
 LITERATURE = {
@@ -48,12 +48,7 @@ OTHERS = {
     },
 }
 _SERIES = {"gated": "ours", "dense": "dense", "naive_dropout": "naive dropout", "naive_layer": "naive layers"}
-_SERIES_COLORS = {
-    "ours": plots.GATED,
-    "dense": plots.DENSE,
-    "naive dropout": plots.POLAR,
-    "naive layers": plots.STAGE,
-}
+_SERIES_COLORS = {"ours": plots.GATED, "dense": plots.DENSE, "naive dropout": plots.POLAR, "naive layers": plots.STAGE}
 _SWAPPED = ", swapped"  # the other reading of the paper's milestones, drawn hollow
 _Series = Mapping[str, Sequence[Sequence[LedgerRow]]]  # by name, the runs of each of its experiments
 _COLORS = {

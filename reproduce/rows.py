@@ -170,7 +170,7 @@ def naive_row(workplace: Workplace, experiment: Experiment, seed: int, rows: Map
     """The ledger's row of a naive baseline: a trained dense network with random parts left out."""
     from gatedconv.deploy import load
     from gatedconv.train.device import place, resolve_device
-    from gatedconv.train.summary import figures
+    from gatedconv.train.summary import evaluate_network
     from reproduce.naive import drop_layers, drop_parameters
 
     source = reference(experiment, seed, rows)
@@ -181,7 +181,7 @@ def naive_row(workplace: Workplace, experiment: Experiment, seed: int, rows: Map
     drop = drop_parameters if experiment.kind == "naive_dropout" else drop_layers
     pruned = drop(dense, experiment.share / 100, seed).eval()
     images = known_images(recipe_settings(experiment)["data"], config)
-    found = figures(place(pruned, config), config, images)
+    found = evaluate_network(place(pruned, config), config, images)
     here = provenance(resolve_device(config.device))
     kept = found["params"] / sum(parameter.numel() for parameter in dense.parameters())
     unknown: dict[str, Any] = dict.fromkeys(

@@ -19,9 +19,9 @@ from gatedconv.train.config import TrainConfig, make_config, require_same_recipe
 from gatedconv.train.run_dir import RunFolder
 from gatedconv.train.stopping import StopRequest, stop_on_sigterm
 from reproduce.checks import known_images, require_complete, require_fit, require_writable
-from reproduce.energy import measure_energy
 from reproduce.experiment import Experiment
 from reproduce.experiments import all_experiments, find_experiment
+from reproduce.joules import measure_energy
 from reproduce.ledger import LedgerRow, append_row, read_ledger
 from reproduce.rows import naive_row, recipe_settings, reference, require_present, training_row
 from reproduce.workplace import Key, Workplace, dataset_name, stem

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import engine, gate, parity, training
+from benchmarks.gpu import engine_timings, gate_timings, parity, training_timings
 from benchmarks.harness import ROOT, Machine
 from benchmarks.roofline import measured_rates
 from gatedconv import _native
@@ -72,11 +72,11 @@ def _cases() -> Iterator[Case]:
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
         yield Case(f"gate-{kind}", (_gate(kind, channels, size),), dry=kind == "layer")
     for batch in (32, 256, 1):
-        yield Case(f"engine-{batch}", _network("resnet56", batch, engine.EAGER), 90.0, dry=batch == 1)
-    first, *others = (partial(engine.layer_rows, layer=layer) for layer in engine.LAYERS)
+        yield Case(f"engine-{batch}", _network("resnet56", batch, engine_timings.EAGER), 90.0, dry=batch == 1)
+    first, *others = (partial(engine_timings.layer_rows, layer=layer) for layer in engine_timings.LAYERS)
     yield Case("layer", (first,), dry=True)
     yield Case("layer-others", tuple(others), 90.0)
-    yield Case("step", _step(56, "channel", training.EAGER), 90.0, dry=True)
+    yield Case("step", _step(56, "channel", training_timings.EAGER), 90.0, dry=True)
     yield from _compiling()
     for tool in ("memcheck", "racecheck"):
         yield Case(f"sanitizer-{tool}", (partial(sanitized, tool=tool),), 120.0, dry=tool == "memcheck")
@@ -87,26 +87,26 @@ def _check(name: str, run: Part, dry: bool = True) -> Case:
     return Case(f"parity-{name}", (run,), dry=dry, alone=False)
 
 
-def _gate(kind: str, channels: int, size: int, providers: tuple[str, ...] = gate.EAGER) -> Part:
-    return partial(gate.gate_rows, kind=kind, channels=channels, size=size, providers=providers)
+def _gate(kind: str, channels: int, size: int, providers: tuple[str, ...] = gate_timings.EAGER) -> Part:
+    return partial(gate_timings.gate_rows, kind=kind, channels=channels, size=size, providers=providers)
 
 
 def _network(model: str, batch: int, providers: Sequence[str]) -> tuple[Part, ...]:
-    rows = partial(engine.network_rows, model=model, variant="mid-50", batch=batch, dtype="float16")
+    rows = partial(engine_timings.network_rows, model=model, variant="mid-50", batch=batch, dtype="float16")
     return tuple(partial(rows, provider=provider) for provider in providers)
 
 
 def _step(depth: int, gate: str, providers: Sequence[str]) -> tuple[Part, ...]:
-    rows = partial(training.step_rows, depth=depth, gate=gate, batch=256)
+    rows = partial(training_timings.step_rows, depth=depth, gate=gate, batch=256)
     return tuple(partial(rows, provider=provider) for provider in providers)
 
 
 def _compiling() -> Iterator[Case]:
     """Cases that compile: they take longest, so they come last."""
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
-        yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gate.COMPILED),), dry=kind == "layer")
-    yield Case("engine-32-compile", _network("resnet56", 32, [engine.COMPILED]), dry=True)
-    yield Case("step-compile", _step(56, "channel", [training.COMPILED]), dry=True)
+        yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gate_timings.COMPILED),), dry=kind == "layer")
+    yield Case("engine-32-compile", _network("resnet56", 32, [engine_timings.COMPILED]), dry=True)
+    yield Case("step-compile", _step(56, "channel", [training_timings.COMPILED]), dry=True)
 
 
 def _more() -> Iterator[Case]:
@@ -119,9 +119,13 @@ def _more() -> Iterator[Case]:
         yield Case(f"gate-{kind}-{channels}", (_gate(kind, channels, size),), **slow)
     for model in ("resnet110", "resnet18", "resnet50"):
         for batch in (32, 256, 1):
-            yield Case(f"engine-{model}-{batch}", _network(model, batch, (*engine.EAGER, engine.COMPILED)), **slow)
+            yield Case(
+                f"engine-{model}-{batch}",
+                _network(model, batch, (*engine_timings.EAGER, engine_timings.COMPILED)),
+                **slow,
+            )
     for depth, kind in ((56, "layer"), (110, "channel")):
-        yield Case(f"step-{depth}-{kind}", _step(depth, kind, training.EAGER), **slow)
+        yield Case(f"step-{depth}-{kind}", _step(depth, kind, training_timings.EAGER), **slow)
 
 
 def build(machine: Machine) -> list[Row]:

@@ -20,7 +20,7 @@ from gatedconv.convert.verify import distance
 from gatedconv.measure.latency import Interleaved
 from gatedconv.report.tables import text_table
 
-Candidate = tuple[str, str]
+CandidateName = tuple[str, str]
 """Provider and setting."""
 
 # max|a - b| / max|b| against eager PyTorch: beyond it the output is wrong, and is not timed.
@@ -112,18 +112,18 @@ class Comparison:
         benchmark: str,
         case: str,
         batch: int,
-        prepare: Mapping[Candidate, Callable[[], Run]],
-        expected: Mapping[Candidate, Tensor],
-        reduced: Mapping[Candidate, str] | None = None,
+        prepare: Mapping[CandidateName, Callable[[], Run]],
+        expected: Mapping[CandidateName, Tensor],
+        reduced: Mapping[CandidateName, str] | None = None,
         **timing: Any,
     ) -> None:
         self.benchmark, self.case, self.batch = benchmark, case, batch
         self.dtype = str(next(iter(expected.values())).dtype).removeprefix("torch.")
         self.reduced = dict(reduced or {})
-        self.errors: dict[Candidate, float] = {}
-        self.agreement: dict[Candidate, float] = {}
-        self.failures: dict[Candidate, str] = {}
-        runs: dict[Candidate, Run] = {}
+        self.errors: dict[CandidateName, float] = {}
+        self.agreement: dict[CandidateName, float] = {}
+        self.failures: dict[CandidateName, str] = {}
+        runs: dict[CandidateName, Run] = {}
         for candidate, build in prepare.items():
             try:
                 run = build()
@@ -149,7 +149,7 @@ class Comparison:
                 self.timing.round()
 
     @property
-    def ours(self) -> Candidate | None:
+    def ours(self) -> CandidateName | None:
         """Our fastest setting in full precision, None if ours does not run."""
         own = [candidate for candidate in self.errors if candidate[0] == OURS and candidate not in self.reduced]
         return min(own, key=lambda candidate: self.timing.spread(candidate).median, default=None)

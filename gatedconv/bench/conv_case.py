@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatedconv.bench.comparison import Candidate, Comparison
+from gatedconv.bench.comparison import CandidateName, Comparison
 from gatedconv.bench.exported import Run
 from gatedconv.bench.runtimes import OURS
 from gatedconv.deploy import freeze
@@ -184,7 +184,7 @@ def compare_layers(case: ConvCase, sample_ms: float = SAMPLE_MS) -> Comparison:
     x, weight, bias = case.tensors()
     dense = F.conv2d(x, weight, bias, case.stride, case.pad, case.dilation, case.groups)
     masked = dense * case.mask()[:, None, None]
-    builders: dict[Candidate, Callable[[], Run]] = {}
+    builders: dict[CandidateName, Callable[[], Run]] = {}
     for layout, memory_format in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
         arranged = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format), bias
         for (provider, setting), build in _ALGORITHMS.items():
@@ -241,7 +241,7 @@ def _mkldnn(case: ConvCase, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     return lambda: torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], "")
 
 
-_ALGORITHMS: dict[Candidate, Callable[[ConvCase, Tensor, Tensor, Tensor], Run]] = {
+_ALGORITHMS: dict[CandidateName, Callable[[ConvCase, Tensor, Tensor, Tensor], Run]] = {
     (OURS, "masked_conv2d"): _masked,
     (OURS, "frozen Conv2d"): _frozen,
     ("conv2d", ""): _dense,

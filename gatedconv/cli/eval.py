@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gatedconv.train.config import TrainConfig
     from gatedconv.train.device import resolve_device
     from gatedconv.train.run_dir import RunFolder
-    from gatedconv.train.summary import figures
+    from gatedconv.train.summary import evaluate_network
 
     networks = saved_networks(arguments.target)
     if arguments.target.is_dir():
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = {}
     for name, network in networks.items():
         _require_fit(arguments.target, network, data.image_shape, data.num_classes)
-        rows[name] = figures(network.to(resolve_device(config.device)), config, data)
+        rows[name] = evaluate_network(network.to(resolve_device(config.device)), config, data)
     print(figures_table(rows))
     return 0
 

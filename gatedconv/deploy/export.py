@@ -78,10 +78,7 @@ def export(
     if path.is_dir():
         raise IsADirectoryError(f"export: {path} is a folder; expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
-        warnings.catch_warnings(),
-    ):
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporters, not for our user to mend
         part = Path(folder) / (path.name if format == "onnx" else "model.pt2")
         try:

@@ -240,9 +240,7 @@ def _require_one_source(values: Iterable[Any]) -> None:
         raise NoGraph("which tensors it computes with depends on the image's size")
 
 
-def _dimensions(
-    shapes: Iterable[tuple[fx.Node, list[torch.Size]]],
-) -> Iterator[tuple[fx.Node, int, list[int]]]:
+def _dimensions(shapes: Iterable[tuple[fx.Node, list[torch.Size]]]) -> Iterator[tuple[fx.Node, int, list[int]]]:
     """Every dimension of some tensors, with its size in every run."""
     for node, of_runs in shapes:
         for dim, sizes in enumerate(zip(*of_runs, strict=False)):

@@ -114,7 +114,7 @@ class HubModel(
         return ModelCard.from_template(card_data=data, template_str=_CARD, text=text)
 
     def forward(self, x: Tensor) -> Any:
-        """X (N, C, H, W) -> whatever the model returns."""
+        """Run the model: x (N, C, H, W) -> whatever it returns."""
         return self.model(x)
 
     def _save_pretrained(self, save_directory: Path) -> None:

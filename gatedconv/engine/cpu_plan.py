@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gatedconv.engine.program import Program
+from gatedconv.engine.plan_writer import Program
 from gatedconv.ops.plan import plan_check, plan_run
 
 

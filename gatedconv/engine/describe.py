@@ -6,7 +6,9 @@ from torch import fx
 
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.cuda.cuda_plan import CudaPlan
+from gatedconv.engine.cuda.instructions import Instruction
 from gatedconv.engine.idioms import name_of
+from gatedconv.engine.layers import Layer
 from gatedconv.engine.maps import Map, Step
 from gatedconv.ops.plan import plan_passing, plan_workspace
 
@@ -28,7 +30,9 @@ def describe_body(body: fx.GraphModule, batch: int, threads: int) -> list[str]:
             continue
         plan = plans.get(str(node.target))
         if isinstance(plan, CudaPlan):
-            lines += _cuda_plan(str(node.target), plan, batch)
+            lines.append(f"{node.target}: {len(plan.instructions)} instructions in one graph")
+            lines += ["  " + line for line in cuda_plan_lines(plan, batch)]
+            lines.append(f"  in all {sum(one.macs for one in plan.instructions) / 1e6:.2f} M MACs an image")
         elif plan is not None:
             lines += _cpu_plan(str(node.target), plan, batch, threads)
         else:
@@ -43,11 +47,21 @@ def _operation(body: fx.GraphModule, node: fx.Node) -> str:
     return name_of(node)
 
 
-def _cuda_plan(name: str, plan: CudaPlan, batch: int) -> list[str]:
-    lines = [f"{name}: {len(plan.instructions)} instructions in one graph"]
-    lines += ["  " + line for line in plan.describe(batch)]
-    macs = sum(one.macs for one in plan.instructions)
-    return [*lines, f"  in all {macs / 1e6:.2f} M MACs an image"]
+def cuda_plan_lines(plan: CudaPlan, batch: int) -> list[str]:
+    """One line for each instruction: its layer, maps and candidate, for inputs of the example's size."""
+    first = plan.maps[plan.first]
+    size = (batch, first.channels, first.height, first.width)
+    chosen, runs = plan.chosen.get(size), plan.runs.get(size, {}).values()
+    lines = []
+    for at, one in enumerate(plan.instructions):
+        launch = next((f"{name}, one launch" for run, name in runs if run.start <= at < run.end), "")
+        candidate = launch or ("PyTorch" if one.op != "conv" else chosen[at] if chosen else "not measured yet")
+        kernel = f"conv {one.kernel[0]}x{one.kernel[1]}" if one.op == "conv" else one.op
+        extras = [f"from {len(one.in_index)} channels"] if one.in_index is not None else []
+        extras += [f"into {len(one.out_index)} channels"] if one.out_index is not None else []
+        extras += ["+ residual"] if one.residual >= 0 and one.op == "conv" else []
+        lines.append(f"{_layer(one, plan.maps[one.source], plan.maps[one.target], kernel, extras)} [{candidate}]")
+    return lines
 
 
 def _cpu_plan(name: str, plan: PlanModule, batch: int, threads: int) -> list[str]:
@@ -72,20 +86,25 @@ def _cpu_plan(name: str, plan: PlanModule, batch: int, threads: int) -> list[str
 def _step(step: Step, maps: list[Map]) -> str:
     layer = step.layer
     assert layer is not None
-    target, source = maps[step.target], maps[step.source]
     kernel = " ".join((_KERNELS.get(step.op, step.op), f"{layer.kernel[0]}x{layer.kernel[1]}"))
     if layer.kind not in ("conv", "max_pool", "avg_pool"):
-        kernel = "view" if step.op == "view" else step.op
-    extras = [f"stride {layer.stride[0]}"] if layer.stride != (1, 1) else []
-    extras += [f"{layer.groups} groups"] if layer.groups > 1 else []
+        kernel = step.op
+    extras = []
     if layer.before is not None:
         extras.append("of norm" + (f" and {layer.before[2]}" if layer.before[2] else ""))
     extras += ["of gated input"] if step.gate >= 0 else []
     extras += ["+ residual"] if step.residual >= 0 and layer.kind == "conv" else []
-    extras += [f"+ {layer.act}"] if layer.act else []
-    shape = " -> ".join(f"{m.channels}x{m.height}x{m.width}" for m in (source, target))
-    line = f"{layer.name:<28} {shape:<28} {' '.join([kernel, *extras])}"
+    line = _layer(layer, maps[step.source], maps[step.target], kernel, extras)
     return line + (f"; {step.macs / 1e6:.2f} M MACs, {_bytes(step.weight_bytes)}" if step.macs else "")
+
+
+def _layer(one: Layer | Instruction, source: Map, target: Map, kernel: str, extras: list[str]) -> str:
+    """The name of a layer, the sizes of its maps, and what it computes."""
+    stride = [f"stride {one.stride[0]}"] if one.stride != (1, 1) else []
+    groups = [f"{one.groups} groups"] if one.groups > 1 else []
+    act = [f"+ {one.act}"] if one.act else []
+    shape = " -> ".join(f"{m.channels}x{m.height}x{m.width}" for m in (source, target))
+    return f"{one.name:<28} {shape:<28} {' '.join([kernel, *stride, *groups, *extras, *act])}"
 
 
 def _bytes(count: int) -> str:

@@ -23,7 +23,7 @@ from gatedconv.engine.layers import Layer, runs_on_cuda
 from gatedconv.engine.locate import first_wrong_layer
 from gatedconv.engine.lower import lower
 from gatedconv.engine.partition import Segment, find_segments
-from gatedconv.engine.program import lay_out, write_program
+from gatedconv.engine.plan_writer import lay_out, write_program
 from gatedconv.engine.time_on_cpu import choose_measured
 from gatedconv.gating import copied, find_gates, require_frozen, unwrap
 from gatedconv.ops.plan import plan_isa, unavailable

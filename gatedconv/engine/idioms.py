@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -137,6 +137,15 @@ def _slice(node: fx.Node) -> Joined:
     return slice_channels, (source, start, start + shape[1])
 
 
+def _sizes(*nodes: Any) -> Iterator[tuple[tuple[int, ...] | None, ...]]:
+    """The shapes of nodes' values for the example's size, then for a larger one if the first node has any."""
+    for larger in (False, True):
+        sizes = tuple(size_of(node, larger) for node in nodes)
+        if larger and sizes[0] is None:
+            return  # the model takes no other size
+        yield sizes
+
+
 def _shuffle(node: fx.Node) -> Joined:
     """View as groups, transpose, view back."""
     swap: Any = node.args[0] if node.args else None
@@ -149,10 +158,7 @@ def _shuffle(node: fx.Node) -> Joined:
         return None
     source = split.args[0]
     groups = []
-    for larger in (False, True):
-        size, parts, result = (size_of(one, larger) for one in (source, split, node))
-        if larger and size is None:
-            break  # the model takes no other size
+    for size, parts, result in _sizes(source, split, node):
         if size is None or parts is None or result != size or len(size) != 4 or len(parts) != 5:
             return None
         if parts[0] != size[0] or parts[3:] != size[2:] or parts[1] * parts[2] != size[1]:
@@ -165,10 +171,7 @@ def _flatten(node: fx.Node) -> Joined:
     """View as vectors."""
     if operation_of(node) not in _RESHAPES and node.target is not aten.squeeze.dims:
         return None
-    for larger in (False, True):
-        before, after = size_of(node.args[0], larger), size_of(node, larger)
-        if larger and before is None:
-            break  # the model takes no other size
+    for before, after in _sizes(node.args[0], node):
         if before is None or after is None or len(before) != 4 or after != (before[0], math.prod(before[1:])):
             return None
     return aten.flatten.using_ints, (node.args[0], 1)
@@ -181,10 +184,7 @@ def _pixels(node: fx.Node) -> Joined:
         source = source.args[0]
     elif operation_of(node) not in _RESHAPES:
         return None
-    for larger in (False, True):
-        size, after = size_of(source, larger), size_of(node, larger)
-        if larger and size is None:
-            break  # the model takes no other size
+    for size, after in _sizes(source, node):
         if size is None or len(size) != 2 or after != (*size, 1, 1):
             return None
     return as_pixels, (source,)
@@ -245,10 +245,7 @@ def _multiply(node: fx.Node) -> Joined:
     if weight.op != "get_attr" or folded == (product is node):
         return None
     source = x.args[0] if folded else x
-    for larger in (False, True):
-        before, after, vectors = (size_of(one, larger) for one in (source, node, x))
-        if larger and before is None:
-            break  # the model takes no other size
+    for before, after, vectors in _sizes(source, node, x):
         if before is None or after is None or before[:-1] != after[:-1] or before[-1:] != (vectors or ())[-1:]:
             return None
     return multiply_channels, (source, weight, bias)

@@ -30,7 +30,7 @@ class Layer:
         groups: Of a convolution or a group norm.
         weight: (C_out, C_in / groups, KH, KW); (C,) for "affine" and norms; float64.
         bias: (C_out,), float64; the slopes of "prelu".
-        act: Name of an activation (`gatedconv.engine.program.ACTS`) or None.
+        act: Name of an activation (`gatedconv.engine.plan_writer.ACTS`) or None.
         value: Slope or alpha of the activation.
         epsilon: Of a norm.
         residual: The other operand; of "nearest" and "bilinear" the map whose size is wanted.
@@ -89,12 +89,12 @@ def shape_of(node: Any) -> tuple[int, ...] | None:
 def is_map(node: Any) -> bool:
     """Whether a node's value is a batch of feature maps (2, C, H, W), the batch of the recorded run."""
     shape = shape_of(node)
-    return shape is not None and len(shape) == 4 and shape[0] == 2 and min(shape) > 0 and not is_channels_last(node)
+    return shape is not None and len(shape) == 4 and shape[0] == 2 and min(shape) > 0 and not is_nhwc(node)
 
 
-def is_channels_last(node: fx.Node) -> bool:
+def is_nhwc(node: fx.Node) -> bool:
     """Whether a node's value is a map whose axes were permuted to (2, H, W, C)."""
-    return bool(node.meta.get("channels_last"))
+    return bool(node.meta.get("nhwc"))
 
 
 def is_vector(node: Any) -> bool:
@@ -106,12 +106,12 @@ def is_vector(node: Any) -> bool:
 def map_size(node: fx.Node) -> tuple[int, int, int]:
     """Return channels, height and width of the map that a node's value is stored as."""
     shape = (*node.meta["tensor_meta"].shape, 1, 1)
-    return (shape[3], shape[1], shape[2]) if is_channels_last(node) else (shape[1], shape[2], shape[3])
+    return (shape[3], shape[1], shape[2]) if is_nhwc(node) else (shape[1], shape[2], shape[3])
 
 
 def is_stored(node: Any) -> bool:
     """Whether a plan has a map for a node's value."""
-    return is_map(node) or is_vector(node) or (isinstance(node, fx.Node) and is_channels_last(node))
+    return is_map(node) or is_vector(node) or (isinstance(node, fx.Node) and is_nhwc(node))
 
 
 _CUDA_KINDS = frozenset("conv affine act add scatter_add gather subsample max_pool avg_pool mean_pool alias".split())
@@ -126,4 +126,4 @@ def runs_on_cuda(layer: Layer) -> bool:
         return False
     if layer.kind in ("gather", "scatter_add"):
         whole = is_map(layer.inputs[0]) and (layer.kind == "gather" or layer.residual is not None)
-    return whole and not any(is_channels_last(node) for node in (*layer.inputs, layer.output))
+    return whole and not any(is_nhwc(node) for node in (*layer.inputs, layer.output))

@@ -14,7 +14,7 @@ from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.lower import lower
 from gatedconv.engine.partition import Segment, find_segments
-from gatedconv.engine.program import write_program
+from gatedconv.engine.plan_writer import write_program
 
 
 def first_wrong_layer(

@@ -16,15 +16,7 @@ from gatedconv.deploy.graph import write_graph
 from gatedconv.deploy.graph_writer import NoGraph
 from gatedconv.engine.idioms import attribute_of, join_idioms
 from gatedconv.engine.layers import size_of
-from gatedconv.nn import (
-    ConstantMap,
-    EmptyMap,
-    FrozenConv2d,
-    GatherChannels,
-    PadShortcut,
-    ScatterAdd,
-    ScatterChannels,
-)
+from gatedconv.nn import ConstantMap, EmptyMap, FrozenConv2d, GatherChannels, PadShortcut, ScatterAdd, ScatterChannels
 
 
 class ConstantMaps(EmptyMap):

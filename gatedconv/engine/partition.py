@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from gatedconv.engine.layers import Layer, is_channels_last, is_map
+from gatedconv.engine.layers import Layer, is_map, is_nhwc
 from gatedconv.engine.read_layer import read_layer
 
 
@@ -70,6 +70,6 @@ def _longest_from(nodes: list[fx.Node], layers: list[Layer | None], start: int) 
         if len(open_uses) == 1 and any(layer.kind == "conv" for layer in run):
             result = next(iter(open_uses))
             source = next(iter(sources))
-            if is_map(source) and not is_channels_last(result) and "flattened" not in result.meta:
+            if is_map(source) and not is_nhwc(result) and "flattened" not in result.meta:
                 best = Segment(list(inside), list(run), source, result)
     return best

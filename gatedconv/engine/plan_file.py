@@ -17,7 +17,7 @@ from gatedconv.deploy.export import About
 from gatedconv.engine.cpu_plan import PlanModule
 from gatedconv.engine.engine import Engine
 from gatedconv.engine.idioms import name_of
-from gatedconv.engine.program import VERSION
+from gatedconv.engine.plan_writer import HEADER, MAP_FIELDS, STEP_FIELDS, VERSION
 from gatedconv.environment import version
 
 
@@ -76,8 +76,9 @@ def plan_bytes(program: Tensor, weights: Tensor, texts: Mapping[str, str]) -> by
 
 def _stored(plan: PlanModule) -> Tensor:
     """The weights without those of Winograd's algorithms, which the reader makes anew (csrc/cpu/plan_weights.h)."""
-    first, last = 4 + 6 * len(plan.maps), int(plan.program[3])
-    offsets = plan.program[first:last].view(len(plan.steps), -1)[:, 15].tolist()  # kWeights of csrc/cpu/plan.h
+    first, last = len(HEADER) + len(MAP_FIELDS) * len(plan.maps), int(plan.program[HEADER.index("lists")])
+    fields = plan.program[first:last].view(len(plan.steps), len(STEP_FIELDS))
+    offsets = fields[:, STEP_FIELDS.index("weights")].tolist()
     kept, at = [], 0
     for step, offset in zip(plan.steps, offsets, strict=True):
         if step.op.startswith("winograd"):

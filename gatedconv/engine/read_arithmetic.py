@@ -9,17 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatedconv.engine.idioms import argument_of, attribute_of
-from gatedconv.engine.layers import (
-    Layer,
-    Pair,
-    is_channels_last,
-    is_map,
-    is_stored,
-    is_vector,
-    map_size,
-    shape_of,
-    size_of,
-)
+from gatedconv.engine.layers import Layer, Pair, is_map, is_nhwc, is_stored, is_vector, map_size, shape_of, size_of
 
 
 class Call:
@@ -108,7 +98,7 @@ def read_product(call: Call) -> Layer | None:
 
 def _make_linear(node: fx.Node, weight: Tensor, bias: Tensor | None) -> Layer | None:
     source = source_of(node)
-    if not (is_vector(source) or is_channels_last(source)):
+    if not (is_vector(source) or is_nhwc(source)):
         return None
     size = source.meta.get("flattened")  # of the map that was flattened: a convolution as large as the map
     if size is not None:
@@ -121,7 +111,7 @@ def read_norm(call: Call) -> Layer | None:
     weight, bias, mean, var = call.constants(1, 2, 3, 4) or (None,) * 4
     if mean is None or var is None or call.get(5) is not False:
         return None
-    if not is_stored(call.source) or is_channels_last(source_of(call.node)):
+    if not is_stored(call.source) or is_nhwc(source_of(call.node)):
         return None
     scale = torch.rsqrt(var + call.get(7))
     scale = scale if weight is None else scale * weight
@@ -137,7 +127,7 @@ def _over_channels(node: fx.Node, weight: Tensor | None, bias: Tensor | None) ->
 def read_layer_norm(call: Call) -> Layer | None:
     """Read a layer norm over channels, with constant weights."""
     source, constants = source_of(call.node), call.constants(2, 3)
-    if constants is None or not (is_channels_last(source) or is_vector(source)):
+    if constants is None or not (is_nhwc(source) or is_vector(source)):
         return None
     if list(call.get(1)) != [map_size(source)[0]]:
         return None
@@ -214,7 +204,7 @@ def read_binary(kind: str, scale: Callable[[Tensor], Tensor], shift: Callable[[T
 def _per_channel(value: Tensor, node: fx.Node) -> Tensor | None:
     """A constant as a vector over the channels of a node's value, None if it differs between pixels."""
     channels = map_size(node)[0] if is_stored(node) else 0
-    axis = 1 if is_vector(node) or is_channels_last(node) else 3  # of the channels, from the end
+    axis = 1 if is_vector(node) or is_nhwc(node) else 3  # of the channels, from the end
     shape = [1] * (axis - value.dim()) + list(value.shape)
     at = len(shape) - axis
     if any(length != 1 for i, length in enumerate(shape) if i != at) or shape[at] not in (1, channels):
@@ -230,7 +220,7 @@ def _broadcasts(large: fx.Node, small: fx.Node) -> bool:
                 return False
             continue
         (n, *size), other = shapes[0], shapes[1]
-        if len(size) == 3 and not is_channels_last(large):
+        if len(size) == 3 and not is_nhwc(large):
             fits = [tuple(size), (size[0], 1, 1), (1, size[1], size[2])]
         else:
             fits = [tuple(size)]

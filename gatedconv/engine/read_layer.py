@@ -17,16 +17,7 @@ from gatedconv.engine.idioms import (
     shuffle_channels,
     slice_channels,
 )
-from gatedconv.engine.layers import (
-    Layer,
-    is_channels_last,
-    is_map,
-    is_stored,
-    is_vector,
-    map_size,
-    shape_of,
-    size_of,
-)
+from gatedconv.engine.layers import Layer, is_map, is_nhwc, is_stored, is_vector, map_size, shape_of, size_of
 from gatedconv.engine.lower import ConstantMaps
 from gatedconv.engine.read_arithmetic import (
     Call,
@@ -86,7 +77,7 @@ def _along_channels(node: Any, axis: int) -> bool:
     if not is_stored(node):
         return False
     rank = len(node.meta["tensor_meta"].shape)
-    return axis % rank == (3 if is_channels_last(node) else 1)
+    return axis % rank == (3 if is_nhwc(node) else 1)
 
 
 def _shuffled(call: Call) -> Layer | None:
@@ -178,8 +169,8 @@ def _permute(call: Call) -> Layer | None:
     node, source = call.node, source_of(call.node)
     order = tuple(int(d) % 4 for d in call.get(1))
     if order == (0, 2, 3, 1) and is_map(source):
-        node.meta["channels_last"] = node.meta["permuted"] = True
-    elif order == (0, 3, 1, 2) and is_channels_last(source):
+        node.meta["nhwc"] = node.meta["permuted"] = True
+    elif order == (0, 3, 1, 2) and is_nhwc(source):
         node.meta["permuted"] = True
     else:
         return None
@@ -269,11 +260,11 @@ def read_layer(node: fx.Node, model: nn.Module) -> Layer | None:
         layer = read_call(Call(node, model)) if read_call is not None else None
     if layer is None or (layer.kind != "conv" and any("flattened" in one.meta for one in layer.inputs)):
         return None  # only a linear layer takes a vector that is stored as the map it was
-    last = [is_channels_last(i) for i in layer.inputs]
+    last = [is_nhwc(i) for i in layer.inputs]
     if any(last) and layer.kind in _BY_PIXEL and "permuted" not in node.meta:
-        node.meta["channels_last"] = True
+        node.meta["nhwc"] = True
     elif any(last) and "permuted" not in node.meta:
         return None
     reads = [*layer.inputs, *([layer.residual] if layer.residual is not None else [])]
     stored = all(is_stored(one) for one in (*reads, node))
-    return layer if stored and len({is_channels_last(one) for one in reads}) == 1 else None
+    return layer if stored and len({is_nhwc(one) for one in reads}) == 1 else None

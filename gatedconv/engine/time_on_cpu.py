@@ -16,7 +16,7 @@ from torch import Tensor
 from gatedconv import _build, _native
 from gatedconv.engine.choose import Choose, algorithms, work_of
 from gatedconv.engine.layers import Layer, map_size
-from gatedconv.engine.program import write_program
+from gatedconv.engine.plan_writer import write_program
 from gatedconv.engine.tuner import Tuner, cache_path
 from gatedconv.environment import cpu_info
 from gatedconv.ops.plan import plan_isa, plan_run

@@ -324,8 +324,7 @@ class ChannelGate(LearnedGate):
 class FrozenGate(Gate):
     """A gate that became a constant: the consensus of the samples.
 
-    ``is_open`` (any channel open) and ``is_full`` (all open) are Python bools, so that code can branch
-    on them without reading a device.
+    ``is_open`` (any channel open) is a Python bool, so that code can branch on it without reading a device.
     """
 
     mask: Tensor
@@ -341,7 +340,6 @@ class FrozenGate(Gate):
 
     def _note(self) -> None:
         self.is_open = bool(self.mask.any())
-        self.is_full = bool(self.mask.all())
         self.open_rate = self.running_open_rate
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

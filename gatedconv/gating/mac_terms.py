@@ -144,11 +144,7 @@ class Multilinear(NamedTuple):
 
     @classmethod
     def build(
-        cls,
-        amounts: Sequence[float],
-        factors: Sequence[Sequence[Factor]],
-        sizes: Mapping[str, int],
-        like: Tensor,
+        cls, amounts: Sequence[float], factors: Sequence[Sequence[Factor]], sizes: Mapping[str, int], like: Tensor
     ) -> Multilinear:
         """Constants in the dtype and on the device of ``like``; terms of the same factors become one."""
         merged: dict[tuple[Factor, ...], float] = {}

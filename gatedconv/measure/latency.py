@@ -163,12 +163,7 @@ def wait_until_idle() -> float:
 
 @torch.inference_mode()
 def measure_latency(
-    models: Mapping[Name, Callable[[Tensor], object]],
-    example_input: Tensor,
-    *,
-    rounds: int = 21,
-    warmup: int = 3,
-    min_ms: float = 5.0,
+    models: Mapping[Name, Callable[[Tensor], object]], example_input: Tensor, *, rounds: int = 21
 ) -> dict[Name, Spread]:
     """Time several models on one input: round 1 of each, then round 2 of each, and so on.
 
@@ -176,19 +171,17 @@ def measure_latency(
         models: name -> callable; networks must be in eval mode and on the input's device.
         example_input: (N, C, H, W), the batch to run.
         rounds: measurements per model.
-        warmup: calls of each model before any is timed.
-        min_ms: minimum duration of one measurement; faster models are called several times in it.
 
     Returns:
         name -> ms of one call.
 
     Raises:
-        ValueError: no models, no warm-up, or no round.
+        ValueError: no models, or no round.
     """
     if rounds < 1:
         raise ValueError(f"measure_latency: expected at least one of rounds, got {rounds}")
     calls = {name: partial(model, example_input) for name, model in models.items()}
-    return _spreads(calls, example_input.device, rounds, sample_ms=min_ms, warmup=warmup)
+    return _spreads(calls, example_input.device, rounds, sample_ms=5.0)
 
 
 def _spreads(

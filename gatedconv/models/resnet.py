@@ -200,11 +200,7 @@ def _check(
 
 
 def resnet20(
-    num_classes: int = 10,
-    gate: str | None = None,
-    position: str = "after",
-    shortcut: str = "B",
-    **options: Any,
+    num_classes: int = 10, gate: str | None = None, position: str = "after", shortcut: str = "B", **options: Any
 ) -> ResNet:
     """ResNet-20 for small images; the other depths differ in nothing else.
 
@@ -225,44 +221,28 @@ def resnet20(
 
 
 def resnet32(
-    num_classes: int = 10,
-    gate: str | None = None,
-    position: str = "after",
-    shortcut: str = "B",
-    **options: Any,
+    num_classes: int = 10, gate: str | None = None, position: str = "after", shortcut: str = "B", **options: Any
 ) -> ResNet:
     """ResNet-32; arguments as in ``resnet20``."""
     return ResNet(32, num_classes, gate, position, shortcut, **options)
 
 
 def resnet44(
-    num_classes: int = 10,
-    gate: str | None = None,
-    position: str = "after",
-    shortcut: str = "B",
-    **options: Any,
+    num_classes: int = 10, gate: str | None = None, position: str = "after", shortcut: str = "B", **options: Any
 ) -> ResNet:
     """ResNet-44; arguments as in ``resnet20``."""
     return ResNet(44, num_classes, gate, position, shortcut, **options)
 
 
 def resnet56(
-    num_classes: int = 10,
-    gate: str | None = None,
-    position: str = "after",
-    shortcut: str = "B",
-    **options: Any,
+    num_classes: int = 10, gate: str | None = None, position: str = "after", shortcut: str = "B", **options: Any
 ) -> ResNet:
     """ResNet-56; arguments as in ``resnet20``."""
     return ResNet(56, num_classes, gate, position, shortcut, **options)
 
 
 def resnet110(
-    num_classes: int = 10,
-    gate: str | None = None,
-    position: str = "after",
-    shortcut: str = "B",
-    **options: Any,
+    num_classes: int = 10, gate: str | None = None, position: str = "after", shortcut: str = "B", **options: Any
 ) -> ResNet:
     """ResNet-110; arguments as in ``resnet20``."""
     return ResNet(110, num_classes, gate, position, shortcut, **options)

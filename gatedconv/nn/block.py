@@ -12,14 +12,7 @@ from gatedconv import ops
 from gatedconv.gating import ChannelGate, FrozenGate, LayerGate
 from gatedconv.gating.gates import Gate, LearnedGate
 from gatedconv.nn.conv import Conv2d
-from gatedconv.nn.skip import (
-    BlockSkip,
-    decides_on_device,
-    gated_input_branch,
-    has_hooks,
-    residual_branch,
-    skip_branch,
-)
+from gatedconv.nn.skip import BlockSkip, decides_on_device, gated_input_branch, has_hooks, residual_branch, skip_branch
 
 GATES = ("layer", "channel", "both")
 POSITIONS = ("before", "middle", "after")

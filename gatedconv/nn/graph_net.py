@@ -58,8 +58,8 @@ def _before_call(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
     if size is None or not args:
         return None
     if isinstance(args[0], fx.Proxy):  # a step of the graph that is traced
-        return args[0].tracer.create_proxy("call_function", _of_size, (args[0], size), {}), *args[1:]
-    return _of_size(args[0], size), *args[1:]
+        return args[0].tracer.create_proxy("call_function", checked_size, (args[0], size), {}), *args[1:]
+    return checked_size(args[0], size), *args[1:]
 
 
 def require_size(model: nn.Module, x: Tensor) -> None:
@@ -69,11 +69,15 @@ def require_size(model: nn.Module, x: Tensor) -> None:
         ValueError: naming both sizes.
     """
     if isinstance(model, GraphNet) and "fixed_size" in vars(model):
-        _of_size(x, vars(model)["fixed_size"])
+        checked_size(x, vars(model)["fixed_size"])
 
 
-def _of_size(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Return x."""
+def checked_size(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return x (N, ...).
+
+    Raises:
+        ValueError: x is not of the size (without N) that the graph's constants hold for.
+    """
     if tuple(x.shape[1:]) != tuple(size):
         wanted, found = (" x ".join(map(str, shape)) for shape in (size, x.shape[1:]))
         raise ValueError(

@@ -62,7 +62,7 @@ def _tf32(tensor: Tensor) -> dict[str, bool]:
     return {"allow_tf32": _masked_conv2d_cuda.allows_tf32()} if tensor.is_cuda and tensor.dtype == torch.float32 else {}
 
 
-class BackwardArguments(NamedTuple):
+class ConvBackwardArguments(NamedTuple):
     """The arguments of ``gatedconv::masked_conv2d_backward``; ``needs`` is for input, weight, bias and residual."""
 
     grad: Tensor
@@ -82,7 +82,7 @@ def _register(library: torch.library.Library) -> None:
     # The backward is an operator of its own because the number of open channels is not fixed in a graph.
     # Gradients that are not needed come back empty.
     library.define(
-        f"masked_conv2d_backward({arguments_schema(BackwardArguments)}) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"masked_conv2d_backward({arguments_schema(ConvBackwardArguments)}) -> (Tensor, Tensor, Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     library.impl("masked_conv2d_backward", _backward_op, "CompositeExplicitAutograd")
@@ -116,7 +116,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
     flat: tuple[Any, ...] = (grad, *ctx.saved_tensors, *ctx.numbers, needs)
-    arguments = BackwardArguments(*flat)
+    arguments = ConvBackwardArguments(*flat)
     gradients: Sequence[Tensor | None]
     if torch.is_grad_enabled():
         # This gradient is to be differentiated again, so it is made of differentiable steps.
@@ -127,7 +127,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients[:3], None, None, gradients[3], *[None] * (ctx.inputs - 6)
 
 
-def _compact_gradients(a: BackwardArguments) -> Sequence[Tensor | None]:
+def _compact_gradients(a: ConvBackwardArguments) -> Sequence[Tensor | None]:
     n, c, p, q = a.grad.shape
     top, bottom, left, right = a.padding
     strides, dilation = (a.stride[0], a.stride[1]), (a.dilation[0], a.dilation[1])
@@ -137,7 +137,7 @@ def _compact_gradients(a: BackwardArguments) -> Sequence[Tensor | None]:
 
 
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    a = BackwardArguments(*arguments)
+    a = ConvBackwardArguments(*arguments)
     format = conv_memory_format(a.input, a.weight)
     results = []
     for part, memory_format in zip(_compact_gradients(a), (format, torch.contiguous_format, None, format), strict=True):
@@ -151,7 +151,7 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    a = BackwardArguments(*arguments)
+    a = ConvBackwardArguments(*arguments)
     format = conv_memory_format(a.input, a.weight)
     shapes = (a.input.shape, a.weight.shape, (a.weight.shape[0],), a.grad.shape)
     formats = (format, torch.contiguous_format, torch.contiguous_format, format)

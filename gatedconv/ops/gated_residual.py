@@ -145,7 +145,7 @@ def _kernels_support(
     return not channel.options.flatten and kernels_support(x, *channel)
 
 
-class ForwardArguments(NamedTuple):
+class ResidualForwardArguments(NamedTuple):
     """The arguments of ``gatedconv::gated_residual``; those of the channel gate, from ``weight1`` on, may be None.
 
     ``dtype`` is that of the gate.
@@ -175,7 +175,7 @@ class ForwardArguments(NamedTuple):
     dtype: torch.dtype
 
 
-class BackwardArguments(NamedTuple):
+class ResidualBackwardArguments(NamedTuple):
     """The arguments of ``gatedconv::gated_residual_backward``; ``shortcut_dtype`` is None if it needs no gradient."""
 
     d_out: Tensor | None
@@ -225,14 +225,14 @@ class _Kept(NamedTuple):
 
 def _arguments(
     x: Tensor, shortcut: Tensor, norm: NormArguments, layer: Tensor | None, channel: InnerGate | None
-) -> ForwardArguments:
+) -> ResidualForwardArguments:
     first = (x, shortcut, layer, norm.weight, norm.bias)
     if channel is None:
-        return ForwardArguments(*first, *(None,) * 10, norm.eps, 0.0, "ste", 1.0, True, True, x.dtype)
+        return ResidualForwardArguments(*first, *(None,) * 10, norm.eps, 0.0, "ste", 1.0, True, True, x.dtype)
     parameters, s, o, noise = channel
     numbers = (norm.eps, o.eps, o.estimator, o.temperature, o.training, o.batch_stats, o.dtype or x.dtype)
     flat: tuple[Any, ...] = (*first, *parameters, noise, s.mean, s.var, s.threshold, *numbers)
-    return ForwardArguments(*flat)
+    return ResidualForwardArguments(*flat)
 
 
 def _compiled(
@@ -263,7 +263,7 @@ def _flat(kept: Any) -> _Kept:
 def _forward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels import gated_residual as kernels
 
-    a = ForwardArguments(*arguments)
+    a = ResidualForwardArguments(*arguments)
     norm = NormArguments(a.weight, a.bias, None, None, None, a.eps)  # type: ignore[arg-type]
     channel = None
     if a.weight2 is not None and a.bias2 is not None:
@@ -279,7 +279,7 @@ def _backward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels import gated_residual as forward
     from gatedconv.kernels import gated_residual_backward as kernels
 
-    a = BackwardArguments(*arguments)
+    a = ResidualBackwardArguments(*arguments)
     norm = NormArguments(a.weight, a.bias, None, None, None)  # type: ignore[arg-type]
     channel, decision = None, None
     if a.weight2 is not None:
@@ -296,7 +296,7 @@ def _backward_kernels(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward_fake(*arguments: Any) -> _Kept:
     from gatedconv.kernels.common import gradient_like
 
-    a = ForwardArguments(*arguments)
+    a = ResidualForwardArguments(*arguments)
     (batch, channels), new = a.x.shape[:2], a.weight.new_empty
     out = gradient_like(a.x, torch.promote_types(a.x.dtype, a.shortcut.dtype))
     first = (out, new(batch, channels), new(3, channels), new(batch, channels))
@@ -308,7 +308,7 @@ def _forward_fake(*arguments: Any) -> _Kept:
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     from gatedconv.kernels.common import gradient_like
 
-    a = BackwardArguments(*arguments)
+    a = ResidualBackwardArguments(*arguments)
     new = a.weight.new_empty
     d_shortcut = new(0) if a.shortcut_dtype is None else gradient_like(a.out, a.shortcut_dtype)
     d_layer = new(0) if a.layer is None else torch.empty_like(a.layer, memory_format=torch.contiguous_format)
@@ -318,7 +318,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return *first, *empty_gradients(a.weight1, a.weight2)
 
 
-def _save(ctx: Any, arguments: ForwardArguments, kept: _Kept) -> None:
+def _save(ctx: Any, arguments: ResidualForwardArguments, kept: _Kept) -> None:
     a, k = arguments, kept
     decision = (k.gate, k.logits, k.hidden, k.gate_stat, k.threshold)
     gate = (a.weight1, a.norm_weight, a.norm_bias, a.weight2, a.noise)
@@ -336,11 +336,11 @@ def _gradients(
     Args:
         ctx: the context that `_save` filled.
         grads: of out, pooled, open rate and logits.
-        backward: takes `BackwardArguments`.
+        backward: takes `ResidualBackwardArguments`.
     """
     shortcut_dtype = ctx.shortcut_dtype if ctx.needs_input_grad[1] else None
     flat: tuple[Any, ...] = (*grads, *ctx.saved_tensors, shortcut_dtype, *ctx.options)
-    arguments = BackwardArguments(*flat)
+    arguments = ResidualBackwardArguments(*flat)
     dx, d_shortcut, d_layer, d_weight, d_bias, *gate = backward(*arguments)
     hidden = [None] * 4 if arguments.weight1 is None else gate[:4]
     last = [None] * 2 if arguments.weight2 is None else gate[4:]
@@ -381,12 +381,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 torch.library.define(
-    "gatedconv::gated_residual",
-    f"({arguments_schema(ForwardArguments)}) -> ({arguments_schema(_Kept)})",
+    "gatedconv::gated_residual", f"({arguments_schema(ResidualForwardArguments)}) -> ({arguments_schema(_Kept)})"
 )
 torch.library.define(  # gradients of x, shortcut, layer, weight, bias and of the gate's six parameters
     "gatedconv::gated_residual_backward",
-    f"({arguments_schema(BackwardArguments)}) -> ({', '.join(['Tensor'] * 11)})",
+    f"({arguments_schema(ResidualBackwardArguments)}) -> ({', '.join(['Tensor'] * 11)})",
 )
 torch.library.impl("gatedconv::gated_residual", "CUDA", _forward_kernels)
 torch.library.impl("gatedconv::gated_residual_backward", "CUDA", _backward_kernels)
@@ -395,5 +394,5 @@ torch.library.register_fake("gatedconv::gated_residual_backward", _backward_fake
 torch.library.register_autograd(
     "gatedconv::gated_residual",
     _backward,
-    setup_context=lambda ctx, inputs, output: _save(ctx, ForwardArguments(*inputs), _Kept(*output)),
+    setup_context=lambda ctx, inputs, output: _save(ctx, ResidualForwardArguments(*inputs), _Kept(*output)),
 )

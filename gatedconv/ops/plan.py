@@ -74,7 +74,7 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
                 f"input of {size[2]} x {size[3]} pixels is too small: a layer of {shape[i]} x {shape[i + 3]} "
                 f"pixels would run over {height} x {width}"
             )
-        height, width = _windows(height, *shape[i : i + 3]), _windows(width, *shape[i + 3 : i + 6])
+        height, width = _window_count(height, *shape[i : i + 3]), _window_count(width, *shape[i + 3 : i + 6])
     if shape[1] == 4:
         return [size[0], shape[0], height, width]
     if height != 1 or width != 1:
@@ -85,7 +85,7 @@ def plan_output_size(size: Sequence[int], shape: Sequence[int]) -> list[int]:
     return [size[0], shape[0]]
 
 
-def _windows(size: int, extent: int, stride: int, padding: int) -> int:
+def _window_count(size: int, extent: int, stride: int, padding: int) -> int:
     if stride > 0:
         return (size + padding - extent) // stride + 1
     count = -((size + padding - extent) // stride) + 1  # rounds up

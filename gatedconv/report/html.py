@@ -55,7 +55,7 @@ class RunView:
     footprint: Sequence[Mapping[str, Any]] = ()
 
 
-def html_page(runs: Sequence[RunView], title: str = "gatedconv runs") -> str:
+def html_page(runs: Sequence[RunView]) -> str:
     """The page, as HTML text.
 
     Raises:
@@ -67,8 +67,8 @@ def html_page(runs: Sequence[RunView], title: str = "gatedconv runs") -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
-        f'<h1>{escape(title)}</h1><p class="sub">{len(runs)} {"run" if len(runs) == 1 else "runs"}; MACs are '
+        f"<title>gatedconv runs</title><style>{_STYLE}</style></head><body><main>"
+        f'<h1>gatedconv runs</h1><p class="sub">{len(runs)} {"run" if len(runs) == 1 else "runs"}; MACs are '
         "multiply-accumulates of one image by fvcore's rules; latency is measured, never inferred: by the engine "
         "where it ran, else in eager mode.</p>"
         f"{_overview(runs)}{cards}</main></body></html>\n"

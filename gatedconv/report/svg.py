@@ -32,11 +32,12 @@ class Point(NamedTuple):
     name: str = ""
 
 
-def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int = 520, height: int = 330) -> str:
+def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
     """A scatter plot; a note where there are no points."""
     good = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not good:
         return f'<p class="absent">No run has both {escape(x_title)} and {escape(y_title)}.</p>'
+    width, height = 520, 330
     left, right, top, bottom = 58, width - 16, 14, height - 46
     xs, ys = _ticks([0.0, *(point.x for point in good)]), _ticks([point.y for point in good])
 
@@ -90,9 +91,9 @@ def legend(kinds: Sequence[str]) -> str:
     return f'<p class="legend">{"".join(items)}</p>'
 
 
-def heat_map(rates: Mapping[str, Sequence[float]], epochs: Sequence[int], width: int = 720) -> str:
+def heat_map(rates: Mapping[str, Sequence[float]], epochs: Sequence[int]) -> str:
     """Open rates, 0 to 1, one row for each gate and one column for each epoch; darker is more open."""
-    label_width, cell = 120, max(4, min(16, 640 // max(1, len(rates))))
+    width, label_width, cell = 720, 120, max(4, min(16, 640 // max(1, len(rates))))
     step = (width - label_width - 8) / max(1, len(epochs))
     height = cell * len(rates) + 34
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="open rate of every gate over the epochs">']

@@ -102,8 +102,7 @@ def runs_table(summaries: Mapping[str, Summary]) -> str:
 def figures_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """One row per network, from {name: {top1, macs, params}}."""
     return text_table(
-        ["network", "top-1 (%)", "MACs (M)", "params (k)"],
-        [[name, *_figures(row)] for name, row in rows.items()],
+        ["network", "top-1 (%)", "MACs (M)", "params (k)"], [[name, *_figures(row)] for name, row in rows.items()]
     )
 
 

@@ -38,30 +38,22 @@ MOST_IN_A_ROW = 3
 MOST_IN_AN_EPOCH = 20
 
 
-class Computed(NamedTuple):
-    """Forward and backward of a step.
+class StepResult(NamedTuple):
+    """What a step found.
 
     Attributes:
         logits: (B, classes).
         loss: the total loss, a scalar.
         polarization: its polarization part before the weight, a scalar; None without gates.
         open_rates: (G,) of all gates over the batch; None without gates.
+        bad: bool (): whether the loss or the gradient was not finite; None before the update that checks them.
     """
 
     logits: Tensor
     loss: Tensor
     polarization: Tensor | None
     open_rates: Tensor | None
-
-
-class StepResult(NamedTuple):
-    """`Computed`, and whether the step was bad, bool (): its loss or gradient was not finite."""
-
-    logits: Tensor
-    loss: Tensor
-    polarization: Tensor | None
-    open_rates: Tensor | None
-    bad: Tensor
+    bad: Tensor | None = None
 
 
 # Receives the result of a step, and its labels; on the device, without reading values.
@@ -189,7 +181,7 @@ class Stepper:
 
     def _forward_backward(
         self, images: Tensor, labels: Tensor, progress: float, teacher_logits: Tensor | None
-    ) -> Computed:
+    ) -> StepResult:
         count = self.config.accumulate
         # DistributedDataParallel weighs ranks equally; one may have an image more than another.
         weight = len(images) * self.ranks.world / self.config.batch_size
@@ -217,7 +209,7 @@ class Stepper:
             rates = self._add_rates(rates, share)
             # A CUDA graph of the network writes the next part's logits to the same memory.
             logits_of_parts.append(logits.detach().clone() if count > 1 else logits.detach())
-        return Computed(logits_of_parts[0] if count == 1 else torch.cat(logits_of_parts), loss, polarization, rates)
+        return StepResult(logits_of_parts[0] if count == 1 else torch.cat(logits_of_parts), loss, polarization, rates)
 
     def _add_rates(self, rates: Tensor | None, share: float) -> Tensor | None:
         """Add the open rates of a part, a share of the batch."""
@@ -230,7 +222,7 @@ class Stepper:
     def _loss_weights(self, progress: float) -> GateWeights:
         return gate_weights(self.config, progress)
 
-    def _update(self, computed: Computed) -> StepResult:
+    def _update(self, computed: StepResult) -> StepResult:
         """Change the weights, unless the loss or the gradient is not finite."""
         scaled = self.scaler.is_enabled()
         if scaled:
@@ -248,7 +240,7 @@ class Stepper:
         if self._immediate and bool(bad):
             self.guard.buffers.restore()
         self.guard.count(bad)
-        return StepResult(*computed, bad)
+        return computed._replace(bad=bad)
 
     def _finite(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Bool (), the same on every rank: whether the loss, of all ranks, and the norm of the gradient are finite."""

@@ -1,4 +1,4 @@
-"""The figures of a finished run (read `measured` first), and the exported files."""
+"""The figures of a finished run (read `measure_networks` first), and the exported files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def example_images(data: ImageData, config: TrainConfig, batch: int) -> Tensor:
     return eval_batches(config, data).first(batch)
 
 
-def measured(networks: Mapping[str, nn.Module], config: TrainConfig, data: ImageData, folder: RunFolder) -> Summary:
+def measure_networks(
+    networks: Mapping[str, nn.Module], config: TrainConfig, data: ImageData, folder: RunFolder
+) -> Summary:
     """Figures of the dense and the compact network, and of the consensus of a gated run.
 
     Returns:
@@ -49,20 +51,20 @@ def measured(networks: Mapping[str, nn.Module], config: TrainConfig, data: Image
         macs = count_macs_by_operator(build_model(config, data, gated=False), torch.zeros(1, *data.image_shape))
         found["macs_conv_dense"] = conv_and_linear_macs(macs)
     for name, net in nets.items():
-        found[name] = figures(net.eval(), config, data)
+        found[name] = evaluate_network(net.eval(), config, data)
     measures = config.latency and not config.shared_device
     if measures:
-        for name, times in latencies(nets, config, data).items():
+        for name, times in measure_latencies(nets, config, data).items():
             found[name] |= times
     for name, net in nets.items():
-        found[name] |= energies(net, config, data) if measures else NO_ENERGY
+        found[name] |= measure_energies(net, config, data) if measures else NO_ENERGY
     if "gated" in networks:
         one = example_images(data, config, 1)
         found["blocks"] = block_figures(nets["frozen"], consensus.masks, one, rounds=9 if measures else 0)
     return found
 
 
-def figures(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Any]:
+def evaluate_network(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Any]:
     """Top-1 (percent) on the test split, MACs per image (fvcore's count, and without norms) and parameters."""
     operators = count_macs_by_operator(net, example_images(data, config, 1))
     return {
@@ -73,7 +75,7 @@ def figures(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, A
     }
 
 
-def consensus_figures(gated: nn.Module, consensus: Consensus, dynamic_top1: float) -> dict[str, Any]:
+def summarize_consensus(gated: nn.Module, consensus: Consensus, dynamic_top1: float) -> dict[str, Any]:
     """Figures of the consensus, and of the gated network before it: top-1 (percent) and expected MACs per image."""
     rates = consensus.open_rates
     everything = {name: torch.ones_like(rate) for name, rate in rates.items()}
@@ -91,7 +93,7 @@ def consensus_figures(gated: nn.Module, consensus: Consensus, dynamic_top1: floa
     }
 
 
-def latencies(
+def measure_latencies(
     nets: dict[str, nn.Module], config: TrainConfig, data: ImageData
 ) -> dict[str, dict[str, dict[str, float]]]:
     """The fastest call in ms at batch 1 and 32, of all networks and their engines, timed in an interleaved way.
@@ -114,7 +116,7 @@ def latencies(
     return times
 
 
-def energies(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Any]:
+def measure_energies(net: nn.Module, config: TrainConfig, data: ImageData) -> dict[str, Any]:
     """Joules in eager mode: of one call at batch 1 and 32, and of an image of the larger batch.
 
     Returns:

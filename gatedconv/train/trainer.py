@@ -29,7 +29,7 @@ from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require
 from gatedconv.train.recipe import eval_batches, train_batches
 from gatedconv.train.run_dir import MetricsWriter, RunFolder
 from gatedconv.train.stopping import StopRequest
-from gatedconv.train.summary import consensus_figures, example_images, measured, write_exports
+from gatedconv.train.summary import example_images, measure_networks, summarize_consensus, write_exports
 
 # MACs that are off the target by more than this share of it, with gates that get no gradient (dead or saturated), are
 # worth a note. A single layer gate of ResNet-20 is a fifth of a target of one half.
@@ -208,7 +208,7 @@ class Trainer:
         if ranks.main:
             found = frozen.consensus
             assert isinstance(found, Consensus)  # for the type checker: nn.Module's attributes have no types
-            write_consensus(self.folder.consensus, found, consensus_figures(gated, found, top1))
+            write_consensus(self.folder.consensus, found, summarize_consensus(gated, found, top1))
         return self.compacted(frozen)
 
     def resumed_compact(self, gated: nn.Module) -> nn.Module | None:
@@ -240,7 +240,7 @@ class Trainer:
         if not self.ranks.main:
             return {}
         files = self._write_models(networks)  # first: measuring takes long, and can fail
-        outcome = measured(networks, config, self.data, self.folder)
+        outcome = measure_networks(networks, config, self.data, self.folder)
         history = self.folder.read_metrics()
         energy = run_energy(history)
         summary = {

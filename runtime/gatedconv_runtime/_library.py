@@ -25,10 +25,7 @@ _FUNCTIONS = {
         [ctypes.c_void_p, ctypes.c_void_p, _Size, _Size, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int],
     ),
     "metadata": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_char_p]),
-    "describe": (
-        ctypes.c_int64,
-        [ctypes.c_void_p, _Size, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64],
-    ),
+    "describe": (ctypes.c_int64, [ctypes.c_void_p, _Size, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64]),
     "isa": (ctypes.c_char_p, []),
     "release": (ctypes.c_int64, []),
 }

@@ -104,12 +104,7 @@ def test_no_ratio_without_ours() -> None:
 
 
 def test_best_rows_keep_the_fastest_setting_of_each_provider() -> None:
-    rows = [
-        row(setting="a", ms_median=3.0),
-        row(setting="b"),
-        row(provider="openvino"),
-        row(batch=8, ms_median=9.0),
-    ]
+    rows = [row(setting="a", ms_median=3.0), row(setting="b"), row(provider="openvino"), row(batch=8, ms_median=9.0)]
     assert best_rows([row(setting="a", ms_min=1.4, ms_median=9.0), row()], "ms_min")[0].setting == "a"
     assert [(r.provider, r.setting, r.batch) for r in best_rows(rows)] == [
         ("eager", "b", 1),
@@ -225,8 +220,7 @@ def test_an_output_that_has_nothing_to_do_with_it_is_refused_in_every_precision(
 
 
 @pytest.mark.parametrize(
-    "label",
-    ["freezing, channels_last", pytest.param("AOTInductor, freezing, channels_last", marks=pytest.mark.slow)],
+    "label", ["freezing, channels_last", pytest.param("AOTInductor, freezing, channels_last", marks=pytest.mark.slow)]
 )
 def test_compiled_settings_compute_the_network(small: nn.Module, label: str) -> None:
     settings = [s for s in SETTINGS if s.provider == "compile" and s.label == label]
@@ -292,7 +286,4 @@ def test_under_an_instruction_set_limit_onnxruntime_is_marked_as_unlimited(
     found = compare_runtimes(
         "small", small, torch.randn(1, 3, 8, 8), settings=chosen("all optimizations", "NCHW"), sample_ms=1
     )
-    assert set(found.errors) == {
-        ("onnxruntime", f"all optimizations, {runtimes.UNLIMITED_ISA}"),
-        ("eager", "NCHW"),
-    }
+    assert set(found.errors) == {("onnxruntime", f"all optimizations, {runtimes.UNLIMITED_ISA}"), ("eager", "NCHW")}

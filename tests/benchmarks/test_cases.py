@@ -48,9 +48,4 @@ def test_every_way_to_compute_a_layer_is_right(share: int | str) -> None:
     comparison = compare_layers(ConvCase.parse(f"n2 i3 o8 h7 k3 s2 open{share}"), sample_ms=0)
     assert not comparison.failures and len(comparison.errors) == 10
     comparison.rounds(1)
-    assert {row.provider for row in comparison.rows()} == {
-        "gatedconv",
-        "conv2d",
-        "conv2d on compact weights",
-        "mkldnn",
-    }
+    assert {row.provider for row in comparison.rows()} == {"gatedconv", "conv2d", "conv2d on compact weights", "mkldnn"}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import cases, engine, gate, parity, training
+from benchmarks.gpu import cases, engine_timings, gate_timings, parity, training_timings
 from benchmarks.gpu.cases import Case, all_cases
 from benchmarks.gpu.section import headline, section
 from benchmarks.harness import Machine, count_kernels, poisoned, precision, variable
@@ -231,9 +231,9 @@ def test_the_readme_has_the_range_over_dense_cudnn(tmp_path: Path) -> None:
 
 
 def test_a_wrong_result_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "build", lambda machine, provider, network, x: lambda x: network(x) + 1)
+    monkeypatch.setattr(engine_timings, "build", lambda machine, provider, network, x: lambda x: network(x) + 1)
     with pytest.raises(RuntimeError, match="twice PyTorch's own is"):
-        engine.network_rows(DRY, "resnet20", "mid-50", 1, "bfloat16", "gatedconv")
+        engine_timings.network_rows(DRY, "resnet20", "mid-50", 1, "bfloat16", "gatedconv")
     monkeypatch.setattr(parity, "tiled_conv", lambda machine, x, w, b, o, residual, dtype, tile: residual.relu())
     row = parity.conv_row(DRY, "float16", (1, 1))
     assert row.failed and "allowed" in (row.note or "")
@@ -257,9 +257,9 @@ def test_repeats_that_differ_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> N
     assert [row.note for row in parity.gate_rows(DRY)] == ["passed", "failed: repeats differ"]
 
 
-@pytest.mark.parametrize("layer", engine.LAYERS[:3], ids=lambda layer: layer.name)
-def test_both_peers_of_a_layer_compute_the_same(layer: engine.LayerCase) -> None:
-    calls = engine.layer_providers(DRY, layer, 2, torch.float32)
+@pytest.mark.parametrize("layer", engine_timings.LAYERS[:3], ids=lambda layer: layer.name)
+def test_both_peers_of_a_layer_compute_the_same(layer: engine_timings.LayerCase) -> None:
+    calls = engine_timings.layer_providers(DRY, layer, 2, torch.float32)
     compact, dense = calls["compact cudnn"][0](), calls["dense cudnn"][0]()
     torch.testing.assert_close(compact, dense)
     outputs = layer.outputs if layer.open < layer.outputs else layer.open
@@ -271,8 +271,8 @@ def test_candidates_of_the_tuner_become_rows(tmp_path: Path) -> None:
         "conv 16": {"candidate": "cudnn", "ms": {"cudnn": 0.5, "gatedconv 1x1": 0.7}, "out": {"x": "wrong result"}}
     }
     (tmp_path / "tuned-1.json").write_text(json.dumps({"choices": choices}))
-    case_ = engine.NetworkCase("resnet56", "mid-50", 32)
-    rows = list(engine._candidates(tmp_path, case_, "float16", "gatedconv"))
+    case_ = engine_timings.NetworkCase("resnet56", "mid-50", 32)
+    rows = list(engine_timings._candidates(tmp_path, case_, "float16", "gatedconv"))
     assert [(row.provider, row.ms_median, row.note) for row in rows] == [
         ("cudnn", 0.5, "chosen"),
         ("gatedconv 1x1", 0.7, None),
@@ -288,26 +288,26 @@ def test_errors_are_of_64_images_or_more_in_batches(batch: int, images: int) -> 
         sizes.add(len(part))
         return memory.copy_(part)  # as a graph does: the next call overwrites it
 
-    several = engine._several(x, 64)
+    several = engine_timings._several(x, 64)
     assert len(several) == images and torch.equal(several[:batch], x)
-    assert torch.equal(engine._batched(run, several, batch), several) and sizes == {batch}
+    assert torch.equal(engine_timings._batched(run, several, batch), several) and sizes == {batch}
 
 
 def test_eager_rows_have_the_time_of_the_host_alone() -> None:
-    notes = {row.provider: row.note for row in gate.gate_rows(DRY, "layer", 16, 4)}
+    notes = {row.provider: row.note for row in gate_timings.gate_rows(DRY, "layer", 16, 4)}
     assert all((notes[provider] or "").startswith("the host alone: ") for provider in ("eager", "gatedconv"))
     assert notes["eager graph"] is None and notes["gatedconv graph"] is None
 
 
 def test_a_gate_step_has_gradients_of_input_and_parameters() -> None:
-    made = gate.make_gate("channel", 3, 4)
+    made = gate_timings.make_gate("channel", 3, 4)
     x = torch.randn(4, 3, 4, 4, requires_grad=True)
-    grads = gate.gate_steps(made, [x, x.detach().clone().requires_grad_()])[1]()
+    grads = gate_timings.gate_steps(made, [x, x.detach().clone().requires_grad_()])[1]()
     assert len(grads) == 1 + len(list(made.parameters())) and grads[0].shape == x.shape
 
 
 def test_a_training_step_moves_the_network() -> None:
-    step = training.training_step(DRY, 8, "channel", 4, None)
+    step = training_timings.training_step(DRY, 8, "channel", 4, None)
     first, second = float(step()), float(step())
     assert first != second
 

@@ -34,10 +34,7 @@ def test_train_then_every_other_command(gatedconv: Call, quick: list[object], tm
     assert evaluated.code == 0, evaluated.err
     rows = {line.split()[0]: line.split()[1:] for line in evaluated.out.splitlines()[2:]}
     assert rows["dense"][0] == f"{summary['dense']['top1']:.2f}"
-    assert rows["compact"][:2] == [
-        f"{summary['frozen']['top1']:.2f}",
-        f"{summary['frozen']['macs'] / 1e6:.2f}",
-    ]
+    assert rows["compact"][:2] == [f"{summary['frozen']['top1']:.2f}", f"{summary['frozen']['macs'] / 1e6:.2f}"]
     single = gatedconv("eval", run / "compact.safetensors", *quick[:2])
     assert single.code == 0 and single.out.splitlines()[2].split() == ["compact", *rows["compact"]]
 
@@ -129,18 +126,7 @@ def test_flag_beats_file_beats_preset(tmp_path: Path) -> None:
 
 def test_flags_of_every_kind_reach_the_config(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = [
-        "--no-nesterov",
-        "--milestones",
-        0.1,
-        0.2,
-        "--schedule",
-        "staged",
-        "--lr",
-        "1e-2",
-        "--name",
-        "a b",
-    ]
+    flags = ["--no-nesterov", "--milestones", 0.1, 0.2, "--schedule", "staged", "--lr", "1e-2", "--name", "a b"]
     assert gatedconv("train", *quick, *flags, "--max-minutes", "1e-9", "--run", run).code == 3
     config = RunFolder(run).read_config()
     assert (config.nesterov, config.milestones, config.schedule) == (False, (0.1, 0.2), "staged")

@@ -29,15 +29,7 @@ TORCHVISION = (
     "shufflenet_v2_x1_0",
     "mnasnet1_0",
 )
-TIMM = (
-    "resnet26d",
-    "seresnet50",
-    "efficientnet_lite0",
-    "ghostnet_100",
-    "repvgg_a0",
-    "cspresnet50",
-    "resnetv2_50",
-)
+TIMM = ("resnet26d", "seresnet50", "efficientnet_lite0", "ghostnet_100", "repvgg_a0", "cspresnet50", "resnetv2_50")
 NAMED = (*(f"torchvision/{n}" for n in TORCHVISION), *(f"timm/{n}" for n in TIMM))
 # Networks of other tasks, as people bring them.
 TASKS = (

@@ -13,7 +13,7 @@ from gatedconv.engine.cuda.cuda_plan import CudaPlan
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.lower import lower
 from gatedconv.engine.partition import find_segments
-from gatedconv.engine.program import lay_out
+from gatedconv.engine.plan_writer import lay_out
 
 
 def make_plan(model: nn.Module, x: Tensor, dtype=torch.float32, device="cpu", **options) -> CudaPlan:

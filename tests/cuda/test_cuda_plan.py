@@ -15,6 +15,7 @@ import gatedconv
 from gatedconv.engine import tuner as tuner_module
 from gatedconv.engine.cuda import candidates, graphs
 from gatedconv.engine.cuda.time_on_gpu import planner_hash
+from gatedconv.engine.describe import cuda_plan_lines
 from gatedconv.ops import _masked_conv2d_cuda
 from tests.cuda import plans
 from tests.cuda.plans import always
@@ -261,12 +262,12 @@ def test_a_map_that_is_not_finite_excludes_no_candidate_for_good(tmp_path):
 
 
 def test_choices_depend_on_the_python_that_packs(tmp_path):
-    for name, text in (("candidates.py", "a = 1"), ("experimental.py", "b = 1"), ("other.md", "c = 1")):
+    for name, text in (("candidates.py", "a = 1"), ("resident.py", "b = 1"), ("other.md", "c = 1")):
         (tmp_path / name).write_text(text)
     before = planner_hash(tmp_path)
     (tmp_path / "other.md").write_text("c = 2")
     assert planner_hash(tmp_path) == before
-    (tmp_path / "experimental.py").write_text("b = 2")
+    (tmp_path / "resident.py").write_text("b = 2")
     assert planner_hash(tmp_path) != before
 
 
@@ -295,76 +296,64 @@ def test_a_plan_tunes_once_for_each_shape(tmp_path, kernel):
         x = torch.randn(batch, 3, 16, 16)
         assert error(plan(x), model, x) <= tolerance()
     assert len(keys) == 6 and len(set(keys)) == 6
-    assert "[gatedconv 1x1]" in "".join(plan.describe(1)) and "not measured yet" in "".join(plan.describe(7))
+    assert "[gatedconv 1x1]" in "".join(cuda_plan_lines(plan, 1))
+    assert "not measured yet" in "".join(cuda_plan_lines(plan, 7))
 
 
-def test_graphs_are_kept_by_use_and_bounded():
-    captured = []
+class FakeGraph:
+    """As `graphs.CapturedGraph`, without a GPU."""
 
-    def capture(function, x):
-        captured.append(tuple(x.shape))
-        return lambda given: function(given)
+    def __init__(self, function, x):
+        self.function, self.held, self.done = function, x.detach().clone(), self
 
-    cache = graphs.GraphCache(lambda x: x + 1, limit=2, make=capture)
+    def synchronize(self):
+        pass
+
+    def __call__(self, x):
+        self.held.copy_(x)
+        return self.function(self.held)
+
+
+def test_graphs_are_bounded_and_given_up_after_their_last_call(monkeypatch):
+    captured, waits = [], []
+
+    class Graph(FakeGraph):
+        def __init__(self, function, x):
+            super().__init__(function, x)
+            captured.append(tuple(x.shape))
+
+        def synchronize(self):
+            waits.append(tuple(self.held.shape))
+
+    monkeypatch.setattr(graphs, "CapturedGraph", Graph)
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    cache = graphs.GraphCache(lambda x: x + 1)
     for batch in (1, 2, 1, 3, 1, 2):
         assert torch.equal(cache(torch.zeros(batch)), torch.ones(batch))
-    assert captured == [(1,), (2,), (3,), (2,)] and len(cache) == 2
-    cache.clear()
-    assert len(cache) == 0
+    assert captured == [(1,), (2,), (3,), (2,)] and waits == [(2,), (3,)]
 
 
-def test_what_was_captured_in_inference_mode_serves_outside_of_it():
-    def capture(function, x):
-        held = x.detach().clone()
-
-        def replay(given):
-            held.copy_(given)
-            return function(held)
-
-        return replay
-
-    cache = graphs.GraphCache(lambda x: x + 1, make=capture)
+def test_what_was_captured_in_inference_mode_serves_outside_of_it(monkeypatch):
+    monkeypatch.setattr(graphs, "CapturedGraph", FakeGraph)
+    cache = graphs.GraphCache(lambda x: x + 1)
     with torch.inference_mode():
         assert torch.equal(cache(torch.zeros(3)), torch.ones(3))
     result = cache(torch.ones(3, requires_grad=True))
     assert torch.equal(result, torch.full((3,), 2.0)) and not result.requires_grad
 
 
-def test_a_graph_is_given_up_after_its_last_call():
-    waits = []
-
-    class Graph(graphs.CapturedGraph):
-        def __init__(self, function, x):
-            self.shape, self.done = tuple(x.shape), self
-
-        def synchronize(self):
-            waits.append(self.shape)
-
-        def __call__(self, x):
-            return x
-
-    cache = graphs.GraphCache(lambda x: x, limit=1, make=Graph)
-    for batch in (1, 1, 2):
-        cache(torch.zeros(batch))
-    assert waits == [(1,)]
-    cache.clear()
-    assert waits == [(1,), (2,)]
-
-
-def test_threads_take_turns_at_a_graph():
+def test_threads_take_turns_at_a_graph(monkeypatch):
     inside, overlaps = [], []
 
-    def capture(function, x):
-        def replay(given):
-            inside.append(1)
-            overlaps.append(len(inside))
-            result = function(given)
-            inside.pop()
-            return result
+    def twice(x):
+        inside.append(1)
+        overlaps.append(len(inside))
+        result = x * 2
+        inside.pop()
+        return result
 
-        return replay
-
-    cache = graphs.GraphCache(lambda x: x * 2, make=capture)
+    monkeypatch.setattr(graphs, "CapturedGraph", FakeGraph)
+    cache = graphs.GraphCache(twice)
     x = torch.arange(1000.0)
     results = []
     threads = [threading.Thread(target=lambda: results.append(cache(x))) for _ in range(16)]

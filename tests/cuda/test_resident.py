@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gatedconv
-from gatedconv.engine.cuda import experimental, resident_runs
+from gatedconv.engine.cuda import resident, resident_runs
 from gatedconv.engine.cuda.instructions import map_sizes
+from gatedconv.engine.describe import cuda_plan_lines
 from tests.cuda import plans
 from tests.cuda.gpu import test_resident as gpu_tests
 from tests.cuda.gpu.test_sanitized import sanitized_network
@@ -49,8 +50,8 @@ def racing_twin(tmp_path_factory):
 def served(monkeypatch, twin, budget=H100, ranks=(1, 2, 4, 8)):
     """Let plans on the CPU believe in a GPU, whose launches the twin runs."""
     twin.layouts.clear()
-    monkeypatch.setattr(experimental, "limits", lambda device, dtype: experimental.Limits(budget, ranks))
-    monkeypatch.setattr(experimental, "resident_run", twin.run)
+    monkeypatch.setattr(resident, "limits", lambda device, dtype: resident.Limits(budget, ranks))
+    monkeypatch.setattr(resident, "resident_run", twin.run)
 
 
 def compare(model, x, dtype, ranks, tuner=None):
@@ -82,7 +83,7 @@ def test_a_compact_resnet_is_one_launch(position, shortcut, share, dtype, ranks,
     assert len(twin.layouts) >= 1 and {layout[0] for layout in twin.layouts} == {ranks}
     ((run, _),) = next(iter(plan.runs.values())).values()
     assert (run.start, run.end) == (0, len(plan.instructions))
-    lines = plan.describe(2)
+    lines = cuda_plan_lines(plan, 2)
     assert all(f"[resident x{ranks}, one launch]" in line for line in lines) and len(lines) == len(plan.instructions)
 
 
@@ -231,8 +232,8 @@ def test_places_never_overlap_while_they_are_needed():
 @pytest.mark.parametrize("fragments", [1, 2, 3, 4, 7, 16, 49, 64, 200])
 @pytest.mark.parametrize("blocks", range(1, 9))
 def test_tiles_cover_everything(fragments, blocks):
-    tile = experimental.choose_tile(fragments, blocks)
-    assert (tile.mt, tile.nt) in experimental.TILES and tile.groups <= 8
+    tile = resident.choose_tile(fragments, blocks)
+    assert (tile.mt, tile.nt) in resident.TILES and tile.groups <= 8
     assert tile.groups * tile.nt >= blocks and tile.groups * tile.nt <= 8
     assert tile.passes * tile.fragments >= fragments > (tile.passes - 1) * tile.fragments
 
@@ -254,7 +255,7 @@ def test_the_faster_of_launch_and_layers_is_taken(twin, monkeypatch):
     served(monkeypatch, twin)
     model, x = gated("after", 0.5), torch.randn(2, 3, 9, 12)
     slow = compare(model, x, torch.float16, 1, Times(layers=1.0, resident_x2=2.0))
-    assert not any(slow.runs.values()) and "one launch" not in "".join(slow.describe(2))
+    assert not any(slow.runs.values()) and "one launch" not in "".join(cuda_plan_lines(slow, 2))
     tuner = Times(layers=1.0, resident_x2=0.5)
     fast = compare(model, x, torch.float16, 1, tuner)
     ((_, name),) = next(iter(fast.runs.values())).values()

@@ -14,12 +14,7 @@ from tests.tolerances import assert_close
 @pytest.fixture
 def data(tmp_path: Path) -> ImageData:
     images, labels = blobs(40, channels=3)
-    splits = {
-        "train_images": images,
-        "train_labels": labels,
-        "test_images": images[:7],
-        "test_labels": labels[:7],
-    }
+    splits = {"train_images": images, "train_labels": labels, "test_images": images[:7], "test_labels": labels[:7]}
     return load_data(f"npz:{write_npz(tmp_path / 'a.npz', **splits)}")
 
 

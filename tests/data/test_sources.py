@@ -26,11 +26,7 @@ def test_digits_are_scikit_learns_scans_in_bytes() -> None:
 
 
 def test_digits_split_is_stratified_and_moves_with_the_seed_alone() -> None:
-    first, again, other = (
-        load_data("digits", seed=3),
-        load_data("digits", seed=3),
-        load_data("digits", seed=4),
-    )
+    first, again, other = (load_data("digits", seed=3), load_data("digits", seed=3), load_data("digits", seed=4))
     assert torch.equal(first.test_images, again.test_images)
     assert not torch.equal(first.test_images, other.test_images)
     share = first.test_labels.bincount() / torch.cat([first.train_labels, first.test_labels]).bincount()

@@ -13,15 +13,7 @@ from gatedconv.nn import ChannelBias, CompactBlock, ConstantMap, GatherChannels,
 from tests.oracle import random_masks, randomize_statistics
 from tests.tolerances import relative_error, tolerance
 
-OURS = (
-    gatedconv.models.ResNet,
-    CompactBlock,
-    GatherChannels,
-    ScatterAdd,
-    ChannelBias,
-    ConstantMap,
-    PadShortcut,
-)
+OURS = (gatedconv.models.ResNet, CompactBlock, GatherChannels, ScatterAdd, ChannelBias, ConstantMap, PadShortcut)
 X = torch.zeros(1, 3, 16, 16)
 
 

@@ -18,10 +18,7 @@ from tests.convert.networks import IMAGES, NETWORKS, masked_forward, network
 from tests.oracle import random_masks
 from tests.tolerances import assert_close, relative_error, tolerance
 
-FOLLOW = {
-    "depthwise_dilated": {},
-    "channels_last": {},
-}  # networks whose depthwise layers have gates of their own
+FOLLOW = {"depthwise_dilated": {}, "channels_last": {}}  # networks whose depthwise layers have gates of their own
 
 
 @functools.cache

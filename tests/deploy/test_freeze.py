@@ -39,12 +39,7 @@ def images(*levels):
 
 @pytest.mark.parametrize(
     ("levels", "is_open", "agreement"),
-    [
-        ((1.0, 1.0, 0.0), True, 2 / 3),
-        ((1.0, 0.0, 0.0), False, 2 / 3),
-        ((1.0, 0.0), True, 0.5),
-        ((0.0,), False, 1.0),
-    ],
+    [((1.0, 1.0, 0.0), True, 2 / 3), ((1.0, 0.0, 0.0), False, 2 / 3), ((1.0, 0.0), True, 0.5), ((0.0,), False, 1.0)],
 )
 @pytest.mark.filterwarnings("ignore:freeze")
 def test_the_majority_of_all_samples_decides_and_a_tie_opens(levels, is_open, agreement):

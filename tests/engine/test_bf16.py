@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 import gatedconv
-from gatedconv.engine import program
+from gatedconv.engine import plan_writer
 from gatedconv.ops.plan import plan_isa, unavailable
 from tests.engine.nets import ISAS, Residual, settle, supported
 from tests.engine.test_exactness import convolutions
@@ -57,13 +57,7 @@ def rounded(conv, x):
     weight = conv.weight.bfloat16().double()
     bias = None if conv.bias is None else conv.bias.double()
     return F.conv2d(
-        F.pad(x.bfloat16().double(), _padding(conv)),
-        weight,
-        bias,
-        conv.stride,
-        0,
-        conv.dilation,
-        conv.groups,
+        F.pad(x.bfloat16().double(), _padding(conv)), weight, bias, conv.stride, 0, conv.dilation, conv.groups
     )
 
 
@@ -212,8 +206,8 @@ def test_describe_names_the_type_and_the_instructions(isa):
 
 def test_a_layer_that_is_packed_wrongly_is_named(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 24, 3), nn.Conv2d(24, 5, 1)).eval()
-    pack = program.pack_bf16
-    monkeypatch.setattr(program, "pack_bf16", lambda weight: pack(weight * (3 if len(weight) == 24 else 1)))
+    pack = plan_writer.pack_bf16
+    monkeypatch.setattr(plan_writer, "pack_bf16", lambda weight: pack(weight * (3 if len(weight) == 24 else 1)))
     with pytest.warns(UserWarning, match="everything runs in PyTorch.* first at 2$"):
         engine = gatedconv.Engine(net, X, dtype=BF16)
     assert torch.equal(engine(X), net(X))

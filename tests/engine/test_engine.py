@@ -396,15 +396,7 @@ def test_a_value_that_is_overwritten_and_read_again():
 
 def test_describe_names_kernels_and_sizes(engine):
     text = engine.describe()
-    for words in (
-        "Winograd F(4x4)",
-        "direct 3x3",
-        "layer3.2.conv2",
-        "M MACs",
-        "workspace",
-        "MiB",
-        plan.plan_isa(),
-    ):
+    for words in ("Winograd F(4x4)", "direct 3x3", "layer3.2.conv2", "M MACs", "workspace", "MiB", plan.plan_isa()):
         assert words in text
 
 

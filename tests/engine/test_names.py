@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gatedconv.engine.program import ACTS, OPS
+from gatedconv.engine.plan_writer import ACTS, MAP_FIELDS, OPS, STEP_FIELDS
 
 CPU = Path(__file__).resolve().parents[2] / "csrc" / "cpu"
 SHOWN = {"winograd2": "winograd F(2x2)", "winograd4": "winograd F(4x4)", None: ""}
@@ -26,3 +26,10 @@ def test_a_number_stands_for_the_same_name_everywhere(kind, names):
     assert snake == ["none" if name is None else name for name in names]
     shown = re.findall(r'"(.*?)"', block("gatedconv_plan.cpp", f"const char* const k{kind}s[]"))
     assert shown == [SHOWN.get(name, name) for name in names]
+
+
+@pytest.mark.parametrize(("kind", "fields", "some"), [("Map", MAP_FIELDS, "slot"), ("Step", STEP_FIELDS, "weights")])
+def test_fields_are_at_the_same_places(kind, fields, some):
+    *names, count = re.findall(r"\bk(\w+)", re.sub("//.*", "", block("plan.h", f"enum {kind}Field ")))
+    assert count == f"{kind}Fields" and len(names) == len(fields)
+    assert names[fields.index(some)].lower() == some

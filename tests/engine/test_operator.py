@@ -37,11 +37,7 @@ def test_compile(engine):
 
 def test_export_for_any_batch_and_size(engine):
     x = torch.randn(2, 3, 10, 12)
-    dims = {
-        0: torch.export.Dim("n", max=64),
-        2: torch.export.Dim("h", min=2),
-        3: torch.export.Dim("w", min=2),
-    }
+    dims = {0: torch.export.Dim("n", max=64), 2: torch.export.Dim("h", min=2), 3: torch.export.Dim("w", min=2)}
     program = torch.export.export(engine, (x,), dynamic_shapes={"x": dims})
     other = torch.randn(5, 3, 17, 9)
     assert torch.equal(program.module()(other), engine(other))

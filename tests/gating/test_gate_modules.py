@@ -131,10 +131,7 @@ def test_a_used_gate_copies_and_pickles():
         (lambda: ChannelGate(4, pool="max"), "pool must be one of avg, flatten"),
         (lambda: ChannelGate(4, pool="flatten"), "needs feature_size"),
         (lambda: LayerGate(4)(torch.randn(4, 4)), r"input must be \(N, C, H, W\)"),
-        (
-            lambda: ChannelGate(2, pool="flatten", feature_size=9)(torch.randn(2, 2, 2, 2)),
-            r"built for H\*W = 9",
-        ),
+        (lambda: ChannelGate(2, pool="flatten", feature_size=9)(torch.randn(2, 2, 2, 2)), r"built for H\*W = 9"),
     ],
 )
 def test_bad_arguments_are_named(build, message):

@@ -27,10 +27,7 @@ def test_linear_warmup_of_no_duration_is_constant() -> None:
 
 @pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])
 def test_progress_outside_the_run_is_refused(progress: float) -> None:
-    for call in (
-        lambda: schedules.rising(progress),
-        lambda: schedules.linear_warmup(progress, 1.0, 0.5),
-    ):
+    for call in (lambda: schedules.rising(progress), lambda: schedules.linear_warmup(progress, 1.0, 0.5)):
         with pytest.raises(ValueError, match=r"progress must be in \[0, 1\]"):
             call()
 

@@ -31,8 +31,8 @@ class Clock:
 
 def test_medians_are_milliseconds_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    models = {"slow": clock.model("slow", 12, 12, 14, 13), "fast": clock.model("fast", 3)}
-    measured = measure_latency(models, torch.zeros(1), rounds=5, warmup=1, min_ms=6.0)
+    models = {"slow": clock.model("slow", 12, 12, 12, 12, 14, 13), "fast": clock.model("fast", 3)}
+    measured = measure_latency(models, torch.zeros(1), rounds=5)
     assert measured["slow"].least == pytest.approx(12) and measured["slow"].median == pytest.approx(13)
     assert measured["fast"].median == pytest.approx(3)
     assert measured["fast"].iqr == pytest.approx(0)
@@ -40,9 +40,9 @@ def test_medians_are_milliseconds_per_call(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_models_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    models = {name: clock.model(name, 2.0) for name in "ab"}
-    measure_latency(models, torch.zeros(1), rounds=3, warmup=1, min_ms=0.0)
-    assert "".join(clock.log) == "ab" + "ab" * 3
+    models = {name: clock.model(name, 4.0) for name in "ab"}
+    measure_latency(models, torch.zeros(1), rounds=3)
+    assert "".join(clock.log) == "aaabbb" + "ab" * 3
 
 
 def test_bad_arguments() -> None:

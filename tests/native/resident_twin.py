@@ -18,7 +18,7 @@ RACES = ["-fsanitize=thread", "-g"]
 
 
 class Twin:
-    """The program, kept running; `run` is `gatedconv.engine.cuda.experimental.resident_run` on the CPU."""
+    """The program, kept running; `run` is `gatedconv.engine.cuda.resident.resident_run` on the CPU."""
 
     def __init__(self, folder: Path, sanitize: list[str]) -> None:
         program = build(folder, sanitize)

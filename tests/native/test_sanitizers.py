@@ -63,8 +63,7 @@ def test_under_sanitizers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault",
-    ["int* p = new int[2]; int v = p[argc + 1]; delete[] p; return v;", "return (2147483647 + argc) & 1;"],
+    "fault", ["int* p = new int[2]; int v = p[argc + 1]; delete[] p; return v;", "return (2147483647 + argc) & 1;"]
 )
 def test_the_sanitizers_would_notice(fault, tmp_path):
     source = tmp_path / "fault.cpp"

@@ -93,7 +93,7 @@ def gate_backward(*arguments):
 
 
 def gated_residual(*arguments):
-    a = residual_op.ForwardArguments(*arguments)
+    a = residual_op.ResidualForwardArguments(*arguments)
     dtype, new = a.weight.dtype, a.weight.new_empty
     wide = a.x.to(dtype)
     mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
@@ -113,7 +113,7 @@ def gated_residual(*arguments):
 
 
 def gated_residual_backward(*arguments):
-    a = residual_op.BackwardArguments(*arguments)
+    a = residual_op.ResidualBackwardArguments(*arguments)
     dtype, new = a.weight.dtype, a.weight.new_empty
     pixels, count = a.x.shape[2] * a.x.shape[3], a.x.numel() // a.x.shape[1]
     grad = torch.zeros_like(a.out, dtype=dtype)

@@ -128,10 +128,7 @@ def test_opcheck_of_a_permuted_input_and_of_backward():
     saved = (pooled, logits, hidden, stat, threshold)
     weights = (parameters.weight1, parameters.norm_weight, parameters.norm_bias, parameters.weight2)
     options = ("batch_mean", 1.0, True, True, torch.float32)
-    opcheck(
-        torch.ops.gatedconv.gate_backward.default,
-        (gate, None, logits, *saved, *weights, None, 8, True, *options),
-    )
+    opcheck(torch.ops.gatedconv.gate_backward.default, (gate, None, logits, *saved, *weights, None, 8, True, *options))
 
 
 def test_compiled_operator_moves_buffers_in_one_graph():

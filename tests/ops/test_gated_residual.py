@@ -24,11 +24,7 @@ def norm_of(channels):
 
 def test_reference_is_the_block_written_out():
     norm = norm_of(3)
-    x, shortcut, layer = (
-        torch.randn(4, 3, 2, 5),
-        torch.randn(4, 3, 2, 5),
-        torch.tensor([[1.0], [0], [1], [1]]),
-    )
+    x, shortcut, layer = (torch.randn(4, 3, 2, 5), torch.randn(4, 3, 2, 5), torch.tensor([[1.0], [0], [1], [1]]))
     weight, bias = torch.randn(3, 3), torch.randn(3)
     gate = ops.GateParameters(None, None, None, None, weight, bias)
     inner = ops.InnerGate(gate, ops.GateStatistics(open_rate=torch.ones(3)), ops.GateOptions())
@@ -51,11 +47,7 @@ def test_reference_is_the_block_written_out():
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (
-            (torch.ones(2, 3, 2, 2).long(), torch.ones(2, 3, 2, 2)),
-            TypeError,
-            "x must be a floating point tensor",
-        ),
+        ((torch.ones(2, 3, 2, 2).long(), torch.ones(2, 3, 2, 2)), TypeError, "x must be a floating point tensor"),
         ((torch.ones(2, 3, 2, 2), torch.ones(2, 3, 2, 1)), ValueError, r"shortcut must .*got \(2, 3, 2, 1\)"),
         ((torch.ones(2, 4, 2, 2), torch.ones(2, 4, 2, 2)), ValueError, r"norm.weight must have shape \(4,\)"),
         ((torch.ones(2, 3, 2, 2), torch.ones(2, 3, 2, 2), torch.ones(2, 3)), ValueError, r"shape \(2, 1\)"),

@@ -139,13 +139,7 @@ def test_real_layers(instruction_set, text):
     expected = F.conv2d(*remaining, case.stride, case.pad) * out_open[:, None, None]
     for memory_format in (torch.contiguous_format, torch.channels_last):
         out = masked_conv2d(
-            x.contiguous(memory_format=memory_format),
-            w,
-            b,
-            out_open,
-            in_open,
-            stride=case.stride,
-            padding=case.pad,
+            x.contiguous(memory_format=memory_format), w, b, out_open, in_open, stride=case.stride, padding=case.pad
         )
         assert relative_error(out, expected, SCALE) <= tolerance()
         assert not out[:, ~out_open].any()
@@ -210,10 +204,7 @@ def test_all_open_equals_conv2d_on_pytorchs_own_samples(backend, monkeypatch):
     checked = 0
     for dtype in (torch.float32, torch.float64):
         for sample in info.sample_inputs("cpu", dtype):
-            weight, bias = (
-                sample.args[0],
-                sample.args[1] if len(sample.args) > 1 else sample.kwargs.get("bias"),
-            )
+            weight, bias = (sample.args[0], sample.args[1] if len(sample.args) > 1 else sample.kwargs.get("bias"))
             numbers = {k: v for k, v in sample.kwargs.items() if k != "bias"}
             if sample.input.dim() != 4:
                 continue

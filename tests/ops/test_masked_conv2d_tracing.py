@@ -10,11 +10,7 @@ IN_OPEN = torch.tensor([1, 1, 0, 1], dtype=torch.bool)
 
 
 def tensors(dtype=torch.float32, channels_last=False, requires_grad=False):
-    x, w, b = (
-        torch.randn(2, 4, 6, 5, dtype=dtype),
-        torch.randn(5, 4, 3, 3, dtype=dtype),
-        torch.randn(5, dtype=dtype),
-    )
+    x, w, b = (torch.randn(2, 4, 6, 5, dtype=dtype), torch.randn(5, 4, 3, 3, dtype=dtype), torch.randn(5, dtype=dtype))
     residual = torch.randn(2, 5, 3, 3, dtype=dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)

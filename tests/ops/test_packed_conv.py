@@ -136,11 +136,7 @@ def test_packed_weights_are_no_part_of_the_module(packs):
     buffer = io.BytesIO()
     torch.save(conv, buffer)
     buffer.seek(0)
-    copies = (
-        copy.deepcopy(conv),
-        pickle.loads(pickle.dumps(conv)),
-        torch.load(buffer, weights_only=False),
-    )
+    copies = (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)), torch.load(buffer, weights_only=False))
     for other in copies:
         assert other._packed is not conv._packed and other._packed._kept is None
         check(other, x)

@@ -3,21 +3,7 @@ import torch
 
 from gatedconv.ops import ste, ste_reference
 
-EDGES = [
-    -2.0,
-    -1.0 - 1e-7,
-    -1.0,
-    -0.5,
-    -0.0,
-    0.0,
-    1e-30,
-    0.5,
-    1.0,
-    1.0 + 2e-7,
-    2.0,
-    float("inf"),
-    -float("inf"),
-]
+EDGES = [-2.0, -1.0 - 1e-7, -1.0, -0.5, -0.0, 0.0, 1e-30, 0.5, 1.0, 1.0 + 2e-7, 2.0, float("inf"), -float("inf")]
 
 
 @pytest.mark.parametrize("function", [ste, ste_reference])

@@ -137,9 +137,7 @@ def test_threads_that_call_first_together_load_once(fresh, monkeypatch):
 
     calls = []
     monkeypatch.setattr(
-        _native,
-        "_load_first",
-        lambda target: calls.append(target) or _native.Library(target, "none", None, "test"),
+        _native, "_load_first", lambda target: calls.append(target) or _native.Library(target, "none", None, "test")
     )
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(_native.load, ["cpu"] * 32))

@@ -23,7 +23,7 @@ def find_kernel(form: str, cluster: bool, architecture: int = 90, edit: nvcc.Edi
 
 
 class Driver:
-    """`run` is `gatedconv.engine.cuda.experimental.resident_run`.
+    """`run` is `gatedconv.engine.cuda.resident.resident_run`.
 
     Attributes:
         machines: What ran every launch.

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from unittest import mock
 
 from gatedconv import _build
-from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda import resident
 from gatedconv.ops import _masked_conv2d_cuda
 from tests.ptx import convolution
 from tests.ptx.resident import Driver
 
-H100 = experimental.Limits(232448, (1, 2, 4, 8))
+H100 = resident.Limits(232448, (1, 2, 4, 8))
 
 
 @contextlib.contextmanager
@@ -33,8 +33,8 @@ def installed() -> Iterator[bool]:
                 (_masked_conv2d_cuda, "conv_pack", convolution.conv_pack),
                 (_masked_conv2d_cuda, "conv_run", convolution.conv_run),
                 (_masked_conv2d_cuda, "supports", lambda input, kernel, dilation, groups: groups == 1),
-                (experimental, "limits", lambda device, dtype: H100),
-                (experimental, "resident_run", driver.run),
+                (resident, "limits", lambda device, dtype: H100),
+                (resident, "resident_run", driver.run),
             ):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
         device = None

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import gatedconv
-from gatedconv.engine.cuda import experimental
-from gatedconv.engine.cuda.experimental import TILES
+from gatedconv.engine.cuda import resident
+from gatedconv.engine.cuda.resident import TILES
 from tests.cuda import plans
 from tests.cuda.gpu.test_sanitized import sanitized_network
 from tests.cuda.test_resident import FLOOR, H100, Scattering
@@ -24,8 +24,8 @@ def check(monkeypatch, model, x, dtype, ranks, ledger=None, case="", **attribute
     """The plan's error against float64 is at most twice PyTorch's, and nothing is noted. Returns the driver."""
     driver = Driver(seed=ranks)
     vars(driver).update(attributes)
-    monkeypatch.setattr(experimental, "limits", lambda device, dtype: experimental.Limits(H100, (1, 2, 4, 8)))
-    monkeypatch.setattr(experimental, "resident_run", driver.run)
+    monkeypatch.setattr(resident, "limits", lambda device, dtype: resident.Limits(H100, (1, 2, 4, 8)))
+    monkeypatch.setattr(resident, "resident_run", driver.run)
     low, given = copy.deepcopy(model).to(dtype), x.to(dtype)
     tuner = plans.always(f"resident x{ranks}")
     mine = plans.make_plan(model, given, dtype=dtype, mode="experimental", tuner=tuner)(given)
@@ -95,9 +95,9 @@ def check_tiles(monkeypatch, dtype, ranks, architecture, ledger):
     def choose(fragments, blocks):
         mt, nt = next(tiles)
         groups = -(-blocks // nt)
-        return experimental.Tile(mt, nt, groups, -(-fragments // (experimental.WARPS // groups * mt)))
+        return resident.Tile(mt, nt, groups, -(-fragments // (resident.WARPS // groups * mt)))
 
-    monkeypatch.setattr(experimental, "choose_tile", choose)
+    monkeypatch.setattr(resident, "choose_tile", choose)
     x = 3 * torch.randn(1, 3, *(12, 12) if ranks == 1 else (16, 16))
     check(monkeypatch, model, x, dtype, ranks, ledger, "tiles", architecture=architecture)
 

@@ -123,10 +123,7 @@ def numbers(state: Any) -> Any:
 def test_the_captured_function_makes_the_steps_of_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruner, "EVERY", 2)
     config = dataclasses.replace(CONFIG, **CASES[name])
-    (plain, expected), (other, found) = (
-        trained(Stepper, config),
-        trained(CudaGraphStepper, config, capture=False),
-    )
+    (plain, expected), (other, found) = (trained(Stepper, config), trained(CudaGraphStepper, config, capture=False))
     assert int(plain.guard.skipped) == 1 and plain.macs.executed == other.macs.executed > 0
     assert plain.parts.keys() == other.parts.keys()
     for part in plain.parts:

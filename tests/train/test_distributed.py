@@ -152,10 +152,7 @@ def rank(index: int, folder: str) -> None:
     for name, call in (
         ("freeze", lambda: gatedconv.freeze(still_network("both"), masks=masks)),
         ("masks", lambda: require_same_masks(masks, "here")),
-        (
-            "small",
-            lambda: list(train(still_network("both"), load_data(f"npz:{archive}"), too_small)),
-        ),
+        ("small", lambda: list(train(still_network("both"), load_data(f"npz:{archive}"), too_small))),
     ):
         try:
             call()

@@ -52,13 +52,7 @@ def assert_same_state(left: Any, right: Any) -> None:
         {},
         {"gate": "none"},
         {"gate": "channel", "position": "middle", "estimator": "bernoulli"},
-        {
-            "gate": "both",
-            "estimator": "gumbel",
-            "grad_clip": 1.0,
-            "label_smoothing": 0.1,
-            "schedule": "staged",
-        },
+        {"gate": "both", "estimator": "gumbel", "grad_clip": 1.0, "label_smoothing": 0.1, "schedule": "staged"},
         {"amp": "bf16", "channels_last": False},
     ],
     ids=["layer", "dense", "channel-bernoulli", "both-gumbel", "bf16"],
@@ -187,13 +181,7 @@ def test_a_mac_target_moves_the_macs(data: ImageData) -> None:
     final = {}
     for target in (0.4, 1.0):
         config = dataclasses.replace(
-            CONFIG,
-            epochs=14,
-            batch_size=8,
-            mac_target=target,
-            mac_weight=5.0,
-            act_weight=0.0,
-            polar_weight=0.5,
+            CONFIG, epochs=14, batch_size=8, mac_target=target, mac_weight=5.0, act_weight=0.0, polar_weight=0.5
         )
         final[target] = list(train(network(config), data, config))[-1].macs
     assert final[0.4] < 0.65 and final[1.0] > 0.9

@@ -49,12 +49,7 @@ def test_optimizer_groups_decay_what_they_should() -> None:
 def test_total_loss_is_the_sum_of_its_parts() -> None:
     """Against the equations, written out on the open rates."""
     config = TrainConfig(
-        polar_weight=2.0,
-        polar_schedule="constant",
-        act_weight=0.5,
-        mac_weight=3.0,
-        mac_target=0.5,
-        gate_warmup=0.5,
+        polar_weight=2.0, polar_schedule="constant", act_weight=0.5, mac_weight=3.0, mac_target=0.5, gate_warmup=0.5
     )
     model = network().train()
     images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 3

@@ -69,10 +69,7 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
     assert not [name for name, value in right.items() if not torch.equal(left[name], value)]
 
 
-@pytest.mark.parametrize(
-    ("gate", "position", "watched"),
-    [("layer", "after", False), ("both", "middle", True)],
-)
+@pytest.mark.parametrize(("gate", "position", "watched"), [("layer", "after", False), ("both", "middle", True)])
 def test_a_compiled_network_is_one_graph_and_trains_the_same(gate: str, position: str, watched: bool) -> None:
     torch._dynamo.reset()
     eager, compiled = network(gate, position), network(gate, position)

@@ -17,7 +17,7 @@ from gatedconv.train import Callback, EpochMetrics, RunFolder, TrainConfig, run
 from gatedconv.train.build import build_model, load_images
 from gatedconv.train.metrics import TensorBoard, evaluate
 from gatedconv.train.stopping import StopRequest
-from gatedconv.train.summary import energies
+from gatedconv.train.summary import measure_energies
 from reproduce.experiments import find_experiment
 from reproduce.rows import training_row
 from tests.image_files import write_npz
@@ -129,10 +129,10 @@ def test_networks_carry_the_energy_of_an_image(data: ImageData, monkeypatch: pyt
         "gatedconv.train.summary.energy_per_call",
         lambda call, meter, synchronize: asked.append(len(call())) or 0.1 * len(call()),
     )
-    found = energies(net, config, data)
+    found = measure_energies(net, config, data)
     assert asked == [1, 32] and found == {"energy_j": {"1": 0.1, "32": 3.2}, "energy_j_image": pytest.approx(0.1)}
     monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([], "no RAPL zones"))
-    assert energies(net, config, data) == {"energy_j": None, "energy_j_image": None}
+    assert measure_energies(net, config, data) == {"energy_j": None, "energy_j_image": None}
 
 
 def begun(path: Path) -> RunFolder:
@@ -404,9 +404,7 @@ def test_stuck_gates_off_target_are_noted(tmp_path: Path, archive: Path, monkeyp
     monkeypatch.setattr("gatedconv.train.build.build_model", with_biases([50.0] * 9))
     heard = Recorder()
     summary = run(
-        small(archive, dense_baseline=False, epochs=1, latency=False),
-        RunFolder(tmp_path / "r"),
-        callback=heard,
+        small(archive, dense_baseline=False, epochs=1, latency=False), RunFolder(tmp_path / "r"), callback=heard
     )
     assert any("all 9 gates are saturated at 100.0% of the dense MACs, mac_target is 50.0%" in n for n in heard.notes)
     assert summary["frozen"]["macs"] == pytest.approx(summary["macs_dense"], rel=1e-3)

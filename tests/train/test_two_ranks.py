@@ -120,9 +120,7 @@ def test_each_process_re_estimates_over_its_share(both: tuple[list[dict[str, Any
         torch.testing.assert_close(first[name], alone[name], **UNEVEN_SHARES)
 
 
-def test_a_synchronized_norm_keeps_a_small_spread_around_a_large_mean(
-    both: tuple[list[dict[str, Any]], Path],
-) -> None:
+def test_a_synchronized_norm_keeps_a_small_spread_around_a_large_mean(both: tuple[list[dict[str, Any]], Path]) -> None:
     """Squares around 2,500 leave fp32 no digits of a variance of 4e-4. In fp64, by the definition of the variance."""
     values, slope = (each.double() for each in small_spread())
     x = values.requires_grad_()

@@ -1,6 +1,6 @@
 // A run of layers whose maps stay in shared memory: one block, or one cluster of blocks, takes an image
 // through all of them in one launch. Plain arithmetic here; the body is in resident_body.h, the list of
-// instructions is written by gatedconv/engine/cuda/experimental.py.
+// instructions is written by gatedconv/engine/cuda/resident.py.
 //
 // A map is planes of units: a unit is 16 bytes of channels (8 halves, 4 floats), a plane one unit of every
 // pixel. Eight neighboring pixels of a plane fill the banks of shared memory exactly, so an ldmatrix of any
@@ -37,7 +37,7 @@ struct ResidentMap {
   int32_t halo, units, height, width;
 };
 
-// In the order in which experimental.py writes it.
+// In the order in which resident.py writes it.
 struct ResidentRecord {
   ResidentOp op;
   ConvAct act;

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda import resident
 from gatedconv.engine.cuda.candidates import Candidate, activate, conv_candidates
-from gatedconv.engine.cuda.experimental import ResidentLaunch
 from gatedconv.engine.cuda.graphs import GraphCache
 from gatedconv.engine.cuda.instructions import Instruction, make_instructions, map_sizes, padded
-from gatedconv.engine.cuda.resident_runs import Run, find_runs
+from gatedconv.engine.cuda.resident import ResidentLaunch
+from gatedconv.engine.cuda.resident_runs import ResidentRun, find_runs
 from gatedconv.engine.cuda.time_on_gpu import tuner_for
 from gatedconv.engine.maps import Map, Step
 from gatedconv.engine.tuner import Tuner
@@ -60,7 +61,8 @@ class CudaPlan(nn.Module):
         self.tuner = tuner
         # Input shape -> candidate for every instruction, "" for no choice; runs of one launch, by their first.
         self.chosen: dict[tuple[int, ...], list[str]] = {}
-        self.runs: dict[tuple[int, ...], dict[int, tuple[Run, str]]] = {}
+        self.runs: dict[tuple[int, ...], dict[int, tuple[ResidentRun, str]]] = {}
+        self._limits: resident.Limits | None = None
         self._built: dict[tuple[int, str], Candidate] = {}
         self._launches: dict[tuple[int, str, int, int], ResidentLaunch] = {}
         # A graph that is being captured can take nothing from the host.
@@ -123,37 +125,34 @@ class CudaPlan(nn.Module):
             self.runs[shape] = self._choose_runs(runs, sources, chosen, tuner)
         self.chosen[shape] = chosen
 
-    def _find_runs(self, x: Tensor) -> list[Run]:
+    def _find_runs(self, x: Tensor) -> list[ResidentRun]:
         """The runs of layers that one launch could compute for inputs of this size."""
-        limits = experimental.limits(self.device, self.dtype) if self.mode == "experimental" else None
-        if limits is None:
+        if self.mode == "experimental":
+            self._limits = resident.limits(self.device, self.dtype)
+        if self._limits is None:
             return []
         sizes = map_sizes(self.instructions, self.first, (x.shape[2], x.shape[3]))
-        return find_runs(self.instructions, sizes, self.last, self.dtype, limits.shared_bytes)
+        return find_runs(self.instructions, sizes, self.last, self.dtype, self._limits.shared_bytes)
 
     def _choose_runs(
-        self, runs: list[Run], sources: dict[int, Tensor], chosen: list[str], tuner: Tuner
-    ) -> dict[int, tuple[Run, str]]:
+        self, runs: list[ResidentRun], sources: dict[int, Tensor], chosen: list[str], tuner: Tuner
+    ) -> dict[int, tuple[ResidentRun, str]]:
         """Measure each run's layers one by one, by the candidates chosen, against one launch; keep those that gain."""
-        limits = experimental.limits(self.device, self.dtype)
-        gains: dict[int, tuple[Run, str]] = {}
-        for run in runs if limits is not None else ():
-            assert limits is not None
-            source = sources[run.start]
-            builds: dict[str, Callable[[], Candidate]] = {"layers": lambda run=run: self._layers(run, chosen)}  # type: ignore[misc]
-            for ranks in limits.ranks:
-                name = f"resident x{ranks}"
-                builds[name] = lambda run=run, name=name: self._resident(run, name)  # type: ignore[misc]
+        launches = [f"resident x{ranks}" for ranks in self._limits.ranks] if self._limits is not None else []
+        gains: dict[int, tuple[ResidentRun, str]] = {}
+        for run in runs:
+            builds = {"layers": partial(self._layers, run, chosen)}
+            builds |= {name: partial(self._resident, run, name) for name in launches}
             # Layers may work in place: they are given a copy.
-            trials = {name: _trial(build, source, None, spoils=True) for name, build in builds.items()}
-            keys = [_key(one, source, self.mode) for one in self.instructions[run.start : run.end]]
-            digest = hashlib.sha256(f"{limits} {keys}".encode()).hexdigest()[:16]
+            trials = {name: _trial(build, sources[run.start], None, spoils=True) for name, build in builds.items()}
+            keys = [_key(one, sources[run.start], self.mode) for one in self.instructions[run.start : run.end]]
+            digest = hashlib.sha256(f"{self._limits} {keys}".encode()).hexdigest()[:16]
             name = tuner.choose(f"run of {len(keys)} {digest}", trials)
             if name != "layers":
                 gains[run.start] = (run, name)
         return gains
 
-    def _layers(self, run: Run, chosen: list[str]) -> Candidate:
+    def _layers(self, run: ResidentRun, chosen: list[str]) -> Candidate:
         def compute(source: Tensor, _: Tensor | None) -> Tensor:
             maps = {run.source: source}
             for at in range(run.start, run.end):
@@ -162,15 +161,14 @@ class CudaPlan(nn.Module):
 
         return compute
 
-    def _resident(self, run: Run, name: str) -> Candidate:
+    def _resident(self, run: ResidentRun, name: str) -> Candidate:
         first = run.maps[run.source]
         key = (run.start, name, first.height, first.width)
         if key not in self._launches:
-            limits = experimental.limits(self.device, self.dtype)
-            if limits is None:
+            if self._limits is None:
                 raise RuntimeError("the resident driver no longer supports this device and dtype")
             ranks = int(name.rpartition("x")[2])
-            self._launches[key] = ResidentLaunch(run, self.dtype, self.device, ranks, limits.shared_bytes)
+            self._launches[key] = ResidentLaunch(run, self.dtype, self.device, ranks, self._limits.shared_bytes)
         return self._launches[key]
 
     def _candidate(self, at: int, name: str) -> Candidate:
@@ -185,7 +183,9 @@ class CudaPlan(nn.Module):
         runs = self.runs.get(tuple(x.shape), {})
         return self._execute(x, lambda at, *_: self._candidate(at, chosen[at] if chosen else "cudnn"), runs, {})
 
-    def _execute(self, x: Tensor, pick: Pick, runs: dict[int, tuple[Run, str]], sources: dict[int, Tensor]) -> Tensor:
+    def _execute(
+        self, x: Tensor, pick: Pick, runs: dict[int, tuple[ResidentRun, str]], sources: dict[int, Tensor]
+    ) -> Tensor:
         """Run everything; at the positions in `sources` the map that is read there is copied into it."""
         maps = {self.first: self._enter(x)}
         at = 0
@@ -250,27 +250,6 @@ class CudaPlan(nn.Module):
             else:
                 out = residual + x
         return activate(out, one.act).contiguous(memory_format=torch.channels_last)
-
-    def describe(self, batch: int) -> list[str]:
-        """One line for each instruction: its layer, maps and candidate, for an input of the example's size."""
-        first = self.maps[self.first]
-        size = (batch, first.channels, first.height, first.width)
-        chosen, runs = self.chosen.get(size), self.runs.get(size, {}).values()
-        lines = []
-        for at, one in enumerate(self.instructions):
-            source, target = self.maps[one.source], self.maps[one.target]
-            shape = " -> ".join(f"{m.channels}x{m.height}x{m.width}" for m in (source, target))
-            launch = next((f"{name}, one launch" for run, name in runs if run.start <= at < run.end), "")
-            candidate = launch or ("PyTorch" if one.op != "conv" else chosen[at] if chosen else "not measured yet")
-            kernel = f"conv {one.kernel[0]}x{one.kernel[1]}" if one.op == "conv" else one.op
-            extras = [f"stride {one.stride[0]}"] if one.stride != (1, 1) else []
-            extras += [f"{one.groups} groups"] if one.groups > 1 else []
-            extras += [f"from {len(one.in_index)} channels"] if one.in_index is not None else []
-            extras += [f"into {len(one.out_index)} channels"] if one.out_index is not None else []
-            extras += ["+ residual"] if one.residual >= 0 and one.op == "conv" else []
-            extras += [f"+ {one.act}"] if one.act else []
-            lines.append(f"{one.name:<28} {shape:<28} {' '.join([kernel, *extras])} [{candidate}]")
-        return lines
 
 
 def _trial(

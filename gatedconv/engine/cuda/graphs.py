@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,6 @@ from torch import Tensor
 from gatedconv._cuda_graph import capture, on_stream
 
 LIMIT = 8  # graphs kept: each holds its own memory for the maps of its batch
-
-
-class Replay(Protocol):
-    """A captured call: copies x in, runs, returns a tensor of the caller's own."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the function of x, on the current stream."""
-        ...
 
 
 class GraphCache:
@@ -31,50 +23,28 @@ class GraphCache:
 
     Args:
         function: Of one input; it must neither synchronize nor depend on values.
-        limit: Graphs kept.
-        make: Makes a `Replay` of the function for inputs like this one.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        limit: int = LIMIT,
-        make: Callable[[Callable[[Tensor], Tensor], Tensor], Replay] | None = None,
-    ) -> None:
-        self.function, self.limit = function, limit
-        self._make = make or CapturedGraph
-        self._kept: OrderedDict[tuple[Any, ...], Replay] = OrderedDict()
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self._kept: OrderedDict[tuple[Any, ...], CapturedGraph] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return function(x). A graph is touched under the lock alone, so calls are serialized on the host."""
         key = (tuple(x.shape), x.dtype, x.device)
         with self._lock:
-            replay = self._kept.get(key)
-            if replay is None:
-                while len(self._kept) >= self.limit:
-                    _drop(self._kept.popitem(last=False)[1])
+            graph = self._kept.get(key)
+            if graph is None:
+                if len(self._kept) >= LIMIT:
+                    # Wait for its last call, on whichever stream it is: its memory is about to be reused.
+                    self._kept.popitem(last=False)[1].done.synchronize()
                 # An inference tensor, which this call may be allowed to make, could not be written outside of it.
                 with torch.inference_mode(False), torch.no_grad():
-                    replay = self._kept[key] = self._make(self.function, x)
+                    graph = self._kept[key] = CapturedGraph(self.function, x)
             self._kept.move_to_end(key)
             with torch.no_grad():
-                return replay(x)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def clear(self) -> None:
-        """Drop all graphs and free their memory."""
-        with self._lock:
-            while self._kept:
-                _drop(self._kept.popitem()[1])
-
-
-def _drop(replay: Replay) -> None:
-    """Wait for the last call, on whichever stream it is: its memory is about to be reused."""
-    if isinstance(replay, CapturedGraph):
-        replay.done.synchronize()
+                return graph(x)
 
 
 class CapturedGraph:

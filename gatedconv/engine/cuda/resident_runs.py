@@ -1,6 +1,6 @@
 """Which runs of a plan's instructions fit into the shared memory of a GPU's block, and where each map is placed.
 
-`experimental` writes the stream of such a run and launches it.
+`resident` writes the stream of such a run and launches it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class ResidentStep:
 
 
 @dataclass
-class Run:
+class ResidentRun:
     """Consecutive instructions that one launch computes.
 
     Attributes:
@@ -120,7 +120,7 @@ class Run:
 
 def find_runs(
     instructions: Sequence[Instruction], sizes: dict[int, Size], result: int, dtype: torch.dtype, budget: int
-) -> list[Run]:
+) -> list[ResidentRun]:
     """Return the longest runs that fit, in order, each of two convolutions or more.
 
     Args:
@@ -130,7 +130,7 @@ def find_runs(
         dtype: Of the maps.
         budget: Bytes of shared memory of a block.
     """
-    runs: list[Run] = []
+    runs: list[ResidentRun] = []
     start = 0
     while start < len(instructions):
         run = _longest_from(instructions, start, sizes, result, dtype, budget)
@@ -147,7 +147,7 @@ def _longest_from(
     result: int,
     dtype: torch.dtype,
     budget: int,
-) -> Run | None:
+) -> ResidentRun | None:
     best = None
     made: set[int] = set()
     read: set[int] = set()
@@ -174,7 +174,7 @@ def _longest_from(
 
 def lay_out_run(
     instructions: Sequence[Instruction], start: int, source: int, sizes: dict[int, Size], dtype: torch.dtype
-) -> Run:
+) -> ResidentRun:
     """Return the steps of a run and the places of its maps."""
     result = instructions[-1].target
     builder = _Builder(sizes, dtype)
@@ -186,7 +186,7 @@ def lay_out_run(
     map_bytes = builder.place_maps()
     table = max((8 * sum_steps(step, builder.maps) for step in builder.steps if step.op == "conv"), default=0)
     end = start + len(instructions)
-    return Run(start, end, source, result, builder.steps, builder.maps, round_up(table, UNIT), map_bytes)
+    return ResidentRun(start, end, source, result, builder.steps, builder.maps, round_up(table, UNIT), map_bytes)
 
 
 def sum_steps(step: ResidentStep, maps: dict[int, ResidentMap]) -> int:

@@ -16,10 +16,7 @@ from tests.cuda import plans
 from tests.engine.nets import settle
 from tests.tolerances import assert_close, floor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 # channels, outputs, size, kernel, stride, padding, dilation

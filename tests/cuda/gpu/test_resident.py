@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gatedconv
-from gatedconv.engine.cuda import experimental
+from gatedconv.engine.cuda import resident
 from gatedconv.engine.cuda.resident_runs import UNIT
 from gatedconv.ops import _masked_conv2d_cuda
 from tests.cuda import plans
@@ -19,10 +19,7 @@ from tests.cuda.plans import always
 from tests.engine.nets import Residual, settle
 from tests.tolerances import assert_close, floor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}
 RANKS = (1, 2, 4, 8)
@@ -38,7 +35,7 @@ def dtype(request, monkeypatch):
 
 def resident_plan(model, x, ranks):
     """The plan of a model, rounded to the dtype of x, with every run of layers as one launch; nothing has run yet."""
-    limits = experimental.limits(x.device, x.dtype)
+    limits = resident.limits(x.device, x.dtype)
     assert limits is not None
     if limits.shared_bytes < 99 * 1024:
         pytest.skip("the maps do not fit into this GPU's shared memory")
@@ -139,19 +136,7 @@ def test_the_engine_measures_both_and_takes_one(monkeypatch, tmp_path):
         assert launches is None or found == launches, mode
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {0: 16},
-        {0: 0},
-        {1: 3},
-        {5: 1 << 30},
-        {6: 7},
-        {7: 31},
-        {9: 99},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", [{0: 16}, {0: 0}, {1: 3}, {5: 1 << 30}, {6: 7}, {7: 31}, {9: 99}], ids=str)
 def test_a_layout_that_does_not_fit_is_refused(change):
     x = torch.randn(1, 3, 32, 32, device="cuda").half()
     (run, candidate), *_ = launches(resident_plan(gated(), x, 1), x)
@@ -161,9 +146,9 @@ def test_a_layout_that_does_not_fit_is_refused(change):
     given = torch.zeros(size, dtype=x.dtype, device="cuda").to(memory_format=torch.channels_last)
     out = torch.empty(1, *candidate.size, dtype=x.dtype, device="cuda", memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="resident_run"):
-        experimental.resident_run(given, candidate.stream, out, layout, False)
+        resident.resident_run(given, candidate.stream, out, layout, False)
     with pytest.raises(RuntimeError, match="whole pieces"):
-        experimental.resident_run(given, candidate.stream[:-1], out, candidate.layout, False)
+        resident.resident_run(given, candidate.stream[:-1], out, candidate.layout, False)
 
 
 def test_kept_weights_follow_the_layers(monkeypatch):

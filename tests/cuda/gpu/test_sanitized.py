@@ -8,15 +8,12 @@ from torch import nn
 
 import gatedconv
 from gatedconv import ops
-from gatedconv.engine.cuda import experimental
-from gatedconv.engine.cuda.experimental import ResidentLaunch
+from gatedconv.engine.cuda import resident
+from gatedconv.engine.cuda.resident import ResidentLaunch
 from gatedconv.ops import _masked_conv2d_cuda
 from tests.engine.nets import Residual
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -69,7 +66,7 @@ def test_resident(ranks, dtype, monkeypatch):
     """Every kind of step, several passes, and a cluster where there are any."""
     from tests.cuda.gpu.test_resident import resident_plan
 
-    limits = experimental.limits(torch.device("cuda"), dtype)
+    limits = resident.limits(torch.device("cuda"), dtype)
 
     if dtype == torch.float32 and torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("tf32 needs compute capability 8.0")

@@ -23,10 +23,7 @@ from gatedconv.train.step import Stepper
 from tests.tolerances import assert_close
 from tests.train.steps import make_steps, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 CONFIG = TrainConfig(
     epochs=4, batch_size=16, lr=0.02, gate="layer", device="cuda", skip_blocks=False, polar_schedule="constant"

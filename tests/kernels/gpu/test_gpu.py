@@ -12,10 +12,7 @@ from benchmarks.harness import Machine
 from gatedconv import ops
 from tests.tolerances import assert_close
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def gate_and_input(kind="layer", batch=16, channels=16, size=8, dtype=torch.float32):

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedconv.engine.cuda.instructions import Instruction, pad_bias, pad_weight
-from gatedconv.engine.cuda.resident_runs import ITEM, PIECE, RECORD_AT, TABLE_AT, UNIT, ResidentStep, Run, sum_steps
+from gatedconv.engine.cuda.resident_runs import (
+    ITEM,
+    PIECE,
+    RECORD_AT,
+    TABLE_AT,
+    UNIT,
+    ResidentRun,
+    ResidentStep,
+    sum_steps,
+)
 from gatedconv.ops import _masked_conv2d_cuda
 
 OP_NUMBERS = ("end", "load", "conv", "move", "mean", "save")
@@ -55,7 +64,7 @@ def choose_tile(fragments: int, blocks: int) -> Tile:
     return min(tiles, key=lambda tile: tiles[tile])
 
 
-def write_stream(run: Run, dtype: torch.dtype, ranks: int, pieces: int) -> Tensor:
+def write_stream(run: ResidentRun, dtype: torch.dtype, ranks: int, pieces: int) -> Tensor:
     """Return the stream of a run: uint8, whole pieces, on the CPU.
 
     Args:
@@ -72,7 +81,7 @@ def write_stream(run: Run, dtype: torch.dtype, ranks: int, pieces: int) -> Tenso
     return torch.cat(writer.parts)
 
 
-def rows_needed(run: Run, ranks: int) -> dict[int, list[set[int]]]:
+def rows_needed(run: ResidentRun, ranks: int) -> dict[int, list[set[int]]]:
     """Return for every map the rows of it that each rank reads, or writes itself."""
     need = {number: [set(made.row_range(rank, ranks)) for rank in range(ranks)] for number, made in run.maps.items()}
     for step in reversed(run.steps):
@@ -86,7 +95,7 @@ def rows_needed(run: Run, ranks: int) -> dict[int, list[set[int]]]:
     return need
 
 
-def _rows_read(run: Run, step: ResidentStep, rank: int, ranks: int) -> set[int]:
+def _rows_read(run: ResidentRun, step: ResidentStep, rank: int, ranks: int) -> set[int]:
     """The rows of its source that a step on one rank reads."""
     source = run.maps[step.source]
     if step.op == "save":
@@ -105,7 +114,7 @@ def _rows_read(run: Run, step: ResidentStep, rank: int, ranks: int) -> set[int]:
 class _Writer:
     """Bytes that are requested in powers of two, each aligned to its size."""
 
-    def __init__(self, run: Run, dtype: torch.dtype, ranks: int, pieces: int) -> None:
+    def __init__(self, run: ResidentRun, dtype: torch.dtype, ranks: int, pieces: int) -> None:
         self.run, self.dtype, self.ranks = run, dtype, ranks
         self.maps_at = run.ring_at + pieces * PIECE
         self.need = rows_needed(run, ranks)
@@ -249,7 +258,7 @@ def resident_run(input: Tensor, stream: Tensor, output: Tensor, layout: Sequence
 class ResidentLaunch:
     """A run of layers in one launch, an image's maps in shared memory."""
 
-    def __init__(self, run: Run, dtype: torch.dtype, device: torch.device, ranks: int, budget: int) -> None:
+    def __init__(self, run: ResidentRun, dtype: torch.dtype, device: torch.device, ranks: int, budget: int) -> None:
         pieces = run.ring(budget, ranks)
         if not pieces:
             raise RuntimeError(f"the run's maps do not fit into {budget} bytes of shared memory")

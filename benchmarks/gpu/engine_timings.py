@@ -35,7 +35,7 @@ PROVIDERS: dict[str, str | None] = {
 }
 EAGER = ("eager graph", "cudnn fused", "gatedconv", "gatedconv resident")
 COMPILED = "compile reduce-overhead"
-Run = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
 def network_rows(machine: Machine, model: str, variant: str, batch: int, dtype: str, provider: str) -> list[Row]:
@@ -62,7 +62,7 @@ def network_rows(machine: Machine, model: str, variant: str, batch: int, dtype: 
         return [row, *_candidates(Path(cache), case, dtype, provider)]
 
 
-def build(machine: Machine, provider: str, network: nn.Module, x: Tensor) -> Run:
+def build(machine: Machine, provider: str, network: nn.Module, x: Tensor) -> Forward:
     """The network as a provider runs it: input in NCHW, output in memory of its own."""
     if PROVIDERS[provider] is not None and not machine.dry:
         return gatedconv.Engine(network, x)
@@ -86,7 +86,7 @@ def build(machine: Machine, provider: str, network: nn.Module, x: Tensor) -> Run
     return run
 
 
-def _dry_plan(network: nn.Module, x: Tensor, provider: str) -> Run:
+def _dry_plan(network: nn.Module, x: Tensor, provider: str) -> Forward:
     """The plan of an `Engine` on the CPU: each convolution by the widest tile of ours, or all of them in one launch."""
     from tests.cuda.plans import always, make_plan
 
@@ -123,7 +123,7 @@ def _several(x: Tensor, count: int) -> Tensor:
     return torch.cat([x, more.to(x.device)])
 
 
-def _batched(run: Run, images: Tensor, batch: int) -> Tensor:
+def _batched(run: Forward, images: Tensor, batch: int) -> Tensor:
     return torch.cat([run(part).clone() for part in images.split(batch)])
 
 
@@ -215,13 +215,13 @@ def layer_providers(machine: Machine, layer: LayerCase, batch: int, dtype: torch
             return torch.ops.aten.cudnn_convolution_add_relu(x, wide, stream, 1.0, wide_bias, *arguments)
         return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *arguments)
 
-    found: dict[str, Run] = {"compact cudnn": compact, "dense cudnn": dense}
+    found: dict[str, Forward] = {"compact cudnn": compact, "dense cudnn": dense}
     if machine.stands_in:
         found["gatedconv"] = _ours(layer, wide if scatters else weight, wide_bias if scatters else bias, stream, index)
     return {name: [partial(run, x) for x in maps] for name, run in found.items()}
 
 
-def _ours(layer: LayerCase, weight: Tensor, bias: Tensor, stream: Tensor, index: Tensor) -> Run:
+def _ours(layer: LayerCase, weight: Tensor, bias: Tensor, stream: Tensor, index: Tensor) -> Forward:
     scatters = layer.open < layer.outputs
     tf32 = weight.dtype == torch.float32 and _masked_conv2d_cuda.allows_tf32()
     closed = torch.tensor(sorted(set(range(layer.outputs)) - set(index.tolist())), device=weight.device)

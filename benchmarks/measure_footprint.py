@@ -1,4 +1,4 @@
-"""Footprints of networks in each runtime, for docs/performance.md: ``python -m benchmarks.footprint``.
+"""Footprints of networks in each runtime, for docs/performance.md: ``python -m benchmarks.measure_footprint``.
 
 Install gatedconv-runtime (``pip install ./runtime``), onnxruntime, MNN, ncnn and pnnx first. Every figure is the least
 of interleaved processes, on one thread: see gatedconv/bench/footprint.py.

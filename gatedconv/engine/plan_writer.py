@@ -23,50 +23,16 @@ from gatedconv.engine.pack import (
     round_up,
 )
 
+# A program is its header, the fields of every map, those of every step, and lists of channels (csrc/cpu/plan.h).
+HEADER = ("version", "maps", "steps", "lists")  # how many maps and steps, and where the lists begin
+MAP_FIELDS = ("channels", "pixel", "halo", "multiple", "slot", "offset")
 VERSION = 1  # of the encoding, and of files: GATEDCONV_PLAN_FILE_VERSION in csrc/cpu/gatedconv_plan.h
 OPS = (
-    "input",
-    "output",
-    "conv",
-    "winograd2",
-    "winograd4",
-    "depthwise",
-    "max_pool",
-    "avg_pool",
-    "mean_pool",
-    "gather",
-    "scatter_add",
-    "subsample",
-    "add",
-    "fill",
-    "multiply",
-    "view",
-    "copy",
-    "adaptive_max_pool",
-    "adaptive_avg_pool",
-    "nearest",
-    "bilinear",
-    "pixel_shuffle",
-    "layer_norm",
-    "group_norm",
-    "softmax",
-    "prelu",
-)
-ACTS = (
-    None,
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "silu",
-    "hard_swish",
-    "hard_sigmoid",
-    "sigmoid",
-    "tanh",
-    "gelu",
-    "gelu_tanh",
-    "mish",
-)
+    "input output conv winograd2 winograd4 depthwise max_pool avg_pool mean_pool gather scatter_add subsample add "
+    "fill multiply view copy adaptive_max_pool adaptive_avg_pool nearest bilinear pixel_shuffle layer_norm "
+    "group_norm softmax prelu"
+).split()
+ACTS = (None, *"relu relu6 leaky_relu elu silu hard_swish hard_sigmoid sigmoid tanh gelu gelu_tanh mish".split())
 
 
 @dataclass
@@ -104,7 +70,7 @@ def lay_out(
         parts = tuple(reads) if op == "cat" else ()
         steps.append(Step(op, layer, reads[0], new_map(layer.output), residual, gate, parts))
     steps.append(Step("output", None, of[result], -1))
-    shape = [maps[steps[-1].source].channels, len(result.meta["tensor_meta"].shape), *_windows(steps)]
+    shape = [maps[steps[-1].source].channels, len(result.meta["tensor_meta"].shape), *_size_changes(steps)]
     return steps, maps, shape
 
 
@@ -131,13 +97,14 @@ def write_program(
     weights = _Blob()
     lists: list[int] = [0]
     fields = [_encode(step, maps, weights, lists) for step in steps]
-    header = [VERSION, len(maps), len(steps), 4 + 6 * len(maps) + sum(map(len, fields))]
-    described = [number for m in maps for number in (m.channels, m.pixel, m.halo, m.multiple, m.slot, m.offset)]
+    described = [getattr(one, name) for one in maps for name in MAP_FIELDS]
+    lists_at = len(HEADER) + len(described) + len(STEP_FIELDS) * len(steps)
+    header = [VERSION, len(maps), len(steps), lists_at]
     code = header + described + [number for field in fields for number in field] + lists
     return Program(torch.tensor(code, dtype=torch.int64, device="cpu"), weights.tensor(), steps, maps, shape)
 
 
-def _windows(steps: list[Step]) -> list[int]:
+def _size_changes(steps: list[Step]) -> list[int]:
     """Six numbers for every layer on the way to the output that changes a map's size: see `plan_output_size`."""
     maker = {step.target: step for step in steps}
     windows: list[int] = []
@@ -200,8 +167,8 @@ class _Blob:
         return torch.cat([*self.parts, _zeros(2 * PANEL)])
 
 
-# The fields of an instruction after its op, as in csrc/cpu/plan.h, with what they are where a layer has none.
-_FIELDS = {
+# The fields of an instruction after its op, with what they are where a layer has none.
+_DEFAULTS = {
     "source": -1,
     "target": -1,
     "residual": -1,
@@ -227,11 +194,12 @@ _FIELDS = {
     "before": 0,
     "before_act": 0,
 }
+STEP_FIELDS = ("op", *_DEFAULTS)
 
 
 def _encode(step: Step, maps: list[Map], weights: _Blob, lists: list[int]) -> list[int]:
     layer = step.layer
-    fields = dict(_FIELDS, source=step.source, target=step.target, residual=step.residual, gate=step.gate)
+    fields = dict(_DEFAULTS, source=step.source, target=step.target, residual=step.residual, gate=step.gate)
     if layer is not None and step.op not in ("view", "copy"):
         fields.update(_describe(step, layer, maps, weights, lists))
     # One operation of the plan, with an option.

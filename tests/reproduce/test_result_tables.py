@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from reproduce.experiments import all_experiments
-from reproduce.tables import TITLES, interval, present_rows, replace_block, results_text
+from reproduce.result_tables import TITLES, interval, present_rows, replace_block, results_text
 from tests.reproduce.ledger_rows import row
 
 

@@ -54,7 +54,7 @@ def _measured(workplace: Workplace, row: LedgerRow, cache: dict[tuple[Any, ...],
     from gatedconv.measure.energy import EnergyMeter
     from gatedconv.train.build import load_images
     from gatedconv.train.device import place, resolve_device
-    from gatedconv.train.summary import energies
+    from gatedconv.train.summary import measure_energies
 
     folder = workplace.folder(row.experiment, row.seed)
     weights = folder.model("compact" if row.kind == "gated" else "dense")
@@ -72,4 +72,6 @@ def _measured(workplace: Workplace, row: LedgerRow, cache: dict[tuple[Any, ...],
     if images not in cache:
         cache.clear()
         cache[images] = load_images(config)
-    return energies(place(load(weights), config).eval(), config, cache[images])["energy_j_image"], "not measurable"
+    return measure_energies(place(load(weights), config).eval(), config, cache[images])[
+        "energy_j_image"
+    ], "not measurable"
