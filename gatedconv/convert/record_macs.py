@@ -21,7 +21,7 @@ from gatedconv.convert.constants import Constants, Masks, groups_of, is_depthwis
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
-from gatedconv.gating.mac_terms import Factor
+from gatedconv.gating.mac_terms import Factor, dense_macs, norm_operations
 
 ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that nobody reads
 _SHIFT = 1 << 20  # a label is the number of a gate, or of a set of gates, * _SHIFT + the number of a channel in it
@@ -250,7 +250,7 @@ class _Labels:
         source, weight = node.inputs[0], node.module.weight  # type: ignore[union-attr]
         assert isinstance(weight, Tensor)
         groups = self.flow[source].size // weight.shape[1]
-        total = weight.numel() * value.tensor.numel() / weight.shape[0] / self.images
+        total = dense_macs(value.tensor.shape, weight.shape) / self.images
         if is_depthwise(node.module):
             return self._by_channel(value, total, params, layer)
         outgoing = self.effective(value)
@@ -312,10 +312,7 @@ def _per_element(node: Node) -> int:
     """Operations per element of the output, of the input in a pool, that fvcore counts for an elementwise node."""
     module, name = node.module, op_name(node)
     if isinstance(module, NORMS):
-        affine = module.weight is not None
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            return 2 if affine else 1
-        return 5 if affine else 4
+        return norm_operations(module)
     if "batch_norm" in name:
         return 2
     mode = module.mode if isinstance(module, nn.Upsample) else name.removeprefix("upsample_").removesuffix("2d")
@@ -342,17 +339,15 @@ def _other_macs(node: Node) -> float:
     module, out = node.module, node.outputs[0].tensor
     sources = [v.tensor for v in node.inputs]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return float(module.weight.numel() * sources[0].shape[0] * math.prod(sources[0].shape[2:]))
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return float(module.weight.numel() * out.shape[0] * math.prod(out.shape[2:]))
-    if isinstance(module, nn.Linear):
-        return float(module.in_features * out.numel())
+        return float(dense_macs(sources[0].shape, module.weight.shape))
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return float(dense_macs(out.shape, module.weight.shape))
     if isinstance(module, MIXING_NORMS):
-        return float((5 if getattr(module, "weight", None) is not None else 4) * out.numel())
+        return float(norm_operations(module) * out.numel())
     if node.op == CALL:
         return 0.0
     if op_name(node) == "convolution" and not node.args[6]:
-        return float(sources[1].numel() * out.shape[0] * math.prod(out.shape[2:]))
+        return float(dense_macs(out.shape, sources[1].shape))
     if op_name(node) in ("addmm", "mm", "bmm", "baddbmm"):
         return float(out.numel() * sources[-2].shape[-1])
     return 0.0
