@@ -14,6 +14,7 @@ from gatedconv.report.tables import markdown_table
 # The provider that others of the same case are compared with.
 BASELINES = {
     "gate": "eager",
+    "gated_scale": "eager",
     "engine": "cudnn fused",
     "layer": "dense cudnn",
     "training step": "ungated graph",
