@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gating import eval_mode
+from gatedconv.gating.mac_terms import dense_macs
 from gatedconv.train.skip_dead import PASSES_PER_STEP
 
 ROUNDS = 10
@@ -74,10 +75,8 @@ def layer_work(model: nn.Module, image: Tensor) -> list[tuple[int, int, int]]:
 
     def take(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, (nn.Conv2d, nn.Linear))
-        weights = layer.weight.numel()
-        channels = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
-        positions = output.numel() // channels
-        found.append((weights * positions, inputs[0].numel() + output.numel(), weights))
+        macs = dense_macs(output.shape, layer.weight.shape)
+        found.append((macs, inputs[0].numel() + output.numel(), layer.weight.numel()))
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(take) for layer in layers]

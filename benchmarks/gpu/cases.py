@@ -71,6 +71,7 @@ def _cases() -> Iterator[Case]:
     yield _check("block", parity.gated_residual_rows)
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
         yield Case(f"gate-{kind}", (_gate(kind, channels, size),), dry=kind == "layer")
+    yield Case("gated_scale", (partial(gate_timings.gated_scale_rows, channels=64, size=8),), dry=True)
     for batch in (32, 256, 1):
         yield Case(f"engine-{batch}", _network("resnet56", batch, engine_timings.EAGER), 90.0, dry=batch == 1)
     first, *others = (partial(engine_timings.layer_rows, layer=layer) for layer in engine_timings.LAYERS)
@@ -105,6 +106,8 @@ def _compiling() -> Iterator[Case]:
     """Cases that compile: they take longest, so they come last."""
     for kind, channels, size in (("layer", 16, 32), ("channel", 64, 8)):
         yield Case(f"gate-{kind}-compile", (_gate(kind, channels, size, gate_timings.COMPILED),), dry=kind == "layer")
+    scale = partial(gate_timings.gated_scale_rows, channels=64, size=8, providers=gate_timings.COMPILED)
+    yield Case("gated_scale-compile", (scale,), dry=True)
     yield Case("engine-32-compile", _network("resnet56", 32, [engine_timings.COMPILED]), dry=True)
     yield Case("step-compile", _step(56, "channel", [training_timings.COMPILED]), dry=True)
 

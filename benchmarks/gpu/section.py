@@ -12,7 +12,13 @@ from gatedconv.bench.comparison import Row
 from gatedconv.report.tables import markdown_table
 
 # The provider that others of the same case are compared with.
-BASELINES = {"gate": "eager", "engine": "cudnn fused", "layer": "dense cudnn", "training step": "ungated graph"}
+BASELINES = {
+    "gate": "eager",
+    "gated_scale": "eager",
+    "engine": "cudnn fused",
+    "layer": "dense cudnn",
+    "training step": "ungated graph",
+}
 
 _TIMES = ("median (ms)", "least (ms)", "IQR (ms)")
 _HEADER = ("benchmark", "case", "batch", "dtype", "provider", *_TIMES, "speed", "error", "note")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,24 @@ from gatedconv.deploy import export, save
 
 # The process: NumPy is imported before, as in any program that has an image.
 _PROCESS = """
+from __future__ import annotations
 import json, sys, time
 import numpy as np
 path, shape, threads, calls = json.loads(sys.argv[1])
 x = np.random.default_rng(0).standard_normal(shape, np.float32)
+{source}
 begin = time.perf_counter()
-{imports}
+import {imports}
 imported = time.perf_counter()
-{load}
-y = np.asarray(run(x))
+run = {session}(path, x, threads)
+y = np.asarray(run())
 answered = time.perf_counter()
 with open("/proc/self/status") as status:  # ru_maxrss would be at least the memory of the process that started this one
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 least = float("inf")
 for _ in range(calls):
     start = time.perf_counter()
-    run(x)
+    run()
     least = min(least, time.perf_counter() - start)
 times = [1e3 * (imported - begin), 1e3 * (answered - begin), 1e3 * least]
 print(json.dumps([*times, peak / 1024, y.ravel()[:64].tolist()]))
@@ -59,60 +62,50 @@ class Runtime:
         name: as shown.
         package: the distribution that is installed for it.
         suffix: of its file.
-        imports: the statement that imports it.
-        load: statements that define ``run`` from ``path`` and ``threads``.
+        imports: the modules to import.
+        session: (path, x, threads) -> what computes the answer for x; its source runs in the process.
     """
 
     name: str
     package: str
     suffix: str
     imports: str
-    load: str
+    session: Callable[[str, np.ndarray, int], Callable[[], np.ndarray]]
 
 
-_ORT = (
-    "options = ort.SessionOptions(); options.intra_op_num_threads = threads; options.log_severity_level = 3\n"
-    "session = ort.InferenceSession(path, options, providers=['CPUExecutionProvider'])\n"
-    "run = lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]"
-)
-_MNN = """net = MNN.Interpreter(path)
-session = net.createSession({"backend": "CPU", "precision": "high", "numThread": threads})
-source = net.getSessionInput(session)
-net.resizeTensor(source, tuple(shape)); net.resizeSession(session)
-result = net.getSessionOutput(session); size = result.getShape()
-tensor = lambda array: MNN.Tensor(tuple(array.shape), MNN.Halide_Type_Float, array, MNN.Tensor_DimensionType_Caffe)
-given, host = tensor(x), tensor(np.empty(size, np.float32))
-def run(x):  # the same as above, and given as a tensor of its own
-    source.copyFrom(given)
-    net.runSession(session)
-    result.copyToHostTensor(host)
-    return np.array(host.getNumpyData(), np.float32).reshape(size)"""
-_NCNN = """net = ncnn.Net()
-net.opt.num_threads = threads
-for name in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"): setattr(net.opt, f"use_{name}", False)
-net.load_param(path); net.load_model(path.removesuffix("param") + "bin")
-def one(image):
-    extractor = net.create_extractor()
-    extractor.input("in0", ncnn.Mat(image))
-    return np.array(extractor.extract("out0")[1])
-run = lambda x: np.stack([one(image) for image in x])"""
-_ENGINE = (
-    "torch.set_num_threads(threads)\n"
-    "engine = gatedconv.Engine(gatedconv.load(path).eval(), torch.from_numpy(x))\n"
-    "run = lambda x: engine(torch.from_numpy(x)).numpy()"
-)
+def _runtime_session(path: str, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    import gatedconv_runtime
+
+    network = gatedconv_runtime.load(path, threads=threads)
+    return lambda: network(x)
+
+
+def _ort_session(path: str, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def _engine_session(path: str, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    import torch
+
+    import gatedconv
+
+    torch.set_num_threads(threads)
+    engine = gatedconv.Engine(gatedconv.load(path).eval(), torch.from_numpy(x))
+    return lambda: engine(torch.from_numpy(x)).numpy()
+
+
 RUNTIMES = (
-    Runtime(
-        "gatedconv-runtime",
-        "gatedconv-runtime",
-        ".plan",
-        "import gatedconv_runtime as rt",
-        "run = rt.load(path, threads=threads)",
-    ),
-    Runtime("ONNX Runtime", "onnxruntime", ".onnx", "import onnxruntime as ort", _ORT),
-    Runtime("MNN", "MNN", ".mnn", "import MNN", _MNN),
-    Runtime("ncnn", "ncnn", ".ncnn.param", "import ncnn", _NCNN),
-    Runtime("gatedconv.Engine", "torch", ".safetensors", "import torch, gatedconv", _ENGINE),
+    Runtime("gatedconv-runtime", "gatedconv-runtime", ".plan", "gatedconv_runtime", _runtime_session),
+    Runtime("ONNX Runtime", "onnxruntime", ".onnx", "onnxruntime", _ort_session),
+    Runtime("MNN", "MNN", ".mnn", "MNN", mobile.mnn_session),
+    Runtime("ncnn", "ncnn", ".ncnn.param", "ncnn", mobile.ncnn_session),
+    Runtime("gatedconv.Engine", "torch", ".safetensors", "torch, gatedconv", _engine_session),
 )
 
 
@@ -218,7 +211,8 @@ def _installed_bytes(package: str) -> int | None:
 
 
 def _run_once(runtime: Runtime, path: Path, shape: list[int], threads: int, calls: int) -> list[Any]:
-    program = _PROCESS.format(imports=runtime.imports, load=runtime.load)
+    source = inspect.getsource(runtime.session)
+    program = _PROCESS.format(imports=runtime.imports, source=source, session=runtime.session.__name__)
     arguments = json.dumps([str(path), shape, threads, calls])
     command = [sys.executable, "-W", "ignore", "-c", program, arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

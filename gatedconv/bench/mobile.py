@@ -1,11 +1,14 @@
-"""Runtimes made for phones, on the CPU and in float32: MNN, ncnn and LiteRT. Each has a converter of its own."""
+"""Runtimes made for phones, on the CPU and in float32: MNN, ncnn and LiteRT. Each has a converter of its own.
+
+A session, ``mnn_session`` or ``ncnn_session``, needs NumPy alone: footprint.py measures it where PyTorch is not loaded.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +19,15 @@ from gatedconv.bench.exported import Run, made_once, onnx_file
 
 def mnn(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     """MNN at its high precision, float32; converted from ONNX by the tool in its wheel."""
+    run = mnn_session(str(mnn_file(network, x, folder)), x.numpy(), threads)
+    return lambda: torch.from_numpy(run())
+
+
+def mnn_session(path: str, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    """MNN's answer for x (N, C, H, W), from its file of a network."""
     import MNN
 
-    interpreter = MNN.Interpreter(str(mnn_file(network, x, folder)))
+    interpreter = MNN.Interpreter(path)
     session = interpreter.createSession({"backend": "CPU", "precision": "high", "numThread": threads})
     into = interpreter.getSessionInput(session)
     interpreter.resizeTensor(into, tuple(x.shape))
@@ -27,14 +36,14 @@ def mnn(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     shape = out.getShape()
     given, host = (
         MNN.Tensor(tuple(array.shape), MNN.Halide_Type_Float, array, MNN.Tensor_DimensionType_Caffe)
-        for array in (x.numpy(), np.empty(shape, np.float32))
+        for array in (x, np.empty(shape, np.float32))
     )
 
-    def run() -> Tensor:
+    def run() -> np.ndarray:
         into.copyFrom(given)
         interpreter.runSession(session)
         out.copyToHostTensor(host)
-        return torch.from_numpy(np.array(host.getNumpyData(), np.float32).reshape(shape))
+        return np.array(host.getNumpyData(), np.float32).reshape(shape)
 
     return run
 
@@ -54,36 +63,31 @@ def mnn_file(network: nn.Module, x: Tensor, folder: Path) -> Path:
 
 def ncnn(network: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
     """Ncnn in float32, image by image, since it has no batches; converted by pnnx."""
-    import ncnn as runtime
+    parameters, _ = ncnn_files(network, x, folder)
+    run = ncnn_session(str(parameters), x.numpy(), threads)
+    return lambda: torch.from_numpy(run())
 
-    parameters, weights = ncnn_files(network, x, folder)
-    net = runtime.Net()
+
+def ncnn_session(path: str, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    """Ncnn's answer for x (N, C, H, W), from its file of a network's parameters."""
+    import ncnn
+
+    net = ncnn.Net()
     net.opt.num_threads = threads
-    for name in (
-        "use_fp16_packed",
-        "use_fp16_storage",
-        "use_fp16_arithmetic",
-        "use_bf16_storage",
-        "use_vulkan_compute",
-    ):
-        setattr(net.opt, name, False)
-    if net.load_param(str(parameters)) or net.load_model(str(weights)):
+    for name in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage", "vulkan_compute"):
+        setattr(net.opt, f"use_{name}", False)
+    if net.load_param(path) or net.load_model(path.removesuffix("param") + "bin"):
         raise RuntimeError("ncnn cannot read what pnnx has written")
-    images = [image.numpy() for image in x]
 
-    def run() -> Tensor:
-        return torch.stack([torch.from_numpy(_ncnn_answer(runtime, net, image)) for image in images])
+    def answer(image: np.ndarray) -> np.ndarray:
+        extractor = net.create_extractor()
+        extractor.input("in0", ncnn.Mat(image))
+        failed, out = extractor.extract("out0")
+        if failed:
+            raise RuntimeError(f"ncnn fails with {failed}")
+        return np.array(out)
 
-    return run
-
-
-def _ncnn_answer(runtime: Any, net: Any, image: np.ndarray) -> np.ndarray:
-    extractor = net.create_extractor()
-    extractor.input("in0", runtime.Mat(image))
-    failed, out = extractor.extract("out0")
-    if failed:
-        raise RuntimeError(f"ncnn fails with {failed}")
-    return np.array(out)
+    return lambda: np.stack([answer(image) for image in x])
 
 
 def ncnn_files(network: nn.Module, x: Tensor, folder: Path) -> tuple[Path, Path]:

@@ -4,7 +4,7 @@ gate_model.py: the steps, in order; conversion.py: what it reports. example.py: 
 record.py, flow.py: a recording of the network, to find things in it; module_kinds.py: what it takes for a layer.
 constants.py: values that no input changes. sites.py, branches.py: where gates may go. channels.py: which channels go
 together, through sums and concatenations. install.py: gates in the user's modules. record_macs.py: the MACs that each
-gate decides about. verify.py: the result against its source.
+gate decides about; mac_trial.py: where they are an estimate. verify.py: the result against its source.
 """
 
 from gatedconv.convert.conversion import Conversion

@@ -28,8 +28,9 @@ from gatedconv.convert.flow import (
     op_name,
 )
 from gatedconv.convert.install import Link, attach, device_of, open_gate
+from gatedconv.convert.mac_trial import estimated_parts
 from gatedconv.convert.record import CALL, Node, Record, Value
-from gatedconv.convert.record_macs import GatePlaces, estimated_parts, merge_terms, node_terms, reachable_share
+from gatedconv.convert.record_macs import GatePlaces, merge_terms, node_terms, reachable_share
 from gatedconv.convert.sites import Site, SiteFinder
 from gatedconv.convert.verify import require_same, require_same_training
 from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap

@@ -1,27 +1,26 @@
 """The MACs of a recorded run piece by piece, by fvcore's rules, each with the gates that scale it.
 
 A label names the gates any of which makes a channel constant (forward pass) or unused (backward pass) when it closes: a
-convolution between labeled inputs and labeled outputs costs in proportion to both. A trial against what
-compacting would leave finds the modules for which that is an estimate.
+convolution between labeled inputs and labeled outputs costs in proportion to both. Where that is an estimate, the trial
+of mac_trial.py finds it out.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.channels import Removal, Sliceable
-from gatedconv.convert.constants import Constants, Masks, groups_of, is_depthwise, is_padded
+from gatedconv.convert.channels import Sliceable
+from gatedconv.convert.constants import Constants, Masks, is_depthwise, is_padded
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
-from gatedconv.gating.mac_terms import Factor
+from gatedconv.gating.mac_terms import Factor, dense_macs, norm_operations
 
 ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that are not read
 _SHIFT = 1 << 20  # a label is the number of a gate, or of a set of gates, * _SHIFT + the number of a channel in it
@@ -236,10 +235,10 @@ class _Labels:
         if kind in ("conv", "linear") and value not in self.whole:
             return self._dense(node, value, params, layer)
         if kind == "elementwise":
-            operations = _per_element(node)
+            operations = per_element(node)
             if not (operations or params):
                 return []
-            counted = self.flow.source(node).tensor if _is_pool(node) else value.tensor
+            counted = self.flow.source(node).tensor if is_pool(node) else value.tensor
             if self.whole.intersection(self.flow.operands(node)):
                 return [MacTerm(operations * counted.numel() / self.images, params, layer)]
             return self._by_channel(value, operations * counted.numel() / self.images, params, layer)
@@ -250,7 +249,7 @@ class _Labels:
         source, weight = node.inputs[0], node.module.weight  # type: ignore[union-attr]
         assert isinstance(weight, Tensor)
         groups = self.flow[source].size // weight.shape[1]
-        total = weight.numel() * value.tensor.numel() / weight.shape[0] / self.images
+        total = dense_macs(value.tensor.shape, weight.shape) / self.images
         if is_depthwise(node.module):
             return self._by_channel(value, total, params, layer)
         outgoing = self.effective(value)
@@ -308,21 +307,18 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a == UNUSED, b, torch.where((b == UNUSED) | (a == b), a, always))
 
 
-def _per_element(node: Node) -> int:
+def per_element(node: Node) -> int:
     """Operations per element of the output, of the input in a pool, that fvcore counts for an elementwise node."""
     module, name = node.module, op_name(node)
     if isinstance(module, NORMS):
-        affine = module.weight is not None
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            return 2 if affine else 1
-        return 5 if affine else 4
+        return norm_operations(module)
     if "batch_norm" in name:
         return 2
     mode = module.mode if isinstance(module, nn.Upsample) else name.removeprefix("upsample_").removesuffix("2d")
-    return 1 if _is_pool(node) else {"nearest": 1, "bilinear": 4}.get(mode, 0)
+    return 1 if is_pool(node) else {"nearest": 1, "bilinear": 4}.get(mode, 0)
 
 
-def _is_pool(node: Node) -> bool:
+def is_pool(node: Node) -> bool:
     """Whether fvcore counts the node's input elements: a pool to a fixed size."""
     if isinstance(node.module, nn.AdaptiveAvgPool2d) or op_name(node) == "_adaptive_avg_pool2d":
         return True
@@ -342,84 +338,15 @@ def _other_macs(node: Node) -> float:
     module, out = node.module, node.outputs[0].tensor
     sources = [v.tensor for v in node.inputs]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return float(module.weight.numel() * sources[0].shape[0] * math.prod(sources[0].shape[2:]))
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return float(module.weight.numel() * out.shape[0] * math.prod(out.shape[2:]))
-    if isinstance(module, nn.Linear):
-        return float(module.in_features * out.numel())
+        return float(dense_macs(sources[0].shape, module.weight.shape))
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return float(dense_macs(out.shape, module.weight.shape))
     if isinstance(module, MIXING_NORMS):
-        return float((5 if getattr(module, "weight", None) is not None else 4) * out.numel())
+        return float(norm_operations(module) * out.numel())
     if node.op == CALL:
         return 0.0
     if op_name(node) == "convolution" and not node.args[6]:
-        return float(sources[1].numel() * out.shape[0] * math.prod(out.shape[2:]))
+        return float(dense_macs(out.shape, sources[1].shape))
     if op_name(node) in ("addmm", "mm", "bmm", "baddbmm"):
         return float(out.numel() * sources[-2].shape[-1])
     return 0.0
-
-
-def estimated_parts(
-    flow: Flow, gated: GatePlaces, terms: Mapping[Node, list[MacTerm]], caution: int = 0
-) -> dict[str, str]:
-    """Module path -> by how much its terms were off, for the modules whose terms were, at two sets of random masks.
-
-    Args:
-        flow: of the model without gates.
-        gated: its gates.
-        terms: of ``node_terms``.
-        caution: of the ``Removal``.
-    """
-    return _trial(flow, gated, terms, caution, 0.5) | _trial(flow, gated, terms, caution, 0.0)
-
-
-def _trial(
-    flow: Flow, gated: GatePlaces, terms: Mapping[Node, list[MacTerm]], caution: int, share: float
-) -> dict[str, str]:
-    """A trial of random masks: ``share`` of each gate's channels open, at least one, and half of the branches."""
-    sizes = dict((*gated.values.values(), *gated.inputs.values())) | dict.fromkeys(gated.ends.values(), 1)
-    generator = torch.Generator().manual_seed(0)
-    masks = {n: torch.rand(size, generator=generator) < (share if size > 1 else 0.5) for n, size in sizes.items()}
-    for mask in masks.values():
-        mask[0] |= mask.numel() > 1 and not bool(mask.any())
-    values: dict[Value, Tensor] = {value: masks[name] for value, (name, _) in gated.values.items()}
-    for value, name in gated.ends.items():
-        if not bool(masks[name]) and flow.has_channels(value):
-            values[value] = torch.zeros(flow[value].size, dtype=torch.bool)
-    inputs = {key: masks[name] for key, (name, _) in gated.inputs.items()}
-    removal = Removal(flow, Masks(values, inputs, {}), caution)
-    promised: dict[str, float] = defaultdict(float)
-    left: dict[str, float] = defaultdict(float)
-    for node, found in terms.items():
-        if found:
-            promised[node.scope] += math.fsum(_at(term, masks) for term in found)
-            left[node.scope] += math.fsum(term.macs for term in found) * _share_left(node, removal)
-    return {
-        path: f"{promised[path]:,.0f} MACs expected where {left[path]:,.0f} are left, in a trial"
-        for path in promised
-        if abs(promised[path] - left[path]) >= 0.5
-    }
-
-
-def _at(term: MacTerm, masks: Mapping[str, Tensor]) -> float:
-    macs = term.macs
-    for name, which in zip(term.gates, term.channels or [None] * len(term.gates), strict=True):
-        mask = masks[name] if which is None else masks[name][list(which)]
-        macs *= float(mask.double().mean())
-    return macs
-
-
-def _share_left(node: Node, removal: Removal) -> float:
-    """0 to 1: how much of a node's work is left in the compact network."""
-    flow, value = removal.flow, node.outputs[0]
-    kind = flow.kind(value)
-    if kind in ("conv", "linear"):
-        if not removal.is_sliceable(node):
-            return float(not removal.is_dead(node))
-        read, write = (m.reshape(groups_of(node.module), -1).double() for m in removal.layer_channels(node, value))
-        return float((read.sum(1) * write.sum(1)).sum()) / (read.shape[1] * write.numel())
-    if removal.is_idle(node):
-        return 0.0
-    if kind != "elementwise" or not _per_element(node):
-        return 1.0
-    held = removal.present[flow.source(node)] if _is_pool(node) else removal.computed(node, value)
-    return float(held.double().mean())

@@ -7,6 +7,7 @@ form of the open rates with its gradient in closed form: a few operations a step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -54,14 +55,35 @@ def mac_terms(model: nn.Module, owner: str) -> Sequence[MacTerm]:
     return terms
 
 
+def dense_macs(outputs: Sequence[int], weight: Sequence[int]) -> int:
+    """MACs of a convolution or linear layer: each of its outputs sums as many products as an output has weights.
+
+    Args:
+        outputs: shape of the result; of a transposed convolution that of its input, as its weight begins with C_in.
+        weight: shape of the weight, (C_out, C_in / groups, ...).
+    """
+    return math.prod(outputs) * math.prod(weight[1:])
+
+
+def norm_operations(norm: nn.Module) -> int:
+    """Operations per element of a norm in eval: 2 with statistics of training, else 5, one less without a weight."""
+    affine = getattr(norm, "weight", None) is not None
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+        return 2 if affine else 1
+    return 5 if affine else 4
+
+
 def conv_macs(conv: nn.Module, pixels: int) -> float:
     """MACs of a convolution, or of a linear layer with ``pixels`` 1, that makes ``pixels`` outputs per channel."""
-    return float(_weight_count(conv) * pixels)
+    weight = conv.weight
+    assert isinstance(weight, Tensor)
+    return float(dense_macs((len(weight), pixels), weight.shape))
 
 
 def norm_macs(norm: nn.Module, pixels: int) -> float:
     """MACs of a BatchNorm in eval on maps of ``pixels`` elements per channel."""
-    return float(2 * _weight_count(norm) * pixels)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    return float(norm_operations(norm) * norm.num_features * pixels)
 
 
 def params_of(*modules: nn.Module) -> int:
@@ -70,12 +92,6 @@ def params_of(*modules: nn.Module) -> int:
         id(p) for module in modules for part in module.modules() if isinstance(part, Gate) for p in part.parameters()
     }
     return sum(p.numel() for module in modules for p in module.parameters() if id(p) not in gates)
-
-
-def _weight_count(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.numel()
 
 
 def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.gating import eval_mode, unwrap
+from gatedconv.gating.mac_terms import dense_macs
 
 _CONV_AND_LINEAR = ("conv", "masked_conv2d", "linear", "addmm", "matmul")
 
@@ -75,9 +75,7 @@ def conv_and_linear_macs(operators: Mapping[str, int]) -> int:
 
 
 def _named_padding_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """Output elements x weights of one output channel."""
-    weight, out = inputs[1].type().sizes(), outputs[0].type().sizes()
-    return Counter({"conv": math.prod(out) * math.prod(weight[1:])})
+    return Counter({"conv": dense_macs(outputs[0].type().sizes(), inputs[1].type().sizes())})
 
 
 def _executed_masked_convs(model: nn.Module, example_input: Tensor) -> deque[int]:
@@ -118,7 +116,7 @@ def _masked_conv_macs(call: dict[str, Any], out: Tensor) -> int:
     pairs = (out_open * inputs).sum(dim=1)
     if len(pairs) != out.shape[0]:
         pairs = pairs.expand(out.shape[0])
-    return int(pairs.sum()) * math.prod(weight.shape[2:]) * math.prod(out.shape[2:])
+    return dense_macs((int(pairs.sum()), *out.shape[2:]), (len(weight), *weight.shape[2:]))
 
 
 def _open_per_group(mask: Tensor, groups: int) -> Tensor:

@@ -25,7 +25,13 @@ ROW = {
     "peak_mib": 31.4,
     "note": "",
 }
-ECHO = footprint.Runtime("echo", "numpy", ".safetensors", "import os", "run = lambda x: x[:, 0] + 1")
+
+
+def echo_session(path, x, threads):
+    return lambda: x[:, 0] + 1
+
+
+ECHO = footprint.Runtime("echo", "numpy", ".safetensors", "os", echo_session)
 
 
 class First(nn.Module):

@@ -20,6 +20,7 @@ from benchmarks.gpu.cases import Case, all_cases
 from benchmarks.gpu.section import headline, section
 from benchmarks.harness import Machine, count_kernels, poisoned, precision, variable
 from gatedconv.bench.comparison import Row
+from tests.tolerances import assert_close
 
 DRY = Machine(dry=True)
 
@@ -49,7 +50,8 @@ def test_cases_have_names_of_their_own_and_first_comes_first() -> None:
     limits = {each.name: each.seconds for each in found if each.first}
     assert all(seconds <= 90 for name, seconds in limits.items() if name != "build" and "sanitizer" not in name)
     kinds = [name.split("-")[0] for name in limits]
-    assert list(dict.fromkeys(kinds)) == ["build", "ceilings", "parity", "gate", "engine", "layer", "step", "sanitizer"]
+    order = ["build", "ceilings", "parity", "gate", "gated_scale", "engine", "layer", "step", "sanitizer"]
+    assert list(dict.fromkeys(kinds)) == order
     assert {f"parity-resident-x{ranks}" for ranks in (1, 2, 4, 8)} <= limits.keys()
     assert {f"engine-{batch}" for batch in (32, 256, 1)} <= limits.keys()
     slow = max(names.index(name) for name in limits if "compile" not in name and "sanitizer" not in name)
@@ -65,6 +67,8 @@ def test_a_dry_walk_runs_the_smallest_case_of_each_kind(
     text = capsys.readouterr().out
     for word in ("ceiling", "tiled convolution 1x1", "resident x1", "gate, 2 repeats", "block end", "layer 16x4x4"):
         assert word in text, word
+    scaled = [line.split() for line in text.splitlines() if line.startswith("gated_scale ")]
+    assert {"eager", "gatedconv", "reduce-overhead"} <= {word for line in scaled for word in line}
     assert "0 failed" in text and "training step" in text and "not run: " in text
 
 
@@ -304,6 +308,14 @@ def test_a_gate_step_has_gradients_of_input_and_parameters() -> None:
     x = torch.randn(4, 3, 4, 4, requires_grad=True)
     grads = gate_timings.gate_steps(made, [x, x.detach().clone().requires_grad_()])[1]()
     assert len(grads) == 1 + len(list(made.parameters())) and grads[0].shape == x.shape
+
+
+def test_a_scale_step_has_the_gradients_of_map_and_gate() -> None:
+    x, gates = torch.randn(4, 3, 2, 2, requires_grad=True), torch.rand(4, 3, requires_grad=True)
+    grads = gate.scale_steps(gates, [x])[0]()
+    assert [grad.shape for grad in grads] == [x.shape, gates.shape]
+    # Both are sums of gate * x * incoming, over C, H and W and over C.
+    assert_close((grads[0] * x).sum((1, 2, 3)), (grads[1] * gates).sum(1), terms=x[0].numel(), scale=1.0)
 
 
 def test_a_training_step_moves_the_network() -> None:
