@@ -37,13 +37,16 @@ def _trial(
     """A trial of random masks: ``share`` of each gate's channels open, at least one, and half of the branches."""
     sizes = dict((*gated.values.values(), *gated.inputs.values())) | dict.fromkeys(gated.ends.values(), 1)
     generator = torch.Generator().manual_seed(0)
-    masks = {n: torch.rand(size, generator=generator) < (share if size > 1 else 0.5) for n, size in sizes.items()}
+    masks = {
+        n: torch.rand(size, generator=generator, device="cpu") < (share if size > 1 else 0.5)
+        for n, size in sizes.items()
+    }
     for mask in masks.values():
         mask[0] |= mask.numel() > 1 and not bool(mask.any())
     values: dict[Value, Tensor] = {value: masks[name] for value, (name, _) in gated.values.items()}
     for value, name in gated.ends.items():
         if not bool(masks[name]) and flow.has_channels(value):
-            values[value] = torch.zeros(flow[value].size, dtype=torch.bool)
+            values[value] = torch.zeros(flow[value].size, dtype=torch.bool, device="cpu")
     inputs = {key: masks[name] for key, (name, _) in gated.inputs.items()}
     removal = Removal(flow, Masks(values, inputs, {}), caution)
     promised: dict[str, float] = defaultdict(float)

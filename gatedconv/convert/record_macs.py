@@ -102,7 +102,7 @@ class _Labels:
             self._spread_need(node)
 
     def _gate(self, path: str) -> Tensor:
-        return self.first[path] + torch.arange(self.sizes[path])
+        return self.first[path] + torch.arange(self.sizes[path], device="cpu")
 
     def _either(self, a: Tensor, b: Tensor) -> Tensor:
         """The labels of channels that close with either of two."""
@@ -140,7 +140,7 @@ class _Labels:
 
     def _label(self, node: Node, value: Value) -> Tensor:
         channels = self.flow[value]
-        always = torch.full((channels.size,), ALWAYS)
+        always = torch.full((channels.size,), ALWAYS, device="cpu")
         if channels.kind == "move":
             assert channels.source is not None and channels.index is not None
             return self.read(node, channels.source)[channels.index]
@@ -166,7 +166,7 @@ class _Labels:
         flow = self.flow
         for value in node.outputs:
             if flow.has_channels(value) and value not in self.needed:
-                self.needed[value] = torch.full((flow[value].size,), UNUSED)
+                self.needed[value] = torch.full((flow[value].size,), UNUSED, device="cpu")
         first = node.outputs[0] if node.outputs else None
         kind = flow.kind(first) if first is not None else ""
         if first is None or not (kind in _PASSING or (kind == "conv" and is_depthwise(node.module))):
@@ -186,22 +186,22 @@ class _Labels:
                 self._add(node, part, piece)
         elif kind == "conv":
             source = node.inputs[0]
-            self._add(node, source, need, torch.arange(len(need)) // (len(need) // flow[source].size))
+            self._add(node, source, need, torch.arange(len(need), device="cpu") // (len(need) // flow[source].size))
         else:
             for source in flow.operands(node):
                 wide = flow[source].size == len(need)
-                self._add(node, source, need if wide else torch.full((flow[source].size,), ALWAYS))
+                self._add(node, source, need if wide else torch.full((flow[source].size,), ALWAYS, device="cpu"))
 
     def _add_all(self, node: Node, source: Value) -> None:
         if self.flow.has_channels(source):
-            self._add(node, source, torch.full((self.flow[source].size,), ALWAYS))
+            self._add(node, source, torch.full((self.flow[source].size,), ALWAYS, device="cpu"))
         elif self.flow.kind(source) == "deferred":
             self._add_all(node, self.flow[source].source)  # type: ignore[arg-type]
 
     def _add(self, node: Node, source: Value, need: Tensor, index: Tensor | None = None) -> None:
         have = self.needed.get(source)
         if have is None:
-            have = torch.full((self.flow[source].size,), UNUSED)
+            have = torch.full((self.flow[source].size,), UNUSED, device="cpu")
         if index is not None:
             used = need != UNUSED
             low, high = (
@@ -296,14 +296,14 @@ def _term(macs: float, params: int, layer: tuple[str, ...], scaled: list[Factor]
 
 
 def _all_closed(gated: GatePlaces) -> Masks:
-    values = {value: torch.zeros(size, dtype=torch.bool) for value, (_, size) in gated.values.items()}
-    inputs = {key: torch.zeros(size, dtype=torch.bool) for key, (_, size) in gated.inputs.items()}
+    values = {value: torch.zeros(size, dtype=torch.bool, device="cpu") for value, (_, size) in gated.values.items()}
+    inputs = {key: torch.zeros(size, dtype=torch.bool, device="cpu") for key, (_, size) in gated.inputs.items()}
     return Masks(values, inputs, {})
 
 
 def _merge(a: Tensor, b: Tensor) -> Tensor:
     """Needed by both: UNUSED has no effect, equal gates stay, else always."""
-    always = torch.full((), ALWAYS)
+    always = torch.full((), ALWAYS, device="cpu")
     return torch.where(a == UNUSED, b, torch.where((b == UNUSED) | (a == b), a, always))
 
 

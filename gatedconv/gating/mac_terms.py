@@ -120,7 +120,7 @@ def _expected(
     missing = {gate for term in terms for gate in term.gates} - rates.keys()
     if missing:
         raise ValueError(f"expected_macs: no open rate for the gates {sorted(missing)}")
-    joined = torch.cat(list(rates.values())) if rates else torch.zeros(0)
+    joined = torch.cat(list(rates.values())) if rates else torch.zeros(0, device="cpu")
     sizes = {name: rate.numel() for name, rate in rates.items()}
     key = ("expected", tuple(amounts), tuple(sizes.items()), joined.device, joined.dtype)
     form = cached(unwrap(model), key, lambda: Multilinear.build(amounts, [_factors(t) for t in terms], sizes, joined))
@@ -168,17 +168,19 @@ class Multilinear(NamedTuple):
             merged[tuple(term)] = merged.get(tuple(term), 0.0) + amount
         means = {factor: k for k, factor in enumerate(dict.fromkeys(f for term in merged for f in term), start=1)}
         starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))  # and the total
-        average = torch.zeros(len(means) + 1, sum(sizes.values()), dtype=torch.float64)
+        average = torch.zeros(len(means) + 1, sum(sizes.values()), dtype=torch.float64, device="cpu")
         for (gate, channels), k in means.items():
             columns = range(sizes[gate]) if channels is None else channels
             for column in columns:
                 average[k, starts[gate] + column] += 1 / len(columns)
         width = max(1, *(len(term) for term in merged))
-        index = torch.tensor([[means[f] for f in term] + [0] * (width - len(term)) for term in merged]).t()
+        index = torch.tensor(
+            [[means[f] for f in term] + [0] * (width - len(term)) for term in merged], device="cpu"
+        ).t()
         pick = torch.nn.functional.one_hot(index, len(means) + 1).transpose(1, 2)
-        offset = torch.zeros(len(means) + 1)
+        offset = torch.zeros(len(means) + 1, device="cpu")
         offset[0] = 1
-        totals = torch.tensor(list(merged.values()), dtype=torch.float64)
+        totals = torch.tensor(list(merged.values()), dtype=torch.float64, device="cpu")
         return cls(
             totals.to(like), average.to(like), offset.to(like), index.contiguous().to(like.device), pick.to(like)
         )

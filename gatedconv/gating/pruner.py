@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class GatePruner(nn.Module):
         self.register_buffer("sensitivity", torch.zeros(sum(self._sizes)))
         self.register_buffer("pruned", torch.zeros(sum(self._sizes), dtype=torch.bool))
         self.register_buffer("costs", torch.cat([costs[name] for name in gates]).float(), persistent=False)
-        ends = torch.tensor(self._sizes).cumsum(0).tolist()
+        ends = list(accumulate(self._sizes))
         self._hooks = [
             gate.register_forward_hook(self._watch(slice(end - size, end), gate.running_open_rate.device))
             for gate, size, end in zip(gates.values(), self._sizes, ends, strict=True)

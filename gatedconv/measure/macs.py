@@ -112,7 +112,9 @@ def _masked_conv_macs(call: dict[str, Any], out: Tensor) -> int:
     weight, groups = call["weight"], call.get("groups", 1)
     out_open = _open_per_group(call["out_open"], groups)
     in_open = call.get("in_open")
-    inputs = torch.full((1, groups), weight.shape[1]) if in_open is None else _open_per_group(in_open, groups)
+    inputs = (
+        torch.full((1, groups), weight.shape[1], device="cpu") if in_open is None else _open_per_group(in_open, groups)
+    )
     pairs = (out_open * inputs).sum(dim=1)
     if len(pairs) != out.shape[0]:
         pairs = pairs.expand(out.shape[0])

@@ -312,7 +312,7 @@ def test_a_gate_step_has_gradients_of_input_and_parameters() -> None:
 
 def test_a_scale_step_has_the_gradients_of_map_and_gate() -> None:
     x, gates = torch.randn(4, 3, 2, 2, requires_grad=True), torch.rand(4, 3, requires_grad=True)
-    grads = gate.scale_steps(gates, [x])[0]()
+    grads = gate_timings.scale_steps(gates, [x])[0]()
     assert [grad.shape for grad in grads] == [x.shape, gates.shape]
     # Both are sums of gate * x * incoming, over C, H and W and over C.
     assert_close((grads[0] * x).sum((1, 2, 3)), (grads[1] * gates).sum(1), terms=x[0].numel(), scale=1.0)

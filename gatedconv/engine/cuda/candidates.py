@@ -149,7 +149,9 @@ class _TiledConv:
 
 def spread(values: Tensor, index: Sequence[int], size: int) -> Tensor:
     """Put the rows of `values` at `index` of `size` rows, zeros elsewhere."""
-    return values.new_zeros((size, *values.shape[1:])).index_copy(0, torch.tensor(index, dtype=torch.int64), values)
+    return values.new_zeros((size, *values.shape[1:])).index_copy(
+        0, torch.tensor(index, dtype=torch.int64, device="cpu"), values
+    )
 
 
 def _index(index: list[int] | None, device: torch.device) -> Tensor | None:

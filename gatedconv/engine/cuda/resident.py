@@ -76,7 +76,7 @@ def write_stream(run: ResidentRun, dtype: torch.dtype, ranks: int, pieces: int) 
     writer = _Writer(run, dtype, ranks, pieces)
     for step in run.steps:
         writer.add(step)
-    writer.append(_bytes(torch.zeros(1, dtype=torch.int32)))
+    writer.append(_bytes(torch.zeros(1, dtype=torch.int32, device="cpu")))
     writer.pad(PIECE)
     return torch.cat(writer.parts)
 
@@ -129,7 +129,7 @@ class _Writer:
 
     def pad(self, multiple: int) -> None:
         count = -self.size % multiple
-        self.parts.append(torch.zeros(count, dtype=torch.uint8))
+        self.parts.append(torch.zeros(count, dtype=torch.uint8, device="cpu"))
         self.size += count
 
     def add(self, step: ResidentStep) -> None:
@@ -138,7 +138,7 @@ class _Writer:
             return
         self._record(step)
         if step.op == "move":
-            index = torch.tensor(step.index, dtype=torch.int32)
+            index = torch.tensor(step.index, dtype=torch.int32, device="cpu")
             for item in F.pad(index, (0, -len(index) % PASS_OUTPUTS), value=-1).view(-1, PASS_OUTPUTS):
                 self.append(_bytes(item))
 
@@ -153,7 +153,9 @@ class _Writer:
             behind = (0, first + PASS_OUTPUTS - part.stop)
             values = F.pad(bias[part], behind).view(torch.int32)
             if one.out_index is not None:
-                values = torch.cat([values, F.pad(torch.tensor(one.out_index[part]).int(), behind, value=-1)])
+                values = torch.cat(
+                    [values, F.pad(torch.tensor(one.out_index[part], device="cpu").int(), behind, value=-1)]
+                )
             blocks = -(-(part.stop - first) // 8)
             tile, wide = choose_tile(-(-rows * target.width // 16), blocks), _power(blocks)
             packed = pack_fragments(weight[part], source.units, wide, self.dtype)
@@ -174,7 +176,7 @@ class _Writer:
         numbers += [one.kernel[1], *one.stride, *one.padding[:2], *one.dilation, *conv]
         for rows in self.need.get(step.target, []):
             numbers.append(min(rows) << 16 | max(rows) + 1 if rows else 0)
-        self.append(_bytes(torch.tensor(numbers, dtype=torch.int32)))
+        self.append(_bytes(torch.tensor(numbers, dtype=torch.int32, device="cpu")))
 
     def _map(self, number: int) -> list[int]:
         if number not in self.run.maps:
