@@ -26,6 +26,14 @@ own error.
 A backward pass through a norm subtracts means from the gradient before it divides by the deviation, which leaves less
 than a tenth of the terms in few tensors: "gradient" is ten times the contract. Steps of training pass each step's
 difference on to the next: "training" is a hundred times the contract, for tens of steps at the usual learning rates.
+Metrics of such steps are means over samples, whose differences are as often up as down: "metrics" is ten times the
+contract.
+
+Relative to the sum of the magnitudes of K terms, about 0.64 K sigma, the largest of many errors, 4 u sigma K / sqrt(2),
+is 4.4 u, however large K is: "magnitudes", of a single term.
+
+Counts of MACs are whole numbers, and texts have a number of decimals: `WHOLE` and `in_decimals` allow for their
+rounding, which is no matter of types.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 SAFETY = 4.0
@@ -52,10 +61,12 @@ AMPLIFICATION = {
     "winograd2": 1.67,
     "winograd4": 8.77,
     "gradient": 10.0,
+    "metrics": 10.0,
     "training": 100.0,
+    "magnitudes": 4.4,
 }
 # How far an algorithm may pass the contract; neither a network nor Winograd may.
-BEYOND_CONTRACT = {"gradient": 10.0, "training": 100.0}
+BEYOND_CONTRACT = {"gradient": 10.0, "metrics": 10.0, "training": 100.0}
 # Of one operation's error in low precision: sqrt(16) for a network of about 16 layers.
 LOW_PRECISION = {"network": 4.0, "training": 10.0}
 # Relative to the difference between the outputs of two images, a scale that may be far below the largest output: ten
@@ -64,6 +75,8 @@ OF_TWO_IMAGES = 1e-4
 # Functions of one number, at arguments of any size in one tensor: every value relative to itself. Next to 0 a factor
 # of the result may be a subnormal number, which has fewer digits.
 EACH_VALUE = {"rtol": CONTRACT[torch.float32], "atol": 1e-30}
+# Against a whole number: MACs by ``count_macs``.
+WHOLE = {"abs": 0.5}
 # No rounding: statistics of 45 images as the mean of two ranks', of 21 and 24, whose images count by a fifteenth more
 # and less than in those of all.
 UNEVEN_SHARES = {"rtol": 0.1, "atol": 0.05}
@@ -95,6 +108,34 @@ def floor(dtype: torch.dtype | str = torch.float32, algorithm: str = "direct") -
     if dtype == "tf32":
         return UNIT_ROUNDOFF["tf32"] if algorithm == "network" else tolerance(dtype)
     return CONTRACT[torch.float32] if algorithm == "network" else max(UNIT_ROUNDOFF[dtype], 1e-6)
+
+
+def near(
+    expected: Any,
+    dtype: torch.dtype | str = torch.float32,
+    algorithm: str = "direct",
+    terms: int | None = None,
+    scale: float = 0.0,
+) -> Any:
+    """What equals a number, or each of a list or dict of numbers, within ``tolerance``.
+
+    Args:
+        expected: The numbers.
+        dtype: The type that the computation ran in.
+        algorithm: As in ``tolerance``.
+        terms: As in ``tolerance``.
+        scale: As in ``relative_error``.
+    """
+    limit = tolerance(dtype, algorithm, terms)
+    return pytest.approx(expected, rel=limit, abs=scale * limit)
+
+
+def in_decimals(expected: Any, places: int, sides: int = 1) -> Any:
+    """What equals numbers but for writing ``sides`` of the two, one or both, with that many decimals.
+
+    A unit of the last: half of it by rounding, half for the error of what was rounded, which may tip it.
+    """
+    return pytest.approx(expected, rel=0, abs=sides * 10.0**-places)
 
 
 def relative_error(actual: Any, expected: Any, scale: float = 0.0) -> float:

@@ -6,6 +6,7 @@ On a dry machine the references, or the stand-in of `cases.stand_in`, compute wh
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,10 @@ from gatedconv.convert.verify import distance
 from gatedconv.ops import _masked_conv2d_cuda
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "tf32": 2.0**-11, "float32": 2.0**-24}
+TERMS = 16 * 9  # products in a result of `conv_row`
+# Of a gradient through a norm, which leaves a tenth of its terms: ten times the contract of 1e-5 in float32.
+GRADIENT_FLOOR = 10 * 1e-5
 REPEATS = 200
 
 
@@ -34,8 +39,8 @@ def judged(row: tuple[str, str, str, str], mine: float, theirs: float, floor: fl
 
 
 def floor_of(dtype: str) -> float:
-    """Relative rounding of one result, in tf32 of its products."""
-    return 1e-3 if dtype == "tf32" else 2e-6 if dtype == "float32" else torch.finfo(DTYPES[dtype]).eps
+    """Twice the unit roundoff u, of operands and of the result; in float32 sums round, too, by 0.7 sqrt(TERMS) u."""
+    return 2 * UNIT_ROUNDOFF[dtype] * (math.sqrt(TERMS) if dtype == "float32" else 1)
 
 
 @contextmanager
@@ -162,7 +167,7 @@ def _trained(machine: Machine, case: str, module: nn.Module, x: Tensor, repeats:
     same = all(torch.equal(a, b) for found in results for a, b in zip(found, results[0], strict=True))
     note = "passed" if same else "failed: repeats differ"
     return [
-        judged(("parity", case, "float32", "gatedconv"), errors[0], errors[1], 1e-4),
+        judged(("parity", case, "float32", "gatedconv"), errors[0], errors[1], GRADIENT_FLOOR),
         Row("parity", f"{case}, {repeats} repeats", 0, "float32", "gatedconv", note=note),
     ]
 

@@ -12,6 +12,7 @@ from gatedconv.bench import exported, runtimes
 from gatedconv.bench.comparison import Comparison, Row, bench_table, best_rows, compare_runtimes
 from gatedconv.bench.exported import made_once, onnx_file
 from gatedconv.bench.runtimes import OURS, REDUCED, SETTINGS, Setting, fingerprint
+from tests.tolerances import tolerance
 
 OUT = torch.tensor([1.0, 2.0])
 
@@ -182,7 +183,7 @@ def test_runtimes_made_for_phones_compute_a_network(small: nn.Module, provider: 
     if settings[0].missing:
         pytest.skip(settings[0].missing)
     found = compare_runtimes("small", small, torch.randn(batch, 3, 8, 8), settings=settings, threads=1, sample_ms=0)
-    assert not found.failures and all(error <= 1e-5 for error in found.errors.values())
+    assert not found.failures and all(error <= tolerance() for error in found.errors.values())
 
 
 def test_reduced_precision_is_reported_with_its_error_and_not_refused(small: nn.Module) -> None:

@@ -20,7 +20,7 @@ from benchmarks.gpu.cases import Case, all_cases
 from benchmarks.gpu.section import headline, section
 from benchmarks.harness import Machine, count_kernels, poisoned, precision, variable
 from gatedconv.bench.comparison import Row
-from tests.tolerances import assert_close
+from tests.tolerances import SAFETY, UNIT_ROUNDOFF, assert_close, tolerance
 
 DRY = Machine(dry=True)
 
@@ -241,6 +241,14 @@ def test_a_wrong_result_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "tiled_conv", lambda machine, x, w, b, o, residual, dtype, tile: residual.relu())
     row = parity.conv_row(DRY, "float16", (1, 1))
     assert row.failed and "allowed" in (row.note or "")
+
+
+def test_floors_of_parity_follow_from_the_table_of_tolerances() -> None:
+    for name, kind in parity.DTYPES.items():
+        dtype = "tf32" if name == "tf32" else kind
+        assert parity.UNIT_ROUNDOFF[name] == UNIT_ROUNDOFF[dtype] < parity.floor_of(name)
+        assert parity.floor_of(name) == tolerance(dtype, terms=parity.TERMS) * 2 / SAFETY
+    assert parity.GRADIENT_FLOOR == tolerance(algorithm="gradient")
 
 
 def test_a_kernel_that_writes_nothing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from torch import nn
 import gatedconv
 from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterAdd, ScatterChannels
 from tests.engine.nets import ISAS, error, settle, supported
+from tests.tolerances import tolerance
 
-LIMIT = 1e-5
+LIMIT = tolerance()
 
 
 @pytest.fixture(params=ISAS)

@@ -10,9 +10,9 @@ from torch import nn
 
 import gatedconv
 from tests.engine.nets import ISAS, Residual, error, settle, supported
-from tests.tolerances import assert_close, assert_no_worse
+from tests.tolerances import assert_close, assert_no_worse, tolerance
 
-LIMIT = 1e-5
+LIMIT = tolerance()
 
 
 @pytest.fixture(params=ISAS)

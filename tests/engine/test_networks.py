@@ -8,10 +8,11 @@ from torch import nn
 import gatedconv
 from benchmarks.yolo import Yolo
 from tests.engine.nets import error, settle
+from tests.tolerances import tolerance
 
 torchvision = pytest.importorskip("torchvision")
 
-LIMIT = 1e-5
+LIMIT = tolerance()
 NETWORKS = {
     "mobilenet_v2": 48,
     "mobilenet_v3_large": 48,

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from gatedconv import _build
 from tests.native.test_sanitizers import CSRC, HERE, SANITIZE
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, tolerance
 
 # math: (number, storage, relative error of one product sum)
 MATHS = {
-    "float16": (0, torch.float16, 2e-3),
-    "bfloat16": (1, torch.bfloat16, 1.6e-2),
-    "tf32": (2, torch.float32, 2e-3),
-    "float32": (3, torch.float32, 2e-6),
+    "float16": (0, torch.float16, tolerance(torch.float16)),
+    "bfloat16": (1, torch.bfloat16, tolerance(torch.bfloat16)),
+    "tf32": (2, torch.float32, tolerance("tf32")),
+    "float32": (3, torch.float32, tolerance(algorithm="magnitudes", terms=1)),
 }
 TILES = [(0, 0), *((mt, nt) for mt in (1, 2) for nt in (1, 2, 4, 8))]
 

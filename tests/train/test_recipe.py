@@ -16,6 +16,7 @@ from gatedconv.train.device import mixed_dtype, precision_note, resolve_device
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.optimizer import learning_rate, make_optimizer
 from gatedconv.train.recipe import train_batches
+from tests.tolerances import near
 from tests.train.losses import total_loss
 from tests.train.test_loop import CONFIG, network
 
@@ -64,8 +65,8 @@ def test_total_loss_is_the_sum_of_its_parts() -> None:
     )
     entropy = -logits.log_softmax(1)[torch.arange(16), labels].mean().item()
     expected = entropy + 2 * polar + 0.5 * (0.5 * sum(rates) / 3 + 3 * (macs / (0.5 * dense) - 1) ** 2)
-    assert polarization.item() == pytest.approx(polar, abs=1e-6)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert polarization.item() == near(polar, terms=16, scale=0.25)
+    assert loss.item() == near(expected)
 
 
 @pytest.mark.parametrize("warmup", [0.005, 0.01, 0.5])

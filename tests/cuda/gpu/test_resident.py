@@ -17,7 +17,7 @@ from tests.cuda import plans
 from tests.cuda.gpu.test_gpu import gated, kind_of
 from tests.cuda.plans import always
 from tests.engine.nets import Residual, settle
-from tests.tolerances import assert_close, floor
+from tests.tolerances import assert_close, floor, tolerance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -194,5 +194,5 @@ def test_inputs_that_a_sample_closes_are_not_read(per_sample_outputs, dtype, mon
     with torch.no_grad():
         mine = gatedconv.ops.masked_conv2d(x, *arguments, padding=1)
     error, plain = (float((t.double() - exact).abs().max()) for t in (mine, theirs))
-    least = floor("tf32") * float(exact.abs().max()) if kind_of(dtype) == "tf32" else 1e-5
+    least = floor("tf32") * float(exact.abs().max()) if kind_of(dtype) == "tf32" else tolerance()
     assert error <= max(2 * plain, least)

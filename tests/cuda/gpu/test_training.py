@@ -20,7 +20,7 @@ from gatedconv.train.cuda_graph_eval import CudaGraphForward
 from gatedconv.train.cuda_graph_step import WARM_UP, CudaGraphStepper
 from gatedconv.train.metrics import EpochMeter, evaluate
 from gatedconv.train.step import Stepper
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, near
 from tests.train.steps import make_steps, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -172,6 +172,6 @@ def test_a_replayed_evaluation_is_the_plain_one(position: str) -> None:
     for _ in range(2):
         expected, found = evaluate(model, batches), evaluate(model, batches, forward=forward)
         assert forward._graph is not None
-        assert found == pytest.approx(expected, rel=1e-4)
+        assert found == near(expected, algorithm="metrics")
         with torch.no_grad():
             model.fc.weight.neg_()
