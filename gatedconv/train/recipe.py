@@ -1,4 +1,4 @@
-"""The recipe: losses, their weights over the run, and batches."""
+"""The recipe: losses, their weights over the run, and batches; the learning rate is in optimizer.py."""
 
 from __future__ import annotations
 
@@ -44,6 +44,20 @@ def distillation_loss(task: Tensor, student: Tensor, teacher: Tensor, options: T
     mine, theirs = (F.log_softmax(each.float() / soft, 1) for each in (student, teacher.detach()))
     divergence = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
     return (1 - weight) * task + weight * soft**2 * divergence
+
+
+def closing_note(config: TrainConfig) -> str:
+    """Why no gate of a run has a reason to close; "" where one has.
+
+    Polarization alone is least where every gate is open, too.
+    """
+    pulls = config.mac_weight or config.act_weight or config.mac_control != "none" or config.consensus_by != "vote"
+    if config.gate == "none" or config.subnetwork or pulls:
+        return ""
+    return (
+        "mac_weight, act_weight and mac_control are off: nothing makes gates close, and the network stays dense; "
+        f"mac_weight 4 aims at {config.mac_target:.0%} of the MACs (mac_target)"
+    )
 
 
 class GateWeights(NamedTuple):

@@ -26,7 +26,7 @@ from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
 from gatedconv.train.distributed import SINGLE, Ranks, by_torchrun, process_group
 from gatedconv.train.loop import Training
 from gatedconv.train.metrics import EpochMetrics, TensorBoard, evaluate, require_tensorboard, run_energy
-from gatedconv.train.recipe import eval_batches, train_batches
+from gatedconv.train.recipe import closing_note, eval_batches, train_batches
 from gatedconv.train.run_dir import MetricsWriter, RunFolder
 from gatedconv.train.stopping import StopRequest
 from gatedconv.train.summary import example_images, measure_networks, summarize_consensus, write_exports
@@ -132,9 +132,9 @@ class Trainer:
         Args:
             networks: with fresh weights, by phase; replaced by the trained ones.
         """
-        slow = precision_note(self.config.amp, self.device)
-        if slow:
-            self.callback.note(slow)
+        for note in (precision_note(self.config.amp, self.device), closing_note(self.config)):
+            if note:
+                self.callback.note(note)
         try:
             with ExitStack() as stack:
                 if self.config.tensorboard and self.ranks.main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from gatedconv.data import ImageData
 from gatedconv.gating import find_gates
 from gatedconv.models import cifar_vgg
-from gatedconv.train import TrainConfig, device
+from gatedconv.train import TrainConfig, device, recipe
 from gatedconv.train.device import mixed_dtype, precision_note, resolve_device
 from gatedconv.train.distributed import Ranks
 from gatedconv.train.optimizer import learning_rate, make_optimizer
@@ -106,3 +107,19 @@ def test_norm_biases_learn_fast_and_decay_as_before() -> None:
     assert (bias["lr_factor"], bias["weight_decay"] * bias["lr_factor"]) == (64.0, 0.5)
     assert groups["group1.channel_gate.norm.bias"]["lr_factor"] == groups["whiten.bias"]["lr_factor"] == 1.0
     assert "whiten.weight" not in groups and "group1.norm1.weight" not in groups  # they do not learn
+
+
+@pytest.mark.parametrize(
+    ("changes", "noted"),
+    [
+        ({}, True),
+        ({"polar_weight": 5.0}, True),
+        ({"mac_weight": 1.0}, False),
+        ({"act_weight": 0.1}, False),
+        ({"mac_control": "rank", "consensus_at": 0.5}, False),
+        ({"gate": "none"}, False),
+    ],
+)
+def test_a_run_in_which_nothing_closes_gates_is_noted(changes: dict[str, Any], noted: bool) -> None:
+    note = recipe.closing_note(TrainConfig(**changes))
+    assert ("stays dense" in note) == noted == bool(note)
