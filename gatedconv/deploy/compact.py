@@ -32,7 +32,7 @@ from gatedconv.convert.install import (
 from gatedconv.convert.module_kinds import is_computed
 from gatedconv.convert.record import Node, Value
 from gatedconv.convert.verify import as_inputs, tensors_of, trains
-from gatedconv.deploy.blocks import compact_our_blocks
+from gatedconv.deploy.resnet_blocks import compact_our_blocks
 from gatedconv.deploy.shrink import CannotSlice, shrink
 from gatedconv.deploy.slicing import filled_up, plain_conv, zero_channels
 from gatedconv.gating import FrozenGate, copied, find_gates, require_frozen, unwrap

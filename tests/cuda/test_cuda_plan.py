@@ -13,7 +13,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv.engine import tuner as tuner_module
-from gatedconv.engine.cuda import candidates, graphs
+from gatedconv.engine.cuda import candidates, captured
 from gatedconv.engine.cuda.time_on_gpu import planner_hash
 from gatedconv.engine.describe import cuda_plan_lines
 from gatedconv.ops import _masked_conv2d_cuda
@@ -301,7 +301,7 @@ def test_a_plan_tunes_once_for_each_shape(tmp_path, kernel):
 
 
 class FakeGraph:
-    """As `graphs.CapturedGraph`, without a GPU."""
+    """As `captured.CapturedGraph`, without a GPU."""
 
     def __init__(self, function, x):
         self.function, self.held, self.done = function, x.detach().clone(), self
@@ -325,17 +325,17 @@ def test_graphs_are_bounded_and_given_up_after_their_last_call(monkeypatch):
         def synchronize(self):
             waits.append(tuple(self.held.shape))
 
-    monkeypatch.setattr(graphs, "CapturedGraph", Graph)
-    monkeypatch.setattr(graphs, "LIMIT", 2)
-    cache = graphs.GraphCache(lambda x: x + 1)
+    monkeypatch.setattr(captured, "CapturedGraph", Graph)
+    monkeypatch.setattr(captured, "LIMIT", 2)
+    cache = captured.GraphCache(lambda x: x + 1)
     for batch in (1, 2, 1, 3, 1, 2):
         assert torch.equal(cache(torch.zeros(batch)), torch.ones(batch))
     assert captured == [(1,), (2,), (3,), (2,)] and waits == [(2,), (3,)]
 
 
 def test_what_was_captured_in_inference_mode_serves_outside_of_it(monkeypatch):
-    monkeypatch.setattr(graphs, "CapturedGraph", FakeGraph)
-    cache = graphs.GraphCache(lambda x: x + 1)
+    monkeypatch.setattr(captured, "CapturedGraph", FakeGraph)
+    cache = captured.GraphCache(lambda x: x + 1)
     with torch.inference_mode():
         assert torch.equal(cache(torch.zeros(3)), torch.ones(3))
     result = cache(torch.ones(3, requires_grad=True))
@@ -352,8 +352,8 @@ def test_threads_take_turns_at_a_graph(monkeypatch):
         inside.pop()
         return result
 
-    monkeypatch.setattr(graphs, "CapturedGraph", FakeGraph)
-    cache = graphs.GraphCache(twice)
+    monkeypatch.setattr(captured, "CapturedGraph", FakeGraph)
+    cache = captured.GraphCache(twice)
     x = torch.arange(1000.0)
     results = []
     threads = [threading.Thread(target=lambda: results.append(cache(x))) for _ in range(16)]

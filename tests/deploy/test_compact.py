@@ -8,7 +8,7 @@ from torch import nn
 
 import gatedconv
 from gatedconv.convert import ConversionError
-from gatedconv.deploy import blocks
+from gatedconv.deploy import resnet_blocks
 from gatedconv.nn import ChannelBias, CompactBlock, ConstantMap, GatherChannels, PadShortcut, ScatterAdd
 from tests.oracle import random_masks, randomize_statistics
 from tests.tolerances import relative_error, tolerance
@@ -118,7 +118,7 @@ def test_our_own_networks_are_compared_with_their_source(monkeypatch):
     model = gatedconv.models.resnet20(gate="channel", position="middle", input_size=(3, 8, 8))
     masks = {name: torch.arange(gate.num_gates) % 2 == 0 for name, gate in gatedconv.gates(model).items()}
     frozen = gatedconv.freeze(model, masks=masks)
-    small = blocks.compact_block
+    small = resnet_blocks.compact_block
 
     def wrong(block, multiple):
         result = small(block, multiple)
@@ -126,7 +126,7 @@ def test_our_own_networks_are_compared_with_their_source(monkeypatch):
             next(p for p in result.parameters() if p.dim() == 4).mul_(1.01)
         return result
 
-    monkeypatch.setattr(blocks, "compact_block", wrong)
+    monkeypatch.setattr(resnet_blocks, "compact_block", wrong)
     with pytest.raises(ConversionError, match="the result differs by .* first at layer1"):
         gatedconv.compact(frozen, torch.randn(2, 3, 8, 8))
     gatedconv.compact(frozen, torch.randn(2, 3, 8, 8), verify=False)

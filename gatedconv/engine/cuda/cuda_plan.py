@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gatedconv.engine.cuda import resident
 from gatedconv.engine.cuda.candidates import Candidate, activate, conv_candidates
-from gatedconv.engine.cuda.graphs import GraphCache
+from gatedconv.engine.cuda.captured import GraphCache
 from gatedconv.engine.cuda.instructions import Instruction, make_instructions, map_sizes, padded
 from gatedconv.engine.cuda.resident import ResidentLaunch
 from gatedconv.engine.cuda.resident_runs import ResidentRun, find_runs
