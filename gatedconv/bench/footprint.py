@@ -93,10 +93,11 @@ def _ort_session(path: str, x: np.ndarray, threads: int) -> Callable[[], np.ndar
 def _engine_session(path: str, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
     import torch
 
-    import gatedconv
+    from gatedconv.deploy import load
+    from gatedconv.engine import Engine
 
     torch.set_num_threads(threads)
-    engine = gatedconv.Engine(gatedconv.load(path).eval(), torch.from_numpy(x))
+    engine = Engine(load(path).eval(), torch.from_numpy(x))
     return lambda: engine(torch.from_numpy(x)).numpy()
 
 
