@@ -287,7 +287,7 @@ class Removal(Constants):
         if module is not None:
             numbers = [*module.parameters(), *module.buffers()]
             per_channel = any(t.dim() and t.shape[0] == size for t in numbers)
-            return not per_channel or self._is_alone(node.scope, module)
+            return not per_channel or self._can_slice(node.scope, module)
         axis, dims = self.flow[value].axis, value.tensor.dim()
         constants = [v.tensor for v in node.inputs if v.is_constant]
         sized = "batch_norm" in op_name(node) or any(
@@ -301,14 +301,14 @@ class Removal(Constants):
             if not call.first <= node.order < call.last:
                 continue
             fits = len(call.inputs) == 1 and len(call.outputs) == 1 and call.path
-            if fits and self.flow.has_channels(call.inputs[0]) and self._is_alone(call.path, call.module):
+            if fits and self.flow.has_channels(call.inputs[0]) and self._can_slice(call.path, call.module):
                 size = self.flow[call.inputs[0]].size
                 if self.flow[call.outputs[0]].size == size and not isinstance(call.module, nn.Sequential):
                     self.sliced[call.path] = call
                     return call
         return None
 
-    def _is_alone(self, path: str, module: nn.Module) -> bool:
+    def _can_slice(self, path: str, module: nn.Module) -> bool:
         return path not in self.unsliceable and self.sliceable.is_alone(path, module)
 
     def _constrain_move(self, node: Node, value: Value) -> None:

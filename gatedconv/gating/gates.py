@@ -13,7 +13,7 @@ from gatedconv import ops
 from gatedconv._checks import require_choice
 from gatedconv.gating.collectives import SynchronizedNorm
 from gatedconv.ops.estimate import DEFAULT_TEMPERATURE, require_estimator
-from gatedconv.ops.gate import decide
+from gatedconv.ops.gate import compute_gate
 
 POOLS = ("avg", "flatten")
 RUNNING_MOMENTUM = 0.1  # as BatchNorm's running statistics: about the last ten batches
@@ -198,7 +198,7 @@ class LearnedGate(Gate):
         features = x if pooled is None or self.pool != "avg" else pooled
         arguments = self.arguments(x.shape[0], x.dtype)
         if self.synchronized:
-            return self.note(decide(features, *arguments, normalize=self.norm))
+            return self.note(compute_gate(features, *arguments, normalize=self.norm))
         return self.note(ops.gate(features, *arguments))
 
     @property

@@ -52,7 +52,7 @@ def gate(
     """
     check_gate(x, parameters, statistics, options, noise)
     if not kernels_support(x, parameters, statistics, options, noise):
-        return decide(x, parameters, statistics, options, noise)
+        return compute_gate(x, parameters, statistics, options, noise)
     require_batch(x, parameters, options)
     if torch.compiler.is_compiling():
         return _compiled(x, parameters, statistics, options, noise)
@@ -64,10 +64,10 @@ def gate_reference(
 ) -> GateOutput:
     """Compute `gate` from PyTorch's own differentiable functions."""
     check_gate(x, parameters, statistics, options, noise)
-    return decide(x, parameters, statistics, options, noise)
+    return compute_gate(x, parameters, statistics, options, noise)
 
 
-def decide(
+def compute_gate(
     x: Tensor,
     parameters: GateParameters,
     statistics: GateStatistics,
