@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Conv(nn.Sequential):
+class ConvAct(nn.Sequential):
     """Convolution, norm, SiLU: (N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> None:
@@ -20,8 +20,8 @@ class C2f(nn.Module):
     def __init__(self, inputs: int, outputs: int, depth: int, shortcut: bool) -> None:
         super().__init__()
         half = outputs // 2
-        self.first, self.last = Conv(inputs, outputs), Conv((2 + depth) * half, outputs)
-        self.blocks = nn.ModuleList(nn.Sequential(Conv(half, half, 3), Conv(half, half, 3)) for _ in range(depth))
+        self.first, self.last = ConvAct(inputs, outputs), ConvAct((2 + depth) * half, outputs)
+        self.blocks = nn.ModuleList(nn.Sequential(ConvAct(half, half, 3), ConvAct(half, half, 3)) for _ in range(depth))
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,13 +41,13 @@ class Yolo(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         w = width
-        self.stem = nn.Sequential(Conv(3, w, 3, 2), Conv(w, 2 * w, 3, 2), C2f(2 * w, 2 * w, 1, True))
-        self.p3 = nn.Sequential(Conv(2 * w, 4 * w, 3, 2), C2f(4 * w, 4 * w, 2, True))
-        self.p4 = nn.Sequential(Conv(4 * w, 8 * w, 3, 2), C2f(8 * w, 8 * w, 2, True))
-        self.p5 = nn.Sequential(Conv(8 * w, 16 * w, 3, 2), C2f(16 * w, 16 * w, 1, True))
-        self.squeeze, self.spread = Conv(16 * w, 8 * w), Conv(32 * w, 16 * w)
+        self.stem = nn.Sequential(ConvAct(3, w, 3, 2), ConvAct(w, 2 * w, 3, 2), C2f(2 * w, 2 * w, 1, True))
+        self.p3 = nn.Sequential(ConvAct(2 * w, 4 * w, 3, 2), C2f(4 * w, 4 * w, 2, True))
+        self.p4 = nn.Sequential(ConvAct(4 * w, 8 * w, 3, 2), C2f(8 * w, 8 * w, 2, True))
+        self.p5 = nn.Sequential(ConvAct(8 * w, 16 * w, 3, 2), C2f(16 * w, 16 * w, 1, True))
+        self.squeeze, self.spread = ConvAct(16 * w, 8 * w), ConvAct(32 * w, 16 * w)
         self.up4, self.up3 = C2f(24 * w, 8 * w, 1, False), C2f(12 * w, 4 * w, 1, False)
-        self.to4, self.down4 = Conv(4 * w, 4 * w, 3, 2), C2f(12 * w, 8 * w, 1, False)
+        self.to4, self.down4 = ConvAct(4 * w, 4 * w, 3, 2), C2f(12 * w, 8 * w, 1, False)
         self.pool, self.up = nn.MaxPool2d(5, 1, 2), nn.Upsample(scale_factor=2, mode="nearest")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ ASSUMED_MULTIPROCESSORS = 132  # of an H100 or H200; used where there is no GPU
 FIXED_ORDER = {"enable_fp_fusion": False}
 
 
-class Map(NamedTuple):
+class StridedMap(NamedTuple):
     """A map (N, C, HW) as kernels take it: the tensor, and its strides in elements."""
 
     ptr: Tensor
@@ -65,14 +65,14 @@ def move_running(buffer_ptr, value, momentum, mask):
     tl.store(buffer_ptr, old + momentum * (value - old), mask=mask)
 
 
-def as_map(x: Tensor) -> Map:
+def as_map(x: Tensor) -> StridedMap:
     """Return x (N, C, H, W) with its H*W positions at one stride, or features (N, C) as maps of one position.
 
     NCHW and channels_last are taken as they are. x is copied where its rows are not evenly spaced (a crop, a
     subsampled map), or where a sample spans more than 32 bits can address.
     """
     if x.dim() == 2:
-        return Map(x, *x.stride(), 0)
+        return StridedMap(x, *x.stride(), 0)
     channels, height, width = x.shape[1:]
     stride = x.stride()
     step = stride[2] if width == 1 and height > 1 else stride[3]
@@ -80,7 +80,7 @@ def as_map(x: Tensor) -> Map:
     far = (channels - 1) * stride[1] + (height * width - 1) * step >= REACH
     if (uneven or far) and not x.is_contiguous():
         return as_map(x.contiguous())
-    return Map(x, stride[0], stride[1], step)
+    return StridedMap(x, stride[0], stride[1], step)
 
 
 def gradient_like(x: Tensor, dtype: torch.dtype | None) -> Tensor:

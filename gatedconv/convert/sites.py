@@ -193,7 +193,7 @@ class SiteFinder:
             warnings.warn(
                 f"gate_model: {name} is gated because include names it, though its channels are the model's outputs: "
                 f"a closed one is constant for every image",
-                stacklevel=5,
+                stacklevel=6,  # of the caller of gate_model, past its decorator
             )
         return ""
 

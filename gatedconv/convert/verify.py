@@ -250,12 +250,14 @@ def _variations(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
     # Sizes that every division has to round or, where the source does not take them, those of pyramids of five levels;
     # of all images where the source folds several of them into one, such as the frames of a clip.
     for count, odd in ((2, 1), (2, 0), (None, 1), (None, 0)):
-        larger = changed(lambda t, n=count, odd=odd: _larger(t[:n], 32 + odd, 64 + odd) if t.dim() >= 4 else t[:n])
-        yield "larger images", larger
+        yield "larger images", changed(lambda t, n=count, odd=odd: _few_larger(t, n, 32 + odd, 64 + odd))
 
 
-def _larger(x: Tensor, height: int, width: int) -> Tensor:
-    """The image, repeated, by so many pixels higher and wider."""
+def _few_larger(x: Tensor, count: int | None, height: int, width: int) -> Tensor:
+    """The first images, repeated, by so many pixels higher and wider; of what are no images the first rows, if any."""
+    if x.dim() < 4:
+        return x[:count] if x.dim() else x
+    x = x[:count]
     rows = torch.arange(x.shape[-2] + height, device=x.device) % max(1, x.shape[-2])
     columns = torch.arange(x.shape[-1] + width, device=x.device) % max(1, x.shape[-1])
     return x.index_select(-2, rows).index_select(-1, columns)

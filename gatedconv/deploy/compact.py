@@ -149,7 +149,8 @@ def _compact_rest(
         in_eval = result if in_eval is None else in_eval
         caution = max(caution + 1, MOST_CAUTION)  # code that runs in training alone may see any tensor
     assert in_eval is not None
-    warnings.warn("compact: the result runs in eval, but not in training, as the model does", stacklevel=3)
+    # Of the caller of compact, past its decorator.
+    warnings.warn("compact: the result runs in eval, but not in training, as the model does", stacklevel=4)
     return in_eval
 
 

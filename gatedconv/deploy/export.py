@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import tempfile
@@ -20,7 +19,7 @@ from gatedconv._io import first_line, silenced
 from gatedconv.convert.example import does_not_run
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.engine_hooks import engine_hooks
-from gatedconv.gating import find_gates, require_frozen, unwrap
+from gatedconv.gating import copied, find_gates, require_frozen, unwrap
 
 ONNX_OPSET = 18
 
@@ -67,7 +66,7 @@ def export(
     """
     require_choice("export", "format", format, _WRITERS)
     about = About(classes, mean, std)
-    if about != About() and format != "plan":
+    if format != "plan" and any(part is not None for part in (classes, mean, std)):
         raise ValueError(f"export: classes, mean and std are kept in a plan alone, not in {format!r}")
     if not isinstance(example_input, Tensor) or example_input.dim() != 4:
         raise TypeError("export: example_input must be a tensor (N, C, H, W)")
@@ -101,9 +100,7 @@ def _origin(error: BaseException) -> str:
 
 def _plain(model: nn.Module, example_input: Tensor) -> nn.Module:
     require_frozen(model, "export")
-    return (
-        compact(model, example_input) if find_gates(model) else copy.deepcopy(model)
-    )  # the caller's stays in its mode
+    return compact(model, example_input) if find_gates(model) else copied(model)  # the caller's stays in its mode
 
 
 @torch.no_grad()

@@ -228,5 +228,5 @@ def _warn(consensus: Consensus) -> None:
         warnings.warn(
             f"freeze: the samples agree with the consensus on {consensus.agreement:.2%} of the decisions; "
             f"least on: {worst}",
-            stacklevel=3,
+            stacklevel=4,  # of the caller of freeze, past its decorator
         )

@@ -17,6 +17,7 @@ from gatedconv.convert.record import Node, Record, Value, record
 from gatedconv.convert.verify import as_inputs, distance, run_seeded
 from gatedconv.deploy.graph_format import is_describable
 from gatedconv.deploy.graph_writer import GraphWriter, NoGraph
+from gatedconv.gating import copied
 from gatedconv.nn import GraphNet
 
 # Pixels more in height and width: of odd numbers, else of even ones, which pyramids of five or of six levels take.
@@ -57,7 +58,7 @@ def write_graph(
         NoGraph: what it computes depends on the batch size or on numbers that its code reads, changes views in place
             in a way that has no other form, or cannot be run.
     """
-    model = copy.deepcopy(model).cpu()
+    model = copied(model).cpu()
     model.eval()
     with computing_all_samples():
         try:

@@ -136,9 +136,9 @@ def build_graph(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     return GraphNet(root, graph, class_name if class_name.isidentifier() else "GraphNet")
 
 
-def require_small(description: Any, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a whole number that is larger than any tensor of the file gives reason for."""
-    largest = max([_LARGEST, *(t.numel() for t in state.values())])
+def require_small(description: Any, state: Mapping[str, Tensor], most: int = _LARGEST) -> None:
+    """Raise ValueError for a whole number above ``most`` that is larger than every tensor of the file."""
+    largest = max([most, *(t.numel() for t in state.values())])
 
     def look(item: Any) -> None:
         if isinstance(item, int) and abs(item) > largest and abs(item) < 2**63 - 1:  # the end of a slice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of, keeping_aliases
 from gatedconv.deploy.graph_format import build_module, describe_module
 from gatedconv.deploy.slicing import COUNTS
-from gatedconv.gating import Gate
+from gatedconv.gating import Gate, copied
 from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
 
 _HOOKS = {cls.__name__: cls for cls in GateHook.__subclasses__()}
@@ -71,7 +70,7 @@ def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping
     Raises:
         ValueError, KeyError, TypeError, AttributeError: they do not fit the network.
     """
-    model = copy.deepcopy(dense)
+    model = copied(dense)
     model.eval()  # the file's tensors are those of eval: some classes merge weights there
     with keeping_aliases(model):
         _replace(model, changes, tensors)

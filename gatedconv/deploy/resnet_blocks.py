@@ -36,7 +36,7 @@ def compact_our_blocks(model: nn.Module, channel_multiple: int) -> None:
                 small = nn.Identity()  # our ResNets' stream comes out of a ReLU: another one changes nothing
             model.set_submodule(name, small)
         elif isinstance(block, VGGGroup) and block.channel_gate is not None:
-            _compact_group(block)
+            _compact_group(block, channel_multiple)
 
 
 def compact_block(block: BasicBlock, channel_multiple: int = 1) -> CompactBlock:
@@ -76,7 +76,7 @@ def _closed_block(block: BasicBlock) -> CompactBlock:
     return CompactBlock(block.downsample, _sequence(**steps), None)
 
 
-def _compact_group(group: VGGGroup) -> None:
+def _compact_group(group: VGGGroup, channel_multiple: int) -> None:
     """Remove the closed channels of a group, in place, and its gate.
 
     Where all are closed one channel stays, all zeros. Each activation maps 0 to 0.
@@ -84,7 +84,7 @@ def _compact_group(group: VGGGroup) -> None:
     gate = group.channel_gate
     assert isinstance(gate, FrozenGate)
     mask = gate.mask
-    kept = mask.clone()
+    kept = filled_up(mask, channel_multiple)
     kept[0] |= not gate.is_open
     set_weight(group.conv1, group.conv1.weight[kept])
     set_weight(group.conv2, group.conv2.weight[:, kept])

@@ -28,7 +28,9 @@ from gatedconv.nn import CompactBlock, GraphNet
 
 FORMAT = "gatedconv"
 VERSION = 1
-_LARGEST_EXAMPLE = 1 << 28  # numbers of an example input: 1 GB of float32
+# What a file may ask for beyond the size of its own tensors: an example input of 22 images of a megapixel, a network of
+# ours of 1 GB (110 layers have 1.7 million parameters), and settings such as depth and widths.
+_LARGEST_EXAMPLE, _LARGEST_MODEL, _LARGEST_SETTING = 1 << 26, 1 << 28, 1 << 12
 
 _PRODUCTS = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
@@ -277,15 +279,19 @@ class _Unfit(ValueError):
 
 def _build_ours(path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     config = dict(description["model"])
-    require_small(config, tensors)
     name = config.pop("name")
     if name not in BUILDERS:
         raise ValueError(f"load: {path} holds an unknown model {name!r}; known: {', '.join(BUILDERS)}")
-    config["input_size"] = tuple(config["input_size"])
-    _require_example(config["input_size"])
-    model = BUILDERS[name](**config)
+    size = tuple(config.pop("input_size"))
+    _require_example(size)
+    require_small(config, tensors, _LARGEST_SETTING)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in BUILDERS[name](**config, input_size=size).parameters())
+    if parameters > _LARGEST_MODEL:
+        raise ValueError(f"a {name} of {parameters:,} parameters is larger than {_LARGEST_MODEL:,}")
+    model = BUILDERS[name](**config, input_size=size)
     if description["stage"] in ("frozen", "compact"):
-        model = _reshape(model, description, config["input_size"])
+        model = _reshape(model, description, size)
     return model
 
 

@@ -162,8 +162,9 @@ def _nothing(module: nn.Module) -> nn.Module:
         return GatherChannels(torch.zeros(0, dtype=torch.long, device=device), -1)
     padding = module.padding
     if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        padding = (0, 0) if padding == "valid" else (total[0] // 2, total[1] // 2)
+        if padding == "same":  # the map's own size; of an even kernel the sides differ
+            return EmptyMap(0, (1, 1), (1, 1), (0, 0), (1, 1))
+        padding = (0, 0)
     return EmptyMap(0, module.kernel_size, module.stride, tuple(padding), module.dilation)  # type: ignore[arg-type]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from gatedconv.gating.collectives import sum_over_ranks
 from gatedconv.gating.gates import Gate
 from gatedconv.gating.mac_terms import expected_macs
-from gatedconv.gating.registry import eval_mode, find_gates, require_gates, unwrap
+from gatedconv.gating.registry import copied, eval_mode, find_gates, require_gates
 
 
 def masks_for_target(model: nn.Module, scores: Mapping[str, Tensor], target: float) -> dict[str, Tensor]:
@@ -74,7 +73,7 @@ def fisher_information(
     Returns:
         Per gate path (num_gates,), float64 on the CPU, in units of the loss.
     """
-    probe = copy.deepcopy(unwrap(model))
+    probe = copied(model)
     probe.train()
     gates = require_gates(probe, "fisher_information")
     taps: dict[str, Tensor] = {}

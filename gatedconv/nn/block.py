@@ -123,18 +123,18 @@ class BasicBlock(nn.Module):
         if gate is None or (isinstance(gate, FrozenGate) and gate.is_open):
             return self._open_block(x, shortcut)
         if isinstance(gate, FrozenGate):
-            return torch.relu(shortcut)  # not in place: an identity shortcut is the caller's tensor
+            return self._activated(shortcut)
         decision = gate(x)[:, :, None, None]
         if self.training and self.skip is not None and self.skip.applies(gate):
             return skip_branch(shortcut, self)
         if self.training or torch.compiler.is_compiling():  # a graph needs shapes that do not depend on data
             return self.relu(shortcut + decision * self.branch(x))
         convs = (self.conv1, self.bn1), (self.conv2, self.bn2)
-        if self.channel_gate is None and decides_on_device(x, *convs):
+        if self.channel_gate is None and self._has_plain_relu() and decides_on_device(x, *convs):
             return residual_branch(x, shortcut, decision.flatten() > 0, *convs)
         index = decision.flatten().nonzero().flatten()
         if index.numel() == 0:
-            return torch.relu(shortcut)
+            return self._activated(shortcut)
         part = decision.index_select(0, index) * self.branch(x.index_select(0, index))
         return self.relu(shortcut.index_add(0, index, part))
 
@@ -142,10 +142,16 @@ class BasicBlock(nn.Module):
         """The block for samples that are all open: (N, in_channels, H, W) -> (N, channels, H', W')."""
         channel, convs = self.channel_gate, ((self.conv1, self.bn1), (self.conv2, self.bn2))
         if isinstance(channel, LearnedGate) and self.position != "after" and not self.training:
-            plain = type(self.relu) is nn.ReLU and not has_hooks(self.relu)
-            if plain and not torch.compiler.is_compiling() and decides_on_device(x, *convs):
+            if not torch.compiler.is_compiling() and self._has_plain_relu() and decides_on_device(x, *convs):
                 return gated_input_branch(x, shortcut, channel, self.position, *convs)
         return self.relu(shortcut + self.branch(x))
+
+    def _activated(self, shortcut: Tensor) -> Tensor:
+        """The end of a block whose branch adds nothing; not in place: an identity shortcut is the caller's tensor."""
+        return torch.relu(shortcut) if self._has_plain_relu() else self.relu(shortcut.clone())
+
+    def _has_plain_relu(self) -> bool:
+        return type(self.relu) is nn.ReLU and not has_hooks(self.relu)
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual branch, channel gate included: (N, in_channels, H, W) -> (N, channels, H', W')."""

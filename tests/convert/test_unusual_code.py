@@ -352,3 +352,31 @@ def test_a_flattened_map_of_another_size_is_read_as_the_model_does(reshape, betw
     assert small.b[0].weight.shape[:2] == (5, 5)
     for batch in (x, images(3, 3, 64, 96), images(1, 3, 32, 64)):
         assert_close(small(batch), frozen(batch))
+
+
+class Scaled(nn.Module):
+    """(images, a number without dimensions)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x, scale):
+        return self.b(self.a(x).relu() * scale)
+
+
+def test_an_input_without_dimensions():
+    inputs = torch.randn(2, 3, 8, 8), torch.tensor(0.5)
+    gated = gatedconv.gate_model(Scaled().eval(), "channel", example_input=inputs)
+    masks = {name: torch.arange(gate.num_gates) % 2 == 0 for name, gate in gatedconv.gates(gated).items()}
+    frozen = gatedconv.freeze(gated, masks=masks)
+    small = gatedconv.compact(frozen, inputs)
+    assert small.a.out_channels == 4
+    assert_close(small(*inputs), frozen(*inputs))
+
+
+def test_a_warning_names_the_line_of_the_caller():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with pytest.warns(UserWarning, match="2 is gated because include names it") as caught:
+        gatedconv.gate_model(net, "channel", example_input=torch.randn(1, 3, 8, 8), include=["2"])
+    assert [warning.filename for warning in caught] == [__file__]

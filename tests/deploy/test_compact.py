@@ -130,3 +130,18 @@ def test_our_own_networks_are_compared_with_their_source(monkeypatch):
     with pytest.raises(ConversionError, match="the result differs by .* first at layer1"):
         gatedconv.compact(frozen, torch.randn(2, 3, 8, 8))
     gatedconv.compact(frozen, torch.randn(2, 3, 8, 8), verify=False)
+
+
+def test_widths_of_vgg_groups_are_rounded_up_with_zeros(tmp_path):
+    torch.manual_seed(0)
+    model = gatedconv.models.cifar_vgg(gate="channel", widths=(16, 16, 24)).eval()
+    randomize_statistics(model, 0)
+    masks = {name: torch.arange(gate.num_gates) < 5 for name, gate in gatedconv.gates(model).items()}
+    masks[list(masks)[-1]][:] = False  # of a group that is all closed one channel stays
+    frozen, x = gatedconv.freeze(model, masks=masks), torch.randn(2, 3, 32, 32)
+    small = gatedconv.compact(frozen, x, channel_multiple=8)
+    widths = [module.out_channels for name, module in small.named_modules() if name.endswith("conv1")]
+    assert widths == [8, 8, 1]
+    gatedconv.save(small, tmp_path / "small.safetensors")
+    for net in (small, gatedconv.load(tmp_path / "small.safetensors")):
+        assert relative_error(net(x), frozen(x)) <= tolerance(algorithm="network")

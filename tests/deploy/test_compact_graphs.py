@@ -506,3 +506,22 @@ def test_no_macs_are_promised_of_layers_whose_weights_depend_on_all_channels():
     small = gatedconv.compact(gatedconv.freeze(model, masks=masks), IMAGES)
     expected = float(gatedconv.expected_macs(model, {n: m.double() for n, m in masks.items()}))
     assert expected == pytest.approx(gatedconv.count_macs(small, IMAGES[:1]), **WHOLE)
+
+
+class SameWithAnEvenKernel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, (4, 2), padding="same", dilation=(1, 3))
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head(x + self.norm(self.conv(x)).relu())
+
+
+def test_a_closed_convolution_that_pads_an_even_kernel():
+    images = torch.randn(2, 3, 8, 8)
+    gated = gatedconv.gate_model(SameWithAnEvenKernel().eval(), "channel", example_input=images)
+    masks = {name: torch.zeros(gate.num_gates, dtype=torch.bool) for name, gate in gatedconv.gates(gated).items()}
+    frozen = gatedconv.freeze(gated, masks=masks)
+    assert_close(gatedconv.compact(frozen, images)(images), frozen(images))

@@ -183,3 +183,26 @@ def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder"):
         gatedconv.export(gatedconv.models.resnet20(), tmp_path, X)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_network_that_keeps_tensors_of_its_last_forward_is_copied(tmp_path):
+    """torch.nn.utils.weight_norm leaves the weight that it computes: no leaf, which copy.deepcopy refuses."""
+    layers = [torch.nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten()]
+    gated = gatedconv.gate_model(nn.Sequential(*layers), "channel", example_input=X)
+    gated.train()(X)
+    gatedconv.save(gated, tmp_path / "gated.safetensors")
+    scores = gatedconv.gating.fisher_information(gated, [(X, X[:, 0, 0, 0])], lambda y, _: y.square().mean())
+    assert {name: len(score) for name, score in scores.items()} == {"0.channel_gate": 8}
+    masks = {"0.channel_gate": torch.arange(8) % 2 == 0}
+    small = gatedconv.compact(gatedconv.freeze(gated, masks=masks), X)
+    small.train()(X)
+    gatedconv.export(small, tmp_path / "small.pt2", X, format="torch")
+    assert_close(exported(tmp_path / "small.pt2", "torch")(X), small.eval()(X))
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_an_array_is_refused_where_it_is_not_kept(name, tmp_path):
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(ValueError, match="kept in a plan alone"):
+        gatedconv.export(compact_net(), tmp_path / "net.onnx", X, **{name: numpy.ones(3)})

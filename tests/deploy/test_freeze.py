@@ -52,8 +52,9 @@ def test_the_majority_of_all_samples_decides_and_a_tie_opens(levels, is_open, ag
 
 
 def test_low_agreement_warns_and_names_the_gates():
-    with pytest.warns(UserWarning, match=r"66.67% of the decisions; least on: gate 66.7%"):
+    with pytest.warns(UserWarning, match=r"66.67% of the decisions; least on: gate 66.7%") as caught:
         gatedconv.freeze(FirstGate().eval(), [images(1.0, 1.0, 0.0)])
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_freezing_leaves_the_original_alone():

@@ -123,3 +123,18 @@ def test_a_users_network_comes_back_into_its_class(file):
     back = gatedconv.load(path, into=dense)
     assert type(back) is nn.Sequential and back[0].out_channels == 4 and dense[0].out_channels == 8
     assert torch.equal(back(images), small.eval()(images))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"widths": [3000, 3000, 3000]}, {"widths": [64, 1 << 40, 64]}, {"num_classes": 1 << 30}, {"hidden": 1 << 20}],
+)
+def test_a_network_of_ours_larger_than_any_is_not_built(changes, tmp_path):
+    path = tmp_path / "a.safetensors"
+    gatedconv.save(gatedconv.models.cifar_vgg(gate="channel"), path)
+    with safe_open(path, framework="pt") as opened:
+        description = json.loads(opened.metadata()["gatedconv"])
+    description["model"].update(changes)
+    rewrite(path, {"a": torch.zeros(1)}, description)
+    with pytest.raises(ValueError, match="larger than"):
+        gatedconv.load(path)

@@ -77,6 +77,16 @@ def test_a_channel_gate_multiplies_after_the_norm_at_its_position(position):
         torch.testing.assert_close(part, block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(zeros))))))
 
 
+def test_a_closed_block_ends_in_the_activation_that_it_has():
+    block = BasicBlock(4, 4, layer_gate=LayerGate(4)).eval()
+    torch.nn.init.constant_(block.layer_gate.fc2.bias, -9.0)
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(block(x), torch.relu(x))
+    block.relu = torch.nn.LeakyReLU(0.1, inplace=True)
+    kept = x.clone()
+    assert torch.equal(block(x), torch.nn.functional.leaky_relu(x, 0.1)) and torch.equal(x, kept)
+
+
 def test_a_block_with_another_activation_or_hooks_does_not_end_in_one_operator():
     """What the operator would not call, or computes in its own way, is called."""
     block = BasicBlock(4, 4, layer_gate=LayerGate(4))

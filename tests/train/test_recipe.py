@@ -18,7 +18,7 @@ from gatedconv.train.distributed import Ranks
 from gatedconv.train.optimizer import learning_rate, make_optimizer
 from gatedconv.train.recipe import train_batches
 from tests.tolerances import near
-from tests.train.losses import total_loss
+from tests.train.total_loss import total_loss
 from tests.train.test_loop import CONFIG, network
 
 

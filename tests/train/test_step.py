@@ -25,7 +25,7 @@ from gatedconv.train.metrics import EpochMeter
 from gatedconv.train.recompute import recomputing
 from gatedconv.train.step import StepGuard, Stepper
 from tests.tolerances import assert_close, in_decimals, near
-from tests.train.losses import total_loss
+from tests.train.total_loss import total_loss
 from tests.train.steps import set_predict_skips, train
 
 CPU = torch.device("cpu")
