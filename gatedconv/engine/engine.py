@@ -39,7 +39,8 @@ class Engine(nn.Module):
     code on random images of several sizes. A model that cannot be written so runs in PyTorch as a whole; one whose code
     computes with the size of the images may be written for the example's size alone, and runs there for others. The
     result equals the model's up to rounding: max|a - b| / max|b| <= 1e-5 in float32, more only where the network itself
-    amplifies rounding (the check refuses from 1e-4 on), in other types at most twice PyTorch's own error against float32.
+    amplifies rounding (the check refuses from 1e-4 on), in other types at most twice PyTorch's own error against
+    float32.
 
     Args:
         model: A frozen, compact or plain model; a frozen one is compacted first. It is copied, and not changed.

@@ -18,8 +18,8 @@ from gatedconv.train.distributed import Ranks
 from gatedconv.train.optimizer import learning_rate, make_optimizer
 from gatedconv.train.recipe import train_batches
 from tests.tolerances import near
-from tests.train.total_loss import total_loss
 from tests.train.test_loop import CONFIG, network
+from tests.train.total_loss import total_loss
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -18,8 +18,8 @@ from gatedconv.train import TrainConfig
 from gatedconv.train.skip_dead import PASSES_PER_STEP
 from gatedconv.train.step import Stepper
 from tests.tolerances import assert_close
-from tests.train.total_loss import total_loss
 from tests.train.steps import set_predict_skips, train
+from tests.train.total_loss import total_loss
 
 CONFIG = TrainConfig(
     epochs=4,

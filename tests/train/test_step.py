@@ -25,8 +25,8 @@ from gatedconv.train.metrics import EpochMeter
 from gatedconv.train.recompute import recomputing
 from gatedconv.train.step import StepGuard, Stepper
 from tests.tolerances import assert_close, in_decimals, near
-from tests.train.total_loss import total_loss
 from tests.train.steps import set_predict_skips, train
+from tests.train.total_loss import total_loss
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
