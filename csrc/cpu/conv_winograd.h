@@ -52,7 +52,8 @@ struct Transform<4> {
 };
 
 // The weights of one point are read for this many tiles while they are in the nearest cache: two or three
-// products of 14, or one of 16 with few channels. Chosen by size, unmeasured.
+// products of 14, or one of 16 with few channels. Half (of 42, two thirds) and twice as many take 0.95
+// to 1.11 and 0.92 to 1.04 of the time, 1.01 and 0.99 in the mean (AMD EPYC, AVX-512 and AVX2).
 static inline int block_tiles(const Step& step) {
   const int channels = step.in.channels;
   return channels <= 32 ? 16 : channels <= 128 ? 28 : 42;

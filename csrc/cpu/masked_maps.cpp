@@ -12,16 +12,25 @@ namespace gatedconv {
 namespace {
 
 // Inputs times outputs up to which Winograd's weights, 36 for each, stay in the second-level cache: 1.1 MiB,
-// which leaves nearly half of 2 MiB to the maps. This and the limits below are chosen by size, unmeasured.
+// which leaves nearly half of 2 MiB to the maps. Chosen by size. On an AMD EPYC (all its times:
+// benchmarks/results/constants-epyc-2c.json) layers that half as many leave out take up to 3.4 times as long;
+// twice as many make most faster (a third of the time at best), but not one 7x7 image whose weights are
+// packed at the call (1.12), nor some of stride 2 with AVX2 for which PyTorch's convolution serves (1.12).
 // The numbers of can_use_maps equal those of gatedconv/ops/masked_conv2d.py.
 constexpr int64_t kMostWeights = 64 * 128;
+
+// With 4, layers of 4 to 7 inputs take 0.77 to 2.1 times as long, with 16 those of 8 to 15
+// 0.95 to 1.9 times (AMD EPYC, AVX-512 and AVX2).
 constexpr int64_t kLeastInputs = 8;
 
-// Floats of maps that stay in such a cache with the weights (384 KiB), and images of a band.
+// Floats of maps that stay in such a cache with the weights (384 KiB), and images of a band. With
+// half and twice as many floats layers take 0.99 to 1.08 and 0.94 to 1.11 of the time, with half and twice as
+// many images 0.98 to 1.10 and 0.82 to 1.08 (AMD EPYC, AVX-512 and AVX2).
 constexpr int64_t kMapBandFloats = 96 * 1024;
 constexpr int64_t kMostImages = 8;
 
-// Multiply-adds that are worth a thread: 5 us at 40 a nanosecond.
+// Multiply-adds that are worth a thread: 5 us at 40 a nanosecond. Assumed, not timed: it takes two idle
+// cores.
 constexpr int64_t kMapThreadMacs = 200 * 1000;
 
 constexpr int64_t kTile = 4;  // outputs of Winograd, along a line and down

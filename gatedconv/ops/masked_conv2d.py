@@ -194,7 +194,8 @@ def _has_kernel(conv: Conv) -> bool:
 
 
 # Where everything is open PyTorch's convolution is as fast from this many multiply-adds on; below, it pays
-# more for the call than for the work (measured at 16 to 64 channels, batch 1 to 32).
+# more for the call than for the work. On an AMD EPYC with half of it layers take up to 1.9 times as long; with
+# twice, 0.47 to 1.09 of the time with AVX-512, and 0.88 to 1.15 with AVX2 (benchmarks/results/constants-epyc-2c.json).
 _DENSE_MACS = 10_000_000
 
 # But for 3x3 filters of few weights, for which the operator has Winograd's algorithm, and few input channels. The
