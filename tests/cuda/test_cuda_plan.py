@@ -315,12 +315,12 @@ class FakeGraph:
 
 
 def test_graphs_are_bounded_and_given_up_after_their_last_call(monkeypatch):
-    captured, waits = [], []
+    shapes, waits = [], []
 
     class Graph(FakeGraph):
         def __init__(self, function, x):
             super().__init__(function, x)
-            captured.append(tuple(x.shape))
+            shapes.append(tuple(x.shape))
 
         def synchronize(self):
             waits.append(tuple(self.held.shape))
@@ -330,7 +330,7 @@ def test_graphs_are_bounded_and_given_up_after_their_last_call(monkeypatch):
     cache = captured.GraphCache(lambda x: x + 1)
     for batch in (1, 2, 1, 3, 1, 2):
         assert torch.equal(cache(torch.zeros(batch)), torch.ones(batch))
-    assert captured == [(1,), (2,), (3,), (2,)] and waits == [(2,), (3,)]
+    assert shapes == [(1,), (2,), (3,), (2,)] and waits == [(2,), (3,)]
 
 
 def test_what_was_captured_in_inference_mode_serves_outside_of_it(monkeypatch):
