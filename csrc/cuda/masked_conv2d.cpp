@@ -252,6 +252,14 @@ void conv_run(const Tensor& input, const Tensor& packed, const std::optional<Ten
                   "conv_run: bad batch or activation");
   STD_TORCH_CHECK(on_one_device(input, packed, bias, in_index, out_index, residual, output),
                   "conv_run: expected all tensors on one device");
+  const auto as_large = [&](const Tensor& map) {
+    for (int64_t dim = 0; dim < 4; ++dim) {
+      if (map.dim() != 4 || map.size(dim) != output.size(dim)) return false;
+    }
+    return true;
+  };
+  STD_TORCH_CHECK((!residual || as_large(*residual)) && packed.is_contiguous(),
+                  "conv_run: expected residual of the output's shape and contiguous packed weights");
   STD_TORCH_CHECK(is_index_list(in_index) && is_index_list(out_index),
                   "conv_run: expected in_index and out_index to be contiguous int32");
   ConvArgs a = conv_args(shape, input, residual, output, static_cast<ConvAct>(act));

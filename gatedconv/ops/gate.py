@@ -198,7 +198,7 @@ def move_buffers(
     with torch.no_grad():
         if options.training and statistics.open_rate is not None:
             statistics.open_rate.lerp_(rate.detach(), options.momentum)
-        if options.training and statistics.threshold is not None:
+        if options.training and options.estimator == "batch_mean" and statistics.threshold is not None:
             statistics.threshold.lerp_(threshold.detach(), options.momentum)
         if options.batch_stats and statistics.mean is not None and options.norm_momentum is not None:
             assert statistics.var is not None and statistics.batches is not None

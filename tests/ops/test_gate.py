@@ -131,10 +131,11 @@ def test_opcheck_of_a_permuted_input_and_of_backward():
     opcheck(torch.ops.gatedconv.gate_backward.default, (gate, None, logits, *saved, *weights, None, 8, True, *options))
 
 
-def test_compiled_operator_moves_buffers_in_one_graph():
+@pytest.mark.parametrize("estimator", ["batch_mean", "ste"])
+def test_compiled_operator_moves_buffers_in_one_graph(estimator):
     parameters, statistics = make()
     reference = ops.GateStatistics(*(s.clone() for s in statistics))
-    options = ops.GateOptions("batch_mean")
+    options = ops.GateOptions(estimator)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def forward(x):
