@@ -47,15 +47,15 @@ def distillation_loss(task: Tensor, student: Tensor, teacher: Tensor, options: T
 
 
 def closing_note(config: TrainConfig) -> str:
-    """Why no gate of a run has a reason to close; "" where one has.
+    """A note that no setting of a run makes gates close; "" where one does.
 
-    Polarization alone is least where every gate is open, too.
+    Polarization alone is as low where every gate is open as where it is closed.
     """
     pulls = config.mac_weight or config.act_weight or config.mac_control != "none" or config.consensus_by != "vote"
     if config.gate == "none" or config.subnetwork or pulls:
         return ""
     return (
-        "mac_weight, act_weight and mac_control are off: nothing makes gates close, and the network stays dense; "
+        "nothing aims at fewer MACs, since mac_weight, act_weight and mac_control are off; "
         f"mac_weight 4 aims at {config.mac_target:.0%} of the MACs (mac_target)"
     )
 
