@@ -82,6 +82,7 @@ def freeze(
     _require_finite(rates)
     masks = masks or {name: rate >= 0.5 for name, rate in rates.items()}
     require_same_masks(masks, "freeze")
+    rates = {name: rate.to(torch.get_default_dtype()) for name, rate in rates.items()}
     frozen = freeze_gates(model, masks)
     consensus = _consensus(masks, rates, counts)
     vars(frozen)["consensus"] = consensus  # typed here; Module.__setattr__ is not
@@ -203,7 +204,7 @@ def _vote(
         name: vote / counts[name] if counts[name] else gates[name].running_open_rate.double()
         for name, vote in votes.items()
     }
-    return {name: rate.to(torch.get_default_dtype()) for name, rate in rates.items()}, counts
+    return rates, counts
 
 
 def _require_finite(rates: Mapping[str, Tensor]) -> None:

@@ -137,7 +137,7 @@ def _packed(path: Path, model: nn.Module, description: dict[str, Any], tensors: 
     try:
         require_small(size, tensors)
         _require_example(size)
-        example = torch.zeros(size, dtype=dtype, device="cpu")
+        example = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
         return engine_hooks().pack(model, example, _PRODUCTS[description["products"]])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error

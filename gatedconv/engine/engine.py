@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class Engine(nn.Module):
             raise TypeError(f"Engine: threads must be an int or None, got {type(threads).__name__}")
         if threads is not None and threads < 1:
             raise ValueError(f"Engine: threads must be at least 1, got {threads}")
-        self.threads, self.tune = threads, tune
+        self.threads, self.tune, self.verify = threads, tune, verify
         model = unwrap(model)
         own, device = _kind(model)
         self.products = _products(dtype, own, device)
@@ -220,16 +220,24 @@ class Engine(nn.Module):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        example = torch.zeros(self.example_size, dtype=self.dtype, device=self.device)
-        return _restore, (self.source, example, self.threads, self.tune, self.products)
+        return _restore, (self.source, self.example_size, self.threads, self.tune, self.verify, self.products)
 
 
 def _by(size: Iterable[int]) -> str:
     return " x ".join(map(str, size))
 
 
-def _restore(source: nn.Module, example: Tensor, threads: int | None, tune: bool, dtype: torch.dtype) -> Engine:
-    return Engine(source, example, threads=threads, tune=tune, verify=False, dtype=dtype)
+def _restore(
+    source: nn.Module, size: Sequence[int], threads: int | None, tune: bool, verify: bool, dtype: torch.dtype
+) -> Engine:
+    """A copy is packed, and verified, on the machine that it comes to."""
+    return Engine(source, _random_images(source, size), threads=threads, tune=tune, verify=verify, dtype=dtype)
+
+
+def _random_images(model: nn.Module, size: Sequence[int]) -> Tensor:
+    """Images of a size, in [0, 1), the same at every call, in the dtype and on the device of the model."""
+    dtype, device = _kind(model)
+    return torch.rand(tuple(size), generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
 
 
 def _products(dtype: torch.dtype | None, own: torch.dtype, device: torch.device) -> torch.dtype:

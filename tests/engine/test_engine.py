@@ -359,6 +359,8 @@ def test_a_plan_that_is_wrong_is_left_to_pytorch_and_the_layer_named(wrong, monk
         engine = gatedconv.Engine(net.eval(), x)
     assert torch.equal(engine(x), net(x))
     assert f"first at {wrong}" in engine.describe()
+    with pytest.warns(UserWarning, match="everything runs in PyTorch"):  # a copy is packed anew
+        assert torch.equal(copy.deepcopy(engine)(x), net(x))
 
     def fail(*_):
         raise RuntimeError("no plan of a part")
