@@ -84,7 +84,8 @@ class Engine(nn.Module):
             raise TypeError(f"Engine: threads must be an int or None, got {type(threads).__name__}")
         if threads is not None and threads < 1:
             raise ValueError(f"Engine: threads must be at least 1, got {threads}")
-        self.threads, self.tune, self.verify = threads, tune, verify
+        self.threads, self.tune = threads, tune
+        self.verify = False  # of copies: those that the check below makes of this engine are not checked in turn
         model = unwrap(model)
         own, device = _kind(model)
         self.products = _products(dtype, own, device)
@@ -107,6 +108,7 @@ class Engine(nn.Module):
                 self._build(source, example_input)
             if verify and self.reason is None and device.type == "cpu":
                 self._verify(source, example_input)
+        self.verify = verify
         self.eval()
 
     def _build(self, source: nn.Module, example_input: Tensor) -> None:
