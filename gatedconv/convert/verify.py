@@ -140,9 +140,8 @@ def require_same_training(source: nn.Module, result: nn.Module, example_input: A
             with torch.enable_grad():
                 out = run_seeded(model, inputs)
                 floats = [t for t in tensors_of(out) if t.is_floating_point() and t.requires_grad]
-                sum(
-                    (t.float().square().mean() for t in floats), torch.zeros((), device="cpu")
-                ).backward() if floats else None
+                if floats:
+                    torch.stack([t.float().square().mean().cpu() for t in floats]).sum().backward()
         except Exception as error:
             if model is result:
                 raise ConversionError(f"{owner}: the result fails in training: {error}") from error

@@ -22,13 +22,13 @@ class EngineHooks(NamedTuple):
     Attributes:
         kind: the class.
         unpack: engine -> its model, the size of its example, and the dtype of its products.
-        pack: model, example (zeros), dtype -> an engine.
+        pack: model, size of its example, dtype of its products -> an engine.
         write_plan: writes the plan of a model, for an example input, to a path.
     """
 
     kind: type[nn.Module]
     unpack: Callable[[Any], tuple[nn.Module, list[int], torch.dtype]]
-    pack: Callable[[nn.Module, Tensor, torch.dtype], nn.Module]
+    pack: Callable[[nn.Module, list[int], torch.dtype], nn.Module]
     write_plan: Callable[[nn.Module, Path, Tensor, About], None]
 
 

@@ -133,12 +133,11 @@ def _require_path(path: Any, where: str) -> None:
 
 
 def _packed(path: Path, model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    size, dtype = description["engine"], next((value.dtype for value in model.parameters()), torch.float32)
+    size = description["engine"]
     try:
         require_small(size, tensors)
         _require_example(size)
-        example = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
-        return engine_hooks().pack(model, example, _PRODUCTS[description["products"]])
+        return engine_hooks().pack(model, size, _PRODUCTS[description["products"]])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
 

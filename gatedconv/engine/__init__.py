@@ -8,14 +8,14 @@ describe.py: what runs where. plan_file.py: a plan as a file. locate.py: the fir
 """
 
 from gatedconv.deploy.engine_hooks import EngineHooks, register_engine
-from gatedconv.engine.engine import Engine
+from gatedconv.engine.engine import Engine, pack_anew
 from gatedconv.engine.plan_file import write_plan
 
 register_engine(
     EngineHooks(
         kind=Engine,
         unpack=lambda engine: (engine.source, list(engine.example_size), engine.products),
-        pack=lambda model, example, dtype: Engine(model, example, dtype=dtype),
+        pack=pack_anew,
         write_plan=write_plan,
     )
 )

@@ -222,24 +222,34 @@ class Engine(nn.Module):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.source, self.example_size, self.threads, self.tune, self.verify, self.products)
+        return pack_anew, (self.source, self.example_size, self.products, self.threads, self.tune, self.verify)
 
 
 def _by(size: Iterable[int]) -> str:
     return " x ".join(map(str, size))
 
 
-def _restore(
-    source: nn.Module, size: Sequence[int], threads: int | None, tune: bool, verify: bool, dtype: torch.dtype
+def pack_anew(
+    source: nn.Module,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    threads: int | None = None,
+    tune: bool = False,
+    verify: bool = True,
 ) -> Engine:
-    """A copy is packed, and verified, on the machine that it comes to."""
-    return Engine(source, _random_images(source, size), threads=threads, tune=tune, verify=verify, dtype=dtype)
+    """An engine of a copy or of a file, packed and verified on the machine that it comes to.
 
-
-def _random_images(model: nn.Module, size: Sequence[int]) -> Tensor:
-    """Images of a size, in [0, 1), the same at every call, in the dtype and on the device of the model."""
-    dtype, device = _kind(model)
-    return torch.rand(tuple(size), generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
+    Args:
+        source: what runs.
+        size: (N, C, H, W) of the example; its numbers are random, the same at every call.
+        dtype: as in `Engine`, like those that follow.
+        threads: see dtype.
+        tune: see dtype.
+        verify: see dtype.
+    """
+    own, device = _kind(source)
+    example = torch.rand(tuple(size), generator=torch.Generator().manual_seed(0), device="cpu").to(device, own)
+    return Engine(source, example, threads=threads, tune=tune, verify=verify, dtype=dtype)
 
 
 def _products(dtype: torch.dtype | None, own: torch.dtype, device: torch.device) -> torch.dtype:
