@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert.channels import Removal
 from gatedconv.convert.constants import groups_of, is_depthwise
+from gatedconv.convert.install import device_of
 from gatedconv.convert.module_kinds import is_exact
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 from gatedconv.convert.verify import TOLERANCES, as_inputs, distance, run_seeded, trains
@@ -289,7 +290,7 @@ def _frame(
     if not before and not after:
         return
     module = model.get_submodule(path)
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    device = device_of(module, model)
     parts = [*(before or []), ("layer", module), *(after or [])]
     framed = Framed(OrderedDict(parts)).train(module.training)
     model.set_submodule(path, framed if device is None else framed.to(device))
