@@ -13,10 +13,11 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
 
 from gatedconv import models, ops
 from gatedconv.convert import gate_model
-from gatedconv.deploy import Consensus, compact, export, freeze, load, re_estimate_batchnorm, save
+from gatedconv.deploy import compact, export, freeze, load, re_estimate_batchnorm, save
 from gatedconv.engine import Engine
 from gatedconv.gating import (
     ChannelGate,
+    Consensus,
     GatePruner,
     LayerGate,
     MacController,

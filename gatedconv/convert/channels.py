@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.constants import Constants, groups_of, is_depthwise, is_padded
+from gatedconv.convert.constants import MOST_CAUTION, Constants, groups_of, is_depthwise, is_padded
 from gatedconv.convert.flow import MOVING, PASSING, op_name
 from gatedconv.convert.module_kinds import is_computed, is_exact
 from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value
@@ -22,7 +22,6 @@ from gatedconv.convert.verify import is_same
 
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
 _VIEWS = ("view", "_unsafe_view", "reshape")
-MOST_CAUTION = 2  # of a `Removal`
 
 
 class Sliceable:
@@ -90,11 +89,13 @@ class Removal(Constants):
         unsliceable: paths of modules that have to stay as they are.
     """
 
-    caution: int = 0
     unsliceable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        late = [node for node in self.record.nodes if self.is_late(node)]
+        if any(bool(self.known[v].any()) for node in late for v in node.inputs if v in self.known):
+            self.caution = MOST_CAUTION  # code that did not run now may read them as well
         self.need: dict[Value, Tensor] = {}
         self.present: dict[Value, Tensor] = {}
         self.sliced: dict[str, ModuleCall] = {}  # modules of foreign code whose numbers per channel are sliced

@@ -15,6 +15,8 @@ from gatedconv.convert.record import Node, Value
 
 _EXTENSIVE = ("sum", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax")  # depend on the map's size
 _UNIFORM = 1e-6  # what rounding leaves between the pixels of an interpolation
+_ARITHMETIC = ("add", "sub", "rsub", "pow", "clamp", "clamp_min", "clamp_max", "remainder", "fmod")  # 0 may not stay 0
+MOST_CAUTION = 2  # see `channels.Removal`
 
 
 @dataclass
@@ -33,13 +35,19 @@ class Masks:
 class Constants:
     """The constant channels of every value.
 
+    Nothing is constant to what may read another tensor for other inputs: to all code that runs once the model knows
+    numbers of its input and, with the most caution, behind arithmetic with numbers, which may depend on the size of the
+    input or be arguments of the model.
+
     Attributes:
+        caution: as of `channels.Removal`.
         known: bool (C,): the channels that are constant.
         constant: (C,): their numbers; 0 elsewhere.
     """
 
     flow: Flow
     masks: Masks
+    caution: int = 0
 
     def __post_init__(self) -> None:
         self.record = self.flow.record
@@ -58,11 +66,13 @@ class Constants:
     def known_to(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
         """Bool (C,) and numbers (C,): the constant channels of a value as one node reads it."""
         known, constant = self.known[value], self.constant[value]
+        if self.is_late(node):
+            known, constant = torch.zeros_like(known), torch.zeros_like(constant)
         mask = self.masks.inputs.get((node, value))
         return (known, constant) if mask is None else (known | ~mask, torch.where(mask, constant, 0.0))
 
     def _find_constants(self, node: Node, value: Value) -> None:
-        known = self._candidates(node, value)
+        known = self.zeros(value) if self.is_late(node) or self._varies(node) else self._candidates(node, value)
         constant = torch.zeros(len(known), device="cpu")
         try:
             result = self._evaluate(node) if bool(known.any()) else None
@@ -83,6 +93,16 @@ class Constants:
         if mask is not None:
             known, constant = known | ~mask, torch.where(mask, constant, 0.0)
         self.known[value], self.constant[value] = known, constant
+
+    def is_late(self, node: Node) -> bool:
+        """Whether a node runs once the model's code knows numbers of its input, on which the code may branch."""
+        since = self.record.knows_numbers_at
+        return since is not None and node.order >= since and node.op != "output"
+
+    def _varies(self, node: Node) -> bool:
+        """Whether a node computes with numbers that may be others for another input."""
+        counts = self.caution == MOST_CAUTION and node.module is None and op_name(node) in _ARITHMETIC
+        return counts and any(isinstance(item, (int, float)) and item for item in node.args[1:])
 
     def _candidates(self, node: Node, value: Value) -> Tensor:
         channels, none = self.flow[value], self.zeros(value)
@@ -156,7 +176,8 @@ def is_padded(node: Node) -> bool:
     if isinstance(module, nn.AvgPool2d):
         return module.padding not in (0, (0, 0))
     if op_name(node) == "avg_pool2d":
-        return len(node.args) > 4 and any(node.args[4])
+        padding = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
+        return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
     if not isinstance(module, nn.Conv2d):
         return False
     if max(module.kernel_size) == 1:

@@ -12,9 +12,9 @@ from gatedconv._checks import require_choice
 from gatedconv._io import first_line
 from gatedconv.convert import install
 from gatedconv.convert.branches import Branch, find_branches
-from gatedconv.convert.channels import MOST_CAUTION
+from gatedconv.convert.constants import MOST_CAUTION
 from gatedconv.convert.conversion import Choice, Conversion, Selection
-from gatedconv.convert.example import record_example, require_example
+from gatedconv.convert.example import foreign_hooks, record_example, require_example
 from gatedconv.convert.flow import (
     ACTIVATIONS,
     ELEMENTWISE,
@@ -32,8 +32,19 @@ from gatedconv.convert.mac_trial import estimated_parts
 from gatedconv.convert.record import CALL, Node, Record, Value
 from gatedconv.convert.record_macs import GatePlaces, merge_terms, node_terms, reachable_share
 from gatedconv.convert.sites import Site, SiteFinder
-from gatedconv.convert.verify import require_same, require_same_training
-from gatedconv.gating import ESTIMATORS, ChannelGate, FrozenGate, LayerGate, copied, find_gates, unwrap
+from gatedconv.convert.verify import ConversionError, require_same, require_same_training
+from gatedconv.gating import (
+    ESTIMATORS,
+    ChannelGate,
+    Consensus,
+    FrozenGate,
+    LayerGate,
+    MacTerm,
+    copied,
+    find_gates,
+    require_free,
+    unwrap,
+)
 from gatedconv.measure.macs import count_macs
 from gatedconv.nn.block import GATES, POSITIONS
 
@@ -88,7 +99,7 @@ def gate_model(
     selection = Selection(include, exclude)
     model = unwrap(model)
     result, probe = _copied(model), _copied(model)
-    record = record_example(probe, example_input, "gate_model")
+    record = record_example(probe, example_input, "gate_model", model)
     if made := sorted(dict(probe.named_modules()).keys() - dict(result.named_modules()).keys()):
         raise ValueError(
             f"gate_model: {type(model).__name__} makes modules in its forward ({', '.join(made[:3])}); run it on "
@@ -127,7 +138,10 @@ def gate_model(
     size = tuple(example_input.shape) if isinstance(example_input, Tensor) else None
     vars(result).update(mac_terms=terms, conversion=conversion, gatedconv_size=size)
     if verify:
-        trained = _verify(model, result, example_input, conversion)
+        try:
+            trained = _verify(model, result, example_input, conversion)
+        except ConversionError as error:
+            raise ConversionError(f"{error}{foreign_hooks(result, model)}") from error
         if _runs_in_training_alone(trained, record):  # what it reads may have to keep its channels
             conversion.estimated |= estimated_parts(flow, installer.gated, by_node, MOST_CAUTION)
     return result
@@ -258,6 +272,8 @@ def _sample_wise(branch: Branch, record: Record) -> list[str]:
     """
     readers = [node for node in branch.entry.users if node in branch.nodes]
     layers = (*NORMS, *MIXING_NORMS, *ACTIVATIONS, *PASSING, *SPATIAL, nn.Conv2d, nn.Linear)
+    if any(isinstance(n.module, NORMS) and getattr(n.module, "running_mean", n) is None for n in branch.nodes):
+        return []  # statistics of the batch
     simple = ELEMENTWISE | SPATIAL_OPS | set(REDUCTIONS) | {"cat", "same", "permute", "transpose"}
     plain = all(isinstance(n.module, layers) if n.op == CALL else op_name(n) in simple for n in branch.nodes)
     alone = all(r.op == CALL and len(record.calls_of(r.scope)) == 1 for r in readers)
@@ -328,6 +344,8 @@ def _check(model: Any, gate: str, position: str, estimator: str, example_input: 
     if not isinstance(model, nn.Module):
         hint = ": pass its .module()" if isinstance(model, torch.export.ExportedProgram) else ""
         raise TypeError(f"gate_model: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
+    for name, kind in (("mac_terms", MacTerm), ("conversion", Conversion), ("consensus", Consensus)):
+        require_free(model, name, kind, "gate_model")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("gate_model: a TorchScript module cannot be hooked or recorded; pass the nn.Module itself")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):

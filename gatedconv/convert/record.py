@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,12 @@ from gatedconv.gating import eval_mode
 _RECORDING = threading.RLock()  # records replace nn.Module.__call__ for their time
 
 _GIVERS = ("tolist", "numpy", "__array__")  # methods that take numbers of a tensor past the dispatcher
+_NUMBERS = ("_local_scalar_dense", "equal")  # operations that give the model's code numbers of a tensor
 CALL = "call"  # the operation of a node that is the call of a known layer
+
+
+class SharedWithOriginal(ValueError):
+    """A copy of a model reads weights of the original."""
 
 
 @dataclass(eq=False)
@@ -107,7 +112,7 @@ class Record:
         self.outputs: list[Value] = []
         self.returned: Any = None  # what the model returned
         self.structure: Any = None  # the same, with values in place of tensors
-        self.gave_numbers = False  # whether its code took numbers of a computed tensor, past the dispatcher
+        self.knows_numbers_at: int | None = None  # order of the first node after its code took computed numbers
         self.reads_by_channel: dict[str, bool] = {}  # found by `convert.channels.Sliceable`
 
     def calls_of(self, path: str) -> list[ModuleCall]:
@@ -135,15 +140,25 @@ def record(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     known: Callable[[nn.Module], bool] = is_known,
+    original: nn.Module | None = None,
 ) -> Record:
     """Run the model in eval mode, without gradients, and note what it computes; ``known`` layers as one node each.
 
+    Args:
+        model: runs once, which may change its state.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        known: which modules count as one operation each.
+        original: of which the model is a copy; its weights may not be read.
+
     Raises:
+        SharedWithOriginal: the model reads weights of the original.
         Exception: whatever the model's own code raises.
     """
     result = Record(model)
-    recorder = _Recorder(result, known)
-    with _RECORDING, eval_mode(model), torch.inference_mode(False), torch.no_grad():
+    recorder = _Recorder(result, known, original)
+    both = eval_mode(model), nullcontext() if original is None else eval_mode(original)
+    with _RECORDING, both[0], both[1], torch.inference_mode(False), torch.no_grad():
         # A compiled part would hide its operations. The stance acts as soon as it is made.
         with torch.compiler.set_stance("force_eager"), recorder.watching_modules():
             recorder.start(args, dict(kwargs or {}))
@@ -161,8 +176,10 @@ def _forget_unread(result: Record) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, result: Record, known: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, result: Record, known: Callable[[nn.Module], bool], original: nn.Module | None) -> None:
         super().__init__()
+        named = () if original is None else (*original.named_parameters(), *original.named_buffers())
+        self.foreign = {memory: name for name, tensor in named if (memory := _memory(tensor))}
         self.result = result
         self.known = known
         self.paths = {id(m): name for name, m in result.model.named_modules()}
@@ -200,10 +217,17 @@ class _Recorder(TorchDispatchMode):
         node.args, node.kwargs = self._read(node, tuple(args)), self._read(node, dict(kwargs))
         if not node.inputs:
             return out  # a new tensor, made of numbers: recorded as a constant when it is read
+        if node.op in _NUMBERS:
+            self._note_numbers(node.inputs)
         written = {id(t) for t in _written(func, args, kwargs)}
         node.places = _places(out)
         self._append(node, [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)], written)
         return out
+
+    def _note_numbers(self, values: Iterable[Value | None]) -> None:
+        """The model's code reads numbers of values, of which None are not recorded."""
+        if self.result.knows_numbers_at is None and any(v is not None and not v.is_constant for v in values):
+            self.result.knows_numbers_at = len(self.result.nodes)
 
     def _read(self, node: Node, structure: Any) -> Any:
         def look_up(item: Any) -> Any:
@@ -218,6 +242,11 @@ class _Recorder(TorchDispatchMode):
 
     def _constant(self, tensor: Tensor) -> Value:
         """The value of a tensor that no recorded operation made."""
+        if _memory(tensor) in self.foreign:
+            raise SharedWithOriginal(
+                f"{type(self.result.model).__name__} keeps a function or an object that holds its layers, which a "
+                f"copy shares ({self.foreign[_memory(tensor)]}); hold layers as attributes of modules instead"
+            )
         self.quiet += 1
         numbers = tensor.detach().clone()
         self.quiet -= 1
@@ -268,8 +297,7 @@ class _Recorder(TorchDispatchMode):
 
         def noticed(give: Callable[..., Any]) -> Callable[..., Any]:
             def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-                value = self.values.get(id(tensor))
-                self.result.gave_numbers |= value is not None and not value.is_constant
+                self._note_numbers([self.values.get(id(tensor))])
                 return give(tensor, *args, **kwargs)
 
             return method
@@ -338,16 +366,27 @@ def _places(structure: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-def open_up(structure: Any) -> Any:
-    """A structure of tuples, lists and dicts, with dictionaries in place of dataclasses and other objects."""
-    if isinstance(structure, (list, tuple)):
-        parts = [open_up(part) for part in structure]
-        return parts if isinstance(structure, list) else tuple(parts)
-    if isinstance(structure, Mapping):
-        return {key: open_up(part) for key, part in structure.items()}
-    if isinstance(structure, (Tensor, nn.Module)) or not hasattr(structure, "__dict__") or isinstance(structure, type):
+def open_up(structure: Any, _inside: frozenset[int] = frozenset()) -> Any:
+    """A structure of tuples, lists and dicts, with dictionaries in place of dataclasses and other objects.
+
+    A reference of an object to one around it becomes None.
+    """
+    if isinstance(structure, (Tensor, nn.Module, type)):
         return structure
-    return {key: open_up(part) for key, part in vars(structure).items()}
+    if id(structure) in _inside:
+        return None
+    inside = _inside | {id(structure)}
+    if isinstance(structure, (list, tuple, KeysView, ValuesView, ItemsView)):
+        parts = [open_up(part, inside) for part in structure]
+        return tuple(parts) if isinstance(structure, tuple) else parts
+    if isinstance(structure, Mapping):
+        return {key: open_up(part, inside) for key, part in structure.items()}
+    held = dict(getattr(structure, "__dict__", {}))
+    for kind in type(structure).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        held |= {name: getattr(structure, name) for name in names if hasattr(structure, name)}
+    return {key: open_up(part, inside) for key, part in held.items()} if held else structure
 
 
 def _memory(tensor: Tensor) -> int:

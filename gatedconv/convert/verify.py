@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from gatedconv._io import first_line
 from gatedconv.convert.record import open_up
-from gatedconv.gating import copied, eval_mode
+from gatedconv.gating import copied
 
 # Of max|a - b| / max|b|: what another order of summation may cost over many layers, by the type's precision.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -29,6 +29,11 @@ class ConversionError(ValueError):
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+_OTHER_NUMBERS: dict[type, Callable[[Any], Any]] = {
+    float: lambda number: number * 1.5 + 0.25,
+    int: lambda number: number + 1,
+    bool: lambda flag: not flag,
+}
 Locate = Callable[[nn.Module, nn.Module, Inputs], str]
 
 
@@ -49,11 +54,13 @@ def require_same(
     locate: Locate | None = None,
     integers: bool = True,
     precision: torch.dtype | None = None,
+    copies: bool = True,
 ) -> None:
     """Raise unless both give the same in eval mode, on every variation of the example that the source takes.
 
-    Costs three forwards of each. Random numbers are those of one seed. Where the outputs differ, double precision
-    decides whether the models do or whether the network amplifies rounding: at most twice the source's own error.
+    Costs three forwards of each. Copies run, since some code changes its own state in eval, too. Random numbers are
+    those of one seed. Where the outputs differ, double precision decides whether the models do or whether the network
+    amplifies rounding: at most twice the source's own error.
 
     Args:
         source: the oracle.
@@ -63,21 +70,25 @@ def require_same(
         locate: (source, result, inputs) -> the first layer that differs; None: modules are compared by their paths.
         integers: compare integer outputs, too; rounding can move an argmax.
         precision: the type that ``result`` computes in, None for that of its outputs.
+        copies: False for a result that has no state, which then runs itself.
 
     Raises:
         ConversionError: they differ.
     """
-    locate = locate or first_difference
-    with eval_mode(source), eval_mode(result):
-        checked = set()
-        for what, inputs in _variations(as_inputs(example_input)):
-            if what in checked:
-                continue
+    locate, models, in_step = locate or first_difference, (source, result), False
+    for alternatives in _variations(as_inputs(example_input)):
+        for what, inputs in alternatives:
+            if not in_step:  # both have run the same inputs
+                source, result = copied(models[0]), copied(models[1]) if copies else models[1]
+                for model in (source, result):
+                    model.eval()  # a class with a train() of its own may return nothing from it
             try:
-                wanted = run_seeded(source, inputs)
+                wanted, in_step = run_seeded(source, inputs), True
             except Exception:  # a size that the source does not take
+                in_step = False
                 continue
-            checked.add(what)
+            if not tensors_of(wanted):
+                raise ConversionError(f"{owner}: its output holds no tensor that could be compared")
             try:
                 got = run_seeded(result, inputs)
             except Exception as error:
@@ -94,6 +105,7 @@ def require_same(
                 except Exception:  # a plan of a part of the network, or hooks, may fail where the whole runs
                     where = "a layer that could not be found"
                 raise ConversionError(f"{owner}: the result differs by {difference:.1e} on {what}, first at {where}")
+            break
 
 
 def _is_rounding(
@@ -237,19 +249,31 @@ def trains(model: nn.Module, example_input: Any) -> bool:
     return True
 
 
-def _variations(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
-    """The example; a larger batch of another range of values; images of another size, and what to try instead."""
+def _variations(inputs: Inputs) -> Iterator[list[tuple[str, Inputs]]]:
+    """The example; other values of it, in a larger batch where there can be one; larger images; other numbers.
+
+    Each with its name, and followed by what to try where the source does not take it.
+    """
 
     def changed(change: Any) -> Inputs:
         return tree_map(lambda t: change(t) if _is_float(t) else t, inputs)  # type: ignore[no-any-return]
 
-    yield "example_input", inputs
-    yield "a larger batch", changed(lambda t: torch.cat([t, t.flip(-1)[:1]]) * 1.5 + 0.25 if t.dim() > 1 else t)
-    yield "a larger batch", changed(lambda t: torch.cat([t, t.flip(-1)]) * 1.5 + 0.25 if t.dim() > 1 else t)
+    yield [("example_input", inputs)]
+    yield [
+        ("a larger batch", changed(lambda t: torch.cat([t, t.flip(-1)[:1]]) * 1.5 + 0.25 if t.dim() > 1 else t)),
+        ("a larger batch", changed(lambda t: torch.cat([t, t.flip(-1)]) * 1.5 + 0.25 if t.dim() > 1 else t)),
+        ("other values", changed(lambda t: t * 1.5 + 0.25 if t.dim() > 1 else t)),
+    ]
     # Sizes that every division has to round or, where the source does not take them, those of pyramids of five levels;
     # of all images where the source folds several of them into one, such as the frames of a clip.
-    for count, odd in ((2, 1), (2, 0), (None, 1), (None, 0)):
-        yield "larger images", changed(lambda t, n=count, odd=odd: _few_larger(t, n, 32 + odd, 64 + odd))
+    yield [
+        ("larger images", changed(lambda t, n=count, odd=odd: _few_larger(t, n, 32 + odd, 64 + odd)))
+        for count, odd in ((2, 1), (2, 0), (None, 1), (None, 0))
+    ]
+    for kind, other in _OTHER_NUMBERS.items():
+        if any(type(leaf) is kind for leaf in tree_leaves(inputs)):
+            numbers = tree_map(lambda n, k=kind, o=other: o(n) if type(n) is k else n, inputs)
+            yield [(f"another {kind.__name__} among the inputs", numbers)]
 
 
 def _few_larger(x: Tensor, count: int | None, height: int, width: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+DEEP_COLOR = "of colors of 16 bits the upper 8 are read; store them scaled to 16 bits, or as 8"
 _WIDE = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # Pillow's modes of more than 8 bits
 
 
@@ -146,6 +147,8 @@ def read_image(file: Path, size: int, value_range: float = 0.0) -> Tensor:
 
     try:
         with Image.open(file) as opened:
+            if value_range not in (0.0, 65535.0) and has_deep_color(opened):
+                raise DataError(f"{shown(file)}: --image-range {value_range:g} does not apply to it: {DEEP_COLOR}")
             image = ImageOps.exif_transpose(opened)
             if image.mode in _WIDE:
                 image = Image.fromarray(_narrowed(file, np.asarray(image, dtype=np.float64), image.mode, value_range))
@@ -159,14 +162,25 @@ def read_image(file: Path, size: int, value_range: float = 0.0) -> Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def brightest(file: Path) -> float | None:
-    """The largest value in an image of whole numbers with more than 8 bits; None for others and unreadable files."""
+def has_deep_color(image: Any) -> bool:
+    """Whether an opened image of Pillow has colors of 16 bits, of which Pillow keeps the upper 8."""
+    return any(";16" in str(part[-1]) for part in getattr(image, "tile", ())) and image.mode not in _WIDE
+
+
+def brightest(file: Path) -> tuple[float, bool] | None:
+    """The largest value in an image of whole numbers with more than 8 bits; None for others and unreadable files.
+
+    And whether it has colors, of which the upper 8 bits count.
+    """
     from PIL import Image
 
     try:
         with Image.open(file) as image:
-            wide = image.mode in _WIDE and image.mode != "F"
-            return float(np.asarray(image, dtype=np.float64).max()) if wide else None
+            deep = has_deep_color(image)
+            if not deep and (image.mode not in _WIDE or image.mode == "F"):
+                return None
+            largest = float(np.asarray(image.convert("RGB") if deep else image, dtype=np.float64).max())
+            return (largest * 256 + 255 if deep else largest), deep
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gatedconv.data.image_data import Augment, ImageData, Images, make_image_data
-from gatedconv.data.image_files import DataError, FileImages, brightest, shown
+from gatedconv.data.image_files import DEEP_COLOR, DataError, FileImages, brightest, shown
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SAMPLE = 32  # files whose range of values is looked at
@@ -94,7 +94,7 @@ def _find(folder: Path, names: Sequence[str]) -> _Found:
     """The images below each class's folder, in the order in which torchvision's ImageFolder reads them."""
     found = _Found()
     for label, name in enumerate(names):
-        for place, _, files in sorted(os.walk(folder / name, followlinks=True)):
+        for place, files in sorted(_walk(folder / name)):
             if any(part.startswith(".") for part in Path(place).relative_to(folder).parts):
                 continue
             for file in sorted(files):
@@ -108,6 +108,14 @@ def _find(folder: Path, names: Sequence[str]) -> _Found:
                 if Path(place) != folder / name:
                     found.nested.add(name)
     return found
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders below one, links followed, and their files; no folder is entered again from within itself."""
+    for place, inner, files in os.walk(folder, followlinks=True):
+        around = {os.path.realpath(place), *map(str, Path(os.path.realpath(place)).parents)}
+        inner[:] = [name for name in inner if os.path.realpath(os.path.join(place, name)) not in around]
+        yield place, files
 
 
 def _read_split(
@@ -135,8 +143,11 @@ def _require_bright(files: list[Path], value_range: float) -> None:
     if value_range:
         return
     chosen = files[:: max(1, len(files) // _SAMPLE)]
-    values = [value for file in chosen if (value := brightest(file)) is not None]
+    found = [one for file in chosen if (one := brightest(file)) is not None]
+    values = [value for value, _ in found]
     if len(values) == len(chosen) and 0 < max(values) <= 65535 / 16:
+        if any(deep for _, deep in found):
+            raise DataError(f"{shown(files[0].parent)}: found no value above {max(values):g}: {DEEP_COLOR}")
         bits = next(bits for bits in (8, 10, 12) if max(values) < 2**bits)
         raise DataError(
             f"{shown(files[0].parent)}: expected 16-bit images, found no value above {max(values):g}; "

@@ -8,7 +8,7 @@ torch.export, AOTInductor, plan. engine_hooks.py: the engine's part in files. hu
 
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.export import export
-from gatedconv.deploy.freeze import Consensus, freeze, re_estimate_batchnorm
+from gatedconv.deploy.freeze import freeze, re_estimate_batchnorm
 from gatedconv.deploy.serialize import load, save
 
-__all__ = ["Consensus", "compact", "export", "freeze", "load", "re_estimate_batchnorm", "save"]
+__all__ = ["compact", "export", "freeze", "load", "re_estimate_batchnorm", "save"]

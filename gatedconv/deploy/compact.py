@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert import ConversionError, require_same
-from gatedconv.convert.channels import MOST_CAUTION, Removal
-from gatedconv.convert.constants import Masks
+from gatedconv.convert import Conversion, ConversionError, require_same
+from gatedconv.convert.channels import Removal
+from gatedconv.convert.constants import MOST_CAUTION, Masks
 from gatedconv.convert.example import record_example, require_example
 from gatedconv.convert.flow import Flow
 from gatedconv.convert.install import (
@@ -35,7 +35,7 @@ from gatedconv.convert.verify import as_inputs, tensors_of, trains
 from gatedconv.deploy.resnet_blocks import compact_our_blocks
 from gatedconv.deploy.shrink import CannotSlice, shrink
 from gatedconv.deploy.slicing import filled_up, plain_conv, zero_channels
-from gatedconv.gating import FrozenGate, copied, find_gates, require_frozen, unwrap
+from gatedconv.gating import Consensus, FrozenGate, MacTerm, attribute_of, copied, find_gates, require_frozen, unwrap
 from gatedconv.nn import Conv2d, FrozenConv2d
 from gatedconv.nn.graph_net import require_size
 
@@ -81,16 +81,19 @@ def compact(
         result = model
         if verify:
             require_same(unwrap(frozen), result, example_input, "compact")
-    for attribute in ("mac_terms", "conversion"):
-        vars(result).pop(attribute, None)
+    if any(isinstance(term, MacTerm) for term in attribute_of(result, "mac_terms", list) or ()):
+        del vars(result)["mac_terms"]
+    if attribute_of(result, "conversion", Conversion):
+        del vars(result)["conversion"]
     if isinstance(example_input, Tensor):
         vars(result)["gatedconv_size"] = tuple(example_input.shape)
-    consensus = getattr(frozen, "consensus", None)
-    if consensus is not None:  # a state dict may have moved the masks since the vote
+    if consensus := attribute_of(
+        frozen, "consensus", Consensus
+    ):  # a state dict may have moved the masks since the vote
         masks = {name: gate.mask for name, gate in find_gates(frozen).items() if isinstance(gate, FrozenGate)}
         vars(result)["consensus"] = replace(consensus, masks=masks or consensus.masks)
     if channel_multiple > 1:
-        vars(result)["channel_multiple"] = channel_multiple
+        vars(result)["gatedconv_multiple"] = channel_multiple
     _copy_modes(frozen, result)
     return result
 
@@ -123,14 +126,17 @@ def _compact_rest(
     remove_gates(model)
     with keeping_aliases(model):
         _plain_convolutions(model)
-    flow = Flow(record_example(model, example_input, "compact"))
-    _fill_up(model, closed, channel_multiple)
+    fresh = copied(model)  # the run that is recorded may change the model's state
+    flow = Flow(record_example(model, example_input, "compact", unwrap(frozen)))
+    for each in (model, fresh):
+        filled = _fill_up(each, closed, channel_multiple)
+    closed = filled
     masks = _masks(flow, closed)
     unsliceable: set[str] = set()
     in_eval: nn.Module | None = None  # the smallest that is right in eval, but does not train
     caution, has_to_train = 0, verify and trains(frozen, example_input)
     while caution <= MOST_CAUTION:
-        result = copied(model)
+        result = copied(fresh)
         try:
             with keeping_aliases(result):
                 shrink(result, Removal(flow, masks, caution, unsliceable))
@@ -168,14 +174,19 @@ def _closed(model: nn.Module) -> list[tuple[str, type, Tensor]]:
     return found
 
 
-def _fill_up(model: nn.Module, closed: list[tuple[str, type, Tensor]], channel_multiple: int) -> None:
-    """Keep some closed channels, as zeros that their norm or convolution makes; changes model and masks in place."""
-    for index, (path, kind, mask) in enumerate(closed):
+def _fill_up(
+    model: nn.Module, closed: list[tuple[str, type, Tensor]], channel_multiple: int
+) -> list[tuple[str, type, Tensor]]:
+    """Keep some closed channels, as zeros that their norm or convolution makes, in place; returns the new masks."""
+    found = []
+    for path, kind, mask in closed:
         module, kept = model.get_submodule(path), filled_up(mask, channel_multiple)
         layer = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Conv2d)) and module.weight is not None
         if layer and kind not in (GateBranch, GateInput) and not is_computed(module) and not torch.equal(kept, mask):
             zero_channels(module, kept & ~mask)
-            closed[index] = (path, kind, kept)
+            mask = kept
+        found.append((path, kind, mask))
+    return found
 
 
 def _plain_convolutions(model: nn.Module) -> None:

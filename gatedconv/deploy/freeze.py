@@ -7,36 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from gatedconv.convert.install import keeping_aliases, skip_closed
-from gatedconv.gating import FrozenGate, Gate, copied, eval_mode
+from gatedconv.convert.verify import Inputs, as_inputs, tensors_of
+from gatedconv.gating import Consensus, FrozenGate, Gate, copied, eval_mode, require_free
 from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_over_ranks
 from gatedconv.gating.registry import find_gates, require_gates
 
 AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net is not the one that trained
-
-
-@dataclass(frozen=True)
-class Consensus:
-    """The masks that the gates agreed on, and how far they agreed.
-
-    Attributes:
-        masks: gate path -> bool (num_gates,), True for open.
-        agreement: 0 to 1, the share of (sample, gate) decisions that equal the masks; None where masks
-            were given by hand without samples to compare.
-        gate_agreement: the same for each gate.
-        open_rates: gate path -> (num_gates,), the share of samples for which it was open.
-    """
-
-    masks: dict[str, Tensor]
-    agreement: float | None
-    gate_agreement: dict[str, float]
-    open_rates: dict[str, Tensor]
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode cannot be trained
@@ -47,8 +30,8 @@ def freeze(
 
     Args:
         model: a gated model.
-        loader: batches (x, ...) or x, x (N, C, H, W); each gate becomes the majority of its eval-mode
-            decisions over all samples, a tie open.
+        loader: batches (x, ...) or x, x (N, C, H, W); in (x, ...) also a tuple or dict of the model's arguments. Each
+            gate becomes the majority of its eval-mode decisions over all samples, a tie open.
         masks: gate path -> bool (num_gates,), for every gate; decides instead of a vote. With a loader as
             well, the loader only measures agreement.
 
@@ -72,6 +55,7 @@ def freeze(
     frozen_already = [name for name, gate in gates.items() if isinstance(gate, FrozenGate)]
     if frozen_already:
         raise ValueError(f"freeze: the model is frozen already (gate {frozen_already[0]!r})")
+    require_free(model, "consensus", Consensus, "freeze")
     if masks is not None:
         masks = _checked_masks(gates, masks)
     if loader is not None:
@@ -104,7 +88,7 @@ def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 
 @torch.no_grad()
-def re_estimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimate the running statistics of every BatchNorm as plain means over batches, in place.
 
     The running statistics were collected on other sub-networks: re-estimate them after `freeze`, and
@@ -112,7 +96,7 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
 
     Args:
         model: a network whose weights are final.
-        batches: (images (N, C, H, W), labels (N,)) as in training, augmentation included; at least one.
+        batches: (images (N, C, H, W), ...) or images as in training, augmentation included; at least one.
 
     Raises:
         ValueError: there are no batches.
@@ -129,8 +113,9 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
                 norm.momentum = None  # a cumulative mean
                 norm.train()
             count = 0
-            for images, _ in batches:
-                model(images)
+            for batch in batches:
+                args, kwargs = _inputs(batch, "re_estimate_batchnorm")
+                model(*args, **kwargs)
                 count += 1
             if not count:
                 raise ValueError("re_estimate_batchnorm: expected at least one batch, got none")
@@ -140,6 +125,15 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
                 norm.momentum = momentum
                 if not done:
                     norm.load_state_dict(buffers, strict=False)
+
+
+def _inputs(batch: Any, owner: str, device: torch.device | None = None) -> Inputs:
+    """The arguments in a batch, x or (x, ...): x is a tensor or, in (x, ...), a tuple or dict of arguments."""
+    inside = isinstance(batch, (tuple, list)) and len(batch) > 0
+    x = batch[0] if inside else batch
+    if not isinstance(x, (Tensor, tuple, list, Mapping) if inside else Tensor) or not tensors_of(x):
+        raise TypeError(f"{owner}: the loader must yield tensors or (tensor, ...), got {type(x).__name__}")
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, as_inputs(x))  # type: ignore[no-any-return]
 
 
 def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,11 +183,9 @@ def _vote(
     try:
         with eval_mode(model):
             for batch in loader:
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
-                if not isinstance(x, Tensor):
-                    raise TypeError(f"freeze: the loader must yield tensors or (tensor, ...), got {type(x).__name__}")
-                model(x.to(device))
-                seen += x.shape[0]
+                args, kwargs = _inputs(batch, "freeze", device)
+                model(*args, **kwargs)
+                seen += len(tensors_of((args, kwargs))[0])
     finally:
         for hook in hooks:
             hook.remove()

@@ -27,7 +27,6 @@ _LARGER = ((33, 65), (32, 64), (64, 128))
 _PARITIES = ((2, 16), (4, 2), (8, 4))
 # `distance` of a graph from its model, in any precision: both make the same calls in the same order.
 GRAPH_ERROR = 1e-5
-_NUMBERS = ("_local_scalar_dense", "equal")  # operations that give the model's code numbers of a tensor
 
 
 @torch.no_grad()
@@ -179,7 +178,7 @@ def _require_same(graph: GraphNet, model: nn.Module, inputs: list[Tensor]) -> No
 def _write(model: nn.Module, runs: list[tuple[Tensor, Record]], check: bool, larger: int | None = None) -> GraphNet:
     """The graph that all runs agree on; ``larger`` is the run that has the shapes for larger images."""
     records = [recorded for _, recorded in runs]
-    if records[0].gave_numbers or any(node.op in _NUMBERS and not node.is_constant for node in records[0].nodes):
+    if records[0].knows_numbers_at is not None:
         raise NoGraph("its code reads numbers of a tensor, on which what it does may depend")
     if len({len(each.nodes) for each in records}) > 1 or any(
         len({_step(node) for node in nodes}) > 1 for nodes in zip(*(each.nodes for each in records), strict=True)

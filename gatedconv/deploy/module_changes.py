@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of, keeping_aliases
 from gatedconv.deploy.graph_format import build_module, describe_module
 from gatedconv.deploy.slicing import COUNTS
-from gatedconv.gating import Gate, copied
+from gatedconv.gating import Consensus, Gate, attribute_of, copied
 from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
 
 _HOOKS = {cls.__name__: cls for cls in GateHook.__subclasses__()}
@@ -53,7 +53,7 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, BeforeForward):
                 before[path] = [links.setdefault(id(link), len(links)) for link in hook.links]
-    made = frames or gates or frozen or hooks or getattr(model, "consensus", None) is not None
+    made = frames or gates or frozen or hooks or attribute_of(model, "consensus", Consensus) is not None
     kinds: dict[str, Any] = {"frames": frames, "removed": removed, "counts": counts, "hooks": hooks}
     kinds |= {"gates": gates, "frozen": frozen, "before": before}
     return kinds if made else {}

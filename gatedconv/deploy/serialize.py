@@ -17,12 +17,12 @@ from gatedconv._io import write_atomic
 from gatedconv.convert import Conversion
 from gatedconv.deploy.compact import compact
 from gatedconv.deploy.engine_hooks import engine_hooks
-from gatedconv.deploy.freeze import Consensus, freeze_gates
+from gatedconv.deploy.freeze import freeze_gates
 from gatedconv.deploy.graph import write_graph
 from gatedconv.deploy.graph_format import build_graph, describe_graph, require_small
 from gatedconv.deploy.graph_writer import NoGraph
 from gatedconv.deploy.module_changes import apply_changes, describe_changes, ties_of
-from gatedconv.gating import FrozenGate, MacTerm, eval_mode, find_gates, unwrap
+from gatedconv.gating import Consensus, FrozenGate, MacTerm, attribute_of, eval_mode, find_gates, unwrap
 from gatedconv.models import BUILDERS, CifarVGG, ResNet
 from gatedconv.nn import CompactBlock, GraphNet
 
@@ -175,11 +175,11 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
             graph = None
     if graph is not None and "fixed_size" in vars(graph):
         description["fixed_size"] = list(vars(graph)["fixed_size"])
-    if consensus := getattr(model, "consensus", None):
+    if consensus := attribute_of(model, "consensus", Consensus):
         description["consensus"] = _describe_consensus(consensus)
-    if terms := getattr(model, "mac_terms", None):
+    if terms := attribute_of(model, "mac_terms", list):
         description["mac_terms"] = [[t.macs, t.params, t.gates, t.channels] for t in terms]
-    if conversion := getattr(model, "conversion", None):
+    if conversion := attribute_of(model, "conversion", Conversion):
         description["conversion"] = dataclasses.asdict(conversion)
     if size := vars(model).get("gatedconv_size"):
         description["example_size"] = list(size)
@@ -204,7 +204,7 @@ def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
 
 
 def _describe(model: CifarVGG | ResNet) -> dict[str, Any]:
-    consensus: Consensus | None = getattr(model, "consensus", None)
+    consensus = attribute_of(model, "consensus", Consensus)
     gates = find_gates(model)
     masks = {name: gate.mask for name, gate in gates.items() if isinstance(gate, FrozenGate)}
     is_small = model.config["gate"] or any(isinstance(module, CompactBlock) for module in model.modules())
@@ -214,7 +214,7 @@ def _describe(model: CifarVGG | ResNet) -> dict[str, Any]:
     description: dict[str, Any] = {"version": VERSION, "model": model.config, "stage": stage}
     if consensus is not None:
         description["consensus"] = _describe_consensus(consensus)
-    if multiple := vars(model).get("channel_multiple"):
+    if multiple := vars(model).get("gatedconv_multiple"):
         description["channel_multiple"] = multiple
     return description
 

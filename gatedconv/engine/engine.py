@@ -152,7 +152,9 @@ class Engine(nn.Module):
             return first_wrong_layer(source, self.body, inputs, **options)
 
         try:
-            require_same(source, self, example, "the plan", locate=locate, integers=False, precision=self.products)
+            require_same(
+                source, self, example, "the plan", locate=locate, integers=False, precision=self.products, copies=False
+            )
         except ConversionError as error:
             self.reason, self.fixed_size = str(error), None
             self.body = source

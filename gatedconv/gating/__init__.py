@@ -6,17 +6,28 @@ schedules.py: loss weights and the MAC target over the run. registry.py: the gat
 ranks.
 """
 
-from gatedconv.gating.gates import ChannelGate, FrozenGate, Gate, LayerGate
+from gatedconv.gating.gates import ChannelGate, Consensus, FrozenGate, Gate, LayerGate
 from gatedconv.gating.losses import MacController, activation_loss, mac_target_loss, polarization_loss
 from gatedconv.gating.mac_terms import MacTerm, expected_macs, pruning_rate
 from gatedconv.gating.pruner import GatePruner
 from gatedconv.gating.ranking import fisher_information, gate_macs, masks_for_target, mean_logits
-from gatedconv.gating.registry import copied, eval_mode, find_gates, forget, open_rates, require_frozen, unwrap
+from gatedconv.gating.registry import (
+    attribute_of,
+    copied,
+    eval_mode,
+    find_gates,
+    forget,
+    open_rates,
+    require_free,
+    require_frozen,
+    unwrap,
+)
 from gatedconv.ops import ESTIMATORS
 
 __all__ = [
     "ESTIMATORS",
     "ChannelGate",
+    "Consensus",
     "FrozenGate",
     "Gate",
     "LayerGate",
@@ -24,6 +35,7 @@ __all__ = [
     "MacTerm",
     "GatePruner",
     "activation_loss",
+    "attribute_of",
     "copied",
     "eval_mode",
     "expected_macs",
@@ -37,6 +49,7 @@ __all__ = [
     "open_rates",
     "polarization_loss",
     "pruning_rate",
+    "require_free",
     "require_frozen",
     "unwrap",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -359,3 +359,21 @@ class FrozenGate(Gate):
     def forward(self, x: Tensor) -> Tensor:
         """Give the mask to every sample: x (N, ...) -> (N, num_gates) in x.dtype."""
         return self.mask.to(x.dtype).expand(x.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """The masks that the gates agreed on, and how far they agreed.
+
+    Attributes:
+        masks: gate path -> bool (num_gates,), True for open.
+        agreement: 0 to 1, the share of (sample, gate) decisions that equal the masks; None where masks
+            were given by hand without samples to compare.
+        gate_agreement: the same for each gate.
+        open_rates: gate path -> (num_gates,), the share of samples for which it was open.
+    """
+
+    masks: dict[str, Tensor]
+    agreement: float | None
+    gate_agreement: dict[str, float]
+    open_rates: dict[str, Tensor]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gatedconv.gating.gates import FrozenGate, Gate
+
+Kind = TypeVar("Kind")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -31,7 +34,29 @@ def copied(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     left = (t for m in model.modules() for t in tree_leaves(dict(vars(m))) if isinstance(t, Tensor) and not t.is_leaf)
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in left})
+    with torch.no_grad():  # TorchScript would copy its parameters differentiably
+        twin = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in left})
+    for mine, its in zip(twin.parameters(), model.parameters(), strict=True):
+        if mine.requires_grad != its.requires_grad:
+            mine.requires_grad_(its.requires_grad)
+    return twin
+
+
+def attribute_of(model: nn.Module, name: str, kind: type[Kind]) -> Kind | None:
+    """What this package left on a model under a name; None for nothing, and for an attribute of the user's own."""
+    found = vars(unwrap(model)).get(name)
+    return found if isinstance(found, kind) else None
+
+
+def require_free(model: nn.Module, name: str, kind: type, owner: str) -> None:
+    """Raise ValueError, naming ``owner``, where the user's own model has an attribute that a result would replace."""
+    found = getattr(unwrap(model), name, None)
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    if found is not None and not all(isinstance(part, kind) for part in parts):
+        raise ValueError(
+            f"{owner}: {type(unwrap(model)).__name__} has an attribute {name!r} of its own, under which the result "
+            f"would keep its {kind.__name__}; rename it"
+        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gatedconv._io import NUMBER, require_schema, write_atomic
 from gatedconv.data import TrainBatches
-from gatedconv.deploy import Consensus
+from gatedconv.gating import Consensus
 from gatedconv.train.config import TrainConfig, require_same_recipe
 from gatedconv.train.distributed import SINGLE, Ranks
 from gatedconv.train.metrics import EpochMetrics

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.data import ImageData
-from gatedconv.deploy import Consensus, export
+from gatedconv.deploy import export
 from gatedconv.engine import Engine
-from gatedconv.gating import expected_macs, pruning_rate
+from gatedconv.gating import Consensus, expected_macs, pruning_rate
 from gatedconv.measure.energy import EnergyMeter, energy_per_call
 from gatedconv.measure.latency import block_figures, measure_latency
 from gatedconv.measure.macs import conv_and_linear_macs, count_macs_by_operator

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatedconv.data import ImageData
-from gatedconv.deploy import Consensus, compact, freeze, re_estimate_batchnorm, save
+from gatedconv.deploy import compact, freeze, re_estimate_batchnorm, save
 from gatedconv.environment import provenance
-from gatedconv.gating import fisher_information, gate_macs, masks_for_target, mean_logits
+from gatedconv.gating import Consensus, fisher_information, gate_macs, masks_for_target, mean_logits
 from gatedconv.train.build import build_model, load_images, phases, starting_network
 from gatedconv.train.callbacks import Callback
 from gatedconv.train.checkpoint import has_checkpoint, load_checkpoint, read_consensus, restore_part, write_consensus

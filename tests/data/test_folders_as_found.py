@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,35 @@ def test_labels_from_1_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match="subtract 1"):
         load_data(f"npz:{tmp_path / 'a.npz'}")
+
+
+def write_deep_color(file: Path, values: np.ndarray) -> None:
+    """A PNG of 16-bit colors, (H, W, 3), by the rules of its specification."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_colors_of_twelve_bits_in_sixteen_are_refused(tmp_path, bits):
+    root = make(tmp_path)
+    for file in root.rglob("*.png"):
+        write_deep_color(file, np.random.default_rng(0).integers(0, 2**bits, (12, 12, 3)))
+    if bits == 16:
+        assert load(root).train_images.max() > 200
+    for options in ({}, {"image_range": 4095.0})[bits == 16 :]:
+        with pytest.raises(DataError, match="of colors of 16 bits the upper 8 are read"):
+            load(root, **options)
+
+
+def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path):
+    root = make(tmp_path)
+    expected = load(root).train_images
+    (root / "train" / "cat" / "again").symlink_to(root / "train" / "cat", target_is_directory=True)
+    (root / "train" / "dog" / "up").symlink_to(root, target_is_directory=True)
+    assert torch.equal(load(root).train_images, expected)

@@ -174,3 +174,24 @@ def test_a_vote_is_counted_exactly_whatever_the_default_dtype_is():
     finally:
         torch.set_default_dtype(torch.float32)
     assert not bool(frozen.consensus.masks["gate"].any())
+
+
+class TwoInputs(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = FirstGate(), torch.nn.BatchNorm2d(1)
+
+    def forward(self, x, shift):
+        return self.norm(x + shift) * self.first.gate(x)[..., None, None]
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_networks_of_several_inputs_vote_and_re_estimate(form):
+    bright, shift = torch.ones(3, 1, 4, 4), torch.full((3, 1, 1, 1), 2.0)
+    given = (bright, shift) if form == "tuple" else {"x": bright, "shift": shift}
+    frozen = gatedconv.freeze(TwoInputs().eval(), [(given, torch.zeros(3))])
+    assert frozen.consensus.open_rates["first.gate"].item() == 1
+    gatedconv.re_estimate_batchnorm(frozen, [(given, torch.zeros(3))])
+    assert frozen.norm.running_mean.item() == 3
+    with pytest.raises(TypeError, match=r"re_estimate_batchnorm: the loader must yield tensors or \(tensor, ...\)"):
+        gatedconv.re_estimate_batchnorm(frozen, ["images"])

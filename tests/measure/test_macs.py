@@ -66,6 +66,10 @@ def test_bad_arguments_are_named():
         gatedconv.count_macs("resnet", torch.zeros(1))
     with pytest.raises(TypeError, match="example_input must be a tensor"):
         gatedconv.count_macs(nn.Identity(), (1, 3, 8, 8))
+    model = gatedconv.models.resnet20(input_size=(3, 8, 8)).eval()
+    engine = gatedconv.Engine(model, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="an Engine's plan hides its layers"):
+        count_macs(engine, torch.zeros(1, 3, 8, 8))
 
 
 def test_convolutions_and_linear_layers_are_counted_apart() -> None:
