@@ -83,8 +83,9 @@ def gate_model(
         include: gate only these layers and blocks: a name (a block's includes all inside it), a pattern
             as of ``fnmatch``, a list of them, or a function (name, module) -> bool.
         exclude: leave these alone.
-        verify: compare the result with the model: on the example, a larger batch and larger images, and one training
-            step with the gates forced open. Costs three forwards and one training step of each.
+        verify: compare copies of the result and the model: on the example, a larger batch, larger images and other
+            numbers among the inputs, and one training step with the gates forced open. Costs three forwards (more for
+            numbers) and one training step of each.
 
     Returns:
         the gated network, with ``mac_terms`` and with ``conversion``, which lists every gate and, with its reason,
