@@ -145,7 +145,7 @@ def _require_bright(files: list[Path], value_range: float) -> None:
     chosen = files[:: max(1, len(files) // _SAMPLE)]
     found = [one for file in chosen if (one := brightest(file)) is not None]
     values = [value for value, _ in found]
-    if len(values) == len(chosen) and 0 < max(values) <= 65535 / 16:
+    if values and 0 < max(values) <= 65535 / 16:
         if any(deep for _, deep in found):
             raise DataError(f"{shown(files[0].parent)}: found no value above {max(values):g}: {DEEP_COLOR}")
         bits = next(bits for bits in (8, 10, 12) if max(values) < 2**bits)

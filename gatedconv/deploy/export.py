@@ -153,7 +153,9 @@ def _output_names(model: nn.Module, example: Tensor) -> list[str]:
         return ["output"]
     parts = found.items() if isinstance(found, Mapping) else ((f"output_{i}", part) for i, part in enumerate(found))
     names = [(str(name), part) for name, part in parts]
-    return [name for name, _ in names] if all(isinstance(part, Tensor) for _, part in names) else []
+    if not all(isinstance(part, Tensor) for _, part in names):
+        return []
+    return ["output_input" if name == "input" else name for name, _ in names]  # the input has that name
 
 
 def _write_onnx(model: nn.Module, path: Path, example: Tensor, about: About) -> None:

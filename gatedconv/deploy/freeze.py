@@ -99,7 +99,7 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: (images (N, C, H, W), ...) or images as in training, augmentation included; at least one.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or their statistics are not finite; the statistics of before are kept.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]
@@ -119,6 +119,8 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
                 count += 1
             if not count:
                 raise ValueError("re_estimate_batchnorm: expected at least one batch, got none")
+            if not all(bool(t.isfinite().all()) for norm in norms for t in norm.buffers()):
+                raise ValueError("re_estimate_batchnorm: the statistics of these batches are not finite numbers")
             done = True
         finally:
             for norm, momentum, buffers in zip(norms, momenta, before, strict=True):

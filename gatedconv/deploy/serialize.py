@@ -94,6 +94,7 @@ def _is_built_by(path: str | os.PathLike[str], description: dict[str, Any], stat
     return True
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode cannot be trained
 def load(path: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
     """Read what ``save`` wrote: the same model, in eval mode, on the CPU; an ``Engine`` as one.
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from gatedconv._io import first_line
 from gatedconv.convert import ConversionError, require_same
-from gatedconv.convert.verify import Inputs
+from gatedconv.convert.example import does_not_run
+from gatedconv.convert.verify import Inputs, as_inputs, run_seeded
 from gatedconv.deploy.compact import compact
 from gatedconv.engine.choose import choose_estimated
 from gatedconv.engine.cpu_plan import PlanModule
@@ -117,6 +118,7 @@ class Engine(nn.Module):
         try:
             traced = lower(plain, example_input)
         except Exception as error:  # of the model's own code, which may raise anything
+            _require_running(source, example_input)
             self.reason = f"the model cannot be written as a graph: {first_line(error)}"
             return
         self.fixed_size = vars(traced)["fixed_size"]
@@ -262,6 +264,15 @@ def _products(dtype: torch.dtype | None, own: torch.dtype, device: torch.device)
         return dtype or own
     more = " or torch.bfloat16" if (own, device.type) == (torch.float32, "cpu") else ""
     raise ValueError(f"Engine: dtype must be {own}{more} for a model in {own} on {device}, got {dtype}")
+
+
+def _require_running(model: nn.Module, example_input: Tensor) -> None:
+    """Raise ValueError where the model itself does not run on the example."""
+    inputs = as_inputs(example_input)
+    try:
+        run_seeded(model, inputs)
+    except Exception as error:  # whatever the model's code raises
+        raise does_not_run(model, inputs, error, "Engine") from error
 
 
 def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:

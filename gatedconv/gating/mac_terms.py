@@ -196,20 +196,21 @@ class _MultilinearForm(torch.autograd.Function):
     # PyTorch's gradient of a product synchronizes to look for zeros, and that of indexing sorts.
     @staticmethod
     def forward(ctx: Any, rates: Tensor, form: Multilinear) -> Tensor:
-        means = torch.addmv(form.offset, form.average, rates)
-        factors = means[form.columns].unbind()
-        slope: Tensor | None = None
-        for w, pick in enumerate(form.pick):
-            others = form.amounts
-            for other in (*factors[:w], *factors[w + 1 :]):
-                others = others * other
-            slope = pick @ others if slope is None else torch.addmv(slope, pick, others)
-        assert slope is not None
-        ctx.save_for_backward(slope @ form.average)
-        value = form.amounts
-        for factor in factors[:-1]:
-            value = value * factor
-        return torch.dot(value, factors[-1])
+        with torch.autocast(rates.device.type, enabled=False):  # counts of MACs do not fit into half precision
+            means = torch.addmv(form.offset, form.average, rates)
+            factors = means[form.columns].unbind()
+            slope: Tensor | None = None
+            for w, pick in enumerate(form.pick):
+                others = form.amounts
+                for other in (*factors[:w], *factors[w + 1 :]):
+                    others = others * other
+                slope = pick @ others if slope is None else torch.addmv(slope, pick, others)
+            assert slope is not None
+            ctx.save_for_backward(slope @ form.average)
+            value = form.amounts
+            for factor in factors[:-1]:
+                value = value * factor
+            return torch.dot(value, factors[-1])
 
     @staticmethod
     @once_differentiable

@@ -108,6 +108,7 @@ class GatePruner(nn.Module):
             target: share of the dense model's MACs, in (0, 1]; lower it step by step, for example by
                 `gatedconv.schedules.falling`.
         """
+        _require_target(target)
         self._steps += 1
         behind = target == self._target < self._reached
         if behind or self._steps % EVERY == 0:
@@ -131,16 +132,16 @@ class GatePruner(nn.Module):
         Raises:
             ValueError: for another target, or before any forward pass.
         """
-        if not 0 < target <= 1:
-            raise ValueError(f"GatePruner: target must be in (0, 1], got {target!r}")
+        _require_target(target)
         found = global_open_rates(self._pruned_model(), "GatePruner")
         self._reached = target
         rates = torch.cat([rate.detach() for rate in found.values()]).float()
         sensitivity = self.sensitivity if world_size() == 1 else global_mean(self.sensitivity, 1)
-        order = self._scores(sensitivity).masked_fill(self.pruned, torch.inf).argsort(stable=True).tolist()
+        left = ~self.pruned & self._learning()
+        order = self._scores(sensitivity).masked_fill(~left, torch.inf).argsort(stable=True).tolist()
         full = self._macs(torch.ones_like(rates))
         rates[self.pruned] = 0
-        for gate in order[: int((~self.pruned).sum()) - 1]:
+        for gate in order[: min(int(left.sum()), int((~self.pruned).sum()) - 1)]:
             if self._macs(rates) <= target * full:
                 break
             rates[gate] = 0
@@ -148,6 +149,12 @@ class GatePruner(nn.Module):
         for learned, mask in zip(self._gates.values(), self.pruned.split(self._sizes), strict=True):
             learned.fc2.weight.masked_fill_(mask[:, None], 0)
             learned.fc2.bias.masked_fill_(mask, CLOSED_LOGIT)
+
+    def _learning(self) -> Tensor:
+        """Bool (G,): the gates whose parameters are trained; the others have no gradient to rank them by, and stay."""
+        parts = zip(self._gates.values(), self._sizes, strict=True)
+        trained = [torch.full((size,), gate.fc2.bias.requires_grad) for gate, size in parts]
+        return torch.cat(trained).to(self.pruned.device)
 
     def _scores(self, sensitivity: Tensor) -> Tensor:
         """Scores (G,), lowest pruned first: sensitivity per MAC or, if even, the rank (0 to 1) within the gate."""
@@ -197,6 +204,13 @@ class GatePruner(nn.Module):
 
         probe.register_post_accumulate_grad_hook(on_squares)
         return on_forward
+
+
+def _require_target(target: float) -> None:
+    if isinstance(target, bool) or not isinstance(target, (int, float)):
+        raise TypeError(f"GatePruner: target must be a number in (0, 1], got {target!r}")
+    if not 0 < target <= 1:
+        raise ValueError(f"GatePruner: target must be in (0, 1], got {target!r}")
 
 
 class _Watched(torch.autograd.Function):

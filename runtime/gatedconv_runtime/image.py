@@ -18,6 +18,8 @@ _MOST_PIXELS = 1 << 28
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an image file: PNG of 8 bits a sample, not interlaced; any other that Pillow reads, where it is installed.
 
+    As the training reads folders: upright, and of samples with more than 8 bits the largest of their type becomes 255.
+
     Returns:
         uint8 (H, W, C), C 1 for gray or 3 for color; transparency is left out.
 
@@ -36,20 +38,33 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         except (ValueError, struct.error, zlib.error) as error:
             raise ValueError(f"{os.fspath(path)}: the PNG is damaged ({error})") from None
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise ValueError(f"{os.fspath(path)}: {reason}; with Pillow it could be read: pip install pillow") from None
     try:
-        with Image.open(path) as image:
-            gray = image.mode in ("1", "L", "LA", "I;16")
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            gray = image.mode in ("1", "L", "LA")
+            if image.mode.startswith(("I", "F")):
+                return _narrowed(np.asarray(image, np.float64), 1.0 if image.mode == "F" else 65535.0)
             pixels = np.asarray(image.convert("L" if gray else "RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)}: it is no image that Pillow reads ({error})") from None
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
+def _narrowed(values: np.ndarray, largest: float) -> np.ndarray:
+    """Values (H, W) from 0 to the largest as uint8 (H, W, 1)."""
+    if not (values.min() >= 0 and values.max() <= largest):
+        raise ValueError(f"expected values from 0 to {largest:g}, found {values.min():g} to {values.max():g}")
+    narrow: np.ndarray = (values * (255 / largest)).round().astype(np.uint8)
+    return narrow[:, :, None]
+
+
 def prepare(image: np.ndarray, plan: Plan) -> np.ndarray:
     """Turn uint8 (H, W, C) into a plan's input (1, C, H, W): its channels, its size (bilinear), its normalization.
+
+    As in training, what does not fit the plan's ratio of sides is cut off evenly at both ends.
 
     Raises:
         ValueError: The network takes neither gray nor color images.
@@ -62,7 +77,9 @@ def prepare(image: np.ndarray, plan: Plan) -> np.ndarray:
         luma = np.array([0.299, 0.587, 0.114], np.float32)
         pixels = np.repeat(pixels, 3, 2) if channels == 3 else (pixels @ luma)[:, :, None]
     if pixels.shape[:2] != (height, width):
-        rows, columns = _bilinear(pixels.shape[0], height), _bilinear(pixels.shape[1], width)
+        tall, wide = pixels.shape[:2]
+        rows = _bilinear(tall, height, min(tall, wide * height / width))
+        columns = _bilinear(wide, width, min(wide, tall * width / height))
         pixels = np.einsum("yh,hwc,xw->yxc", rows, pixels, columns, optimize=True)
     if plan.mean is not None:
         pixels = pixels - np.array(plan.mean, np.float32)
@@ -71,11 +88,14 @@ def prepare(image: np.ndarray, plan: Plan) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], np.float32)
 
 
-def _bilinear(size: int, wanted: int) -> np.ndarray:
-    """Weights (wanted, size) of a triangle as wide as a wanted pixel, and at least two pixels: as Pillow's."""
-    scale = size / wanted
+def _bilinear(size: int, wanted: int, used: float) -> np.ndarray:
+    """Weights (wanted, size) of a triangle as wide as a wanted pixel, and at least two pixels: as Pillow's.
+
+    Of the middle ``used`` pixels.
+    """
+    scale = used / wanted
     reach = max(scale, 1.0)
-    centers = (np.arange(wanted) + 0.5) * scale
+    centers = (size - used) / 2 + (np.arange(wanted) + 0.5) * scale
     distance = np.abs(np.arange(size) + 0.5 - centers[:, None]) / reach
     weights: np.ndarray = np.maximum(1 - distance, 0)
     weights /= weights.sum(1, keepdims=True)

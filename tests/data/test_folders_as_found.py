@@ -161,3 +161,11 @@ def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path):
     (root / "train" / "cat" / "again").symlink_to(root / "train" / "cat", target_is_directory=True)
     (root / "train" / "dog" / "up").symlink_to(root, target_is_directory=True)
     assert torch.equal(load(root).train_images, expected)
+
+
+def test_dark_images_of_sixteen_bits_among_others_require_a_range(tmp_path):
+    root = make(tmp_path)
+    for file in sorted(root.rglob("0.png")):
+        Image.fromarray(np.random.default_rng(0).integers(0, 4096, (12, 12), np.uint16)).save(file)
+    with pytest.raises(DataError, match="--image-range 4095"):
+        load(root)

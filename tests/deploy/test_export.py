@@ -206,3 +206,16 @@ def test_an_array_is_refused_where_it_is_not_kept(name, tmp_path):
     numpy = pytest.importorskip("numpy")
     with pytest.raises(ValueError, match="kept in a plan alone"):
         gatedconv.export(compact_net(), tmp_path / "net.onnx", X, **{name: numpy.ones(3)})
+
+
+def test_an_output_with_the_inputs_name_gets_another(tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Named(torch.nn.Module):
+        def forward(self, x):
+            return {"input": x * 2, "mean": x.mean((2, 3))}
+
+    gatedconv.export(Named().eval(), tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8))
+    session = ort.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["output_input", "mean"]

@@ -195,3 +195,11 @@ def test_networks_of_several_inputs_vote_and_re_estimate(form):
     assert frozen.norm.running_mean.item() == 3
     with pytest.raises(TypeError, match=r"re_estimate_batchnorm: the loader must yield tensors or \(tensor, ...\)"):
         gatedconv.re_estimate_batchnorm(frozen, ["images"])
+
+
+def test_statistics_that_are_no_numbers_are_refused_and_those_of_before_kept():
+    frozen = gatedconv.freeze(TwoInputs().eval(), masks={"first.gate": torch.tensor([True])})
+    images, shift = torch.full((3, 1, 4, 4), torch.nan), torch.zeros(3, 1, 1, 1)
+    with pytest.raises(ValueError, match="statistics of these batches are not finite"):
+        gatedconv.re_estimate_batchnorm(frozen, [((images, shift), None)])
+    assert frozen.norm.running_mean.item() == 0 and frozen.norm.running_var.item() == 1

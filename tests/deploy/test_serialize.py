@@ -183,3 +183,12 @@ def test_a_path_is_a_path():
     for call in (lambda: gatedconv.load(None), lambda: gatedconv.save(stages()["dense"], None)):
         with pytest.raises(TypeError, match="(load|save): path must be a str or os.PathLike, got NoneType"):
             call()
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained(tmp_path):
+    model = gatedconv.models.resnet20(gate="layer", input_size=(3, 8, 8))
+    gatedconv.save(model, tmp_path / "a.safetensors")
+    with torch.inference_mode():
+        loaded = gatedconv.load(tmp_path / "a.safetensors")
+    loaded.train()(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters() if p.dim() > 1)

@@ -416,3 +416,8 @@ def test_the_workspace_is_bounded_and_given_back(engine):
     engine(torch.zeros(1, 3, 32, 32))
     assert plan.plan_release() > 0
     assert plan.plan_release() == 0
+
+
+def test_an_example_that_the_model_does_not_take_is_refused():
+    with pytest.raises(ValueError, match=r"Engine: Sequential does not run on example_input \(\(1, 4, 8, 8\)"):
+        gatedconv.Engine(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.zeros(1, 4, 8, 8))

@@ -295,3 +295,34 @@ def test_a_falling_target(progress: float, value: float) -> None:
     assert schedules.falling(progress, 0.5, 0.2, 0.7) == pytest.approx(value)
     with pytest.raises(ValueError, match="start must not come after end"):
         schedules.falling(progress, 0.5, 0.8, 0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_macs_are_counted_in_single_precision_under_autocast(dtype: torch.dtype) -> None:
+    model = network().train()
+    with torch.autocast("cpu", dtype):
+        model(torch.randn(4, *SIZE))
+        loss = losses.mac_target_loss(model, 0.3)
+    loss.backward()
+    plain = losses.mac_target_loss(model, 0.3)
+    assert float(loss.detach()) == float(plain.detach())
+    gradients = [gate.fc2.bias.grad for gate in find_gates(model).values()]
+    assert all(found is not None and bool(found.isfinite().all()) for found in gradients)
+
+
+def test_gates_that_are_not_trained_are_not_pruned() -> None:
+    model = network().train()
+    pruner = GatePruner(model)
+    first, gate = next(iter(find_gates(model).items()))
+    for parameter in gate.parameters():
+        parameter.requires_grad_(False)
+    functional.cross_entropy(model(torch.randn(4, *SIZE)), torch.arange(4)).backward()
+    before = gate.fc2.bias.clone()
+    pruner.prune(0.5)
+    assert torch.equal(gate.fc2.bias, before) and not pruner.pruned[: gate.num_gates].any(), first
+    assert pruner.pruned.any()
+    for wrong in ("0.5", None, True):
+        with pytest.raises(TypeError, match="target must be a number in"):
+            pruner.step(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
+        pruner.step(0.0)

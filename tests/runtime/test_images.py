@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from gatedconv.data.image_files import read_image
 from tests.runtime.conftest import small_net
 from tests.tolerances import assert_close
 
@@ -103,10 +104,33 @@ def test_images_become_inputs(image_module, rt, plan_bytes):
 @pytest.mark.parametrize("size", [(37, 9), (5, 40), (16, 16)])
 def test_images_are_resized_as_torch_does(image_module, size):
     x = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows, columns = (image_module._bilinear(extent, 16) for extent in size)
+    rows, columns = (image_module._bilinear(extent, 16, extent) for extent in size)
     expected = torch.nn.functional.interpolate(x, (16, 16), mode="bilinear", antialias=True)
     found = torch.from_numpy(rows.astype(float) @ x[0, 0].numpy() @ columns.astype(float).T)
     assert_close(found.float(), expected[0, 0].float())
+
+
+@pytest.mark.parametrize("kind", ["gray of 16 bits", "float", "turned", "wide", "tall"])
+def test_images_are_read_as_in_training(image_module, rt, plan_bytes, tmp_path, kind):
+    image = pytest.importorskip("PIL.Image")
+    net, file = rt.load(plan_bytes), tmp_path / "a.tif"
+    generator = np.random.default_rng(0)
+    if kind == "gray of 16 bits":
+        image.fromarray(generator.integers(0, 65536, (16, 16), np.uint16)).save(file)
+    elif kind == "float":
+        image.fromarray(generator.random((16, 16), np.float32)).save(file)
+    else:
+        height, width = {"turned": (16, 24), "wide": (20, 41), "tall": (50, 16)}[kind]
+        pixels = image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+        exif = pixels.getexif()
+        exif[0x0112] = 6 if kind == "turned" else 1  # the orientation
+        file = tmp_path / "a.jpg"
+        pixels.save(file, exif=exif)
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (net.mean, net.std))
+    wanted = read_image(file, 16).float() / 255
+    found = torch.from_numpy(image_module.prepare(image_module.read_image(file), net))[0] * std + mean
+    # Pillow rounds to a level of 255 behind each direction of a resize.
+    assert float((found - wanted).abs().max()) <= 2 / 255
 
 
 def test_the_command_prints_the_top_classes(rt, plan_bytes, tmp_path, capsys):
