@@ -75,7 +75,9 @@ class GatePruner(nn.Module):
         self.register_buffer("costs", torch.cat([costs[name] for name in gates]).float(), persistent=False)
         ends = list(accumulate(self._sizes))
         self._hooks = [
-            gate.register_forward_hook(self._watch(slice(end - size, end), gate.running_open_rate.device))
+            gate.register_forward_hook(
+                _Watch(lambda: self.sensitivity, slice(end - size, end), gate.running_open_rate.device)
+            )
             for gate, size, end in zip(gates.values(), self._sizes, ends, strict=True)
         ]
         for gate in gates.values():
@@ -174,36 +176,57 @@ class GatePruner(nn.Module):
             raise RuntimeError("GatePruner: its model no longer exists")
         return model
 
-    def _watch(self, place: slice, device: torch.device) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
+
+class _Watch:
+    """The forward hook of a gate that records the gradients of its decisions; a copy of the gate records nothing.
+
+    Args:
+        sensitivity: of all gates; a part of it is updated in place.
+        place: that part.
+        device: of the gate.
+    """
+
+    def __init__(self, sensitivity: Callable[[], Tensor], place: slice, device: torch.device) -> None:
+        self.sensitivity, self.place = sensitivity, place
         # The squares leave the graph as the gradient of a leaf: a compiled backward pass must not change buffers.
-        probe = torch.zeros(place.stop - place.start, device=device, requires_grad=True)
+        self.probe = torch.zeros(place.stop - place.start, device=device, requires_grad=True)
+        self.probe.register_post_accumulate_grad_hook(self._on_squares)
 
-        def update(square: Tensor) -> None:
-            running = self.sensitivity[place]
-            square = torch.where(square.isfinite(), square.to(running.device), running)  # fp16 may overflow
-            running.lerp_(square, MOMENTUM)
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        """Of copies and pickles: the pruner stays with the original."""
+        return _Unwatched, ()
 
-        def on_gradient(slope: Tensor) -> None:
-            update(_mean_square(slope.detach()))
+    def __call__(self, gate: nn.Module, arguments: object, decision: Tensor) -> Tensor | None:
+        if not (gate.training and decision.requires_grad):
+            return None
+        if not torch.compiler.is_compiling():
+            decision.register_hook(self._on_gradient)
+            return None
+        watched: Tensor = _Watched.apply(decision, self.probe)
+        if isinstance(gate, LearnedGate) and gate.logits is not None and gate.logits.dtype == watched.dtype:
+            gate.open_rate = watched.mean(dim=0)  # so that the losses reach the decision, as they do in eager mode
+        return watched
 
-        def on_squares(probe: Tensor) -> None:
-            square, probe.grad = probe.grad, None
-            assert square is not None  # the hook runs after accumulation
-            update(square)
+    def _on_gradient(self, slope: Tensor) -> None:
+        self._update(_mean_square(slope.detach()))
 
-        def on_forward(gate: nn.Module, arguments: object, decision: Tensor) -> Tensor | None:
-            if not (gate.training and decision.requires_grad):
-                return None
-            if not torch.compiler.is_compiling():
-                decision.register_hook(on_gradient)
-                return None
-            watched: Tensor = _Watched.apply(decision, probe)
-            if isinstance(gate, LearnedGate) and gate.logits is not None and gate.logits.dtype == watched.dtype:
-                gate.open_rate = watched.mean(dim=0)  # so that the losses reach the decision, as they do in eager mode
-            return watched
+    def _on_squares(self, probe: Tensor) -> None:
+        square, probe.grad = probe.grad, None
+        assert square is not None  # the hook runs after accumulation
+        self._update(square)
 
-        probe.register_post_accumulate_grad_hook(on_squares)
-        return on_forward
+    @torch.no_grad()
+    def _update(self, square: Tensor) -> None:
+        running = self.sensitivity()[self.place]
+        square = torch.where(square.isfinite(), square.to(running.device), running)  # fp16 may overflow
+        running.lerp_(square, MOMENTUM)
+
+
+class _Unwatched:
+    """The hook of a copy of a watched gate."""
+
+    def __call__(self, gate: nn.Module, arguments: object, decision: Tensor) -> None:
+        """Record nothing."""
 
 
 def _require_target(target: float) -> None:

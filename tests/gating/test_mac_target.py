@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -326,3 +328,14 @@ def test_gates_that_are_not_trained_are_not_pruned() -> None:
             pruner.step(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
         pruner.step(0.0)
+
+
+def test_copies_and_pickles_of_a_watched_model_have_no_pruner(tmp_path: Path) -> None:
+    model = network().train()
+    pruner = GatePruner(model)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        functional.cross_entropy(other(torch.randn(4, *SIZE)), torch.arange(4)).backward()
+        assert not pruner.sensitivity.any()
+    functional.cross_entropy(model(torch.randn(4, *SIZE)), torch.arange(4)).backward()
+    assert pruner.sensitivity.any()
