@@ -34,6 +34,7 @@ _STATE = {
     "phase": str,
     "epoch": int,
     "train_images": int,
+    "labels?": str,
     "config": dict,
     "random": {
         "data": torch.Tensor,
@@ -181,6 +182,7 @@ def pack_state(
         "phase": phase,
         "epoch": len(history),
         "train_images": len(batches.labels),
+        "labels": _digest(batches.labels),
         "config": dataclasses.asdict(config),
         "random": random,
         "history": [metrics.as_dict() for metrics in history],
@@ -220,11 +222,17 @@ def restore_state(
             f"{path}: checkpoint of other data: expected {len(batches.labels)} train images, "
             f"found {state['train_images']}"
         )
+    if state.get("labels", found := _digest(batches.labels)) != found:
+        raise CheckpointError(f"{path}: checkpoint of other data: the labels of its train images are others")
     for name, part in parts.items():
         restore_part(state, path, name, part)
     batches.set_state(state["random"])
     _restore_random(state["random"], batches, ranks)
     return [EpochMetrics.from_dict(line, f"{path}: history", CheckpointError) for line in state["history"]]
+
+
+def _digest(labels: Tensor) -> str:
+    return hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()
 
 
 def restore_part(state: State, path: Path, name: str, part: Any) -> None:

@@ -150,6 +150,9 @@ def test_the_state_of_the_runs_own_device_is_kept(device: str, monkeypatch: pyte
         def __len__(self) -> int:
             return 3
 
+        def cpu(self) -> torch.Tensor:
+            return torch.zeros(3)
+
     batches: Any = SimpleNamespace(labels=Labels(), state=dict)
     state = pack_state({}, batches, CONFIG, "gated", [])
     assert ("cuda" in state["random"]) == (device != "cpu")
@@ -343,6 +346,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, data: ImageData)
     fewer = validation_view(data, 0.5, seed=0)
     with pytest.raises(CheckpointError, match="checkpoint of other data: expected 24 train images"):
         list(train(network(), fewer, CONFIG, checkpoint=path, resume=True))
+    swapped = dataclasses.replace(data, train_labels=data.train_labels.flip(0))
+    with pytest.raises(CheckpointError, match="the labels of its train images are others"):
+        list(train(network(), swapped, CONFIG, checkpoint=path, resume=True))
     assert load_checkpoint(path)["epoch"] == 1
 
 
