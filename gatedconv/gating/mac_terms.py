@@ -48,9 +48,11 @@ def mac_terms(model: nn.Module, owner: str) -> Sequence[MacTerm]:
     """The model's terms; ValueError, naming ``owner``, for a model that carries none."""
     terms: Sequence[MacTerm] | None = getattr(unwrap(model), "mac_terms", None)
     if not terms:
+        parts = (name for name, part in unwrap(model).named_modules() if vars(part).get("mac_terms"))
+        part = next(parts, "")
         raise ValueError(
             f"{owner}: the MACs of {type(unwrap(model)).__name__} are unknown; models of gatedconv.models "
-            "and gatedconv.gate_model carry them"
+            f"and gatedconv.gate_model carry them{f', as its part {part!r}: pass that' if part else ''}"
         )
     return terms
 

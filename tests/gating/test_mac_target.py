@@ -339,3 +339,8 @@ def test_copies_and_pickles_of_a_watched_model_have_no_pruner(tmp_path: Path) ->
         assert not pruner.sensitivity.any()
     functional.cross_entropy(model(torch.randn(4, *SIZE)), torch.arange(4)).backward()
     assert pruner.sensitivity.any()
+
+
+def test_a_part_that_carries_the_macs_is_named() -> None:
+    with pytest.raises(ValueError, match="carry them, as its part '0': pass that"):
+        losses.mac_target_loss(torch.nn.Sequential(network()))
