@@ -56,6 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save as to_bytes
 
     _require_path(path, "save")
+    _require_module(model, "save: the model")
     model = unwrap(model)
     example_size = products = None
     if type(model) is engine_hooks().kind:
@@ -112,6 +113,8 @@ def load(path: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.M
     from safetensors import SafetensorError, safe_open
 
     _require_path(path, "load")
+    if into is not None:
+        _require_module(into, "load: into")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load: no such file: {path}")
@@ -126,6 +129,11 @@ def load(path: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.M
     model = _rebuild(path, header, tensors, into)
     description = json.loads(header)
     return _packed(path, model, description, tensors) if "engine" in description and into is None else model
+
+
+def _require_module(model: Any, what: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _require_path(path: Any, where: str) -> None:

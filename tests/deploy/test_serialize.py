@@ -192,3 +192,11 @@ def test_what_is_loaded_in_inference_mode_can_be_trained(tmp_path):
         loaded = gatedconv.load(tmp_path / "a.safetensors")
     loaded.train()(torch.randn(2, 3, 8, 8)).sum().backward()
     assert all(p.grad is not None for p in loaded.parameters() if p.dim() > 1)
+
+
+def test_what_is_no_module_is_refused(tmp_path):
+    for wrong in (None, {}, gatedconv.models.resnet20):
+        with pytest.raises(TypeError, match="save: the model must be a torch.nn.Module, got"):
+            gatedconv.save(wrong, tmp_path / "a.safetensors")
+    with pytest.raises(TypeError, match="load: into must be a torch.nn.Module, got"):
+        gatedconv.load(tmp_path / "a.safetensors", into=gatedconv.models.resnet20)
