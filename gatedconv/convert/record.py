@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,13 +157,25 @@ def record(
     """
     result = Record(model)
     recorder = _Recorder(result, known, original)
-    both = eval_mode(model), nullcontext() if original is None else eval_mode(original)
-    with _RECORDING, both[0], both[1], torch.inference_mode(False), torch.no_grad():
+    with _RECORDING, eval_mode(model), _quiet(original), torch.inference_mode(False), torch.no_grad():
         # A compiled part would hide its operations. The stance acts as soon as it is made.
         with torch.compiler.set_stance("force_eager"), recorder.watching_modules():
             recorder.start(args, dict(kwargs or {}))
     _forget_unread(result)
     return result
+
+
+@contextmanager
+def _quiet(original: nn.Module | None) -> Iterator[None]:
+    """Context in which layers of the original that a copy should call after all change no statistics."""
+    training = {} if original is None else {module: module.training for module in original.modules()}
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 def _forget_unread(result: Record) -> None:

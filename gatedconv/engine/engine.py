@@ -64,8 +64,8 @@ class Engine(nn.Module):
 
     Raises:
         TypeError: `model` is no module, `example_input` no dense tensor of the model's dtype, or `dtype` no dtype.
-        ValueError: `example_input` has another rank or device, the model has gates that are not frozen, `threads`
-            is below 1, or nothing computes in `dtype`.
+        ValueError: `example_input` has another rank or device, the model does not run on it or has gates that are not
+            frozen, `threads` is below 1, or nothing computes in `dtype`.
     """
 
     def __init__(

@@ -136,12 +136,13 @@ def test_a_model_of_two_inputs_is_refused_and_nothing_printed(capfd):
         def forward(self, x, y):
             return x + y
 
-    engine = gatedconv.Engine(Sum(), torch.zeros(1, 3, 4, 4))
-    assert "does not run: TypeError" in engine.reason
+    with pytest.raises(ValueError, match="Engine: Sum does not run on example_input .*TypeError"):
+        gatedconv.Engine(Sum(), torch.zeros(1, 3, 4, 4))
 
     class Failing(nn.Module):
         def forward(self, x):
             return x.view(7, 7)
 
-    assert "does not run: RuntimeError" in gatedconv.Engine(Failing(), torch.zeros(1, 3, 4, 4)).reason
+    with pytest.raises(ValueError, match="Engine: Failing does not run on example_input .*RuntimeError"):
+        gatedconv.Engine(Failing(), torch.zeros(1, 3, 4, 4))
     assert capfd.readouterr() == ("", "")
