@@ -68,6 +68,8 @@ class Engine(nn.Module):
             frozen, `threads` is below 1, or nothing computes in `dtype`.
     """
 
+    hides_layers = True  # from what counts their operations
+
     def __init__(
         self,
         model: nn.Module,

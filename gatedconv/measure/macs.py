@@ -47,7 +47,7 @@ def count_macs_by_operator(model: nn.Module, example_input: Tensor) -> Counter[s
     if not isinstance(example_input, Tensor):
         raise TypeError(f"count_macs: example_input must be a tensor, got {type(example_input).__name__}")
     model = unwrap(model)
-    if "source" in vars(model) and "products" in vars(model):  # an Engine, whose plan hides its layers
+    if getattr(type(model), "hides_layers", False) is True:
         raise TypeError("count_macs: an Engine's plan hides its layers; count the compact model that it was made of")
     with eval_mode(model):
         return _fvcore_counts(model, example_input.clone())  # some code changes its input

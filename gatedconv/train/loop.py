@@ -126,9 +126,9 @@ class Training:
             self._restore()
             yield from self.history
         first, end = epoch_range(self.config, self.phase)
-        todo = range(first + len(self.history), end)
-        for epoch in todo:
-            if self.ranks.any(self.stop() or (epoch > todo.start and self._deadline_passed())):
+        remaining = range(first + len(self.history), end)
+        for epoch in remaining:
+            if self.ranks.any(self.stop() or (epoch > remaining.start and self._deadline_passed())):
                 return
             if not self._steps(epoch):
                 return
