@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,29 +290,45 @@ def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion:
         few = example_input[:4] if len(example_input) > 1 else torch.cat([example_input, example_input.flip(-1)])
         inputs = [few, example_input]  # some code takes a multiple of so many images, or one alone
     for images in inputs:
-        opened, ran = _opened(result)
+        opened, ran, ends = _opened(result)
         trained = copied(model)
         note = require_same_training(trained, opened, images, "gate_model")
         if not note:
+            _require_gradients(ran, ends)
             note = _without_gradients(trained, ran)
             break
     conversion.note = "; ".join(filter(None, (conversion.note, note)))
     return trained
 
 
-def _opened(result: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
-    """A copy with its gates forced open, and a dict: for each gate that runs, whether gradients were enabled."""
+def _opened(result: nn.Module) -> tuple[nn.Module, dict[str, bool], dict[str, bool]]:
+    """A copy with its gates forced open, and whether gradients were enabled, by the gates' paths.
+
+    In the first dict where the gate runs, in the second where another module uses its decision.
+    """
     opened = copied(result)
     ran: dict[str, bool] = {}
+    ends: dict[str, bool] = {}
 
-    def note(name: str) -> None:
-        ran.setdefault(name, torch.is_grad_enabled())
+    def note(where: dict[str, bool], path: str) -> Callable[..., None]:
+        return lambda *_: where.update({path: torch.is_grad_enabled() and where.get(path, True)})
 
-    for name, gate in find_gates(opened).items():
+    for path, end in install.link_ends(opened):
+        end.register_forward_pre_hook(note(ends, path))
+    for path, gate in find_gates(opened).items():
         constant = FrozenGate(torch.ones_like(gate.running_open_rate, dtype=torch.bool))
-        constant.register_forward_pre_hook(lambda *_, n=name: note(n))
-        opened.set_submodule(name, constant)
-    return opened, ran
+        constant.register_forward_pre_hook(note(ran, path))
+        opened.set_submodule(path, constant)
+    return opened, ran, ends
+
+
+def _require_gradients(ran: dict[str, bool], ends: dict[str, bool]) -> None:
+    cut = [path for path, enabled in ends.items() if not enabled and ran.get(path)]
+    if cut:
+        raise ConversionError(
+            f"gate_model: a checkpoint with use_reentrant=True holds the end of what {cut[0]} gates, which then gets "
+            f"no gradient; use_reentrant=False gives it one"
+        )
 
 
 def _runs_in_training_alone(trained: nn.Module, record: Record) -> bool:

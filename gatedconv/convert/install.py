@@ -6,9 +6,10 @@ the model, so that copies and pickles of a gated model take them along.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,32 +33,71 @@ def computing_all_samples() -> Iterator[None]:
         _all_samples -= 1
 
 
-class Link:
-    """A decision (N, num_gates) on its way from the place where it is made to the place where it multiplies.
+class Decision(NamedTuple):
+    """What a gate decided in one forward.
 
-    ``selected``: int64 (K,), the samples that a branch computes; None for all.
+    ``value``: (N, num_gates). ``selected``: int64 (K,), the samples that a branch computes; None for all.
+    ``backward``: the backward pass inside of which a checkpoint ran this forward again; -1 for none.
     """
 
+    value: Tensor
+    selected: Tensor | None
+    backward: int
+
+
+class _Pending:
+    """A hook on a decision's gradient. The graph holds it, so it lives as long as a backward can come."""
+
+    def __init__(self, decision: Decision) -> None:
+        value = decision.value.detach().requires_grad_()  # without a reference to the graph
+        self.decision, self.arrived = decision._replace(value=value), False
+
+    def __call__(self, grad: Tensor) -> None:
+        self.arrived = True
+
+
+class Link:
+    """The decision of a gate on its way from the place where it is made to the places where it is used."""
+
     def __init__(self) -> None:
-        self.decision: Tensor | None = None
-        self.selected: Tensor | None = None
+        self.decision: Decision | None = None
+        self._pending: list[weakref.ref[_Pending]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """A decision belongs to one forward."""
-        return {"decision": None, "selected": None}
+        return {"decision": None, "_pending": []}
 
-    def read(self, module: nn.Module) -> Tensor:
-        """The decision of this forward.
+    def note(self, value: Tensor, selected: Tensor | None = None) -> None:
+        """Keep the decision (N, num_gates) of this forward, and the samples that are computed."""
+        compiling = torch.compiler.is_compiling()
+        self.decision = Decision(value, selected, -1 if compiling else torch._C._current_graph_task_id())
+        if not compiling and value.requires_grad and self.decision.backward < 0:
+            pending = _Pending(self.decision)
+            value.register_hook(pending)
+            self._pending = [ref for ref in self._pending if ref() is not None] + [weakref.ref(pending)]
+
+    def read(self, module: nn.Module) -> Decision:
+        """The decision of this forward, or of the one that a checkpoint runs again for a backward.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: there is none, or more than one it may be.
         """
         if self.decision is None or getattr(module, "_is_replica", False):
             raise RuntimeError(
                 f"gate_model: the {type(module).__name__} at the end of a gated branch ran without the module at its "
                 f"start; nn.DataParallel is not supported, use DistributedDataParallel"
             )
-        return self.decision
+        if torch.compiler.is_compiling() or self.decision.backward == torch._C._current_graph_task_id():
+            return self.decision
+        alive = [pending for ref in self._pending if (pending := ref()) is not None]
+        waiting = [pending for pending in alive if not pending.arrived] or alive
+        if len(waiting) > 1:
+            raise RuntimeError(
+                f"gate_model: after {len(waiting)} forwards a checkpoint runs the {type(module).__name__} of a gated "
+                f"branch again, but not the module at its start; run backward after each forward, or let the "
+                f"checkpoint hold the whole block"
+            )
+        return waiting[0].decision if waiting else self.decision
 
 
 def _guard_hooks() -> None:
@@ -102,8 +142,6 @@ class GateHook:
     def _decide(self, module: nn.Module, x: Tensor) -> Tensor:
         image = x if self.axis == 1 else x.movedim(self.axis, 1)
         decision: Tensor = self.gate(module)(image)
-        if self.link is not None:
-            self.link.decision = decision
         return decision
 
     def _scaled(self, x: Tensor, decision: Tensor) -> Tensor:
@@ -118,7 +156,10 @@ class GateOutputHook(GateHook):
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Gate the output."""
-        return self._scaled(output, self._decide(module, output))
+        decision = self._decide(module, output)
+        if self.link is not None:
+            self.link.note(decision)
+        return self._scaled(output, decision)
 
 
 class GateInput(GateHook):
@@ -135,7 +176,7 @@ class FollowGate(GateHook):
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Gate the output by the decision of another gate."""
         assert self.link is not None
-        return self._scaled(output, self.link.read(module))
+        return self._scaled(output, self.link.read(module).value)
 
 
 class DecideBranch(GateHook):
@@ -145,10 +186,9 @@ class DecideBranch(GateHook):
         """Decide, and leave the input as it is."""
         assert self.link is not None
         decision = self._decide(module, args[0])
-        self.link.selected = None
         all_samples = module.training or _all_samples or torch.compiler.is_compiling()
-        if not all_samples and isinstance(self.gate(module), LearnedGate):
-            self.link.selected = decision.flatten().nonzero().flatten()
+        some = not all_samples and isinstance(self.gate(module), LearnedGate)
+        self.link.note(decision, decision.flatten().nonzero().flatten() if some else None)
 
 
 class SelectSamples(GateHook):
@@ -157,9 +197,10 @@ class SelectSamples(GateHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Select."""
         assert self.link is not None
-        if self.link.selected is None or len(self.link.selected) == len(args[0]):
+        selected = self.link.read(module).selected
+        if selected is None or len(selected) == len(args[0]):
             return args
-        return args[0].index_select(0, self.link.selected), *args[1:]
+        return args[0].index_select(0, selected), *args[1:]
 
 
 class GateBranch(GateHook):
@@ -168,7 +209,7 @@ class GateBranch(GateHook):
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Gate the branch."""
         assert self.link is not None
-        decision, selected = self.link.read(module), self.link.selected
+        decision, selected, _ = self.link.read(module)
         if selected is not None and len(selected) == len(decision):
             return output  # open for every sample: times 1
         if selected is not None and len(output) != len(decision):
@@ -192,13 +233,24 @@ class BeforeForward:
         if model.training:
             forget(model)
             for link in self.links:
-                link.decision = link.selected = None
+                link.decision = None
 
 
 def hooks_of(module: nn.Module) -> list[GateHook]:
     """The gates' hooks of one module, in the order in which they run."""
     found: tuple[Any, ...] = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return [hook for hook in found if isinstance(hook, GateHook)]
+
+
+def link_ends(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each module that reads the decision of another module's gate, after the path of that gate."""
+    starts = {}
+    for path, module in model.named_modules():
+        starts.update({id(hook.link): f"{path}.{hook.name}".strip(".") for hook in hooks_of(module) if hook.name})
+    for module in model.modules():
+        for hook in hooks_of(module):
+            if hook.link is not None and not hook.name:
+                yield starts[id(hook.link)], module
 
 
 def masks_by_link(model: nn.Module) -> dict[int, Tensor]:

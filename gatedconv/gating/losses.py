@@ -6,6 +6,7 @@ ranks, the gradient included, before anything nonlinear happens to them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gatedconv._checks import require_choice
 from gatedconv.gating.collectives import global_mean, world_size
+from gatedconv.gating.gates import LearnedGate
 from gatedconv.gating.mac_terms import cached, expected_macs, mac_terms
 from gatedconv.gating.registry import find_gates, open_rates, require_gates, unwrap
 
@@ -148,6 +150,8 @@ def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
     single rank. Under `accumulating` the rates are those of all parts of a step.
     """
     rates = open_rates(model, owner)
+    if torch.is_grad_enabled() and not all(rate.requires_grad for rate in rates.values()):
+        _warn_of_constants(model, rates, owner)
     window: RateWindow | None = vars(unwrap(model)).get(_WINDOW)
     if not model.training or (world_size() == 1 and window is None):
         return rates
@@ -160,6 +164,18 @@ def global_open_rates(model: nn.Module, owner: str) -> dict[str, Tensor]:
         for name, mean in _joined(model, rates, window).items():
             known[name] = gates[name].global_open_rate = (rates[name], mean)
     return {name: pair[1] for name, pair in known.items() if pair is not None}
+
+
+def _warn_of_constants(model: nn.Module, rates: dict[str, Tensor], owner: str) -> None:
+    """Warn of gates that would learn if their last forward in training had not been one without gradients."""
+    learned = {n: gate for n, gate in find_gates(model).items() if isinstance(gate, LearnedGate) and gate.training}
+    cut = [n for n, g in learned.items() if not rates[n].requires_grad and any(p.requires_grad for p in g.parameters())]
+    if cut:
+        warnings.warn(
+            f"{owner}: {len(cut)} of {len(rates)} gates ran without gradients (the first is {cut[0]!r}), under "
+            f"torch.no_grad or in a checkpoint with use_reentrant=True; this loss does not train them",
+            stacklevel=4,
+        )
 
 
 def _joined(model: nn.Module, rates: dict[str, Tensor], window: RateWindow | None) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
-"""MACs by fvcore's rules, in which this project's figures are given."""
+"""MACs by fvcore's rules, in which this project's figures are given, and those of attention and recurrent layers."""
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +19,15 @@ from gatedconv.gating import eval_mode, unwrap
 from gatedconv.gating.mac_terms import dense_macs
 
 _CONV_AND_LINEAR = ("conv", "masked_conv2d", "linear", "addmm", "matmul")
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
     """Multiply-accumulates of one eval-mode forward on ``example_input``, by fvcore's rules.
 
-    A convolution or linear layer counts its multiply-accumulates, a BatchNorm 2 per element, a pool 1 per
-    element, ReLU and additions nothing. Our own convolution counts the open channels alone. For figures
-    per image pass a single image.
+    A convolution, a linear or recurrent layer and attention count their multiply-accumulates, a BatchNorm 2 per
+    element, a pool 1 per element, ReLU and additions nothing. Our own convolution counts the open channels alone.
+    For figures per image pass a single image.
 
     Args:
         model: any model that torch.jit can trace.
@@ -65,9 +68,14 @@ def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
     analysis = FlopCountAnalysis(model, (example_input,))
     analysis.set_op_handle("gatedconv::masked_conv2d", masked_conv)
     analysis.set_op_handle("aten::_convolution_mode", _named_padding_macs)  # padding="same", unknown to fvcore
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+    analysis.set_op_handle("aten::baddbmm", lambda inputs, outputs: _product_macs(inputs[1], inputs[2], "matmul"))
+    for name in _RECURRENT:
+        analysis.set_op_handle(f"aten::{name}", partial(_recurrent_macs, name))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
-    with _quiet(), torch.no_grad():  # with gradients the trace has an autograd function instead of the operator
+    # With gradients the trace has an autograd function instead of the operator, under autocast a copy of each weight.
+    with _quiet(), torch.no_grad(), torch.autocast(example_input.device.type, enabled=False), _attention_in_parts():
         return Counter({name: int(macs) for name, macs in analysis.by_operator().items()})
 
 
@@ -78,6 +86,39 @@ def conv_and_linear_macs(operators: Mapping[str, int]) -> int:
 
 def _named_padding_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter({"conv": dense_macs(outputs[0].type().sizes(), inputs[1].type().sizes())})
+
+
+def _sizes(value: Any) -> list[int]:
+    sizes: list[int] = value.type().sizes()
+    return sizes
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Of queries (..., L, E), keys (..., S, E) and values (..., S, V): L * S * (E + V) each."""
+    queries, keys, values = (_sizes(value) for value in inputs[:3])
+    return Counter({"attention": math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])})
+
+
+def _product_macs(left: Any, right: Any, name: str) -> Counter[str]:
+    return Counter({name: math.prod(_sizes(left)) * _sizes(right)[-1]})
+
+
+def _recurrent_macs(name: str, inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Every step of every sequence multiplies by each weight matrix once."""
+    parameters = next(value for value in reversed(inputs) if value.node().kind() == "prim::ListConstruct")
+    weights = [_sizes(weight) for weight in parameters.node().inputs()]
+    return Counter({name: math.prod(_sizes(inputs[0])[:-1]) * sum(math.prod(s) for s in weights if len(s) == 2)})
+
+
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """nn.MultiheadAttention as linear layers and attention, not as the one operator that it is in eval mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _executed_masked_convs(model: nn.Module, example_input: Tensor) -> deque[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -66,6 +68,94 @@ def test_gates_whose_losses_a_checkpoint_keeps_away_are_named(reentrant):
     assert ("do not reach b.1.channel_gate, which" in gated.conversion.note) == reentrant
     gated.train()(images(2, 3, 12, 12))
     assert gatedconv.gates(gated)["b.1.channel_gate"].open_rate.requires_grad != reentrant
+    expected = pytest.warns(UserWarning, match="1 of 3 gates ran without gradients") if reentrant else nullcontext()
+    with expected:
+        gatedconv.polarization_loss(gated).backward()
+
+
+class HalfBlock(nn.Module):
+    """A residual block whose second half is recomputed in backward."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.first, self.second = block(channels, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.again, self.reentrant = True, False
+
+    def forward(self, x):
+        half = self.first(x)
+        end = checkpoint(self.second, half, use_reentrant=self.reentrant) if self.again else self.second(half)
+        return torch.relu(x + end)
+
+
+class HalfCheckpointed(nn.Module):
+    """A stem and such a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.fc = nn.Conv2d(3, 8, 3), HalfBlock(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.block(self.stem(x)).mean((2, 3)))
+
+
+def half_checkpointed():
+    """Gated by layer, norms in eval; and two batches whose decisions differ."""
+    gated = gatedconv.gate_model(HalfCheckpointed(), "layer", example_input=images(4, 3, 12, 12)).train()
+    gated.block.first[1].eval()
+    (gate,) = gatedconv.gates(gated).values()
+    gate.norm.eval()
+    nn.init.normal_(gate.fc2.weight)
+    first, second = images(4, 3, 12, 12), -2 * images(4, 3, 12, 12)
+    logits = [(gated(x), gate.logits.detach().clone())[1] for x in (first, second)]
+    with torch.no_grad():
+        gate.fc2.bias -= torch.cat(logits).median()
+    decisions = [(gated(x), gate.logits.detach() > 0)[1] for x in (first, second)]
+    assert not torch.equal(*decisions)
+    return gated, first, second
+
+
+def test_the_end_of_a_branch_is_recomputed_with_the_decision_of_its_own_forward():
+    gated, first, second = half_checkpointed()
+    plain = copy.deepcopy(gated)
+    plain.block.again = False
+    out = gated(first)
+    with torch.no_grad():
+        gated.eval()(second[:3])  # another decision before the backward
+        gated.train()
+        gated.block.first[1].eval()
+        gatedconv.gates(gated)["block.layer_gate"].norm.eval()
+    out.square().sum().backward()
+    plain(first).square().sum().backward()
+    for (name, mine), its in zip(gated.named_parameters(), plain.parameters(), strict=True):
+        assert_close(mine.grad, its.grad, name=name)
+
+
+def test_two_forwards_before_a_backward_that_recomputes_half_a_branch_are_refused():
+    gated, first, second = half_checkpointed()
+    both = gated(first).sum() + gated(second).sum()
+    with pytest.raises(RuntimeError, match="after 2 forwards a checkpoint runs the Conv2d of a gated branch again"):
+        both.backward()
+    del both
+    gated(first).sum()  # a graph that is gone counts no more
+    gated(second).sum().backward()
+
+
+def test_half_a_branch_in_a_reentrant_checkpoint_is_refused():
+    network = HalfCheckpointed()
+    network.block.reentrant = True
+    message = "gate_model: a checkpoint with use_reentrant=True holds the end of what block.layer_gate gates"
+    with pytest.raises(ValueError, match=message):
+        gatedconv.gate_model(network, "layer", example_input=images(4, 3, 12, 12))
+
+
+def test_a_loss_on_gates_after_a_forward_without_gradients_warns():
+    model = gatedconv.models.resnet20(gate="channel").train()
+    with torch.no_grad():
+        model(images(2, 3, 32, 32))
+        gatedconv.polarization_loss(model)  # a number for a log
+    for loss in (gatedconv.polarization_loss, gatedconv.mac_target_loss, gatedconv.activation_loss):
+        with pytest.warns(UserWarning, match="gates ran without gradients"):
+            loss(model)
 
 
 class Merging(nn.Conv2d):

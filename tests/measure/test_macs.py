@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import gatedconv
 from gatedconv import count_macs, models, ops
@@ -113,3 +117,44 @@ def test_masks_of_inputs_for_each_sample_are_zeroed_on_the_cpu_and_all_inputs_ex
             return ops.masked_conv2d(x, torch.ones(2, 3, 1, 1), None, out_open, in_open)
 
     assert count_macs(Masked(), torch.zeros(2, 3, 4, 4)) == 2 * 16 * 3
+
+
+class Tokens(nn.Module):
+    """A layer on the 16 patches of an image."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.patches, self.layer = nn.Conv2d(3, 16, 8, 8), layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        out = (
+            self.layer(tokens, tokens, tokens) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(tokens)
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("layer", [nn.MultiheadAttention, partial(nn.TransformerEncoderLayer, dim_feedforward=32)])
+def test_attention_counts_what_pytorch_counts(layer) -> None:
+    model, x = Tokens(layer(16, 4, dropout=0.0, batch_first=True)), torch.randn(2, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that it counts on every CPU
+        model(x)
+    counts = count_macs_by_operator(model, x)
+    norms = counts.pop("layer_norm", 0)
+    assert 2 * counts.total() == counter.get_total_flops()
+    assert bool(norms) == isinstance(model.layer, nn.TransformerEncoderLayer)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers_multiply_by_their_weights_at_every_step(kind, gates) -> None:
+    model = Tokens(kind(16, 8, 2, bidirectional=True, batch_first=True))
+    layers = 2 * gates * 8 * (16 + 8) + 2 * gates * 8 * (2 * 8 + 8)
+    assert count_macs(model, torch.randn(3, 3, 32, 32)) == 3 * 16 * (3 * 8 * 8 * 16 + layers)
+
+
+def test_autocast_does_not_change_what_is_counted() -> None:
+    model, x = models.resnet20(gate="channel"), torch.randn(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert count_macs(model, x) == count_macs_by_operator(model, x).total()
+    assert count_macs(model, x) == count_macs(models.resnet20(gate="channel"), x)
