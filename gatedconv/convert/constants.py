@@ -80,7 +80,11 @@ class Constants:
             result, known = None, self.zeros(value)
         if result is not None:
             result = result[value.index] if isinstance(result, (tuple, list)) else result
-            rows = result[0].movedim(self.flow[value].axis - 1, 0).reshape(len(known), -1).float().cpu()
+            rows = result[0].movedim(self.flow[value].axis - 1, 0).reshape(len(known), -1).cpu()
+            if rows.is_complex():  # constants are real numbers
+                rows = torch.view_as_real(rows).flatten(1)
+                known = known & (rows == 0).all(dim=1)
+            rows = rows.float()
             low, high = rows.amin(dim=1), rows.amax(dim=1)
             known = known & (high - low <= _UNIFORM * high.abs().clamp(min=1e-3)) & rows.isfinite().all(dim=1)
             if op_name(node) in _EXTENSIVE or (is_padded(node) and not isinstance(node.module, nn.Conv2d)):

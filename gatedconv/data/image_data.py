@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,6 +89,9 @@ def make_image_data(
         class_names: names in label order; without them classes are called "0", "1", ...
         val: optional validation split.
 
+    Warns:
+        UserWarning: where a class has no image in a split.
+
     Raises:
         DataError: a split is empty, sizes differ, or a label is out of range.
     """
@@ -111,6 +115,11 @@ def make_image_data(
         if low < 0 or high >= num_classes:
             found = low if low < 0 else high
             raise DataError(f"{where}: {name}_labels: expected labels 0 to {num_classes - 1}{source}, found {found}")
+        without = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
+        if without:
+            first = class_names[without[0]] if class_names else without[0]
+            found = f"{len(without)} of {num_classes} classes have no image, the first is {first!r}"
+            warnings.warn(f"{where}: {name}_labels: {found}", stacklevel=4)
     mean, std = channel_statistics(train[0])
     return ImageData(
         *train,

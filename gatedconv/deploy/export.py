@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import tempfile
 import warnings
@@ -72,6 +73,8 @@ def export(
         raise TypeError("export: example_input must be a tensor (N, C, H, W)")
     plain = _plain(unwrap(model), example_input)
     plain.eval()
+    if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(plain.forward).parameters.values()):
+        plain = _OneInput(plain)
     example = _batch(plain, example_input)
     path = Path(path)
     if path.is_dir():
@@ -89,6 +92,17 @@ def export(
             why = f"{type(model).__name__} cannot be written as {format!r}: {_origin(error)}"
             raise ValueError(f"export: {why}") from error
         os.replace(part, path)
+
+
+class _OneInput(nn.Module):
+    """A network that hands on whatever it is given, such as an AveragedModel: exporters need to know its input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input: Tensor) -> Any:
+        return self.model(input)
 
 
 def _origin(error: BaseException) -> str:

@@ -113,7 +113,7 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
                 norm.momentum = None  # a cumulative mean
                 norm.train()
             count = 0
-            for batch in batches:
+            for batch in _require_batches(batches, "re_estimate_batchnorm"):
                 args, kwargs = _inputs(batch, "re_estimate_batchnorm")
                 model(*args, **kwargs)
                 count += 1
@@ -127,6 +127,12 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
                 norm.momentum = momentum
                 if not done:
                     norm.load_state_dict(buffers, strict=False)
+
+
+def _require_batches(loader: Any, owner: str) -> Iterable[Any]:
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise TypeError(f"{owner}: expected a loader, an iterable of batches, got {type(loader).__name__}")
+    return loader
 
 
 def _inputs(batch: Any, owner: str, device: torch.device | None = None) -> Inputs:
@@ -184,7 +190,7 @@ def _vote(
     hooks = [gate.register_forward_hook(count(name)) for name, gate in gates.items()]
     try:
         with eval_mode(model):
-            for batch in loader:
+            for batch in _require_batches(loader, "freeze"):
                 args, kwargs = _inputs(batch, "freeze", device)
                 model(*args, **kwargs)
                 seen += len(tensors_of((args, kwargs))[0])

@@ -184,7 +184,7 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
             graph = None
     if graph is not None and "fixed_size" in vars(graph):
         description["fixed_size"] = list(vars(graph)["fixed_size"])
-    if consensus := attribute_of(model, "consensus", Consensus):
+    if consensus := _current_consensus(model):
         description["consensus"] = _describe_consensus(consensus)
     if terms := attribute_of(model, "mac_terms", list):
         description["mac_terms"] = [[t.macs, t.params, t.gates, t.channels] for t in terms]
@@ -203,6 +203,13 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
+def _current_consensus(model: nn.Module) -> Consensus | None:
+    """The consensus with the masks of now: a state dict may have moved them since the vote."""
+    consensus = attribute_of(model, "consensus", Consensus)
+    masks = {name: gate.mask for name, gate in find_gates(model).items() if isinstance(gate, FrozenGate)}
+    return dataclasses.replace(consensus, masks=masks) if consensus is not None and masks else consensus
+
+
 def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
     return {
         "masks": {name: mask.int().tolist() for name, mask in consensus.masks.items()},
@@ -213,13 +220,10 @@ def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
 
 
 def _describe(model: CifarVGG | ResNet) -> dict[str, Any]:
-    consensus = attribute_of(model, "consensus", Consensus)
-    gates = find_gates(model)
-    masks = {name: gate.mask for name, gate in gates.items() if isinstance(gate, FrozenGate)}
+    consensus, gates = _current_consensus(model), find_gates(model)
+    frozen = any(isinstance(gate, FrozenGate) for gate in gates.values())
     is_small = model.config["gate"] or any(isinstance(module, CompactBlock) for module in model.modules())
-    stage = "frozen" if masks else "gated" if gates else "compact" if is_small else "dense"
-    if consensus is not None and masks:  # a state dict may have moved them since the vote
-        consensus = dataclasses.replace(consensus, masks=masks)
+    stage = "frozen" if frozen else "gated" if gates else "compact" if is_small else "dense"
     description: dict[str, Any] = {"version": VERSION, "model": model.config, "stage": stage}
     if consensus is not None:
         description["consensus"] = _describe_consensus(consensus)
@@ -229,6 +233,7 @@ def _describe(model: CifarVGG | ResNet) -> dict[str, Any]:
 
 
 def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Module | None = None) -> nn.Module:
+    description: Any = None
     try:
         description = json.loads(header)
         version = description["version"]
@@ -258,15 +263,33 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Modul
     except _Unfit:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(f"load: the description in {path} is damaged: {error!r}") from error
+        raise _misfit(path, description, into, f"the description in {path} is damaged: {error!r}") from error
     try:
+        _require_kinds(model, tensors)
         model.load_state_dict(tensors, assign=True)  # each tensor in the dtype that it was saved in
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
-        raise ValueError(f"load: the tensors in {path} do not fit its description: {first}") from error
+        raise _misfit(path, description, into, f"the tensors in {path} do not fit its description: {first}") from error
     _tie(model, dict(description.get("ties", {})))
     model.eval()
     return model
+
+
+def _misfit(path: Path, description: Any, into: nn.Module | None, why: str) -> ValueError:
+    """Of a file that does not fit itself, or the network that was passed."""
+    if into is None or not isinstance(description, dict):
+        return ValueError(f"load: {why}")
+    saved, given = description.get("class", "network"), type(into).__name__
+    return ValueError(f"load: {path} holds a {saved}, and the {given} passed as into= is another, or {why}")
+
+
+def _require_kinds(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """RuntimeError where a tensor is complex, real or integer, and the model's is another."""
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, own.get(name, tensor))]
+        if kinds[0] != kinds[1]:
+            raise RuntimeError(f"{name} is {tensor.dtype}, expected {own[name].dtype}")
 
 
 def _tie(model: nn.Module, ties: dict[str, str]) -> None:

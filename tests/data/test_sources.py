@@ -192,7 +192,8 @@ def test_cifar_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.M
             self.classes = [str(number) for number in range(10)]
 
     monkeypatch.setattr(datasets, "CIFAR10", Fake)
-    data = load_data("cifar10", root=tmp_path)
+    with pytest.warns(UserWarning, match=r"cifar10: t.*_labels: 6 of 10 classes have no image, the first is '3'"):
+        data = load_data("cifar10", root=tmp_path)
     assert data.image_shape == (3, 32, 32) and data.train_images[0, :, 0, 0].tolist() == [1, 2, 3]
     assert (data.augment.pad, data.augment.flip, data.num_classes) == (4, True, 10)
 

@@ -219,3 +219,15 @@ def test_an_output_with_the_inputs_name_gets_another(tmp_path):
     gatedconv.export(Named().eval(), tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8))
     session = ort.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == ["output_input", "mean"]
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_the_average_of_weights_is_exported(format, tmp_path):
+    """AveragedModel.forward takes any arguments."""
+    average = torch.optim.swa_utils.AveragedModel(network("relu")).eval()
+    gated = gatedconv.gate_model(average, "channel", example_input=IMAGES)
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(gated).items()}, "odd", 1)
+    small = gatedconv.compact(gatedconv.freeze(gated, masks=masks).eval(), IMAGES)
+    gatedconv.export(small, tmp_path / "m.pt2", IMAGES, format)
+    with torch.no_grad():
+        assert_close(exported(tmp_path / "m.pt2", format)(IMAGES), small(IMAGES))

@@ -203,3 +203,14 @@ def test_statistics_that_are_no_numbers_are_refused_and_those_of_before_kept():
     with pytest.raises(ValueError, match="statistics of these batches are not finite"):
         gatedconv.re_estimate_batchnorm(frozen, [((images, shift), None)])
     assert frozen.norm.running_mean.item() == 0 and frozen.norm.running_var.item() == 1
+
+
+@pytest.mark.parametrize("loader", [torch.zeros(4, 3, 8, 8), 3])
+def test_what_is_no_loader_is_refused(loader):
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(TypeError, match="freeze: expected a loader, an iterable of batches, got "):
+        gatedconv.freeze(model, loader)
+    with pytest.raises(TypeError, match="re_estimate_batchnorm: expected a loader"):
+        gatedconv.re_estimate_batchnorm(model, loader)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

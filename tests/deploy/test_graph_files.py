@@ -12,6 +12,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import gatedconv
@@ -198,3 +200,30 @@ def test_a_module_with_code_of_its_own_needs_its_network(tmp_path):
     dense.set_submodule("act", Mine())
     with torch.no_grad():
         assert_close(gatedconv.load(tmp_path / "m", into=dense)(IMAGES), small(IMAGES))
+
+
+def test_a_network_that_a_file_does_not_fit_is_named(tmp_path):
+    gatedconv.save(stages("relu")["compact"], tmp_path / "m")
+    other = nn.Sequential(nn.Conv2d(3, 3, 3))
+    with pytest.raises(ValueError, match=r"m holds a \w+, and the Sequential passed as into= is another, or "):
+        gatedconv.load(tmp_path / "m", into=other)
+
+
+def test_tensors_of_another_kind_are_refused(tmp_path):
+    gatedconv.save(stages("relu")["compact"], tmp_path / "m")
+    with safe_open(tmp_path / "m", framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    name = next(name for name in tensors if name.endswith("weight"))
+    save_file(tensors | {name: tensors[name].to(torch.complex64)}, tmp_path / "m", metadata)
+    with pytest.raises(ValueError, match=f"{name} is torch.complex64, expected torch.float32"):
+        gatedconv.load(tmp_path / "m")
+
+
+def test_the_saved_consensus_is_that_of_the_masks_in_force(tmp_path):
+    gated = stages("relu")["gated"]
+    masks = {name: torch.arange(gate.num_gates) % 2 == 0 for name, gate in gatedconv.gates(gated).items()}
+    frozen, other = (gatedconv.freeze(gated, masks={n: m ^ flip for n, m in masks.items()}) for flip in (False, True))
+    frozen.load_state_dict(other.state_dict())
+    gatedconv.save(frozen, tmp_path / "m")
+    found = gatedconv.load(tmp_path / "m", into=network("relu")).consensus.masks
+    assert all(torch.equal(mask, ~masks[name]) for name, mask in found.items())
