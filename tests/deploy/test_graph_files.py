@@ -219,6 +219,16 @@ def test_tensors_of_another_kind_are_refused(tmp_path):
         gatedconv.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize("gate", ["channel", "both"])
+def test_a_frozen_network_comes_back_as_a_graph(gate, tmp_path):
+    frozen = stages("residual", gate)["frozen"].eval()
+    gatedconv.save(frozen, tmp_path / "m")
+    loaded = gatedconv.load(tmp_path / "m")
+    for images in (IMAGES, torch.randn(3, 3, 40, 36)):
+        with torch.no_grad():
+            assert_close(loaded(images), frozen(images))
+
+
 def test_the_saved_consensus_is_that_of_the_masks_in_force(tmp_path):
     gated = stages("relu")["gated"]
     masks = {name: torch.arange(gate.num_gates) % 2 == 0 for name, gate in gatedconv.gates(gated).items()}
