@@ -229,12 +229,15 @@ def build(
     if not sources:
         raise BuildError(f"no sources for {target} in {csrc}")
     headers = b"".join(file.read_bytes() for file in sorted(csrc.rglob("*.h")) + sorted(csrc.rglob("*.cuh")))
+    # Of the whole command, which may begin with a launcher; nvcc calls the other compiler.
+    commands = [shlex.split(compiler), *([[_nvcc(toolkit)]] if toolkit is not None else [])]
+    versions = "".join(map(_compiler_version, commands))
     count, counting = 0, threading.Lock()
 
     def compile_one(source: Path) -> Path:
         command = _compile_command(source, csrc, torch, compiler, toolkit)
         # The folder of the sources is not part of the key: an installed copy shares objects with a checkout.
-        key = "\0".join(command).replace(str(csrc), "csrc") + _compiler_version(command[0])
+        key = "\0".join(command).replace(str(csrc), "csrc") + versions
         digest = hashlib.sha256(key.encode() + headers + source.read_bytes())
         finished = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         compiled = not finished.exists()
@@ -367,7 +370,7 @@ def _compile_command(
     if toolkit is not None:
         common += ["-isystem", str(toolkit.root / "include")]
     if source.suffix == ".cu" and toolkit is not None:
-        return [str(toolkit.root / "bin/nvcc"), *NVCC_FLAGS, *architecture_flags(), *_for_host(names), *common]
+        return [_nvcc(toolkit), *NVCC_FLAGS, *architecture_flags(), *_for_host(names), *common]
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     return [*shlex.split(compiler), *CXX_FLAGS, *_isa_flags(source), *names, *extra, *common]
 
@@ -404,8 +407,12 @@ def _visible_architectures() -> list[str]:
     return sorted(set(re.findall(r"^\d+\.\d+$", answer.stdout, re.M))) if answer.returncode == 0 else []
 
 
-def _compiler_version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+def _compiler_version(command: list[str]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+
+
+def _nvcc(toolkit: Toolkit) -> str:
+    return str(toolkit.root / "bin/nvcc")
 
 
 def _link(objects: list[Path], output: Path, torch: Torch | None, compiler: str, toolkit: Toolkit | None) -> None:

@@ -49,12 +49,12 @@ def write_atomic(path: Path, content: bytes, *, previous: Path | None = None) ->
 
 
 @contextlib.contextmanager
-def naming_file(path: Path, rest: str = "") -> Iterator[None]:
-    """Make write errors name the file and the reason; ``rest`` ends the message."""
+def naming_file(path: Path) -> Iterator[None]:
+    """Make write errors name the file and the reason."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path}: could not be written ({error.strerror or error}){rest}") from None
+        raise OSError(f"{path}: could not be written ({error.strerror or error})") from None
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]], *, sort_keys: bool = False) -> None:
@@ -135,7 +135,8 @@ def first_line(error: BaseException) -> str:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder and in the folders inside it.
 
-    Files of processes that still run on this machine stay.
+    Files of processes that still run on this machine stay, except this one's: what has its number is of an earlier
+    process, as in a container that was started again.
     """
     for file in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
         writer = file.name.split(".")[-2]

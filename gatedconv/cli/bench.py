@@ -120,7 +120,7 @@ def _footprint(arguments: argparse.Namespace) -> int:
     from gatedconv.report.tables import text_table
 
     target = Path(arguments.target)
-    network = compact_network(target).eval()
+    network = compact_network(target)[1].eval()
     size = None if arguments.size is None else (example_input(network).shape[1], arguments.size, arguments.size)
     with tempfile.TemporaryDirectory() as folder:
         found = measure_footprints(

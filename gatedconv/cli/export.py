@@ -24,10 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.format not in SUFFIXES:
         raise ValueError(f"format: expected one of {', '.join(SUFFIXES)}, got {arguments.format!r}")
-    network = compact_network(arguments.target)
     target: Path = arguments.target
-    stem = target / "compact" if target.is_dir() else target.with_suffix("")
-    out = arguments.out or stem.with_name(stem.name + SUFFIXES[arguments.format])
+    name, network = compact_network(target)
+    folder = target if target.is_dir() else target.parent
+    out = arguments.out or folder / (name + SUFFIXES[arguments.format])
     about = _about(target) if arguments.format == "plan" and target.is_dir() else {}
     export(network, out, example_input(network), format=arguments.format, **about)
     print(f"written to {out}")
@@ -42,7 +42,7 @@ def _about(run: Path) -> dict[str, Any]:
 
     try:
         data = load_images(RunFolder(run).read_config())
-    except DataError as error:
+    except (DataError, ImportError) as error:
         print(f"the plan names no classes and no normalization: {error}")
         return {}
     return {"classes": data.class_names, "mean": data.mean, "std": data.std}

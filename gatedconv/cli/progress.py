@@ -28,7 +28,7 @@ def make_progress() -> AbstractContextManager[Callback]:
 def describe(metrics: EpochMetrics, loss: float | None = None) -> str:
     """One line of an epoch's figures; `loss`, of the running epoch, replaces its own."""
     text = f"loss {metrics.train_loss if loss is None else loss:.3f}  accuracy {metrics.test_top1:5.2f} %"
-    if metrics.num_gates:
+    if metrics.open_rate is not None and metrics.macs is not None:
         # Polarization is at most 1/4, where half of the images open a gate.
         text += f"  open {metrics.open_rate:6.1%}  undecided {4 * metrics.polarization:6.1%}  MACs {metrics.macs:6.1%}"
     return text

@@ -32,10 +32,11 @@ def saved_networks(target: Path) -> dict[str, nn.Module]:
     return found
 
 
-def compact_network(target: Path) -> nn.Module:
-    """The compact network of a run, its dense one if it has no gates, or the network in a model file."""
+def compact_network(target: Path) -> tuple[str, nn.Module]:
+    """The compact network of a run, its dense one if it has no gates, or that of a model file; and the file's name."""
     networks = saved_networks(target)
-    return networks.get("compact") or next(iter(networks.values()))
+    name = "compact" if "compact" in networks else next(iter(networks))
+    return name, networks[name]
 
 
 def image_size(network: nn.Module, default: tuple[int, ...] = (3, 32, 32)) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ class Branch:
         return self.addition.scope
 
     def end(self, record: Record) -> ModuleCall | None:
-        """The call whose output is the branch's part, but for factors that weights make; None without one."""
+        """The module call that ends the branch, apart from scaling by parameters; None if there is none."""
         value = self.part
         while True:
             for call in record.producers(value):

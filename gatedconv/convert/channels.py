@@ -25,7 +25,7 @@ _VIEWS = ("view", "_unsafe_view", "reshape")
 
 
 class Sliceable:
-    """Which layers of a recorded model may lose channels, as far as their weights and their code go."""
+    """Decides from weights and forward code alone which layers of a recorded model may lose channels."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -366,7 +366,7 @@ class Removal(Constants):
         return node.scope not in self.unsliceable and self.sliceable(node)
 
     def is_dead(self, node: Node) -> bool:
-        """Whether a layer whose weights no other code reads has an unused output, of a size that torch.nn's would have.
+        """Whether nothing reads a layer's output or weights, and the output has the size that torch.nn's would have.
 
         Of layers with code of their own the size may be another for other images: those are left to run with caution.
         """

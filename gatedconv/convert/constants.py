@@ -35,9 +35,9 @@ class Masks:
 class Constants:
     """The constant channels of every value.
 
-    Nothing is constant to what may read another tensor for other inputs: to all code that runs once the model knows
-    numbers of its input and, with the most caution, behind arithmetic with numbers, which may depend on the size of the
-    input or be arguments of the model.
+    No channel counts as constant for code that runs after the model has read the numbers of a tensor, nor, with the
+    most caution, behind arithmetic with Python numbers, which may depend on the size of the input or be arguments of
+    the model.
 
     Attributes:
         caution: as of `channels.Removal`.
@@ -99,7 +99,7 @@ class Constants:
         self.known[value], self.constant[value] = known, constant
 
     def is_late(self, node: Node) -> bool:
-        """Whether a node runs once the model's code knows numbers of its input, on which the code may branch."""
+        """Whether a node ran after the model's code had read the numbers of a tensor, on which it may branch."""
         since = self.record.knows_numbers_at
         return since is not None and node.order >= since and node.op != "output"
 

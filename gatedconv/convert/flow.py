@@ -323,12 +323,11 @@ class Flow:
             return first
         if node.module is not None:
             return type(node.module).forward(node.module, first)
-        given = iter((first,))
         swap = node.inputs[0]
 
         def concrete(item: Any) -> Any:
             if item is swap:
-                return next(given, first)
+                return first
             return item.tensor.cpu() if isinstance(item, Value) else item
 
         args, kwargs = tree_map(concrete, (node.args, node.kwargs), is_leaf=lambda i: isinstance(i, Value))

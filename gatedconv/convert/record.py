@@ -167,7 +167,7 @@ def record(
 
 @contextmanager
 def _quiet(original: nn.Module | None) -> Iterator[None]:
-    """Context in which layers of the original that a copy should call after all change no statistics."""
+    """Put the original in eval mode, so that a copy that wrongly calls its layers cannot change their statistics."""
     training = {} if original is None else {module: module.training for module in original.modules()}
     for module in training:
         module.training = False
@@ -237,7 +237,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _note_numbers(self, values: Iterable[Value | None]) -> None:
-        """The model's code reads numbers of values, of which None are not recorded."""
+        """Note that the model's code reads the numbers of tensors; None stands for a tensor that is not recorded."""
         if self.result.knows_numbers_at is None and any(v is not None and not v.is_constant for v in values):
             self.result.knows_numbers_at = len(self.result.nodes)
 
@@ -358,7 +358,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _apart(self, item: Any, given: list[Tensor], written: set[int], path: str, known: bool) -> Any:
-        """A module that returns its input gets a result of its own: a hook on it gates that and not the input."""
+        """Give a module that returns its input a distinct output tensor, so that a hook gates the output alone."""
         if not isinstance(item, Tensor) or id(item) in written or not any(item is t for t in given):
             return item
         self.quiet += 1

@@ -138,7 +138,7 @@ class SiteFinder:
         if user is None or not is_activation(user):
             return "no activation follows inside its branch"
         result = user.outputs[0]
-        readers = [u for u in result.users]
+        readers = result.users
         if len(readers) == 1 and readers[0].op == CALL and len(self.record.calls_of(readers[0].scope)) == 1:
             return readers[0].scope, result, True
         if user.op == CALL and len(self.record.calls_of(user.scope)) == 1:

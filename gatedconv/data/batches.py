@@ -201,6 +201,7 @@ class EvalBatches:
         )
         self.device = torch.device(device)
         mine = share(len(labels), rank, world)
+        self._all = images
         self.labels = labels[mine].to(self.device)
         if isinstance(images, FileImages):
             self.images: Tensor | FileImages = images[torch.arange(len(labels))[mine]]
@@ -220,11 +221,10 @@ class EvalBatches:
                 yield self.normalize(images), labels
 
     def first(self, count: int) -> Tensor:
-        """The first images, normalized, (count, C, H, W); repeated if there are too few."""
-        rows = torch.arange(count) % len(self.images)
-        if isinstance(self.images, FileImages):
-            return self.normalize(self.images.decode(rows).to(self.device))
-        return self.normalize(self.images[rows.to(self.device)])
+        """The first images of the split, normalized, (count, C, H, W); repeated if there are too few."""
+        rows = torch.arange(count) % len(self._all)
+        images = self._all.decode(rows) if isinstance(self._all, FileImages) else self._all[rows]
+        return self.normalize(images.to(self.device))
 
     def _pixels(self) -> Iterator[Tensor]:
         if not isinstance(self.images, FileImages):

@@ -115,11 +115,11 @@ def make_image_data(
         if low < 0 or high >= num_classes:
             found = low if low < 0 else high
             raise DataError(f"{where}: {name}_labels: expected labels 0 to {num_classes - 1}{source}, found {found}")
-        without = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
-        if without:
-            first = class_names[without[0]] if class_names else without[0]
-            found = f"{len(without)} of {num_classes} classes have no image, the first is {first!r}"
-            warnings.warn(f"{where}: {name}_labels: {found}", stacklevel=4)
+        empty = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
+        if empty:
+            first = class_names[empty[0]] if class_names else str(empty[0])
+            more = f"{len(empty)} of {num_classes} classes have no image, the first is {first!r}"
+            warnings.warn(f"{where}: {name}_labels: {more}", stacklevel=4)
     mean, std = channel_statistics(train[0])
     return ImageData(
         *train,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-DEEP_COLOR = "of colors of 16 bits the upper 8 are read; store them scaled to 16 bits, or as 8"
+DEEP_COLOR = "of 16-bit colors Pillow reads the upper 8 bits alone; scale the values to the full range, or store 8 bits"
 _WIDE = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # Pillow's modes of more than 8 bits
 
 

@@ -124,7 +124,7 @@ def _read_split(
     unknown = [name for name in _classes(folder) if name not in names]
     unknown = [name for name in unknown if name not in empty or _find(folder, [name]).files]
     if unknown:
-        wanted = "expected only classes that train/ has images of"
+        wanted = "expected only classes with images in train/"
         raise DataError(f"{shown(folder / unknown[0])}: {wanted}, found class {shown(unknown[0])!r}")
     found = _find(folder, names)
     if not found.files:

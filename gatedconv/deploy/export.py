@@ -95,7 +95,7 @@ def export(
 
 
 class _OneInput(nn.Module):
-    """A network that hands on whatever it is given, such as an AveragedModel: exporters need to know its input."""
+    """Gives a network with ``forward(*args)``, such as an AveragedModel, the one named input that exporters need."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gatedconv.convert.install import keeping_aliases, skip_closed
+from gatedconv.convert.install import device_of, keeping_aliases, skip_closed
 from gatedconv.convert.verify import Inputs, as_inputs, tensors_of
 from gatedconv.gating import Consensus, FrozenGate, Gate, copied, eval_mode, require_free
 from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_over_ranks
@@ -96,9 +96,11 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Args:
         model: a network whose weights are final.
-        batches: (images (N, C, H, W), ...) or images as in training, augmentation included; at least one.
+        batches: (images (N, C, H, W), ...) or images as in training, augmentation included; at least one. They are
+            moved to the model's device.
 
     Raises:
+        TypeError: what is given is no loader, or a batch holds no tensor.
         ValueError: there are no batches, or their statistics are not finite; the statistics of before are kept.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -113,8 +115,9 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
                 norm.momentum = None  # a cumulative mean
                 norm.train()
             count = 0
+            device = device_of(model)
             for batch in _require_batches(batches, "re_estimate_batchnorm"):
-                args, kwargs = _inputs(batch, "re_estimate_batchnorm")
+                args, kwargs = _inputs(batch, "re_estimate_batchnorm", device)
                 model(*args, **kwargs)
                 count += 1
             if not count:

@@ -1,4 +1,4 @@
-"""Records of a model at several sizes as one graph: what differs has to follow from the sizes of tensors."""
+"""Merges records of a model at several input sizes into one graph; what differs must follow from tensors' sizes."""
 
 from __future__ import annotations
 

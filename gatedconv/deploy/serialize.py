@@ -276,11 +276,11 @@ def _rebuild(path: Path, header: str, tensors: dict[str, Tensor], into: nn.Modul
 
 
 def _misfit(path: Path, description: Any, into: nn.Module | None, why: str) -> ValueError:
-    """Of a file that does not fit itself, or the network that was passed."""
+    """The error for a file whose parts contradict each other, or that does not match ``into``."""
     if into is None or not isinstance(description, dict):
         return ValueError(f"load: {why}")
     saved, given = description.get("class", "network"), type(into).__name__
-    return ValueError(f"load: {path} holds a {saved}, and the {given} passed as into= is another, or {why}")
+    return ValueError(f"load: {path} holds a {saved}, which does not match the {given} passed as into=, or {why}")
 
 
 def _require_kinds(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ SLICE_ERROR = TOLERANCES[torch.float32]  # `distance` of a user's module with fe
 
 
 class CannotSlice(Exception):
-    """A module of foreign code gives something else on fewer channels."""
+    """A module of the user's own code computes something else on fewer channels."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -209,7 +209,7 @@ def _foreign(model: nn.Module, removal: Removal, path: str, call: ModuleCall) ->
 
 
 def _numbers(model: nn.Module, removal: Removal, node: Node, value: Value) -> None:
-    """Norms and the like: their numbers for each channel."""
+    """Slice the parameters and buffers of a norm or PReLU that have a number for each channel."""
     module = model.get_submodule(node.scope)
     computed = removal.computed(node, value)
     if not bool(computed.all()) and removal.can_slice_numbers(node, value):

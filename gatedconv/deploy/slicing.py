@@ -82,7 +82,7 @@ def slice_numbers(module: nn.Module, kept: Tensor) -> None:
 
 
 def zero_channels(module: nn.Module, closed: Tensor) -> None:
-    """Let a norm or convolution make zeros of the channels ``closed``, bool (C,); its parameters are new ones."""
+    """Zero weight and bias at ``closed``, bool (C,), so that these outputs are 0; the parameters are replaced."""
     for name in ("weight", "bias"):
         parameter = getattr(module, name)
         if parameter is not None:

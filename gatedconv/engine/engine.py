@@ -243,7 +243,7 @@ def pack_anew(
     tune: bool = False,
     verify: bool = True,
 ) -> Engine:
-    """An engine of a copy or of a file, packed and verified on the machine that it comes to.
+    """Build an engine again after a copy, a pickle or a load: packed and verified on this machine.
 
     Args:
         source: what runs.

@@ -20,7 +20,7 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
     Args:
         layers: Of a segment.
         result: The segment's output.
-        change_inputs: Let a 1x1 convolution do itself what a gate, a norm or an activation does to its input.
+        change_inputs: Fuse a gate, a norm or an activation on the input of a 1x1 convolution into it.
     """
     fused: list[Layer] = []
     producer: dict[fx.Node, Layer] = {}

@@ -26,7 +26,7 @@ def first_wrong_layer(
     choose: Choose,
     dtype: torch.dtype = torch.float32,
 ) -> str:
-    """The name of the first layer whose result differs, by plans of the CPU that end behind each layer in turn.
+    """The name of the first layer that differs, found by running CPU plans that are cut off after each layer in turn.
 
     Args:
         source: the network.

@@ -28,8 +28,8 @@ CLOSED_LOGIT = -10.0  # outside the straight-through window, and too far for Gum
 class GatePruner(nn.Module):
     """Measures how much the loss depends on each gate, and prunes the gates that matter least per MAC.
 
-    To second order, closing a gate raises the loss by half the curvature: the first order sums to about 0 over the
-    gates in front of a norm. The curvature is estimated by the empirical Fisher information, the mean over samples of
+    The first-order change of the loss cannot rank gates: in front of a norm it sums to about 0. The second-order change
+    is half the curvature, which is estimated by the empirical Fisher information, the mean over samples of
     (dL/dg)^2, which is a by-product of the backward pass (Theis et al. 2018, for channels without gates). L is the
     loss of the training step, regularization included where its gradient passes through the gate's output.
 
@@ -46,7 +46,8 @@ class GatePruner(nn.Module):
 
     Attributes:
         sensitivity: float32 buffer (G,), running mean square of dL/dg of all gates of the model, in module order, for
-            the loss of a single sample.
+            the loss of a single sample. A loss that is scaled, by a GradScaler or 1/k of an accumulated step, scales it
+            by the square, and the ranks not at all.
         pruned: bool buffer (G,), the gates closed so far.
 
     Raises:

@@ -92,8 +92,10 @@ def fisher_information(
     totals = {name: _zeros(gate) for name, gate in gates.items()}
     count = 0
     for images, labels in batches:
+        taps.clear()  # a network may leave blocks out
         value = loss(probe(images), labels) * len(labels)  # of the mean, each sample would see 1/N
-        for name, slope in zip(taps, torch.autograd.grad(value, list(taps.values())), strict=True):
+        slopes = torch.autograd.grad(value, list(taps.values()), materialize_grads=True)
+        for name, slope in zip(taps, slopes, strict=True):
             totals[name] += slope.double().square().sum(0)
         count += len(labels)
     totals, counts = sum_over_ranks(totals, dict.fromkeys(gates, count))

@@ -43,7 +43,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def attribute_of(model: nn.Module, name: str, kind: type[Kind]) -> Kind | None:
-    """What this package left on a model under a name; None for nothing, and for an attribute of the user's own."""
+    """The attribute ``name`` that this package set on a model; None if there is none, or it is the user's own."""
     found = vars(unwrap(model)).get(name)
     return found if isinstance(found, kind) else None
 

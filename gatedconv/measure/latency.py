@@ -179,7 +179,7 @@ def measure_latency(
         ValueError: no models, or no round.
     """
     if rounds < 1:
-        raise ValueError(f"measure_latency: expected at least one of rounds, got {rounds}")
+        raise ValueError(f"measure_latency: rounds must be at least 1, got {rounds}")
     calls = {name: partial(model, example_input) for name, model in models.items()}
     return _spreads(calls, example_input.device, rounds, sample_ms=5.0)
 

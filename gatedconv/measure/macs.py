@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.gating import eval_mode, unwrap
 from gatedconv.gating.mac_terms import dense_macs
+from gatedconv.ops._masked_conv2d_args import executed_macs
 
 _CONV_AND_LINEAR = ("conv", "masked_conv2d", "linear", "addmm", "matmul")
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -76,7 +77,9 @@ def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
     analysis.tracer_warnings("none")
     # With gradients the trace has an autograd function instead of the operator, under autocast a copy of each weight.
     with _quiet(), torch.no_grad(), torch.autocast(example_input.device.type, enabled=False), _attention_in_parts():
-        return Counter({name: int(macs) for name, macs in analysis.by_operator().items()})
+        counts = Counter({name: int(macs) for name, macs in analysis.by_operator().items()})
+    assert not executed, "the trace has fewer masked convolutions than the run"
+    return counts
 
 
 def conv_and_linear_macs(operators: Mapping[str, int]) -> int:
@@ -142,32 +145,10 @@ class _MaskedConvRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.name() == "gatedconv::masked_conv2d":
-            bound = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
-            self.macs.append(_masked_conv_macs(bound, out))
+            call = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+            masks = call["out_open"], call["in_open"]
+            self.macs.append(executed_macs(call["weight"], *masks, call["groups"], out.shape))
         return out
-
-
-def _masked_conv_macs(call: dict[str, Any], out: Tensor) -> int:
-    """Sum over samples and groups of open outputs x open inputs, times output pixels and kernel area.
-
-    Masks are (channels,), the same for every sample, or (N, channels).
-    """
-    weight, groups = call["weight"], call.get("groups", 1)
-    out_open = _open_per_group(call["out_open"], groups)
-    in_open = call.get("in_open")
-    inputs = (
-        torch.full((1, groups), weight.shape[1], device="cpu") if in_open is None else _open_per_group(in_open, groups)
-    )
-    pairs = (out_open * inputs).sum(dim=1)
-    if len(pairs) != out.shape[0]:
-        pairs = pairs.expand(out.shape[0])
-    return dense_macs((int(pairs.sum()), *out.shape[2:]), (len(weight), *weight.shape[2:]))
-
-
-def _open_per_group(mask: Tensor, groups: int) -> Tensor:
-    """Open channels of each group: (channels,) or (N, channels) -> (1 or N, groups)."""
-    rows = mask.reshape(1, -1) if mask.dim() == 1 else mask
-    return rows.reshape(len(rows), groups, -1).sum(dim=2).cpu()
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def checked_size(x: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(x.shape[1:]) != tuple(size):
         wanted, found = (" x ".join(map(str, shape)) for shape in (size, x.shape[1:]))
         raise ValueError(
-            f"this network was written for inputs of {wanted}, got {found}: constants in it hold for that size "
-            f"alone; gate or compact it with an example of the other size"
+            f"this network holds constants for inputs of {wanted} alone, got {found}; gate or compact it with an "
+            f"example of that size"
         )
     return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,30 @@ class Conv(NamedTuple):
     residual: Tensor | None
     geometry: Geometry
     relu: bool
+
+
+def executed_macs(
+    weight: Tensor, out_open: Tensor, in_open: Tensor | None, groups: int, output_shape: Sequence[int]
+) -> int:
+    """Multiply-accumulates of a masked convolution: those of open outputs with open inputs, over all samples.
+
+    Args:
+        weight: (C_out, C_in / groups, KH, KW).
+        out_open: bool (C_out,), the same for every sample, or (N, C_out).
+        in_open: bool (C_in,) or (N, C_in), or None for all open.
+        groups: Number of groups.
+        output_shape: (N, C_out, P, Q).
+    """
+    everything = torch.full((1, groups), weight.shape[1], device="cpu")
+    inputs = everything if in_open is None else _open_per_group(in_open, groups)
+    pairs = (_open_per_group(out_open, groups) * inputs).sum(dim=1)
+    return int(pairs.expand(output_shape[0]).sum()) * math.prod((*output_shape[2:], *weight.shape[2:]))
+
+
+def _open_per_group(mask: Tensor, groups: int) -> Tensor:
+    """Open channels of each group: (channels,) or (N, channels) -> (1 or N, groups)."""
+    rows = mask.reshape(1, -1) if mask.dim() == 1 else mask
+    return rows.reshape(len(rows), groups, -1).sum(dim=2).cpu()
 
 
 def check_arguments(

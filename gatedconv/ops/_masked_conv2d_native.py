@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gatedconv import _native
 from gatedconv.ops import _masked_conv2d_cuda
-from gatedconv.ops._masked_conv2d_args import Conv, Geometry, conv_memory_format
+from gatedconv.ops._masked_conv2d_args import Conv, Geometry, conv_memory_format, executed_macs
 from gatedconv.ops._masked_conv2d_compact import compact_backward
 from gatedconv.ops._registration import arguments_schema, constant_in_graphs
 
@@ -79,6 +80,8 @@ class ConvBackwardArguments(NamedTuple):
 
 
 def _register(library: torch.library.Library) -> None:
+    from torch.utils.flop_counter import register_flop_formula  # takes a twentieth of a second
+
     # The backward is an operator of its own because the number of open channels is not fixed in a graph.
     # Gradients that are not needed come back empty.
     library.define(
@@ -89,8 +92,30 @@ def _register(library: torch.library.Library) -> None:
     torch.library.register_fake(f"{_NAME}_backward", _backward_fake, lib=library)
     torch.library.register_autograd(f"{_NAME}_backward", _no_second_backward, lib=library)
     torch.library.register_fake(_NAME, _fake, lib=library)
+    register_flop_formula(torch.ops.gatedconv.masked_conv2d, get_raw=True)(_flops)
     torch.library.register_fake(f"{_NAME}_pack", _pack_fake, lib=library)
     torch.library.register_autograd(_NAME, _backward, setup_context=_save_for_backward, lib=library)
+
+
+def _flops(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_open: Tensor,
+    in_open: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    *rest: Any,
+    out_val: Tensor,
+    **_: Any,
+) -> int:
+    """What `torch.utils.flop_counter.FlopCounterMode` counts; of fake tensors, whose masks are unknown, everything."""
+    if isinstance(out_open, FakeTensor):
+        return 2 * out_val.numel() * weight[0].numel()
+    return 2 * executed_macs(weight, out_open, in_open, groups, out_val.shape)
 
 
 def _fake(*arguments: Any, **_: bool) -> Tensor:

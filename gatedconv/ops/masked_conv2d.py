@@ -86,7 +86,7 @@ def _masked_conv2d(conv: Conv, packed: PackedConv | None, meta: bool) -> Tensor:
     native = _has_kernel(conv) and _masked_conv2d_native.ready()
     if conv.in_open is not None and conv.in_open.dim() == 2 and not (native and _takes_sample_inputs(input)):
         conv = conv._replace(input=_without_closed_inputs(input, conv.in_open), in_open=None)
-    if not torch.compiler.is_compiling() and not meta and not _is_recorded():
+    if not torch.compiler.is_compiling() and not meta and not (native and _is_recorded()):
         # The native fp64 body is there for traced graphs; PyTorch's convolution is faster.
         # On a GPU looking at a mask would wait for the device.
         dense = input.dtype == torch.float32 and input.device.type == "cpu" and _is_dense(conv)
@@ -180,8 +180,12 @@ def _without_closed_inputs(input: Tensor, in_open: Tensor) -> Tensor:
 
 
 def _is_recorded() -> bool:
-    """Whether a dispatch mode watches a call without gradients: it sees one operator, whatever masks and sizes are."""
-    return torch._C._len_torch_dispatch_stack() > 0 and not torch.is_grad_enabled() and forward_ad._current_level < 0
+    """Whether a dispatch mode or torch.jit.trace records a call without gradients.
+
+    It is to see one operator, whatever masks and sizes are.
+    """
+    recorded = torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+    return recorded and not torch.is_grad_enabled() and forward_ad._current_level < 0
 
 
 def _takes_sample_inputs(input: Tensor) -> bool:

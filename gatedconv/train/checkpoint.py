@@ -223,7 +223,7 @@ def restore_state(
             f"found {state['train_images']}"
         )
     if state.get("labels", found := _digest(batches.labels)) != found:
-        raise CheckpointError(f"{path}: checkpoint of other data: the labels of its train images are others")
+        raise CheckpointError(f"{path}: checkpoint of other data: its training labels differ")
     for name, part in parts.items():
         restore_part(state, path, name, part)
     batches.set_state(state["random"])

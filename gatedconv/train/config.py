@@ -105,7 +105,9 @@ class TrainConfig(
     def _check_teacher(self) -> None:
         if self.teacher_at == 1:
             if self.teacher_file:
-                raise ValueError("teacher_file: expected teacher_at below 1, from where on it teaches; got 1")
+                raise ValueError(
+                    "teacher_file: expected teacher_at below 1, the share of the run at which the teacher starts; got 1"
+                )
             return
         if self.gate == "none":
             raise ValueError("teacher_at: expected a gate, the dense network needs no teacher; got gate 'none'")
@@ -127,7 +129,9 @@ class TrainConfig(
     def _check_runtime(self) -> None:
         if self.recompute and (self.compile or self.cuda_graph):
             name = "compile" if self.compile else "cuda_graph"
-            raise ValueError(f"{name}: expected recompute off, a graph decides once what it keeps; got both")
+            raise ValueError(
+                f"{name}: cannot be combined with recompute, since a graph fixes what is kept for backward; got both"
+            )
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("cuda_graph: expected a GPU, got device 'cpu'")
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):

@@ -39,8 +39,9 @@ class EpochMetrics:
         core_seconds: time of all CPU cores on it, of all processes: what the epoch costs on a machine that others use.
         polar_weight: λ of the last step.
         polarization: mean over the epoch of the polarization loss (eqs. 6-8), 0 to 1/4.
-        macs: expected MACs per image at the epoch's mean open rates, as a share of the dense network's.
-        open_rate: mean open rate over all gates, 0 to 1.
+        macs: expected MACs per image at the epoch's mean open rates, as a share of the dense network's; None without
+            gates.
+        open_rate: mean open rate over all gates, 0 to 1; None without gates.
         gates_dead: gates that the whole last training batch closed, beyond the estimator's window: no gradient
             reaches them.
         gates_saturated: gates beyond the window on either side, the dead ones included.
@@ -65,8 +66,8 @@ class EpochMetrics:
     seconds: float
     polar_weight: float = 0.0
     polarization: float = 0.0
-    macs: float = 1.0
-    open_rate: float = 1.0
+    macs: float | None = None
+    open_rate: float | None = None
     gates_dead: int = 0
     gates_saturated: int = 0
     num_gates: int = 0
@@ -343,4 +344,5 @@ class TensorBoard:
         """Add the metrics of one epoch."""
         with naming_file(self._folder):
             for name in _SCALARS:
-                self._writer.add_scalar(f"{metrics.phase}/{name}", getattr(metrics, name), metrics.epoch)
+                if (value := getattr(metrics, name)) is not None:
+                    self._writer.add_scalar(f"{metrics.phase}/{name}", value, metrics.epoch)

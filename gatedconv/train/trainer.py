@@ -334,7 +334,7 @@ class Trainer:
 
     def _note_dead_gates(self, last: EpochMetrics) -> None:
         """Note gates without a gradient where the MACs are not as configured."""
-        if not last.num_gates:
+        if last.macs is None:
             return
         if self.config.mac_weight or self.config.mac_control != "none":
             stuck, target = last.gates_saturated == last.num_gates, self.config.mac_target

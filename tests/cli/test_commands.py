@@ -108,6 +108,14 @@ def test_runs_get_folders_of_their_own(
     ]
 
 
+@pytest.mark.usefixtures("no_exports", "shallow")
+def test_an_export_has_the_name_of_its_network(gatedconv: Call, quick: list[object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert gatedconv("train", *quick, "--run", run, "--gate", "none", "--epochs", 1).code == 0
+    exported = gatedconv("export", run, "--format", "torch")
+    assert exported.code == 0 and exported.out == f"written to {run / 'dense.pt2'}\n"
+
+
 def test_every_field_is_a_flag(gatedconv: Call) -> None:
     text = gatedconv("train", "--help").out
     for name, spec in field_specs().items():

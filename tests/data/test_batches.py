@@ -118,3 +118,10 @@ def test_a_mirrored_border_continues_the_image(data: ImageData) -> None:
     crops = {p[:, t : t + side, s : s + side].tobytes() for p in padded for t in range(5) for s in range(5)}
     images, _ = next(iter(batches))
     assert all(image.tobytes() in crops for image in to_bytes(images, data))
+
+
+def test_every_process_has_the_first_images_even_one_without_a_share(data: ImageData) -> None:
+    whole = EvalBatches(data).first(3)
+    assert_close(whole, next(iter(EvalBatches(data)))[0][:3])
+    for rank in range(9):  # of seven images
+        assert torch.equal(EvalBatches(data, rank=rank, world=9).first(3), whole)

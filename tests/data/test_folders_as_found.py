@@ -151,7 +151,7 @@ def test_colors_of_twelve_bits_in_sixteen_are_refused(tmp_path, bits):
     if bits == 16:
         assert load(root).train_images.max() > 200
     for options in ({}, {"image_range": 4095.0})[bits == 16 :]:
-        with pytest.raises(DataError, match="of colors of 16 bits the upper 8 are read"):
+        with pytest.raises(DataError, match="of 16-bit colors Pillow reads the upper 8 bits"):
             load(root, **options)
 
 

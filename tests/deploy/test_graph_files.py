@@ -205,7 +205,7 @@ def test_a_module_with_code_of_its_own_needs_its_network(tmp_path):
 def test_a_network_that_a_file_does_not_fit_is_named(tmp_path):
     gatedconv.save(stages("relu")["compact"], tmp_path / "m")
     other = nn.Sequential(nn.Conv2d(3, 3, 3))
-    with pytest.raises(ValueError, match=r"m holds a \w+, and the Sequential passed as into= is another, or "):
+    with pytest.raises(ValueError, match=r"m holds a \w+, which does not match the Sequential passed as into=, or "):
         gatedconv.load(tmp_path / "m", into=other)
 
 

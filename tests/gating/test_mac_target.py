@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import gatedconv
 from gatedconv.deploy import compact, freeze
 from gatedconv.gating import (
     GatePruner,
@@ -107,6 +108,27 @@ def test_fisher_information_is_the_mean_square_of_each_samples_gradient() -> Non
     losses = functional.cross_entropy(model(images), labels, reduction="sum")
     (slope,) = torch.autograd.grad(losses, ones)
     assert_close(found["layer3.2.channel_gate"].float(), slope.square().mean(0), algorithm="gradient")
+
+
+class SometimesShorter(torch.nn.Module):
+    """Leaves its second block out in every other forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = gatedconv.Conv2d(3, 4, 3, gate="channel")
+        self.second = gatedconv.Conv2d(4, 4, 3, padding=1, gate="channel")
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        self.calls += 1
+        return (x if self.calls % 2 else self.second(x)).mean((2, 3))
+
+
+def test_fisher_information_of_a_network_that_leaves_blocks_out() -> None:
+    batches = [(torch.randn(4, 3, 8, 8), torch.arange(4)) for _ in range(4)]
+    found = fisher_information(SometimesShorter(), batches, functional.cross_entropy)
+    assert all(bool((values > 0).all()) for values in found.values())
 
 
 def test_mean_logits_are_those_of_all_batches() -> None:

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gatedconv
 from gatedconv import count_macs, models, ops
-from gatedconv.measure.macs import _masked_conv_macs, conv_and_linear_macs, count_macs_by_operator
+from gatedconv.measure.macs import conv_and_linear_macs, count_macs_by_operator
+from gatedconv.ops._masked_conv2d_args import executed_macs
 from tests.oracle import random_masks
 
 
@@ -65,6 +66,29 @@ def test_a_frozen_conv_counts_open_outputs_and_images():
     assert gatedconv.count_macs(net, torch.zeros(5, 6, 4, 4)) == 5 * 16 * 3 * (3 * 9)
 
 
+@pytest.mark.parametrize("closed", ["", "group1", "group3"])
+def test_large_layers_of_a_frozen_net_are_counted_once(closed):
+    """Where everything is open and a layer is large, PyTorch's convolution runs in place of ours."""
+    model, x = models.cifar_vgg(10, "channel").eval(), torch.zeros(1, 3, 32, 32)
+    masks = {}
+    for name, gate in gatedconv.gates(model).items():
+        masks[name] = torch.arange(gate.num_gates) < gate.num_gates // (4 if closed and closed in name else 1)
+    frozen = gatedconv.freeze(model, masks=masks).eval()
+    small = gatedconv.compact(frozen, x)
+    found, expected = count_macs_by_operator(frozen, x), count_macs_by_operator(small, x)
+    assert conv_and_linear_macs(found) == conv_and_linear_macs(expected)
+
+
+def test_pytorchs_counter_sees_what_a_frozen_convolution_executes():
+    conv = gatedconv.Conv2d(6, 8, 3, padding=1, gate="channel", groups=2)
+    net = gatedconv.freeze(nn.Sequential(conv), masks={"0.gate": torch.tensor([1, 1, 0, 0, 0, 0, 0, 1]).bool()})
+    x = torch.zeros(5, 6, 4, 4)
+    for inference in (True, False):
+        with torch.inference_mode(inference), FlopCounterMode(display=False) as counter:
+            net(x)
+        assert counter.get_total_flops() == 2 * count_macs(net, x)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="must be a torch.nn.Module"):
         gatedconv.count_macs("resnet", torch.zeros(1))
@@ -99,8 +123,7 @@ def test_masks_of_inputs_for_each_sample_are_counted(groups: int) -> None:
         return sum(int(outs.sum() * ins.sum()) for outs, ins in parts)
 
     def counted(out_open: torch.Tensor, in_open: torch.Tensor | None) -> int:
-        call = {"weight": torch.zeros(8, 6 // groups, 3, 3), "out_open": out_open, "in_open": in_open, "groups": groups}
-        return _masked_conv_macs(call, torch.zeros(3, 8, 4, 4)) // (16 * 9)
+        return executed_macs(torch.zeros(8, 6 // groups, 3, 3), out_open, in_open, groups, (3, 8, 4, 4)) // (16 * 9)
 
     each = [pairs(outs, ins) for outs, ins in zip(outputs, inputs, strict=True)]
     assert counted(outputs, inputs) == sum(each)

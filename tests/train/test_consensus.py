@@ -46,6 +46,7 @@ def test_what_is_left_trains_on_and_lands_on_the_target(tmp_path: Path, archive:
     lines = folder.read_metrics()
     assert [(line.phase, line.epoch) for line in lines] == [("gated", 1), ("gated", 2), ("compact", 3), ("compact", 4)]
     assert lines[1].lr > lines[2].lr > lines[3].lr  # one schedule over the whole run
+    assert lines[1].macs is not None and lines[1].macs < 1 and lines[2].macs is lines[2].open_rate is None
     assert summary["frozen"]["macs"] == pytest.approx(0.5 * summary["macs_dense"], rel=0.01)
     small, gated = gatedconv.load(folder.model("compact")), gatedconv.load(folder.model("gated"))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gated.parameters())

@@ -255,9 +255,9 @@ class CudaPlan(nn.Module):
 def _trial(
     build: Callable[[], Candidate], source: Tensor, residual: Tensor | None, spoils: bool = False
 ) -> Callable[[], Callable[[], Tensor]]:
-    """A call to be timed; one that works in place spoils a copy of the residual, and its first result is right.
+    """A call to be timed. One that works in place overwrites its own copy of the residual: its first result is right.
 
-    With `spoils` the same holds of the source.
+    With `spoils` it overwrites a copy of the source, too.
     """
 
     def make() -> Callable[[], Tensor]:
