@@ -70,8 +70,7 @@ def instruction_sets() -> list[str]:
 
 def time_case(case: ConvCase, isas: Sequence[str], rounds: int = ROUNDS) -> dict[str, float]:
     """The least milliseconds of the layer in float32 and by each instruction set, interleaved."""
-    padding = case.kernel // 2 if case.padding is None else case.padding
-    net = nn.Sequential(nn.Conv2d(case.in_channels, case.out_channels, case.kernel, case.stride, padding))
+    net = nn.Sequential(nn.Conv2d(case.in_channels, case.out_channels, case.kernel, case.stride, case.pad))
     x = torch.randn(case.batch, case.in_channels, *case.size, generator=torch.Generator().manual_seed(0))
     full, half = (_plan(net, x, dtype) for dtype in (torch.float32, torch.bfloat16))
     least = {"float32": math.inf, **dict.fromkeys(isas, math.inf)}

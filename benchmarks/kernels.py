@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness import RESULTS, machine_header, made_by, write_result
+from gatedconv.bench.conv_case import ConvCase
 from gatedconv.engine.choose import ALGORITHMS, RATES, Rates, Work
 from gatedconv.engine.fuse import fuse
 from gatedconv.engine.layers import Layer
@@ -73,16 +73,9 @@ WORST = 6  # cases in docs/performance.md
 
 
 def parse(case: str) -> Work:
-    """Read a case.
-
-    Raises:
-        ValueError: it is no case.
-    """
-    found = dict(re.findall(r"\b([nioh])(\d+)\b", case))
-    if sorted(found) != ["h", "i", "n", "o"] or min(map(int, found.values())) < 1:
-        raise ValueError(f"{case!r} is no case: write images, channels and size as in 'n8 i256 o128 h14'")
-    batch, inputs, outputs, side = (int(found[key]) for key in "nioh")
-    return Work(batch, inputs, outputs, side, side)
+    """Read a case; ValueError, saying what is wrong, where it is none."""
+    found = ConvCase.parse(f"{case} k3")
+    return Work(found.batch, found.in_channels, found.out_channels, *found.size)
 
 
 def layer_of(work: Work) -> Layer:

@@ -77,26 +77,15 @@ def _imagenet(model: str, variant: str) -> nn.Module:
     import torchvision
 
     network: nn.Module = getattr(torchvision.models, model)(weights=None)
-    if variant == "mid-50":
-        for block in network.modules():
-            if hasattr(block, "conv1") and hasattr(block, "conv2") and hasattr(block, "bn2"):
-                _halve_middle(block)
     fill_norms(network)
-    return network
+    return network.eval() if variant == "dense" else half_inside(network.eval(), torch.zeros(1, 3, 224, 224))
 
 
-def _halve_middle(block: nn.Module) -> None:
-    """Halve the channels between the first and the last convolution of a torchvision block."""
-    last = 3 if hasattr(block, "conv3") else 2
-    for index in range(1, last + 1):
-        conv = getattr(block, f"conv{index}")
-        inputs = conv.in_channels if index == 1 else conv.in_channels // 2
-        outputs = conv.out_channels if index == last else conv.out_channels // 2
-        setattr(
-            block, f"conv{index}", nn.Conv2d(inputs, outputs, conv.kernel_size, conv.stride, conv.padding, bias=False)
-        )
-        if index != last:
-            setattr(block, f"bn{index}", nn.BatchNorm2d(outputs))
+def half_inside(network: nn.Module, x: Tensor) -> nn.Module:
+    """The network without half of the channels inside of its blocks, at random."""
+    gated = gatedconv.gate_model(network, gate="channel", position="middle", example_input=x)
+    masks = {name: half_open(gate.num_gates) for name, gate in gatedconv.gates(gated).items()}
+    return gatedconv.compact(gatedconv.freeze(gated, masks=masks), x)
 
 
 def half_open(count: int) -> Tensor:

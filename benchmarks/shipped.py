@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import gatedconv
-from benchmarks.harness import RESULTS, ResultFile, machine_header
-from benchmarks.networks import NetworkCase, fill_norms, half_open
+from benchmarks.harness import RESULTS, ResultFile, machine_header, made_by
+from benchmarks.networks import NetworkCase, fill_norms, half_inside
 from benchmarks.roofline import layer_work, measured_rates
 from benchmarks.yolo import Yolo
 from gatedconv.bench.comparison import PROBES, Row, best_rows, compare_runtimes
@@ -109,12 +109,7 @@ def build(network: str, variant: str, size: int = 224) -> nn.Module:
             model = getattr(torchvision.models, network)(weights=None)
         fill_norms(model)
         model.eval()
-        if variant == "dense":
-            return model
-        x = torch.randn(1, 3, size, size)
-        gated = gatedconv.gate_model(model, gate="channel", position="middle", example_input=x)
-        masks = {name: half_open(gate.num_gates) for name, gate in gatedconv.gates(gated).items()}
-        return gatedconv.compact(gatedconv.freeze(gated, masks=masks), x)
+        return model if variant == "dense" else half_inside(model, torch.randn(1, 3, size, size))
 
 
 def slowest_layers(network: nn.Module, x: Tensor) -> list[dict[str, Any]]:
@@ -314,7 +309,7 @@ def _reduced(groups: dict[str, dict[str, Any]]) -> str:
         f"int8 is calibrated on {CALIBRATION} images: NNCF for OpenVINO, static QDQ for ONNX Runtime.",
         f"Error: max|a - b| / max|b| of the outputs of {PROBES} other images; same top-1: the share of them with the "
         "same largest output.",
-        f"Commit `{(machine['commit'] or 'unknown')[:10]}`, {machine['date'][:10]}.",
+        f"{made_by(machine).capitalize()}.",
     ]
     return (
         f"**Whatever the user could pick.** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, the same "
