@@ -82,7 +82,7 @@ def _imagenet(model: str, variant: str) -> nn.Module:
 
 
 def half_inside(network: nn.Module, x: Tensor) -> nn.Module:
-    """The network without half of the channels inside of its blocks, at random."""
+    """The network without half of the channels that no sum reads: inside of blocks, or of a stem; at random."""
     gated = gatedconv.gate_model(network, gate="channel", position="middle", example_input=x)
     masks = {name: half_open(gate.num_gates) for name, gate in gatedconv.gates(gated).items()}
     return gatedconv.compact(gatedconv.freeze(gated, masks=masks), x)
