@@ -34,7 +34,8 @@ def test_half_of_the_channels_are_left() -> None:
     # 27 blocks of two convolutions, a stem and two projections: 14 blocks stay.
     assert len(dense) == 57 and len(convolutions("resnet56", "half the blocks")) == 2 * 14 + 3
     wide, narrow = convolutions("resnet50", "dense"), convolutions("resnet50", "mid-50")
-    assert sum(b.out_channels * 2 == a.out_channels for a, b in zip(wide, narrow, strict=True)) == 2 * 16 + 1  # the stem
+    halved = sum(b.out_channels * 2 == a.out_channels for a, b in zip(wide, narrow, strict=True))
+    assert halved == 2 * 16 + 1  # the stem, too
 
 
 @pytest.mark.parametrize(("share", "count"), [(0, 0), (25, 8), (50, 16), (100, 32), ("odd", 15)])
