@@ -32,6 +32,14 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
     def remove(layer: Layer) -> None:
         fused[:] = [other for other in fused if other is not layer]
 
+    def remove_unread(node: fx.Node) -> None:
+        """Remove what makes a node that nothing reads any more, and what only that reads."""
+        while (layer := private(node)) is not None and layer in fused and layer.residual is layer.gate is None:
+            remove(layer)
+            if len(layer.inputs) > 1:
+                break
+            (node,) = layer.inputs
+
     for layer in layers:
         before = private(layer.inputs[0])
         if layer.kind == "conv" and before is not None and before.kind == "pad":
@@ -49,8 +57,19 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
             if layer.act in _TAKES_VALUE:
                 before.value = layer.value
             target = before
+        elif layer.kind == "act" and layer.act == "relu" and _is_rectified(layer.inputs[0], producer):
+            layer.kind = "alias"
+            fused.append(layer)
+            target = layer
         elif layer.kind == "alias" and before is not None and "flattened" not in layer.output.meta:
             target = before
+        elif layer.kind == "add" and (zeros := _zeros(layer, private)) is not None:
+            assert layer.residual is not None
+            other = layer.residual if zeros is layer.inputs[0] else layer.inputs[0]
+            remove_unread(zeros)
+            layer.kind, layer.inputs, layer.residual = "alias", [other], None
+            fused.append(layer)
+            target = layer
         elif layer.kind == "add" and (scatter := _scattered(layer, private)) is not None:
             remove(scatter)
             scatter.residual = layer.residual if scatter.output is layer.inputs[0] else layer.inputs[0]
@@ -67,6 +86,28 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
         target.output = layer.output
         producer[layer.output] = target
     return [_as_depthwise(layer) for layer in fused]
+
+
+def _zeros(add: Layer, private: Callable[[fx.Node], Layer | None]) -> fx.Node | None:
+    """The operand of an addition that is zero everywhere, as a closed branch leaves it."""
+    assert add.residual is not None
+    if add.residual is add.inputs[0] or map_size(add.residual) != map_size(add.inputs[0]):
+        return None
+    for node in (add.inputs[0], add.residual):
+        layer = private(node)
+        if layer is not None and layer.kind == "fill" and layer.act in (None, "relu"):
+            assert layer.bias is not None
+            if not bool(layer.bias.any()):
+                return node
+    return None
+
+
+def _is_rectified(node: fx.Node, producer: dict[fx.Node, Layer]) -> bool:
+    """Whether a ReLU made the map behind a node."""
+    layer = producer.get(node)
+    while layer is not None and layer.kind == "alias":
+        layer = producer.get(layer.inputs[0])
+    return layer is not None and layer.act == "relu"
 
 
 def _takes_act(layer: Layer, act: Layer) -> bool:
