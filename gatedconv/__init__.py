@@ -12,7 +12,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
     raise ImportError(f"gatedconv requires torch 2.11 or newer, found {torch.__version__}: pip install --upgrade torch")
 
 from gatedconv import models, ops
-from gatedconv.convert import gate_model
+from gatedconv.convert import attach_macs, gate_model
 from gatedconv.deploy import compact, export, freeze, load, re_estimate_batchnorm, save
 from gatedconv.engine import Engine
 from gatedconv.gating import (
@@ -45,6 +45,7 @@ __all__ = [
     "LayerGate",
     "MacController",
     "activation_loss",
+    "attach_macs",
     "compact",
     "count_macs",
     "expected_macs",

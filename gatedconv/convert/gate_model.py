@@ -131,7 +131,7 @@ def gate_model(
         reasons = "; ".join(sorted(set(conversion.skipped.values()))[:5]) or nothing
         raise ValueError(f"gate_model: no place for a {gate!r} gate in {type(model).__name__}: {reasons}")
     installer.finish()
-    total, conversion.note = _total_macs(probe, example_input)
+    total, conversion.note = total_macs(probe, example_input)
     by_node = node_terms(flow, installer.gated)
     terms = merge_terms((term for of_node in by_node.values() for term in of_node), total)
     conversion.estimated = estimated_parts(flow, installer.gated, by_node)
@@ -156,7 +156,7 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ValueError(f"gate_model: {type(model).__name__} cannot be copied (copy.deepcopy): {error}") from error
 
 
-def _total_macs(model: nn.Module, example_input: Any) -> tuple[float | None, str]:
+def total_macs(model: nn.Module, example_input: Any) -> tuple[float | None, str]:
     """MACs of one image by ``count_macs``, or why they are unknown."""
     if not isinstance(example_input, Tensor) or not len(example_input):
         return None, "MACs are those of the recorded layers: count_macs takes a single tensor"

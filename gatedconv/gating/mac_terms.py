@@ -51,8 +51,8 @@ def mac_terms(model: nn.Module, owner: str) -> Sequence[MacTerm]:
         parts = (name for name, part in unwrap(model).named_modules() if vars(part).get("mac_terms"))
         part = next(parts, "")
         raise ValueError(
-            f"{owner}: the MACs of {type(unwrap(model)).__name__} are unknown; models of gatedconv.models "
-            f"and gatedconv.gate_model carry them{f', as its part {part!r}: pass that' if part else ''}"
+            f"{owner}: the MACs of {type(unwrap(model)).__name__} are unknown; "
+            + (f"its part {part!r} carries them: pass that" if part else "gatedconv.attach_macs counts them")
         )
     return terms
 

@@ -364,5 +364,5 @@ def test_copies_and_pickles_of_a_watched_model_have_no_pruner(tmp_path: Path) ->
 
 
 def test_a_part_that_carries_the_macs_is_named() -> None:
-    with pytest.raises(ValueError, match="carry them, as its part '0': pass that"):
+    with pytest.raises(ValueError, match="its part '0' carries them: pass that"):
         losses.mac_target_loss(torch.nn.Sequential(network()))
