@@ -104,7 +104,7 @@ def _branch_of(addition: Node, flow: Flow) -> tuple[Branch | None, str]:
         return None, ""
     if sides[0].tensor.shape != sides[1].tensor.shape:
         return None, "the operands of the addition differ in shape"
-    candidates, reasons = [], []
+    candidates, reasons, wider = [], [], list[tuple[int, set[Value]]]()
     regions = [_private(side, addition) for side in sides]
     for side, region, other, others in zip(sides, regions, reversed(sides), reversed(regions), strict=True):
         work = sum(weights_of(node) for node in region)
@@ -113,6 +113,7 @@ def _branch_of(addition: Node, flow: Flow) -> tuple[Branch | None, str]:
         outside = {v for node in region for v in node.inputs if v.node not in region and not v.is_constant}
         if len(outside) != 1:
             reasons.append(f"the branch reads {len(outside)} tensors")
+            wider.append((work, outside))
             continue
         (entry,) = outside
         if entry is not other and entry not in _ancestors(other, entry):
@@ -122,6 +123,8 @@ def _branch_of(addition: Node, flow: Flow) -> tuple[Branch | None, str]:
         else:
             shortcut = others if other is not entry else set()
             candidates.append((work, Branch(addition, side, entry, region, shortcut)))
+    # The projection of a block whose branch reads an embedding, too, is its shortcut.
+    candidates = [(work, b) for work, b in candidates if not any(w > work and b.entry in read for w, read in wider)]
     if not candidates:
         return None, "; ".join(sorted(set(reasons)))
     return max(candidates, key=lambda c: c[0])[1], ""

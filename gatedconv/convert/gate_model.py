@@ -74,10 +74,10 @@ def gate_model(
     Args:
         model: any network that takes images (N, C, H, W), clips (N, T, C, H, W) or vectors (N, K); left as it is.
         gate: "layer", "channel" or "both".
-        position: of the channel gates. "after": behind the norm that follows a convolution, or behind the
-            convolution where there is none. "middle": behind the activation after that, so the output of
-            a residual branch is not gated. "before": on the input of each residual branch, the shortcut
-            ungated, and of each convolution outside of them.
+        position: of the channel gates. "after": behind the norm that follows a convolution, also where an activation,
+            a pool or dropout is between them, or behind the convolution where there is none. "middle": behind the
+            activation after that, so the output of a residual branch is not gated. "before": on the input of each
+            residual branch, the shortcut ungated, and of each convolution outside of them.
         estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
         example_input: images, clips or vectors that the model accepts, or a tuple of positional or a dict of keyword
             arguments; MACs are counted at its size.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gatedconv import ops
 from gatedconv.gating import FrozenGate, Gate, forget
 from gatedconv.gating.gates import LearnedGate
-from gatedconv.nn import FrozenConv2d
+from gatedconv.nn.modules import FrozenConv2d, take_place
 
 _all_samples = 0  # above 0: branches compute all samples in eval, too
 
@@ -307,7 +307,7 @@ def skip_closed(model: nn.Module) -> None:
         assert isinstance(conv, nn.Conv2d)
         frozen = FrozenConv2d(conv, mask).train(conv.training)
         frozen._modules.update({name: child for name, child in conv._modules.items() if name != "gate"})
-        frozen._forward_hooks, frozen._forward_pre_hooks = conv._forward_hooks, conv._forward_pre_hooks
+        take_place(frozen, conv)
         model.set_submodule(path, frozen)
 
 

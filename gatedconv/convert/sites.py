@@ -11,7 +11,7 @@ from torch import nn
 
 from gatedconv.convert.branches import Branch
 from gatedconv.convert.conversion import Selection
-from gatedconv.convert.flow import ACTIVATION_OPS, ACTIVATIONS, MIXING_NORMS, NORMS, Flow, is_mixing, op_name
+from gatedconv.convert.flow import ACTIVATION_OPS, ACTIVATIONS, MIXING_NORMS, NORMS, PASSING, Flow, is_mixing, op_name
 from gatedconv.convert.module_kinds import has_own_hooks
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 
@@ -127,12 +127,12 @@ class SiteFinder:
 
     def _target(self, value: Value, position: str) -> tuple[str, Value, bool] | str:
         """The module to gate, what is gated, and whether that is the module's input; or why there is none."""
-        norm = self._norm_behind(value)
+        norm, activated = self._norm_behind(value)
         if norm is not None and len(self.record.calls_of(norm.path)) > 1:
             return f"its norm {norm.path} is called {len(self.record.calls_of(norm.path))} times"
         path = norm.path if norm is not None else value.node.scope  # type: ignore[union-attr]
         current = norm.outputs[0] if norm is not None else value
-        if position == "after":
+        if position == "after" or activated:
             return path, current, False
         user = current.users[0] if len(current.users) == 1 else None
         if user is None or not is_activation(user):
@@ -145,15 +145,25 @@ class SiteFinder:
             return user.scope, result, False
         return "its activation is no module of its own, and several layers read it"
 
-    def _norm_behind(self, value: Value) -> ModuleCall | None:
-        """The norm, of any class, that alone reads a value."""
-        for call in self.record.readers(value):
-            if not is_norm(call.module) or len(call.inputs) != 1 or len(call.outputs) != 1:
-                continue
-            same = call.outputs[0].tensor.shape == value.tensor.shape
-            if same and value.users and all(call.first <= user.order < call.last for user in value.users):
-                return call
-        return None
+    def _norm_behind(self, value: Value) -> tuple[ModuleCall | None, bool]:
+        """The norm, of any class, that alone reads a value, and whether an activation is in front of it.
+
+        There may be activations, pools and dropout between the two, which closed channels pass one by one.
+        """
+        activated = False
+        while True:
+            for call in self.record.readers(value):
+                if not is_norm(call.module) or len(call.inputs) != 1 or len(call.outputs) != 1:
+                    continue
+                same = call.outputs[0].tensor.shape == value.tensor.shape
+                if same and value.users and all(call.first <= user.order < call.last for user in value.users):
+                    return call, activated
+            user = value.users[0] if len(value.users) == 1 else None
+            passes = user is not None and isinstance(user.module, (*PASSING, nn.MaxPool2d, nn.AvgPool2d))
+            if user is None or not (passes or is_activation(user)) or len(user.outputs) != 1:
+                return None, False
+            activated |= is_activation(user)
+            value = user.outputs[0]
 
     # -- reasons ---------------------------------------------------------------------------------------
 

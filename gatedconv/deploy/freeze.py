@@ -6,6 +6,7 @@ The BatchNorm statistics of training are of other sub-networks: `re_estimate_bat
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,8 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gatedconv.convert.install import device_of, keeping_aliases, skip_closed
+from gatedconv.convert.install import (
+    FollowGate,
+    GateOutputHook,
+    device_of,
+    hooks_of,
+    keeping_aliases,
+    mask_of,
+    masks_by_link,
+    skip_closed,
+)
 from gatedconv.convert.verify import Inputs, as_inputs, tensors_of
+from gatedconv.deploy.slicing import zero_channels
 from gatedconv.gating import Consensus, FrozenGate, Gate, copied, eval_mode, require_free
 from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_over_ranks
 from gatedconv.gating.registry import find_gates, require_gates
@@ -84,7 +95,22 @@ def freeze_gates(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             setattr(frozen.get_submodule(parent), attribute, constants[module])
     with keeping_aliases(frozen):
         skip_closed(frozen)
+    _zero_closed_norms(frozen)
     return frozen
+
+
+def _zero_closed_norms(frozen: nn.Module) -> None:
+    """Let BatchNorms that a gate follows make zeros of closed channels themselves.
+
+    So code that fuses norms into convolutions, and drops them with the gates behind, keeps computing the same.
+    """
+    links = masks_by_link(frozen)
+    owners = Counter(id(p) for module in frozen.modules() for p in module._parameters.values())
+    for module in frozen.modules():
+        for hook in hooks_of(module) if isinstance(module, nn.modules.batchnorm._BatchNorm) else ():
+            mask = mask_of(hook, module, links) if isinstance(hook, (GateOutputHook, FollowGate)) else None
+            if mask is not None and module.affine and owners[id(module.weight)] == owners[id(module.bias)] == 1:
+                zero_channels(module, ~mask)
 
 
 @torch.no_grad()
@@ -117,8 +143,7 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
             count = 0
             device = device_of(model)
             for batch in _require_batches(batches, "re_estimate_batchnorm"):
-                args, kwargs = _inputs(batch, "re_estimate_batchnorm", device)
-                model(*args, **kwargs)
+                _run(model, _inputs(batch, "re_estimate_batchnorm", device), "re_estimate_batchnorm")
                 count += 1
             if not count:
                 raise ValueError("re_estimate_batchnorm: expected at least one batch, got none")
@@ -145,6 +170,17 @@ def _inputs(batch: Any, owner: str, device: torch.device | None = None) -> Input
     if not isinstance(x, (Tensor, tuple, list, Mapping) if inside else Tensor) or not tensors_of(x):
         raise TypeError(f"{owner}: the loader must yield tensors or (tensor, ...), got {type(x).__name__}")
     return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, as_inputs(x))  # type: ignore[no-any-return]
+
+
+def _run(model: nn.Module, inputs: Inputs, owner: str) -> None:
+    args, kwargs = inputs
+    try:
+        model(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{owner}: {type(model).__name__} does not take what the loader yields: {error}; of a batch (x, ...) it "
+            f"gets x, which holds several inputs as a tuple or dict: ((a, b), labels)"
+        ) from error
 
 
 def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -194,9 +230,9 @@ def _vote(
     try:
         with eval_mode(model):
             for batch in _require_batches(loader, "freeze"):
-                args, kwargs = _inputs(batch, "freeze", device)
-                model(*args, **kwargs)
-                seen += len(tensors_of((args, kwargs))[0])
+                inputs = _inputs(batch, "freeze", device)
+                _run(model, inputs, "freeze")
+                seen += len(tensors_of(inputs)[0])
     finally:
         for hook in hooks:
             hook.remove()

@@ -29,7 +29,7 @@ _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ChannelBias": (("bias",), ()),
     "ConstantMap": (("value",), ("stride",)),
     "EmptyMap": ((), ("channels", "kernel_size", "stride", "padding", "dilation")),
-    "GatherChannels": (("index",), ("axis",)),
+    "GatherChannels": (("index",), ("axis", "size")),
     "ScatterAdd": (("index",), ("axis",)),
     "ScatterChannels": (("index", "fill"), ("axis",)),
     "Zeros": ((), ()),

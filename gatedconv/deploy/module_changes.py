@@ -14,6 +14,7 @@ from gatedconv.deploy.graph_format import build_module, describe_module
 from gatedconv.deploy.slicing import COUNTS
 from gatedconv.gating import Consensus, Gate, attribute_of, copied
 from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
+from gatedconv.nn.modules import take_place
 
 _HOOKS = {cls.__name__: cls for cls in GateHook.__subclasses__()}
 _BEFORE = ("GateInput", "DecideBranch", "SelectSamples")
@@ -101,9 +102,14 @@ def _replace(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str,
     for path, parts in changes["frames"].items():
         layer = model.get_submodule(path)
         built = [(n, layer if spec is None else build_module(f"{path}.{n}", spec, tensors)) for n, spec in parts]
-        model.set_submodule(path, Framed(OrderedDict(built)))
+        framed = Framed(OrderedDict(built))
+        if framed.layer is not layer:
+            take_place(framed.layer, layer, hooks=False)
+        model.set_submodule(path, framed)
     for path, spec in changes["removed"].items():
-        model.set_submodule(path, build_module(path, spec, tensors))
+        removed = build_module(path, spec, tensors)
+        take_place(removed, model.get_submodule(path), hooks=False)
+        model.set_submodule(path, removed)
     for path, spec in changes["gates"].items():
         owner, _, name = path.rpartition(".")
         model.get_submodule(owner).add_module(name, build_module(path, spec, tensors))
@@ -112,6 +118,7 @@ def _replace(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str,
         if not isinstance(conv, nn.Conv2d):
             raise ValueError(f"{path} is a {type(conv).__name__}, and the file has a convolution there")
         frozen = FrozenConv2d(conv, torch.ones_like(tensors[f"{path}.out_open"]))
+        take_place(frozen, conv, hooks=False)
         frozen._modules.update(conv._modules)
         model.set_submodule(path, frozen)
 

@@ -21,6 +21,7 @@ from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 from gatedconv.convert.verify import TOLERANCES, as_inputs, distance, run_seeded, trains
 from gatedconv.deploy.slicing import set_weight, slice_numbers
 from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterChannels, Zeros
+from gatedconv.nn.modules import take_place
 
 SLICE_ERROR = TOLERANCES[torch.float32]  # `distance` of a user's module with fewer channels from the module
 
@@ -53,7 +54,7 @@ def shrink(model: nn.Module, removal: Removal) -> None:
         if node.scope.startswith(inside):
             continue
         if removal.is_idle(node):
-            model.set_submodule(node.scope, nn.Identity())
+            _replace(model, node.scope, nn.Identity())
         elif node.op == CALL and node.outputs and flow.kind(node.outputs[0]) == "elementwise":
             _numbers(model, removal, node, node.outputs[0])
     for value in removal.masks.values:
@@ -96,7 +97,7 @@ def _layer(model: nn.Module, removal: Removal, node: Node, value: Value) -> None
             module = _small_layer(removal, node, module, read, computed)
         else:
             module = _foreign_layer(removal, node, module, read, computed)
-    before = _gather(read, held, removal.flow[source].axis) if not torch.equal(read, held) else []
+    before = _gather(read, held, source, removal.flow[source].axis) if not torch.equal(read, held) else []
     closed = removal.known[value]
     if value not in removal.masks.values and (node, source) not in removal.masks.inputs:
         closed = removal.zeros(value)  # what is computed is right
@@ -158,6 +159,13 @@ def _group_bias(removal: Removal, node: Node, rows: Tensor, read: Tensor, write:
 
 
 def _nothing(module: nn.Module) -> nn.Module:
+    """What is left of a layer whose outputs are not needed, with the attributes that the user gave it."""
+    empty = _empty(module)
+    take_place(empty, module, hooks=False)
+    return empty
+
+
+def _empty(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Conv2d):
         device = next(module.parameters()).device
         return GatherChannels(torch.zeros(0, dtype=torch.long, device=device), -1)
@@ -177,6 +185,10 @@ def _foreign_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor
     if bool(unread.any()) or not bool(write.any()):
         raise CannotSlice(node.scope)
     small = copy.deepcopy(module)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.shape == module.weight.shape:  # a mask of the weight
+            part = buffer[write.to(buffer.device)]
+            small._buffers[name] = part if is_depthwise(module) else part[:, read.to(buffer.device)]
     for name, parameter in module._parameters.items():
         if parameter is None or name == "weight":
             continue
@@ -199,7 +211,7 @@ def _foreign(model: nn.Module, removal: Removal, path: str, call: ModuleCall) ->
     module = model.get_submodule(path)
     idle = value in removal.masks.values  # else a reader further on may want its constants
     if idle and not bool(removal.wanted(value).any()) and value.tensor.shape == source.tensor.shape:
-        model.set_submodule(path, nn.Identity())
+        _replace(model, path, nn.Identity())
         return
     small = copy.deepcopy(module)
     for part in small.modules():
@@ -262,9 +274,15 @@ def _behind(model: nn.Module, removal: Removal, value: Value) -> None:
     _frame(model, path, [], after)
 
 
-def _gather(read: Tensor, held: Tensor, axis: int) -> list[tuple[str, nn.Module]]:
+def _gather(read: Tensor, held: Tensor, source: Value, axis: int) -> list[tuple[str, nn.Module]]:
     positions = (held.cumsum(0) - 1)[read]
-    return [("gather", GatherChannels(positions, axis))]
+    size = int(held.sum()) if source.tensor.dim() < 4 else None  # of a flattened map it follows from the image's
+    return [("gather", GatherChannels(positions, axis, size))]
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    take_place(new, model.get_submodule(path), hooks=False)
+    model.set_submodule(path, new)
 
 
 def _glue(
@@ -289,8 +307,14 @@ def _frame(
 ) -> None:
     if not before and not after:
         return
-    module = model.get_submodule(path)
+    parent, _, name = path.rpartition(".")
+    owner = model
+    for part in parent.split(".") if parent else ():
+        owner = getattr(owner, part)
+        while isinstance(owner, Framed):  # a block whose output has a frame, and a part of it needs one, too
+            owner = owner.layer
+    module = getattr(owner, name)
     device = device_of(module, model)
     parts = [*(before or []), ("layer", module), *(after or [])]
     framed = Framed(OrderedDict(parts)).train(module.training)
-    model.set_submodule(path, framed if device is None else framed.to(device))
+    owner.add_module(name, framed if device is None else framed.to(device))

@@ -5,6 +5,7 @@ Which channels those are, through sums and concatenations, is solved in ``conver
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gatedconv.convert.module_kinds import is_computed
+from gatedconv.nn.modules import take_place
 
 COUNTS = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "num_parameters")
 
@@ -39,10 +41,11 @@ def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
         padding_mode=module.padding_mode,
         device="meta",
     )
-    plain._forward_hooks = module._forward_hooks
+    take_place(plain, module)
     if is_computed(module):
+        plain._forward_pre_hooks, kept = OrderedDict(), module._forward_pre_hooks
         learns = any(p.requires_grad for name, p in module.named_parameters() if not name.startswith(("gate", "bias")))
-        for key, hook in module._forward_pre_hooks.items():
+        for key, hook in kept.items():
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 hook(module, ())  # the weight is that of the last forward, and a state dict may have come since
             else:
@@ -52,7 +55,6 @@ def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
         plain.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
         return plain.train(module.training)
     plain.weight, plain.bias = module.weight, module.bias
-    plain._forward_pre_hooks = module._forward_pre_hooks
     plain._modules.update({name: child for name, child in module._modules.items() if name != "gate"})
     return plain.train(module.training)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -61,13 +61,8 @@ def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
     with _quiet():  # fvcore compiles a script at import, which recent PyTorch calls deprecated
         from fvcore.nn import FlopCountAnalysis
 
-    executed = _executed_masked_convs(model, example_input)
-
-    def masked_conv(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-        return Counter({"masked_conv2d": executed.popleft()})
-
     analysis = FlopCountAnalysis(model, (example_input,))
-    analysis.set_op_handle("gatedconv::masked_conv2d", masked_conv)
+    analysis.set_op_handle("gatedconv::masked_conv2d", None)  # a trace has no masks
     analysis.set_op_handle("aten::_convolution_mode", _named_padding_macs)  # padding="same", unknown to fvcore
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
     analysis.set_op_handle("aten::baddbmm", lambda inputs, outputs: _product_macs(inputs[1], inputs[2], "matmul"))
@@ -78,7 +73,8 @@ def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
     # With gradients the trace has an autograd function instead of the operator, under autocast a copy of each weight.
     with _quiet(), torch.no_grad(), torch.autocast(example_input.device.type, enabled=False), _attention_in_parts():
         counts = Counter({name: int(macs) for name, macs in analysis.by_operator().items()})
-    assert not executed, "the trace has fewer masked convolutions than the run"
+    if executed := _executed_masked_convs(model, example_input):
+        counts["masked_conv2d"] = executed
     return counts
 
 
@@ -124,11 +120,8 @@ def _attention_in_parts() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _executed_masked_convs(model: nn.Module, example_input: Tensor) -> deque[int]:
-    """MACs of each masked convolution in call order.
-
-    A traced graph holds shapes and no masks, so the counts are taken from a run on the real tensors.
-    """
+def _executed_masked_convs(model: nn.Module, example_input: Tensor) -> int:
+    """MACs of all masked convolutions in a run on the real tensors."""
     recorder = _MaskedConvRecorder()
     with torch.no_grad(), recorder:
         model(example_input)
@@ -136,18 +129,18 @@ def _executed_masked_convs(model: nn.Module, example_input: Tensor) -> deque[int
 
 
 class _MaskedConvRecorder(TorchDispatchMode):
-    """Records every call of our convolution with its actual masks."""
+    """Adds up the calls of our convolution with their actual masks."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.macs: deque[int] = deque()
+        self.macs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.name() == "gatedconv::masked_conv2d":
             call = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
             masks = call["out_open"], call["in_open"]
-            self.macs.append(executed_macs(call["weight"], *masks, call["groups"], out.shape))
+            self.macs += executed_macs(call["weight"], *masks, call["groups"], out.shape)
         return out
 
 

@@ -9,6 +9,20 @@ from torch import Tensor, nn
 
 from gatedconv.nn.conv import Conv2d
 
+_HOOKS = (
+    "_forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks "
+    "_forward_pre_hooks_with_kwargs _backward_hooks _backward_pre_hooks _is_full_backward_hook"
+).split()
+
+
+def take_place(new: nn.Module, old: nn.Module, *, hooks: bool = True) -> None:
+    """Give a module that replaces another one its attributes, those of the user too, and its hooks."""
+    for name, value in vars(old).items():
+        if not name.startswith("_") and name not in old._modules and name not in ("gate", "forward"):
+            vars(new).setdefault(name, value)
+    for name in _HOOKS if hooks else ():
+        vars(new)[name] = vars(old)[name]
+
 
 class FrozenConv2d(Conv2d):
     """A convolution that computes the channels of ``out_open`` alone; the others leave as exact zeros.
@@ -60,9 +74,9 @@ class ScatterChannels(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Put the input among the constants."""
-        shape = list(input.shape)
-        shape[self.axis] = self.fill.shape[self.axis]
-        return self.fill.to(input.dtype).expand(shape).index_copy(self.axis, self.index, input)
+        axis = self.axis % self.fill.dim()
+        shape = [self.fill.shape[d] if d == axis else input.shape[d] for d in range(self.fill.dim())]
+        return self.fill.to(input.dtype).expand(shape).index_copy(axis, self.index, input)
 
     def extra_repr(self) -> str:
         """Numbers shown by repr()."""
@@ -72,7 +86,8 @@ class ScatterChannels(nn.Module):
 class Framed(nn.Sequential):
     """A layer of a compact model with the small modules around it: gather, layer, pick, scatter or zeros.
 
-    Attributes that it does not have are those of the layer.
+    Attributes that it does not have are those of the layer, but for the statistics of a norm: what reads these, such as
+    code that fuses a norm into a convolution, would leave out what is around it.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -81,7 +96,13 @@ class Framed(nn.Sequential):
         except AttributeError:
             if name in ("gather", "layer", "pick", "scatter", "zeros") or name.startswith("__"):
                 raise  # a copy is of the frame, and not of the layer alone
-            return getattr(super().__getattr__("layer"), name)
+            layer = super().__getattr__("layer")
+            if name in ("running_mean", "running_var") and hasattr(layer, name):
+                raise AttributeError(
+                    f"{name} is that of a {type(layer).__name__} with modules around it, which fusing it into a "
+                    f"convolution would lose; fuse norms before gate_model, or run the network by gatedconv.Engine"
+                ) from None
+            return getattr(layer, name)
 
 
 class Zeros(nn.Module):
@@ -124,17 +145,25 @@ class EmptyMap(nn.Module):
 
 
 class GatherChannels(nn.Module):
-    """input (N, C, H, W) -> input[:, index] (N, K, H, W); the channels may be along another ``axis``."""
+    """input (N, C, H, W) -> input[:, index] (N, K, H, W); the channels may be along another ``axis``.
+
+    Args:
+        index: int64 (K,).
+        axis: the channels' dimension.
+        size: C; needed where it follows from the size of an image, as of a flattened map: another one is an error.
+    """
 
     index: Tensor
 
-    def __init__(self, index: Tensor, axis: int = 1) -> None:
+    def __init__(self, index: Tensor, axis: int = 1, size: int | None = None) -> None:
         super().__init__()
         self.register_buffer("index", index)
-        self.axis = axis
+        self.axis, self.size = axis, size
 
     def forward(self, input: Tensor) -> Tensor:
-        """Select the channels."""
+        """Select the channels; RuntimeError for another number of them."""
+        if self.size is not None:
+            input = input.unflatten(self.axis, (self.size,))  # a check that torch.fx takes, too
         return input.index_select(self.axis, self.index)
 
     def extra_repr(self) -> str:

@@ -180,12 +180,11 @@ def _without_closed_inputs(input: Tensor, in_open: Tensor) -> Tensor:
 
 
 def _is_recorded() -> bool:
-    """Whether a dispatch mode or torch.jit.trace records a call without gradients.
-
-    It is to see one operator, whatever masks and sizes are.
-    """
-    recorded = torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
-    return recorded and not torch.is_grad_enabled() and forward_ad._current_level < 0
+    """Whether torch.jit.trace or, without gradients, a dispatch mode records: one operator, whatever the masks are."""
+    if torch._C._is_tracing():
+        return True
+    plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
+    return plain and torch._C._len_torch_dispatch_stack() > 0
 
 
 def _takes_sample_inputs(input: Tensor) -> bool:
