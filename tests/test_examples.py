@@ -52,10 +52,13 @@ def test_train_loop_by_the_paper_freezes_at_the_end():
 
 
 def test_swap_conv2d_prunes_and_loses_nothing_by_compacting():
-    pattern = r"(\w+) +top-1 +([\d.]+) %, +(\d+) parameters"
-    rows = [re.fullmatch(pattern, line) for line in output("swap_conv2d.py", "--quick")]
-    assert all(rows) and [row[1] for row in rows] == ["gated", "frozen", "compact"]
-    assert rows[1][2] == rows[2][2] and int(rows[2][3]) <= int(rows[1][3])
+    pattern = r"(\w+) +top-1 +([\d.]+) %, +(\d+) k MACs"
+    agreement, *lines = output("swap_conv2d.py", "--quick")
+    rows = [re.fullmatch(pattern, line) for line in lines]
+    assert agreement.startswith("agreement of the images: ") and all(rows)
+    assert [row[1] for row in rows] == ["gated", "frozen", "compact"]
+    assert rows[1][2] == rows[2][2] and int(rows[2][3]) < int(rows[1][3]) < int(rows[0][3])
+    assert int(rows[2][3]) <= 0.5 * int(rows[0][3])
 
 
 @pytest.mark.slow
