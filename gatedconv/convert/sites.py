@@ -148,11 +148,13 @@ class SiteFinder:
     def _norm_behind(self, value: Value) -> tuple[ModuleCall | None, bool]:
         """The norm, of any class, that alone reads a value, and whether an activation is in front of it.
 
-        There may be activations, pools and dropout between the two, which closed channels pass one by one.
+        There may be activations, pools and dropout between the two, if the norm keeps channels apart as they do.
         """
-        activated = False
+        first, activated = value, False
         while True:
             for call in self.record.readers(value):
+                if value is not first and not isinstance(call.module, NORMS):
+                    continue
                 if not is_norm(call.module) or len(call.inputs) != 1 or len(call.outputs) != 1:
                     continue
                 same = call.outputs[0].tensor.shape == value.tensor.shape

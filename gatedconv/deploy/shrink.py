@@ -307,13 +307,12 @@ def _frame(
 ) -> None:
     if not before and not after:
         return
-    parent, _, name = path.rpartition(".")
-    owner = model
-    for part in parent.split(".") if parent else ():
-        owner = getattr(owner, part)
-        while isinstance(owner, Framed):  # a block whose output has a frame, and a part of it needs one, too
+    owner, module, name = model, model, ""
+    for name in path.split("."):
+        owner = module
+        while isinstance(owner, Framed) and name not in owner._modules:  # of a block whose output has a frame
             owner = owner.layer
-    module = getattr(owner, name)
+        module = getattr(owner, name)
     device = device_of(module, model)
     parts = [*(before or []), ("layer", module), *(after or [])]
     framed = Framed(OrderedDict(parts)).train(module.training)
