@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,7 @@ from gatedconv.report.footprint_table import footprint_rows  # noqa: E402
 from gatedconv.report.tables import comparison_table, markdown_table  # noqa: E402
 from gatedconv.train.config import read_toml  # noqa: E402
 from reproduce.ledger import read_ledger  # noqa: E402
-from reproduce.result_tables import replace_block, results_text  # noqa: E402
+from reproduce.result_tables import interval_text, mean_spread, replace_block, results_text  # noqa: E402
 from reproduce.rows import present_recipes  # noqa: E402
 from tests.ptx.ledger import table  # noqa: E402
 
@@ -29,8 +30,12 @@ RESULTS = ROOT / "results"
 
 
 def demo() -> str:
-    """The table that ``make demo`` ends with."""
-    return f"```\n{comparison_table(_summary('demo'))}\n```"
+    """The table that ``make demo`` ends with, without what the machine has no counter for."""
+    summary = _summary("demo")
+    for part in (summary, summary["dense"], summary["frozen"]):
+        for name in [name for name, value in part.items() if name.startswith("energy_j") and value is None]:
+            del part[name]
+    return f"```\n{comparison_table(summary)}\n```"
 
 
 def speed() -> str:
@@ -159,6 +164,44 @@ def recipe_search() -> str:
     return f"{table}\n\nCommon settings of the rows with settings: {_settings(common)}." if common else table
 
 
+ARMS = {  # of results/method-arms.jsonl, in the order of their table
+    "recipe": "the recipe",
+    "even": "the same share of every gate",
+    "measured": "removed by measured loss",
+    "shared": "shared weights, the whole network teaches",
+    "shared-reopening": "the same, and closed gates may reopen",
+    "pull": "weights behind gates shrink before these close",
+    "earlier": "last gate closed at 28 % of the run",
+    "later": "last gate closed at 68 % of the run",
+}
+BENCHES = {"fast": "`fast-c10`", "small": "ResNet-20, 16x16, no teacher"}
+
+
+def method_arms() -> str:
+    """The variants of the method, each against the recipe by seed."""
+    runs: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for line in (RESULTS / "method-arms.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        runs.setdefault((row["bench"], row["arm"]), {})[row["seed"]] = row
+    rows = []
+    for bench, arm in ((bench, arm) for bench in BENCHES for arm in ARMS if (bench, arm) in runs):
+        found, recipe = runs[bench, arm], runs[bench, "recipe"]
+        ahead = [found[seed]["top1"] - recipe[seed]["top1"] for seed in sorted(found.keys() & recipe.keys())]
+        mean, spread = mean_spread([row["top1"] for row in found.values()])
+        rows.append(
+            [
+                BENCHES[bench],
+                ARMS[arm],
+                f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else ""),
+                f"{fmean(row['macs_share'] for row in found.values()):.1%}",
+                f"{fmean(row['train_macs'] for row in found.values()) / 1e12:.1f}",
+                interval_text(ahead) if arm != "recipe" and ahead else "",
+            ]
+        )
+    header = ["bench", "variant", "held-out top-1 (%)", "MACs left", "training (TMACs)", "less the recipe [95 %]"]
+    return markdown_table(header, rows, 2)
+
+
 def footprints() -> str:
     """Size, memory and times of a network in each runtime."""
     path = ROOT / "benchmarks" / "results" / "footprint.json"
@@ -226,6 +269,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "demo-seeds": demo_seeds,
         "cifar10": cifar10,
         "recipe-search": recipe_search,
+        "method-arms": method_arms,
         "experiments": experiments,
         "training-speed": training_speed,
     },

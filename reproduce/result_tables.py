@@ -232,7 +232,7 @@ def _paired(control: Experiment, rows: Rows) -> str:
     if control.kind not in _CONTROLS:
         return ""
     ahead = [a.top1_last - b.top1_last for a, b in paired_runs(all_experiments()[control.needs], control, rows)]
-    return _interval_text(ahead).split(" points")[0] if ahead else ""
+    return interval_text(ahead).split(" points")[0] if ahead else ""
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float | None]:
@@ -335,7 +335,7 @@ def _cost(gated: Experiment, rows: Rows) -> str:
     macs = fmean(mine.macs / theirs.macs for mine, theirs in pairs)
     cost = [mine.train_macs / theirs.train_macs for mine, theirs in pairs if mine.train_macs and theirs.train_macs]
     training = f", training at {fmean(cost):.2f} times the MACs" if cost else ""
-    ahead = _interval_text([mine.top1_last - theirs.top1_last for mine, theirs in pairs])
+    ahead = interval_text([mine.top1_last - theirs.top1_last for mine, theirs in pairs])
     return f"{gated.label} against dense: {ahead} at {100 * macs:.1f} % of the MACs{training}."
 
 
@@ -353,7 +353,7 @@ def _lead(gated: Experiment, control: Experiment, rows: Rows) -> str:
     agreed = _shown([mine.agreement for mine, _ in pairs], 2, 100, " %")
     agreement = f" Agreement at the freeze: {agreed}." if agreed else ""
     rival = control.label.removeprefix(all_experiments()[control.needs].label + ", ")
-    return f"{gated.label} against {rival}: {_interval_text(differences)}: {verdict}.{training}{agreement}"
+    return f"{gated.label} against {rival}: {interval_text(differences)}: {verdict}.{training}{agreement}"
 
 
 def _paid(control: Experiment, run: LedgerRow, rows: Rows) -> float | None:
@@ -364,7 +364,7 @@ def _paid(control: Experiment, run: LedgerRow, rows: Rows) -> float | None:
     return run.train_macs + before.train_macs if run.train_macs and before and before.train_macs else None
 
 
-def _interval_text(differences: Sequence[float]) -> str:
+def interval_text(differences: Sequence[float]) -> str:
     """The mean of differences, its 95 % interval and their number."""
     mean, half = interval(differences)
     if half is None:
