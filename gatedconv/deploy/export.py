@@ -60,6 +60,8 @@ def export(
         std: see mean.
 
     Raises:
+        TypeError: the example is no tensor (N, C, H, W).
+        IsADirectoryError: the path is a folder.
         ValueError: an unknown format, a model that still learns its gates, does not run on ``example_input``, or
             that the exporter cannot write; the exporter's own error is the cause. Classes, mean or std that do not
             fit the network, or of another format than "plan".

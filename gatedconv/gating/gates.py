@@ -248,8 +248,18 @@ class LayerGate(LearnedGate):
         hidden: units of the hidden dense layer; None for a single dense layer.
         estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
         temperature: of the Gumbel-softmax; unused by the others.
+        device: of the parameters, as of any torch.nn layer.
+        dtype: of the parameters.
+
+    Attributes:
+        logits: (N, 1) of the last call.
+        open_rate: (1,), the mean of the gate over the last batch, differentiable in training.
+        running_open_rate: buffer (1,), its running mean over training batches.
 
     Shape: x (N, in_channels, H, W) -> gate (N, 1) in {0, 1}, x.dtype.
+
+    Raises:
+        TypeError, ValueError: arguments out of range; of a call, an input that is not (N, in_channels, H, W).
     """
 
     def __init__(
@@ -281,8 +291,18 @@ class ChannelGate(LearnedGate):
         feature_size: H*W, or (H, W), of the input; needed by "flatten" alone.
         estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
         temperature: of the Gumbel-softmax; unused by the others.
+        device: of the parameters, as of any torch.nn layer.
+        dtype: of the parameters.
+
+    Attributes:
+        logits: (N, num_gates) of the last call.
+        open_rate: (num_gates,), the mean of the gates over the last batch, differentiable in training.
+        running_open_rate: buffer (num_gates,), its running mean over training batches.
 
     Shape: x (N, in_channels, H, W) -> gate (N, num_gates) in {0, 1}, x.dtype.
+
+    Raises:
+        TypeError, ValueError: arguments out of range; of a call, an input that is not (N, in_channels, H, W).
     """
 
     def __init__(

@@ -28,6 +28,12 @@ def polarization_loss(model: nn.Module) -> Tensor:
     """Eqs. 6-8: mean over gates of mean over channels of (1 - g) * g, g the batch's open rate.
 
     0 when every sample agrees on every gate, at most 1/4. Scalar, dtype of the gates.
+
+    Args:
+        model: a gated model, or DistributedDataParallel around one, after a forward of a training step.
+
+    Raises:
+        ValueError: the model has no gates, or one of them has seen no batch.
     """
     rates = global_open_rates(model, "polarization_loss")
     joined = torch.cat(list(rates.values()))
@@ -71,7 +77,14 @@ def activation_loss(model: nn.Module, weight: str = "uniform") -> Tensor:
 def mac_target_loss(model: nn.Module, target: float = 0.5) -> Tensor:
     """(MACs / target MACs - 1)^2: pulls towards ``target`` times the dense model's MACs, 0 < target <= 1.
 
-    Polarization is minimal with all gates open and with all closed; this loss sets how many are open.
+    Polarization is minimal with all gates open and with all closed; this loss sets how many are open. A scalar.
+
+    Args:
+        model: as of `polarization_loss`.
+        target: share of the dense model's MACs.
+
+    Raises:
+        ValueError: another target; the model has no gates, one of them has seen no batch, or its MACs are unknown.
     """
     if not 0 < target <= 1:
         raise ValueError(f"mac_target_loss: target must be in (0, 1], got {target!r}")

@@ -103,13 +103,23 @@ def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -
     and on average when a layer gate and the channel gates inside it are independent. Of a model by ``gate_model``,
     ``conversion.estimated`` names the modules for which it is an estimate; a gate with no open channel also removes
     what computes for it alone, which is not counted here.
+
+    Args:
+        model: a gated model.
+        rates: gate path -> (num_gates,), 0 to 1, of every gate.
+
+    Raises:
+        ValueError: the MACs of the model are unknown, a gate has no rate, or has seen no batch.
     """
     terms = mac_terms(model, "expected_macs")
     return _expected(terms, [term.macs for term in terms], model, rates)
 
 
 def pruning_rate(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Eq. 11: expected share (0 to 1) of the model's parameters, gates aside, whose gate is closed."""
+    """Eq. 11: expected share (0 to 1) of the model's parameters, gates aside, whose gate is closed; a scalar.
+
+    Arguments and errors are those of `expected_macs`.
+    """
     terms = mac_terms(model, "pruning_rate")
     total = sum(term.params for term in terms)
     return 1 - _expected(terms, [float(term.params) for term in terms], model, rates) / total

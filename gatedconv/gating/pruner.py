@@ -110,6 +110,9 @@ class GatePruner(nn.Module):
         Args:
             target: share of the dense model's MACs, in (0, 1]; lower it step by step, for example by
                 `gatedconv.schedules.falling`.
+
+        Raises:
+            TypeError, ValueError: another target, or one before any forward pass.
         """
         _require_target(target)
         self._steps += 1

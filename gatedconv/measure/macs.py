@@ -36,6 +36,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
 
     Raises:
         TypeError: for arguments of another kind.
+        Exception: what torch.jit.trace raises for a model that it cannot trace.
     """
     return sum(count_macs_by_operator(model, example_input).values())
 

@@ -27,6 +27,9 @@ class Conv2d(nn.Conv2d):
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H_out, W_out); an unbatched (C, H, W) input works
     without a gate only.
+
+    Raises:
+        TypeError, ValueError: another gate, or one of another number of channels; of the others as torch.nn.Conv2d.
     """
 
     gate: Gate | None

@@ -13,7 +13,7 @@ from gatedconv.ops import _triton
 
 
 def gated_scale(x: Tensor, gate: Tensor) -> Tensor:
-    """Multiply the channels of x (N, C, H, W) by gate (N, C).
+    """Multiply the channels of x (N, C, H, W) by gate (N, C); the result has the dtype that PyTorch promotes them to.
 
     Where Triton runs, both gradients come from one pass and no product is stored on the way; in a compiled graph as
     the operator ``gatedconv::gated_scale``.
