@@ -187,10 +187,10 @@ def headline() -> str:
         return "Not measured yet."
     header = ["CPU", "rows won", "dense", "half pruned", "dense, fewer bits", "half pruned, fewer bits"]
     return (
-        f"Time of the faster one of ONNX Runtime and OpenVINO over ours, float32, geometric means over {networks} "
-        f"networks ({size} pixels,\nbatch 1 and 8), dense and with half of the channels inside their blocks removed; "
-        f"in the last columns that of the fastest peer\nin bfloat16 or int8 over our float32. Below 1 the peer is "
-        f"faster. [Every row](docs/performance.md), the lost ones too.\n\n" + markdown_table(header, lines, 1)
+        f"Speed-up over the faster of ONNX Runtime and OpenVINO, float32, geometric means over {networks} networks "
+        f"({size} pixels, batch 1 and 8),\ndense and with half of the channels inside their blocks removed. Last "
+        f"columns: that of our float32 over the fastest runtime\nin bfloat16 or int8; below 1 that one is faster. "
+        f"[Every row](docs/performance.md), the lost ones too.\n\n" + markdown_table(header, lines, 1)
     )
 
 

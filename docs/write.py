@@ -198,7 +198,8 @@ def method_arms() -> str:
                 interval_text(ahead) if arm != "recipe" and ahead else "",
             ]
         )
-    header = ["bench", "variant", "held-out top-1 (%)", "MACs left", "training (TMACs)", "less the recipe [95 %]"]
+    header = ["bench", "variant", "held-out top-1 (%)", "MACs left", "training (TMACs)"]
+    header.append("minus the recipe, paired by seed [95 %]")
     return markdown_table(header, rows, 2)
 
 

@@ -76,7 +76,7 @@ _HEADER = (
     "core-minutes",
     "Wh",
     "J / image",
-    "gated less this, seed by seed [95 %]",
+    "gated minus this, paired by seed [95 %]",
     "the paper",
 )
 _NOT_RUN = "not run yet"

@@ -123,7 +123,7 @@ def test_differences_of_seed_pairs_are_in_the_row_of_the_control() -> None:
     text = results_text({each.key: each for each in rows}).split("###")[1]
     line = cells(text, "ResNet-56 CIFAR-10 gated, fixed at epoch 0")
     header = cells(text, "run")
-    column = header.index("gated less this, seed by seed [95 %]")
+    column = header.index("gated minus this, paired by seed [95 %]")
     assert line[column] == "+0.50 [+0.25, +0.75]"
     assert cells(text, "ResNet-56 CIFAR-10 gated")[column] == ""
     (verdict,) = [line for line in text.splitlines() if line.startswith("- ")]
