@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -314,3 +315,18 @@ def test_masks_of_weights_lose_the_same_channels():
     ]
     with torch.no_grad():
         assert_close(small(x), frozen(x))
+
+
+def test_a_forward_that_was_put_on_a_layer_stays():
+    x = images(2, 3, 16, 16)
+    model = lively(nn.Sequential(block(3, 8), block(8, 8), nn.Conv2d(8, 4, 1)))
+    conv = model[1][0]
+    conv.forward = types.MethodType(lambda self, input: 2 * nn.Conv2d.forward(self, input), conv)
+    frozen = frozen_by(model, x)
+    expected = copy.deepcopy(model)
+    for name, gate in gatedconv.gates(frozen).items():
+        module, mask = expected.get_submodule(name.rpartition(".")[0]), gate.mask.float()[:, None, None]
+        module.register_forward_hook(lambda module, args, output, mask=mask: output * mask)
+    with torch.no_grad():
+        assert_close(frozen(x), expected(x))
+        assert_close(gatedconv.compact(frozen, x)(x), expected(x))
