@@ -171,6 +171,7 @@ ARMS = {  # of results/method-arms.jsonl, in the order of their table
     "shared": "shared weights, the whole network teaches",
     "shared-reopening": "the same, and closed gates may reopen",
     "pull": "weights behind gates shrink before these close",
+    "fade": "outputs of gates shrink before these close",
     "earlier": "last gate closed at 28 % of the run",
     "later": "last gate closed at 68 % of the run",
 }
@@ -188,6 +189,7 @@ def method_arms() -> str:
         found, recipe = runs[bench, arm], runs[bench, "recipe"]
         ahead = [found[seed]["top1"] - recipe[seed]["top1"] for seed in sorted(found.keys() & recipe.keys())]
         mean, spread = mean_spread([row["top1"] for row in found.values()])
+        commits = sorted({f"`{row['commit'][:7]}`" for row in found.values()})
         rows.append(
             [
                 BENCHES[bench],
@@ -195,10 +197,11 @@ def method_arms() -> str:
                 f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else ""),
                 f"{fmean(row['macs_share'] for row in found.values()):.1%}",
                 f"{fmean(row['train_macs'] for row in found.values()) / 1e12:.1f}",
+                ", ".join(commits),
                 interval_text(ahead) if arm != "recipe" and ahead else "",
             ]
         )
-    header = ["bench", "variant", "held-out top-1 (%)", "MACs left", "training (TMACs)"]
+    header = ["bench", "variant", "held-out top-1 (%)", "MACs left", "training (TMACs)", "commit"]
     header.append("minus the recipe, paired by seed [95 %]")
     return markdown_table(header, rows, 2)
 

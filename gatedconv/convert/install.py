@@ -296,8 +296,9 @@ def skip_closed(model: nn.Module) -> None:
                 continue
             for conv in hook.convs:
                 path = paths.get(id(conv))
-                own = type(conv) is not nn.Conv2d or "weight" not in conv._parameters or "forward" in vars(conv)
-                if path is None or own:
+                if path is None or type(conv) is not nn.Conv2d or "forward" in vars(conv):
+                    continue
+                if "weight" not in conv._parameters:
                     continue
                 if isinstance(hook, GateBranch):
                     closed[path] = mask.expand(conv.out_channels).clone()

@@ -22,7 +22,6 @@ from gatedconv.gating.registry import require_gates, unwrap
 
 EVERY = 20  # steps
 MOMENTUM = 0.01  # of the running sensitivity: about the last hundred batches
-FADING = 0.9  # a step's factor of an output that is about to close: 0.12 are left after `EVERY` steps
 CLOSED_LOGIT = -10.0  # outside the straight-through window, and too far for Gumbel noise
 
 
@@ -44,15 +43,12 @@ class GatePruner(nn.Module):
         model: a gated model that carries ``mac_terms``; forward hooks on its gates record gradients until `detach`.
         even: rank the channels of each gate among themselves and prune the same share of every gate; by default all
             gates are ranked together, so that the ranking also decides where in the network to prune.
-        fade: let `step` shrink, in training, the outputs of the gates that it closes next, over the 20 steps before it
-            does, in place of an abrupt end.
 
     Attributes:
         sensitivity: float32 buffer (G,), running mean square of dL/dg of all gates of the model, in module order, for
             the loss of a single sample. A loss that is scaled, by a GradScaler or 1/k of an accumulated step, scales it
             by the square, and the ranks not at all.
         pruned: bool buffer (G,), the gates closed so far.
-        strength: float32 buffer (G,), what the gates' outputs are multiplied by in training; None without ``fade``.
 
     Raises:
         ValueError: if the model has no gates, carries no ``mac_terms``, or has a gate that is frozen.
@@ -61,9 +57,8 @@ class GatePruner(nn.Module):
     sensitivity: Tensor
     pruned: Tensor
     costs: Tensor
-    strength: Tensor | None
 
-    def __init__(self, model: nn.Module, *, even: bool = False, fade: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, even: bool = False) -> None:
         super().__init__()
         self._even = even
         gates = require_gates(model, "GatePruner")
@@ -79,11 +74,10 @@ class GatePruner(nn.Module):
         self.register_buffer("sensitivity", torch.zeros(sum(self._sizes)))
         self.register_buffer("pruned", torch.zeros(sum(self._sizes), dtype=torch.bool))
         self.register_buffer("costs", torch.cat([costs[name] for name in gates]).float(), persistent=False)
-        self.register_buffer("strength", torch.ones(sum(self._sizes)) if fade else None)
         ends = list(accumulate(self._sizes))
         self._hooks = [
             gate.register_forward_hook(
-                _Watch(lambda: (self.sensitivity, self.strength), slice(end - size, end), gate.running_open_rate.device)
+                _Watch(lambda: self.sensitivity, slice(end - size, end), gate.running_open_rate.device)
             )
             for gate, size, end in zip(gates.values(), self._sizes, ends, strict=True)
         ]
@@ -125,10 +119,6 @@ class GatePruner(nn.Module):
         behind = target == self._target < self._reached
         if behind or self._steps % EVERY == 0:
             self.prune(target)
-            if self.strength is not None and target < self._target:  # as far as the target will have fallen by then
-                self.strength.masked_fill_(self._next(max(target - EVERY * (self._target - target), 0.0)), FADING)
-        elif self.strength is not None:
-            self.strength.mul_(torch.where(self.strength < 1, FADING, 1.0))
         self._target = target
 
     def finish(self, target: float) -> None:
@@ -149,31 +139,22 @@ class GatePruner(nn.Module):
             ValueError: for another target, or before any forward pass.
         """
         _require_target(target)
-        self.pruned |= self._next(target)
-        self._reached = target
-        if self.strength is not None:
-            self.strength.fill_(1)
-        for learned, mask in zip(self._gates.values(), self.pruned.split(self._sizes), strict=True):
-            learned.fc2.weight.masked_fill_(mask[:, None], 0)
-            learned.fc2.bias.masked_fill_(mask, CLOSED_LOGIT)
-
-    @torch.no_grad()
-    def _next(self, target: float) -> Tensor:
-        """Bool (G,): the gates to close for a target, of those that are open."""
         found = global_open_rates(self._pruned_model(), "GatePruner")
+        self._reached = target
         rates = torch.cat([rate.detach() for rate in found.values()]).float()
         sensitivity = self.sensitivity if world_size() == 1 else global_mean(self.sensitivity, 1)
         left = ~self.pruned & self._learning()
         order = self._scores(sensitivity).masked_fill(~left, torch.inf).argsort(stable=True).tolist()
         full = self._macs(torch.ones_like(rates))
         rates[self.pruned] = 0
-        closing = torch.zeros_like(self.pruned)
         for gate in order[: min(int(left.sum()), int((~self.pruned).sum()) - 1)]:
             if self._macs(rates) <= target * full:
                 break
             rates[gate] = 0
-            closing[gate] = True
-        return closing
+            self.pruned[gate] = True
+        for learned, mask in zip(self._gates.values(), self.pruned.split(self._sizes), strict=True):
+            learned.fc2.weight.masked_fill_(mask[:, None], 0)
+            learned.fc2.bias.masked_fill_(mask, CLOSED_LOGIT)
 
     def _learning(self) -> Tensor:
         """Bool (G,): the gates whose parameters are trained; the others have no gradient to rank them by, and stay."""
@@ -204,13 +185,13 @@ class _Watch:
     """The forward hook of a gate that records the gradients of its decisions; a copy of the gate records nothing.
 
     Args:
-        buffers: gives the pruner's sensitivity, of which a part is updated in place, and strength.
-        place: the gate's part of them.
+        sensitivity: of all gates; a part of it is updated in place.
+        place: that part.
         device: of the gate.
     """
 
-    def __init__(self, buffers: Callable[[], tuple[Tensor, Tensor | None]], place: slice, device: torch.device) -> None:
-        self.buffers, self.place = buffers, place
+    def __init__(self, sensitivity: Callable[[], Tensor], place: slice, device: torch.device) -> None:
+        self.sensitivity, self.place = sensitivity, place
         # The squares leave the graph as the gradient of a leaf: a compiled backward pass must not change buffers.
         self.probe = torch.zeros(place.stop - place.start, device=device, requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._on_squares)
@@ -224,17 +205,11 @@ class _Watch:
             return None
         if not torch.compiler.is_compiling():
             decision.register_hook(self._on_gradient)
-            return self._faded(decision)
+            return None
         watched: Tensor = _Watched.apply(decision, self.probe)
         if isinstance(gate, LearnedGate) and gate.logits is not None and gate.logits.dtype == watched.dtype:
             gate.open_rate = watched.mean(dim=0)  # so that the losses reach the decision, as they do in eager mode
-        faded = self._faded(watched)
-        return watched if faded is None else faded
-
-    def _faded(self, decision: Tensor) -> Tensor | None:
-        """What multiplies in place of the decision; None for the decision itself."""
-        strength = self.buffers()[1]
-        return None if strength is None else decision * strength[self.place].to(decision)
+        return watched
 
     def _on_gradient(self, slope: Tensor) -> None:
         self._update(_mean_square(slope.detach()))
@@ -246,7 +221,7 @@ class _Watch:
 
     @torch.no_grad()
     def _update(self, square: Tensor) -> None:
-        running = self.buffers()[0][self.place]
+        running = self.sensitivity()[self.place]
         square = torch.where(square.isfinite(), square.to(running.device), running)  # fp16 may overflow
         running.lerp_(square, MOMENTUM)
 

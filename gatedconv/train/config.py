@@ -76,8 +76,6 @@ class TrainConfig(
             )
         if self.mac_control != "none" and self.mac_weight:
             raise ValueError("mac_control: expected mac_weight 0, the loop replaces it; got both")
-        if self.mac_fade and self.mac_control != "rank":
-            raise ValueError(f"mac_fade: expected mac_control 'rank', got {self.mac_control!r}")
         if self.mac_rank == "each" and self.gate in ("layer", "both"):
             raise ValueError(
                 f"mac_rank: expected 'all', a layer gate is alone in its layer; got 'each', gate {self.gate!r}"

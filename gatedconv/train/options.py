@@ -159,7 +159,6 @@ class GateLossOptions(Options):
         "mac_control rank: all gates ranked together, or the channels of each gate alone, with the same share pruned",
         choices=("all", "each"),
     )
-    mac_fade: bool = option(False, "mac_control rank: shrink what a gate lets through in the steps before it closes")
     mac_gain: float = option(0.02, "mac_control price: change of the price in a step, per dense MACs off", above=0.0)
     mac_ramp: tuple[float, ...] = option(
         (0.15, 0.45),

@@ -116,7 +116,7 @@ def make_controller(model: nn.Module, options: GateLossOptions, accumulate: int 
 def make_pruner(model: nn.Module, options: GateLossOptions) -> GatePruner | None:
     """The gate pruner, for `mac_control` rank and a network with gates."""
     wanted = options.mac_control == "rank" and bool(find_gates(model))
-    return GatePruner(model, even=options.mac_rank == "each", fade=options.mac_fade) if wanted else None
+    return GatePruner(model, even=options.mac_rank == "each") if wanted else None
 
 
 def prune_gates(pruner: GatePruner, options: GateLossOptions, progress: float) -> None:

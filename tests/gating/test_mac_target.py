@@ -238,38 +238,6 @@ def test_steps_with_one_target_do_not_prune_before_the_20th() -> None:
         assert bool(pruner.pruned.any()) == (step == 20)
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_what_closes_next_fades_before(resume: bool) -> None:
-    model = network().train()
-    pruner = GatePruner(model, fade=True)
-    gates, strengths = list(find_gates(model).values()), []
-    for step in range(1, 61):
-        model(torch.randn(8, *SIZE)).square().mean().backward()
-        pruner.step(schedules.falling(step / 100, 0.5, 0.0, 1.0))
-        assert pruner.strength is not None
-        strengths.append((pruner.strength.clone(), pruner.pruned.clone()))
-        if resume and step == 50:
-            state = pruner.state_dict()
-            pruner.detach()
-            pruner = GatePruner(model, fade=True)
-            pruner.load_state_dict(state)
-    (first, before), (last, still), (after, now) = (strengths[step - 1] for step in (40, 59, 60))
-    fading = first < 1
-    assert bool(fading.any()) and not bool((fading & before).any()) and torch.equal(before, still)
-    assert_close(first[fading], torch.full_like(first[fading], 0.9))
-    assert_close(last, torch.where(fading, 0.9**20, 1.0))
-    closed = now & ~still
-    assert bool(closed.any()) and float((closed & fading).sum()) >= 0.5 * float(closed.sum())
-    assert bool((after[now] == 1).all()) and bool((after < 1).any())
-    place = slice(0, gates[0].num_gates)
-    raw = gates[0].estimator  # the decision itself stays 0 or 1; what leaves the gate in training is weaker
-    out = gates[0](images_of(gates[0]))
-    assert gates[0].logits is not None and raw.name == "ste"
-    assert_close(out, (gates[0].logits > 0).float() * pruner.strength[place])
-    model.eval()
-    assert set(gates[0](images_of(gates[0])).unique().tolist()) <= {0.0, 1.0}
-
-
 def images_of(gate: torch.nn.Module) -> torch.Tensor:
     return torch.randn(32, gate.in_channels, 4, 4, generator=torch.Generator().manual_seed(3))
 

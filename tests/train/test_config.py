@@ -24,7 +24,6 @@ from gatedconv.train.recipe import polar_weight
         ("lr", float("inf"), ValueError, "lr: expected above 0.0, got inf"),
         ("momentum", 1.5, ValueError, "momentum: expected at least 0.0 and at most 1.0, got 1.5"),
         ("mac_target", 0.0, ValueError, "mac_target: expected above 0.0 and at most 1.0, got 0.0"),
-        ("mac_fade", True, ValueError, "mac_fade: expected mac_control 'rank', got 'none'"),
         ("mac_ramp_power", 0.0, ValueError, "mac_ramp_power: expected above 0.0 and at most 10.0, got 0.0"),
         ("mac_rank", "some", ValueError, "mac_rank: expected one of all, each, got 'some'"),
         ("mac_rank", "each", ValueError, "mac_rank: expected 'all', a layer gate is alone in its layer; got 'each'"),
