@@ -34,7 +34,7 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
 
     def remove_unread(node: fx.Node) -> None:
         """Remove what makes a node that nothing reads any more, and what only that reads."""
-        while (layer := private(node)) is not None and layer in fused and layer.residual is layer.gate is None:
+        while (layer := private(node)) is not None and layer.residual is layer.gate is None:
             remove(layer)
             if len(layer.inputs) > 1:
                 break
