@@ -13,6 +13,7 @@ from gatedconv._checks import require_choice
 from gatedconv._io import first_line
 from gatedconv.convert import install
 from gatedconv.convert.branches import Branch, find_branches
+from gatedconv.convert.channels import Sliceable
 from gatedconv.convert.constants import MOST_CAUTION
 from gatedconv.convert.conversion import Choice, Conversion, Selection
 from gatedconv.convert.example import foreign_hooks, record_example, require_example
@@ -187,6 +188,7 @@ class _Installer:
         self.links: list[Link] = []
         self.link_of: dict[Site, Link] = {}
         self.path_of: dict[Site, str] = {}
+        self.read_by_code = Sliceable(self.flow.record).read_by_code
 
     def why_not(self, branch: Branch, selection: Selection) -> str:
         """Why a residual branch gets no gate; empty if it does."""
@@ -235,7 +237,9 @@ class _Installer:
             leader = site.follows
             link = self.link_of.setdefault(leader, Link())
             self._link_leader(leader, link)
-            module.register_forward_hook(install.FollowGate("", channels.axis, link, convs))
+            hook: Any = install.FollowGate("", channels.axis, link, convs)
+            hook.alone = site.path not in self.read_by_code
+            module.register_forward_hook(hook)
             self.values[site.value] = (self.path_of[leader], channels.size)
             return
         gate = ChannelGate(channels.size, estimator=self.estimator, device=device_of(module, self.result))
@@ -249,7 +253,9 @@ class _Installer:
             reader = next(u for u in site.value.users if u.scope == site.path)
             self.inputs[reader, site.value] = (path, channels.size)
         else:
-            module.register_forward_hook(install.GateOutputHook(name, channels.axis, None, convs))
+            hook = install.GateOutputHook(name, channels.axis, None, convs)
+            hook.alone = site.path not in self.read_by_code
+            module.register_forward_hook(hook)
             self.values[site.value] = (path, channels.size)
 
     def _link_leader(self, leader: Site, link: Link) -> None:

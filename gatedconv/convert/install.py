@@ -71,7 +71,8 @@ class Link:
         """Keep the decision (N, num_gates) of this forward, and the samples that are computed."""
         compiling = torch.compiler.is_compiling()
         self.decision = Decision(value, selected, -1 if compiling else torch._C._current_graph_task_id())
-        if not compiling and value.requires_grad and self.decision.backward < 0:
+        plain = not compiling and not torch._C._are_functorch_transforms_active()
+        if plain and value.requires_grad and self.decision.backward < 0:
             pending = _Pending(self.decision)
             value.register_hook(pending)
             self._pending = [ref for ref in self._pending if ref() is not None] + [weakref.ref(pending)]
@@ -119,6 +120,7 @@ class GateHook:
         name: of the gate among the module's children; "" where another module holds it.
         axis: the channels' dimension of what is read or multiplied.
         link: carries the decision from or to another hook.
+        alone: whether nothing but the module itself reads its parameters, so that `freeze` may zero those it closes.
         convs: convolutions that compute nothing but what this gate may close.
     """
 
@@ -133,6 +135,7 @@ class GateHook:
         self, name: str = "", axis: int = 1, link: Link | None = None, convs: tuple[nn.Module, ...] = ()
     ) -> None:
         self.name, self.axis, self.link, self.convs = name, axis, link, convs
+        self.alone = False
 
     def gate(self, module: nn.Module) -> nn.Module:
         """The gate."""

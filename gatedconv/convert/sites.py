@@ -132,7 +132,7 @@ class SiteFinder:
             return f"its norm {norm.path} is called {len(self.record.calls_of(norm.path))} times"
         path = norm.path if norm is not None else value.node.scope  # type: ignore[union-attr]
         current = norm.outputs[0] if norm is not None else value
-        if position == "after" or activated:
+        if position == "after" or (activated and all(current is not branch.part for branch in self.branches)):
             return path, current, False
         user = current.users[0] if len(current.users) == 1 else None
         if user is None or not is_activation(user):

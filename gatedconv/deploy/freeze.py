@@ -5,6 +5,7 @@ The BatchNorm statistics of training are of other sub-networks: `re_estimate_bat
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ from gatedconv.convert.install import (
 )
 from gatedconv.convert.verify import Inputs, as_inputs, tensors_of
 from gatedconv.deploy.slicing import zero_channels
-from gatedconv.gating import Consensus, FrozenGate, Gate, copied, eval_mode, require_free
+from gatedconv.gating import Consensus, FrozenGate, Gate, copied, eval_mode, require_free, unwrap
 from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_over_ranks
 from gatedconv.gating.registry import find_gates, require_gates
 
@@ -108,7 +109,8 @@ def _zero_closed_norms(frozen: nn.Module) -> None:
     owners = Counter(id(p) for module in frozen.modules() for p in module._parameters.values())
     for module in frozen.modules():
         for hook in hooks_of(module) if isinstance(module, nn.modules.batchnorm._BatchNorm) else ():
-            mask = mask_of(hook, module, links) if isinstance(hook, (GateOutputHook, FollowGate)) else None
+            closes = isinstance(hook, (GateOutputHook, FollowGate)) and hook.alone
+            mask = mask_of(hook, module, links) if closes else None
             if mask is not None and module.affine and owners[id(module.weight)] == owners[id(module.bias)] == 1:
                 zero_channels(module, ~mask)
 
@@ -158,9 +160,12 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def _require_batches(loader: Any, owner: str) -> Iterable[Any]:
-    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
-        raise TypeError(f"{owner}: expected a loader, an iterable of batches, got {type(loader).__name__}")
-    return loader
+    try:
+        if not isinstance(loader, Tensor):
+            return iter(loader)
+    except TypeError:  # no iterable
+        pass
+    raise TypeError(f"{owner}: expected a loader, an iterable of batches, got {type(loader).__name__}")
 
 
 def _inputs(batch: Any, owner: str, device: torch.device | None = None) -> Inputs:
@@ -175,12 +180,13 @@ def _inputs(batch: Any, owner: str, device: torch.device | None = None) -> Input
 def _run(model: nn.Module, inputs: Inputs, owner: str) -> None:
     args, kwargs = inputs
     try:
-        model(*args, **kwargs)
+        inspect.signature(unwrap(model).forward).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(
             f"{owner}: {type(model).__name__} does not take what the loader yields: {error}; of a batch (x, ...) it "
             f"gets x, which holds several inputs as a tuple or dict: ((a, b), labels)"
         ) from error
+    model(*args, **kwargs)
 
 
 def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

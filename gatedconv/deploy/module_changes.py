@@ -62,7 +62,8 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
 
 def _describe_hook(hook: GateHook, links: dict[int, int], paths: dict[int, str]) -> list[Any]:
     link = None if hook.link is None else links.setdefault(id(hook.link), len(links))
-    return [type(hook).__name__, hook.name, hook.axis, link, [paths[id(c)] for c in hook.convs if id(c) in paths]]
+    convs = [paths[id(c)] for c in hook.convs if id(c) in paths]
+    return [type(hook).__name__, hook.name, hook.axis, link, convs, hook.alone]
 
 
 def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -82,10 +83,11 @@ def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping
                 setattr(module, name, int(numbers[name]))
     links: dict[int, Link] = {}
     for path, found in changes["hooks"].items():
-        for kind, name, axis, link, convs in found:
+        for kind, name, axis, link, convs, alone in found:
             module = model.get_submodule(path)
             shared = None if link is None else links.setdefault(link, Link())
             hook: Any = _HOOKS[kind](name, int(axis), shared, tuple(model.get_submodule(c) for c in convs))
+            hook.alone = bool(alone)
             if kind in _BEFORE:
                 module.register_forward_pre_hook(hook)
             else:

@@ -72,7 +72,10 @@ def _fvcore_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     # With gradients the trace has an autograd function instead of the operator, under autocast a copy of each weight.
-    with _quiet(), torch.no_grad(), torch.autocast(example_input.device.type, enabled=False), _attention_in_parts():
+    device = example_input.device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    uncached = torch.autocast(device, dtype, enabled, cache_enabled=False)
+    with _quiet(), torch.no_grad(), uncached, _attention_in_parts():
         counts = Counter({name: int(macs) for name, macs in analysis.by_operator().items()})
     if executed := _executed_masked_convs(model, example_input):
         counts["masked_conv2d"] = executed

@@ -15,10 +15,13 @@ _HOOKS = (
 ).split()
 
 
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+
+
 def take_place(new: nn.Module, old: nn.Module, *, hooks: bool = True) -> None:
     """Give a module that replaces another one its attributes, those of the user too, and its hooks."""
     for name, value in vars(old).items():
-        if not name.startswith("_") and name not in old._modules and name not in ("gate", "forward"):
+        if name not in _OF_ANY_MODULE and name not in ("gate", "forward", "_packed"):
             vars(new).setdefault(name, value)
     for name in _HOOKS if hooks else ():
         vars(new)[name] = vars(old)[name]

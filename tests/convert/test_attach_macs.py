@@ -100,3 +100,20 @@ def test_what_cannot_be_counted_is_refused():
     own.mac_terms = "mine"
     with pytest.raises(ValueError, match="has an attribute 'mac_terms' of its own"):
         gatedconv.attach_macs(own, x)
+
+
+def test_layers_that_are_more_than_a_gated_convolution_are_refused():
+    class Larger(gatedconv.Conv2d):
+        def forward(self, input):
+            return super().forward(nn.functional.interpolate(input, scale_factor=2.0))
+
+    x = images(2, 3, 12, 12)
+    with pytest.raises(ValueError, match="expected gatedconv.Conv2d itself at '0', which is a Larger"):
+        gatedconv.attach_macs(nn.Sequential(Larger(3, 8, 3, gate="channel")), x)
+    for normalize in (torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm):
+        with pytest.raises(ValueError, match="itself at '0', which has weights that are computed"):
+            gatedconv.attach_macs(nn.Sequential(normalize(gated(3, 8))), x)
+    shared = nn.Sequential(gated(3, 8), gated(8, 8))
+    shared[1].gate = shared[0].gate
+    with pytest.raises(ValueError, match="the gate '0.gate' is in several layers"):
+        gatedconv.attach_macs(shared, x)

@@ -330,3 +330,96 @@ def test_a_forward_that_was_put_on_a_layer_stays():
     with torch.no_grad():
         assert_close(frozen(x), expected(x))
         assert_close(gatedconv.compact(frozen, x)(x), expected(x))
+
+
+class ReadsItsNorm(nn.Module):
+    """Code that reads a norm's parameters beside the norm: attention by its weights, or another call."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.c, self.bn = kind, nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.d, self.out = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        h = self.bn(self.c(x))
+        if self.kind == "attention":
+            share = self.bn.weight.abs() / self.bn.weight.abs().sum()
+            return self.out(torch.relu(self.d(torch.sigmoid(h * share[:, None, None]))))
+        bn = self.bn
+        again = torch.nn.functional.batch_norm(self.d(h), bn.running_mean, bn.running_var, bn.weight, bn.bias, False)
+        return self.out(torch.relu(again))
+
+
+@pytest.mark.parametrize("kind", ["attention", "again"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_norm_whose_parameters_code_reads_keeps_them(kind, saved, tmp_path):
+    x = images(2, 3, 16, 16)
+    model = lively(ReadsItsNorm(kind))
+    gated = gatedconv.gate_model(model, "channel", example_input=x)
+    if saved:
+        gatedconv.save(gated, tmp_path / "m")
+        gated = gatedconv.load(tmp_path / "m", into=model)
+    masks = {name: torch.arange(gate.num_gates) % 2 == 0 for name, gate in gatedconv.gates(gated).items()}
+    frozen = gatedconv.freeze(gated, masks=masks).eval()
+    expected = copy.deepcopy(model)
+    for name, mask in masks.items():
+        module = expected.get_submodule(name.rpartition(".")[0])
+        module.register_forward_hook(lambda module, args, output, mask=mask: output * mask.float()[:, None, None])
+    with torch.no_grad():
+        assert_close(frozen(x), expected(x))
+
+
+def test_gradients_by_torch_func():
+    x = images(2, 3, 16, 16)
+    gated = gatedconv.gate_model(lively(Detector()), "both", position="middle", example_input=x).eval()
+    parameters = dict(gated.named_parameters())
+    gated(x).square().sum().backward()
+
+    def loss(weights):
+        return torch.func.functional_call(gated, weights, (x,)).square().sum()
+
+    for name, found in torch.func.grad(loss)(parameters).items():
+        assert_close(found, parameters[name].grad if parameters[name].grad is not None else torch.zeros_like(found))
+
+
+def test_errors_of_the_models_own_code_and_loaders_of_any_kind():
+    class Batches:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            if index >= 2:
+                raise IndexError(index)
+            return images(2, 3, 32, 32)
+
+    def fails(module, args):
+        raise TypeError("of a hook")
+
+    model = gatedconv.models.resnet20(gate="channel")
+    assert gatedconv.freeze(model, Batches()).consensus.agreement is not None
+    model.register_forward_pre_hook(fails)
+    with pytest.raises(TypeError, match="^of a hook$"):
+        gatedconv.freeze(model, Batches())
+
+
+def test_private_attributes_of_layers_stay():
+    x = images(2, 3, 16, 16)
+    model = nn.Sequential(block(3, 8), block(8, 8), nn.Conv2d(8, 4, 1)).eval()
+    model[1][0]._mine = 3
+    frozen = frozen_by(model, x)
+    assert frozen[1][0]._mine == gatedconv.compact(frozen, x)[1][0]._mine == 3
+
+
+def test_middle_leaves_the_end_of_a_branch_alone():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c1, self.b1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.c2, self.b2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return x + self.b2(torch.relu(self.c2(self.b1(torch.relu(self.c1(x))))))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Block(), nn.Conv2d(8, 4, 1)).eval()
+    gated = gatedconv.gate_model(model, "channel", position="middle", example_input=images(2, 3, 16, 16))
+    assert list(gatedconv.gates(gated)) == ["1.b1.channel_gate"]
