@@ -50,9 +50,8 @@ def main() -> None:
     epochs, step = 2 if "--quick" in sys.argv else 20, 0
     for _ in range(epochs):
         for index in torch.randperm(1437).split(64):
-            loss = functional.cross_entropy(model(images[index]), labels[index]) + 3 * gatedconv.polarization_loss(
-                model
-            )
+            loss = functional.cross_entropy(model(images[index]), labels[index])
+            loss = loss + 3 * gatedconv.polarization_loss(model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -233,13 +233,12 @@ class _Installer:
         channels = self.flow[site.value]
         module = self.result.get_submodule(site.path)
         convs = tuple(self.result.get_submodule(self._path(conv)) for conv in site.convs)
+        alone = site.path not in self.read_by_code
         if site.follows is not None:
             leader = site.follows
             link = self.link_of.setdefault(leader, Link())
             self._link_leader(leader, link)
-            hook: Any = install.FollowGate("", channels.axis, link, convs)
-            hook.alone = site.path not in self.read_by_code
-            module.register_forward_hook(hook)
+            module.register_forward_hook(install.FollowGate("", channels.axis, link, convs, alone))
             self.values[site.value] = (self.path_of[leader], channels.size)
             return
         gate = ChannelGate(channels.size, estimator=self.estimator, device=device_of(module, self.result))
@@ -253,9 +252,7 @@ class _Installer:
             reader = next(u for u in site.value.users if u.scope == site.path)
             self.inputs[reader, site.value] = (path, channels.size)
         else:
-            hook = install.GateOutputHook(name, channels.axis, None, convs)
-            hook.alone = site.path not in self.read_by_code
-            module.register_forward_hook(hook)
+            module.register_forward_hook(install.GateOutputHook(name, channels.axis, None, convs, alone))
             self.values[site.value] = (path, channels.size)
 
     def _link_leader(self, leader: Site, link: Link) -> None:

@@ -132,10 +132,14 @@ class GateHook:
         return super().__new__(cls)
 
     def __init__(
-        self, name: str = "", axis: int = 1, link: Link | None = None, convs: tuple[nn.Module, ...] = ()
+        self,
+        name: str = "",
+        axis: int = 1,
+        link: Link | None = None,
+        convs: tuple[nn.Module, ...] = (),
+        alone: bool = False,
     ) -> None:
-        self.name, self.axis, self.link, self.convs = name, axis, link, convs
-        self.alone = False
+        self.name, self.axis, self.link, self.convs, self.alone = name, axis, link, convs, alone
 
     def gate(self, module: nn.Module) -> nn.Module:
         """The gate."""

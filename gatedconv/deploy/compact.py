@@ -87,15 +87,19 @@ def compact(
         del vars(result)["conversion"]
     if isinstance(example_input, Tensor):
         vars(result)["gatedconv_size"] = tuple(example_input.shape)
-    if consensus := attribute_of(
-        frozen, "consensus", Consensus
-    ):  # a state dict may have moved the masks since the vote
-        masks = {name: gate.mask for name, gate in find_gates(frozen).items() if isinstance(gate, FrozenGate)}
-        vars(result)["consensus"] = replace(consensus, masks=masks or consensus.masks)
+    if consensus := current_consensus(frozen):
+        vars(result)["consensus"] = consensus
     if channel_multiple > 1:
         vars(result)["gatedconv_multiple"] = channel_multiple
     _copy_modes(frozen, result)
     return result
+
+
+def current_consensus(model: nn.Module) -> Consensus | None:
+    """The consensus of a model with the masks of now: a state dict may have moved them since the vote."""
+    consensus = attribute_of(model, "consensus", Consensus)
+    masks = {name: gate.mask for name, gate in find_gates(model).items() if isinstance(gate, FrozenGate)}
+    return replace(consensus, masks=masks) if consensus is not None and masks else consensus
 
 
 def _copy_modes(frozen: nn.Module, result: nn.Module) -> None:

@@ -180,13 +180,16 @@ def _inputs(batch: Any, owner: str, device: torch.device | None = None) -> Input
 def _run(model: nn.Module, inputs: Inputs, owner: str) -> None:
     args, kwargs = inputs
     try:
-        inspect.signature(unwrap(model).forward).bind(*args, **kwargs)
+        model(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(
-            f"{owner}: {type(model).__name__} does not take what the loader yields: {error}; of a batch (x, ...) it "
-            f"gets x, which holds several inputs as a tuple or dict: ((a, b), labels)"
-        ) from error
-    model(*args, **kwargs)
+        try:
+            inspect.signature(unwrap(model).forward).bind(*args, **kwargs)
+        except TypeError as misfit:
+            raise TypeError(
+                f"{owner}: {type(model).__name__} does not take what the loader yields: {misfit}; of a batch (x, ...) "
+                f"it gets x, which holds several inputs as a tuple or dict: ((a, b), labels)"
+            ) from error
+        raise
 
 
 def _checked_masks(gates: Mapping[str, Gate], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

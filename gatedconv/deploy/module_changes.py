@@ -86,8 +86,8 @@ def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping
         for kind, name, axis, link, convs, alone in found:
             module = model.get_submodule(path)
             shared = None if link is None else links.setdefault(link, Link())
-            hook: Any = _HOOKS[kind](name, int(axis), shared, tuple(model.get_submodule(c) for c in convs))
-            hook.alone = bool(alone)
+            skips = tuple(model.get_submodule(c) for c in convs)
+            hook: Any = _HOOKS[kind](name, int(axis), shared, skips, bool(alone))
             if kind in _BEFORE:
                 module.register_forward_pre_hook(hook)
             else:

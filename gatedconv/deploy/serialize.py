@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gatedconv._io import write_atomic
 from gatedconv.convert import Conversion
-from gatedconv.deploy.compact import compact
+from gatedconv.deploy.compact import compact, current_consensus
 from gatedconv.deploy.engine_hooks import engine_hooks
 from gatedconv.deploy.freeze import freeze_gates
 from gatedconv.deploy.graph import write_graph
@@ -184,7 +184,7 @@ def _describe_net(model: nn.Module, example_size: list[int] | None) -> tuple[dic
             graph = None
     if graph is not None and "fixed_size" in vars(graph):
         description["fixed_size"] = list(vars(graph)["fixed_size"])
-    if consensus := _current_consensus(model):
+    if consensus := current_consensus(model):
         description["consensus"] = _describe_consensus(consensus)
     if terms := attribute_of(model, "mac_terms", list):
         description["mac_terms"] = [[t.macs, t.params, t.gates, t.channels] for t in terms]
@@ -203,13 +203,6 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _current_consensus(model: nn.Module) -> Consensus | None:
-    """The consensus with the masks of now: a state dict may have moved them since the vote."""
-    consensus = attribute_of(model, "consensus", Consensus)
-    masks = {name: gate.mask for name, gate in find_gates(model).items() if isinstance(gate, FrozenGate)}
-    return dataclasses.replace(consensus, masks=masks) if consensus is not None and masks else consensus
-
-
 def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
     return {
         "masks": {name: mask.int().tolist() for name, mask in consensus.masks.items()},
@@ -220,7 +213,7 @@ def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
 
 
 def _describe(model: CifarVGG | ResNet) -> dict[str, Any]:
-    consensus, gates = _current_consensus(model), find_gates(model)
+    consensus, gates = current_consensus(model), find_gates(model)
     frozen = any(isinstance(gate, FrozenGate) for gate in gates.values())
     is_small = model.config["gate"] or any(isinstance(module, CompactBlock) for module in model.modules())
     stage = "frozen" if frozen else "gated" if gates else "compact" if is_small else "dense"

@@ -13,8 +13,6 @@ _HOOKS = (
     "_forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks "
     "_forward_pre_hooks_with_kwargs _backward_hooks _backward_pre_hooks _is_full_backward_hook"
 ).split()
-
-
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 

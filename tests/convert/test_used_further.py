@@ -171,17 +171,8 @@ def test_an_image_of_another_size_is_refused_where_the_network_refuses_it():
 
 
 def test_a_compact_network_is_traced_by_fx():
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.out = block(3, 8), block(8, 8), nn.Conv2d(8, 4, 1)
-
-        def forward(self, x):
-            x = self.a(x)
-            return self.out(x + self.b(x))
-
     x = images(2, 3, 16, 16)
-    small = gatedconv.compact(frozen_by(Residual().eval(), x), x).eval()
+    small = gatedconv.compact(frozen_by(lively(Detector()), x), x).eval()
     assert any(type(module).__name__ == "ScatterChannels" for module in small.modules())
     with torch.no_grad():
         assert_close(torch.fx.symbolic_trace(small)(x), small(x))
