@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.constants import MOST_CAUTION, Constants, groups_of, is_depthwise, is_padded
+from gatedconv.convert.constants import MOST_CAUTION, Constants, is_padded
 from gatedconv.convert.flow import MOVING, PASSING, op_name
-from gatedconv.convert.module_kinds import is_computed, is_exact
+from gatedconv.convert.module_kinds import CONVS, groups_of, is_computed, is_depthwise, is_exact
 from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value
 from gatedconv.convert.verify import is_same
 
@@ -51,7 +51,7 @@ class Sliceable:
         assert module is not None
         if is_computed(module) or not self.is_own(node):
             return False
-        if is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear) or is_depthwise(module):
+        if any(is_exact(module, kind) for kind in (*CONVS, nn.Linear)) or is_depthwise(module):
             return True
         return groups_of(module) == 1 and self._reads_by_channel(node)
 
@@ -247,18 +247,20 @@ class Removal(Constants):
     def layer_channels(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
         """Bool (C_in,) and (C_out,): what a convolution or linear layer reads and what it computes.
 
-        Groups that are used have as many inputs and outputs as the fullest of them.
+        Groups that are used have as many inputs and outputs as the fullest of them. One channel is left of a layer
+        that is neither torch.nn's Conv2d nor its Linear: nothing else makes a map of the size that it does.
         """
-        groups = groups_of(node.module)
+        groups, module = groups_of(node.module), node.module
+        assert module is not None
+        plain = is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear)
         write = self.wanted(value).reshape(groups, -1)
+        write[0, 0] |= not plain and not bool(write.any())
         read = self.read_channels(node).reshape(groups, -1)
         live = write.any(dim=1)
         read = read & live[:, None]
         if groups > 1:
             return _filled(read, live).flatten(), _filled(write, live).flatten()
-        if not is_exact(node.module, nn.Conv2d) and not is_exact(node.module, nn.Linear):  # type: ignore[arg-type]
-            for marked in (read, write):  # foreign code is left something to do
-                marked[0, 0] |= not bool(marked.any())
+        read[0, 0] |= not plain and not bool(read.any())
         return read.flatten(), write.flatten()
 
     def _constrain_elementwise(self, node: Node, value: Value) -> None:

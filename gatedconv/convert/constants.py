@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gatedconv.convert.flow import Flow, op_name
+from gatedconv.convert.module_kinds import CONVS, groups_of
 from gatedconv.convert.record import Node, Value
 
 _EXTENSIVE = ("sum", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax")  # depend on the map's size
@@ -87,7 +88,7 @@ class Constants:
             rows = rows.float()
             low, high = rows.amin(dim=1), rows.amax(dim=1)
             known = known & (high - low <= _UNIFORM * high.abs().clamp(min=1e-3)) & rows.isfinite().all(dim=1)
-            if op_name(node) in _EXTENSIVE or (is_padded(node) and not isinstance(node.module, nn.Conv2d)):
+            if op_name(node) in _EXTENSIVE or (is_padded(node) and not isinstance(node.module, CONVS)):
                 known = known & (rows == 0).all(dim=1)
             elif is_padded(node):  # at the border it sees zeros, which constants are not
                 shown = self.known_to(node, node.inputs[0])[1].reshape(groups_of(node.module), -1)
@@ -164,16 +165,6 @@ class Constants:
         return results
 
 
-def groups_of(module: nn.Module | None) -> int:
-    """The groups of a convolution; 1 for a linear layer."""
-    return module.groups if isinstance(module, nn.Conv2d) else 1
-
-
-def is_depthwise(module: nn.Module | None) -> bool:
-    """Whether each output of a convolution reads one channel."""
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1
-
-
 def is_padded(node: Node) -> bool:
     """Whether a layer sees zeros, or whatever its code puts there, around its input."""
     module = node.module
@@ -182,6 +173,8 @@ def is_padded(node: Node) -> bool:
     if op_name(node) == "avg_pool2d":
         padding = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
         return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
+    if isinstance(module, nn.ConvTranspose2d):
+        return True  # how many of its weights meet in a pixel differs from pixel to pixel
     if not isinstance(module, nn.Conv2d):
         return False
     if max(module.kernel_size) == 1:

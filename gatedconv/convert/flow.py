@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gatedconv.convert.module_kinds import has_own_hooks
+from gatedconv.convert.module_kinds import has_own_hooks, is_known_transposed
 from gatedconv.convert.record import CALL, Node, Record, Value
 from gatedconv.gating import Gate
 from gatedconv.nn import GatherChannels
@@ -202,7 +202,7 @@ class Flow:
             return None
         axis, dims = self[source].axis, source.tensor.dim()
         image = axis == 1 and dims == 4
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) or is_known_transposed(module):
             return self._plain("conv", value, 1) if image and value.tensor.dim() == 4 else None
         if isinstance(module, nn.Linear):
             return self._plain("linear", value, dims - 1) if axis == dims - 1 else None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gatedconv.convert.channels import Removal
-from gatedconv.convert.constants import Masks, groups_of
+from gatedconv.convert.constants import Masks
 from gatedconv.convert.flow import Flow
+from gatedconv.convert.module_kinds import groups_of
 from gatedconv.convert.record import Node, Value
 from gatedconv.convert.record_macs import GatePlaces, is_pool, per_element
 from gatedconv.gating import MacTerm

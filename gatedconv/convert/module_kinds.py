@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gatedconv.gating import Gate
 
+CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 
 
@@ -19,6 +20,30 @@ def is_exact(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is kind:
         return True
     return isinstance(module, kind) and parametrize.is_parametrized(module) and type(module).__mro__[1] is kind
+
+
+def groups_of(module: nn.Module | None) -> int:
+    """The groups of a convolution; 1 for a linear layer."""
+    return module.groups if isinstance(module, CONVS) else 1
+
+
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Whether each output of a convolution reads one channel."""
+    return isinstance(module, CONVS) and module.groups == module.in_channels and module.groups > 1
+
+
+def is_known_transposed(module: nn.Module) -> bool:
+    """Whether a transposed convolution has torch.nn's own code, and either no groups or one for each channel."""
+    if not isinstance(module, nn.ConvTranspose2d) or not is_exact(module, nn.ConvTranspose2d):
+        return False
+    return module.groups == 1 or module.groups == module.in_channels == module.out_channels
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight (C_out, C_in / groups, ...) of a layer; a view where a transposed convolution begins with C_in."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1 else weight
 
 
 def is_computed(module: nn.Module) -> bool:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert.channels import Sliceable
-from gatedconv.convert.constants import Constants, Masks, is_depthwise, is_padded
+from gatedconv.convert.constants import Constants, Masks, is_padded
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
+from gatedconv.convert.module_kinds import groups_of, is_depthwise
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
 from gatedconv.gating.mac_terms import Factor, dense_macs, norm_operations
@@ -246,10 +247,8 @@ class _Labels:
         return [MacTerm(macs, params, layer)] if macs or params else []
 
     def _dense(self, node: Node, value: Value, params: int, layer: tuple[str, ...]) -> list[MacTerm]:
-        source, weight = node.inputs[0], node.module.weight  # type: ignore[union-attr]
-        assert isinstance(weight, Tensor)
-        groups = self.flow[source].size // weight.shape[1]
-        total = dense_macs(value.tensor.shape, weight.shape) / self.images
+        source, groups = node.inputs[0], groups_of(node.module)
+        total = _other_macs(node) / self.images
         if is_depthwise(node.module):
             return self._by_channel(value, total, params, layer)
         outgoing = self.effective(value)
@@ -334,7 +333,7 @@ def _images_of(flow: Flow) -> int:
 
 
 def _other_macs(node: Node) -> float:
-    """MACs of work that is not tracked by channels."""
+    """MACs of a node whose work is a matrix product or a norm's over channels; 0 for others."""
     module, out = node.module, node.outputs[0].tensor
     sources = [v.tensor for v in node.inputs]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):

@@ -12,7 +12,7 @@ from torch import nn
 from gatedconv.convert.branches import Branch
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATION_OPS, ACTIVATIONS, MIXING_NORMS, NORMS, PASSING, Flow, is_mixing, op_name
-from gatedconv.convert.module_kinds import has_own_hooks
+from gatedconv.convert.module_kinds import CONVS, has_own_hooks, is_depthwise, is_known_transposed
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 
 GATED_ALREADY = "another layer's gate is in the same place"
@@ -224,7 +224,7 @@ class SiteFinder:
     def _leader(self, node: Node, gated: dict[Value, Site]) -> Site | None:
         """The site that gates the input of a depthwise convolution; None for other layers."""
         module = node.module
-        if not (isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1):
+        if not is_depthwise(module) or module.in_channels != module.out_channels:  # type: ignore[union-attr]
             return None
         found = next((gated[v] for v in self._origin(node.inputs[0]) if v in gated), None)
         return found.follows or found if found is not None else None
@@ -284,12 +284,12 @@ def is_activation(node: Node) -> bool:
 def _why_no_conv(module: nn.Module, called: bool) -> str:
     if not called:
         return "it does not run on example_input, or its forward is not called through the module"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "a transposed convolution"
     if has_own_hooks(module):
         return "it has hooks, which may change what it returns"
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, CONVS):
         return f"a {type(module).__name__}: only two-dimensional convolutions are gated"
+    if isinstance(module, nn.ConvTranspose2d) and not is_known_transposed(module):
+        return "a transposed convolution with groups, or of a class of its own"
     return "its input is no image with channels in dimension 1"
 
 

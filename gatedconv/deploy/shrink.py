@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.convert.channels import Removal
-from gatedconv.convert.constants import groups_of, is_depthwise
 from gatedconv.convert.install import device_of
-from gatedconv.convert.module_kinds import is_exact
+from gatedconv.convert.module_kinds import CONVS, groups_of, is_depthwise, is_exact, weight_of
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 from gatedconv.convert.verify import TOLERANCES, as_inputs, distance, run_seeded, trains
 from gatedconv.deploy.slicing import set_weight, slice_numbers
@@ -93,7 +92,7 @@ def _layer(model: nn.Module, removal: Removal, node: Node, value: Value) -> None
         read, _ = removal.layer_channels(node, value)
         if bool(read.all()) and bool(computed.all()):
             pass
-        elif is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear):
+        elif any(is_exact(module, kind) for kind in (*CONVS, nn.Linear)):
             module = _small_layer(removal, node, module, read, computed)
         else:
             module = _foreign_layer(removal, node, module, read, computed)
@@ -112,11 +111,11 @@ def _small_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, 
     """The layer with the inputs ``read`` and outputs ``write``; its bias includes the constants that are not read."""
     if not bool(write.any()):
         return _nothing(module)
-    assert isinstance(module, (nn.Conv2d, nn.Linear))
-    weight, groups = module.weight, groups_of(module)
+    assert isinstance(module, (*CONVS, nn.Linear))
+    weight, groups = weight_of(module), groups_of(module)
     rows = weight[write.to(weight.device)]
     device = weight.device
-    if isinstance(module, nn.Conv2d) and is_depthwise(module):
+    if is_depthwise(module):
         small, bias, groups = rows, None, int(read.sum())
     elif groups == 1:
         absent = ~read
@@ -140,7 +139,7 @@ def _small_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, 
     old = None if module.bias is None else module.bias[write.to(device)]
     if old is not None or bias is not None:
         total = old if bias is None else bias if old is None else old + bias
-        learns = weight.requires_grad if module.bias is None else module.bias.requires_grad
+        learns = module.weight.requires_grad if module.bias is None else module.bias.requires_grad
         assert total is not None
         module.bias = nn.Parameter(total.clone(), learns)
     set_weight(module, small, groups)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gatedconv.convert.module_kinds import is_computed
+from gatedconv.convert.module_kinds import CONVS, is_computed
 from gatedconv.nn.modules import take_place
 
 COUNTS = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "num_parameters")
@@ -59,10 +59,12 @@ def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
     return plain.train(module.training)
 
 
-def set_weight(layer: nn.Conv2d | nn.Linear, weight: Tensor, groups: int = 1) -> None:
+def set_weight(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, weight: Tensor, groups: int = 1) -> None:
     """Give a layer a copy of a weight (C_out, C_in / groups, ...) of another size, and the counts that go with it."""
-    layer.weight = nn.Parameter(weight.detach().clone(), layer.weight.requires_grad)
-    if isinstance(layer, nn.Conv2d):
+    swapped = isinstance(layer, nn.ConvTranspose2d) and groups == 1
+    own = weight.transpose(0, 1).contiguous() if swapped else weight
+    layer.weight = nn.Parameter(own.detach().clone(), layer.weight.requires_grad)
+    if isinstance(layer, CONVS):
         layer.in_channels, layer.out_channels, layer.groups = weight.shape[1] * groups, len(weight), groups
     else:
         layer.in_features, layer.out_features = weight.shape[1], len(weight)

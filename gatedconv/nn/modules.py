@@ -91,6 +91,12 @@ class Framed(nn.Sequential):
     code that fuses a norm into a convolution, would leave out what is around it.
     """
 
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the modules one after the other; the layer gets the other arguments, such as an output size."""
+        for name, module in self.named_children():
+            input = module(input, *args, **kwargs) if name == "layer" else module(input)
+        return input
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

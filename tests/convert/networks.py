@@ -174,6 +174,31 @@ class UNet(nn.Module):
         return self.fc(F.relu(self.join(torch.cat([a, self.up(b), c], 1))).amax((2, 3)))
 
 
+class Decoder(nn.Module):
+    """Transposed convolutions: with a norm, with one for each channel, with an output size, in a residual sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.down1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.down2 = nn.Conv2d(8, 10, 3, 2, padding=1)
+        self.norm2 = nn.BatchNorm2d(10)
+        self.up1 = nn.ConvTranspose2d(10, 9, 4, 2, padding=1, bias=False)
+        self.upnorm1 = nn.BatchNorm2d(9)
+        self.wide = nn.Conv2d(10, 9, 1)
+        self.bilinear = nn.ConvTranspose2d(9, 9, 4, 2, padding=1, groups=9, bias=False)
+        self.up2 = nn.ConvTranspose2d(18, 8, 3, 2, dilation=2)
+        self.head = nn.ConvTranspose2d(8, 6, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        a = F.relu(self.down1(x))
+        b = F.silu(self.norm2(self.down2(a)))
+        c = torch.cat([torch.sigmoid(self.upnorm1(self.up1(b))), self.bilinear(self.wide(b))], 1)
+        size = [2 * d + 3 for d in c.shape[-2:]]
+        d = self.up2(c, output_size=size)[..., 3::2, 3::2] + a
+        return self.fc(F.relu(self.head(d)).amax((2, 3)))
+
+
 NETWORKS = {
     "residual": lambda: Residual(),
     "grouped": lambda: Residual(groups=4),
@@ -187,6 +212,7 @@ NETWORKS = {
     "attention": lambda: Attention(),
     "computed": lambda: Computed(),
     "unet": lambda: UNet(),
+    "decoder": lambda: Decoder(),
 }
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 

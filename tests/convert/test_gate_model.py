@@ -117,7 +117,7 @@ class Odd(nn.Module):
         self.tied = nn.Conv2d(6, 6, 1)
         self.also_tied = nn.Conv2d(6, 6, 1)
         self.also_tied.weight = self.tied.weight
-        self.up = nn.ConvTranspose2d(6, 6, 2, 2)
+        self.up = nn.ConvTranspose2d(6, 6, 2, 2, groups=2)
         self.last = nn.Conv2d(6, 5, 1)
 
     def forward(self, x):
