@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gatedconv.convert.constants import MOST_CAUTION, Constants, is_padded
 from gatedconv.convert.flow import MOVING, PASSING, op_name
+from gatedconv.convert.install import over_channels
 from gatedconv.convert.module_kinds import CONVS, groups_of, is_computed, is_depthwise, is_exact
 from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value
 from gatedconv.convert.verify import is_same
@@ -146,6 +147,8 @@ class Removal(Constants):
             elif kind == "cat":
                 for part, piece in zip(node.args[0], wanted.split([flow[p].size for p in node.args[0]]), strict=True):
                     self._add(part, piece)
+            elif kind == "group_norm":
+                self._add(node.inputs[0], self.live_groups(node, wanted))
             elif kind == "conv":
                 groups, source = groups_of(node.module), node.inputs[0]
                 live = wanted.reshape(groups, -1).any(dim=1).repeat_interleave(flow[source].size // groups)
@@ -213,6 +216,12 @@ class Removal(Constants):
                 self._constrain_layer(node, value)
             elif kind == "elementwise":
                 self._constrain_elementwise(node, value)
+            elif kind == "group_norm" and self.can_slice_numbers(node, value):
+                source = node.inputs[0]
+                held = self.live_groups(node, self.present[source] | self.raw(value))
+                self.present[source] |= held
+                if value not in self.masks.values:
+                    self.present[value] |= held
             elif kind == "move":
                 self._constrain_move(node, value)
             elif kind == "cat":
@@ -239,6 +248,10 @@ class Removal(Constants):
         self.present[source] |= read
         if groups_of(module) > 1 and value not in self.masks.values:
             self.present[value] |= write
+
+    def live_groups(self, node: Node, wanted: Tensor) -> Tensor:
+        """Bool (C,): all channels of the groups of a group norm in which any is wanted."""
+        return over_channels(wanted.reshape(groups_of(node.module), -1).any(dim=1), len(wanted))
 
     def raw(self, value: Value) -> Tensor:
         """Bool (C,): the channels that a value's own node computes: those present, less the closed of its gate."""
@@ -290,7 +303,7 @@ class Removal(Constants):
         if module is not None:
             numbers = [*module.parameters(), *module.buffers()]
             per_channel = any(t.dim() and t.shape[0] == size for t in numbers)
-            return not per_channel or self._can_slice(node.scope, module)
+            return not (per_channel or isinstance(module, nn.GroupNorm)) or self._can_slice(node.scope, module)
         axis, dims = self.flow[value].axis, value.tensor.dim()
         constants = [v.tensor for v in node.inputs if v.is_constant]
         sized = "batch_norm" in op_name(node) or any(
@@ -348,7 +361,7 @@ class Removal(Constants):
             return self.layer_channels(node, value)[1]
         if value not in self.masks.values:
             return self.present[value]
-        if kind == "elementwise" and self.can_slice_numbers(node, value):
+        if kind in ("elementwise", "group_norm") and self.can_slice_numbers(node, value):
             return next(self.present[o] for o in flow.operands(node) if flow[o].size == flow[value].size)
         if kind == "cat":
             return torch.cat([self.present[p] for p in node.args[0]])
@@ -359,7 +372,10 @@ class Removal(Constants):
         if node.op != CALL or not node.outputs or len(self.record.calls_of(node.scope)) != 1:
             return False
         value = node.outputs[0]
-        if self.flow.kind(value) not in ("elementwise", "mix") or value.tensor.shape != node.inputs[0].tensor.shape:
+        if (
+            self.flow.kind(value) not in ("elementwise", "group_norm", "mix")
+            or value.tensor.shape != node.inputs[0].tensor.shape
+        ):
             return False
         return not bool(self.wanted(value).any()) if value in self.masks.values else value not in self.alive
 

@@ -116,7 +116,7 @@ class Constants:
             return self.known[channels.source][channels.index]
         if channels.kind == "cat":
             return torch.cat([self.known[p] for p in node.args[0]])
-        if channels.kind in ("conv", "linear", "regroup"):
+        if channels.kind in ("conv", "linear", "regroup", "group_norm"):
             source = self.known_to(node, node.inputs[0])[0]
             groups = channels.size if channels.kind == "regroup" else groups_of(node.module)
             return source.reshape(groups, -1).all(dim=1).repeat_interleave(channels.size // groups)

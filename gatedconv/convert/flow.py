@@ -9,6 +9,7 @@ Every value gets an axis, its channels' dimension, and a kind:
     move                      channels permuted, selected, or moved to another dimension
     regroup                   pixel shuffle: r * r channels become one
     gate                      a gate's decision
+    group_norm                a group norm: channels depend on those of their group alone
     mix                       a norm over channels: shape and axis stay, channels depend on each other
     deferred                  moved, but not (yet) to where the channels are one dimension
     opaque                    anything else: what is not proven is not touched
@@ -215,6 +216,8 @@ class Flow:
             or (isinstance(module, SPATIAL) and image)
         ):
             return self._follow("elementwise", value, source)
+        if type(module) is nn.GroupNorm and module.num_groups > 1 and axis == 1:
+            return self._follow("group_norm", value, source)
         return self._follow("mix", value, source) if isinstance(module, MIXING_NORMS) else None
 
     def _operation(self, node: Node, value: Value) -> Channels | None:

@@ -76,7 +76,8 @@ def gate_model(
         model: any network that takes images (N, C, H, W), clips (N, T, C, H, W) or vectors (N, K); left as it is.
         gate: "layer", "channel" or "both".
         position: of the channel gates. "after": behind the norm that follows a convolution, also where an activation,
-            a pool or dropout is between them, or behind the convolution where there is none. "middle": behind the
+            a pool or dropout is between them, or behind the convolution where there is none; one gate for each group
+            of a ``GroupNorm``, whose channels depend on each other. "middle": behind the
             activation after that, so the output of a residual branch is not gated. "before": on the input of each
             residual branch, the shortcut ungated, and of each convolution outside of them.
         estimator: "ste", "gumbel", "bernoulli" or "batch_mean".
@@ -239,21 +240,24 @@ class _Installer:
             link = self.link_of.setdefault(leader, Link())
             self._link_leader(leader, link)
             module.register_forward_hook(install.FollowGate("", channels.axis, link, convs, alone))
-            self.values[site.value] = (self.path_of[leader], channels.size)
+            self.values[site.value] = (self.path_of[leader], leader.num_gates)
             return
-        gate = ChannelGate(channels.size, estimator=self.estimator, device=device_of(module, self.result))
+        gate = ChannelGate(
+            channels.size, site.num_gates, estimator=self.estimator, device=device_of(module, self.result)
+        )
         name = attach(module, open_gate(gate), "channel_gate")
         path = f"{site.path}.{name}"
         self.path_of[site] = path
         kind = "input" if site.is_input and site.layer == site.path else "output"
-        self.conversion.gated[path] = f"the {kind} channels of {site.layer}"
+        groups = f", in {site.num_gates} groups" if site.num_gates < channels.size else ""
+        self.conversion.gated[path] = f"the {kind} channels of {site.layer}{groups}"
         if site.is_input:
             module.register_forward_pre_hook(install.GateInput(name, channels.axis, None, convs))
             reader = next(u for u in site.value.users if u.scope == site.path)
-            self.inputs[reader, site.value] = (path, channels.size)
+            self.inputs[reader, site.value] = (path, site.num_gates)
         else:
             module.register_forward_hook(install.GateOutputHook(name, channels.axis, None, convs, alone))
-            self.values[site.value] = (path, channels.size)
+            self.values[site.value] = (path, site.num_gates)
 
     def _link_leader(self, leader: Site, link: Link) -> None:
         for hook in install.hooks_of(self.result.get_submodule(leader.path)):

@@ -113,6 +113,11 @@ def _guard_hooks() -> None:
         _dynamo.reset()  # graphs of the dense model that were compiled without these guards
 
 
+def over_channels(gates: Tensor, channels: int) -> Tensor:
+    """(..., num_gates) -> (..., channels): each gate's number for its channels, which are equally many."""
+    return gates.repeat_interleave(channels // gates.shape[-1], dim=-1)
+
+
 class GateHook:
     """A hook of a gated module.
 
@@ -152,7 +157,9 @@ class GateHook:
         return decision
 
     def _scaled(self, x: Tensor, decision: Tensor) -> Tensor:
-        if self.axis == 1 and x.dim() == 4 and decision.shape[1] == x.shape[1]:
+        if decision.shape[1] != x.shape[self.axis]:
+            decision = over_channels(decision, x.shape[self.axis])
+        if self.axis == 1 and x.dim() == 4:
             return ops.gated_scale(x, decision)
         shape = [x.shape[0] if d == 0 else -1 if d == self.axis else 1 for d in range(x.dim())]
         return x * decision.reshape(shape)
@@ -307,10 +314,8 @@ def skip_closed(model: nn.Module) -> None:
                     continue
                 if "weight" not in conv._parameters:
                     continue
-                if isinstance(hook, GateBranch):
-                    closed[path] = mask.expand(conv.out_channels).clone()
-                elif conv.out_channels == mask.numel():
-                    closed[path] = closed[path] & mask if path in closed else mask.clone()
+                mine = over_channels(mask, conv.out_channels)
+                closed[path] = closed[path] & mine if path in closed else mine
     for path, mask in closed.items():
         conv = model.get_submodule(path)
         assert isinstance(conv, nn.Conv2d)

@@ -12,8 +12,9 @@ from torch import Tensor
 from gatedconv.convert.channels import Removal
 from gatedconv.convert.constants import Masks
 from gatedconv.convert.flow import Flow
+from gatedconv.convert.install import over_channels
 from gatedconv.convert.module_kinds import groups_of
-from gatedconv.convert.record import Node, Value
+from gatedconv.convert.record import Node
 from gatedconv.convert.record_macs import GatePlaces, is_pool, per_element
 from gatedconv.gating import MacTerm
 
@@ -44,11 +45,11 @@ def _trial(
     }
     for mask in masks.values():
         mask[0] |= mask.numel() > 1 and not bool(mask.any())
-    values: dict[Value, Tensor] = {value: masks[name] for value, (name, _) in gated.values.items()}
+    values = {value: over_channels(masks[name], flow[value].size) for value, (name, _) in gated.values.items()}
     for value, name in gated.ends.items():
         if not bool(masks[name]) and flow.has_channels(value):
             values[value] = torch.zeros(flow[value].size, dtype=torch.bool, device="cpu")
-    inputs = {key: masks[name] for key, (name, _) in gated.inputs.items()}
+    inputs = {key: over_channels(masks[name], flow[key[1]].size) for key, (name, _) in gated.inputs.items()}
     removal = Removal(flow, Masks(values, inputs, {}), caution)
     promised: dict[str, float] = defaultdict(float)
     left: dict[str, float] = defaultdict(float)
@@ -82,7 +83,7 @@ def _share_left(node: Node, removal: Removal) -> float:
         return float((read.sum(1) * write.sum(1)).sum()) / (read.shape[1] * write.numel())
     if removal.is_idle(node):
         return 0.0
-    if kind != "elementwise" or not per_element(node):
+    if kind not in ("elementwise", "group_norm") or not per_element(node):
         return 1.0
     held = removal.present[flow.source(node)] if is_pool(node) else removal.computed(node, value)
     return float(held.double().mean())

@@ -23,7 +23,9 @@ def is_exact(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def groups_of(module: nn.Module | None) -> int:
-    """The groups of a convolution; 1 for a linear layer."""
+    """The groups of a convolution or a group norm; 1 for a linear layer."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups
     return module.groups if isinstance(module, CONVS) else 1
 
 

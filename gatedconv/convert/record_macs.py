@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gatedconv.convert.channels import Sliceable
 from gatedconv.convert.constants import Constants, Masks, is_padded
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
+from gatedconv.convert.install import over_channels
 from gatedconv.convert.module_kinds import groups_of, is_depthwise
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
@@ -26,7 +27,7 @@ from gatedconv.gating.mac_terms import Factor, dense_macs, norm_operations
 ALWAYS, UNUSED = -1, -2  # labels of channels that no gate closes, and of channels that are not read
 _SHIFT = 1 << 20  # a label is the number of a gate, or of a set of gates, * _SHIFT + the number of a channel in it
 _MOST_GATES = 3  # in a label; more would make a term for almost every channel
-_PASSING = ("elementwise", "cat", "move")
+_PASSING = ("elementwise", "group_norm", "cat", "move")
 
 
 @dataclass
@@ -84,7 +85,7 @@ class _Labels:
         self.joined: dict[tuple[int, ...], int] = {}  # and the other way round
         self.images = _images_of(flow)
         self.whole: set[Value] = set()  # keep all channels, regardless of later gates
-        self.closed = Constants(flow, _all_closed(gated))  # what closing everything leaves
+        self.closed = Constants(flow, _all_closed(flow, gated))  # what closing everything leaves
         self.forward: dict[Value, Tensor] = {}
         self.needed: dict[Value, Tensor] = {}
         self.costs: dict[Value, Tensor] = {}
@@ -92,18 +93,24 @@ class _Labels:
             for value in node.outputs:
                 if flow.has_channels(value):
                     site = gated.values.get(value)
-                    self.forward[value] = self._gate(site[0]) if site else self._label(node, value)
+                    self.forward[value] = self._gate(site[0], value) if site else self._label(node, value)
         sliceable = Sliceable(flow.record)
         for node in flow.record.nodes:
             kinds = {flow.kind(value) for value in node.outputs}
             operands = self.whole.intersection(flow.operands(node)).difference(gated.values)
-            if kinds & {"conv", "linear"} and not sliceable(node) or kinds == {"elementwise"} and operands:
+            if (
+                kinds & {"conv", "linear"}
+                and not sliceable(node)
+                or kinds <= {"elementwise", "group_norm"}
+                and operands
+            ):
                 self.whole.update(node.outputs)
         for node in reversed(flow.record.nodes):
             self._spread_need(node)
 
-    def _gate(self, path: str) -> Tensor:
-        return self.first[path] + torch.arange(self.sizes[path], device="cpu")
+    def _gate(self, path: str, value: Value) -> Tensor:
+        labels = self.first[path] + torch.arange(self.sizes[path], device="cpu")
+        return over_channels(labels, self.flow[value].size)
 
     def _either(self, a: Tensor, b: Tensor) -> Tensor:
         """The labels of channels that close with either of two."""
@@ -129,7 +136,7 @@ class _Labels:
     def read(self, node: Node, value: Value) -> Tensor:
         """The labels of a value as one node reads it."""
         site = self.gated.inputs.get((node, value))
-        label = self._gate(site[0]) if site else self.forward[value]
+        label = self._gate(site[0], value) if site else self.forward[value]
         return self._zero(node, value, label) if is_padded(node) else label  # another constant changes at the border
 
     def _zero(self, node: Node, value: Value, label: Tensor) -> Tensor:
@@ -150,6 +157,8 @@ class _Labels:
         if channels.kind == "conv" and is_depthwise(node.module):
             source = self.read(node, node.inputs[0])
             return source.repeat_interleave(channels.size // len(source))
+        if channels.kind == "group_norm":
+            return self._of_groups(node, self.read(node, node.inputs[0]))
         if channels.kind != "elementwise":
             return always
         labels = {o: self.read(node, o) for o in self.flow.operands(node)}
@@ -185,6 +194,8 @@ class _Labels:
         if kind == "cat":
             for part, piece in zip(node.args[0], need.split([flow[p].size for p in node.args[0]]), strict=True):
                 self._add(node, part, piece)
+        elif kind == "group_norm":
+            self._add(node, node.inputs[0], self._of_groups(node, need))
         elif kind == "conv":
             source = node.inputs[0]
             self._add(node, source, need, torch.arange(len(need), device="cpu") // (len(need) // flow[source].size))
@@ -235,7 +246,7 @@ class _Labels:
         kind = self.flow.kind(value)
         if kind in ("conv", "linear") and value not in self.whole:
             return self._dense(node, value, params, layer)
-        if kind == "elementwise":
+        if kind in ("elementwise", "group_norm"):
             operations = per_element(node)
             if not (operations or params):
                 return []
@@ -245,6 +256,11 @@ class _Labels:
             return self._by_channel(value, operations * counted.numel() / self.images, params, layer)
         macs = _other_macs(node) / self.images
         return [MacTerm(macs, params, layer)] if macs or params else []
+
+    def _of_groups(self, node: Node, labels: Tensor) -> Tensor:
+        """The labels of a group norm's channels, which close with their whole group: those that all of it has."""
+        columns = labels.reshape(groups_of(node.module), -1).unbind(1)
+        return over_channels(functools.reduce(_merge, columns), len(labels))
 
     def _dense(self, node: Node, value: Value, params: int, layer: tuple[str, ...]) -> list[MacTerm]:
         source, groups = node.inputs[0], groups_of(node.module)
@@ -267,6 +283,9 @@ class _Labels:
 
     def _by_channel(self, value: Value, macs: float, params: int, layer: tuple[str, ...]) -> list[MacTerm]:
         labels = self.effective(value)
+        if self.flow.kind(value) == "group_norm":
+            assert value.node is not None
+            labels = self._of_groups(value.node, labels)
         labels = torch.where(labels == UNUSED, ALWAYS, labels)
         numbers = labels.div(_SHIFT, rounding_mode="floor")
         terms = []
@@ -294,10 +313,11 @@ def _term(macs: float, params: int, layer: tuple[str, ...], scaled: list[Factor]
     return MacTerm(macs, params, gates, channels if any(c is not None for c in channels) else ())
 
 
-def _all_closed(gated: GatePlaces) -> Masks:
-    values = {value: torch.zeros(size, dtype=torch.bool, device="cpu") for value, (_, size) in gated.values.items()}
-    inputs = {key: torch.zeros(size, dtype=torch.bool, device="cpu") for key, (_, size) in gated.inputs.items()}
-    return Masks(values, inputs, {})
+def _all_closed(flow: Flow, gated: GatePlaces) -> Masks:
+    def closed(value: Value) -> Tensor:
+        return torch.zeros(flow[value].size, dtype=torch.bool, device="cpu")
+
+    return Masks({v: closed(v) for v in gated.values}, {key: closed(key[1]) for key in gated.inputs}, {})
 
 
 def _merge(a: Tensor, b: Tensor) -> Tensor:
@@ -309,7 +329,7 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
 def per_element(node: Node) -> int:
     """Operations per element of the output, of the input in a pool, that fvcore counts for an elementwise node."""
     module, name = node.module, op_name(node)
-    if isinstance(module, NORMS):
+    if isinstance(module, (*NORMS, nn.GroupNorm)):
         return norm_operations(module)
     if "batch_norm" in name:
         return 2

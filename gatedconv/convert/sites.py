@@ -12,7 +12,7 @@ from torch import nn
 from gatedconv.convert.branches import Branch
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATION_OPS, ACTIVATIONS, MIXING_NORMS, NORMS, PASSING, Flow, is_mixing, op_name
-from gatedconv.convert.module_kinds import CONVS, has_own_hooks, is_depthwise, is_known_transposed
+from gatedconv.convert.module_kinds import CONVS, groups_of, has_own_hooks, is_depthwise, is_known_transposed
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 
 GATED_ALREADY = "another layer's gate is in the same place"
@@ -27,6 +27,7 @@ class Site:
         path: of the module that gets the gate.
         value: what is gated.
         is_input: whether the module's input is gated, rather than its output.
+        num_gates: as many as there are channels, or groups of channels that only go together, of a group norm.
         follows: the site whose gate is used again, behind a depthwise convolution of what that one gates.
         convs: convolutions that compute the gated channels and nothing else.
     """
@@ -34,6 +35,7 @@ class Site:
     layer: str
     path: str
     value: Value
+    num_gates: int
     is_input: bool = False
     follows: Site | None = None
     convs: tuple[nn.Module, ...] = ()
@@ -79,6 +81,7 @@ class SiteFinder:
                 self.skipped[name] = found
                 continue
             path, target, is_input = found
+            num_gates = self._num_gates(value, target)
             leader = self._leader(node, gated)
             reason = self._target_reason(name, target, path)
             if reason:
@@ -88,9 +91,11 @@ class SiteFinder:
             elif leader is not None and not is_input and not leader.is_input:
                 self.skipped[name] = f"depthwise: the gate of {leader.layer} closes its channels too"
                 gated[target] = leader
-                sites.append(Site(name, path, target, follows=leader, convs=self._convs(node, target)))
+                convs = self._convs(node, target, leader.num_gates)
+                sites.append(Site(name, path, target, leader.num_gates, follows=leader, convs=convs))
             else:
-                gated[target] = Site(name, path, target, is_input, convs=self._convs(node, target))
+                convs = self._convs(node, target, num_gates)
+                gated[target] = Site(name, path, target, num_gates, is_input, convs=convs)
                 sites.append(gated[target])
         return sites
 
@@ -123,7 +128,7 @@ class SiteFinder:
         if reason:
             self.skipped[name] = reason
         else:
-            sites.append(Site(name, readers[0].scope, value, is_input=True))
+            sites.append(Site(name, readers[0].scope, value, self.flow[value].size, is_input=True))
 
     def _target(self, value: Value, position: str) -> tuple[str, Value, bool] | str:
         """The module to gate, what is gated, and whether that is the module's input; or why there is none."""
@@ -153,7 +158,7 @@ class SiteFinder:
         first, activated = value, False
         while True:
             for call in self.record.readers(value):
-                if value is not first and not isinstance(call.module, NORMS):
+                if value is not first and not (isinstance(call.module, NORMS) or self._norms_groups(call)):
                     continue
                 if not is_norm(call.module) or len(call.inputs) != 1 or len(call.outputs) != 1:
                     continue
@@ -166,6 +171,9 @@ class SiteFinder:
                 return None, False
             activated |= is_activation(user)
             value = user.outputs[0]
+
+    def _norms_groups(self, call: ModuleCall) -> bool:
+        return bool(call.outputs) and self.flow.kind(call.outputs[0]) == "group_norm"
 
     # -- reasons ---------------------------------------------------------------------------------------
 
@@ -229,17 +237,33 @@ class SiteFinder:
         found = next((gated[v] for v in self._origin(node.inputs[0]) if v in gated), None)
         return found.follows or found if found is not None else None
 
-    def _origin(self, value: Value) -> list[Value]:
-        """The values from which one comes channel by channel."""
+    def _origin(self, value: Value, num_gates: int = 0) -> list[Value]:
+        """The values from which one comes channel by channel, or group by group of those that have a gate together."""
         chain = [value]
-        while self.flow.kind(value) == "elementwise" and len(self.flow.operands(value.node)) == 1:  # type: ignore[arg-type]
-            value = self.flow.source(value.node)  # type: ignore[arg-type]
+        while True:
+            node, kind = value.node, self.flow.kind(value)
+            assert node is not None
+            by_group = num_gates and kind == "group_norm" and groups_of(node.module) % num_gates == 0
+            if not (by_group or kind == "elementwise") or len(self.flow.operands(node)) != 1:
+                return chain
+            value = self.flow.source(node)
             chain.append(value)
-        return chain
 
-    def _convs(self, node: Node, target: Value) -> tuple[nn.Module, ...]:
+    def _num_gates(self, value: Value, target: Value) -> int:
+        """Of the channels of ``target``, which follow those of a layer's output ``value``.
+
+        Behind a group norm a channel alone cannot be removed: the others of its group depend on it.
+        """
+        size, found = self.flow[value].size, target
+        while found is not value and (node := found.node) is not None and len(node.inputs) == 1:
+            if self.flow.kind(found) == "group_norm":
+                return groups_of(node.module)
+            found = node.inputs[0]
+        return size
+
+    def _convs(self, node: Node, target: Value, num_gates: int) -> tuple[nn.Module, ...]:
         """The convolution, where between it and the gate every channel is by itself and nothing else reads it."""
-        for value in self._origin(target):
+        for value in self._origin(target, num_gates):
             if value is not target and len({u.order for u in value.users}) > 1:
                 return ()
             if value is node.outputs[0]:

@@ -6,6 +6,7 @@ Which channels each tensor loses, where sums and concatenations need the same on
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from gatedconv.convert.install import (
     keeping_aliases,
     mask_of,
     masks_by_link,
+    over_channels,
     remove_gates,
 )
 from gatedconv.convert.module_kinds import is_computed
@@ -38,6 +40,8 @@ from gatedconv.deploy.slicing import filled_up, plain_conv, zero_channels
 from gatedconv.gating import Consensus, FrozenGate, MacTerm, attribute_of, copied, find_gates, require_frozen, unwrap
 from gatedconv.nn import Conv2d, FrozenConv2d
 from gatedconv.nn.graph_net import require_size
+
+_ZEROED = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.Conv2d)  # zero weights and biases make zeros
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode cannot be trained
@@ -184,10 +188,13 @@ def _fill_up(
     """Keep some closed channels, as zeros that their norm or convolution makes, in place; returns the new masks."""
     found = []
     for path, kind, mask in closed:
-        module, kept = model.get_submodule(path), filled_up(mask, channel_multiple)
-        layer = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Conv2d)) and module.weight is not None
+        module = model.get_submodule(path)
+        layer = isinstance(module, _ZEROED) and module.weight is not None
+        channels = len(module.weight) if layer else len(mask)  # type: ignore[arg-type]
+        size = channels // len(mask)  # of a group
+        kept = filled_up(mask, channel_multiple // math.gcd(channel_multiple, size))
         if layer and kind not in (GateBranch, GateInput) and not is_computed(module) and not torch.equal(kept, mask):
-            zero_channels(module, kept & ~mask)
+            zero_channels(module, over_channels(kept & ~mask, channels))
             mask = kept
         found.append((path, kind, mask))
     return found
@@ -210,13 +217,13 @@ def _masks(flow: Flow, closed: list[tuple[str, type, Tensor]]) -> Masks:
             continue
         if kind is GateInput:
             node = next(n for n in calls[0].inputs[0].users if n.scope == path)
-            inputs[node, calls[0].inputs[0]] = mask
+            inputs[node, calls[0].inputs[0]] = over_channels(mask, flow[calls[0].inputs[0]].size)
             continue
         value = calls[0].outputs[0]
         if kind is GateBranch:
             if bool(mask.all()):
                 continue
-            mask = mask.expand(flow[value].size)
+        mask = over_channels(mask, flow[value].size)
         values[value] = values[value] & mask if value in values else mask
         paths[value] = path
     return Masks(values, inputs, paths)

@@ -54,7 +54,7 @@ def shrink(model: nn.Module, removal: Removal) -> None:
             continue
         if removal.is_idle(node):
             _replace(model, node.scope, nn.Identity())
-        elif node.op == CALL and node.outputs and flow.kind(node.outputs[0]) == "elementwise":
+        elif node.op == CALL and node.outputs and flow.kind(node.outputs[0]) in ("elementwise", "group_norm"):
             _numbers(model, removal, node, node.outputs[0])
     for value in removal.masks.values:
         if value not in done:

@@ -15,7 +15,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from gatedconv.convert.module_kinds import CONVS, is_computed
 from gatedconv.nn.modules import take_place
 
-COUNTS = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "num_parameters")
+COUNTS = (
+    *("in_channels", "out_channels", "groups", "in_features", "out_features"),
+    *("num_features", "num_parameters", "num_channels", "num_groups"),
+)
 
 
 def filled_up(mask: Tensor, channel_multiple: int) -> Tensor:
@@ -71,8 +74,13 @@ def set_weight(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, weight: Tensor
 
 
 def slice_numbers(module: nn.Module, kept: Tensor) -> None:
-    """Give a norm or the like its parameters and buffers of the channels ``kept``, bool (C,), alone."""
+    """Give a norm or the like its parameters and buffers of the channels ``kept``, bool (C,), alone.
+
+    Of a group norm these are those of whole groups.
+    """
     size = len(kept)
+    if isinstance(module, nn.GroupNorm) and module.num_channels == size:
+        module.num_groups = module.num_groups * int(kept.sum()) // size
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() and parameter.shape[0] == size:
             small = parameter.detach()[kept.to(parameter.device)]
@@ -80,7 +88,7 @@ def slice_numbers(module: nn.Module, kept: Tensor) -> None:
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.dim() and buffer.shape[0] == size:
             module._buffers[name] = buffer[kept.to(buffer.device)]
-    for attribute in ("num_features", "num_parameters"):
+    for attribute in ("num_features", "num_parameters", "num_channels"):
         if getattr(module, attribute, None) == size:
             setattr(module, attribute, int(kept.sum()))
 

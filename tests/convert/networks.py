@@ -199,6 +199,36 @@ class Decoder(nn.Module):
         return self.fc(F.relu(self.head(d)).amax((2, 3)))
 
 
+class GroupNorms(nn.Module):
+    """Group norms: behind a convolution, an activation, a transposed and a depthwise one, and of a residual branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm1 = nn.GroupNorm(4, 12)
+        self.deep = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.norm2 = nn.GroupNorm(2, 12, affine=False)
+        self.deep2 = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.norm2b = nn.GroupNorm(4, 12)
+        self.mid = nn.Conv2d(12, 12, 1)
+        self.conv3 = nn.Conv2d(12, 16, 3, padding=1)
+        self.norm3 = nn.GroupNorm(8, 16)
+        self.conv4 = nn.Conv2d(16, 12, 3, padding=1)
+        self.norm4 = nn.GroupNorm(3, 12)
+        self.up = nn.ConvTranspose2d(12, 8, 2, 2)
+        self.norm5 = nn.GroupNorm(4, 8)
+        self.last = nn.Conv2d(8, 6, 1)
+        self.norm6 = nn.GroupNorm(1, 6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = torch.sigmoid(self.norm2(self.deep(F.relu(self.norm1(self.conv1(x))))))
+        x = F.relu(self.mid(F.relu(self.norm2b(self.deep2(x)))))
+        x = x + self.norm4(self.conv4(F.silu(self.norm3(F.leaky_relu(self.conv3(x))))))
+        x = F.relu(self.norm5(self.up(x)))
+        return self.fc(self.norm6(self.last(x)).amax((2, 3)))
+
+
 NETWORKS = {
     "residual": lambda: Residual(),
     "grouped": lambda: Residual(groups=4),
@@ -213,6 +243,7 @@ NETWORKS = {
     "computed": lambda: Computed(),
     "unet": lambda: UNet(),
     "decoder": lambda: Decoder(),
+    "group_norms": lambda: GroupNorms(),
 }
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -223,7 +254,10 @@ def network(name: str) -> nn.Module:
     model = NETWORKS[name]()
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.InstanceNorm2d)):
+        if (
+            isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.InstanceNorm2d, nn.GroupNorm))
+            and module.weight is not None
+        ):
             module.weight.data.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
             module.bias.data.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
         if isinstance(module, nn.BatchNorm2d):
@@ -251,7 +285,9 @@ def masked_forward(model: nn.Module, images: Tensor, masks: Mapping[str, Tensor]
     def multiply(path: str, mask: Tensor) -> None:
         def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
             last = isinstance(module, (nn.Linear, nn.LayerNorm))
-            return output * (mask.to(output) if last else mask.to(output)[:, None, None])
+            size = output.shape[-1 if last else 1]
+            each = torch.stack([mask] * (size // len(mask)), dim=1).flatten().to(output)  # a group norm's by group
+            return output * (each if last else each[:, None, None])
 
         hooks.append(model.get_submodule(path).register_forward_hook(hook))
 
