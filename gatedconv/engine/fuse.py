@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -50,12 +51,11 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
         while change_inputs and before is not None and _change_input(layer, before):
             remove(before)
             before = private(layer.inputs[0])
-        if layer.kind == "affine" and before is not None and _fold_affine(before, layer):
+        if before is not None and before.kind == "pixel_shuffle" and _joins_behind(private(before.inputs[0]), layer):
             target = before
-        elif layer.kind == "act" and before is not None and _takes_act(before, layer):
-            before.act = layer.act
-            if layer.act in _TAKES_VALUE:
-                before.value = layer.value
+        elif layer.kind == "affine" and before is not None and _fold_affine(before, layer):
+            target = before
+        elif layer.kind == "act" and before is not None and _take_act(before, layer):
             target = before
         elif layer.kind == "act" and layer.act == "relu" and _is_rectified(layer.inputs[0], producer):
             layer.kind = "alias"
@@ -110,11 +110,29 @@ def _is_rectified(node: fx.Node, producer: dict[fx.Node, Layer]) -> bool:
     return layer is not None and layer.act == "relu"
 
 
-def _takes_act(layer: Layer, act: Layer) -> bool:
+def _joins_behind(conv: Layer | None, layer: Layer) -> bool:
+    """Fuse a norm or an activation behind a pixel shuffle into the convolution in front of it."""
+    if conv is None or conv.kind != "conv":
+        return False
+    if layer.kind == "affine":
+        assert layer.weight is not None and layer.bias is not None and conv.weight is not None
+        phases = len(conv.weight) // len(layer.weight)
+        each = replace(layer, weight=layer.weight.repeat_interleave(phases), bias=layer.bias.repeat_interleave(phases))
+        return _fold_affine(conv, each)
+    return layer.kind == "act" and _take_act(conv, layer)
+
+
+def _take_act(layer: Layer, act: Layer) -> bool:
+    """Fuse an activation into what makes its input."""
     if layer.kind not in _TAKES_ACT or layer.act is not None:
         return False
     one_number = layer.kind in _NORMS or (layer.before is not None and layer.before[2] in _TAKES_VALUE)
-    return not (one_number and act.act in _TAKES_VALUE)
+    if one_number and act.act in _TAKES_VALUE:
+        return False
+    layer.act = act.act
+    if act.act in _TAKES_VALUE:
+        layer.value = act.value
+    return True
 
 
 def _change_input(conv: Layer, before: Layer) -> bool:

@@ -16,6 +16,7 @@ from gatedconv.deploy.graph import write_graph
 from gatedconv.deploy.graph_writer import NoGraph
 from gatedconv.engine.idioms import attribute_of, join_idioms
 from gatedconv.engine.layers import size_of
+from gatedconv.engine.transposed import split_transposed
 from gatedconv.nn import ConstantMap, EmptyMap, FrozenConv2d, GatherChannels, PadShortcut, ScatterAdd, ScatterChannels
 
 
@@ -76,6 +77,7 @@ def lower(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     traced.graph.lint()
     join_idioms(traced)
     if example_input.device.type == "cpu":
+        split_transposed(traced)
         _fill_empty_maps(traced)
     else:
         _move(traced.graph, example_input.device)

@@ -208,6 +208,15 @@ FUNCTIONS = {
     "group norm, called": (lambda: lambda x: F.group_norm(x, 4, torch.linspace(0.5, 1, 16).to(x)), 16),
     "layer norm and linear, called": (lambda: CallsByPixel(16), 16),
     "squeezed and multiplied": (lambda: Vectors(16), 16),
+    "transposed": (lambda: nn.ConvTranspose2d(16, 12, 2, 2), 12),
+    "transposed, overlapping, norm and SiLU": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(16, 12, 4, 2, 1, bias=False), nn.BatchNorm2d(12), nn.SiLU()),
+        12,
+    ),
+    "transposed, output padding": (lambda: nn.ConvTranspose2d(16, 12, 3, 2, 1, output_padding=1), 12),
+    "transposed, larger stride than kernel": (lambda: nn.ConvTranspose2d(16, 4, (1, 2), 3, output_padding=(2, 1)), 4),
+    "transposed, of stride 1, groups": (lambda: nn.ConvTranspose2d(16, 12, 3, padding=1, groups=4), 12),
+    "transposed, one for each channel": (lambda: nn.ConvTranspose2d(16, 16, 4, 2, 1, groups=16, bias=False), 16),
     "norm and ReLU in front": (lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(16), nn.ReLU()), 16),
     "norm and SiLU in front": (lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(16), nn.SiLU()), 16),
 }
@@ -244,6 +253,24 @@ def test_depthwise(isa, kernel, stride, channels):
     assert "Nothing is left to PyTorch" in engine.describe()
     for size in ((14, 14), (23, 17), (1, 1), (2, 9)):
         x = torch.randn(2, 2, *size)
+        assert error(engine(x), net, x) <= tolerance()
+
+
+OTHERS = {
+    "dilated": {"kernel_size": 3, "dilation": 2},
+    "of two strides": {"kernel_size": 2, "stride": (1, 2)},
+    "no whole tiles": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "cropped": {"kernel_size": 1, "padding": 1},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_transposed_convolutions_that_stay_in_pytorch(options):
+    net = Between(nn.ConvTranspose2d(16, 12, **options), after=12, kernel=3).eval()
+    engine = gatedconv.Engine(net, torch.randn(1, 3, 8, 10))
+    assert "In PyTorch: 1 operations" in engine.describe() and len(engine.plans) == 2
+    for size in ((8, 10), (5, 7)):
+        x = torch.randn(2, 3, *size)
         assert error(engine(x), net, x) <= tolerance()
 
 

@@ -1,0 +1,109 @@
+"""Transposed convolutions as what a plan has: a convolution that makes the pixels of each tile, and a pixel shuffle.
+
+With stride s, output pixel s * v + q sums input pixels v + (q + p) // s - m times weights (q + p) % s + s * m over m.
+So each of the s phases q is a convolution, and all of them together one with s * s times the outputs, whose kernel
+spans all their offsets; where a phase has no weight it holds zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from gatedconv.engine.idioms import aten, attribute_of, operation_of
+from gatedconv.engine.layers import size_of
+
+
+class Span(NamedTuple):
+    """One dimension of the convolution: its kernel's size, zeros before and behind the input, and where weights go.
+
+    ``weights`` has (phase, weight of the transposed convolution, weight of the convolution) for each of the former.
+    """
+
+    kernel: int
+    before: int
+    behind: int
+    weights: list[tuple[int, int, int]]
+
+
+def span_of(kernel: int, stride: int, padding: int, output_padding: int) -> Span | None:
+    """The convolution along one dimension; None where its output is no whole tiles or it would have to crop."""
+    tiles, rest = divmod(kernel + output_padding - 2 * padding - stride, stride)  # more than the input has pixels
+    offsets = [
+        (q, (q + padding) % stride + stride * m, (q + padding) // stride - m)
+        for q in range(stride)
+        for m in range(kernel)
+        if (q + padding) % stride + stride * m < kernel
+    ]
+    low, high = min(o for _, _, o in offsets), max(o for _, _, o in offsets)
+    if rest or low > 0 or tiles + high < 0:
+        return None
+    return Span(high - low + 1, -low, tiles + high, [(q, t, o - low) for q, t, o in offsets])
+
+
+def as_convolution(weight: Tensor, groups: int, rows: Span, columns: Span, stride: int) -> Tensor:
+    """(C_in, C_out / groups, kh, kw) -> (C_out * stride^2, C_in / groups, KH, KW), as a pixel shuffle reads it."""
+    inside = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # groups, out, in, kh, kw
+    out, read = inside.shape[1:3]
+    wide = weight.new_zeros(groups, out, stride, stride, read, rows.kernel, columns.kernel)
+    for y, top, to_y in rows.weights:
+        for x, left, to_x in columns.weights:
+            wide[:, :, y, x, :, to_y, to_x] = inside[..., top, left]
+    return wide.flatten(0, 3)
+
+
+def split_transposed(traced: fx.GraphModule) -> None:
+    """Write the transposed convolutions of constant weights that `span_of` takes as a convolution and a shuffle."""
+    for node in list(traced.graph.nodes):
+        if operation_of(node) is not aten.convolution or not node.args[6] or len(size_of(node) or ()) != 4:
+            continue
+        x, weight, bias, strides, padding, dilation, _, output_padding, groups = node.args
+        given = [one for one in (weight, bias) if one is not None]
+        if set(dilation) != {1} or len(set(strides)) != 1 or any(one.op != "get_attr" for one in given):
+            continue
+        stride, tensors = strides[0], [attribute_of(traced, str(one.target)).detach() for one in given]
+        sizes = zip(tensors[0].shape[2:], padding, output_padding, strict=True)
+        rows, columns = (span_of(kernel, stride, *others) for kernel, *others in sizes)
+        if rows is None or columns is None:
+            continue
+        constants = [as_convolution(tensors[0], groups, rows, columns, stride)]
+        constants += [one.repeat_interleave(stride**2) for one in tensors[1:]]
+        with traced.graph.inserting_before(node):
+            names = [_constant(traced, f"{node.name}_{i}", one) for i, one in enumerate(constants)]
+            if rows.before != rows.behind or columns.before != columns.behind:
+                x = _call(node, aten.constant_pad_nd.default, x, [*columns[1:3], *rows[1:3]])
+                rows, columns = rows._replace(before=0), columns._replace(before=0)
+            window = [1, 1], [rows.before, columns.before], [1, 1], False, [0, 0], groups
+            made = _call(node, aten.convolution.default, x, *names, *[None] * (2 - len(names)), *window)
+            made = _call(node, aten.pixel_shuffle.default, made, stride) if stride > 1 else made
+        node.replace_all_uses_with(made)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _constant(traced: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    traced.register_buffer(name, tensor, persistent=False)
+    node = traced.graph.get_attr(name)
+    node.meta["tensor_meta"] = tensor.to("meta")
+    return node
+
+
+def _call(node: fx.Node, function: Any, *args: Any) -> fx.Node:
+    """A call in a node's place, with the shapes of its result."""
+    made = node.graph.call_function(function, args)
+    made.meta.update(node.meta)
+    for larger in (False, True):
+        if larger and size_of(args[0], larger) is None:
+            continue
+
+        def empty(read: fx.Node, larger: bool = larger) -> Tensor:
+            return torch.empty(size_of(read, larger) or size_of(read), device="meta")  # type: ignore[arg-type]
+
+        result = function(*fx.node.map_arg(args, empty))
+        if larger:
+            made.meta["larger_shape"] = tuple(result.shape)
+        else:
+            made.meta["tensor_meta"] = result
+    return made
