@@ -15,10 +15,10 @@ from typing import Any
 
 from reproduce.experiment import FIVE, THREE, Experiment, Settings, controls, with_controls
 from reproduce.experiments_cpu import cpu_bench, fast, few_epochs
+from reproduce.paper_presets import TABLE1
 
 PRUNED_SHARES = (20, 30, 50, 60, 80)  # percent, of the naive baselines
 ACT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # λ_act of Figures 2 and 3, in [0, 1]; not printed in the paper
-TABLE1_ACT_WEIGHT = 0.5  # of "Ours", not printed either
 
 
 @cache
@@ -136,7 +136,7 @@ def _table1() -> Iterator[Experiment]:
             kind="dense",
             seeds=FIVE,
         )
-        yield _act_run("table1-c10-r56-ours", TABLE1_ACT_WEIGHT, suffix, ("table1", "figure2", "figure3"), FIVE)
+        yield _act_run("table1-c10-r56-ours", TABLE1["act_weight"], suffix, ("table1", "figure2", "figure3"), FIVE)
 
     return _readings(rows)
 
@@ -145,7 +145,7 @@ def _act_run(
     name: str, weight: float, suffix: str, shown: tuple[str, ...], seeds: tuple[int, ...] = THREE
 ) -> Experiment:
     """Layer gates with Gumbel-softmax, rising λ, and an activation loss."""
-    settings = {"estimator": "gumbel", "act_weight": weight}
+    settings = {**TABLE1, "act_weight": weight}
     label, without = f"ours, λ_act {weight:g}", "table1-c10-r56-dense"
     return _paper(name, "paper-c10-r56-layer", suffix, shown, label, settings, seeds=seeds, dense=without)
 
@@ -207,7 +207,7 @@ def _table5() -> Iterator[Experiment]:
 def _figures() -> Iterator[Experiment]:
     def rows(suffix: str) -> Iterator[Experiment]:
         for weight in ACT_WEIGHTS:
-            if weight != TABLE1_ACT_WEIGHT:
+            if weight != TABLE1["act_weight"]:
                 name = f"figure2-c10-r56-act-{round(100 * weight):03d}"
                 yield _act_run(name, weight, suffix, ("figure2", "figure3"))
         for kind, label in (("naive_dropout", "dropout"), ("naive_layer", "layers")):

@@ -16,6 +16,7 @@ from reproduce.experiment import (
     taught,
     with_controls,
 )
+from reproduce.paper_presets import TABLE1
 
 # ResNet-20 on 25,000 CIFAR-10 images averaged to 16x16: what two CPU cores can afford.
 _CPU_BENCH: Settings = {
@@ -125,14 +126,15 @@ def few_epochs() -> Iterator[Experiment]:
         ("epochs60-r20-c100", "best-c100-r20", 60, "epochs60c100"),
     ):
         yield from with_controls(name, preset, shown, settings={**_HERE, "epochs": epochs, "warmup_epochs": 1.0})
-    for gate, label in (
-        ("dense", "unpruned"),
-        ("layer", "layer gates, λ rising"),
-        ("channel", "channel gates, λ rising"),
+    for gate, suffix, label, more in (
+        ("dense", "", "unpruned", {}),
+        ("layer", "", "layer gates, λ rising", {}),
+        ("channel", "", "channel gates, λ rising", {}),
+        ("layer", "-act", "as in Table 1: layer gates, Gumbel-softmax, λ rising, λ_act 0.5", TABLE1),
     ):
         kind = "dense" if gate == "dense" else "gated"
-        name, preset = f"epochs40-r56-c10-paper-{gate}", f"paper-c10-r56-{gate}-swapped"
-        settings = {**_HERE, "epochs": 40, "amp": "auto"}
+        name, preset = f"epochs40-r56-c10-paper-{gate}{suffix}", f"paper-c10-r56-{gate}-swapped"
+        settings = {**_HERE, "epochs": 40, "amp": "auto", **more}
         without = "epochs40-r56-c10-paper-dense" if kind == "gated" else ""
         yield Experiment(name, kind, preset, settings, THREE, ("epochs40",), f"the paper: {label}", dense=without)
     small = {**_HERE, "epochs": 30, "amp": "auto", "model": "resnet20"}
