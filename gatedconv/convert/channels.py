@@ -260,17 +260,18 @@ class Removal(Constants):
     def layer_channels(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
         """Bool (C_in,) and (C_out,): what a convolution or linear layer reads and what it computes.
 
-        Groups that are used have as many inputs and outputs as the fullest of them. One channel is left of a layer
-        that is neither torch.nn's Conv2d nor its Linear: nothing else makes a map of the size that it does.
+        Groups that are used have as many inputs and outputs as the fullest of them. torch.nn's Conv2d and Linear can be
+        replaced where nothing is needed; other layers keep one channel, since only they know the size of their output.
         """
         groups, module = groups_of(node.module), node.module
         assert module is not None
         plain = is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear)
         write = self.wanted(value).reshape(groups, -1)
-        write[0, 0] |= not plain and not bool(write.any())
+        keeps_one = not plain and not bool(write.any())
+        write[0, 0] |= keeps_one
         read = self.read_channels(node).reshape(groups, -1)
         live = write.any(dim=1)
-        read = read & live[:, None]
+        read = torch.zeros_like(read) if keeps_one else read & live[:, None]
         if groups > 1:
             return _filled(read, live).flatten(), _filled(write, live).flatten()
         read[0, 0] |= not plain and not bool(read.any())

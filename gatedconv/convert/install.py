@@ -114,7 +114,7 @@ def _guard_hooks() -> None:
 
 
 def over_channels(gates: Tensor, channels: int) -> Tensor:
-    """(..., num_gates) -> (..., channels): each gate's number for its channels, which are equally many."""
+    """(..., num_gates) -> (..., channels): what each gate has is repeated for all channels of its group."""
     return gates.repeat_interleave(channels // gates.shape[-1], dim=-1)
 
 

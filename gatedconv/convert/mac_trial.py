@@ -22,7 +22,7 @@ from gatedconv.gating import MacTerm
 def estimated_parts(
     flow: Flow, gated: GatePlaces, terms: Mapping[Node, list[MacTerm]], caution: int = 0
 ) -> dict[str, str]:
-    """Module path -> by how much its terms were off, for the modules whose terms were, at two sets of random masks.
+    """Module path -> by how much its terms were off, for the modules whose terms were, at sets of random masks.
 
     Args:
         flow: of the model without gates.
@@ -30,17 +30,23 @@ def estimated_parts(
         terms: of ``node_terms``.
         caution: of the ``Removal``.
     """
-    return _trial(flow, gated, terms, caution, 0.5) | _trial(flow, gated, terms, caution, 0.0)
+    found = _trial(flow, gated, terms, caution, 0.5) | _trial(flow, gated, terms, caution, 0.0)
+    return found | (_trial(flow, gated, terms, caution, 0.5, branches=0.0) if gated.ends else {})
 
 
 def _trial(
-    flow: Flow, gated: GatePlaces, terms: Mapping[Node, list[MacTerm]], caution: int, share: float
+    flow: Flow,
+    gated: GatePlaces,
+    terms: Mapping[Node, list[MacTerm]],
+    caution: int,
+    share: float,
+    branches: float = 0.5,
 ) -> dict[str, str]:
-    """A trial of random masks: ``share`` of each gate's channels open, at least one, and half of the branches."""
+    """A trial of random masks: a share of each gate's channels is open, at least one, and a share of the branches."""
     sizes = dict((*gated.values.values(), *gated.inputs.values())) | dict.fromkeys(gated.ends.values(), 1)
     generator = torch.Generator().manual_seed(0)
     masks = {
-        n: torch.rand(size, generator=generator, device="cpu") < (share if size > 1 else 0.5)
+        n: torch.rand(size, generator=generator, device="cpu") < (share if size > 1 else branches)
         for n, size in sizes.items()
     }
     for mask in masks.values():

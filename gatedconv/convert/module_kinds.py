@@ -41,11 +41,16 @@ def is_known_transposed(module: nn.Module) -> bool:
     return module.groups == 1 or module.groups == module.in_channels == module.out_channels
 
 
+def is_swapped(layer: nn.Module) -> bool:
+    """Whether a layer's weight is (C_in, C_out, ...): that of a transposed convolution without groups."""
+    return isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1
+
+
 def weight_of(layer: nn.Module) -> Tensor:
-    """The weight (C_out, C_in / groups, ...) of a layer; a view where a transposed convolution begins with C_in."""
+    """The weight of a layer as (C_out, C_in / groups, ...)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1 else weight
+    return weight.transpose(0, 1) if is_swapped(layer) else weight
 
 
 def is_computed(module: nn.Module) -> bool:

@@ -258,7 +258,7 @@ class _Labels:
         return [MacTerm(macs, params, layer)] if macs or params else []
 
     def _of_groups(self, node: Node, labels: Tensor) -> Tensor:
-        """The labels of a group norm's channels, which close with their whole group: those that all of it has."""
+        """The labels of a group norm's channels: that of their group if all of it has the same one, else ALWAYS."""
         columns = labels.reshape(groups_of(node.module), -1).unbind(1)
         return over_channels(functools.reduce(_merge, columns), len(labels))
 

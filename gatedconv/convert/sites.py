@@ -12,7 +12,7 @@ from torch import nn
 from gatedconv.convert.branches import Branch
 from gatedconv.convert.conversion import Selection
 from gatedconv.convert.flow import ACTIVATION_OPS, ACTIVATIONS, MIXING_NORMS, NORMS, PASSING, Flow, is_mixing, op_name
-from gatedconv.convert.module_kinds import CONVS, groups_of, has_own_hooks, is_depthwise, is_known_transposed
+from gatedconv.convert.module_kinds import CONVS, groups_of, has_own_hooks, is_depthwise, is_exact, is_known_transposed
 from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 
 GATED_ALREADY = "another layer's gate is in the same place"
@@ -27,7 +27,7 @@ class Site:
         path: of the module that gets the gate.
         value: what is gated.
         is_input: whether the module's input is gated, rather than its output.
-        num_gates: as many as there are channels, or groups of channels that only go together, of a group norm.
+        num_gates: one for each channel, or for each group of a group norm.
         follows: the site whose gate is used again, behind a depthwise convolution of what that one gates.
         convs: convolutions that compute the gated channels and nothing else.
     """
@@ -238,7 +238,12 @@ class SiteFinder:
         return found.follows or found if found is not None else None
 
     def _origin(self, value: Value, num_gates: int = 0) -> list[Value]:
-        """The values from which one comes channel by channel, or group by group of those that have a gate together."""
+        """The values from which one comes channel by channel.
+
+        Args:
+            value: where to begin.
+            num_gates: follow it through group norms, too, whose groups each have one of so many gates; 0 does not.
+        """
         chain = [value]
         while True:
             node, kind = value.node, self.flow.kind(value)
@@ -313,7 +318,8 @@ def _why_no_conv(module: nn.Module, called: bool) -> str:
     if not isinstance(module, CONVS):
         return f"a {type(module).__name__}: only two-dimensional convolutions are gated"
     if isinstance(module, nn.ConvTranspose2d) and not is_known_transposed(module):
-        return "a transposed convolution with groups, or of a class of its own"
+        own = not is_exact(module, nn.ConvTranspose2d)
+        return "a transposed convolution " + ("with code of its own" if own else "in groups of several channels")
     return "its input is no image with channels in dimension 1"
 
 

@@ -31,7 +31,7 @@ from gatedconv.convert.install import (
     over_channels,
     remove_gates,
 )
-from gatedconv.convert.module_kinds import is_computed
+from gatedconv.convert.module_kinds import CONVS, is_computed, weight_of
 from gatedconv.convert.record import Node, Value
 from gatedconv.convert.verify import as_inputs, tensors_of, trains
 from gatedconv.deploy.resnet_blocks import compact_our_blocks
@@ -41,7 +41,7 @@ from gatedconv.gating import Consensus, FrozenGate, MacTerm, attribute_of, copie
 from gatedconv.nn import Conv2d, FrozenConv2d
 from gatedconv.nn.graph_net import require_size
 
-_ZEROED = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.Conv2d)  # zero weights and biases make zeros
+_ZEROED = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, *CONVS)  # zero weights and biases make zeros
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode cannot be trained
@@ -61,7 +61,8 @@ def compact(
         example_input: images (N, C, H, W), clips (N, T, C, H, W) or vectors (N, K) that the model accepts, or a tuple
             of positional or a dict of keyword arguments.
         channel_multiple: keep so many closed channels, as zeros, that the width behind each gate is a multiple of
-            this. None: 8 where ``example_input`` is on a GPU, whose matrix units need it, else 1.
+            this, where the gated module has weights to make the zeros. None: 8 where ``example_input`` is on a GPU,
+            whose matrix units need it, else 1.
         verify: compare the result with ``frozen`` on the example, a larger batch and larger images, and try whether
             it runs in training where ``frozen`` does; costs three forwards of each, and one in training.
 
@@ -190,7 +191,7 @@ def _fill_up(
     for path, kind, mask in closed:
         module = model.get_submodule(path)
         layer = isinstance(module, _ZEROED) and module.weight is not None
-        channels = len(module.weight) if layer else len(mask)  # type: ignore[arg-type]
+        channels = len(weight_of(module)) if layer else len(mask)
         size = channels // len(mask)  # of a group
         kept = filled_up(mask, channel_multiple // math.gcd(channel_multiple, size))
         if layer and kind not in (GateBranch, GateInput) and not is_computed(module) and not torch.equal(kept, mask):

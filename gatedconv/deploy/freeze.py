@@ -23,6 +23,7 @@ from gatedconv.convert.install import (
     keeping_aliases,
     mask_of,
     masks_by_link,
+    over_channels,
     skip_closed,
 )
 from gatedconv.convert.verify import Inputs, as_inputs, tensors_of
@@ -112,7 +113,7 @@ def _zero_closed_norms(frozen: nn.Module) -> None:
             closes = isinstance(hook, (GateOutputHook, FollowGate)) and hook.alone
             mask = mask_of(hook, module, links) if closes else None
             if mask is not None and module.affine and owners[id(module.weight)] == owners[id(module.bias)] == 1:
-                zero_channels(module, ~mask)
+                zero_channels(module, over_channels(~mask, int(module.num_features)))
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
             gates[path] = describe_module(path, module)
         if isinstance(module, FrozenConv2d):
             frozen.append(path)
-        found = {name: value for name in COUNTS if isinstance(value := getattr(module, name, None), int)}
+        found = {name: value for name in COUNTS if isinstance(value := vars(module).get(name), int)}
         if found and not isinstance(module, (Gate, Framed)):
             counts[path] = found
         if mine := hooks_of(module):
@@ -79,7 +79,7 @@ def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping
     for path, numbers in changes["counts"].items():
         module = model.get_submodule(path)
         for name in COUNTS:
-            if name in numbers and isinstance(getattr(module, name, None), int):
+            if name in numbers and isinstance(vars(module).get(name), int):
                 setattr(module, name, int(numbers[name]))
     links: dict[int, Link] = {}
     for path, found in changes["hooks"].items():

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gatedconv.convert.module_kinds import CONVS, is_computed
+from gatedconv.convert.module_kinds import CONVS, is_computed, is_swapped
 from gatedconv.nn.modules import take_place
 
-COUNTS = (
-    *("in_channels", "out_channels", "groups", "in_features", "out_features"),
-    *("num_features", "num_parameters", "num_channels", "num_groups"),
-)
+COUNTS = "in_channels out_channels groups in_features out_features num_features num_parameters".split()
+COUNTS += ["num_channels", "num_groups"]
 
 
 def filled_up(mask: Tensor, channel_multiple: int) -> Tensor:
@@ -64,8 +62,7 @@ def plain_conv(module: nn.Conv2d) -> nn.Conv2d:
 
 def set_weight(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, weight: Tensor, groups: int = 1) -> None:
     """Give a layer a copy of a weight (C_out, C_in / groups, ...) of another size, and the counts that go with it."""
-    swapped = isinstance(layer, nn.ConvTranspose2d) and groups == 1
-    own = weight.transpose(0, 1).contiguous() if swapped else weight
+    own = weight.transpose(0, 1).contiguous() if is_swapped(layer) else weight
     layer.weight = nn.Parameter(own.detach().clone(), layer.weight.requires_grad)
     if isinstance(layer, CONVS):
         layer.in_channels, layer.out_channels, layer.groups = weight.shape[1] * groups, len(weight), groups
@@ -99,5 +96,6 @@ def zero_channels(module: nn.Module, closed: Tensor) -> None:
         parameter = getattr(module, name)
         if parameter is not None:
             changed = parameter.detach().clone()
-            changed[closed.to(changed.device)] = 0
+            rows = changed if name == "bias" else changed.transpose(0, 1) if is_swapped(module) else changed
+            rows[closed.to(changed.device)] = 0
             setattr(module, name, nn.Parameter(changed, parameter.requires_grad))

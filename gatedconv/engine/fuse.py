@@ -51,7 +51,11 @@ def fuse(layers: list[Layer], result: fx.Node, change_inputs: bool = False) -> l
         while change_inputs and before is not None and _change_input(layer, before):
             remove(before)
             before = private(layer.inputs[0])
-        if before is not None and before.kind == "pixel_shuffle" and _joins_behind(private(before.inputs[0]), layer):
+        if (
+            before is not None
+            and before.kind == "pixel_shuffle"
+            and _fuse_before_shuffle(private(before.inputs[0]), layer)
+        ):
             target = before
         elif layer.kind == "affine" and before is not None and _fold_affine(before, layer):
             target = before
@@ -110,8 +114,8 @@ def _is_rectified(node: fx.Node, producer: dict[fx.Node, Layer]) -> bool:
     return layer is not None and layer.act == "relu"
 
 
-def _joins_behind(conv: Layer | None, layer: Layer) -> bool:
-    """Fuse a norm or an activation behind a pixel shuffle into the convolution in front of it."""
+def _fuse_before_shuffle(conv: Layer | None, layer: Layer) -> bool:
+    """Fuse what follows a pixel shuffle into the convolution in front of it; whether it could be."""
     if conv is None or conv.kind != "conv":
         return False
     if layer.kind == "affine":
@@ -123,7 +127,7 @@ def _joins_behind(conv: Layer | None, layer: Layer) -> bool:
 
 
 def _take_act(layer: Layer, act: Layer) -> bool:
-    """Fuse an activation into what makes its input."""
+    """Fuse an activation into what makes its input; whether it could be."""
     if layer.kind not in _TAKES_ACT or layer.act is not None:
         return False
     one_number = layer.kind in _NORMS or (layer.before is not None and layer.before[2] in _TAKES_VALUE)

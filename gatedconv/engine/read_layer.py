@@ -116,7 +116,7 @@ def _pad(call: Call) -> Layer | None:
     if call.get(2, default=0) != 0 or not is_map(call.source) or len(whole) != 4 or min(whole) < 0:
         return None
     left, right, top, bottom = whole
-    if not any(whole):  # at this size
+    if not any(whole):
         return _same(call)
     return make_layer("pad", call.node, padding=(top, left, bottom, right))
 

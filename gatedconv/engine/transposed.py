@@ -2,11 +2,13 @@
 
 With stride s, output pixel s * v + q sums input pixels v + (q + p) // s - m times weights (q + p) % s + s * m over m.
 So each of the s phases q is a convolution, and all of them together one with s * s times the outputs, whose kernel
-spans all their offsets; where a phase has no weight it holds zeros.
+spans all their offsets; where a phase has no weight it holds zeros. A NaN or an infinity in the input reaches the
+output pixels of all phases under that kernel, in PyTorch only those of its own weights.
 """
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +19,13 @@ from gatedconv.engine.layers import size_of
 
 
 class Span(NamedTuple):
-    """One dimension of the convolution: its kernel's size, zeros before and behind the input, and where weights go.
+    """The convolution along one dimension.
 
-    ``weights`` has (phase, weight of the transposed convolution, weight of the convolution) for each of the former.
+    Attributes:
+        kernel: its size.
+        before: zeros in front of the input.
+        behind: zeros after it.
+        weights: for each weight of the transposed convolution its phase, its index, and its index in the kernel.
     """
 
     kernel: int
@@ -29,8 +35,8 @@ class Span(NamedTuple):
 
 
 def span_of(kernel: int, stride: int, padding: int, output_padding: int) -> Span | None:
-    """The convolution along one dimension; None where its output is no whole tiles or it would have to crop."""
-    tiles, rest = divmod(kernel + output_padding - 2 * padding - stride, stride)  # more than the input has pixels
+    """The convolution along one dimension; None where its output would be part of a tile or have to be cropped."""
+    tiles, rest = divmod(kernel + output_padding - 2 * padding - stride, stride)  # tiles, less the input's pixels
     offsets = [
         (q, (q + padding) % stride + stride * m, (q + padding) // stride - m)
         for q in range(stride)
@@ -68,10 +74,13 @@ def split_transposed(traced: fx.GraphModule) -> None:
         rows, columns = (span_of(kernel, stride, *others) for kernel, *others in sizes)
         if rows is None or columns is None:
             continue
+        pixels = (size_of(x) or ())[2:]
+        if any(max(one.before, one.behind) >= d for one, d in zip((rows, columns), pixels, strict=True)):
+            continue  # most of its products would be with zeros around the map
         constants = [as_convolution(tensors[0], groups, rows, columns, stride)]
         constants += [one.repeat_interleave(stride**2) for one in tensors[1:]]
         with traced.graph.inserting_before(node):
-            names = [_constant(traced, f"{node.name}_{i}", one) for i, one in enumerate(constants)]
+            names = [_constant(traced, one) for one in constants]
             if rows.before != rows.behind or columns.before != columns.behind:
                 x = _call(node, aten.constant_pad_nd.default, x, [*columns[1:3], *rows[1:3]])
                 rows, columns = rows._replace(before=0), columns._replace(before=0)
@@ -83,7 +92,8 @@ def split_transposed(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
-def _constant(traced: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+def _constant(traced: fx.GraphModule, tensor: Tensor) -> fx.Node:
+    name = next(name for i in count() if not hasattr(traced, name := f"constant_tile_{i}"))
     traced.register_buffer(name, tensor, persistent=False)
     node = traced.graph.get_attr(name)
     node.meta["tensor_meta"] = tensor.to("meta")

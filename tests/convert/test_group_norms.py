@@ -80,6 +80,29 @@ def test_they_train_and_come_back_from_files(tmp_path):
                 assert_close(loaded(IMAGES), stage.eval()(IMAGES))
 
 
+def test_a_batch_norm_may_follow_the_gates_of_a_group_norm():
+    class Depthwise(Norms):
+        def __init__(self):
+            super().__init__()
+            self.deep, self.deepnorm = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            x = F.relu(self.norm1(self.conv1(x)))
+            x = F.relu(self.norm2(self.conv2(F.relu(self.deepnorm(self.deep(x))))))
+            return self.head(x).mean((2, 3))
+
+    gated = gatedconv.gate_model(Depthwise().eval(), "channel", example_input=IMAGES)
+    masks = random_masks({n: g.num_gates for n, g in gatedconv.gates(gated).items()}, "odd", 3)
+    assert masks["norm1.channel_gate"].shape == (4,)
+    frozen = gatedconv.freeze(gated, masks=masks)
+    small = gatedconv.compact(frozen, IMAGES)
+    assert small.deep.groups == small.conv1.out_channels == 4 * int(masks["norm1.channel_gate"].sum())
+    closed = (~masks["norm1.channel_gate"]).nonzero().flatten() * 4
+    assert frozen.deepnorm.weight[closed].abs().max() == 0
+    with torch.no_grad():
+        assert_close(small(IMAGES), frozen(IMAGES))
+
+
 def test_widths_are_filled_up_with_whole_groups():
     gated = gatedconv.gate_model(Norms(), "channel", example_input=IMAGES).eval()
     masks = {name: torch.tensor([False, True, False, False]) for name in gatedconv.gates(gated)}

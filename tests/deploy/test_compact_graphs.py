@@ -104,6 +104,27 @@ def test_code_that_pools_a_closed_branch_is_the_only_work_left_in_it(gate):
     assert gatedconv.count_macs(block, torch.zeros(1, 8, 12, 12)) == project + 36  # one channel of 6 x 6 pixels
 
 
+def test_of_a_closed_branch_a_transposed_convolution_reads_one_channel():
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.branch = nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(12, 8, 4, 2, 1))
+            self.head = nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.branch(x)).mean((2, 3))
+
+    result = gatedconv.gate_model(Up().eval(), "layer", example_input=IMAGES)
+    frozen = gatedconv.freeze(result, masks={"branch.0.layer_gate": torch.tensor([False])})
+    small = gatedconv.compact(frozen, IMAGES)
+    with torch.no_grad():
+        assert_close(small(IMAGES), frozen(IMAGES))
+    (up,) = (m for m in small.modules() if isinstance(m, nn.ConvTranspose2d))
+    assert (up.in_channels, up.out_channels) == (1, 1) and "branch.2" in result.conversion.estimated
+
+
 def test_a_frozen_network_runs_nothing_that_is_closed():
     _, result = gated("residual", "both")
     masks = masks_of(result, "open")

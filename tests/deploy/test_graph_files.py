@@ -237,3 +237,22 @@ def test_the_saved_consensus_is_that_of_the_masks_in_force(tmp_path):
     gatedconv.save(frozen, tmp_path / "m")
     found = gatedconv.load(tmp_path / "m", into=network("relu")).consensus.masks
     assert all(torch.equal(mask, ~masks[name]) for name, mask in found.items())
+
+
+def test_counts_of_layers_may_be_properties_of_a_class(tmp_path):
+    class Net(nn.Sequential):
+        @property
+        def num_channels(self):
+            return self[0].out_channels
+
+    def make():
+        return Net(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+
+    gated = gatedconv.gate_model(make(), "channel", example_input=IMAGES)
+    frozen = gatedconv.freeze(gated, masks={"0.channel_gate": torch.arange(8) < 3})
+    small = gatedconv.compact(frozen, IMAGES)
+    gatedconv.save(small, tmp_path / "m")
+    loaded = gatedconv.load(tmp_path / "m", into=make())
+    assert loaded.num_channels == 3
+    with torch.no_grad():
+        assert_close(loaded(IMAGES), small(IMAGES))

@@ -261,6 +261,7 @@ OTHERS = {
     "of two strides": {"kernel_size": 2, "stride": (1, 2)},
     "no whole tiles": {"kernel_size": 3, "stride": 2, "padding": 1},
     "cropped": {"kernel_size": 1, "padding": 1},
+    "as large as the map": {"kernel_size": 9, "stride": 1},
 }
 
 
@@ -272,6 +273,21 @@ def test_transposed_convolutions_that_stay_in_pytorch(options):
     for size in ((8, 10), (5, 7)):
         x = torch.randn(2, 3, *size)
         assert error(engine(x), net, x) <= tolerance()
+
+
+def test_constants_of_transposed_convolutions_have_names_of_their_own():
+    class Ups(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.up_1 = nn.ConvTranspose2d(3, 8, 2, 2), nn.ConvTranspose2d(8, 4, 2, 2)
+            self.register_buffer("constant_tile_0", torch.full((1, 8, 1, 1), 2.0))
+
+        def forward(self, x):
+            return self.up_1(self.up(x) * self.constant_tile_0)
+
+    net, x = Ups().eval(), torch.randn(2, 3, 6, 5)
+    engine = gatedconv.Engine(net, x)
+    assert len(engine.plans) == 1 and error(engine(x), net, x) <= tolerance()
 
 
 def test_flattened_maps_and_linear_layers():
