@@ -7,7 +7,6 @@ is compared is timed interleaved, in one process, and given as ratios: the machi
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import statistics
@@ -290,22 +289,6 @@ def collectives_table() -> str:
     return markdown_table([*header, "2 processes: messages (ms)", "step (ms)"], lines)
 
 
-def on_paper() -> str:
-    """Bytes and messages of the gates in a step on 8 and on 1,024 GPUs, by a ring and by a tree."""
-    found = _read("collectives")
-    if found is None:
-        return _ABSENT
-    lines = []
-    for row, gpus in itertools.product(found["rows"], (8, 1024)):
-        own, ring, tree = _gate_bytes(row), 2 * (gpus - 1), 2 * (gpus - 1).bit_length()
-        share = own / (row["bytes_per_step"] + row["gradient_bytes_per_step"])
-        sent, count = round(2 * (gpus - 1) / gpus * own), row["messages_per_step"]
-        cells = [f"{gpus:,}", f"{sent:,}", f"{share:.2%}", f"{count} x {ring:,}", f"{count} x {tree}"]
-        lines.append([_named(row), _NORMS[row["sync_norm"]], *cells])
-    header = ["network", "norms of gates", "GPUs", "sent by each GPU for gates, ring (bytes)", "of all it sends"]
-    return markdown_table([*header, "messages x steps of a ring", "of a tree"], lines)
-
-
 def skipping_table() -> str:
     """A training step with half of the gates closed, with and without skipping their blocks."""
     found = _read("skipping")
@@ -349,7 +332,6 @@ def survival() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "collectives": collectives_table,
-    "on-paper": on_paper,
     "skipping": skipping_table,
     "compile": compiled_table,
     "survival": survival,

@@ -188,9 +188,9 @@ def headline() -> str:
     header = ["CPU", "rows won", "dense", "half pruned", "dense, fewer bits", "half pruned, fewer bits"]
     return (
         f"Speed-up over the faster of ONNX Runtime and OpenVINO, float32, geometric means over {networks} networks "
-        f"({size} pixels, batch 1 and 8),\ndense and with half of the channels inside their blocks removed. Last "
-        f"columns: that of our float32 over the fastest runtime\nin bfloat16 or int8; below 1 that one is faster. "
-        f"[Every row](docs/performance.md), the lost ones too.\n\n" + markdown_table(header, lines, 1)
+        f"({size} pixels, batch 1 and 8),\ndense and with half of the channels inside their blocks removed. "
+        f"The last two columns compare our\nfloat32 with the fastest bfloat16 or int8 runtime; below 1 that runtime is "
+        f"faster. [Every row](docs/performance.md), the lost ones too.\n\n" + markdown_table(header, lines, 1)
     )
 
 

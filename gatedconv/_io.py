@@ -133,26 +133,11 @@ def first_line(error: BaseException) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder and in the folders inside it.
-
-    Files of processes that still run on this machine stay, except this one's: what has its number is of an earlier
-    process, as in a container that was started again.
-    """
+    """Remove the temporary files that killed processes left in a locked folder and in the folders inside it."""
     for file in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
-        writer = file.name.split(".")[-2]
-        if writer.isdecimal() and not _runs(int(writer)):
+        if file.name.split(".")[-2].isdecimal():
             with contextlib.suppress(OSError):
                 file.unlink()
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass
-    return process != os.getpid()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,11 +7,10 @@ Ordered by what a GPU minute buys; `reproduce.schedule` has other orders. Nothin
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any
 
 from reproduce.experiment import FIVE, THREE, Experiment, Settings, controls, with_controls
 from reproduce.experiments_cpu import cpu_bench, fast, few_epochs
@@ -27,14 +26,14 @@ def all_experiments() -> Mapping[str, Experiment]:
     found: dict[str, Experiment] = {}
     for experiment in (
         *with_controls("headline-r56-c10", "best-c10-r56", "headline", FIVE),
-        *_table4(),
-        *_table1(),
+        *_readings(_table4),
+        *_readings(_table1),
         *with_controls("ours-r56-c100", "best-c100-r56", "cifar100"),
         *with_controls("ours-r110-c100", "best-c100-r110", "cifar100"),
-        *_table6(),
-        *_table3(),
-        *_table5(),
-        *_figures(),
+        *_readings(_table6),
+        *_readings(_table3),
+        *_readings(_table5),
+        *_readings(_figures),
         *with_controls("ours-r110-c10", "best-c10-r110", "recipes"),
         *(
             row
@@ -64,7 +63,7 @@ def find_experiment(name: str) -> Experiment:
     return known[name]
 
 
-def _readings(make: Any) -> Iterator[Experiment]:
+def _readings(make: Callable[[str], Iterator[Experiment]]) -> Iterator[Experiment]:
     """Both readings of the paper's milestones: as printed, and exchanged between the two data sets."""
     for suffix in ("", "-swapped"):
         yield from make(suffix)
@@ -86,59 +85,53 @@ def _paper(
     return Experiment(name + suffix, kind, preset + suffix, settings or {}, seeds, shown, label, dense=without)
 
 
-def _table4() -> Iterator[Experiment]:
-    def rows(suffix: str) -> Iterator[Experiment]:
-        for data in ("c10", "c100"):
-            also = ("table3", "table6") if data == "c10" else ("cifar100",)
-            net = f"CIFAR-{data[1:]}"
-            yield _paper(
-                f"table4-{data}-r110-dense",
-                f"paper-{data}-r110-dense",
-                suffix,
-                ("table4", *also),
-                f"{net} baseline",
-                kind="dense",
-            )
-            layer_also = ("table6", "figure6") if data == "c10" else ("cifar100",)
-            layer = _paper(
-                f"table4-{data}-r110-layer",
-                f"paper-{data}-r110-layer",
-                suffix,
-                ("table4", *layer_also),
-                f"{net} layer pruned" + (", λ rising" if data == "c10" else ""),
-                dense=f"table4-{data}-r110-dense",
-            )
-            channel_also = ("table3",) if data == "c10" else ("cifar100",)
-            channel = _paper(
-                f"table4-{data}-r110-channel",
-                f"paper-{data}-r110-channel",
-                suffix,
-                ("table4", *channel_also),
-                f"{net} channel pruned" + (", 2FC-after" if data == "c10" else ""),
-                dense=f"table4-{data}-r110-dense",
-            )
-            for gated in (layer, channel):
-                yield gated
-                for control in controls(gated):
-                    yield replace(control, shown=("table4",) if data == "c10" else ("table4", "cifar100"))
-
-    return _readings(rows)
-
-
-def _table1() -> Iterator[Experiment]:
-    def rows(suffix: str) -> Iterator[Experiment]:
+def _table4(suffix: str) -> Iterator[Experiment]:
+    for data in ("c10", "c100"):
+        also = ("table3", "table6") if data == "c10" else ("cifar100",)
+        net = f"CIFAR-{data[1:]}"
         yield _paper(
-            "table1-c10-r56-dense",
-            "paper-c10-r56-dense",
+            f"table4-{data}-r110-dense",
+            f"paper-{data}-r110-dense",
             suffix,
-            ("table1", "figure2", "figure3"),
-            "unpruned",
+            ("table4", *also),
+            f"{net} baseline",
             kind="dense",
-            seeds=FIVE,
         )
-        yield _act_run("table1-c10-r56-ours", TABLE1["act_weight"], suffix, ("table1", "figure2", "figure3"), FIVE)
+        layer_also = ("table6", "figure6") if data == "c10" else ("cifar100",)
+        layer = _paper(
+            f"table4-{data}-r110-layer",
+            f"paper-{data}-r110-layer",
+            suffix,
+            ("table4", *layer_also),
+            f"{net} layer pruned" + (", λ rising" if data == "c10" else ""),
+            dense=f"table4-{data}-r110-dense",
+        )
+        channel_also = ("table3",) if data == "c10" else ("cifar100",)
+        channel = _paper(
+            f"table4-{data}-r110-channel",
+            f"paper-{data}-r110-channel",
+            suffix,
+            ("table4", *channel_also),
+            f"{net} channel pruned" + (", 2FC-after" if data == "c10" else ""),
+            dense=f"table4-{data}-r110-dense",
+        )
+        for gated in (layer, channel):
+            yield gated
+            for control in controls(gated):
+                yield replace(control, shown=("table4",) if data == "c10" else ("table4", "cifar100"))
 
-    return _readings(rows)
+
+def _table1(suffix: str) -> Iterator[Experiment]:
+    yield _paper(
+        "table1-c10-r56-dense",
+        "paper-c10-r56-dense",
+        suffix,
+        ("table1", "figure2", "figure3"),
+        "unpruned",
+        kind="dense",
+        seeds=FIVE,
+    )
+    yield _act_run("table1-c10-r56-ours", TABLE1["act_weight"], suffix, ("table1", "figure2", "figure3"), FIVE)
 
 
 def _act_run(
@@ -150,78 +143,65 @@ def _act_run(
     return _paper(name, "paper-c10-r56-layer", suffix, shown, label, settings, seeds=seeds, dense=without)
 
 
-def _table6() -> Iterator[Experiment]:
-    def rows(suffix: str) -> Iterator[Experiment]:
-        for weight in (0, 1, 2, 3):
-            shown = ("table6", "figure6", *(("table5",) if weight == 3 else ()))
-            yield _paper(
-                f"table6-c10-r110-lambda-{weight}",
-                "paper-c10-r110-layer",
-                suffix,
-                shown,
-                f"λ {weight}" + (" (STE)" if weight == 3 else ""),
-                {"polar_weight": float(weight), "polar_schedule": "constant"},
-                dense="table4-c10-r110-dense",
-            )
-
-    return _readings(rows)
+def _table6(suffix: str) -> Iterator[Experiment]:
+    for weight in (0, 1, 2, 3):
+        shown = ("table6", "figure6", *(("table5",) if weight == 3 else ()))
+        yield _paper(
+            f"table6-c10-r110-lambda-{weight}",
+            "paper-c10-r110-layer",
+            suffix,
+            shown,
+            f"λ {weight}" + (" (STE)" if weight == 3 else ""),
+            {"polar_weight": float(weight), "polar_schedule": "constant"},
+            dense="table4-c10-r110-dense",
+        )
 
 
-def _table3() -> Iterator[Experiment]:
-    def rows(suffix: str) -> Iterator[Experiment]:
-        for layers, hidden in ((1, 0), (2, 16)):
-            for position in ("before", "middle", "after"):
-                if (layers, position) != (2, "after"):  # that one is Table 4's
-                    yield _paper(
-                        f"table3-c10-r110-{layers}fc-{position}",
-                        "paper-c10-r110-channel",
-                        suffix,
-                        ("table3",),
-                        f"{layers}FC-{position}",
-                        {"hidden": hidden, "position": position},
-                        dense="table4-c10-r110-dense",
-                    )
-
-    return _readings(rows)
-
-
-def _table5() -> Iterator[Experiment]:
-    """The paper's "Bernoulli" is a threshold at the batch's mean logit; the table also has a real Bernoulli sample."""
-
-    def rows(suffix: str) -> Iterator[Experiment]:
-        estimators = {"gumbel": "Gumbel-softmax", "batch_mean": "batch mean, their Bernoulli", "bernoulli": "Bernoulli"}
-        for estimator, label in estimators.items():
-            yield _paper(
-                f"table5-c10-r110-{estimator.replace('_', '-')}",
-                "paper-c10-r110-layer",
-                suffix,
-                ("table5",),
-                label,
-                {"estimator": estimator, "polar_schedule": "constant"},
-                dense="table4-c10-r110-dense",
-            )
-
-    return _readings(rows)
-
-
-def _figures() -> Iterator[Experiment]:
-    def rows(suffix: str) -> Iterator[Experiment]:
-        for weight in ACT_WEIGHTS:
-            if weight != TABLE1["act_weight"]:
-                name = f"figure2-c10-r56-act-{round(100 * weight):03d}"
-                yield _act_run(name, weight, suffix, ("figure2", "figure3"))
-        for kind, label in (("naive_dropout", "dropout"), ("naive_layer", "layers")):
-            for share in PRUNED_SHARES:
-                yield Experiment(
-                    f"figure2-c10-r56-naive-{label}-{share}{suffix}",
-                    kind,
-                    f"paper-c10-r56-dense{suffix}",
-                    {},
-                    FIVE,
-                    ("figure2",),
-                    f"naive {label} {share} %" + (", swapped" if suffix else ""),
-                    f"table1-c10-r56-dense{suffix}",
-                    share,
+def _table3(suffix: str) -> Iterator[Experiment]:
+    for layers, hidden in ((1, 0), (2, 16)):
+        for position in ("before", "middle", "after"):
+            if (layers, position) != (2, "after"):  # that one is Table 4's
+                yield _paper(
+                    f"table3-c10-r110-{layers}fc-{position}",
+                    "paper-c10-r110-channel",
+                    suffix,
+                    ("table3",),
+                    f"{layers}FC-{position}",
+                    {"hidden": hidden, "position": position},
+                    dense="table4-c10-r110-dense",
                 )
 
-    return _readings(rows)
+
+def _table5(suffix: str) -> Iterator[Experiment]:
+    """The paper's "Bernoulli" is a threshold at the batch's mean logit; the table also has a real Bernoulli sample."""
+    estimators = {"gumbel": "Gumbel-softmax", "batch_mean": "batch mean, their Bernoulli", "bernoulli": "Bernoulli"}
+    for estimator, label in estimators.items():
+        yield _paper(
+            f"table5-c10-r110-{estimator.replace('_', '-')}",
+            "paper-c10-r110-layer",
+            suffix,
+            ("table5",),
+            label,
+            {"estimator": estimator, "polar_schedule": "constant"},
+            dense="table4-c10-r110-dense",
+        )
+
+
+def _figures(suffix: str) -> Iterator[Experiment]:
+    for weight in ACT_WEIGHTS:
+        if weight != TABLE1["act_weight"]:
+            name = f"figure2-c10-r56-act-{round(100 * weight):03d}"
+            yield _act_run(name, weight, suffix, ("figure2", "figure3"))
+    for kind, label in (("naive_dropout", "dropout"), ("naive_layer", "layers")):
+        for share in PRUNED_SHARES:
+            yield Experiment(
+                f"figure2-c10-r56-naive-{label}-{share}{suffix}",
+                kind,
+                f"paper-c10-r56-dense{suffix}",
+                {},
+                FIVE,
+                ("figure2",),
+                f"naive {label} {share} %" + (", swapped" if suffix else ""),
+                f"table1-c10-r56-dense{suffix}",
+                share,
+            )

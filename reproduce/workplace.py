@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gatedconv._io import naming_file, write_atomic, write_json_lines
+from gatedconv._io import write_atomic, write_json_lines
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.run_dir import RunFolder
 
@@ -102,11 +102,9 @@ class Workplace:
         """Copy every epoch's metrics, rounded to 5 digits, and the consensus to the results folder."""
         folder = self.folder(name, seed)
         epochs, consensus = self.epochs(name, seed), self.consensus(name, seed)
-        with naming_file(epochs):
-            write_json_lines(epochs, [_rounded(metrics.as_dict()) for metrics in folder.read_metrics()])
+        write_json_lines(epochs, [_rounded(metrics.as_dict()) for metrics in folder.read_metrics()])
         if folder.consensus.is_file():
-            with naming_file(consensus):
-                write_atomic(consensus, folder.consensus.read_bytes())
+            write_atomic(consensus, folder.consensus.read_bytes())
 
     def find_consensus(self, name: str, seed: int) -> Path:
         """The consensus of a finished gated run, in the results folder or in its run folder.

@@ -190,13 +190,9 @@ def _write(network: nn.Module, x: Tensor, path: Path) -> None:
     elif path.suffix == ".param":
         mobile.ncnn_files(network, x, path.parent)
     else:
-        _export(network, x, path)
-
-
-def _export(network: nn.Module, x: Tensor, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        export(network, path, x, "plan" if path.suffix == ".plan" else "onnx")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            export(network, path, x, "plan" if path.suffix == ".plan" else "onnx")
 
 
 def _file_bytes(path: Path) -> int:

@@ -69,8 +69,8 @@ def gate_model(
     gate goes on every residual branch (found from the additions; projection shortcuts stay), a channel gate
     on every convolution, behind its norm. A gate is a submodule of the module that it gates, whose output a forward
     hook multiplies by the gate's decision; nothing is rewritten. Gates start open: in eval the result computes
-    what ``model`` does. What reaches an output of the network without a layer in between that mixes channels (scores,
-    boxes, heat maps) is never gated, unless ``include`` has the layer's very name.
+    what ``model`` does. Layers whose output reaches an output of the network with no layer in between that mixes
+    channels (scores, boxes, heat maps) are never gated, unless ``include`` names the layer exactly.
 
     Args:
         model: any network that takes images (N, C, H, W), clips (N, T, C, H, W) or vectors (N, K); left as it is.

@@ -52,8 +52,8 @@ def compact(
 
     Every model keeps its class and its code. Convolutions, dense layers and norms become smaller in their places.
     Where the code around a layer expects all channels (a residual stream, a tensor that is split), small modules of
-    ``gatedconv.nn`` choose and scatter them (``GatherChannels``, ``ScatterChannels``), or put the constants in
-    that closed channels leave. What is shared stays shared, and what is not proven is not removed: layers that
+    ``gatedconv.nn`` gather and scatter channels (``GatherChannels``, ``ScatterChannels``), or fill in the constants
+    that closed channels produce. What is shared stays shared, and what is not proven is not removed: layers that
     are called several times, whose weights are computed or read by other code keep their channels.
 
     Args:

@@ -109,11 +109,13 @@ def _zero_closed_norms(frozen: nn.Module) -> None:
     links = masks_by_link(frozen)
     owners = Counter(id(p) for module in frozen.modules() for p in module._parameters.values())
     for module in frozen.modules():
-        for hook in hooks_of(module) if isinstance(module, nn.modules.batchnorm._BatchNorm) else ():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        for hook in hooks_of(module):
             closes = isinstance(hook, (GateOutputHook, FollowGate)) and hook.alone
             mask = mask_of(hook, module, links) if closes else None
             if mask is not None and module.affine and owners[id(module.weight)] == owners[id(module.bias)] == 1:
-                zero_channels(module, over_channels(~mask, int(module.num_features)))
+                zero_channels(module, over_channels(~mask, module.num_features))
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,18 +61,8 @@ def shrink(model: nn.Module, removal: Removal) -> None:
     for node, value in removal.masks.inputs:
         if flow.kind(node.outputs[0]) not in ("conv", "linear") or not removal.is_sliceable(node):
             mask = removal.masks.inputs[node, value]
-            _frame(
-                model,
-                node.scope,
-                before=_glue(
-                    ~removal.zeros(value),
-                    ~removal.zeros(value),
-                    ~mask,
-                    torch.zeros(len(mask), device="cpu"),
-                    value,
-                    flow[value].axis,
-                ),
-            )
+            every, zeros = ~removal.zeros(value), torch.zeros(len(mask), device="cpu")
+            _frame(model, node.scope, _glue(every, every, ~mask, zeros, value, flow[value].axis), [])
 
 
 # -- single modules ------------------------------------------------------------------------------------
@@ -302,7 +291,7 @@ def _glue(
 
 
 def _frame(
-    model: nn.Module, path: str, before: list[tuple[str, Any]] | None = None, after: list[tuple[str, Any]] | None = None
+    model: nn.Module, path: str, before: list[tuple[str, nn.Module]], after: list[tuple[str, nn.Module]]
 ) -> None:
     if not before and not after:
         return
@@ -313,6 +302,6 @@ def _frame(
             owner = owner.layer
         module = getattr(owner, name)
     device = device_of(module, model)
-    parts = [*(before or []), ("layer", module), *(after or [])]
+    parts = [*before, ("layer", module), *after]
     framed = Framed(OrderedDict(parts)).train(module.training)
     owner.add_module(name, framed if device is None else framed.to(device))

@@ -37,8 +37,8 @@ class Engine(nn.Module):
     each layer by the algorithm measured fastest, as one CUDA graph for each input shape.
 
     What no plan can run (see `describe`) runs in PyTorch, in between. The model is written as a graph, from runs of its
-    code on random images of several sizes. A model that cannot be written so runs in PyTorch as a whole; one whose code
-    computes with the size of the images may be written for the example's size alone, and runs there for others. The
+    code on random images of several sizes. A model that cannot be written so runs in PyTorch as a whole. If its code
+    depends on the size of the images, the graph may hold for the example's size alone; others then run in PyTorch. The
     result equals the model's up to rounding: max|a - b| / max|b| <= 1e-5 in float32, more only where the network itself
     amplifies rounding (the check refuses from 1e-4 on), in other types at most twice PyTorch's own error against
     float32.

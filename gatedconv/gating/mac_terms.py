@@ -101,8 +101,8 @@ def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -
 
     sum over terms of macs * prod over its gates of mean(open rate): exact when every gate is polarized,
     and on average when a layer gate and the channel gates inside it are independent. Of a model by ``gate_model``,
-    ``conversion.estimated`` names the modules for which it is an estimate; a gate with no open channel also removes
-    what computes for it alone, which is not counted here.
+    ``conversion.estimated`` names the modules for which it is an estimate. Closing all channels of a gate also removes
+    the layers that feed only that gate; this saving is not counted.
 
     Args:
         model: a gated model.
@@ -112,7 +112,7 @@ def expected_macs(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -
         ValueError: the MACs of the model are unknown, a gate has no rate, or has seen no batch.
     """
     terms = mac_terms(model, "expected_macs")
-    return _expected(terms, [term.macs for term in terms], model, rates)
+    return _expected("expected_macs", terms, [term.macs for term in terms], model, rates)
 
 
 def pruning_rate(model: nn.Module, rates: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -122,16 +122,16 @@ def pruning_rate(model: nn.Module, rates: Mapping[str, Tensor] | None = None) ->
     """
     terms = mac_terms(model, "pruning_rate")
     total = sum(term.params for term in terms)
-    return 1 - _expected(terms, [float(term.params) for term in terms], model, rates) / total
+    return 1 - _expected("pruning_rate", terms, [float(term.params) for term in terms], model, rates) / total
 
 
 def _expected(
-    terms: Sequence[MacTerm], amounts: list[float], model: nn.Module, rates: Mapping[str, Tensor] | None
+    owner: str, terms: Sequence[MacTerm], amounts: list[float], model: nn.Module, rates: Mapping[str, Tensor] | None
 ) -> Tensor:
-    rates = open_rates(model, "expected_macs") if rates is None else rates
+    rates = open_rates(model, owner) if rates is None else rates
     missing = {gate for term in terms for gate in term.gates} - rates.keys()
     if missing:
-        raise ValueError(f"expected_macs: no open rate for the gates {sorted(missing)}")
+        raise ValueError(f"{owner}: no open rate for the gates {sorted(missing)}")
     joined = torch.cat(list(rates.values())) if rates else torch.zeros(0, device="cpu")
     sizes = {name: rate.numel() for name, rate in rates.items()}
     key = ("expected", tuple(amounts), tuple(sizes.items()), joined.device, joined.dtype)

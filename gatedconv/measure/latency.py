@@ -213,7 +213,8 @@ def block_figures(
         call in PyTorch's eager mode, None where it was not measured.
     """
     paths = dict.fromkeys(gate.rpartition(".")[0] for gate in masks)
-    present = {path: found for path in paths if (found := _submodule(net, path)) is not None}
+    modules = dict(net.named_modules())
+    present = {path: modules[path] for path in paths if path in modules}
     inputs: dict[str, Tensor] = {}
 
     def keep(path: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -244,10 +245,3 @@ def _figures(
         "macs": 0 if block is None or x is None or isinstance(block, nn.Identity) else count_macs(block, x),
         "ms": None if spread is None else round(spread.median, 5),
     }
-
-
-def _submodule(net: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return net.get_submodule(path)
-    except AttributeError:
-        return None

@@ -98,7 +98,7 @@ def process_group(device: str) -> Iterator[Ranks]:
         _select_gpu(device, local)
     _init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+        yield current()
     finally:
         dist.destroy_process_group()
 

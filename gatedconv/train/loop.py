@@ -9,7 +9,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from gatedconv.measure.macs import count_macs
 from gatedconv.train.callbacks import StepReport
 from gatedconv.train.checkpoint import State, load_checkpoint, pack_state, restore_state, save_checkpoint
 from gatedconv.train.config import TrainConfig, epoch_range
-from gatedconv.train.cuda_graph_eval import make_forward
 from gatedconv.train.cuda_graph_step import make_stepper
 from gatedconv.train.device import place
 from gatedconv.train.distill import FinishedTeacher, Teacher, make_teacher
@@ -97,7 +95,6 @@ class Training:
         self.history: list[EpochMetrics] = []
         self.replayed = 0
         self.meter = EpochMeter(model, self.device)
-        self.forward = make_forward(model, config.cuda_graph, on_note)
         self.cost = EpochCost(self._counters, ranks, self.device, shared=config.shared_device)
         self.poll = StopPoll(ranks, self.device)
         self._written = time.monotonic()
@@ -209,9 +206,8 @@ class Training:
         self.ranks.average_buffers(self.model, self.weight)
         self.meter.load_state_dict(self.meter.total(self.ranks))
         of_gates = self.meter.gate_metrics(self.ranks)  # before the evaluation, whose batches the gates see, too
-        # In the precision of training: only the finished network is evaluated in its own. A captured pass has no casts.
-        with nullcontext() if config.cuda_graph else self.stepper.autocast:
-            test_loss, test_top1 = evaluate(self.model, self.test_batches, self.ranks, self.forward)
+        with self.stepper.autocast:  # only the finished network is evaluated in its own precision
+            test_loss, test_top1 = evaluate(self.model, self.test_batches, self.ranks)
         report = StepReport(self.phase, epoch + 1, steps, steps, self.meter.mean_loss, self.meter.top1)
         self._require_finite("" if math.isfinite(report.loss) else "every step", report)
         self._require_finite("" if math.isfinite(test_loss) else "the evaluation", report)

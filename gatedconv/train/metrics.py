@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
@@ -203,19 +203,13 @@ class EpochMeter:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    ranks: Ranks = SINGLE,
-    forward: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[float, float]:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = SINGLE) -> tuple[float, float]:
     """Evaluate a classifier in eval mode; its mode is restored.
 
     Args:
         model: images float (B, C, H, W) -> logits (B, classes).
         batches: (images, labels int64 (B,)).
         ranks: processes that evaluate a share of the images each; a collective.
-        forward: called in place of the model.
 
     Returns:
         Mean cross-entropy and top-1 in percent.
@@ -228,7 +222,7 @@ def evaluate(
     one = torch.ones((), dtype=torch.float64, device=device)  # a number from the host would make it wait
     with eval_mode(model):
         for images, labels in batches:
-            logits = (forward or model)(images).float()
+            logits = model(images).float()
             loss = F.cross_entropy(logits, labels, reduction="sum").double()
             right = (logits.argmax(1) == labels).sum()
             sums += torch.stack([loss, right.double(), len(labels) * one])

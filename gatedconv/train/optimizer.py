@@ -71,17 +71,6 @@ def make_optimizer(model: nn.Module, options: ScheduleOptions) -> torch.optim.SG
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, times its factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
-
-
-def make_lookahead(model: nn.Module, options: ScheduleOptions) -> Lookahead | None:
-    """The averaged weights that `options` request."""
-    return Lookahead(model, options.lookahead) if options.lookahead else None
-
-
 class Lookahead:
     """Averaged weights: every few steps the weights become the mean of themselves and of their running mean.
 

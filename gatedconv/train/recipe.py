@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatedconv.data import Augment, EvalBatches, ImageData, TrainBatches
-from gatedconv.gating import (
-    GatePruner,
-    MacController,
-    activation_loss,
-    find_gates,
-    mac_target_loss,
-    polarization_loss,
-    schedules,
-)
+from gatedconv.gating import MacController, activation_loss, mac_target_loss, polarization_loss, schedules
 from gatedconv.train.config import TrainConfig, epoch_range
 from gatedconv.train.device import placement
 from gatedconv.train.distributed import SINGLE, Ranks
@@ -102,27 +94,6 @@ def gate_loss(
     if controller is not None and weights.mac_share is not None:
         loss = loss + controller(model, weights.mac_share)
     return loss, polarization
-
-
-def make_controller(model: nn.Module, options: GateLossOptions, accumulate: int = 1) -> MacController | None:
-    """The price of the MACs, for `mac_control` price and a network with gates.
-
-    It is called once for each of the `accumulate` parts of a batch.
-    """
-    wanted = options.mac_control == "price" and bool(find_gates(model))
-    return MacController(options.mac_gain / accumulate) if wanted else None
-
-
-def make_pruner(model: nn.Module, options: GateLossOptions) -> GatePruner | None:
-    """The gate pruner, for `mac_control` rank and a network with gates."""
-    wanted = options.mac_control == "rank" and bool(find_gates(model))
-    return GatePruner(model, even=options.mac_rank == "each") if wanted else None
-
-
-def prune_gates(pruner: GatePruner, options: GateLossOptions, progress: float) -> None:
-    """After a step at a progress in [0, 1]: prune the gates that exceed the MACs of the ramp."""
-    if progress >= options.mac_ramp[0]:
-        pruner.step(mac_share_at(options, progress))
 
 
 def mac_share_at(options: GateLossOptions, progress: float) -> float:

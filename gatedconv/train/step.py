@@ -14,22 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gatedconv.gating import find_gates
+from gatedconv.gating import GatePruner, MacController, find_gates
 from gatedconv.gating.losses import RateWindow, accumulating
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.device import mixed_dtype, tuned_convolutions
 from gatedconv.train.distributed import SINGLE, Ranks, parallel, synchronized_norms
-from gatedconv.train.optimizer import learning_rate, make_lookahead, make_optimizer, set_learning_rate
-from gatedconv.train.recipe import (
-    GateWeights,
-    distillation_loss,
-    gate_loss,
-    gate_weights,
-    make_controller,
-    make_pruner,
-    prune_gates,
-    task_loss,
-)
+from gatedconv.train.optimizer import Lookahead, learning_rate, make_optimizer
+from gatedconv.train.recipe import GateWeights, distillation_loss, gate_loss, gate_weights, mac_share_at, task_loss
 from gatedconv.train.recompute import recomputing
 from gatedconv.train.skip_dead import BlockSkipping, StepMacs
 
@@ -97,14 +88,16 @@ class Stepper:
         half = mixed_dtype(config.amp, device)
         self.autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
         self._gates = list(find_gates(model).values())
-        self.controller = make_controller(model, config, config.accumulate)
-        self.pruner = make_pruner(model, config)
+        control = config.mac_control if self._gates else ""
+        gain = config.mac_gain / config.accumulate  # it is called once for each part of a batch
+        self.controller = MacController(gain) if control == "price" else None
+        self.pruner = GatePruner(model, even=config.mac_rank == "each") if control == "rank" else None
         self.window = RateWindow(model, config.accumulate) if self._gates and config.accumulate > 1 else None
         self.parts: dict[str, Any] = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         for name, part in (("controller", self.controller), ("pruner", self.pruner), ("window", self.window)):
             if part is not None:
                 self.parts[name] = part.to(device)
-        self.lookahead = make_lookahead(model, config)
+        self.lookahead = Lookahead(model, config.lookahead) if config.lookahead else None
         if self.lookahead is not None:
             self.parts["lookahead"] = self.lookahead
         self.network = parallel(_compiled(model, config.compile), ranks)
@@ -152,7 +145,8 @@ class Stepper:
             teacher_logits: a teacher's logits (B, classes) on the images.
         """
         progress = epoch / self.config.epochs
-        set_learning_rate(self.optimizer, learning_rate(self.config, epoch))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, epoch) * group["lr_factor"]
         if self._immediate:
             self.guard.buffers.keep()
         if self._before is not None:
@@ -176,8 +170,8 @@ class Stepper:
         """Lookahead and pruning: they read values on the host and change weights without a gradient."""
         if self.lookahead is not None:
             self.lookahead.step(progress)
-        if self.pruner is not None:
-            prune_gates(self.pruner, self.config, progress)
+        if self.pruner is not None and progress >= self.config.mac_ramp[0]:
+            self.pruner.step(mac_share_at(self.config, progress))
 
     def _forward_backward(
         self, images: Tensor, labels: Tensor, progress: float, teacher_logits: Tensor | None

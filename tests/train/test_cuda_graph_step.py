@@ -16,12 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedconv.gating import find_gates, pruner
 from gatedconv.models.resnet import ResNet
-from gatedconv.train import RunFolder, TrainConfig, cuda_graph_eval, cuda_graph_step, run
-from gatedconv.train.cuda_graph_eval import CudaGraphForward, make_forward
+from gatedconv.train import RunFolder, TrainConfig, cuda_graph_step, run
 from gatedconv.train.cuda_graph_step import CudaGraphStepper, make_stepper, require_graphs
 from gatedconv.train.device import mixed_dtype, tuned_convolutions
 from gatedconv.train.distributed import Ranks
-from gatedconv.train.metrics import EpochMeter, evaluate
+from gatedconv.train.metrics import EpochMeter
 from gatedconv.train.presets import preset_settings
 from gatedconv.train.step import Stepper
 from tests.train.steps import make_steps
@@ -286,45 +285,14 @@ def split(count: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(4), labels.split(4), strict=True))
 
 
-@pytest.mark.parametrize("position", ["before", "middle", "after", ""])
-def test_an_evaluation_by_replays_is_the_plain_one(position: str) -> None:
-    """The last batch is smaller; weights that change in place are seen."""
-    model = network(dataclasses.replace(CONFIG, gate="channel" if position else "none", position=position or "after"))
-    for gate in find_gates(model).values():
-        torch.nn.init.normal_(gate.fc2.weight, std=2.0)
-    forward = CudaGraphForward(model, capture=False)
-    for _ in range(2):
-        assert evaluate(model, split(14), forward=forward) == evaluate(model, split(14))
-        with torch.no_grad():
-            model.fc.weight.neg_()
-    model.eval()
-    with torch.no_grad(), no_wait():
-        forward(split(4)[0][0])
-
-
-def test_an_evaluation_that_cannot_be_captured_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(call: Any, *_: Any, retries: int = 1) -> Any:
         raise RuntimeError("not permitted when stream is capturing\nSearch for it")
 
-    for module in (cuda_graph_eval, cuda_graph_step):
-        monkeypatch.setattr(module, "capture", refuse)
-    notes = list[str]()
+    monkeypatch.setattr(cuda_graph_step, "capture", refuse)
     model = network(dataclasses.replace(CONFIG, gate="channel"))
-    forward = make_forward(model, True, notes.append)
-    for _ in range(2):
-        assert evaluate(model, split(14), forward=forward) == evaluate(model, split(14))
-    assert notes == [
-        "cuda_graph: evaluations run without a graph, capture failed (not permitted when stream is capturing)"
-    ]
     with pytest.raises(ValueError, match=r"cannot be captured; train without it \(not permitted when"):
         CudaGraphStepper(model, CONFIG, CPU, capture=False)._captured()
-
-
-def test_networks_whose_blocks_the_host_skips_are_not_captured() -> None:
-    for gate, replayed in (("none", True), ("channel", True), ("layer", False), ("both", False)):
-        model = network(dataclasses.replace(CONFIG, gate=gate))
-        assert isinstance(make_forward(model, True), CudaGraphForward) is replayed
-        assert make_forward(model, False) is model
 
 
 class Recorded:

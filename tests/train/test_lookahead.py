@@ -13,7 +13,7 @@ from gatedconv.models import cifar_vgg, resnet20
 from gatedconv.train.checkpoint import CheckpointError, restore_part
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.loop import Training
-from gatedconv.train.optimizer import LOOKAHEAD_EVERY, Lookahead, make_lookahead
+from gatedconv.train.optimizer import LOOKAHEAD_EVERY, Lookahead
 
 QUICK = {"epochs": 2, "batch_size": 16, "device": "cpu", "amp": "off", "gate": "channel", "position": "middle"}
 
@@ -41,10 +41,6 @@ def test_gates_are_left_out() -> None:
     model = cifar_vgg(10, "channel", widths=(8, 8, 8))
     names = Lookahead(model, 0.5).means.keys()
     assert "group1.conv1.weight" in names and not [name for name in names if "gate" in name]
-
-
-def test_no_option_no_average() -> None:
-    assert make_lookahead(resnet20(), TrainConfig()) is None
 
 
 def test_a_run_ends_with_the_means_and_resumes_with_them(data: ImageData, tmp_path: Path) -> None:

@@ -16,11 +16,10 @@ from gatedconv.data.image_data import Augment, ImageData, make_image_data
 from gatedconv.gating import find_gates, pruner
 from gatedconv.models.resnet import ResNet
 from gatedconv.train import TrainConfig
-from gatedconv.train.cuda_graph_eval import CudaGraphForward
 from gatedconv.train.cuda_graph_step import WARM_UP, CudaGraphStepper
-from gatedconv.train.metrics import EpochMeter, evaluate
+from gatedconv.train.metrics import EpochMeter
 from gatedconv.train.step import Stepper
-from tests.tolerances import assert_close, near
+from tests.tolerances import assert_close
 from tests.train.steps import make_steps, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -162,16 +161,3 @@ def test_a_resumed_run_ends_where_the_straight_one_does(
         assert all(torch.equal(value, states[2][name]) for name, value in states[0].items())
     assert_close(states[2], states[0], algorithm="training", scale=0.1)
     assert not torch.backends.cudnn.benchmark
-
-
-@pytest.mark.parametrize("position", ["before", "middle", "after", ""])
-def test_a_replayed_evaluation_is_the_plain_one(position: str) -> None:
-    model = network(dataclasses.replace(CONFIG, gate="channel" if position else "none", position=position or "after"))
-    forward = CudaGraphForward(model)
-    batches = [batch(0), batch(1), batch(2), tuple(each[:5] for each in batch(3))]
-    for _ in range(2):
-        expected, found = evaluate(model, batches), evaluate(model, batches, forward=forward)
-        assert forward._graph is not None
-        assert found == near(expected, algorithm="metrics")
-        with torch.no_grad():
-            model.fc.weight.neg_()
