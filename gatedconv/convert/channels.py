@@ -373,10 +373,8 @@ class Removal(Constants):
         if node.op != CALL or not node.outputs or len(self.record.calls_of(node.scope)) != 1:
             return False
         value = node.outputs[0]
-        if (
-            self.flow.kind(value) not in ("elementwise", "group_norm", "mix")
-            or value.tensor.shape != node.inputs[0].tensor.shape
-        ):
+        kind, source = self.flow.kind(value), node.inputs[0]
+        if kind not in ("elementwise", "group_norm", "mix") or value.tensor.shape != source.tensor.shape:
             return False
         return not bool(self.wanted(value).any()) if value in self.masks.values else value not in self.alive
 

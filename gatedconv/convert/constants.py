@@ -174,7 +174,7 @@ def is_padded(node: Node) -> bool:
         padding = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
         return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
     if isinstance(module, nn.ConvTranspose2d):
-        return True  # how many of its weights meet in a pixel differs from pixel to pixel
+        return True  # the number of weights that an output pixel sums differs from pixel to pixel
     if not isinstance(module, nn.Conv2d):
         return False
     if max(module.kernel_size) == 1:

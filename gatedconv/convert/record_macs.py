@@ -98,12 +98,8 @@ class _Labels:
         for node in flow.record.nodes:
             kinds = {flow.kind(value) for value in node.outputs}
             operands = self.whole.intersection(flow.operands(node)).difference(gated.values)
-            if (
-                kinds & {"conv", "linear"}
-                and not sliceable(node)
-                or kinds <= {"elementwise", "group_norm"}
-                and operands
-            ):
+            keeps_all = bool(kinds & {"conv", "linear"}) and not sliceable(node)
+            if keeps_all or (operands and kinds <= {"elementwise", "group_norm"}):
                 self.whole.update(node.outputs)
         for node in reversed(flow.record.nodes):
             self._spread_need(node)
