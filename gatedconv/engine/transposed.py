@@ -104,12 +104,15 @@ def _call(node: fx.Node, function: Any, *args: Any) -> fx.Node:
     """A call in a node's place, with the shapes of its result."""
     made = node.graph.call_function(function, args)
     made.meta.update(node.meta)
+    dtype = node.meta["tensor_meta"].dtype
     for larger in (False, True):
         if larger and size_of(args[0], larger) is None:
             continue
 
         def empty(read: fx.Node, larger: bool = larger) -> Tensor:
-            return torch.empty(size_of(read, larger) or size_of(read), device="meta")  # type: ignore[arg-type]
+            size = size_of(read, larger) or size_of(read)
+            assert size is not None
+            return torch.empty(size, dtype=dtype, device="meta")
 
         result = function(*fx.node.map_arg(args, empty))
         if larger:
