@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +11,7 @@ import torch
 
 import gatedconv
 from gatedconv.report import plots
+from gatedconv.train.metrics import EpochMetrics
 from reproduce.experiment import Experiment
 from reproduce.experiments import all_experiments
 from reproduce.ledger import LedgerRow, read_json_lines
@@ -160,38 +160,15 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     """The metrics of a run, one mapping per epoch.
 
     Raises:
-        ValueError: the file cannot be read or is empty, or a line is damaged or has other gates than those before it;
-            names file and line.
+        ValueError: the file cannot be read or is empty, or a line is damaged; names file and line.
     """
-    found: list[dict[str, Any]] = []
-    gates: set[str] = set()
     try:
-        for where, record in read_json_lines(path):
-            _check_epoch(record, where)
-            rates = record.setdefault("gate_open_rates", {})
-            gates = gates or set(rates)
-            if rates and set(rates) != gates:
-                other = min(gates ^ set(rates))
-                raise ValueError(f"{where}: gate_open_rates: expected the gates of the lines before, {other!r} differs")
-            found.append(record)
+        found = [EpochMetrics.from_dict(record, where).as_dict() for where, record in read_json_lines(path)]
     except OSError as error:
         raise ValueError(f"{path}: expected the epochs of a run, could not read them ({error.strerror})") from None
     if not found:
         raise ValueError(f"{path}: expected the metrics of at least one epoch, found none")
     return found
-
-
-def _check_epoch(record: Any, where: str) -> None:
-    """Check the fields that the figures draw; an epoch without gates needs no λ."""
-    if not isinstance(record, dict) or not isinstance(record.get("phase"), str):
-        raise ValueError(f"{where}: expected the metrics of an epoch")
-    rates = record.get("gate_open_rates", {})
-    if not isinstance(rates, dict):
-        raise ValueError(f"{where}: gate_open_rates: expected an object, got {rates!r}")
-    names = ("epoch", "test_top1", *(("polar_weight",) if rates else ()))
-    for name, value in [(name, record.get(name)) for name in names] + list(rates.items()):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{where}: {name}: expected a number, got {value!r}")
 
 
 def _epochs_of(run: LedgerRow, epochs: Path) -> Path:
