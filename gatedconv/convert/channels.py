@@ -52,7 +52,7 @@ class Sliceable:
         assert module is not None
         if is_computed(module) or not self.is_own(node):
             return False
-        if any(is_exact(module, kind) for kind in (*CONVS, nn.Linear)) or is_depthwise(module):
+        if is_exact(module, *CONVS, nn.Linear) or is_depthwise(module):
             return True
         return groups_of(module) == 1 and self._reads_by_channel(node)
 
@@ -147,12 +147,10 @@ class Removal(Constants):
             elif kind == "cat":
                 for part, piece in zip(node.args[0], wanted.split([flow[p].size for p in node.args[0]]), strict=True):
                     self._add(part, piece)
-            elif kind == "group_norm":
-                self._add(node.inputs[0], self.live_groups(node, wanted))
-            elif kind == "conv":
-                groups, source = groups_of(node.module), node.inputs[0]
-                live = wanted.reshape(groups, -1).any(dim=1).repeat_interleave(flow[source].size // groups)
-                self._add(source, live & self.read_channels(node))
+            elif kind in ("conv", "group_norm"):
+                source = node.inputs[0]
+                live = _live_groups(node, wanted, flow[source].size)
+                self._add(source, live & self.read_channels(node) if kind == "conv" else live)
             elif kind == "linear":
                 self._add(node.inputs[0], self.read_channels(node))
             else:
@@ -218,7 +216,7 @@ class Removal(Constants):
                 self._constrain_elementwise(node, value)
             elif kind == "group_norm" and self.can_slice_numbers(node, value):
                 source = node.inputs[0]
-                held = self.live_groups(node, self.present[source] | self.raw(value))
+                held = _live_groups(node, self.present[source] | self.raw(value), flow[source].size)
                 self.present[source] |= held
                 if value not in self.masks.values:
                     self.present[value] |= held
@@ -249,10 +247,6 @@ class Removal(Constants):
         if groups_of(module) > 1 and value not in self.masks.values:
             self.present[value] |= write
 
-    def live_groups(self, node: Node, wanted: Tensor) -> Tensor:
-        """Bool (C,): all channels of the groups of a group norm in which any is wanted."""
-        return over_channels(wanted.reshape(groups_of(node.module), -1).any(dim=1), len(wanted))
-
     def raw(self, value: Value) -> Tensor:
         """Bool (C,): the channels that a value's own node computes: those present, less the closed of its gate."""
         return self.present[value] & ~self.known[value] if value in self.masks.values else self.present[value]
@@ -265,7 +259,7 @@ class Removal(Constants):
         """
         groups, module = groups_of(node.module), node.module
         assert module is not None
-        plain = is_exact(module, nn.Conv2d) or is_exact(module, nn.Linear)
+        plain = is_exact(module, nn.Conv2d, nn.Linear)
         write = self.wanted(value).reshape(groups, -1)
         keeps_one = not plain and not bool(write.any())
         write[0, 0] |= keeps_one
@@ -401,6 +395,11 @@ def _has_usual_size(node: Node) -> bool:
         return False
     numbers = zip(source.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
     return list(out.shape[2:]) == [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in numbers]
+
+
+def _live_groups(node: Node, wanted: Tensor, channels: int) -> Tensor:
+    """Bool (channels,): of the node's input, the groups of whose outputs bool (C,) any is wanted."""
+    return over_channels(wanted.reshape(groups_of(node.module), -1).any(dim=1), channels)
 
 
 def _filled(marked: Tensor, live: Tensor) -> Tensor:

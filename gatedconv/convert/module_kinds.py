@@ -15,11 +15,9 @@ CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 
 
-def is_exact(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module is of that very class, its weights computed by a parametrization or not."""
-    if type(module) is kind:
-        return True
-    return isinstance(module, kind) and parametrize.is_parametrized(module) and type(module).__mro__[1] is kind
+def is_exact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether the module is of one of these very classes, its weights computed by a parametrization or not."""
+    return (type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)) in kinds
 
 
 def groups_of(module: nn.Module | None) -> int:

@@ -158,7 +158,8 @@ class SiteFinder:
         first, activated = value, False
         while True:
             for call in self.record.readers(value):
-                if value is not first and not (isinstance(call.module, NORMS) or self._norms_groups(call)):
+                by_group = any(self.flow.kind(out) == "group_norm" for out in call.outputs)
+                if value is not first and not (by_group or isinstance(call.module, NORMS)):
                     continue
                 if not is_norm(call.module) or len(call.inputs) != 1 or len(call.outputs) != 1:
                     continue
@@ -171,9 +172,6 @@ class SiteFinder:
                 return None, False
             activated |= is_activation(user)
             value = user.outputs[0]
-
-    def _norms_groups(self, call: ModuleCall) -> bool:
-        return bool(call.outputs) and self.flow.kind(call.outputs[0]) == "group_norm"
 
     # -- reasons ---------------------------------------------------------------------------------------
 

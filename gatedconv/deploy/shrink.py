@@ -81,7 +81,7 @@ def _layer(model: nn.Module, removal: Removal, node: Node, value: Value) -> None
         read, _ = removal.layer_channels(node, value)
         if bool(read.all()) and bool(computed.all()):
             pass
-        elif any(is_exact(module, kind) for kind in (*CONVS, nn.Linear)):
+        elif is_exact(module, *CONVS, nn.Linear):
             module = _small_layer(removal, node, module, read, computed)
         else:
             module = _foreign_layer(removal, node, module, read, computed)

@@ -15,8 +15,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from gatedconv.convert.module_kinds import CONVS, is_computed, is_swapped
 from gatedconv.nn.modules import take_place
 
-COUNTS = "in_channels out_channels groups in_features out_features num_features num_parameters".split()
-COUNTS += ["num_channels", "num_groups"]
+_COUNTS = "in_channels out_channels groups in_features out_features num_features num_parameters num_channels num_groups"
+COUNTS = tuple(_COUNTS.split())
 
 
 def filled_up(mask: Tensor, channel_multiple: int) -> Tensor:

@@ -145,8 +145,9 @@ class Stepper:
             teacher_logits: a teacher's logits (B, classes) on the images.
         """
         progress = epoch / self.config.epochs
+        lr = learning_rate(self.config, epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, epoch) * group["lr_factor"]
+            group["lr"] = lr * group["lr_factor"]
         if self._immediate:
             self.guard.buffers.keep()
         if self._before is not None:
