@@ -38,7 +38,7 @@ def attach_macs(model: nn.Module, example_input: Any) -> None:
     Raises:
         TypeError: the model is no torch.nn.Module, or the example no input.
         ValueError: the model has no gates, or other gates; a gated layer is of a subclass, has computed weights (weight
-            norm, parametrizations), shares its gate, or does not run exactly once; or the model does not run.
+            norm, parametrizations), shares its gate, or does not run; or the model does not run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach_macs: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -53,13 +53,14 @@ def attach_macs(model: nn.Module, example_input: Any) -> None:
     record = record_example(plain, example_input, "attach_macs", model)
     flow, values = Flow(record), dict[Value, tuple[str, int]]()
     for path, channels in gated.items():
-        calls = record.calls_of(path)
-        if len(calls) != 1:
-            raise ValueError(f"attach_macs: {path!r} runs {len(calls)} times in one forward; expected once")
-        values[calls[0].outputs[0]] = (f"{path}.gate", channels)
+        if not record.calls_of(path):
+            raise ValueError(f"attach_macs: {path!r} does not run on the example")
+        values.update((call.outputs[0], (f"{path}.gate", channels)) for call in record.calls_of(path))
     places = GatePlaces(values, {}, {})
     terms = node_terms(flow, places)
     total, _ = total_macs(plain, example_input)
+    for path in gated:
+        model.get_submodule(path).gate.calls = len(record.calls_of(path))  # type: ignore[union-attr]
     vars(model)["mac_terms"] = merge_terms((term for of_node in terms.values() for term in of_node), total)
     if estimated := estimated_parts(flow, places, terms):
         warnings.warn(f"attach_macs: the MACs of {', '.join(sorted(estimated))} are estimates", stacklevel=3)

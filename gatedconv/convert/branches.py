@@ -43,8 +43,8 @@ class Branch:
         while True:
             for call in record.producers(value):
                 own = record.nodes_of(call)
-                alone = len(record.calls_of(call.path)) == 1 and len(call.outputs) == 1
-                if alone and call.path and all(n in self.nodes or n.is_constant for n in own):
+                once = self._runs_once(call, record) and len(call.outputs) == 1
+                if once and call.path and all(n in self.nodes or n.is_constant for n in own):
                     return call
             node = value.node
             sources = [v for v in node.inputs if not v.is_constant] if node is not None else []
@@ -55,12 +55,16 @@ class Branch:
     def start(self, record: Record) -> ModuleCall | None:
         """The call that the branch's input is given to first; None where that is no module of its own."""
         calls = [c for c in record.readers(self.entry) if c.inputs[0] is self.entry and c.path]
-        alone = [c for c in calls if len(record.calls_of(c.path)) == 1]
-        block = [c for c in alone if c.path == self.name and not _walks_over_children(c.module)]
-        inside = [c for c in alone if any(n in self.nodes for n in record.nodes_of(c)[:1])]
+        once = [c for c in calls if self._runs_once(c, record)]
+        block = [c for c in once if c.path == self.name and not _walks_over_children(c.module)]
+        inside = [c for c in once if any(n in self.nodes for n in record.nodes_of(c)[:1])]
         first = min((c.first for c in inside), default=0)
         found = block or [c for c in inside if c.first == first and not _walks_over_children(c.module)]
         return found[0] if found else None
+
+    def _runs_once(self, call: ModuleCall, record: Record) -> bool:
+        """Whether a module runs once whenever the one around the branch does."""
+        return len(record.calls_of(call.path)) == len(record.calls_of(self.name))
 
 
 def _walks_over_children(module: nn.Module) -> bool:

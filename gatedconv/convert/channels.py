@@ -8,17 +8,18 @@ concatenates tensors whose channels have to match.
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from gatedconv.convert.constants import MOST_CAUTION, Constants, is_padded
-from gatedconv.convert.flow import MOVING, PASSING, op_name
+from gatedconv.convert.flow import MOVING, PASSING, Flow, op_name
 from gatedconv.convert.install import over_channels
-from gatedconv.convert.module_kinds import CONVS, groups_of, is_computed, is_depthwise, is_exact
-from gatedconv.convert.record import CALL, ModuleCall, Node, Record, Value
+from gatedconv.convert.module_kinds import CONVS, groups_of, has_numbers, is_computed, is_depthwise, is_exact
+from gatedconv.convert.record import CALL, ModuleCall, Node, Value
 from gatedconv.convert.verify import is_same
 
 _SAFE_MOVES = frozenset("permute transpose t squeeze unsqueeze alias detach same clone flip roll slice".split())
@@ -28,23 +29,23 @@ _VIEWS = ("view", "_unsafe_view", "reshape")
 class Sliceable:
     """Decides from weights and forward code alone which layers of a recorded model may lose channels."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self, flow: Flow) -> None:
+        self.flow, self.record = flow, flow.record
+        record = flow.record
         modules = record.model.modules()
         self.owners = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
         self.read_by_code = {
             v.name.rpartition(".")[0] for n in record.nodes if n.op != CALL for v in n.inputs if v.name
         }
 
-    def is_alone(self, path: str, module: nn.Module) -> bool:
-        """Whether a module is called once and shares nothing."""
-        shared = any(self.owners[id(p)] > 1 for p in module.parameters())
-        return len(self.record.calls_of(path)) == 1 and not shared
+    def shares(self, module: nn.Module) -> bool:
+        """Whether another module has weights of this one, too."""
+        return any(self.owners[id(p)] > 1 for p in module.parameters())
 
     def is_own(self, node: Node) -> bool:
-        """Whether a layer is called once, shares nothing, and is the only reader of its weights."""
+        """Whether a layer shares nothing, is the only reader of its weights, and has the same channels in all calls."""
         assert node.module is not None
-        return node.scope not in self.read_by_code and self.is_alone(node.scope, node.module)
+        return node.scope not in self.read_by_code and not self.shares(node.module) and self.flow.is_uniform(node)
 
     def __call__(self, node: Node) -> bool:
         """Whether a convolution or linear layer may lose channels: its own, and its weights no other code's."""
@@ -100,11 +101,30 @@ class Removal(Constants):
         self.need: dict[Value, Tensor] = {}
         self.present: dict[Value, Tensor] = {}
         self.sliced: dict[str, ModuleCall] = {}  # modules of foreign code whose numbers per channel are sliced
-        self.sliceable = Sliceable(self.record)
+        self.sliceable = Sliceable(self.flow)
         self.alive: set[Value] = set()  # what code that is left computes with, be it a constant
-        for node in reversed(self.record.nodes):
-            self._spread_need(node)
+        self.alike = [v for v in self._alike() if len(v) > 1 and all(map(self.flow.has_channels, v))]
+        grew = True
+        while grew:  # a layer computes for all of its calls what one of them needs
+            for node in reversed(self.record.nodes):
+                self._spread_need(node)
+            grew = any([_unite(self.need, values) for values in self.alike])
         self._find_present()
+
+    def _alike(self) -> Iterator[list[Value]]:
+        """Values that keep the same channels: what a module with several calls reads in each, or what it returns.
+
+        It becomes smaller, or is framed by gathers and scatters, once for all of them.
+        """
+        for calls in self.record.layers.values():
+            again = len(calls) > 1 and calls[0].inputs and calls[0].outputs and self.flow.is_uniform(calls[0])
+            if again and has_numbers(calls[0].module, self.flow[calls[0].outputs[0]].size):
+                yield [call.inputs[0] for call in calls]
+                yield [call.outputs[0] for call in calls]
+        masked = defaultdict[str, list[Value]](list)
+        for value, path in self.masks.paths.items():
+            masked[path].append(value)
+        yield from masked.values()
 
     # -- demand ----------------------------------------------------------------------------------------
 
@@ -168,9 +188,8 @@ class Removal(Constants):
 
     def read_channels(self, node: Node) -> Tensor:
         """Bool (C_in,): the inputs of a layer that its bias cannot replace."""
-        source = node.inputs[0]
-        known, constant = self.known_to(node, source)
-        if self.caution == MOST_CAUTION and self._is_flattened(source):
+        known, constant = self.known_to_layer(node)
+        if self.caution == MOST_CAUTION and any(self._is_flattened(n.inputs[0]) for n in self.record.same_layer(node)):
             return torch.ones_like(known)  # code may flatten larger maps, too, to rows of this size
         return ~known | (constant != 0) if is_padded(node) else ~known
 
@@ -192,6 +211,8 @@ class Removal(Constants):
             before = sum(int(held.sum()) for held in self.present.values())
             for node in (*self.record.nodes, *reversed(self.record.nodes)):
                 self._constrain(node)
+            for values in self.alike:
+                _unite(self.present, values)
             for held in self.present.values():
                 if not bool(held.any()):
                     held[0] = True  # layers refuse tensors without channels
@@ -268,7 +289,7 @@ class Removal(Constants):
         read = torch.zeros_like(read) if keeps_one else read & live[:, None]
         if groups > 1:
             return _filled(read, live).flatten(), _filled(write, live).flatten()
-        read[0, 0] |= not plain and not bool(read.any())
+        read[0, 0] |= not bool(read.any()) and (not plain or bool(write.any()))
         return read.flatten(), write.flatten()
 
     def _constrain_elementwise(self, node: Node, value: Value) -> None:
@@ -296,9 +317,10 @@ class Removal(Constants):
         """Whether what a node holds for each channel, if anything, can be made smaller."""
         module, size = node.module, self.flow[value].size
         if module is not None:
-            numbers = [*module.parameters(), *module.buffers()]
-            per_channel = any(t.dim() and t.shape[0] == size for t in numbers)
-            return not (per_channel or isinstance(module, nn.GroupNorm)) or self._can_slice(node.scope, module)
+            if not (has_numbers(module, size) or isinstance(module, nn.GroupNorm)):
+                return True
+            mine = not self.sliceable.shares(module) and self.flow.is_uniform(node)
+            return node.scope not in self.unsliceable and mine
         axis, dims = self.flow[value].axis, value.tensor.dim()
         constants = [v.tensor for v in node.inputs if v.is_constant]
         sized = "batch_norm" in op_name(node) or any(
@@ -312,15 +334,16 @@ class Removal(Constants):
             if not call.first <= node.order < call.last:
                 continue
             fits = len(call.inputs) == 1 and len(call.outputs) == 1 and call.path
-            if fits and self.flow.has_channels(call.inputs[0]) and self._can_slice(call.path, call.module):
+            if fits and self.flow.has_channels(call.inputs[0]) and self._can_slice(call):
                 size = self.flow[call.inputs[0]].size
                 if self.flow[call.outputs[0]].size == size and not isinstance(call.module, nn.Sequential):
                     self.sliced[call.path] = call
                     return call
         return None
 
-    def _can_slice(self, path: str, module: nn.Module) -> bool:
-        return path not in self.unsliceable and self.sliceable.is_alone(path, module)
+    def _can_slice(self, call: ModuleCall) -> bool:
+        alone = len(self.record.calls_of(call.path)) == 1 and not self.sliceable.shares(call.module)
+        return call.path not in self.unsliceable and alone
 
     def _constrain_move(self, node: Node, value: Value) -> None:
         channels = self.flow[value]
@@ -364,7 +387,10 @@ class Removal(Constants):
 
     def is_idle(self, node: Node) -> bool:
         """Whether a module of one input and size has an output that is not read, or that a gate makes constant."""
-        if node.op != CALL or not node.outputs or len(self.record.calls_of(node.scope)) != 1:
+        return node.op == CALL and all(map(self._is_idle, self.record.same_layer(node)))
+
+    def _is_idle(self, node: Node) -> bool:
+        if not node.outputs or not self.flow.has_channels(node.outputs[0]):
             return False
         value = node.outputs[0]
         kind, source = self.flow.kind(value), node.inputs[0]
@@ -400,6 +426,14 @@ def _has_usual_size(node: Node) -> bool:
 def _live_groups(node: Node, wanted: Tensor, channels: int) -> Tensor:
     """Bool (channels,): of the node's input, the groups of whose outputs bool (C,) any is wanted."""
     return over_channels(wanted.reshape(groups_of(node.module), -1).any(dim=1), channels)
+
+
+def _unite(held: dict[Value, Tensor], values: list[Value]) -> bool:
+    """Let each value hold what one of them holds, bool (C,); returns whether one has grown."""
+    union = torch.stack([held[value] for value in values]).any(dim=0)
+    grew = any(not torch.equal(held[value], union) for value in values)
+    held.update((value, union.clone()) for value in values)
+    return grew
 
 
 def _filled(marked: Tensor, live: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gatedconv.convert.flow import Flow, op_name
-from gatedconv.convert.module_kinds import CONVS, groups_of
+from gatedconv.convert.module_kinds import CONVS, groups_of, has_numbers
 from gatedconv.convert.record import Node, Value
 
 _EXTENSIVE = ("sum", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax")  # depend on the map's size
@@ -72,8 +72,19 @@ class Constants:
         mask = self.masks.inputs.get((node, value))
         return (known, constant) if mask is None else (known | ~mask, torch.where(mask, constant, 0.0))
 
+    def known_to_layer(self, node: Node) -> tuple[Tensor, Tensor]:
+        """Bool (C_in,) and numbers (C_in,): the inputs of a layer that are the same constants in all its calls."""
+        known, constant = self.known_to(node, node.inputs[0])
+        if not self.flow.is_uniform(node):
+            return torch.zeros_like(known), torch.zeros_like(constant)
+        for other in self.record.same_layer(node):
+            also, numbers = self.known_to(other, other.inputs[0])
+            known = known & also & (numbers == constant)
+        return known, torch.where(known, constant, 0.0)
+
     def _find_constants(self, node: Node, value: Value) -> None:
-        known = self.zeros(value) if self.is_late(node) or self._varies(node) else self._candidates(node, value)
+        unknown = self.is_late(node) or self._varies(node) or self._is_called_again(node)
+        known = self.zeros(value) if unknown else self._candidates(node, value)
         constant = torch.zeros(len(known), device="cpu")
         try:
             result = self._evaluate(node) if bool(known.any()) else None
@@ -103,6 +114,11 @@ class Constants:
         """Whether a node ran after the model's code had read the numbers of a tensor, on which it may branch."""
         since = self.record.knows_numbers_at
         return since is not None and node.order >= since and node.op != "output"
+
+    def _is_called_again(self, node: Node) -> bool:
+        """Whether a layer has several calls, after which only what a gate closes is the same in all of them."""
+        value, several = node.outputs[0], len(self.record.same_layer(node)) > 1
+        return several and (value in self.masks.values or has_numbers(node.module, self.flow[value].size))
 
     def _varies(self, node: Node) -> bool:
         """Whether a node computes with numbers that may be others for another input."""

@@ -162,6 +162,15 @@ class Flow:
         """The first input that has channels."""
         return self.operands(node)[0]
 
+    def is_uniform(self, node: Node) -> bool:
+        """Whether the calls of a node's layer all have the same number of channels, in the same dimensions."""
+        calls = self.record.same_layer(node)
+        return len(calls) == 1 or len({self._shape(call) for call in calls}) == 1
+
+    def _shape(self, node: Node) -> tuple[tuple[str, int, int], ...]:
+        read = (("", self[value].axis, self[value].size) for value in node.inputs)
+        return (*read, *((self.kind(value), self[value].axis, self[value].size) for value in node.outputs))
+
     # -- one value -------------------------------------------------------------------------------------
 
     def _classify(self, node: Node, value: Value) -> Channels:

@@ -68,7 +68,8 @@ def gate_model(
     The model runs once on ``example_input``, whatever its code does; what it computes shows where gates can be. A layer
     gate goes on every residual branch (found from the additions; projection shortcuts stay), a channel gate
     on every convolution, behind its norm. A gate is a submodule of the module that it gates, whose output a forward
-    hook multiplies by the gate's decision; nothing is rewritten. Gates start open: in eval the result computes
+    hook multiplies by the gate's decision; nothing is rewritten. A module that is called several times decides in each
+    call. Gates start open: in eval the result computes
     what ``model`` does. Layers whose output reaches an output of the network with no layer in between that mixes
     channels (scores, boxes, heat maps) are never gated, unless ``include`` names the layer exactly.
 
@@ -120,11 +121,11 @@ def gate_model(
         conversion.skipped.update(finder.skipped)
     if gate in ("layer", "both"):
         conversion.skipped.update(rejected)
-        for branch in branches:
-            if reason := installer.why_not(branch, selection):
-                conversion.skipped.setdefault(branch.name or f"add_{branch.addition.order}", reason)
+        for calls in installer.by_place(branches):
+            if reason := installer.why_not(calls, selection):
+                conversion.skipped.setdefault(calls[0].name or f"add_{calls[0].addition.order}", reason)
             else:
-                installer.layer(branch)
+                installer.layer(calls)
     for site in sites:
         installer.channel(site)
     selection.require_used()
@@ -189,35 +190,52 @@ class _Installer:
         self.links: list[Link] = []
         self.link_of: dict[Site, Link] = {}
         self.path_of: dict[Site, str] = {}
-        self.read_by_code = Sliceable(self.flow.record).read_by_code
+        self.read_by_code = Sliceable(self.flow).read_by_code
 
-    def why_not(self, branch: Branch, selection: Selection) -> str:
+    def by_place(self, branches: list[Branch]) -> list[list[Branch]]:
+        """Branches with the same modules at their ends together: those of the calls of one block, in order."""
+        places: dict[Any, list[Branch]] = {}
+        for branch in branches:
+            start, end = branch.start(self.flow.record), branch.end(self.flow.record)
+            place = branch if start is None or end is None else (start.path, end.path)
+            places.setdefault(place, []).append(branch)
+        return [sorted(calls, key=lambda b: b.addition.order) for calls in places.values()]
+
+    def why_not(self, calls: list[Branch], selection: Selection) -> str:
         """Why a residual branch gets no gate; empty if it does."""
+        branch, record = calls[0], self.flow.record
         if reason := selection.reason(branch.name, self.result.get_submodule(branch.name)):
             return reason
         modules = [n.module for n in branch.nodes if n.module is not None]
         parameters = [p for module in modules for p in module.parameters()]
         if parameters and not any(p.requires_grad for p in parameters):
             return "its weights are frozen (requires_grad=False)"
-        if branch.start(self.flow.record) is None:
+        start, end = branch.start(record), branch.end(record)
+        if start is None:
             return "no module of its own reads its input"
-        return "no module of its own ends it" if branch.end(self.flow.record) is None else ""
+        if end is None:
+            return "no module of its own ends it"
+        order = [c.first for b in calls for c in (b.start(record), b.end(record)) if c is not None]
+        times, sizes = len(record.calls_of(start.path)), {self.flow[b.entry].size for b in calls}
+        alike = len(calls) == times and len(sizes) == 1 and order == sorted(order)
+        return "" if alike else f"called {times} times, and not as one branch each time"
 
-    def layer(self, branch: Branch) -> None:
+    def layer(self, calls: list[Branch]) -> None:
         """Gate a residual branch."""
-        record = self.flow.record
+        record, branch = self.flow.record, calls[0]
         start, end = branch.start(record), branch.end(record)
         assert start is not None and end is not None
         channels, axis = self.flow[branch.entry].size, self.flow[branch.entry].axis
         first, last = self.result.get_submodule(start.path), self.result.get_submodule(end.path)
         gate = LayerGate(channels, estimator=self.estimator, device=device_of(first, self.result))
+        gate.calls = len(calls)
         name = attach(first, open_gate(gate), "layer_gate")
-        link = Link()
+        link, inside = Link(), {node for each in calls for node in each.nodes}
         self.links.append(link)
         convs = tuple(
             self.result.get_submodule(n.scope)
             for n in branch.nodes
-            if type(n.module) is nn.Conv2d and len(record.calls_of(n.scope)) == 1
+            if type(n.module) is nn.Conv2d and inside.issuperset(record.same_layer(n))
         )
         first.register_forward_pre_hook(install.DecideBranch(name, axis, link))
         for reader in _sample_wise(branch, record):
@@ -225,13 +243,16 @@ class _Installer:
         last.register_forward_hook(install.GateBranch("", axis, link, convs))
         path = f"{start.path}.{name}"
         self.conversion.gated[path] = f"the residual branch of {branch.name or 'the model'}"
-        self.ends[end.outputs[0]] = path
-        for node in branch.nodes:
-            self.layers[node] = (*self.layers.get(node, ()), path)
+        for each in calls:
+            last_call = each.end(record)
+            assert last_call is not None
+            self.ends[last_call.outputs[0]] = path
+            for node in each.nodes:
+                self.layers[node] = (*self.layers.get(node, ()), path)
 
     def channel(self, site: Site) -> None:
         """Gate the channels of a layer."""
-        channels = self.flow[site.value]
+        channels = self.flow[site.values[0]]
         module = self.result.get_submodule(site.path)
         convs = tuple(self.result.get_submodule(self._path(conv)) for conv in site.convs)
         alone = site.path not in self.read_by_code
@@ -240,11 +261,12 @@ class _Installer:
             link = self.link_of.setdefault(leader, Link())
             self._link_leader(leader, link)
             module.register_forward_hook(install.FollowGate("", channels.axis, link, convs, alone))
-            self.values[site.value] = (self.path_of[leader], leader.num_gates)
+            self.values.update(dict.fromkeys(site.values, (self.path_of[leader], leader.num_gates)))
             return
         gate = ChannelGate(
             channels.size, site.num_gates, estimator=self.estimator, device=device_of(module, self.result)
         )
+        gate.calls = len(site.values)
         name = attach(module, open_gate(gate), "channel_gate")
         path = f"{site.path}.{name}"
         self.path_of[site] = path
@@ -253,11 +275,12 @@ class _Installer:
         self.conversion.gated[path] = f"the {kind} channels of {site.layer}{groups}"
         if site.is_input:
             module.register_forward_pre_hook(install.GateInput(name, channels.axis, None, convs))
-            reader = next(u for u in site.value.users if u.scope == site.path)
-            self.inputs[reader, site.value] = (path, site.num_gates)
+            (value,) = site.values
+            reader = next(u for u in value.users if u.scope == site.path)
+            self.inputs[reader, value] = (path, site.num_gates)
         else:
             module.register_forward_hook(install.GateOutputHook(name, channels.axis, None, convs, alone))
-            self.values[site.value] = (path, site.num_gates)
+            self.values.update(dict.fromkeys(site.values, (path, site.num_gates)))
 
     def _link_leader(self, leader: Site, link: Link) -> None:
         for hook in install.hooks_of(self.result.get_submodule(leader.path)):

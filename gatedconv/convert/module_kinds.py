@@ -32,6 +32,13 @@ def is_depthwise(module: nn.Module | None) -> bool:
     return isinstance(module, CONVS) and module.groups == module.in_channels and module.groups > 1
 
 
+def has_numbers(module: nn.Module | None, channels: int) -> bool:
+    """Whether a module has parameters or buffers for each of the channels that it returns."""
+    if module is None or isinstance(module, (*CONVS, nn.Linear)):
+        return module is not None
+    return any(t.dim() and t.shape[0] == channels for t in (*module.parameters(), *module.buffers()))
+
+
 def is_known_transposed(module: nn.Module) -> bool:
     """Whether a transposed convolution has torch.nn's own code, and either no groups or one for each channel."""
     if not isinstance(module, nn.ConvTranspose2d) or not is_exact(module, nn.ConvTranspose2d):

@@ -108,6 +108,7 @@ class Record:
         self.model = model
         self.nodes: list[Node] = []
         self.calls: dict[str, list[ModuleCall]] = {}
+        self.layers: dict[str, list[Node]] = {}  # the calls of known layers
         self.inputs: list[Value] = []
         self.outputs: list[Value] = []
         self.returned: Any = None  # what the model returned
@@ -118,6 +119,10 @@ class Record:
     def calls_of(self, path: str) -> list[ModuleCall]:
         """The calls of the module at a path."""
         return self.calls.get(path, [])
+
+    def same_layer(self, node: Node) -> list[Node]:
+        """The calls of a node's layer in order, this one among them; of any other operation the node alone."""
+        return self.layers[node.scope] if node.op == CALL else [node]
 
     def nodes_of(self, call: ModuleCall) -> list[Node]:
         """The operations that ran inside a call."""
@@ -268,6 +273,8 @@ class _Recorder(TorchDispatchMode):
         node.order = len(self.result.nodes)
         node.is_constant = bool(node.inputs) and all(v.is_constant for v in node.inputs)
         self.result.nodes.append(node)
+        if node.op == CALL:
+            self.result.layers.setdefault(node.scope, []).append(node)
         for index, tensor in enumerate(outputs):
             node.outputs.append(self._keep(Value(tensor, node, index)))
         for tensor in outputs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from gatedconv.convert.channels import Sliceable
 from gatedconv.convert.constants import Constants, Masks, is_padded
 from gatedconv.convert.flow import MIXING_NORMS, NORMS, Flow, op_name
 from gatedconv.convert.install import over_channels
-from gatedconv.convert.module_kinds import groups_of, is_depthwise
+from gatedconv.convert.module_kinds import groups_of, has_numbers, is_depthwise
 from gatedconv.convert.record import CALL, Node, Value
 from gatedconv.gating import MacTerm
 from gatedconv.gating.mac_terms import Factor, dense_macs, norm_operations
@@ -94,7 +94,7 @@ class _Labels:
                 if flow.has_channels(value):
                     site = gated.values.get(value)
                     self.forward[value] = self._gate(site[0], value) if site else self._label(node, value)
-        sliceable = Sliceable(flow.record)
+        sliceable = Sliceable(flow)
         for node in flow.record.nodes:
             kinds = {flow.kind(value) for value in node.outputs}
             operands = self.whole.intersection(flow.operands(node)).difference(gated.values)
@@ -145,6 +145,8 @@ class _Labels:
     def _label(self, node: Node, value: Value) -> Tensor:
         channels = self.flow[value]
         always = torch.full((channels.size,), ALWAYS, device="cpu")
+        if len(self.flow.record.same_layer(node)) > 1 and has_numbers(node.module, channels.size):
+            return always
         if channels.kind == "move":
             assert channels.source is not None and channels.index is not None
             return self.read(node, channels.source)[channels.index]
@@ -258,15 +260,20 @@ class _Labels:
         columns = labels.reshape(groups_of(node.module), -1).unbind(1)
         return over_channels(functools.reduce(_merge, columns), len(labels))
 
+    def _in_all_calls(self, node: Node, labels: Callable[[Node], Tensor]) -> Tensor:
+        """The labels of a layer's channels: those that are the same in all of its calls, else ALWAYS."""
+        return functools.reduce(_merge, map(labels, self.flow.record.same_layer(node)))
+
     def _dense(self, node: Node, value: Value, params: int, layer: tuple[str, ...]) -> list[MacTerm]:
-        source, groups = node.inputs[0], groups_of(node.module)
+        groups = groups_of(node.module)
         total = _other_macs(node) / self.images
         if is_depthwise(node.module):
             return self._by_channel(value, total, params, layer)
-        outgoing = self.effective(value)
+        outgoing = self._in_all_calls(node, lambda call: self.effective(call.outputs[0]))
         outgoing = torch.where(outgoing == UNUSED, ALWAYS, outgoing)
         terms = []
-        inputs, outputs = self.read(node, source).reshape(groups, -1), outgoing.reshape(groups, -1)
+        inputs = self._in_all_calls(node, lambda call: self.read(call, call.inputs[0])).reshape(groups, -1)
+        outputs = outgoing.reshape(groups, -1)
         for gate_in in (inputs.div(_SHIFT, rounding_mode="floor")).unique().tolist():
             rows = inputs.div(_SHIFT, rounding_mode="floor") == gate_in
             for gate_out in (outputs.div(_SHIFT, rounding_mode="floor")).unique().tolist():
@@ -278,9 +285,11 @@ class _Labels:
         return terms
 
     def _by_channel(self, value: Value, macs: float, params: int, layer: tuple[str, ...]) -> list[MacTerm]:
+        assert value.node is not None
         labels = self.effective(value)
+        if has_numbers(value.node.module, len(labels)) and self.flow.is_uniform(value.node):
+            labels = self._in_all_calls(value.node, lambda call: self.effective(call.outputs[0]))
         if self.flow.kind(value) == "group_norm":
-            assert value.node is not None
             labels = self._of_groups(value.node, labels)
         labels = torch.where(labels == UNUSED, ALWAYS, labels)
         numbers = labels.div(_SHIFT, rounding_mode="floor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class Site:
     Attributes:
         layer: path of the layer, or block, whose channels are gated.
         path: of the module that gets the gate.
-        value: what is gated.
+        values: what is gated, in each call of the layer.
         is_input: whether the module's input is gated, rather than its output.
         num_gates: one for each channel, or for each group of a group norm.
         follows: the site whose gate is used again, behind a depthwise convolution of what that one gates.
@@ -34,7 +35,7 @@ class Site:
 
     layer: str
     path: str
-    value: Value
+    values: tuple[Value, ...]
     num_gates: int
     is_input: bool = False
     follows: Site | None = None
@@ -73,30 +74,30 @@ class SiteFinder:
     def _behind(self, position: str) -> list[Site]:
         sites: list[Site] = []
         gated: dict[Value, Site] = {}
-        for node in self._layers():
-            name, value = node.scope, node.outputs[0]
-            reason = self._reason(node)
-            found = self._target(value, position) if not reason else reason
+        for calls in self._layers():
+            name = calls[0].scope
+            reason = self._reason(calls)
+            found = self._targets(calls, position) if not reason else reason
             if isinstance(found, str):
                 self.skipped[name] = found
                 continue
-            path, target, is_input = found
-            num_gates = self._num_gates(value, target)
-            leader = self._leader(node, gated)
-            reason = self._target_reason(name, target, path)
+            path, targets, is_input = found
+            leader = self._leader(calls, gated)
+            reason = next(filter(None, (self._target_reason(name, target, path) for target in targets)), "")
             if reason:
                 self.skipped[name] = reason
-            elif target in gated:
+            elif any(target in gated for target in targets):
                 self.skipped[name] = GATED_ALREADY
             elif leader is not None and not is_input and not leader.is_input:
                 self.skipped[name] = f"depthwise: the gate of {leader.layer} closes its channels too"
-                gated[target] = leader
-                convs = self._convs(node, target, leader.num_gates)
-                sites.append(Site(name, path, target, leader.num_gates, follows=leader, convs=convs))
+                gated.update(dict.fromkeys(targets, leader))
+                convs = self._convs(calls, targets, leader.num_gates)
+                sites.append(Site(name, path, targets, leader.num_gates, follows=leader, convs=convs))
             else:
-                convs = self._convs(node, target, num_gates)
-                gated[target] = Site(name, path, target, num_gates, is_input, convs=convs)
-                sites.append(gated[target])
+                num_gates = self._num_gates(calls[0].outputs[0], targets[0])
+                convs = self._convs(calls, targets, num_gates)
+                sites.append(Site(name, path, targets, num_gates, is_input, convs=convs))
+                gated.update(dict.fromkeys(targets, sites[-1]))
         return sites
 
     def _before(self) -> list[Site]:
@@ -108,10 +109,11 @@ class SiteFinder:
             if branch.entry.node is not None and branch.entry.node.op == "input":
                 reason = reason or "it reads the model's input"
             self._read_by(sites, branch.name or "the model", branch.entry, readers, reason)
-        for node in self._layers():
-            if node in inside:
+        for calls in self._layers():
+            node = calls[0]
+            if any(call in inside for call in calls):
                 continue
-            reason = self._reason(node, output=False)
+            reason = self._reason(calls, output=False)
             source = node.inputs[0]
             if source.node is not None and source.node.op == "input":
                 reason = reason or "it reads the model's input"
@@ -128,12 +130,27 @@ class SiteFinder:
         if reason:
             self.skipped[name] = reason
         else:
-            sites.append(Site(name, readers[0].scope, value, self.flow[value].size, is_input=True))
+            sites.append(Site(name, readers[0].scope, (value,), self.flow[value].size, is_input=True))
 
-    def _target(self, value: Value, position: str) -> tuple[str, Value, bool] | str:
-        """The module to gate, what is gated, and whether that is the module's input; or why there is none."""
+    def _targets(self, calls: list[Node], position: str) -> tuple[str, tuple[Value, ...], bool] | str:
+        """The module to gate, what is gated in each call, and whether that is the module's input; or why none is."""
+        path, targets, is_input = "", list[Value](), False
+        for call in calls:
+            found = self._target(call.outputs[0], position, len(calls))
+            if isinstance(found, str):
+                return found
+            if path not in ("", found[0]):
+                return f"its {len(calls)} calls end in different modules"
+            path, target, is_input = found
+            targets.append(target)
+        if len(calls) > 1 and any(target.node not in self.record.layers.get(path, ()) for target in targets):
+            return f"called {len(calls)} times: {path}, where they end, is several layers"
+        return path, tuple(targets), is_input
+
+    def _target(self, value: Value, position: str, calls: int) -> tuple[str, Value, bool] | str:
+        """The same of one of the calls of a layer."""
         norm, activated = self._norm_behind(value)
-        if norm is not None and len(self.record.calls_of(norm.path)) > 1:
+        if norm is not None and len(self.record.calls_of(norm.path)) != calls:
             return f"its norm {norm.path} is called {len(self.record.calls_of(norm.path))} times"
         path = norm.path if norm is not None else value.node.scope  # type: ignore[union-attr]
         current = norm.outputs[0] if norm is not None else value
@@ -144,9 +161,10 @@ class SiteFinder:
             return "no activation follows inside its branch"
         result = user.outputs[0]
         readers = result.users
-        if len(readers) == 1 and readers[0].op == CALL and len(self.record.calls_of(readers[0].scope)) == 1:
+        alone = len(readers) == 1 and readers[0].op == CALL and len(self.record.calls_of(readers[0].scope)) == 1
+        if alone and calls == 1:
             return readers[0].scope, result, True
-        if user.op == CALL and len(self.record.calls_of(user.scope)) == 1:
+        if user.op == CALL and len(self.record.calls_of(user.scope)) == calls:
             return user.scope, result, False
         return "its activation is no module of its own, and several layers read it"
 
@@ -175,28 +193,30 @@ class SiteFinder:
 
     # -- reasons ---------------------------------------------------------------------------------------
 
-    def _layers(self) -> list[Node]:
-        return [n for n in self.record.nodes if n.op == CALL and self.flow.kind(n.outputs[0]) in ("conv", "linear")]
+    def _layers(self) -> list[list[Node]]:
+        """The calls of each convolution and linear layer."""
+        layers = self.record.layers.values()
+        return [calls for calls in layers if any(self.flow.kind(v) in ("conv", "linear") for v in calls[0].outputs)]
 
-    def _reason(self, node: Node, *, output: bool = True) -> str:
+    def _reason(self, calls: list[Node], *, output: bool = True) -> str:
         """Why this layer is left alone; empty if it is not."""
+        node = calls[0]
         module, name, value = node.module, node.scope, node.outputs[0]
         assert module is not None
         parameters = list(module.parameters(recurse=False))
-        calls = len(self.record.calls_of(name))
         if chosen := self.selection.reason(name, module):
             return chosen
         if self.flow.kind(value) == "linear" and value.tensor.dim() != 4:
             return "a dense layer"
-        if calls > 1:
-            return f"called {calls} times: its weights are shared"
+        if not self.flow.is_uniform(node):
+            return f"called {len(calls)} times, with channels in different dimensions"
         if any(self.owners[id(p)] > 1 for p in parameters):
             return "its weights are shared with another layer"
         if parameters and not any(p.requires_grad for p in module.parameters()):
             return "its weights are frozen (requires_grad=False)"
-        if value in self.pooled:
+        if all(call.outputs[0] in self.pooled for call in calls):
             return "it works on pooled 1x1 maps"
-        if node in self.shortcut_nodes:
+        if self.shortcut_nodes.issuperset(calls):
             return "the shortcut of a residual block"
         return "a single output channel" if output and self.flow[value].size < 2 else ""
 
@@ -227,13 +247,22 @@ class SiteFinder:
 
     # -- sets of values --------------------------------------------------------------------------------
 
-    def _leader(self, node: Node, gated: dict[Value, Site]) -> Site | None:
-        """The site that gates the input of a depthwise convolution; None for other layers."""
-        module = node.module
+    def _leader(self, calls: list[Node], gated: dict[Value, Site]) -> Site | None:
+        """The site that gates the input of a depthwise convolution in all of its calls; None for other layers."""
+        module = calls[0].module
         if not is_depthwise(module) or module.in_channels != module.out_channels:  # type: ignore[union-attr]
             return None
-        found = next((gated[v] for v in self._origin(node.inputs[0]) if v in gated), None)
-        return found.follows or found if found is not None else None
+        origins = [next((v for v in self._origin(call.inputs[0]) if v in gated), None) for call in calls]
+        found = {gated[v].follows or gated[v] for v in origins if v is not None}
+        if len(found) != 1 or None in origins:
+            return None
+        (leader,) = found
+        # Each call of the follower takes the leader's last decision.
+        order = [value.node.order for value in leader.values if value.node is not None]
+        paired = len(order) == len(calls) and all(
+            first < call.order < later for first, call, later in zip(order, calls, [*order[1:], inf], strict=True)
+        )
+        return leader if paired else None
 
     def _origin(self, value: Value, num_gates: int = 0) -> list[Value]:
         """The values from which one comes channel by channel.
@@ -264,8 +293,12 @@ class SiteFinder:
             found = node.inputs[0]
         return size
 
-    def _convs(self, node: Node, target: Value, num_gates: int) -> tuple[nn.Module, ...]:
+    def _convs(self, calls: list[Node], targets: tuple[Value, ...], num_gates: int) -> tuple[nn.Module, ...]:
         """The convolution, where between it and the gate every channel is by itself and nothing else reads it."""
+        found = [self._conv(call, target, num_gates) for call, target in zip(calls, targets, strict=True)]
+        return found[0] if all(found) else ()
+
+    def _conv(self, node: Node, target: Value, num_gates: int) -> tuple[nn.Module, ...]:
         for value in self._origin(target, num_gates):
             if value is not target and len({u.order for u in value.users}) > 1:
                 return ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -72,10 +73,13 @@ def require_same(
         precision: the type that ``result`` computes in, None for that of its outputs.
         copies: False for a result that has no state, which then runs itself.
 
+    Warns:
+        UserWarning: the outputs are empty, as those of a detector that finds nothing.
+
     Raises:
         ConversionError: they differ.
     """
-    locate, models, in_step = locate or first_difference, (source, result), False
+    locate, models, in_step, compared = locate or first_difference, (source, result), False, 0
     for alternatives in _variations(as_inputs(example_input)):
         for what, inputs in alternatives:
             if not in_step:  # both have run the same inputs
@@ -98,6 +102,7 @@ def require_same(
             if not integers and len(tensors_of(got)) == len(tensors_of(wanted)):
                 got, wanted = ([t for t in tensors_of(o) if _is_float(t) or t.is_complex()] for o in (got, wanted))
             difference = distance(got, wanted)
+            compared += sum(t.numel() for t in tensors_of(wanted))
             allowed = _tolerance(wanted) if precision is None else TOLERANCES[precision]
             if not difference <= allowed and not _is_rounding(source, result, inputs, wanted, difference, 10 * allowed):
                 try:
@@ -106,6 +111,12 @@ def require_same(
                     where = "a layer that could not be found"
                 raise ConversionError(f"{owner}: the result differs by {difference:.1e} on {what}, first at {where}")
             break
+    if not compared:
+        warnings.warn(
+            f"{owner}: the outputs of {type(models[0]).__name__} are empty on example_input, so that no numbers were "
+            f"compared; pass one on which it finds something",
+            stacklevel=6,  # of the caller of the public function, past the decorators
+        )
 
 
 def _is_rounding(

@@ -53,8 +53,9 @@ def compact(
     Every model keeps its class and its code. Convolutions, dense layers and norms become smaller in their places.
     Where the code around a layer expects all channels (a residual stream, a tensor that is split), small modules of
     ``gatedconv.nn`` gather and scatter channels (``GatherChannels``, ``ScatterChannels``), or fill in the constants
-    that closed channels produce. What is shared stays shared, and what is not proven is not removed: layers that
-    are called several times, whose weights are computed or read by other code keep their channels.
+    that closed channels produce. What is shared stays shared, and what is not proven is not removed: layers whose
+    weights are computed or read by other code keep their channels. A layer that is called several times keeps what one
+    of its calls needs.
 
     Args:
         frozen: the result of ``freeze``.
@@ -213,18 +214,14 @@ def _masks(flow: Flow, closed: list[tuple[str, type, Tensor]]) -> Masks:
     inputs: dict[tuple[Node, Value], Tensor] = {}
     paths: dict[Value, str] = {}
     for path, kind, mask in closed:
-        calls = flow.record.calls_of(path)
-        if not calls or not flow.has_channels((calls[0].inputs if kind is GateInput else calls[0].outputs)[0]):
-            continue
-        if kind is GateInput:
-            node = next(n for n in calls[0].inputs[0].users if n.scope == path)
-            inputs[node, calls[0].inputs[0]] = over_channels(mask, flow[calls[0].inputs[0]].size)
-            continue
-        value = calls[0].outputs[0]
-        if kind is GateBranch:
-            if bool(mask.all()):
+        for call in flow.record.calls_of(path):
+            value = (call.inputs if kind is GateInput else call.outputs)[0]
+            if not flow.has_channels(value) or (kind is GateBranch and bool(mask.all())):
                 continue
-        mask = over_channels(mask, flow[value].size)
-        values[value] = values[value] & mask if value in values else mask
-        paths[value] = path
+            wide = over_channels(mask, flow[value].size)
+            if kind is GateInput:
+                inputs[next(n for n in value.users if n.scope == path), value] = wide
+            else:
+                values[value] = values[value] & wide if value in values else wide
+                paths[value] = path
     return Masks(values, inputs, paths)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of, keeping_aliases
 from gatedconv.deploy.graph_format import build_module, describe_module
 from gatedconv.deploy.slicing import COUNTS
-from gatedconv.gating import Consensus, Gate, attribute_of, copied
+from gatedconv.gating import Consensus, Gate, attribute_of, copied, find_gates
 from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
 from gatedconv.nn.modules import take_place
 
@@ -57,6 +57,7 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
     made = frames or gates or frozen or hooks or attribute_of(model, "consensus", Consensus) is not None
     kinds: dict[str, Any] = {"frames": frames, "removed": removed, "counts": counts, "hooks": hooks}
     kinds |= {"gates": gates, "frozen": frozen, "before": before}
+    kinds["calls"] = {path: gate.calls for path, gate in find_gates(model).items() if gate.calls > 1}
     return kinds if made else {}
 
 
@@ -114,7 +115,9 @@ def _replace(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str,
         model.set_submodule(path, removed)
     for path, spec in changes["gates"].items():
         owner, _, name = path.rpartition(".")
-        model.get_submodule(owner).add_module(name, build_module(path, spec, tensors))
+        gate: Any = build_module(path, spec, tensors)
+        gate.calls = int(changes.get("calls", {}).get(path, 1))
+        model.get_submodule(owner).add_module(name, gate)
     for path in changes["frozen"]:
         conv = model.get_submodule(path)
         if not isinstance(conv, nn.Conv2d):

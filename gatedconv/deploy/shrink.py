@@ -39,24 +39,25 @@ def shrink(model: nn.Module, removal: Removal) -> None:
     Raises:
         CannotSlice: a trial failed.
     """
-    flow, done = removal.flow, set()
-    for node in flow.record.nodes:
+    flow = removal.flow
+    nodes = [node for node in flow.record.nodes if flow.record.same_layer(node)[0] is node]  # once for all its calls
+    for node in nodes:
         for value in node.outputs:
             if flow.kind(value) in ("conv", "linear"):
                 _layer(model, removal, node, value)
-                done.add(value)
     for path, call in removal.sliced.items():
         _foreign(model, removal, path, call)
     inside = tuple(f"{path}." for path in removal.sliced)
-    for node in flow.record.nodes:
+    for node in nodes:
         if node.scope.startswith(inside):
             continue
         if removal.is_idle(node):
             _replace(model, node.scope, nn.Identity())
         elif node.op == CALL and node.outputs and flow.kind(node.outputs[0]) in ("elementwise", "group_norm"):
             _numbers(model, removal, node, node.outputs[0])
-    for value in removal.masks.values:
-        if value not in done:
+    first = {path: value for value, path in reversed(list(removal.masks.paths.items()))}
+    for value in first.values():
+        if flow.kind(value) not in ("conv", "linear"):
             _behind(model, removal, value)
     for node, value in removal.masks.inputs:
         if flow.kind(node.outputs[0]) not in ("conv", "linear") or not removal.is_sliceable(node):
@@ -108,7 +109,7 @@ def _small_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, 
         small, bias, groups = rows, None, int(read.sum())
     elif groups == 1:
         absent = ~read
-        known, constant = removal.known_to(node, node.inputs[0])
+        known, constant = removal.known_to_layer(node)
         values = torch.where(absent & known, constant, 0.0).to(device)
         summed = rows.flatten(2).sum(dim=2) if rows.dim() > 2 else rows
         share = summed.double() @ values.double()
@@ -136,7 +137,7 @@ def _small_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, 
 
 
 def _group_bias(removal: Removal, node: Node, rows: Tensor, read: Tensor, write: Tensor, groups: int) -> Tensor | None:
-    known, constant = removal.known_to(node, node.inputs[0])
+    known, constant = removal.known_to_layer(node)
     values = torch.where(~read & known, constant, 0.0).reshape(groups, -1).to(rows.device, torch.float64)
     group = (
         torch.arange(len(write), device="cpu").reshape(groups, -1)[:, :1].expand(groups, len(write) // groups).flatten()
@@ -167,7 +168,7 @@ def _empty(module: nn.Module) -> nn.Module:
 
 def _foreign_layer(removal: Removal, node: Node, module: nn.Module, read: Tensor, write: Tensor) -> nn.Module:
     """A layer of a subclass with code of its own: sliced like a plain one, if a trial finds that right."""
-    known, constant = removal.known_to(node, node.inputs[0])
+    known, constant = removal.known_to_layer(node)
     unread = ~read & known & (constant != 0) & (not is_depthwise(module))
     assert isinstance(module, (nn.Conv2d, nn.Linear))
     if bool(unread.any()) or not bool(write.any()):

@@ -24,9 +24,10 @@ class Gate(nn.Module):
 
     Attributes:
         num_gates: number of decisions, one logit each.
-        logits: (N, num_gates), of the last call; None before any call.
-        open_rate: (num_gates,), mean of the gate over the last batch, differentiable in training;
-            None before any call.
+        calls: how often it decides in one forward of its model; 1 but for a module that is called several times.
+        logits: (N, num_gates), of the last call; of several, the rows of the last ``calls`` calls. None before any.
+        open_rate: (num_gates,), mean of the gate over the last batch, differentiable in training; of several calls,
+            over all their rows. None before any call.
         needs_gradient: whether something other than the gate's own parameters uses the gradient that arrives here, as
             `GatePruner` does. In training a block is then skipped only where the gate is closed for good.
         global_open_rate: ``open_rate``, and its mean over all ranks, once a loss has computed that mean; else None.
@@ -44,6 +45,7 @@ class Gate(nn.Module):
         if num_gates < 1:
             raise ValueError(f"{type(self).__name__}: num_gates must be at least 1, got {num_gates}")
         self.num_gates = num_gates
+        self.calls = 1
         self.needs_gradient = False
         self.logits: Tensor | None = None
         self.open_rate: Tensor | None = None
@@ -61,11 +63,11 @@ class Gate(nn.Module):
         return torch.zeros_like(self.running_open_rate, dtype=torch.bool)
 
     def forget(self) -> None:
-        """Drop what belongs to the last call."""
+        """Drop what belongs to the last calls."""
         self.logits = self.open_rate = self.global_open_rate = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop what belongs to the last call: tensors of a graph can be neither copied nor pickled."""
+        """Drop what belongs to the last calls: tensors of a graph can be neither copied nor pickled."""
         return {**self.__dict__, "logits": None, "open_rate": None, "global_open_rate": None}
 
 
@@ -134,6 +136,7 @@ class LearnedGate(Gate):
         if hidden is not None and (isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1):
             raise ValueError(f"{name}: hidden must be a positive int or None, got {hidden!r}")
         self.mask = None
+        self._noted: list[ops.GateOutput] = []  # of the last `calls` calls, where there are several in a forward
         require_estimator(name, estimator, temperature)
         self.estimator = Estimator(estimator, num_gates, float(temperature), device)
         self.fc1 = nn.Linear(in_features, hidden, device=device, dtype=dtype) if hidden else None
@@ -194,7 +197,8 @@ class LearnedGate(Gate):
             uses its running statistics and leaves them as they are.
         """
         self.check_input(x)
-        self.forget()
+        if self.calls == 1:
+            self.forget()
         features = x if pooled is None or self.pool != "avg" else pooled
         arguments = self.arguments(x.shape[0], x.dtype)
         if self.synchronized:
@@ -207,9 +211,35 @@ class LearnedGate(Gate):
         return isinstance(self.norm, SynchronizedNorm) and self.training
 
     def note(self, decision: ops.GateOutput) -> Tensor:
-        """Keep the last call's logits and open rate; returns the gate."""
-        self.logits, self.open_rate = decision.logits, decision.open_rate
-        return decision.gate
+        """Keep the logits and open rate of the last call, or of the last ``calls`` calls; returns the gate."""
+        if self.calls == 1:
+            self.logits, self.open_rate = decision.logits, decision.open_rate
+        elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+            self._noted = [*self._noted, decision][-self.calls :]
+            self._join()
+        return decision.gate  # inside of a backward pass a checkpoint repeats one of the calls that are noted already
+
+    def replace_open_rate(self, open_rate: Tensor) -> None:
+        """Put another tensor (num_gates,) in the place of the last call's open rate."""
+        if self.calls == 1:
+            self.open_rate = open_rate
+        else:
+            self._noted = [*self._noted[:-1], self._noted[-1]._replace(open_rate=open_rate)]
+            self._join()
+
+    def _join(self) -> None:
+        self.logits = torch.cat([decision.logits for decision in self._noted])
+        rows = max(1, len(self.logits))
+        self.open_rate = sum(d.open_rate * (len(d.logits) / rows) for d in self._noted)  # type: ignore[assignment]
+
+    def forget(self) -> None:
+        """Drop what belongs to the last calls."""
+        super().forget()
+        self._noted = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop what belongs to the last calls."""
+        return {**super().__getstate__(), "_noted": []}
 
     def arguments(
         self, batch: int, dtype: torch.dtype

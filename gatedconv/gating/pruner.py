@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv.gating.collectives import global_mean, world_size
-from gatedconv.gating.gates import LearnedGate
+from gatedconv.gating.gates import Gate, LearnedGate
 from gatedconv.gating.losses import global_open_rates
 from gatedconv.gating.mac_terms import expected_macs
 from gatedconv.gating.ranking import gate_macs
@@ -76,9 +76,7 @@ class GatePruner(nn.Module):
         self.register_buffer("costs", torch.cat([costs[name] for name in gates]).float(), persistent=False)
         ends = list(accumulate(self._sizes))
         self._hooks = [
-            gate.register_forward_hook(
-                _Watch(lambda: self.sensitivity, slice(end - size, end), gate.running_open_rate.device)
-            )
+            gate.register_forward_hook(_Watch(lambda: self.sensitivity, slice(end - size, end), gate))
             for gate, size, end in zip(gates.values(), self._sizes, ends, strict=True)
         ]
         for gate in gates.values():
@@ -187,13 +185,13 @@ class _Watch:
     Args:
         sensitivity: of all gates; a part of it is updated in place.
         place: that part.
-        device: of the gate.
+        gate: decides ``gate.calls`` times in a forward, whose squares add up: those of independent gradients.
     """
 
-    def __init__(self, sensitivity: Callable[[], Tensor], place: slice, device: torch.device) -> None:
-        self.sensitivity, self.place = sensitivity, place
+    def __init__(self, sensitivity: Callable[[], Tensor], place: slice, gate: Gate) -> None:
+        self.sensitivity, self.place, self.calls = sensitivity, place, gate.calls
         # The squares leave the graph as the gradient of a leaf: a compiled backward pass must not change buffers.
-        self.probe = torch.zeros(place.stop - place.start, device=device, requires_grad=True)
+        self.probe = torch.zeros_like(gate.running_open_rate, dtype=torch.float32, requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._on_squares)
 
     def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
@@ -208,11 +206,12 @@ class _Watch:
             return None
         watched: Tensor = _Watched.apply(decision, self.probe)
         if isinstance(gate, LearnedGate) and gate.logits is not None and gate.logits.dtype == watched.dtype:
-            gate.open_rate = watched.mean(dim=0)  # so that the losses reach the decision, as they do in eager mode
+            # So that the losses reach the decision, as they do in eager mode.
+            gate.replace_open_rate(watched.mean(dim=0))
         return watched
 
     def _on_gradient(self, slope: Tensor) -> None:
-        self._update(_mean_square(slope.detach()))
+        self._update(_mean_square(slope.detach()) * self.calls)
 
     def _on_squares(self, probe: Tensor) -> None:
         square, probe.grad = probe.grad, None

@@ -76,12 +76,14 @@ def fisher_information(
     probe = copied(model)
     probe.train()
     gates = require_gates(probe, "fisher_information")
-    taps: dict[str, Tensor] = {}
+    taps: dict[str, list[Tensor]] = {}
 
     def open_all(name: str) -> Callable[..., Tensor]:
         def hook(gate: nn.Module, args: object, output: Tensor) -> Tensor:
-            taps[name] = torch.ones_like(output).requires_grad_()
-            return taps[name]
+            mine = taps.setdefault(name, [])  # calls with the same samples close together
+            if not mine or mine[-1].shape != output.shape:
+                mine.append(torch.ones_like(output).requires_grad_())
+            return mine[-1]
 
         return hook
 
@@ -94,8 +96,9 @@ def fisher_information(
     for images, labels in batches:
         taps.clear()  # a network may leave blocks out
         value = loss(probe(images), labels) * len(labels)  # of the mean, each sample would see 1/N
-        slopes = torch.autograd.grad(value, list(taps.values()), materialize_grads=True)
-        for name, slope in zip(taps, slopes, strict=True):
+        names, watched = zip(*((name, tap) for name, mine in taps.items() for tap in mine), strict=True)
+        slopes = torch.autograd.grad(value, watched, materialize_grads=True)
+        for name, slope in zip(names, slopes, strict=True):
             totals[name] += slope.double().square().sum(0)
         count += len(labels)
     totals, counts = sum_over_ranks(totals, dict.fromkeys(gates, count))

@@ -85,21 +85,32 @@ def test_what_cannot_be_counted_is_refused():
     masks = {name: torch.ones(gate.num_gates, dtype=torch.bool) for name, gate in gatedconv.gates(Branched()).items()}
     with pytest.raises(ValueError, match="the gate 'inner.gate' is frozen"):
         gatedconv.attach_macs(gatedconv.freeze(Branched(), masks=masks), x)
-
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = gated(3, 3)
-
-        def forward(self, x):
-            return self.conv(self.conv(x))
-
-    with pytest.raises(ValueError, match="'conv' runs 2 times in one forward; expected once"):
-        gatedconv.attach_macs(Twice(), x)
     own = Branched()
     own.mac_terms = "mine"
     with pytest.raises(ValueError, match="has an attribute 'mac_terms' of its own"):
         gatedconv.attach_macs(own, x)
+
+
+def test_a_layer_that_runs_twice_decides_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.unused = gated(3, 3), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x))
+
+    x = images(2, 3, 12, 12)
+    model = Twice()
+    gatedconv.attach_macs(model, x)
+    assert model.conv.gate.calls == 2
+    rates = {"conv.gate": torch.tensor([1.0, 0.0, 0.0])}
+    assert float(gatedconv.expected_macs(model, rates)) == 2 * 3 * 3 * 3 * 3 * 12 * 12 / 3  # of x it reads all channels
+    model.train()(x)
+    assert model.conv.gate.logits.shape == (4, 3)
+    model.unused = gated(3, 3)
+    with pytest.raises(ValueError, match="'unused' does not run on the example"):
+        gatedconv.attach_macs(model, x)
 
 
 def test_layers_that_are_more_than_a_gated_convolution_are_refused():

@@ -107,12 +107,12 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 
 
 class Odd(nn.Module):
-    """Shared, frozen and transposed convolutions."""
+    """Repeated, frozen, tied and transposed convolutions."""
 
     def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.shared = nn.Conv2d(6, 6, 3, padding=1)
+        self.repeated = nn.Conv2d(6, 6, 3, padding=1)
         self.frozen = nn.Conv2d(6, 6, 1).requires_grad_(False)
         self.tied = nn.Conv2d(6, 6, 1)
         self.also_tied = nn.Conv2d(6, 6, 1)
@@ -121,7 +121,7 @@ class Odd(nn.Module):
         self.last = nn.Conv2d(6, 5, 1)
 
     def forward(self, x):
-        x = self.shared(F.relu(self.shared(F.relu(self.first(x)))))
+        x = self.repeated(F.relu(self.repeated(F.relu(self.first(x)))))
         x = self.up(self.also_tied(F.relu(self.tied(self.frozen(x)))))
         return self.last(F.relu(x)).mean((2, 3))
 
@@ -129,9 +129,9 @@ class Odd(nn.Module):
 def test_what_is_left_alone_has_a_reason():
     model = Odd().eval()
     result = gatedconv.gate_model(model, "channel", example_input=IMAGES)
-    assert list(gatedconv.gates(result)) == ["first.channel_gate"]
+    assert list(gatedconv.gates(result)) == ["first.channel_gate", "repeated.channel_gate"]
     reasons = result.conversion.skipped
-    assert "called 2 times" in reasons["shared"] and "frozen" in reasons["frozen"]
+    assert "frozen" in reasons["frozen"]
     assert "shared with another" in reasons["tied"] and "transposed" in reasons["up"]
     assert "the model's outputs" in reasons["last"]
     assert torch.equal(result(IMAGES), model(IMAGES))

@@ -153,6 +153,8 @@ def _torchvision(short: str) -> Subject:
         options["weights_backbone"] = None
     if kind == "detection" and "ssd" not in short:
         options |= {"min_size": 128, "max_size": 192}
+    if kind == "detection" and "rcnn" not in short:
+        options["score_thresh"] = 0.0
     if "rcnn" in short:
         options["box_detections_per_img"] = 10  # random weights find the most, each with its keypoints or mask
     model = torchvision.models.get_model(short, weights=None, **options).eval()
@@ -182,6 +184,10 @@ def _detector(model: nn.Module, short: str) -> Subject:
     examples = []
     for height, width in ((128, 128), (128, 160), (160, 128)):
         examples.append(([*_images(height, width)],))
+    if "rcnn" not in short:  # their heads hardly react, and find nothing
+        for layer in model.head.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
     masks = torch.zeros(1, 128, 128, dtype=torch.uint8)
     masks[:, 8:90, 8:90] = 1
     targets = [{**target, "masks": masks} for _ in range(2)]
