@@ -68,10 +68,10 @@ def gate_model(
     The model runs once on ``example_input``, whatever its code does; what it computes shows where gates can be. A layer
     gate goes on every residual branch (found from the additions; projection shortcuts stay), a channel gate
     on every convolution, behind its norm. A gate is a submodule of the module that it gates, whose output a forward
-    hook multiplies by the gate's decision; nothing is rewritten. A module that is called several times decides in each
-    call. Gates start open: in eval the result computes
-    what ``model`` does. Layers whose output reaches an output of the network with no layer in between that mixes
-    channels (scores, boxes, heat maps) are never gated, unless ``include`` names the layer exactly.
+    hook multiplies by the gate's decision; nothing is rewritten. The gate of a module that is called several times
+    decides in each call. Gates start open: in eval the result computes what ``model`` does. Layers whose output reaches
+    an output of the network with no layer in between that mixes channels (scores, boxes, heat maps) are never gated,
+    unless ``include`` names the layer exactly.
 
     Args:
         model: any network that takes images (N, C, H, W), clips (N, T, C, H, W) or vectors (N, K); left as it is.

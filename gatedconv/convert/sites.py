@@ -83,7 +83,7 @@ class SiteFinder:
                 continue
             path, targets, is_input = found
             leader = self._leader(calls, gated)
-            reason = next(filter(None, (self._target_reason(name, target, path) for target in targets)), "")
+            reason = self._target_reason(name, targets, path)
             if reason:
                 self.skipped[name] = reason
             elif any(target in gated for target in targets):
@@ -220,12 +220,12 @@ class SiteFinder:
             return "the shortcut of a residual block"
         return "a single output channel" if output and self.flow[value].size < 2 else ""
 
-    def _target_reason(self, name: str, target: Value, path: str) -> str:
-        if target in self.stream:
+    def _target_reason(self, name: str, targets: tuple[Value, ...], path: str) -> str:
+        if self.stream.intersection(targets):
             return "identity shortcuts carry its output on"
         if has_own_hooks(self.model.get_submodule(path)):
             return f"{path} has hooks, which may change what it returns"
-        if target in self.final:
+        if self.final.intersection(targets):
             if not self.selection.names_exactly(name):
                 return "its channels are the model's outputs"
             warnings.warn(

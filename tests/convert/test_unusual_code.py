@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -380,3 +381,29 @@ def test_a_warning_names_the_line_of_the_caller():
     with pytest.warns(UserWarning, match="2 is gated because include names it") as caught:
         gatedconv.gate_model(net, "channel", example_input=torch.randn(1, 3, 8, 8), include=["2"])
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_outputs_without_numbers_are_no_check_and_it_says_so():
+    class Finds(nn.Module):
+        def __init__(self, above):
+            super().__init__()
+            self.conv, self.out, self.above = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1), above
+
+        def forward(self, x):
+            scores = self.out(self.conv(x))
+            return scores[scores > self.above]
+
+    x = torch.randn(2, 3, 8, 8)
+    for convert in (lambda net: gatedconv.gate_model(net, "channel", example_input=x), lambda net: compacted(net, x)):
+        with pytest.warns(UserWarning, match="the outputs of Finds are empty on example_input, so") as caught:
+            convert(Finds(1e9).eval())
+        assert {warning.filename for warning in caught} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compacted(Finds(0.0).eval(), x)
+
+
+def compacted(net, x):
+    gated = gatedconv.gate_model(net, "channel", example_input=x)
+    masks = {"conv.channel_gate": torch.arange(8) < 3}
+    return gatedconv.compact(gatedconv.freeze(gated, masks=masks), x)
