@@ -114,7 +114,7 @@ def require_same(
     if not compared:
         warnings.warn(
             f"{owner}: the outputs of {type(models[0]).__name__} are empty on example_input, so that no numbers were "
-            f"compared; pass one on which it finds something",
+            f"compared; pass an example with results",
             stacklevel=6,  # of the caller of the public function, past the decorators
         )
 
