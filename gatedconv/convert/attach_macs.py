@@ -12,6 +12,7 @@ from torch import nn
 from gatedconv.convert.example import record_example, require_example
 from gatedconv.convert.flow import Flow
 from gatedconv.convert.gate_model import total_macs
+from gatedconv.convert.install import BeforeForward, repeated_gates
 from gatedconv.convert.mac_trial import estimated_parts
 from gatedconv.convert.module_kinds import is_computed
 from gatedconv.convert.record import Value
@@ -61,6 +62,8 @@ def attach_macs(model: nn.Module, example_input: Any) -> None:
     total, _ = total_macs(plain, example_input)
     for path in gated:
         model.get_submodule(path).gate.calls = len(record.calls_of(path))  # type: ignore[union-attr]
+    if not any(isinstance(hook, BeforeForward) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(BeforeForward([], repeated_gates(model)))
     vars(model)["mac_terms"] = merge_terms((term for of_node in terms.values() for term in of_node), total)
     if estimated := estimated_parts(flow, places, terms):
         warnings.warn(f"attach_macs: the MACs of {', '.join(sorted(estimated))} are estimates", stacklevel=3)

@@ -108,7 +108,8 @@ class Removal(Constants):
         while grew:  # a layer computes for all of its calls what one of them needs
             for node in reversed(self.record.nodes):
                 self._spread_need(node)
-            grew = any([_unite(self.need, values) for values in self.alike])
+            grown = [_unite(self.need, values) for values in self.alike]
+            grew = any(grown)
         self._find_present()
 
     def _alike(self) -> Iterator[list[Value]]:
@@ -317,7 +318,7 @@ class Removal(Constants):
         """Whether what a node holds for each channel, if anything, can be made smaller."""
         module, size = node.module, self.flow[value].size
         if module is not None:
-            if not (has_numbers(module, size) or isinstance(module, nn.GroupNorm)):
+            if not has_numbers(module, size):
                 return True
             mine = not self.sliceable.shares(module) and self.flow.is_uniform(node)
             return node.scope not in self.unsliceable and mine

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gatedconv.convert.flow import Flow, op_name
-from gatedconv.convert.module_kinds import CONVS, groups_of, has_numbers
+from gatedconv.convert.module_kinds import CONVS, groups_of
 from gatedconv.convert.record import Node, Value
 
 _EXTENSIVE = ("sum", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax")  # depend on the map's size
@@ -116,9 +116,13 @@ class Constants:
         return since is not None and node.order >= since and node.op != "output"
 
     def _is_called_again(self, node: Node) -> bool:
-        """Whether a layer has several calls, after which only what a gate closes is the same in all of them."""
-        value, several = node.outputs[0], len(self.record.same_layer(node)) > 1
-        return several and (value in self.masks.values or has_numbers(node.module, self.flow[value].size))
+        """Whether a node is one of several calls that share what is put around the layer: constants of one are no use.
+
+        What a gate closes is the same in all of them.
+        """
+        value = node.outputs[0]
+        framed = value in self.masks.values or self.flow.kind(value) in ("conv", "linear")
+        return framed and len(self.record.same_layer(node)) > 1
 
     def _varies(self, node: Node) -> bool:
         """Whether a node computes with numbers that may be others for another input."""

@@ -164,8 +164,7 @@ class Flow:
 
     def is_uniform(self, node: Node) -> bool:
         """Whether the calls of a node's layer all have the same number of channels, in the same dimensions."""
-        calls = self.record.same_layer(node)
-        return len(calls) == 1 or len({self._shape(call) for call in calls}) == 1
+        return len({self._shape(call) for call in self.record.same_layer(node)}) == 1
 
     def _shape(self, node: Node) -> tuple[tuple[str, int, int], ...]:
         read = (("", self[value].axis, self[value].size) for value in node.inputs)

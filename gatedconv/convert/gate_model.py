@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from gatedconv.convert.flow import (
     Flow,
     op_name,
 )
-from gatedconv.convert.install import Link, attach, device_of, open_gate
+from gatedconv.convert.install import Link, attach, device_of, open_gate, repeated_gates
 from gatedconv.convert.mac_trial import estimated_parts
 from gatedconv.convert.record import CALL, Node, Record, Value
 from gatedconv.convert.record_macs import GatePlaces, merge_terms, node_terms, reachable_share
@@ -218,7 +219,7 @@ class _Installer:
         order = [c.first for b in calls for c in (b.start(record), b.end(record)) if c is not None]
         times, sizes = len(record.calls_of(start.path)), {self.flow[b.entry].size for b in calls}
         alike = len(calls) == times and len(sizes) == 1 and order == sorted(order)
-        return "" if alike else f"called {times} times, and not as one branch each time"
+        return "" if alike else f"called {times} times, of which {len(calls)} are such a branch"
 
     def layer(self, calls: list[Branch]) -> None:
         """Gate a residual branch."""
@@ -294,7 +295,7 @@ class _Installer:
     def finish(self) -> None:
         """Hooks of the whole model."""
         self.gated = GatePlaces(self.values, self.inputs, self.layers, self.ends)
-        self.result.register_forward_pre_hook(install.BeforeForward(self.links))
+        self.result.register_forward_pre_hook(install.BeforeForward(self.links, repeated_gates(self.result)))
 
 
 def _sample_wise(branch: Branch, record: Record) -> list[str]:
@@ -308,8 +309,9 @@ def _sample_wise(branch: Branch, record: Record) -> list[str]:
         return []  # statistics of the batch
     simple = ELEMENTWISE | SPATIAL_OPS | set(REDUCTIONS) | {"cat", "same", "permute", "transpose"}
     plain = all(isinstance(n.module, layers) if n.op == CALL else op_name(n) in simple for n in branch.nodes)
-    alone = all(r.op == CALL and len(record.calls_of(r.scope)) == 1 for r in readers)
-    return [r.scope for r in readers] if plain and alone else []
+    times = len(record.calls_of(branch.name))
+    once = all(r.op == CALL and len(record.calls_of(r.scope)) == times for r in readers)
+    return [r.scope for r in readers] if plain and once else []
 
 
 def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion: Conversion) -> nn.Module:
@@ -320,36 +322,54 @@ def _verify(model: nn.Module, result: nn.Module, example_input: Any, conversion:
         few = example_input[:4] if len(example_input) > 1 else torch.cat([example_input, example_input.flip(-1)])
         inputs = [few, example_input]  # some code takes a multiple of so many images, or one alone
     for images in inputs:
-        opened, ran, ends = _opened(result)
+        opened, ran, ends, again = _opened(result)
         trained = copied(model)
         note = require_same_training(trained, opened, images, "gate_model")
         if not note:
             _require_gradients(ran, ends)
+            _require_starts(opened, again)
             note = _without_gradients(trained, ran)
             break
     conversion.note = "; ".join(filter(None, (conversion.note, note)))
     return trained
 
 
-def _opened(result: nn.Module) -> tuple[nn.Module, dict[str, bool], dict[str, bool]]:
+def _opened(result: nn.Module) -> tuple[nn.Module, dict[str, bool], dict[str, bool], Counter[str]]:
     """A copy with its gates forced open, and whether gradients were enabled, by the gates' paths.
 
-    In the first dict where the gate runs, in the second where another module uses its decision.
+    In the first dict where the gate runs, in the second where another module uses its decision; and how much more often
+    than the gate those modules ran inside of a backward pass.
     """
     opened = copied(result)
     ran: dict[str, bool] = {}
     ends: dict[str, bool] = {}
+    again = Counter[str]()
 
     def note(where: dict[str, bool], path: str) -> Callable[..., None]:
-        return lambda *_: where.update({path: torch.is_grad_enabled() and where.get(path, True)})
+        def hook(*_: Any) -> None:
+            where[path] = torch.is_grad_enabled() and where.get(path, True)
+            if torch._C._current_graph_task_id() >= 0:
+                again[path] += 1 if where is ends else -1
+
+        return hook
 
     for path, end in install.link_ends(opened):
         end.register_forward_pre_hook(note(ends, path))
     for path, gate in find_gates(opened).items():
         constant = FrozenGate(torch.ones_like(gate.running_open_rate, dtype=torch.bool))
         constant.register_forward_pre_hook(note(ran, path))
+        constant.calls = gate.calls
         opened.set_submodule(path, constant)
-    return opened, ran, ends
+    return opened, ran, ends, again
+
+
+def _require_starts(opened: nn.Module, again: Mapping[str, int]) -> None:
+    cut = [path for path, gate in find_gates(opened).items() if gate.calls > 1 and again[path] > 0]
+    if cut:
+        raise ConversionError(
+            f"gate_model: a checkpoint holds the end of what {cut[0]} gates, but not its start, and runs several times "
+            f"in one forward: it cannot know which decision to repeat; let it hold the whole block, or exclude that"
+        )
 
 
 def _require_gradients(ran: dict[str, bool], ends: dict[str, bool]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedconv import ops
-from gatedconv.gating import FrozenGate, Gate, forget
+from gatedconv.gating import FrozenGate, Gate, find_gates, forget
 from gatedconv.gating.gates import LearnedGate
 from gatedconv.nn.modules import FrozenConv2d, take_place
 
@@ -235,19 +235,35 @@ class GateBranch(GateHook):
 
 
 class BeforeForward:
-    """Forward pre-hook of the whole model: in training it drops what the last forward left."""
+    """Forward pre-hook of the whole model: it drops what the last forward left.
+
+    Attributes:
+        links: between hooks; in training their decisions, and what every gate keeps, are dropped.
+        repeated: the paths of the gates that decide several times in a forward, which forget the last one in eval, too.
+    """
 
     of_gatedconv = True
 
-    def __init__(self, links: list[Link]) -> None:
-        self.links = links
+    def __init__(self, links: list[Link], repeated: list[str]) -> None:
+        self.links, self.repeated = links, repeated
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Drop gates' outputs and decisions."""
+        for path in self.repeated:
+            gate: Any = model
+            for name in path.split("."):
+                gate = getattr(gate, name, None)
+            if isinstance(gate, Gate):  # its module is still there
+                gate.forget()
         if model.training:
             forget(model)
             for link in self.links:
                 link.decision = None
+
+
+def repeated_gates(model: nn.Module) -> list[str]:
+    """The paths of the gates that decide several times in one forward."""
+    return [path for path, gate in find_gates(model).items() if gate.calls > 1]
 
 
 def hooks_of(module: nn.Module) -> list[GateHook]:

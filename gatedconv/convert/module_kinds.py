@@ -34,7 +34,7 @@ def is_depthwise(module: nn.Module | None) -> bool:
 
 def has_numbers(module: nn.Module | None, channels: int) -> bool:
     """Whether a module has parameters or buffers for each of the channels that it returns."""
-    if module is None or isinstance(module, (*CONVS, nn.Linear)):
+    if module is None or isinstance(module, (*CONVS, nn.Linear, nn.GroupNorm)):
         return module is not None
     return any(t.dim() and t.shape[0] == channels for t in (*module.parameters(), *module.buffers()))
 

@@ -145,7 +145,7 @@ class _Labels:
     def _label(self, node: Node, value: Value) -> Tensor:
         channels = self.flow[value]
         always = torch.full((channels.size,), ALWAYS, device="cpu")
-        if len(self.flow.record.same_layer(node)) > 1 and has_numbers(node.module, channels.size):
+        if len(self.flow.record.same_layer(node)) > 1 and channels.kind == "conv":
             return always
         if channels.kind == "move":
             assert channels.source is not None and channels.index is not None
@@ -239,7 +239,8 @@ class _Labels:
         if not node.outputs or node.is_constant:
             return []
         layer = self.gated.layers.get(node, ())
-        params = sum(p.numel() for p in node.module.parameters()) if node.module is not None else 0
+        first = self.flow.record.same_layer(node)[0] is node
+        params = sum(p.numel() for p in node.module.parameters()) if first and node.module is not None else 0
         value = node.outputs[0]
         kind = self.flow.kind(value)
         if kind in ("conv", "linear") and value not in self.whole:

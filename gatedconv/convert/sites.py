@@ -140,17 +140,17 @@ class SiteFinder:
             if isinstance(found, str):
                 return found
             if path not in ("", found[0]):
-                return f"its {len(calls)} calls end in different modules"
+                return f"its {len(calls)} calls end in different modules, {path} and {found[0]}"
             path, target, is_input = found
             targets.append(target)
         if len(calls) > 1 and any(target.node not in self.record.layers.get(path, ()) for target in targets):
-            return f"called {len(calls)} times: {path}, where they end, is several layers"
+            return f"its {len(calls)} calls end in {path}, which has code of its own"
         return path, tuple(targets), is_input
 
     def _target(self, value: Value, position: str, calls: int) -> tuple[str, Value, bool] | str:
         """The same of one of the calls of a layer."""
         norm, activated = self._norm_behind(value)
-        if norm is not None and len(self.record.calls_of(norm.path)) != calls:
+        if norm is not None and len(self.record.calls_of(norm.path)) > calls:
             return f"its norm {norm.path} is called {len(self.record.calls_of(norm.path))} times"
         path = norm.path if norm is not None else value.node.scope  # type: ignore[union-attr]
         current = norm.outputs[0] if norm is not None else value
@@ -195,8 +195,9 @@ class SiteFinder:
 
     def _layers(self) -> list[list[Node]]:
         """The calls of each convolution and linear layer."""
+        known = ("conv", "linear")
         layers = self.record.layers.values()
-        return [calls for calls in layers if any(self.flow.kind(v) in ("conv", "linear") for v in calls[0].outputs)]
+        return [calls for calls in layers if any(self.flow.kind(v) in known for call in calls for v in call.outputs)]
 
     def _reason(self, calls: list[Node], *, output: bool = True) -> str:
         """Why this layer is left alone; empty if it is not."""
@@ -209,7 +210,7 @@ class SiteFinder:
         if self.flow.kind(value) == "linear" and value.tensor.dim() != 4:
             return "a dense layer"
         if not self.flow.is_uniform(node):
-            return f"called {len(calls)} times, with channels in different dimensions"
+            return f"called {len(calls)} times, not on an image each time"
         if any(self.owners[id(p)] > 1 for p in parameters):
             return "its weights are shared with another layer"
         if parameters and not any(p.requires_grad for p in module.parameters()):

@@ -206,7 +206,7 @@ def _gate_arguments(gate: Gate) -> dict[str, Any]:
     }
     if isinstance(gate, ChannelGate):
         arguments |= {"num_gates": gate.num_gates, "pool": gate.pool, "feature_size": gate.feature_size}
-    return arguments
+    return arguments | ({"calls": gate.calls} if gate.calls > 1 else {})
 
 
 def build_module(path: str, spec: Any, state: Mapping[str, Tensor]) -> nn.Module:
@@ -231,8 +231,10 @@ def _build_module(path: str, kind: str, arguments: dict[str, Any], state: Mappin
     if kind == "FrozenGate":
         return FrozenGate(torch.ones_like(state[f"{path}.mask"]))
     if kind in ("LayerGate", "ChannelGate"):
-        gate: Callable[..., nn.Module] = LayerGate if kind == "LayerGate" else ChannelGate
-        return gate(**arguments)
+        calls = int(arguments.pop("calls", 1))
+        gate = (LayerGate if kind == "LayerGate" else ChannelGate)(**arguments)
+        gate.calls = calls
+        return gate
     if kind not in _OWN:
         raise ValueError(f"unknown layer {kind!r}")
     tensors = {name: torch.empty_like(state[f"{path}.{name}"]) for name in _OWN[kind][0]}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of, keeping_aliases
+from gatedconv.convert.install import BeforeForward, GateHook, Link, hooks_of, keeping_aliases, repeated_gates
 from gatedconv.deploy.graph_format import build_module, describe_module
 from gatedconv.deploy.slicing import COUNTS
-from gatedconv.gating import Consensus, Gate, attribute_of, copied, find_gates
+from gatedconv.gating import Consensus, Gate, attribute_of, copied
 from gatedconv.nn import EmptyMap, Framed, FrozenConv2d, GatherChannels
 from gatedconv.nn.modules import take_place
 
@@ -57,7 +57,6 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
     made = frames or gates or frozen or hooks or attribute_of(model, "consensus", Consensus) is not None
     kinds: dict[str, Any] = {"frames": frames, "removed": removed, "counts": counts, "hooks": hooks}
     kinds |= {"gates": gates, "frozen": frozen, "before": before}
-    kinds["calls"] = {path: gate.calls for path, gate in find_gates(model).items() if gate.calls > 1}
     return kinds if made else {}
 
 
@@ -94,8 +93,9 @@ def apply_changes(dense: nn.Module, changes: Mapping[str, Any], tensors: Mapping
             else:
                 module.register_forward_hook(hook)
     for path, numbers in changes["before"].items():
-        before = BeforeForward([links.setdefault(n, Link()) for n in numbers])
-        model.get_submodule(path).register_forward_pre_hook(before)
+        module = model.get_submodule(path)
+        before = BeforeForward([links.setdefault(n, Link()) for n in numbers], repeated_gates(module))
+        module.register_forward_pre_hook(before)
     _resize(model, tensors)
     return model
 
@@ -115,9 +115,7 @@ def _replace(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str,
         model.set_submodule(path, removed)
     for path, spec in changes["gates"].items():
         owner, _, name = path.rpartition(".")
-        gate: Any = build_module(path, spec, tensors)
-        gate.calls = int(changes.get("calls", {}).get(path, 1))
-        model.get_submodule(owner).add_module(name, gate)
+        model.get_submodule(owner).add_module(name, build_module(path, spec, tensors))
     for path in changes["frozen"]:
         conv = model.get_submodule(path)
         if not isinstance(conv, nn.Conv2d):

@@ -55,7 +55,9 @@ def shrink(model: nn.Module, removal: Removal) -> None:
             _replace(model, node.scope, nn.Identity())
         elif node.op == CALL and node.outputs and flow.kind(node.outputs[0]) in ("elementwise", "group_norm"):
             _numbers(model, removal, node, node.outputs[0])
-    first = {path: value for value, path in reversed(list(removal.masks.paths.items()))}
+    first: dict[str, Value] = {}  # of the values of several calls
+    for value, path in removal.masks.paths.items():
+        first.setdefault(path, value)
     for value in first.values():
         if flow.kind(value) not in ("conv", "linear"):
             _behind(model, removal, value)

@@ -136,7 +136,9 @@ class LearnedGate(Gate):
         if hidden is not None and (isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1):
             raise ValueError(f"{name}: hidden must be a positive int or None, got {hidden!r}")
         self.mask = None
-        self._noted: list[ops.GateOutput] = []  # of the last `calls` calls, where there are several in a forward
+        # Of the last `calls` calls, where there are several in a forward; and whether a backward has passed them.
+        self._noted: list[ops.GateOutput] = []
+        self._passed: list[bool] = []
         require_estimator(name, estimator, temperature)
         self.estimator = Estimator(estimator, num_gates, float(temperature), device)
         self.fc1 = nn.Linear(in_features, hidden, device=device, dtype=dtype) if hidden else None
@@ -177,7 +179,8 @@ class LearnedGate(Gate):
     def _margin(self) -> Tensor:
         if self.logits is None:
             raise ValueError(f"{type(self).__name__}: run a forward pass before reading `saturated` or `dead`")
-        return self.estimator.margin(self.logits.detach())
+        calls = [decision.logits for decision in self._noted] or [self.logits]
+        return torch.cat([self.estimator.margin(logits.detach()) for logits in calls])
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless x is (N, C, H, W) of a size that the gate was built for."""
@@ -214,10 +217,19 @@ class LearnedGate(Gate):
         """Keep the logits and open rate of the last call, or of the last ``calls`` calls; returns the gate."""
         if self.calls == 1:
             self.logits, self.open_rate = decision.logits, decision.open_rate
-        elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
-            self._noted = [*self._noted, decision][-self.calls :]
-            self._join()
-        return decision.gate  # inside of a backward pass a checkpoint repeats one of the calls that are noted already
+            return decision.gate
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._current_graph_task_id() >= 0:
+            return decision.gate  # in a backward pass a checkpoint repeats one of the calls that are noted already
+        if self._passed:
+            self.forget()  # these calls are of another forward
+        self._noted = [*self._noted, decision][-self.calls :]
+        self._join()
+        plain = not compiling and not torch._C._are_functorch_transforms_active()
+        if plain and decision.logits.requires_grad:
+            passed = self._passed  # not self, which the graph would keep alive
+            decision.logits.register_hook(lambda grad: passed.append(True))
+        return decision.gate
 
     def replace_open_rate(self, open_rate: Tensor) -> None:
         """Put another tensor (num_gates,) in the place of the last call's open rate."""
@@ -235,11 +247,11 @@ class LearnedGate(Gate):
     def forget(self) -> None:
         """Drop what belongs to the last calls."""
         super().forget()
-        self._noted = []
+        self._noted, self._passed = [], []
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what belongs to the last calls."""
-        return {**super().__getstate__(), "_noted": []}
+        return {**super().__getstate__(), "_noted": [], "_passed": []}
 
     def arguments(
         self, batch: int, dtype: torch.dtype

@@ -201,7 +201,7 @@ def _joined(model: nn.Module, rates: dict[str, Tensor], window: RateWindow | Non
 
 
 def _batch_size(model: nn.Module) -> int:
-    """Samples of the last batch on this rank: in training a layer gate sees all of them."""
+    """Samples of the last batch on this rank, or rows of several calls: in training a layer gate sees all of them."""
     logits = (gate.logits for gate in find_gates(model).values())
     return next((found.shape[0] for found in logits if found is not None), 1)
 

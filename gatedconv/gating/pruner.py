@@ -185,12 +185,13 @@ class _Watch:
     Args:
         sensitivity: of all gates; a part of it is updated in place.
         place: that part.
-        gate: decides ``gate.calls`` times in a forward, whose squares add up: those of independent gradients.
+        gate: of several calls the squares add up, as those of independent gradients do.
     """
 
     def __init__(self, sensitivity: Callable[[], Tensor], place: slice, gate: Gate) -> None:
-        self.sensitivity, self.place, self.calls = sensitivity, place, gate.calls
-        # The squares leave the graph as the gradient of a leaf: a compiled backward pass must not change buffers.
+        self.sensitivity, self.place = sensitivity, place
+        # The squares leave the graph as the gradient of a leaf, which is their sum over the calls, and since a compiled
+        # backward pass must not change buffers.
         self.probe = torch.zeros_like(gate.running_open_rate, dtype=torch.float32, requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._on_squares)
 
@@ -198,10 +199,10 @@ class _Watch:
         """Of copies and pickles: the pruner stays with the original."""
         return _Unwatched, ()
 
-    def __call__(self, gate: nn.Module, arguments: object, decision: Tensor) -> Tensor | None:
+    def __call__(self, gate: Gate, arguments: object, decision: Tensor) -> Tensor | None:
         if not (gate.training and decision.requires_grad):
             return None
-        if not torch.compiler.is_compiling():
+        if gate.calls == 1 and not torch.compiler.is_compiling():
             decision.register_hook(self._on_gradient)
             return None
         watched: Tensor = _Watched.apply(decision, self.probe)
@@ -211,7 +212,7 @@ class _Watch:
         return watched
 
     def _on_gradient(self, slope: Tensor) -> None:
-        self._update(_mean_square(slope.detach()) * self.calls)
+        self._update(_mean_square(slope.detach()))
 
     def _on_squares(self, probe: Tensor) -> None:
         square, probe.grad = probe.grad, None

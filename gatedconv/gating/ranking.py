@@ -63,7 +63,8 @@ def fisher_information(
     The straight-through gradient dL/dg is the first order of what closing a gate costs. In front of a norm (position
     "middle") the gradients of a block's gates sum to about 0, since the norm undoes a common scale: the first order
     then ranks channels within a block, not blocks. The second order does both: half the curvature, approximated by
-    the empirical Fisher information with the data's own labels (Theis et al. 2018, for channels without gates).
+    the empirical Fisher information with the data's own labels (Theis et al. 2018, for channels without gates). A gate
+    with several calls closes in all of them: their gradients add up where each call has a row for every label.
 
     Args:
         model: a gated model; it is left as it is, and a copy in training mode is evaluated.
@@ -80,10 +81,10 @@ def fisher_information(
 
     def open_all(name: str) -> Callable[..., Tensor]:
         def hook(gate: nn.Module, args: object, output: Tensor) -> Tensor:
-            mine = taps.setdefault(name, [])  # calls with the same samples close together
-            if not mine or mine[-1].shape != output.shape:
+            mine = taps.setdefault(name, [])
+            if not mine or len(output) != samples or len(mine[-1]) != samples:
                 mine.append(torch.ones_like(output).requires_grad_())
-            return mine[-1]
+            return mine[-1]  # the calls for the same samples close together
 
         return hook
 
@@ -92,13 +93,14 @@ def fisher_information(
     for parameter in probe.parameters():
         parameter.requires_grad_(False)
     totals = {name: _zeros(gate) for name, gate in gates.items()}
-    count = 0
+    count = samples = 0
     for images, labels in batches:
         taps.clear()  # a network may leave blocks out
+        samples = len(labels)
         value = loss(probe(images), labels) * len(labels)  # of the mean, each sample would see 1/N
-        names, watched = zip(*((name, tap) for name, mine in taps.items() for tap in mine), strict=True)
-        slopes = torch.autograd.grad(value, watched, materialize_grads=True)
-        for name, slope in zip(names, slopes, strict=True):
+        pairs = [(name, tap) for name, mine in taps.items() for tap in mine]
+        slopes = torch.autograd.grad(value, [tap for _, tap in pairs], materialize_grads=True)
+        for (name, _), slope in zip(pairs, slopes, strict=True):
             totals[name] += slope.double().square().sum(0)
         count += len(labels)
     totals, counts = sum_over_ranks(totals, dict.fromkeys(gates, count))
@@ -123,7 +125,7 @@ def mean_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> d
     with eval_mode(model):
         for images, _ in batches:
             for gate in gates.values():
-                gate.logits = None
+                gate.forget()
             model(images)
             for name, gate in gates.items():
                 if gate.logits is not None:

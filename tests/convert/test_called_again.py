@@ -225,6 +225,7 @@ def test_the_layers_have_gates_and_become_smaller():
 def test_macs_are_those_of_the_smaller_network(name, gate):
     gated = gatedconv.gate_model(network(name), gate, example_input=X).eval()
     assert gated.conversion.estimated == {}
+    assert sum(term.params for term in gated.mac_terms) == sum(p.numel() for p in network(name).parameters())
     for seed in range(3):
         masks = masks_of(gated, 0.5, seed)
         small = gatedconv.compact(gatedconv.freeze(gated, masks=masks), X)
@@ -299,6 +300,116 @@ def test_checkpoints_and_compilation_change_nothing(way):
         assert other_shapes == shapes
 
 
+@pytest.mark.parametrize("way", ["gate_model", "Conv2d", "a method"])
+def test_the_number_of_calls_may_change(way):
+    class Loop(nn.Module):
+        times = 2
+
+        def __init__(self):
+            super().__init__()
+            gate = {"gate": "channel"} if way == "Conv2d" else {}
+            self.stem, self.conv = nn.Conv2d(3, 8, 3), gatedconv.Conv2d(8, 8, 3, padding=1, **gate)
+            self.out = nn.Conv2d(8, 4, 1)
+
+        def again(self, x):
+            x = self.stem(x)
+            for _ in range(self.times):
+                x = self.conv(x).relu()
+            return self.out(x)
+
+        def forward(self, x):
+            return self.again(x)
+
+    model = Loop()
+    if way == "Conv2d":
+        gatedconv.attach_macs(model, X)
+    else:
+        model = gatedconv.gate_model(model, "channel", example_input=X)
+    gate = list(gatedconv.gates(model).values())[-1]
+    assert gate.calls == 2
+    for model.times, rows in [(2, 4), (1, 2), (2, 4), (3, 4), (1, 2)]:  # of the last two calls
+        out = model.train()(X) if way != "a method" else model.again(X)
+        if way != "a method" or model.times != 3:
+            assert gate.logits.shape == (rows, 8)
+        (out.square().mean() + gate.open_rate.mean()).backward()
+        if way != "a method":
+            with torch.no_grad():
+                model.eval()(X)
+            assert gate.logits.shape == (rows, 8)
+
+
+def test_a_checkpoint_of_half_a_repeated_branch_is_refused():
+    class Half(Block):
+        def branch(self, x):
+            return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+        def forward(self, x):
+            return x + (checkpoint(self.branch, x, use_reentrant=False) if self.training else self.branch(x))
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(3, 8, 3), Half(8)
+
+        def forward(self, x):
+            x = self.block(self.stem(x))
+            return self.block(x.tanh())
+
+    with pytest.raises(ValueError, match="the end of what block.layer_gate gates, but not its start, and runs several"):
+        gatedconv.gate_model(Loop(), "layer", example_input=X)
+    gated = gatedconv.gate_model(Loop(), "channel", example_input=X).train()
+    gated(X).square().mean().backward()
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.PReLU(16), nn.BatchNorm2d(16), nn.GroupNorm(4, 16), nn.GroupNorm(4, 16, affine=False)]
+)
+def test_a_layer_behind_several_gates_keeps_what_one_of_them_leaves(layer):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            self.norm1, self.norm2 = nn.GroupNorm(4, 16), nn.GroupNorm(4, 16)
+            self.shared, self.out = copy.deepcopy(layer), nn.Conv2d(16, 4, 3, padding=1)
+
+        def forward(self, x):
+            x = self.shared(self.norm1(self.a(x)).relu())
+            return self.out(self.shared(self.norm2(self.b(x)).relu()))
+
+    model = Shared().eval()
+    gated = gatedconv.gate_model(model, "channel", example_input=X).eval()
+    masks = {"norm1.channel_gate": torch.arange(4) < 3, "norm2.channel_gate": torch.arange(4) == 1}
+    frozen = gatedconv.freeze(gated, masks=masks).eval()
+    small = gatedconv.compact(frozen, X, verify=False)
+    with torch.no_grad():
+        assert_close(small(X), oracle(model, masks, X, {}))
+    assert small.a.out_channels == 12 and small.b.out_channels == 4
+
+
+def test_each_call_has_its_own_threshold():
+    gate = gatedconv.ChannelGate(4, estimator="batch_mean", hidden=None).train()
+    gate.calls = 2
+    gate.fc2.weight.data.copy_(torch.eye(4))
+    gate.fc2.bias.data.zero_()
+    x = torch.tensor([[-0.2] * 4, [0.2] * 4])[:, :, None, None]
+    gate(x + 5)
+    gate(x - 5)
+    assert not gate.saturated.any() and not gate.dead.any()
+
+
+def test_closed_samples_of_repeated_blocks_are_not_computed():
+    gated = gatedconv.gate_model(network("twins"), "layer", example_input=X).eval()
+    for gate in gatedconv.gates(gated).values():
+        gate.fc2.bias.data.fill_(-1.0)
+    rows = []
+    gated.block1.conv1.register_forward_hook(lambda layer, args, out: rows.append(len(args[0])))
+    with torch.no_grad():
+        out = gated(X)
+    assert rows == [0, 0]
+    with torch.no_grad():
+        assert_close(out, oracle(network("twins"), dict.fromkeys(gatedconv.gates(gated), torch.zeros(1)), X, {}))
+
+
 def test_sensitivities_of_the_calls_add_up():
     gated = with_lively_gates("twins")
     pruner = gatedconv.GatePruner(gated)
@@ -311,9 +422,7 @@ def test_sensitivities_of_the_calls_add_up():
     expected = []
     for calls in found.values():
         running = torch.zeros(calls[0].shape[1])
-        for decision in reversed(calls):  # backward
-            running.lerp_(len(calls) * (decision.grad * len(X)).square().mean(0), MOMENTUM)
-        expected.append(running)
+        expected.append(running.lerp(sum((d.grad * len(X)).square().mean(0) for d in calls), MOMENTUM))
     assert_close(pruner.sensitivity, torch.cat(expected), algorithm="gradient")
 
 
@@ -328,6 +437,22 @@ def test_fisher_information_closes_all_calls_together():
     (F.cross_entropy(model.train()(X), labels) * len(X)).backward()
     expected = {name: tap.grad.double().square().mean(0) for name, tap in taps.items()}
     assert_close(found, expected, algorithm="gradient")
+
+
+def test_fisher_information_keeps_the_samples_of_other_calls_apart():
+    class Chunks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.parts = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), 2
+
+        def forward(self, x):
+            return self.fc(torch.cat([self.conv(part).relu().mean((2, 3)) for part in x.chunk(self.parts)]))
+
+    gated = gatedconv.gate_model(Chunks(), "channel", example_input=X)
+    batch = [(images(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]))]
+    found = fisher_information(gated, batch, F.cross_entropy)
+    gated.parts = 1
+    assert_close(found, fisher_information(gated, batch, F.cross_entropy), algorithm="gradient")
 
 
 def test_a_vote_counts_every_call():
@@ -345,6 +470,8 @@ def test_files_keep_the_number_of_calls(tmp_path):
     gated = gatedconv.gate_model(network("twins"), "both", example_input=X).eval()
     gatedconv.save(gated, tmp_path / "gated.safetensors")
     loaded = gatedconv.load(tmp_path / "gated.safetensors", into=Twins())
+    assert {gate.calls for gate in gatedconv.gates(loaded).values()} == {2}
+    loaded = gatedconv.load(tmp_path / "gated.safetensors")
     assert {gate.calls for gate in gatedconv.gates(loaded).values()} == {2}
     small = gatedconv.compact(gatedconv.freeze(gated, masks=masks_of(gated, 0.5)), X)
     gatedconv.save(small, tmp_path / "small.safetensors")
@@ -382,7 +509,7 @@ def test_calls_that_end_differently_are_left_alone_with_the_reason():
             return self.out(self.norm1(self.conv(x)).relu() + self.norm2(self.conv(x.flip(2))).relu())
 
     gated = gatedconv.gate_model(Levels().eval(), "channel", example_input=X)
-    assert gated.conversion.skipped["conv"] == "its norm norm1 is called 1 times"
+    assert gated.conversion.skipped["conv"] == "its 2 calls end in different modules, norm1 and norm2"
     masks = masks_of(gated, 0.5)
     small = gatedconv.compact(gatedconv.freeze(gated, masks=masks), X)
     assert small.conv.in_channels == int(masks["norm3.channel_gate"].sum())
