@@ -273,7 +273,9 @@ def test_rates_and_losses_are_over_all_calls(name):
     expected = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     assert_close(gatedconv.polarization_loss(gated), loss)
     actual = torch.autograd.grad(gatedconv.polarization_loss(gated), parameters, materialize_grads=True)
-    assert_close(actual, expected, algorithm="gradient", scale=1e-3)
+    largest = max(float(gradient.abs().max()) for gradient in expected)  # in front of a norm they cancel to 0
+    assert largest > 1e-4
+    assert_close(actual, expected, algorithm="gradient", scale=largest)
 
 
 def step_of(model, gated):
@@ -296,7 +298,8 @@ def test_checkpoints_and_compilation_change_nothing(way):
         loss, grads, shapes = step_of(gated, gated)
         other_loss, other_grads, other_shapes = step_of(run, other)
         assert_close(other_loss, loss)
-        assert_close(other_grads, grads, algorithm="gradient", scale=1e-3)
+        largest = max(float(gradient.abs().max()) for gradient in grads.values())
+        assert_close(other_grads, grads, algorithm="gradient", scale=largest)
         assert other_shapes == shapes
 
 
