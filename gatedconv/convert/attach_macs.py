@@ -62,8 +62,11 @@ def attach_macs(model: nn.Module, example_input: Any) -> None:
     total, _ = total_macs(plain, example_input)
     for path in gated:
         model.get_submodule(path).gate.calls = len(record.calls_of(path))  # type: ignore[union-attr]
-    if not any(isinstance(hook, BeforeForward) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(BeforeForward([], repeated_gates(model)))
+    if repeated := repeated_gates(model):
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, BeforeForward):  # of MACs that were attached before
+                del model._forward_pre_hooks[key]
+        model.register_forward_pre_hook(BeforeForward([], repeated))
     vars(model)["mac_terms"] = merge_terms((term for of_node in terms.values() for term in of_node), total)
     if estimated := estimated_parts(flow, places, terms):
         warnings.warn(f"attach_macs: the MACs of {', '.join(sorted(estimated))} are estimates", stacklevel=3)

@@ -31,11 +31,10 @@ class Sliceable:
 
     def __init__(self, flow: Flow) -> None:
         self.flow, self.record = flow, flow.record
-        record = flow.record
-        modules = record.model.modules()
+        modules = self.record.model.modules()
         self.owners = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
         self.read_by_code = {
-            v.name.rpartition(".")[0] for n in record.nodes if n.op != CALL for v in n.inputs if v.name
+            v.name.rpartition(".")[0] for n in self.record.nodes if n.op != CALL for v in n.inputs if v.name
         }
 
     def shares(self, module: nn.Module) -> bool:

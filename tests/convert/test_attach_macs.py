@@ -104,6 +104,8 @@ def test_a_layer_that_runs_twice_decides_twice():
     model = Twice()
     gatedconv.attach_macs(model, x)
     assert model.conv.gate.calls == 2
+    gatedconv.attach_macs(model, x)
+    assert len(model._forward_pre_hooks) == 1
     rates = {"conv.gate": torch.tensor([1.0, 0.0, 0.0])}
     assert float(gatedconv.expected_macs(model, rates)) == 2 * 3 * 3 * 3 * 3 * 12 * 12 / 3  # of x it reads all channels
     model.train()(x)
