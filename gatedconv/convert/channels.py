@@ -33,9 +33,7 @@ class Sliceable:
         self.flow, self.record = flow, flow.record
         modules = self.record.model.modules()
         self.owners = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
-        self.read_by_code = {
-            v.name.rpartition(".")[0] for n in self.record.nodes if n.op != CALL for v in n.inputs if v.name
-        }
+        self.read_by_code = self.record.read_by_code
 
     def shares(self, module: nn.Module) -> bool:
         """Whether another module has weights of this one, too."""
@@ -94,8 +92,9 @@ class Removal(Constants):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        late = [node for node in self.record.nodes if self.is_late(node)]
-        if any(bool(self.known[v].any()) for node in late for v in node.inputs if v in self.known):
+        late = [node for node in self.record.nodes if self.record.is_late(node)]
+        reads = any(bool(self.known[v].any()) for node in late for v in node.inputs if v in self.known)
+        if reads or self.record.may_skip_layers:
             self.caution = MOST_CAUTION  # code that did not run now may read them as well
         self.need: dict[Value, Tensor] = {}
         self.present: dict[Value, Tensor] = {}

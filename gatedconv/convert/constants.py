@@ -67,7 +67,7 @@ class Constants:
     def known_to(self, node: Node, value: Value) -> tuple[Tensor, Tensor]:
         """Bool (C,) and numbers (C,): the constant channels of a value as one node reads it."""
         known, constant = self.known[value], self.constant[value]
-        if self.is_late(node):
+        if self.record.is_late(node):
             known, constant = torch.zeros_like(known), torch.zeros_like(constant)
         mask = self.masks.inputs.get((node, value))
         return (known, constant) if mask is None else (known | ~mask, torch.where(mask, constant, 0.0))
@@ -83,7 +83,7 @@ class Constants:
         return known, torch.where(known, constant, 0.0)
 
     def _find_constants(self, node: Node, value: Value) -> None:
-        unknown = self.is_late(node) or self._varies(node) or self._is_called_again(node)
+        unknown = self.record.is_late(node) or self._varies(node) or self._is_called_again(node)
         known = self.zeros(value) if unknown else self._candidates(node, value)
         constant = torch.zeros(len(known), device="cpu")
         try:
@@ -109,11 +109,6 @@ class Constants:
         if mask is not None:
             known, constant = known | ~mask, torch.where(mask, constant, 0.0)
         self.known[value], self.constant[value] = known, constant
-
-    def is_late(self, node: Node) -> bool:
-        """Whether a node ran after the model's code had read the numbers of a tensor, on which it may branch."""
-        since = self.record.knows_numbers_at
-        return since is not None and node.order >= since and node.op != "output"
 
     def _is_called_again(self, node: Node) -> bool:
         """Whether a node is one of several calls that share what is put around the layer: constants of one are no use.

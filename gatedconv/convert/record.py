@@ -124,6 +124,32 @@ class Record:
         """The calls of a node's layer in order, this one among them; of any other operation the node alone."""
         return self.layers[node.scope] if node.op == CALL else [node]
 
+    def is_late(self, node: Node) -> bool:
+        """Whether a node ran after the model's code had read the numbers of a tensor, on which it may branch."""
+        since = self.knows_numbers_at
+        return since is not None and node.order >= since and node.op != "output"
+
+    @property
+    def read_by_code(self) -> set[str]:
+        """Paths of modules whose parameters or buffers operations of the model's code read."""
+        return {v.name.rpartition(".")[0] for n in self.nodes if n.op != CALL for v in n.inputs if v.name}
+
+    @property
+    def may_skip_layers(self) -> bool:
+        """Whether the model's code read the numbers of a tensor, and some layers with parameters did not run."""
+        if self.knows_numbers_at is None:
+            return False
+        ran = self.calls.keys() | self.read_by_code
+        return any(
+            module._parameters and path not in ran and not any(path.startswith(f"{layer}.") for layer in self.layers)
+            for path, module in self.model.named_modules()
+        )
+
+    @property
+    def may_call_again(self) -> bool:
+        """Whether layers with parameters ran after the model's code had read the numbers of a tensor."""
+        return any(n.module is not None and n.module._parameters for n in self.nodes if self.is_late(n))
+
     def nodes_of(self, call: ModuleCall) -> list[Node]:
         """The operations that ran inside a call."""
         first = bisect_left(self.nodes, call.first, key=lambda node: node.order)

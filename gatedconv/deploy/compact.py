@@ -68,7 +68,8 @@ def compact(
             it runs in training where ``frozen`` does; costs three forwards of each, and one in training.
 
     Warns:
-        UserWarning: the result runs in eval alone.
+        UserWarning: the result runs in eval alone; or the model's code reads numbers of its tensors, so that for other
+            inputs other layers may run than on the example.
 
     Raises:
         TypeError: for arguments of another kind.
@@ -142,6 +143,11 @@ def _compact_rest(
         filled = _fill_up(each, closed, channel_multiple)
     closed = filled
     masks = _masks(flow, closed)
+    if (flow.record.may_skip_layers or flow.record.may_call_again) and not all(bool(m.all()) for *_, m in closed):
+        _warn(
+            f"the code of {type(unwrap(frozen)).__name__} reads numbers of its tensors, which may decide what runs; "
+            f"only what runs on example_input was checked"
+        )
     unsliceable: set[str] = set()
     in_eval: nn.Module | None = None  # the smallest that is right in eval, but does not train
     caution, has_to_train = 0, verify and trains(frozen, example_input)
@@ -165,9 +171,12 @@ def _compact_rest(
         in_eval = result if in_eval is None else in_eval
         caution = max(caution + 1, MOST_CAUTION)  # code that runs in training alone may see any tensor
     assert in_eval is not None
-    # Of the caller of compact, past its decorator.
-    warnings.warn("compact: the result runs in eval, but not in training, as the model does", stacklevel=4)
+    _warn("the result runs in eval, but not in training, as the model does")
     return in_eval
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"compact: {what}", stacklevel=5)  # of the caller of compact, past its decorator
 
 
 def _closed(model: nn.Module) -> list[tuple[str, type, Tensor]]:

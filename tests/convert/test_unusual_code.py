@@ -403,6 +403,74 @@ def test_outputs_without_numbers_are_no_check_and_it_says_so():
         compacted(Finds(0.0).eval(), x)
 
 
+class EarlyExit(nn.Module):
+    """Leaves at its first head where that is sure enough."""
+
+    def __init__(self, sure):
+        super().__init__()
+        self.a, self.exit = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 10)
+        self.b, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+        self.sure = sure
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        first = self.exit(x.mean((2, 3)))
+        return first if first.amax() > self.sure else self.head(self.b(x).relu().mean((2, 3)))
+
+
+class OnceMore(nn.Module):
+    """Calls a layer again where its output is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.conv(self.stem(x).relu()).relu()
+        x = self.conv(x + 1).relu() if x.amax() > 100 else x
+        return self.head(x.mean((2, 3)))
+
+
+READS = "the code of {} reads numbers of its tensors, which may decide what runs; only what runs on example_input was"
+
+
+def test_layers_behind_an_exit_that_the_example_takes_get_the_channels_that_they_read():
+    net, x = EarlyExit(sure=-1e9).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match=READS.format("EarlyExit")) as caught:
+        frozen, small = frozen_and_compact(net, x, "a.channel_gate")
+    assert [warning.filename for warning in caught] == [__file__]
+    assert_close(small(x), frozen(x))
+    frozen.sure = small.sure = 1e9  # every image goes on
+    assert_close(small(x), frozen(x))
+
+
+def test_layers_that_may_be_called_again_are_removed_from_with_a_warning():
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match=READS.format("OnceMore")):
+        frozen, small = frozen_and_compact(OnceMore().eval(), x, "stem.channel_gate")
+    assert small.stem.out_channels == 3
+    assert_close(small(x), frozen(x))
+
+
+def test_numbers_that_are_read_behind_the_last_layer_are_no_reason_for_a_warning():
+    class Finds(nn.Sequential):
+        def forward(self, x):
+            scores = super().forward(x)
+            return scores[0, 0] if scores.amax() > 0 else scores
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = Finds(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)).eval()
+        frozen_and_compact(net, torch.randn(1, 3, 8, 8), "0.channel_gate")
+
+
+def frozen_and_compact(net, x, gate):
+    """A network with three of the eight channels of a gate open, and its compact form."""
+    gated = gatedconv.gate_model(net, "channel", example_input=x, include=[gate.removesuffix(".channel_gate")])
+    frozen = gatedconv.freeze(gated, masks={gate: torch.arange(8) < 3})
+    return frozen, gatedconv.compact(frozen, x)
+
+
 def compacted(net, x):
     gated = gatedconv.gate_model(net, "channel", example_input=x)
     masks = {"conv.channel_gate": torch.arange(8) < 3}
