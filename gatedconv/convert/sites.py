@@ -9,6 +9,7 @@ from math import inf
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from gatedconv.convert.branches import Branch
 from gatedconv.convert.conversion import Selection
@@ -345,6 +346,8 @@ def is_activation(node: Node) -> bool:
 def _why_no_conv(module: nn.Module, called: bool) -> str:
     if not called:
         return "it does not run on example_input, or its forward is not called through the module"
+    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        return "torch.nn.utils.prune masks its weights in every forward; prune.remove makes the masks permanent"
     if has_own_hooks(module):
         return "it has hooks, which may change what it returns"
     if not isinstance(module, CONVS):

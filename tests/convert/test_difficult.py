@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import gatedconv
 from tests.convert.networks import IMAGES, Residual, network
@@ -129,6 +130,17 @@ def test_a_layer_with_hooks_is_left_alone():
     gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
     assert "hooks" in gated.conversion.skipped["conv2"] and "bn1.channel_gate" in gatedconv.gates(gated)
     assert_compact_is_exact(model)
+
+
+def test_a_layer_that_pytorch_prunes_is_left_alone_until_its_mask_is_permanent():
+    model = network("relu")
+    prune.l1_unstructured(model.conv2, "weight", 0.5)
+    gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
+    assert "prune.remove makes the masks permanent" in gated.conversion.skipped["conv2"]
+    prune.remove(model.conv2, "weight")
+    gated = gatedconv.gate_model(model, "channel", example_input=IMAGES)
+    assert "conv2" not in gated.conversion.skipped
+    assert_close(gated(IMAGES), model(IMAGES))
 
 
 class Refusing(nn.Module):
