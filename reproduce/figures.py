@@ -56,8 +56,11 @@ _COLORS = {
     "dense": plots.DENSE,
     "equal_macs": plots.POLAR,
     "fixed_at_init": plots.STAGE,
-    "taught_before": plots.MUTED,
+    "taught_before": "#7c3aed",
+    "paper": "#0284c7",
 }
+_KINDS = {"gated": "ours", "paper": "the paper's method", "equal_macs": "equal MACs"}  # in words; others as they are
+_MARKERS = {"resnet20": "s", "resnet56": "^", "cifar_vgg": "o"}
 
 
 def draw_figures(rows: Rows, epochs: Path, folder: Path) -> list[Path]:
@@ -105,50 +108,58 @@ def _draw_overview(rows: Rows, path: Path) -> Path:
     plt = plots.pyplot()
     known = [each for each in all_experiments().values() if _counts(each) and runs_of(each, rows)]
     apart = [(each, pairs) for each in known if (pairs := dense_pairs(each, rows))]
+    on_all = [(each, runs) for each in known if (runs := runs_of(each, rows))[0].dataset == "cifar10"]
     with plt.rc_context(plots.STYLE):
-        height = max(3.8, 0.6 + 0.22 * len(apart))
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
+        height = max(3.8, 0.8 + 0.22 * len(apart))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained", width_ratios=(4, 3))
         for model, others in OTHERS.items():
             macs = gatedconv.count_macs(getattr(gatedconv.models, model)(), torch.zeros(1, 3, 32, 32)) / 1e6
             for place, (name, (top1, removed)) in enumerate(others.items()):
-                left.scatter([macs * (1 - removed / 100)], [top1], color=plots.GRID, edgecolor=plots.MUTED, s=12)
-                name = f"ResNet-{model[6:]}" if name == "dense" else name
-                _name_point(left, name, macs * (1 - removed / 100), top1, on_left=place % 2 == 1)
-        for each in known:
-            runs = runs_of(each, rows)
-            if runs[0].dataset == "cifar10":
-                top1, spread = mean_spread([run.top1_last for run in runs])
-                left.errorbar([fmean(run.macs for run in runs) / 1e6], [top1], yerr=spread, **_dot(each))
+                left_over = macs * (1 - removed / 100)
+                left.scatter([left_over], [top1], color="none", edgecolor=plots.MUTED, s=14, marker=_MARKERS[model])
+                _name_point(left, name, left_over, top1, on_left=place % 2 == 1)
+        for each, runs in on_all:
+            top1, spread = mean_spread([run.top1_last for run in runs])
+            left.errorbar([fmean(run.macs for run in runs) / 1e6], [top1], yerr=spread, **_dot(each, runs[0].model))
         for place, (each, pairs) in enumerate(apart):
             behind, half = interval([mine.top1_last - theirs.top1_last for mine, theirs in pairs])
-            right.errorbar([behind], [place], xerr=half, **_dot(each))
-        left.set_xlim(0, 1.15 * left.get_xlim()[1])  # room for the names
+            right.errorbar([behind], [place], xerr=half, **_dot(each, pairs[0][0].model))
+        left.set_xlim(0, 1.05 * left.get_xlim()[1])  # room for the names
         left.set_xlabel("MACs (M)")
         left.set_ylabel("top-1, last epoch (%)")
-        left.set_title("All of CIFAR-10")
+        left.set_title("All of CIFAR-10; hollow: as printed by others")
         right.axvline(0, color=plots.GRID, zorder=0)
         right.set_xlabel("difference in points, 95 % interval")
-        labels = [_name_with_share(each, pairs) for each, pairs in apart]
-        right.set_yticks(range(len(apart)), labels, fontsize=7)
+        right.set_yticks(range(len(apart)), [_name_with_share(each, pairs) for each, pairs in apart], fontsize=7)
         right.invert_yaxis()
         right.set_title("Against the dense network")
-        kinds = dict.fromkeys(each.kind for each in known)
-        marks = [plt.Line2D([], [], linestyle="none", color=_COLORS[kind], marker="o", markersize=4) for kind in kinds]
-        left.legend(
-            marks, [kind.replace("_", " ").replace("macs", "MACs") for kind in kinds], loc="lower right", fontsize=7
-        )
+        marks = {_KINDS.get(kind, kind.replace("_", " ")): ("o", _COLORS[kind]) for kind in map(_kind, known)}
+        models = dict.fromkeys(run.model for _, runs in on_all for run in runs)
+        marks |= {model: (_MARKERS.get(model, "D"), plots.INK) for model in models}
+        handles = [
+            plt.Line2D([], [], linestyle="none", color=color, marker=marker, markersize=4, label=label)
+            for label, (marker, color) in marks.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(marks), fontsize=7)
         return plots.save_figure(figure, path, plt)
 
 
 def _name_with_share(experiment: Experiment, pairs: Sequence[tuple[LedgerRow, LedgerRow]]) -> str:
-    """ResNet-20 CIFAR-10, equal MACs (50 %), with the images' size where they are not the data set's own."""
-    images = pairs[0][0].dataset.partition("-")[2]
+    """ResNet-20 gated, equal MACs (50 %), with the images' size where they are not the data set's own."""
+    data, _, images = pairs[0][0].dataset.partition("-")
     share = 100 * fmean(mine.macs / theirs.macs for mine, theirs in pairs)
-    return f"{experiment.label}{f' {images}' if images else ''} ({share:.0f} %)"
+    label = experiment.label.replace(" CIFAR-10", "") if data == "cifar10" else experiment.label
+    return f"{label}{f' {images}' if images else ''} ({share:.0f} %)"
 
 
-def _dot(experiment: Experiment) -> dict[str, Any]:
-    return {"color": _COLORS[experiment.kind], "marker": "o", "markersize": 4, "linewidth": 1}
+def _kind(experiment: Experiment) -> str:
+    """That of the experiment; "paper" for gates by the paper's own recipe."""
+    return "paper" if experiment.kind == "gated" and experiment.preset.startswith("paper") else experiment.kind
+
+
+def _dot(experiment: Experiment, model: str) -> dict[str, Any]:
+    marker = _MARKERS.get(model, "D")
+    return {"color": _COLORS[_kind(experiment)], "marker": marker, "markersize": 4, "linewidth": 1}
 
 
 def _name_point(axes: Any, name: str, x: float, y: float, *, on_left: bool = False) -> None:
