@@ -185,12 +185,13 @@ def headline() -> str:
         lines.append([_cpu(machine), _wins([*least.values()]), *_means(least), *_means(few, networks)])
     if not lines:
         return "Not measured yet."
-    header = ["CPU", "rows won", "dense", "half pruned", "dense, fewer bits", "half pruned, fewer bits"]
+    header = ["CPU", "rows won", "dense", "half pruned", "dense, any precision", "half pruned, any precision"]
     return (
-        f"Speed-up over the faster of ONNX Runtime and OpenVINO, float32, geometric means over {networks} networks "
-        f"({size} pixels, batch 1 and 8),\ndense and with half of the channels inside their blocks removed. "
-        f"The last two columns compare our\nfloat32 with the fastest bfloat16 or int8 runtime; below 1 that runtime is "
-        f"faster. [Every row](docs/performance.md), the lost ones too.\n\n" + markdown_table(header, lines, 1)
+        f"Speedup of our float32 engine over the faster of ONNX Runtime and OpenVINO in float32: geometric means over "
+        f"{networks} networks\n({size} pixels, batch 1 and 8), dense and with half of the channels inside each block "
+        f"removed. The last two columns compare the\nsame engine with the fastest bfloat16 or int8 runtime; below 1, "
+        f"that runtime is faster.\n[All rows](docs/performance.md), with those that we lose.\n\n"
+        + markdown_table(header, lines, 1)
     )
 
 
@@ -278,7 +279,7 @@ def _table(groups: dict[str, dict[str, Any]], title: str = "Same precision.") ->
 
 def _reduced(groups: dict[str, dict[str, Any]]) -> str:
     if "reduced" not in groups:
-        return "**Whatever the user could pick.** Not measured yet."
+        return "**Any precision.** Not measured yet."
     found = groups["reduced"]
     timed, exact = _Timed(found), [_Timed(groups[name]) for name in ("main", "mobile") if name in groups]
     keys = [(s.provider, s.dtype) for s in REDUCED]
@@ -299,20 +300,20 @@ def _reduced(groups: dict[str, dict[str, Any]]) -> str:
         "batch",
         "**gatedconv** float32",
         *titles,
-        "fastest of all peers / ours",
-        "of these / ours in bf16",
+        "fastest peer / ours",
+        "fastest reduced peer / ours in bfloat16",
     ]
     machine = found["machine"]
     facts = [
-        f"Of all peers, those in float32 too, gatedconv is the fastest in {_wins(ratios)} rows, geometric mean "
-        f"{_geometric_mean(ratios):.2f} (the last column but one).",
+        f"Against all peers of any precision, gatedconv in float32 is the fastest in {_wins(ratios)} rows, geometric "
+        f'mean {_geometric_mean(ratios):.2f} (column "fastest peer / ours").',
         f"int8 is calibrated on {CALIBRATION} images: NNCF for OpenVINO, static QDQ for ONNX Runtime.",
         f"Error: max|a - b| / max|b| of the outputs of {PROBES} other images; same top-1: the share of them with the "
         "same largest output.",
         f"{made_by(machine).capitalize()}.",
     ]
     return (
-        f"**Whatever the user could pick.** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, the same "
+        f"**Any precision.** {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, the same "
         f"networks:\n\n{_list(facts)}\n\n" + markdown_table(header, lines, 1) + _not_measured(found["failures"])
     )
 

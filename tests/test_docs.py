@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_readme_examples_run_one_after_the_other(capsys):
     pytest.importorskip("torchvision")
     sketch, *blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(sketch.splitlines()) == 4 and len(blocks) == 2
+    assert len(sketch.splitlines()) == 5 and len(blocks) == 2
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)

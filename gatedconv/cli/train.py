@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "since torchrun restarts a job after any other."
     )
     parser.add_argument(
-        "--preset", metavar="NAME", help="named settings: demo, fast-c10, best-c10-r20 to best-c100-r110"
+        "--preset", metavar="NAME", help="named settings: demo, fast-c10, best-{c10,c100}-r{20,32,44,56,110}"
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file")
     # Two names: to torchrun's parser --run is an ambiguous abbreviation of its own options.

@@ -78,13 +78,15 @@ class ModelOptions(Options):
     model: str = option("resnet20", "network", choices=tuple(BUILDERS))
     shortcut: str = option("B", "shortcut where shapes change: A padding, B projection", choices=("A", "B"))
     gate: str = option("layer", "what is gated; none trains the dense network", choices=("none", *GATES))
-    position: str = option("after", "what a channel gate gates and reads", choices=POSITIONS)
+    position: str = option(
+        "after", "where channel gates sit in a block; the best- presets use middle", choices=POSITIONS
+    )
     estimator: str = option("ste", "gradient estimator of the gates", choices=tuple(ESTIMATORS))
     temperature: float = option(DEFAULT_TEMPERATURE, "temperature of the gumbel estimator", above=0.0)
-    hidden: int = option(16, "hidden units of a gate; 0 for one dense layer (1FC)", low=0, high=4096)
+    hidden: int = option(16, "hidden units of a gate; 0 for a single linear layer (1FC)", low=0, high=4096)
     pool: str = option("avg", "how a channel gate reads its input", choices=POOLS)
     gate_bias: float = option(
-        0.5, "logit of every gate at the start: open above 0; ste can move what is within 1 of it", low=-10.0, high=10.0
+        0.5, "first logit of every gate: above 0 is open; ste gives gradients within [-1, 1] only", low=-10.0, high=10.0
     )
     dense_baseline: bool = option(False, "first train the dense network, same seed and recipe")
     subnetwork: str = option(
@@ -140,10 +142,14 @@ class GateLossOptions(Options):
 
     polar_weight: float = option(3.0, "λ of the polarization loss, at its highest", low=0.0)
     polar_schedule: str = option(
-        "rising", "λ over the run: rising is Table 6's 0, 2/3, 1", choices=("constant", "rising", "warmup")
+        "rising",
+        "λ over the run; rising: 0, then 2/3 of polar_weight, then all of it",
+        choices=("constant", "rising", "warmup"),
     )
     act_weight: float = option(0.0, "weight of the activation loss", low=0.0)
-    act_weighting: str = option("uniform", "activation loss per gate", choices=("uniform", "macs"))
+    act_weighting: str = option(
+        "uniform", "activation loss: every gate alike, or by the MACs that it controls", choices=("uniform", "macs")
+    )
     mac_weight: float = option(0.0, "weight of the MAC-target loss", low=0.0)
     mac_target: float = option(0.5, "target MACs, as a share of the dense network's", above=0.0, high=1.0)
     gate_warmup: float = option(
@@ -151,7 +157,8 @@ class GateLossOptions(Options):
     )
     mac_control: str = option(
         "none",
-        "closed loop on the MACs in place of mac_weight: a price that follows them, or gates pruned in order of rank",
+        "how mac_target is reached in place of mac_weight: a price adapts the penalty, rank prunes the least important "
+        "gates, as the best- presets do",
         choices=("none", "price", "rank"),
     )
     mac_rank: str = option(
@@ -159,7 +166,7 @@ class GateLossOptions(Options):
         "mac_control rank: all gates ranked together, or the channels of each gate alone, with the same share pruned",
         choices=("all", "each"),
     )
-    mac_gain: float = option(0.02, "mac_control price: change of the price in a step, per dense MACs off", above=0.0)
+    mac_gain: float = option(0.02, "mac_control price: how fast the price changes in a step", above=0.0)
     mac_ramp: tuple[float, ...] = option(
         (0.15, 0.45),
         "shares of the run between which the controller's target falls from all MACs to mac_target",
@@ -197,7 +204,7 @@ class TeacherOptions(Options):
 
     teacher_at: float = option(
         1.0,
-        "share of the run from which a dense copy of the network trains too, and teaches; 1 for never",
+        "share of the run after which a dense copy trains beside the network and teaches it; 1 for no teacher",
         low=0.0,
         high=1.0,
     )
@@ -226,11 +233,13 @@ class RuntimeOptions(Options):
     channels_last: bool = option(True, "channels-last memory format")
     compile: bool = option(False, "torch.compile the network for training")
     cuda_graph: bool = option(False, "replay each training step, metrics included, as one CUDA graph (needs a GPU)")
-    accumulate: int = option(1, "parts that a batch is computed in, one after the other", low=1, high=4096)
+    accumulate: int = option(1, "parts that each batch is split into (gradient accumulation)", low=1, high=4096)
     recompute: bool = option(False, "gradient checkpointing: recompute each block in backward, to save memory")
     skip_blocks: bool = option(True, "do not compute blocks that a layer gate closes for the whole batch")
     sync_norm: str = option(
-        "off", "BatchNorm statistics over all processes: of the gates, of all", choices=("off", "gates", "all")
+        "off",
+        "BatchNorm statistics over all processes: of none, of the gates' norms, or of all",
+        choices=("off", "gates", "all"),
     )
     checkpoint_minutes: float = option(0.0, "also write a checkpoint this often within an epoch; 0 never", low=0.0)
     max_minutes: float = option(0.0, "stop after this, with a checkpoint to resume from; 0 never", low=0.0)

@@ -70,7 +70,7 @@ def test_the_table_compares_with_the_fastest_peer(tmp_path: Path, monkeypatch: p
     assert "| resnet18 dense | 1 | 2.00 (4.00) | 3.00 (6.00) | 4.00 (8.00) | 1.50 | 50 | 50% |" in text
     assert "fastest in 1 of 1 rows; geometric mean of fastest peer / ours 1.50" in text
     assert "MNN, ncnn and LiteRT are not measured yet" in text and "MNN |" not in text
-    assert text.endswith("**Whatever the user could pick.** Not measured yet.")
+    assert text.endswith("**Any precision.** Not measured yet.")
     few = [row("gatedconv", "Engine", 2.0, gflops=50.0, share_of_peak=0.5), row("openvino", "latency", 5.0)]
     small = {**found, "machine": {**found["machine"], "group": "small", "size": 32}}
     small["rows"] = [{**each, "case": "resnet56 mid-50", "batch": 32} for each in few]
