@@ -213,7 +213,7 @@ class Removal(Constants):
             for values in self.alike:
                 _unite(self.present, values)
             for held in self.present.values():
-                if not bool(held.any()):
+                if not bool(held.any()) and len(held):
                     held[0] = True  # layers refuse tensors without channels
             changed = sum(int(held.sum()) for held in self.present.values()) != before
 

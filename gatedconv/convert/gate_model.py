@@ -310,7 +310,7 @@ def _sample_wise(branch: Branch, record: Record) -> list[str]:
     simple = ELEMENTWISE | SPATIAL_OPS | set(REDUCTIONS) | {"cat", "same", "permute", "transpose"}
     plain = all(isinstance(n.module, layers) if n.op == CALL else op_name(n) in simple for n in branch.nodes)
     times = len(record.calls_of(branch.name))
-    once = all(r.op == CALL and len(record.calls_of(r.scope)) == times for r in readers)
+    once = all(r.op == CALL and r.args and len(record.calls_of(r.scope)) == times for r in readers)
     return [r.scope for r in readers] if plain and once else []
 
 

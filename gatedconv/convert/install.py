@@ -6,6 +6,7 @@ the model, so that copies and pickles of a gated model take them along.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +39,13 @@ class Decision(NamedTuple):
 
     ``value``: (N, num_gates). ``selected``: int64 (K,), the samples that a branch computes; None for all.
     ``backward``: the backward pass inside of which a checkpoint ran this forward again; -1 for none.
+    ``thread``: that ran the forward; 0 in compiled code.
     """
 
     value: Tensor
     selected: Tensor | None
     backward: int
+    thread: int
 
 
 class _Pending:
@@ -70,7 +73,8 @@ class Link:
     def note(self, value: Tensor, selected: Tensor | None = None) -> None:
         """Keep the decision (N, num_gates) of this forward, and the samples that are computed."""
         compiling = torch.compiler.is_compiling()
-        self.decision = Decision(value, selected, -1 if compiling else torch._C._current_graph_task_id())
+        where = (-1, 0) if compiling else (torch._C._current_graph_task_id(), threading.get_ident())
+        self.decision = Decision(value, selected, *where)
         plain = not compiling and not torch._C._are_functorch_transforms_active()
         if plain and value.requires_grad and self.decision.backward < 0:
             pending = _Pending(self.decision)
@@ -81,15 +85,23 @@ class Link:
         """The decision of this forward, or of the one that a checkpoint runs again for a backward.
 
         Raises:
-            RuntimeError: there is none, or more than one it may be.
+            RuntimeError: there is none, or more than one it may be, or another thread made it.
         """
-        if self.decision is None or getattr(module, "_is_replica", False):
+        decision = self.decision  # another thread may replace it
+        if decision is None or getattr(module, "_is_replica", False):
             raise RuntimeError(
                 f"gate_model: the {type(module).__name__} at the end of a gated branch ran without the module at its "
                 f"start; nn.DataParallel is not supported, use DistributedDataParallel"
             )
-        if torch.compiler.is_compiling() or self.decision.backward == torch._C._current_graph_task_id():
-            return self.decision
+        if torch.compiler.is_compiling():
+            return decision
+        if decision.backward == torch._C._current_graph_task_id():
+            if decision.thread not in (0, threading.get_ident()):
+                raise RuntimeError(
+                    "gate_model: two threads run a network with gated branches at the same time; give each a copy, or "
+                    "compact it"
+                )
+            return decision
         alive = [pending for ref in self._pending if (pending := ref()) is not None]
         waiting = [pending for pending in alive if not pending.arrived] or alive
         if len(waiting) > 1:
@@ -98,7 +110,7 @@ class Link:
                 f"branch again, but not the module at its start; run backward after each forward, or let the "
                 f"checkpoint hold the whole block"
             )
-        return waiting[0].decision if waiting else self.decision
+        return waiting[0].decision if waiting else decision
 
 
 def _guard_hooks() -> None:
@@ -223,7 +235,7 @@ class GateBranch(GateHook):
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Gate the branch."""
         assert self.link is not None
-        decision, selected, _ = self.link.read(module)
+        decision, selected, *_ = self.link.read(module)
         if selected is not None and len(selected) == len(decision):
             return output  # open for every sample: times 1
         if selected is not None and len(output) != len(decision):

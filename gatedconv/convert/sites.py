@@ -126,6 +126,8 @@ class SiteFinder:
             reason = "its input is read by several layers, or by code that is no module"
         if not reason and len(self.record.calls_of(readers[0].scope)) > 1:
             reason = "the layer that reads it is called several times"
+        if not reason and not readers[0].args:
+            reason = "the layer that reads it takes it by keyword"
         if not reason and any(site.path == readers[0].scope for site in sites):
             reason = GATED_ALREADY
         if reason:
@@ -163,7 +165,7 @@ class SiteFinder:
         result = user.outputs[0]
         readers = result.users
         alone = len(readers) == 1 and readers[0].op == CALL and len(self.record.calls_of(readers[0].scope)) == 1
-        if alone and calls == 1:
+        if alone and calls == 1 and readers[0].args:
             return readers[0].scope, result, True
         if user.op == CALL and len(self.record.calls_of(user.scope)) == calls:
             return user.scope, result, False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from gatedconv.convert.install import (
 from gatedconv.convert.verify import Inputs, as_inputs, tensors_of
 from gatedconv.deploy.slicing import zero_channels
 from gatedconv.gating import Consensus, FrozenGate, Gate, copied, eval_mode, require_free, unwrap
-from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_over_ranks
+from gatedconv.gating.collectives import mean_over_ranks, require_same_masks, sum_over_ranks, world_size
 from gatedconv.gating.registry import find_gates, require_gates
 
 AGREEMENT_WARNING = 0.99  # below this share of agreeing samples the frozen net is not the one that trained
@@ -123,10 +123,12 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimate the running statistics of every BatchNorm as plain means over batches, in place.
 
     The running statistics were collected on other sub-networks: re-estimate them after `freeze`, and
-    before `compact`. Weights and modes are unchanged; so are the statistics where an exception ends it.
+    before `compact`. Weights and modes are unchanged; so are the statistics where an exception ends it, and those of
+    norms that no batch reaches (of an auxiliary head, of another domain). With several processes every one of them has
+    to call this, each with batches of its own: the means are those over all batches.
 
     Args:
-        model: a network whose weights are final.
+        model: a network whose weights are those to be used; training on moves the statistics again.
         batches: (images (N, C, H, W), ...) or images as in training, augmentation included; at least one. They are
             moved to the model's device.
 
@@ -152,14 +154,32 @@ def re_estimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
                 count += 1
             if not count:
                 raise ValueError("re_estimate_batchnorm: expected at least one batch, got none")
+            _average_statistics(norms)
             if not all(bool(t.isfinite().all()) for norm in norms for t in norm.buffers()):
                 raise ValueError("re_estimate_batchnorm: the statistics of these batches are not finite numbers")
             done = True
         finally:
             for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
-                if not done:
+                if not (done and norm.num_batches_tracked):
                     norm.load_state_dict(buffers, strict=False)
+
+
+def _average_statistics(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> None:
+    """Make the statistics of norms the means over the batches of all ranks."""
+    if world_size() == 1:
+        return
+    statistics, counts = dict[str, Tensor](), dict[str, int]()
+    for place, norm in enumerate(norms):
+        for name in ("running_mean", "running_var"):
+            statistics[f"{place} {name}"] = getattr(norm, name)
+            counts[f"{place} {name}"] = int(norm.num_batches_tracked or 0)
+    sums, batches = sum_over_ranks({key: s.double() * counts[key] for key, s in statistics.items()}, counts)
+    for key, statistic in statistics.items():
+        statistic.copy_(sums[key] / max(1, batches[key]))
+    for place, norm in enumerate(norms):
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.fill_(batches[f"{place} running_mean"])
 
 
 def _require_batches(loader: Any, owner: str) -> Iterable[Any]:
@@ -226,7 +246,7 @@ def _vote(
     """
     votes = {name: torch.zeros_like(gate.running_open_rate, dtype=torch.float64) for name, gate in gates.items()}
     counts = dict.fromkeys(gates, 0)
-    seen = 0
+    model, seen = unwrap(model), 0
     device = next(iter(votes.values())).device
 
     def count(name: str) -> Any:
@@ -240,7 +260,8 @@ def _vote(
 
     hooks = [gate.register_forward_hook(count(name)) for name, gate in gates.items()]
     try:
-        with eval_mode(model):
+        # Eager: compiled branches compute all samples, and those that skip one have no vote inside it.
+        with eval_mode(model), torch.compiler.set_stance("force_eager"):
             for batch in _require_batches(loader, "freeze"):
                 inputs = _inputs(batch, "freeze", device)
                 _run(model, inputs, "freeze")

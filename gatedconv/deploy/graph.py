@@ -25,6 +25,9 @@ _LARGER = ((33, 65), (32, 64), (64, 128))
 # A padding may depend on whether a map's size is even; 2**n more pixels change that behind n layers of stride 2, and
 # not before. Here n is 1 to 4 in one direction or the other, 1 and 2 in both.
 _PARITIES = ((2, 16), (4, 2), (8, 4))
+# Far from the example, where only the path through the code counts: more images, and more pixels in height and width
+# (a multiple of 64, so that pyramids take them).
+_MANY, _FAR = 128, 960
 # `distance` of a graph from its model, in any precision: both make the same calls in the same order.
 GRAPH_ERROR = 1e-5
 
@@ -82,10 +85,12 @@ def _graph_of(
     def without_numbers() -> nn.Module:
         return copy.deepcopy(model).to("meta")
 
-    def run(count: int, *more: int) -> tuple[Tensor, Record]:
+    def shape_of(count: int, *more: int) -> tuple[int, ...]:
         kept = len(size) - 1 - len(more)
-        shape = (*size[1 : 1 + kept], *(n + m for n, m in zip(size[1 + kept :], more, strict=True)))
-        x = torch.rand(count, *shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        return count, *size[1 : 1 + kept], *(n + m for n, m in zip(size[1 + kept :], more, strict=True))
+
+    def run(count: int, *more: int) -> tuple[Tensor, Record]:
+        x = torch.rand(shape_of(count, *more), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
         if runs:
             try:  # on the meta device, where it costs next to nothing
                 recorded = _recorded(without_numbers(), x.to("meta"), leaves)
@@ -99,6 +104,15 @@ def _graph_of(
         try:
             return [run(number, *more)]
         except Exception:  # a size that is not taken
+            return []
+
+    def far(number: int, *more: int) -> list[tuple[Tensor, Record]]:
+        """A run without numbers, of a model that takes the same path with and without them."""
+        try:
+            near = _recorded(without_numbers(), runs[0][0].to("meta"), leaves)
+            x = torch.empty(shape_of(number, *more), dtype=dtype, device="meta")
+            return [(x, _recorded(without_numbers(), x, leaves))] if _is_alike(near, runs[0][1]) else []
+        except Exception:  # code or operations that need numbers, or a size that is not taken
             return []
 
     def grown(height: int, width: int) -> tuple[int, ...]:
@@ -115,6 +129,8 @@ def _graph_of(
     others = next((each for more in _LARGER if (each := taken(counts[0], *grown(*more)))), [])
     others += [each for more in _PARITIES for each in taken(counts[0], *grown(*more))]
     others += taken(counts[0], *(-(n // 2) for n in size[-2:])) if len(size) == 4 else []
+    others += far(counts[0], _FAR, _FAR) if len(size) == 4 else []
+    alone += far(_MANY * counts[0])
     if others:
         try:
             return _write(model, [*runs, *others, *alone], check, len(runs))
@@ -186,5 +202,5 @@ def _write(model: nn.Module, runs: list[tuple[Tensor, Record]], check: bool, lar
         raise NoGraph("another batch or image size takes another way through its code")
     graph = GraphWriter(model, records, larger).write()
     if check:
-        _require_same(graph, model, [x for x, _ in runs])
+        _require_same(graph, model, [x for x, _ in runs if not x.is_meta])
     return graph

@@ -5,6 +5,7 @@ The vote that makes all gates constants is in ``deploy.freeze``.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from itertools import accumulate
@@ -70,6 +71,7 @@ class GatePruner(nn.Module):
         self._sizes = [gate.num_gates for gate in gates.values()]
         self._steps = 0
         self._target = self._reached = 0.0  # of the last step, and of the last pruning
+        self._left = 0.0  # share of the MACs after the last pruning
         costs = gate_macs(model)
         self.register_buffer("sensitivity", torch.zeros(sum(self._sizes)))
         self.register_buffer("pruned", torch.zeros(sum(self._sizes), dtype=torch.bool))
@@ -120,9 +122,19 @@ class GatePruner(nn.Module):
         self._target = target
 
     def finish(self, target: float) -> None:
-        """`prune` at the end of training, unless `step` has reached the target; arguments as `prune`."""
+        """`prune` at the end of training, unless `step` has reached the target; arguments as `prune`.
+
+        Warns:
+            UserWarning: more MACs than the target are left.
+        """
         if not self._reached or target < self._reached:
             self.prune(target)
+        if self._left > target:
+            warnings.warn(
+                f"GatePruner: {self._left:.1%} of the MACs are left, the target is {target:.1%}; gates that are not "
+                f"trained stay as they are, and the last open one stays open",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def prune(self, target: float) -> None:
@@ -135,12 +147,20 @@ class GatePruner(nn.Module):
 
         Raises:
             ValueError: for another target, or before any forward pass.
+
+        Warns:
+            UserWarning: no gradient has reached the gates, so that they close in the order of the network.
         """
         _require_target(target)
         found = global_open_rates(self._pruned_model(), "GatePruner")
         self._reached = target
         rates = torch.cat([rate.detach() for rate in found.values()]).float()
         sensitivity = self.sensitivity if world_size() == 1 else global_mean(self.sensitivity, 1)
+        if not bool(sensitivity.any()):
+            warnings.warn(
+                "GatePruner: no gradient has reached the gates yet, so that they close in the order of the network",
+                stacklevel=3,  # past the decorator
+            )
         left = ~self.pruned & self._learning()
         order = self._scores(sensitivity).masked_fill(~left, torch.inf).argsort(stable=True).tolist()
         full = self._macs(torch.ones_like(rates))
@@ -150,9 +170,11 @@ class GatePruner(nn.Module):
                 break
             rates[gate] = 0
             self.pruned[gate] = True
+        self._left = self._macs(rates) / full
         for learned, mask in zip(self._gates.values(), self.pruned.split(self._sizes), strict=True):
             learned.fc2.weight.masked_fill_(mask[:, None], 0)
             learned.fc2.bias.masked_fill_(mask, CLOSED_LOGIT)
+            learned.running_open_rate.masked_fill_(mask, 0)  # which a gate in eval does not follow
 
     def _learning(self) -> Tensor:
         """Bool (G,): the gates whose parameters are trained; the others have no gradient to rank them by, and stay."""
@@ -200,7 +222,7 @@ class _Watch:
         return _Unwatched, ()
 
     def __call__(self, gate: Gate, arguments: object, decision: Tensor) -> Tensor | None:
-        if not (gate.training and decision.requires_grad):
+        if not decision.requires_grad:
             return None
         if gate.calls == 1 and not torch.compiler.is_compiling():
             decision.register_hook(self._on_gradient)

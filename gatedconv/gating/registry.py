@@ -17,10 +17,10 @@ Kind = TypeVar("Kind")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel, DataParallel or torch.compile wrappers."""
+    """The user's own module inside DistributedDataParallel, DataParallel, AveragedModel or torch.compile wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__module__.startswith("torch.nn.parallel"):
+        if inner is None and type(model).__module__.startswith(("torch.nn.parallel", "torch.optim.swa_utils")):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model

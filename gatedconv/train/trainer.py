@@ -315,7 +315,6 @@ class Trainer:
             batches = train_batches(self.config, self.data, ranks=self.ranks)
             count = -(-self.config.bn_images // self.config.batch_size) or None
             re_estimate_batchnorm(network, islice(batches, count))
-            self.ranks.average_buffers(network)
 
     def _record(self, metrics: EpochMetrics, *, replayed: bool) -> None:
         """Write and report the metrics of an epoch, or of one that was read from a checkpoint."""

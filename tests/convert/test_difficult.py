@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import warnings
 
 import pytest
@@ -289,3 +290,47 @@ def test_an_exported_program_is_refused():
         gatedconv.gate_model(program, "channel", example_input=IMAGES)
     with pytest.raises(ValueError, match="no place for a 'channel' gate in GraphModule"):
         gatedconv.gate_model(program.module(), "channel", example_input=IMAGES)
+
+
+def test_layers_that_are_called_by_keyword():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.norm1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return x + self.norm2(self.conv2(input=self.norm1(self.conv1(input=x)).relu()))
+
+    model = prepared(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Block(), nn.Conv2d(8, 4, 1)))
+    x = torch.randn(2, 3, 8, 8)
+    for gate, position in (("both", "after"), ("both", "middle"), ("both", "before")):
+        gated = gatedconv.gate_model(model, gate, position=position, example_input=x)
+        assert_close(gated(x), model(x))
+        frozen = gatedconv.freeze(gated, masks=odd_masks(gated))
+        assert_close(gatedconv.compact(frozen, x)(x), frozen(x))
+
+
+def test_a_network_that_lost_a_branch_is_gated_again():
+    model = prepared(Residual().eval())
+    gated = gatedconv.gate_model(model, "layer", example_input=IMAGES)
+    masks = {name: torch.tensor([place > 0]) for place, name in enumerate(gatedconv.gates(gated))}
+    small = gatedconv.compact(gatedconv.freeze(gated, masks=masks), IMAGES)
+    for gate in ("layer", "channel"):
+        assert_close(gatedconv.gate_model(small, gate, example_input=IMAGES)(IMAGES), small(IMAGES))
+
+
+def test_threads_do_not_read_each_others_decisions():
+    """Another thread runs the network between the start of a branch and its end."""
+    model = prepared(Residual().eval())
+    gated = gatedconv.gate_model(model, "layer", example_input=IMAGES)
+    path = next(iter(gatedconv.gates(gated))).rpartition(".")[0]
+
+    def interrupt(module, args, output):
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: torch.no_grad()(gated)(IMAGES))
+            other.start(), other.join()
+
+    gated.get_submodule(path).conv1.register_forward_hook(interrupt)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="two threads run a network with gated branches"):
+        gated(IMAGES)

@@ -214,3 +214,40 @@ def test_what_is_no_loader_is_refused(loader):
     with pytest.raises(TypeError, match="re_estimate_batchnorm: expected a loader"):
         gatedconv.re_estimate_batchnorm(model, loader)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_norms_that_no_batch_reaches_keep_their_statistics():
+    class Domains(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(1) for _ in range(2))
+
+        def forward(self, x, domain=0):
+            return self.norms[domain](x)
+
+    model = Domains()
+    model(torch.randn(8, 1, 4, 4) + 3, domain=1)
+    before = {name: tensor.clone() for name, tensor in model.norms[1].state_dict().items()}
+    gatedconv.re_estimate_batchnorm(model, [images(2.0, 4.0)])
+    assert model.norms[0].running_mean.item() == 3
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.norms[1].state_dict().items())
+
+
+def test_compiled_networks_vote_as_in_eager_mode():
+    x = torch.randn(16, 3, 8, 8)
+    model = gatedconv.gate_model(tiny(gate=None), "both", example_input=x)
+    for gate in gatedconv.gates(model).values():
+        torch.nn.init.normal_(gate.fc2.weight)
+        torch.nn.init.normal_(gate.fc2.bias, std=0.3)
+    eager = gatedconv.freeze(model, [x]).consensus
+    wrapper = torch.compile(model, backend="eager")
+    assert 0 < eager.agreement < 1 and gatedconv.freeze(wrapper, [x]).consensus.agreement == eager.agreement
+    model.compile(backend="eager")
+    assert gatedconv.freeze(model, [x]).consensus.agreement == eager.agreement
+
+
+def test_an_average_of_weights_is_frozen_by_the_masks_of_its_network():
+    model = tiny()
+    masks = gatedconv.freeze(model).consensus.masks
+    average = torch.optim.swa_utils.AveragedModel(model)
+    assert gatedconv.freeze(average, masks=masks).consensus.masks.keys() == masks.keys()

@@ -15,7 +15,7 @@ from gatedconv.convert.verify import tensors_of
 from gatedconv.deploy.graph_writer import NoGraph
 from gatedconv.engine.lower import lower
 from tests.engine.nets import error, settle
-from tests.tolerances import relative_error, tolerance
+from tests.tolerances import assert_close, relative_error, tolerance
 
 
 class Checked(nn.Module):
@@ -243,3 +243,24 @@ def test_comparisons_in_place_have_no_graph():
     engine = gatedconv.Engine(net, torch.randn(1, 3, 8, 8))
     x = torch.randn(1, 3, 8, 8)
     assert "gt_" in engine.reason and torch.equal(engine(x), net(x))
+
+
+class BySize(nn.Module):
+    """Takes another path for large images, or for many."""
+
+    def __init__(self, dimension, limit):
+        super().__init__()
+        self.conv, self.dimension, self.limit = nn.Conv2d(3, 8, 3, padding=1), dimension, limit
+
+    def forward(self, x):
+        x = x * 2 if x.shape[self.dimension] > self.limit else x
+        return self.conv(x).relu().mean((2, 3))
+
+
+def test_code_that_branches_far_from_the_example_runs_in_pytorch_there():
+    example = torch.randn(2, 3, 32, 32)
+    for dimension, limit, x in ((3, 200, torch.randn(1, 3, 224, 224)), (0, 16, torch.randn(20, 3, 32, 32))):
+        model = BySize(dimension, limit).eval()
+        engine = gatedconv.Engine(model, example)
+        for images in (example, x):
+            assert_close(engine(images), model(images))

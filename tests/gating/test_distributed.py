@@ -76,3 +76,27 @@ def test_two_ranks_equal_one_with_the_joined_batch(tmp_path: Path):
         torch.testing.assert_close(found["loss"], loss)
         for name, parameter in whole.named_parameters():
             assert_close(found["grads"][name], parameter.grad, algorithm="gradient", name=name)
+
+
+def rank_re_estimates(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    norm = torch.nn.BatchNorm2d(3)
+    batches = [X[:4], X[4:]]
+    gatedconv.re_estimate_batchnorm(norm, batches if index == 0 else [X + 1])
+    torch.save(norm.state_dict(), f"{folder}/rank{index}.pt")
+    dist.destroy_process_group()
+
+
+def test_statistics_are_estimated_again_over_the_batches_of_all_ranks(tmp_path: Path) -> None:
+    run_ranks(rank_re_estimates, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"rank{index}.pt") for index in range(2))
+    batches = [X[:4], X[4:], X + 1]
+    expected = {
+        "running_mean": torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0),
+        "running_var": torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in batches]).mean(0),
+    }
+    for name, values in expected.items():
+        assert_close(first[name], values)
+        assert torch.equal(first[name], second[name])
+    assert first["num_batches_tracked"] == 3

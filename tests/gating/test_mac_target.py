@@ -366,3 +366,36 @@ def test_copies_and_pickles_of_a_watched_model_have_no_pruner(tmp_path: Path) ->
 def test_a_part_that_carries_the_macs_is_named() -> None:
     with pytest.raises(ValueError, match="its part '0' carries them: pass that"):
         losses.mac_target_loss(torch.nn.Sequential(network()))
+
+
+def two_layers():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 1))
+
+
+def test_gates_in_eval_are_ranked_too_and_stay_closed_without_a_vote():
+    """Whoever freezes the norms of a network freezes the gates inside them as well."""
+    model = gatedconv.gate_model(two_layers(), "channel", example_input=torch.randn(2, 3, 8, 8))
+    model.get_submodule("1").eval()
+    model.get_submodule("1").weight.data[:5] = 0.01
+    pruner = gatedconv.GatePruner(model)
+    for _ in range(5):
+        model(torch.randn(16, 3, 8, 8)).square().mean().backward()
+    pruner.prune(0.5)
+    assert pruner.sensitivity.all()
+    assert torch.equal(gatedconv.freeze(model).consensus.masks["1.channel_gate"], ~pruner.pruned)
+    assert pruner.pruned[:5].any() and not pruner.pruned[5:].any()
+
+
+def test_the_pruner_says_what_it_cannot_do():
+    model = gatedconv.gate_model(two_layers(), "channel", example_input=torch.randn(2, 3, 8, 8))
+    model(torch.randn(2, 3, 8, 8))
+    with pytest.warns(UserWarning, match="no gradient has reached the gates yet") as caught:
+        gatedconv.GatePruner(model).prune(0.5)
+    assert [warning.filename for warning in caught] == [__file__]
+    for parameter in model.get_submodule("1.channel_gate").parameters():
+        parameter.requires_grad_(False)
+    pruner = gatedconv.GatePruner(model)
+    pruner.sensitivity.fill_(1)
+    with pytest.warns(UserWarning, match=r"GatePruner: .* of the MACs are left, the target is 10.0%") as caught:
+        pruner.finish(0.1)
+    assert [warning.filename for warning in caught] == [__file__]
