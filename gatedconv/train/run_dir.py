@@ -24,8 +24,14 @@ _FIGURES = {
     "energy_j?": (dict, type(None)),
     "energy_j_image?": (*NUMBER, type(None)),
 }
-# The keys of summary.json that reports read.
-_SUMMARY = {"dense?": _FIGURES, "frozen?": _FIGURES, "agreement?": NUMBER, "macs_conv_dense?": NUMBER}
+# The keys of summary.json that are read.
+_SUMMARY = {
+    "dense?": _FIGURES,
+    "frozen?": _FIGURES,
+    "agreement?": NUMBER,
+    "macs_conv_dense?": NUMBER,
+    "images?": {"classes": list, "mean": list, "std": list},
+}
 
 
 class RunFolder:
