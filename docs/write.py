@@ -24,7 +24,6 @@ from gatedconv.train.config import read_toml  # noqa: E402
 from reproduce.ledger import read_ledger  # noqa: E402
 from reproduce.result_tables import interval_text, mean_spread, replace_block, results_text  # noqa: E402
 from reproduce.rows import present_recipes  # noqa: E402
-from tests.ptx.ledger import table  # noqa: E402
 
 RESULTS = ROOT / "results"
 
@@ -248,11 +247,6 @@ def training_speed() -> str:
     return f"{found.get('what', '')}\n\n{_markdown(header, rows)}"
 
 
-def executed_kernels() -> str:
-    """What the interpreter of tests/ptx has executed, and which mutations it found."""
-    return table(json.loads((ROOT / "benchmarks" / "results" / "ptx.json").read_text()))
-
-
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "speed": speed},
     ROOT / "docs" / "finetune.md": {"finetune": finetune},
@@ -266,7 +260,6 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "shipped": shipped.section,
         "busy": busy.section,
         "gpu": gpu_section.section,
-        "ptx": executed_kernels,
     },
     ROOT / "docs" / "results.md": {
         "demo": demo,

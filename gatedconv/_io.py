@@ -92,8 +92,8 @@ def require_schema(value: Any, schema: Schema, where: str, error: type[ValueErro
 def locked(path: Path, *, held: str | None = None) -> Iterator[None]:
     """Hold a lock file against other processes, and against other threads of this one.
 
-    The operating system releases the lock when the process ends, however that happens; the empty file stays. A forked
-    process does not inherit the lock.
+    The operating system releases the lock when the process ends, however that happens; the empty file stays. A
+    thread that holds the lock may take it again.
 
     Args:
         path: the lock file; missing folders are made.
@@ -104,9 +104,9 @@ def locked(path: Path, *, held: str | None = None) -> Iterator[None]:
         OSError: the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=-1 if held is None else 0)
+    lock = filelock.FileLock(path, is_singleton=True)
     try:
-        lock.acquire()
+        lock.acquire(timeout=-1 if held is None else 0)
     except filelock.Timeout:
         raise ValueError(held) from None
     try:

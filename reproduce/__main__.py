@@ -1,4 +1,4 @@
-"""`python -m reproduce run | energy | tables | plots | list`, from the checkout; README.md has the details."""
+"""`python -m reproduce run | tables | plots | list`, from the checkout; README.md has the details."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reproduce.experiments import all_experiments
 from reproduce.ledger import Rows, read_ledger
 from reproduce.result_tables import left_out, present_rows, replace_block, results_text, runs_of
 from reproduce.rows import present_recipes
-from reproduce.runner import energy_of_images, run_experiments, select
+from reproduce.runner import run_experiments, select
 from reproduce.schedule import planned, status
 from reproduce.workplace import Key, Workplace
 
@@ -41,14 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     docs = Parser(add_help=False)
     docs.add_argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of results.md [docs]")
-    machine = Parser(add_help=False)
-    _add_machine(machine)
     run = verbs.add_parser(
         "run",
-        parents=[machine, results],
+        parents=[results],
         help="run what is missing of the experiment table",
         epilog="Exit code 3: --max-minutes or SIGTERM ended it, the same command continues; 1: a run failed.",
     )
+    _add_machine(run)
     run.add_argument(
         "--plan", default="", help="the runs of a plan, in its order, or those that NAMEs choose: cpu or gpu"
     )
@@ -57,10 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads [the recipe's]")
     run.add_argument("--amp", default="", help="mixed precision: off, auto, bf16 or fp16 [the recipe's]")
     run.set_defaults(verb=_run)
-    energy = verbs.add_parser(
-        "energy", parents=[machine, results], help="joules per image of finished runs; nothing else may use the device"
-    )
-    energy.set_defaults(verb=_energy, amp="", cuda_graph=False, threads=0)
     for name, verb, text in (
         ("tables", _tables, "write the tables of docs/results.md from the ledger"),
         ("plots", _plots, "draw the figures of docs/results.md from the ledger"),
@@ -130,12 +125,6 @@ def _keys(arguments: argparse.Namespace) -> list[Key]:
     chosen = set(select(arguments.names, None)) if arguments.names else None
     keys = [key for key in planned(arguments.plan) if chosen is None or key in chosen]
     return [key for key in keys if not arguments.seed or key[1] in arguments.seed]
-
-
-def _energy(arguments: argparse.Namespace) -> int:
-    if not arguments.names:
-        raise ValueError("energy: expected names of experiments")
-    return energy_of_images(_workplace(arguments), select(arguments.names, arguments.seed))
 
 
 def _ledger(folder: Path) -> Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -200,20 +200,6 @@ def append_row(path: Path, row: LedgerRow) -> None:
         if row.key in rows:
             raise ValueError(f"{path}: has a row of {row.experiment}, seed {row.seed} already")
         _write(path, {**rows, row.key: row})
-
-
-def amend_row(path: Path, key: tuple[str, int], **changes: Any) -> None:
-    """Add later measurements to the row of a run; otherwise as `append_row`.
-
-    Raises:
-        ValueError: the ledger is damaged or has no such row, or a value is not allowed.
-        OSError: it cannot be written; its present content is kept.
-    """
-    with _locked(path):
-        rows = read_ledger(path)
-        if key not in rows:
-            raise ValueError(f"{path}: has no row of {key[0]}, seed {key[1]}")
-        _write(path, {**rows, key: replace(rows[key], **changes)})
 
 
 def _locked(path: Path) -> Any:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from gatedconv._io import NUMBER, Schema, require_schema
 from gatedconv.environment import provenance
 from gatedconv.train.config import FREE_ON_RESUME, field_specs, make_config
 from gatedconv.train.metrics import run_energy
@@ -20,26 +19,6 @@ from reproduce.experiments import all_experiments, find_experiment
 from reproduce.ledger import LedgerRow
 from reproduce.paper_presets import paper_settings
 from reproduce.workplace import Key, Workplace, dataset_name
-
-_NET: Schema = {"top1": NUMBER, "macs": NUMBER, "params": int}
-_SUMMARY: dict[str, Schema] = {
-    "model": str,
-    "epochs": dict,
-    "device": str,
-    "commit": (str, type(None)),
-    "versions": dict,
-    "wall_s": NUMBER,
-    "evaluated_on": str,
-}
-_GATES: dict[str, Schema] = {
-    "frozen": _NET,
-    "macs_dense": NUMBER,
-    "open_ratio": NUMBER,
-    "pruning_rate": NUMBER,
-    "polarization": NUMBER,
-    "agreement": NUMBER,
-    "dynamic": {"top1": NUMBER, "macs": NUMBER},
-}
 
 
 def recipe_settings(experiment: Experiment) -> dict[str, Any]:
@@ -115,18 +94,17 @@ def training_row(
         ValueError: the summary lacks a field, or has it in another form; or see `reference`, `require_macs`.
     """
     gated = experiment.kind == "gated"
-    require_schema(summary, _SUMMARY | (_GATES if gated else {"dense": _NET}), str(folder.summary))
-    net = summary["frozen" if gated else "dense"]
-    macs_dense, macs_conv_dense = net["macs"], net.get("macs_conv")
-    if gated:
-        macs_dense, macs_conv_dense = summary["macs_dense"], summary.get("macs_conv_dense")
-    elif experiment.needs:
-        source = reference(experiment, seed, rows)
-        require_macs(experiment, net["macs"], source)
-        macs_dense, macs_conv_dense = source.macs_dense, source.macs_conv_dense
     metrics = folder.read_metrics()
     energy = run_energy(metrics)
+    source = reference(experiment, seed, rows) if experiment.needs and not gated else None
     try:
+        net = summary["frozen" if gated else "dense"]
+        macs_dense, macs_conv_dense = net["macs"], net.get("macs_conv")
+        if gated:
+            macs_dense, macs_conv_dense = summary["macs_dense"], summary.get("macs_conv_dense")
+        elif source is not None:
+            require_macs(experiment, net["macs"], source)
+            macs_dense, macs_conv_dense = source.macs_dense, source.macs_conv_dense
         return LedgerRow(
             experiment=experiment.name,
             seed=seed,
@@ -150,6 +128,8 @@ def training_row(
             **{name: summary[name] for name in ("model", "device", "commit", "versions", "wall_s", "evaluated_on")},
             **(_of_gates(summary) if gated else {}),
         )
+    except KeyError as error:
+        raise ValueError(f"{folder.summary}: missing key {error}") from None
     except ValueError as error:
         raise ValueError(f"{folder.summary}: {error}") from None
 

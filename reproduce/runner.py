@@ -21,7 +21,6 @@ from gatedconv.train.stopping import StopRequest, stop_on_sigterm
 from reproduce.checks import known_images, require_complete, require_fit, require_writable
 from reproduce.experiment import Experiment
 from reproduce.experiments import all_experiments, find_experiment
-from reproduce.joules import measure_energy
 from reproduce.ledger import LedgerRow, append_row, read_ledger
 from reproduce.rows import naive_row, recipe_settings, reference, require_present, training_row
 from reproduce.workplace import Key, Workplace, dataset_name, stem
@@ -115,16 +114,7 @@ def run_experiments(workplace: Workplace, keys: Sequence[Key], jobs: int) -> int
             code = _side_by_side(together, queue, jobs, failures, stop)
         if stop.requested:
             return failures.report() or TIME_LIMIT
-    if jobs > 1 and not workplace.other_runs:  # the device is free now
-        measure_energy(workplace, keys, failures)
     return failures.report() or code
-
-
-def energy_of_images(workplace: Workplace, keys: Sequence[Key]) -> int:
-    """Measure the joules per image that finished runs lack; 0, or 1 when a measurement failed."""
-    failures = Failures()
-    measure_energy(workplace, keys, failures)
-    return failures.report()
 
 
 def run_one(workplace: Workplace, name: str, seed: int) -> int:

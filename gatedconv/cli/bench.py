@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch sizes [1 32]")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each [15]")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's, 1 for --footprint")
     parser.add_argument(
         "--peers",
         metavar="NAME,...",
@@ -57,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     if _is_case(arguments.target):
         return _layer(arguments)
-    arguments.batch = arguments.batch or [1, 32]
     if arguments.footprint:
         return _footprint(arguments)
+    arguments.batch = arguments.batch or [1, 32]
     settings = _settings(arguments.peers, arguments.reduced)
     rows, failures, energy = [], {}, []
     for name, (network, size) in _networks(arguments.target, arguments.size).items():
@@ -88,14 +89,19 @@ def _layer(arguments: argparse.Namespace) -> int:
     from gatedconv.bench.conv_case import ConvCase, compare_layers
 
     case = ConvCase.parse(arguments.target)
-    given = [name for name in ("batch", "size", "energy", "footprint", "reduced") if getattr(arguments, name)]
-    given += ["peers"] * (arguments.peers != "all")
-    if given:
-        raise ValueError(f"{given[0]}: not for a single convolution, got --{given[0]} with {arguments.target!r}")
+    _refuse(arguments, "a single convolution", ("batch", "size", "energy", "footprint", "reduced", "peers"))
     comparison = compare_layers(case)
     comparison.rounds(arguments.rounds)
     _print(comparison.rows(), comparison.failures, arguments.all_settings)
     return 0
+
+
+def _refuse(arguments: argparse.Namespace, what: str, names: Sequence[str]) -> None:
+    """Raise ValueError for the first of these options that was given: it is not for `what`."""
+    given = [name for name in names if getattr(arguments, name) not in (None, False, "all")]
+    if given:
+        option = given[0].replace("_", "-")
+        raise ValueError(f"{option}: not for {what}, got --{option} with {arguments.target!r}")
 
 
 def _print(rows: list[Any], failures: dict[tuple[str, str], str], all_settings: bool) -> None:
@@ -119,13 +125,17 @@ def _footprint(arguments: argparse.Namespace) -> int:
     from gatedconv.report.footprint_table import FILE_NAME, footprint_rows
     from gatedconv.report.tables import text_table
 
+    _refuse(arguments, "--footprint", ("energy", "reduced", "peers", "all_settings"))
+    batch, *more = arguments.batch or [1]
+    if more:
+        raise ValueError(f"batch: expected one for --footprint, got {len(more) + 1}")
     target = Path(arguments.target)
     network = compact_network(target)[1].eval()
     size = None if arguments.size is None else (example_input(network).shape[1], arguments.size, arguments.size)
     with tempfile.TemporaryDirectory() as folder:
         found = measure_footprints(
             network,
-            example_input(network, arguments.batch[0], size),
+            example_input(network, batch, size),
             Path(folder),
             rounds=arguments.rounds,
             threads=arguments.threads or 1,
@@ -186,7 +196,8 @@ def _networks(target: str, size: int | None) -> dict[str, tuple[Any, tuple[int, 
     wanted = None if size is None else (3, size, size)
     path = Path(target)
     if path.suffix == ".pt2":
-        return {path.stem: _exported(path)}
+        network, own = _exported(path)
+        return {path.stem: (network, own if size is None else (own[0], size, size))}
     if path.exists() or path.suffix or len(path.parts) > 1:
         found = {name: network.eval() for name, network in saved_networks(path).items()}
         if size is None:

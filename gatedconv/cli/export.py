@@ -35,14 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _about(run: Path) -> dict[str, Any]:
-    """The classes and the normalization of a run's images, for which its data source is read again."""
-    from gatedconv.data import DataError
-    from gatedconv.train.build import load_images
+    """The classes and the normalization of a run's images, by its summary."""
     from gatedconv.train.run_dir import RunFolder
 
-    try:
-        data = load_images(RunFolder(run).read_config())
-    except (DataError, ImportError) as error:
-        print(f"the plan names no classes and no normalization: {error}")
+    folder = RunFolder(run)
+    images = folder.read_summary().get("images") if folder.summary.is_file() else None
+    if images is None:
+        print(f"the plan names no classes and no normalization: {folder.summary} has none")
         return {}
-    return {"classes": data.class_names, "mean": data.mean, "std": data.std}
+    return {name: images[name] for name in ("classes", "mean", "std")}

@@ -25,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
         folder.read_config()
     if arguments.plots:
         for folder in folders:
+            if len(folders) > 1 and not folder.read_metrics():
+                continue  # told of below
             for path in draw_run(folder):
                 print(f"drawn: {path}")
     finished = {str(folder.path): folder.read_summary() for folder in folders if folder.summary.is_file()}

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from gatedconv.data.batches import EvalBatches, Normalize, TrainBatches
+from gatedconv.data.batches import EvalBatches, TrainBatches
 from gatedconv.data.image_data import Augment, ImageData, validation_view
 from gatedconv.data.image_files import DataError
-from gatedconv.data.sources import SOURCES, load_data
+from gatedconv.data.sources import load_data
 
-__all__ = [
-    "SOURCES",
-    "Augment",
-    "DataError",
-    "EvalBatches",
-    "ImageData",
-    "Normalize",
-    "TrainBatches",
-    "load_data",
-    "validation_view",
-]
+__all__ = ["Augment", "DataError", "EvalBatches", "ImageData", "TrainBatches", "load_data", "validation_view"]

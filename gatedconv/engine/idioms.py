@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from gatedconv.engine.layers import size_of
 
@@ -78,14 +78,6 @@ def name_of(node: fx.Node) -> str:
 def argument_of(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
     """An argument that a call gives by position or by name."""
     return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
-
-
-def attribute_of(model: nn.Module, path: str) -> Any:
-    """The attribute of a model at a dotted path."""
-    found: Any = model
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
 
 
 Joined = tuple[Callable[..., Tensor], tuple[Any, ...]] | None

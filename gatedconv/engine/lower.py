@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from gatedconv.convert.record import record
 from gatedconv.deploy.graph import write_graph
 from gatedconv.deploy.graph_writer import NoGraph
-from gatedconv.engine.idioms import attribute_of, join_idioms
+from gatedconv.engine.idioms import join_idioms
 from gatedconv.engine.layers import size_of
 from gatedconv.engine.transposed import split_transposed
 from gatedconv.nn import ConstantMap, EmptyMap, FrozenConv2d, GatherChannels, PadShortcut, ScatterAdd, ScatterChannels
@@ -137,7 +138,7 @@ def _fold_constants(traced: fx.GraphModule) -> None:
     values: dict[fx.Node, Any] = {}
     for node in list(traced.graph.nodes):
         if node.op == "get_attr":
-            values[node] = attribute_of(traced, str(node.target))
+            values[node] = attrgetter(str(node.target))(traced)
         reads = node.all_input_nodes
         is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.op != "call_function" or not reads or is_random or not all(read in values for read in reads):

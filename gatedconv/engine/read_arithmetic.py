@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from gatedconv.engine.idioms import argument_of, attribute_of
+from gatedconv.engine.idioms import argument_of
 from gatedconv.engine.layers import Layer, Pair, is_map, is_nhwc, is_stored, is_vector, map_size, shape_of, size_of
 
 
@@ -28,7 +29,7 @@ class Call:
         if isinstance(value, (bool, int, float)):
             return torch.tensor(float(value), dtype=torch.float64, device="cpu")
         if isinstance(value, fx.Node) and value.op == "get_attr":
-            found = attribute_of(self.model, str(value.target))
+            found = attrgetter(str(value.target))(self.model)
             # A number of the model's code is a tensor without dimensions, whatever its type.
             real = found.dtype == torch.float32 or (found.dim() == 0 and not found.is_complex())
             return found.detach().double() if real else None

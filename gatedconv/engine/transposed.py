@@ -9,12 +9,13 @@ output pixels of all phases under that kernel, in PyTorch only those of its own 
 from __future__ import annotations
 
 from itertools import count
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from gatedconv.engine.idioms import aten, attribute_of, operation_of
+from gatedconv.engine.idioms import aten, operation_of
 from gatedconv.engine.layers import size_of
 
 
@@ -69,7 +70,7 @@ def split_transposed(traced: fx.GraphModule) -> None:
         given = [one for one in (weight, bias) if one is not None]
         if set(dilation) != {1} or len(set(strides)) != 1 or any(one.op != "get_attr" for one in given):
             continue
-        stride, tensors = strides[0], [attribute_of(traced, str(one.target)).detach() for one in given]
+        stride, tensors = strides[0], [attrgetter(str(one.target))(traced).detach() for one in given]
         sizes = zip(tensors[0].shape[2:], padding, output_padding, strict=True)
         rows, columns = (span_of(kernel, stride, *others) for kernel, *others in sizes)
         if rows is None or columns is None:

@@ -89,7 +89,7 @@ def _masked_conv2d(conv: Conv, packed: PackedConv | None, meta: bool) -> Tensor:
     if not torch.compiler.is_compiling() and not meta and not (native and _is_recorded()):
         # The native fp64 body is there for traced graphs; PyTorch's convolution is faster.
         # On a GPU looking at a mask would wait for the device.
-        dense = input.dtype == torch.float32 and input.device.type == "cpu" and _is_dense(conv)
+        dense = input.dtype == torch.float32 and input.device.type == "cpu" and _pytorch_is_faster(conv)
         if dense and conv.residual is None and not conv.relu and not torch.is_grad_enabled():
             return _dense_forward(conv)
         fast = native and input.dtype != torch.float64 and not dense
@@ -213,7 +213,7 @@ _LEAST_INPUTS = 8
 _MOST_WEIGHTS = 64 * 128
 
 
-def _is_dense(conv: Conv) -> bool:
+def _pytorch_is_faster(conv: Conv) -> bool:
     """Whether PyTorch's convolution is faster: everything is open and the layer is large."""
     geometry = conv.geometry
     n, _, p, q = geometry.output_shape

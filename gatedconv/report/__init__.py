@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gatedconv.report.tables import comparison_table, figures_table, runs_table, text_table
+from gatedconv.report.tables import comparison_table, figures_table, runs_table
 
-__all__ = ["comparison_table", "figures_table", "runs_table", "text_table"]
+__all__ = ["comparison_table", "figures_table", "runs_table"]

@@ -2,8 +2,9 @@
 
 trainer.py: the phases of a run. build.py, recipe.py, device.py: what a phase trains and where, from config.py. loop.py:
 epochs; step.py: a step, with distill.py (teachers), skip_dead.py, recompute.py, cuda_graph_step.py. optimizer.py: the
-optimizer and the learning rate. metrics.py, summary.py: what is measured. checkpoint.py, run_dir.py, stopping.py: what
-is written, and when. options.py, presets.py: settings by name. distributed.py: several ranks.
+optimizer and the learning rate. metrics.py, epoch_cost.py, summary.py: what is measured; callbacks.py: who is told of
+it. checkpoint.py, run_dir.py, stopping.py: what is written, and when. options.py, presets.py: settings by name.
+distributed.py: several ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from gatedconv.train.callbacks import Callback
 from gatedconv.train.checkpoint import CheckpointError
 from gatedconv.train.config import TrainConfig
 from gatedconv.train.loop import NonFiniteLoss
-from gatedconv.train.metrics import EpochMetrics, evaluate
+from gatedconv.train.metrics import EpochMetrics
 from gatedconv.train.presets import PRESETS, preset_settings
 from gatedconv.train.run_dir import RunFolder
 from gatedconv.train.trainer import run
@@ -25,7 +26,6 @@ __all__ = [
     "NonFiniteLoss",
     "RunFolder",
     "TrainConfig",
-    "evaluate",
     "preset_settings",
     "run",
 ]

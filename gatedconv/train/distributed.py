@@ -192,9 +192,4 @@ def _replacement(parent: nn.Module, child: nn.Module, which: str) -> nn.Module |
         return None
     if child.weight is not None and not child.weight.is_cuda:
         raise ValueError("sync_norm: expected off or gates on CPUs, PyTorch's SyncBatchNorm needs GPUs; got 'all'")
-    replacement = torch.nn.SyncBatchNorm(
-        child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-    )
-    replacement._parameters, replacement._buffers = child._parameters, child._buffers
-    replacement.training = child.training
-    return replacement
+    return nn.SyncBatchNorm.convert_sync_batchnorm(child)  # of the same tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +24,14 @@ _FIGURES = {
     "energy_j?": (dict, type(None)),
     "energy_j_image?": (*NUMBER, type(None)),
 }
-# The keys of summary.json that reports read.
-_SUMMARY = {"dense?": _FIGURES, "frozen?": _FIGURES, "agreement?": NUMBER, "macs_conv_dense?": NUMBER}
-
-
-_held = threading.local()  # paths: the folders whose lock this thread holds
+# The keys of summary.json that are read.
+_SUMMARY = {
+    "dense?": _FIGURES,
+    "frozen?": _FIGURES,
+    "agreement?": NUMBER,
+    "macs_conv_dense?": NUMBER,
+    "images?": {"classes": list, "mean": list, "std": list},
+}
 
 
 class RunFolder:
@@ -74,19 +76,11 @@ class RunFolder:
             ValueError: another process, or another thread of this one, holds it.
             OSError: the folder cannot be written.
         """
-        key, held = self.path.resolve(), _held.__dict__.setdefault("paths", set())
-        if key in held:
-            yield
-            return
         message = f"{self.path}: another process trains this run; wait until it has ended, or end it"
         with naming_file(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path / ".lock", held=message):
-            held.add(key)
-            try:
-                yield
-            finally:
-                held.discard(key)
+        with locked(self.path.resolve() / ".lock", held=message):
+            yield
 
     def begin(self, config: TrainConfig, *, resume: bool) -> None:
         """Start or resume a run in the folder and write its config.

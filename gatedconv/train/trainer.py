@@ -230,7 +230,7 @@ class Trainer:
         Empty in processes other than the main one.
         """
         self.callback.phase("finish")
-        started, config = time.monotonic(), self.config
+        started, config, data = time.monotonic(), self.config, self.data
         if "compact" in networks:
             self._re_estimate(networks["compact"])
         elif "gated" in networks:
@@ -240,7 +240,7 @@ class Trainer:
         if not self.ranks.main:
             return {}
         files = self._write_models(networks)  # first: measuring takes long, and can fail
-        outcome = measure_networks(networks, config, self.data, self.folder)
+        outcome = measure_networks(networks, config, data, self.folder)
         history = self.folder.read_metrics()
         energy = run_energy(history)
         summary = {
@@ -248,6 +248,7 @@ class Trainer:
             "model": config.model,
             "gate": config.gate,
             "data": config.data,
+            "images": {"classes": list(data.class_names), "mean": list(data.mean), "std": list(data.std)},
             "evaluated_on": config.evaluate_on,
             "seed": config.seed,
             "epochs": {phase: sum(line.phase == phase for line in history) for phase in phases(config)},

@@ -340,8 +340,20 @@ def test_commands_on_what_does_not_fit(gatedconv: Call, tmp_path: Path, archive:
     assert_one_line(gatedconv("bench", "n1 i96 o24 h56 k1 open5O"), "'n1 i96 o24 h56 k1 open5O'", "got 'open5O'")
     assert_one_line(gatedconv("bench", "n1 i9 o9 h5 k1", "--batch", 2), "batch: not for a single convolution")
     assert_one_line(gatedconv("bench", "n1 i9 o9 h5 k1", "--peers", "none"), "peers: not for a single convolution")
+    for options, told in (
+        (["--energy"], "energy: not for --footprint, got --energy"),
+        (["--reduced"], "reduced: not for --footprint"),
+        (["--peers", "mnn"], "peers: not for --footprint"),
+        (["--all-settings"], "all-settings: not for --footprint"),
+        (["--batch", 8, 32], "batch: expected one for --footprint, got 2"),
+    ):
+        assert_one_line(gatedconv("bench", model, "--footprint", *options), told)
     assert_one_line(gatedconv("bench", "resnet19"), "resnet19", "expected a run folder, a model file")
     assert_one_line(gatedconv("bench", archive.with_suffix(".pt2")), "expected a .pt2", "found nothing")
+    program = torch.export.export(torch.nn.Conv2d(1, 2, 3), (torch.zeros(1, 1, 8, 8),))
+    torch.export.save(program, tmp_path / "fixed.pt2")
+    larger = gatedconv("bench", tmp_path / "fixed.pt2", "--size", 64, "--batch", 1, "--rounds", 1)
+    assert_one_line(larger, "fixed: the network does not accept (1, 1, 64, 64)")
     gated = tmp_path / "gated.safetensors"
     package.save(package.models.resnet20(10, "layer"), gated)
     assert_one_line(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,6 +93,11 @@ def test_resume_continues_an_unfinished_run(gatedconv: Call, quick: list[object]
     assert unfinished.code == 0 and "not finished" in unfinished.out
     resumed = gatedconv("train", "--resume", run, "--max-minutes", 0)
     assert resumed.code == 0 and (run / "summary.json").is_file(), resumed.err
+    new = tmp_path / "new"
+    new.mkdir()
+    shutil.copy(run / "config.toml", new)
+    both = gatedconv("report", run, new)
+    assert both.code == 0 and f"{new}: not finished" in both.out and "agreement (%)" in both.out, both.err
 
 
 @pytest.mark.usefixtures("no_exports", "shallow")

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import gatedconv
-from tests.engine.nets import ISAS, supported
 from tests.tolerances import EACH_VALUE
 
 # Reference in float64 and the most units in the last place that csrc/cpu/activations.h states.
@@ -37,14 +36,6 @@ def _mish_factor(x):
     e = torch.exp(-x.abs())
     up = torch.where(x < 0, e * (e + 2), 1 + 2 * e)
     return up / (up + torch.where(x < 0, torch.full_like(x, 2.0), 2 * e * e))
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    if not supported(request.param):
-        pytest.skip(f"no {request.param} here")
-    monkeypatch.setenv("GATEDCONV_ISA", request.param)
-    return request.param
 
 
 def run(module, values):

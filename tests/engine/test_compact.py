@@ -8,17 +8,10 @@ from torch import nn
 
 import gatedconv
 from gatedconv.nn import EmptyMap, Framed, GatherChannels, ScatterAdd, ScatterChannels
-from tests.engine.nets import ISAS, error, settle, supported
+from tests.engine.nets import error, settle
 from tests.tolerances import tolerance
 
 LIMIT = tolerance()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    if not supported(request.param):
-        pytest.skip(f"no {request.param} here")
-    monkeypatch.setenv("GATEDCONV_ISA", request.param)
 
 
 def compacted(net, x, masks, **options):

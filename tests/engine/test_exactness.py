@@ -15,14 +15,6 @@ from tests.tolerances import assert_close, assert_no_worse, tolerance
 LIMIT = tolerance()
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    if not supported(request.param):
-        pytest.skip(f"no {request.param} here")
-    monkeypatch.setenv("GATEDCONV_ISA", request.param)
-    return request.param
-
-
 def is_native(engine):
     return engine.reason is None and "Nothing is left to PyTorch" in engine.describe()
 

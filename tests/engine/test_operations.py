@@ -6,16 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import gatedconv
-from tests.engine.nets import ISAS, error, settle, supported
+from tests.engine.nets import error, settle
 from tests.tolerances import tolerance
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    if not supported(request.param):
-        pytest.skip(f"no {request.param} here")
-    monkeypatch.setenv("GATEDCONV_ISA", request.param)
-    return request.param
 
 
 class Between(nn.Module):

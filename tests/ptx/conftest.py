@@ -1,16 +1,9 @@
-"""`-m slow` runs a few cases of every kernel, `-m ptx_all` the full matrix and all mutations.
-
-With GATEDCONV_PTX_LEDGER=1 what ran is kept for the table of the documents (tests/ptx/ledger.py).
-"""
+"""`-m slow` runs a few cases of every kernel, `-m ptx_all` the full matrix."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-from tests.ptx.ledger import Ledger
 
 
 def pytest_collection_modifyitems(config, items):
@@ -24,15 +17,6 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-
-
-@pytest.fixture(scope="session")
-def ledger():
-    """What ran in this session."""
-    made = Ledger()
-    yield made
-    if os.environ.get("GATEDCONV_PTX_LEDGER"):
-        made.save()
 
 
 @pytest.fixture(autouse=True)

@@ -52,9 +52,9 @@ class ConvTile(ctypes.Structure):
     ]
 
 
-def find_kernel(form: str, tile: tuple[int, int], architecture: int, edit: nvcc.Edit | None = None) -> Kernel:
+def find_kernel(form: str, tile: tuple[int, int], architecture: int) -> Kernel:
     """Return the kernel of a format and a tile."""
-    found = nvcc.kernels(f"cuda/conv_{form}.cu", architecture, edit)
+    found = nvcc.kernels(f"cuda/conv_{form}.cu", architecture)
     name = f"conv_kernelINS_{FORMATS[form][1]}ELi{tile[0]}ELi{tile[1]}E"
     return next(kernel for full, kernel in found.items() if name in full)
 
@@ -97,12 +97,11 @@ def run(
     architecture: int = 90,
     seed: int = 0,
     kernel: Kernel | None = None,
-    edit: nvcc.Edit | None = None,
 ) -> tuple[Tensor, Machine]:
     """Launch a convolution; tensors are of the format's dtype, masks bool (C) or (N, C).
 
     With `in_place` the output is the residual's memory, whose closed channels stay as they are; `last`: the output is
-    channels_last; `kernel`: a changed copy to launch instead of the compiled kernel; `edit`: a change of the sources.
+    channels_last; `kernel`: a changed copy to launch instead of the compiled kernel.
 
     Returns:
         The output, and the machine with what it noted.
@@ -128,7 +127,7 @@ def run(
             order = lists[0, : counts[0]]
     args.act, args.skip_closed = act, in_place
     args.weights = memory.place(pack(form, weight, order))
-    machine = launch(form, memory, args, tile, architecture, seed, kernel, edit)
+    machine = launch(form, memory, args, tile, architecture, seed, kernel)
     return as_tensor(memory.read_back(args.output, flat(output)), output), machine
 
 
@@ -179,13 +178,12 @@ def launch(
     architecture: int = 90,
     seed: int = 0,
     kernel: Kernel | None = None,
-    edit: nvcc.Edit | None = None,
 ) -> Machine:
     """Run the kernel of a tile, (0, 0) for the library's choice, and return the machine that ran it."""
     library, made = nvcc.host(), ConvTile()
     assert (library.sizes(0), library.sizes(1)) == (ctypes.sizeof(ConvArgs), ctypes.sizeof(ConvTile))
     assert library.tile(FORMATS[form][0], ctypes.byref(args), ctypes.byref(made), *tile), "no tile fits"
-    kernel = kernel or find_kernel(form, (made.mt, made.nt), architecture, edit)
+    kernel = kernel or find_kernel(form, (made.mt, made.nt), architecture)
     machine, grid = Machine(memory, seed), (made.pixel_tiles, made.slot_tiles)
     machine.launch(kernel, grid, THREADS, [bytes(args), bytes(made)], made.shared_bytes)
     return machine

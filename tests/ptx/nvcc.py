@@ -6,7 +6,6 @@ import ctypes
 import functools
 import hashlib
 import shlex
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,66 +18,41 @@ from tests.ptx.parser import Kernel, parse
 
 ROOT = Path(__file__).parents[2]
 CSRC, CACHE = ROOT / "csrc", ROOT / "build" / "ptx"
-Edit = tuple[str, str, str]  # file below csrc, what is there, what takes its place
 
 
 @functools.cache
 def nvcc() -> list[str]:
     """Return the command of nvcc; the test is skipped where there is none."""
     try:
-        return [str(_build.find_toolkit().root / "bin/nvcc"), "-std=c++20", "-O3", "-lineinfo", "-DUSE_CUDA"]
+        return [str(_build.find_toolkit().root / "bin/nvcc"), "-std=c++20", "-O3", "-DUSE_CUDA"]
     except _build.BuildError as error:
         pytest.skip(f"no nvcc: {error}")
 
 
 @functools.cache
-def kernels(source: str, architecture: int, edit: Edit | None = None) -> dict[str, Kernel]:
+def kernels(source: str, architecture: int) -> dict[str, Kernel]:
     """Return the kernels of a file below csrc by their mangled names.
 
     Args:
         source: "cuda/conv_f16.cu".
         architecture: 75, 80 or 90.
-        edit: A change to make before, for mutation tests.
     """
     command = [*nvcc(), f"-arch=sm_{architecture}", "-ptx"]
-    with changed(edit) as csrc:  # compiled from a copy, kept by its content
-        return parse(_compiled(command, csrc, csrc / source, ".ptx").read_text())
+    return parse(_compiled(command, CSRC / source, ".ptx").read_text())
 
 
 @functools.cache
 def host() -> ctypes.CDLL:
     """Return the functions of host.cpp."""
     command = [*shlex.split(_build.find_compiler()), "-std=c++20", "-O1", "-shared", "-fPIC"]
-    library = ctypes.CDLL(str(_compiled(command, CSRC, Path(__file__).parent / "host.cpp", ".so")))
+    library = ctypes.CDLL(str(_compiled(command, Path(__file__).parent / "host.cpp", ".so")))
     library.packed.restype = ctypes.c_int64
     return library
 
 
-class changed:
-    """csrc/, or a copy of it with an edit."""
-
-    def __init__(self, edit: Edit | None) -> None:
-        self.edit, self.folder = edit, None
-
-    def __enter__(self) -> Path:
-        if self.edit is None:
-            return CSRC
-        file, before, after = self.edit
-        self.folder = Path(tempfile.mkdtemp())
-        copy = Path(shutil.copytree(CSRC, self.folder / "csrc"))
-        text = (copy / file).read_text()
-        assert text.count(before) == 1, f"{file}: expected one {before!r}, found {text.count(before)}"
-        (copy / file).write_text(text.replace(before, after))
-        return copy
-
-    def __exit__(self, *_: object) -> None:
-        if self.folder is not None:
-            shutil.rmtree(self.folder)
-
-
-def _compiled(command: list[str], csrc: Path, source: Path, suffix: str) -> Path:
+def _compiled(command: list[str], source: Path, suffix: str) -> Path:
     """The file that a command makes of a source, from the cache if nothing that goes into it has changed."""
-    headers = [path.read_bytes() for part in ("cuda", "shared") for path in sorted((csrc / part).rglob("*.*h"))]
+    headers = [path.read_bytes() for part in ("cuda", "shared") for path in sorted((CSRC / part).rglob("*.*h"))]
     digest = hashlib.sha256("\0".join(command).encode() + b"".join(headers) + source.read_bytes()).hexdigest()[:16]
     finished = CACHE / f"{source.stem}-{digest}{suffix}"
     with locked(finished.with_suffix(".lock")):  # workers that want the same wait for one
@@ -86,7 +60,7 @@ def _compiled(command: list[str], csrc: Path, source: Path, suffix: str) -> Path
             return finished
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / finished.name
-            done = subprocess.run([*command, f"-I{csrc}", str(source), "-o", str(part)], capture_output=True, text=True)
+            done = subprocess.run([*command, f"-I{CSRC}", str(source), "-o", str(part)], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             write_atomic(finished, part.read_bytes())
     return finished

@@ -18,14 +18,12 @@ class Instruction:
         operands: In order; a vector in braces or an address in brackets is one operand.
         guard: Predicate register and whether it is negated; None: always executed.
         text: As it is written, for messages.
-        source: File (below csrc/) and line that it was compiled from; ("", 0) where the PTX does not say.
     """
 
     opcode: str
     operands: tuple[str, ...] = ()
     guard: tuple[str, bool] | None = None
     text: str = ""
-    source: tuple[str, int] = ("", 0)
 
     @property
     def parts(self) -> list[str]:
@@ -74,19 +72,15 @@ class Kernel:
 
 def parse(text: str) -> dict[str, Kernel]:
     """Return the kernels of a module by name."""
-    named = re.findall(r"^\s*\.file\s+(\d+)\s+\"([^\"]*)\"", text, re.M)
-    files = {number: name.rpartition("/csrc/")[2] for number, name in named}
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)
     text = re.sub(r"^\s*\.section\b.*?^\s*\}", "", text, flags=re.M | re.S)
-    text = re.sub(r"^\s*\.(file|section)\b[^\n]*$", "", text, flags=re.M)
-    text = re.sub(r"^(\s*\.loc\b[^\n]*)$", r"\1;", text, flags=re.M)
+    text = re.sub(r"^\s*\.(file|section|loc)\b[^\n]*$", "", text, flags=re.M)
     dynamic = re.findall(r"\.extern\s+\.shared[^;]*?\.b8\s+([\w$]+)\s*\[", text)
     kernels = {}
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{(.*?)\n\}", text, re.S):
         kernel = Kernel(match[1], _parameters(match[2]))
-        source = ("", 0)
         for statement in match[4].split(";"):
-            source = _add_statement(kernel, statement, source, files)
+            _add_statement(kernel, statement)
         kernel.shared.update((symbol, -(-kernel.shared_bytes // 16) * 16) for symbol in dynamic)
         kernels[kernel.name] = kernel
     return kernels
@@ -110,8 +104,7 @@ def _parameters(text: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _add_statement(kernel: Kernel, statement: str, source: tuple[str, int], files: dict[str, str]) -> tuple[str, int]:
-    """Add a statement that was compiled from a source; returns the source of the next one."""
+def _add_statement(kernel: Kernel, statement: str) -> None:
     statement = statement.strip()
     # Scopes of inline assembly, and labels, precede what a statement says.
     while match := re.match(r"(?:[{}]|[\w$]+:(?!:))\s*", statement):
@@ -119,10 +112,7 @@ def _add_statement(kernel: Kernel, statement: str, source: tuple[str, int], file
             kernel.labels[match[0].strip()[:-1]] = len(kernel.instructions)
         statement = statement[match.end() :]
     if not statement or statement.startswith(".pragma"):
-        return source
-    if statement.startswith(".loc"):
-        number, line = statement.split()[1:3]
-        return files[number], int(line)
+        return
     if statement.startswith(".reg"):
         kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
         bits = 1 if kind == "pred" else int(kind[1:])
@@ -133,11 +123,10 @@ def _add_statement(kernel: Kernel, statement: str, source: tuple[str, int], file
         at = -(-kernel.shared_bytes // int(align or 1)) * int(align or 1)
         kernel.shared[name], kernel.shared_bytes = at, at + int(count)
     else:
-        kernel.instructions.append(_instruction(statement, source))
-    return source
+        kernel.instructions.append(_instruction(statement))
 
 
-def _instruction(text: str, source: tuple[str, int]) -> Instruction:
+def _instruction(text: str) -> Instruction:
     guard, rest = None, text
     if match := re.match(r"@(!?)(%?[\w$]+)\s+", text):
         guard, rest = (match[2], match[1] == "!"), text[match.end() :]
@@ -145,7 +134,7 @@ def _instruction(text: str, source: tuple[str, int]) -> Instruction:
     if "\t" in opcode:
         opcode, _, first = opcode.partition("\t")
         operands = first + " " + operands
-    return Instruction(opcode.strip(), tuple(split(operands)), guard, " ".join(text.split()), source)
+    return Instruction(opcode.strip(), tuple(split(operands)), guard, " ".join(text.split()))
 
 
 def split(operands: str) -> list[str]:

@@ -16,9 +16,9 @@ THREADS, PIECE = 256, 4096
 FORMS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "tf32"}
 
 
-def find_kernel(form: str, cluster: bool, architecture: int = 90, edit: nvcc.Edit | None = None) -> Kernel:
+def find_kernel(form: str, cluster: bool, architecture: int = 90) -> Kernel:
     """Return the kernel of a format, for one block an image or for a cluster."""
-    found = nvcc.kernels(f"cuda/experimental/resident_{form}.cu", architecture, edit)
+    found = nvcc.kernels(f"cuda/experimental/resident_{form}.cu", architecture)
     return next(one for name, one in found.items() if f"{FORMATS[form][1]}ELb{int(cluster)}" in name)
 
 
@@ -28,14 +28,12 @@ class Driver:
     Attributes:
         machines: What ran every launch.
         kernel: What to launch instead of the compiled kernel: a changed copy.
-        edit: A change of the sources.
     """
 
     def __init__(self, seed: int = 0, architecture: int = 90) -> None:
         self.seed, self.architecture = seed, architecture
         self.machines: list[Machine] = []
         self.kernel: Kernel | None = None
-        self.edit: nvcc.Edit | None = None
 
     def run(self, input, stream, output, layout, tf32):
         ranks, pieces, record_at, table_at, ring_at, shared_bytes = layout[:6]
@@ -57,7 +55,7 @@ class Driver:
             shared_bytes,
         )
         form = FORMS[input.dtype]
-        kernel = self.kernel or find_kernel(form, ranks > 1, self.architecture, self.edit)
+        kernel = self.kernel or find_kernel(form, ranks > 1, self.architecture)
         machine = Machine(memory, self.seed, resident=2, slice=200)
         machine.launch(kernel, (input.shape[0] * ranks,), THREADS, [arguments], shared_bytes, ranks)
         self.machines.append(machine)

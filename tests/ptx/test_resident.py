@@ -20,7 +20,7 @@ from tests.engine.nets import Residual, error, settle
 from tests.ptx.resident import FORMS, Driver
 
 
-def check(monkeypatch, model, x, dtype, ranks, ledger=None, case="", **attributes):
+def check(monkeypatch, model, x, dtype, ranks, **attributes):
     """The plan's error against float64 is at most twice PyTorch's, and nothing is noted. Returns the driver."""
     driver = Driver(seed=ranks)
     vars(driver).update(attributes)
@@ -33,17 +33,6 @@ def check(monkeypatch, model, x, dtype, ranks, ledger=None, case="", **attribute
         theirs = low(given)
     assert driver.machines
     for machine in driver.machines:
-        if ledger is not None:
-            kind = "cluster" if ranks > 1 else "block"
-            ledger.add(
-                f"resident_kernel {FORMS[dtype]} {kind}",
-                driver.architecture,
-                kind,
-                f"{case} {ranks}",
-                machine.program.kernel,
-                machine.covered,
-                machine.instructions,
-            )
         assert not machine.notes, dict(machine.notes)
     assert error(mine, low, given) <= max(2 * error(theirs, low, given), FLOOR[dtype])
     return driver
@@ -51,15 +40,15 @@ def check(monkeypatch, model, x, dtype, ranks, ledger=None, case="", **attribute
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_every_kind_of_step(ranks, ledger, monkeypatch):
-    check(monkeypatch, sanitized_network(), torch.randn(1, 3, 12, 12), torch.float16, ranks, ledger, "steps")
+def test_every_kind_of_step(ranks, monkeypatch):
+    check(monkeypatch, sanitized_network(), torch.randn(1, 3, 12, 12), torch.float16, ranks)
 
 
 @pytest.mark.ptx_all
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", FORMS)
-def test_every_format_and_cluster(ranks, dtype, ledger, monkeypatch):
-    check(monkeypatch, sanitized_network(), torch.randn(1, 3, 12, 12), dtype, ranks, ledger, "steps")
+def test_every_format_and_cluster(ranks, dtype, monkeypatch):
+    check(monkeypatch, sanitized_network(), torch.randn(1, 3, 12, 12), dtype, ranks)
 
 
 class Added(nn.Module):
@@ -87,7 +76,7 @@ def every_tile() -> tuple[nn.Module, list[tuple[int, int]]]:
     return settle(nn.Sequential(*layers)), order
 
 
-def check_tiles(monkeypatch, dtype, ranks, architecture, ledger):
+def check_tiles(monkeypatch, dtype, ranks, architecture):
     """Every tile in turn, whatever the plan would choose; 12 x 12 pixels fill the largest."""
     model, order = every_tile()
     tiles = itertools.cycle(order)
@@ -99,12 +88,12 @@ def check_tiles(monkeypatch, dtype, ranks, architecture, ledger):
 
     monkeypatch.setattr(resident, "choose_tile", choose)
     x = 3 * torch.randn(1, 3, *(12, 12) if ranks == 1 else (16, 16))
-    check(monkeypatch, model, x, dtype, ranks, ledger, "tiles", architecture=architecture)
+    check(monkeypatch, model, x, dtype, ranks, architecture=architecture)
 
 
 @pytest.mark.slow
-def test_every_tile(ledger, monkeypatch):
-    check_tiles(monkeypatch, torch.float16, 1, 90, ledger)
+def test_every_tile(monkeypatch):
+    check_tiles(monkeypatch, torch.float16, 1, 90)
 
 
 @pytest.mark.ptx_all
@@ -112,8 +101,8 @@ def test_every_tile(ledger, monkeypatch):
     ("dtype", "ranks", "architecture"),
     [*itertools.product(FORMS, (1, 2), (90,)), *itertools.product(FORMS, (1,), (80,)), (torch.float16, 1, 75)],
 )
-def test_every_tile_of_every_format(dtype, ranks, architecture, ledger, monkeypatch):
-    check_tiles(monkeypatch, dtype, ranks, architecture, ledger)
+def test_every_tile_of_every_format(dtype, ranks, architecture, monkeypatch):
+    check_tiles(monkeypatch, dtype, ranks, architecture)
 
 
 def widths():
@@ -134,15 +123,15 @@ def widths():
 @pytest.mark.ptx_all
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("name", ["wide", "narrow", "large", "scatter", "relu6"])
-def test_tiles(name, ranks, ledger, monkeypatch):
+def test_tiles(name, ranks, monkeypatch):
     model, size = next((settle(model.eval()), size) for found, model, size in widths() if found == name)
-    check(monkeypatch, model, torch.randn(1, 3, size, size), torch.float16, ranks, ledger, name)
+    check(monkeypatch, model, torch.randn(1, 3, size, size), torch.float16, ranks)
 
 
 @pytest.mark.ptx_all
 @pytest.mark.parametrize(("position", "ranks"), [("middle", 1), ("after", 8)])
-def test_a_resnet20_in_one_launch(position, ranks, ledger, monkeypatch):
+def test_a_resnet20_in_one_launch(position, ranks, monkeypatch):
     model = settle(gatedconv.models.resnet20(gate="channel", position=position))
     masks = {name: torch.rand(gate.num_gates) < 0.5 for name, gate in gatedconv.gates(model).items()}
     model = gatedconv.compact(gatedconv.freeze(model, masks=masks), torch.zeros(1, 3, 32, 32)).eval()
-    check(monkeypatch, model, torch.randn(1, 3, 32, 32), torch.float16, ranks, ledger, f"resnet20 {position}")
+    check(monkeypatch, model, torch.randn(1, 3, 32, 32), torch.float16, ranks)

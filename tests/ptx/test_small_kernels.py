@@ -45,27 +45,24 @@ class ConvTensors(ctypes.Structure):
     ]
 
 
-def launch(ledger, memory, source, name, grid, threads, *arguments, case="", label=None, architecture=90):
+def launch(memory, source, name, grid, threads, *arguments):
     """Run the kernel whose mangled name contains `name`; numbers without a type of their own are addresses."""
-    kernel = next(one for full, one in nvcc.kernels(source, architecture).items() if name in full)
+    kernel = next(one for full, one in nvcc.kernels(source, 90).items() if name in full)
     machine = Machine(memory)
     given = [bytes(I64(one) if isinstance(one, int) else one) for one in arguments]
     machine.launch(kernel, (grid,), threads, given)
-    ledger.add(label or name, architecture, name, case, kernel, machine.covered, machine.instructions)
     assert not machine.notes, dict(machine.notes)
 
 
 @pytest.mark.parametrize("channels", [1, 32, 300])
-def test_list_open(channels, ledger):
+def test_list_open(channels):
     mask = torch.rand(3, channels) < 0.5
     mask[0] = True
     memory = GlobalMemory()
     at = memory.place(mask.numpy())
     index, count = np.full((3, channels), -1, np.int32), np.full(3, -1, np.int32)
     to, into = memory.place(index), memory.place(count)
-    launch(
-        ledger, memory, "cuda/conv_lists.cu", "list_open_kernel", 3, 32, at, I32(channels), to, into, case=str(channels)
-    )
+    launch(memory, "cuda/conv_lists.cu", "list_open_kernel", 3, 32, at, I32(channels), to, into)
     expected = lists_of(mask)
     assert np.array_equal(memory.read_back(to, index), expected[0])
     assert np.array_equal(memory.read_back(into, count), expected[1])
@@ -75,7 +72,7 @@ def test_list_open(channels, ledger):
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("threads", [32, 128])
-def test_pack(threads, form, gathers, ledger):
+def test_pack(threads, form, gathers):
     """Fewer threads than numbers: each packs several."""
     dtype = FORMATS[form][2]
     weight = torch.randn(5, 19, 3, 2).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -92,24 +89,14 @@ def test_pack(threads, form, gathers, ledger):
     numbers = ((I64 * 4)(*weight.stride()), *sizes, *lists, to, packed.numel())
     name = f"pack_kernelINS_{len(CUDA_FORMATS[form])}{CUDA_FORMATS[form]}"
     arguments = (memory.place(flat(weight)), *numbers)
-    launch(
-        ledger,
-        memory,
-        f"cuda/conv_{form}.cu",
-        name,
-        3,
-        threads,
-        *arguments,
-        case=f"{gathers} {threads}",
-        label=f"pack_kernel {form}",
-    )
+    launch(memory, f"cuda/conv_{form}.cu", name, 3, threads, *arguments)
     assert torch.equal(as_tensor(memory.read_back(to, flat(packed)), packed), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "direct_kernelIf"), (torch.float64, "direct_kernelId")])
 @pytest.mark.parametrize("plain", [False, True])
-def test_direct(dtype, name, plain, ledger):
+def test_direct(dtype, name, plain):
     """Groups, dilation, strides, masks of samples and inputs, bias, residual and ReLU; or none of them."""
     groups, stride, padding, dilation = (1, 1, 0, 1) if plain else (2, 2, 3, 2)
     x, weight = torch.randn(2, 12, 6, 7, dtype=dtype), torch.randn(4, 12 // groups, 3, 5, dtype=dtype)
@@ -130,7 +117,7 @@ def test_direct(dtype, name, plain, ledger):
     offsets = listed + 4 * 12
     given = 0 if plain else memory.place(in_open.numpy())
     source = "cuda/conv_direct.cu"
-    launch(ledger, memory, source, "list_inputs_kernel", 1, 1, given, 12, groups, listed, offsets, case=str(plain))
+    launch(memory, source, "list_inputs_kernel", 1, 1, given, 12, groups, listed, offsets)
     shape = ConvShape(*x.shape, 4, 3, 5, *exact.shape[2:], stride, stride, padding, padding, dilation, dilation, groups)
     place = lambda tensor: memory.place(tensor.numpy())  # noqa: E731
     made = ConvTensors(
@@ -146,7 +133,6 @@ def test_direct(dtype, name, plain, ledger):
         0 if plain else 4,
         not plain,
     )
-    arguments = (shape, made, output.numel())
-    launch(ledger, memory, source, name, 1, 64, *arguments, case=str(plain), label=f"direct_kernel {str(dtype)[6:]}")
+    launch(memory, source, name, 1, 64, shape, made, output.numel())
     result = torch.from_numpy(memory.read_back(made.output, output.numpy()))
     tolerances.assert_close(result, exact, terms=12 * weight[0, 0].numel())

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from gatedconv import ops
 from tests.kernels.interpreted import test_gate, test_gated_residual
 from tests.kernels.interpreted.compare import Case, assert_close, leaf
-from tests.ptx.triton_device import _kernels, simulated
+from tests.ptx.triton_device import simulated
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -62,10 +62,8 @@ def run(test, arguments, monkeypatch):
     test(**{name: given[name] if name in given else next(rest) for name in names})
 
 
-def record(device, ledger, case):
-    """Take down what ran, and that nothing was noted."""
-    for (name, key), ran in device.covered.items():
-        ledger.add(name, device.capability, key, case, _kernels[key], ran, device.instructions[name, key])
+def check_device(device):
+    """Something ran, and nothing was noted."""
     assert device.launches
     assert not device.notes, dict(device.notes)
 
@@ -77,23 +75,23 @@ def kernels():
 
 
 @pytest.mark.slow
-def test_every_kernel(ledger, monkeypatch):
+def test_every_kernel(monkeypatch):
     launched = set()
     for test, arguments in GATES + RESIDUALS:
         with simulated(90) as device:
             run(test, arguments, monkeypatch)
-        record(device, ledger, f"{test.__name__} {arguments}")
+        check_device(device)
         launched |= set(device.launches)
     assert launched == kernels()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [75, 80])
-def test_other_architectures(capability, ledger, monkeypatch):
+def test_other_architectures(capability, monkeypatch):
     for test, arguments in (GATES[0], RESIDUALS[0]):
         with simulated(capability) as device:
             run(test, arguments, monkeypatch)
-        record(device, ledger, f"{test.__name__} {arguments}")
+        check_device(device)
 
 
 def variants(module):
@@ -113,11 +111,9 @@ def variants(module):
 
 @pytest.mark.ptx_all
 @pytest.mark.parametrize(("test", "arguments"), [*variants(test_gate), *variants(test_gated_residual)])
-def test_all(test, arguments, ledger, monkeypatch):
+def test_all(test, arguments, monkeypatch):
     with simulated(90) as device:
         run(test, arguments, monkeypatch)
-    if device.launches:
-        record(device, ledger, f"{test.__name__} {arguments}")
     assert not device.notes, dict(device.notes)
 
 

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,17 +34,15 @@ class Device:
     Attributes:
         notes: Problems found, with kernel and instruction -> how often.
         launches: Name of a kernel -> how often it ran.
-        instructions: Name and hash of a compiled variant -> warp instructions executed.
-        covered: Name and hash of a compiled variant -> which of its instructions have run.
-        edit: Changes a kernel before it runs: a mutation.
+        variants: Name and hash of every compiled variant that ran.
+        edit: Changes a kernel before it runs.
     """
 
     def __init__(self, capability: int = 90, seed: int = 0) -> None:
         self.capability, self.seed = capability, seed
         self.notes: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
-        self.instructions: Counter[tuple[str, str]] = Counter()
-        self.covered: dict[tuple[str, str], np.ndarray] = {}
+        self.variants: set[tuple[str, str]] = set()
         self.edit: Any = None
         self.launcher_cls = lambda source, metadata: _Launcher(self, source, metadata)
         self.utils = SimpleNamespace(
@@ -86,9 +83,7 @@ class Device:
         for address, raw in homes.values():
             raw[...] = memory.read_back(address, raw)
         self.launches[name] += 1
-        self.instructions[name, key] += machine.instructions
-        seen = self.covered.setdefault((name, key), np.zeros(len(kernel.instructions), bool))
-        seen |= machine.covered
+        self.variants.add((name, key))
         self.notes.update({f"{name}: {note}": count for note, count in machine.notes.items()})
 
 

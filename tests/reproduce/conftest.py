@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reproduce import checks, joules, rows, runner
+from reproduce import checks, rows, runner
 from reproduce.experiments import all_experiments
 from reproduce.workplace import Workplace
 from tests.image_files import write_npz
@@ -35,7 +35,7 @@ def stand_ins(patch: pytest.MonkeyPatch) -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     archive = write_npz(tmp_path / "blobs.npz")
     tiny = {name: replace(each, settings={**each.settings, **TINY}) for name, each in all_experiments().items()}
-    for module in (runner, rows, joules):
+    for module in (runner, rows):
         monkeypatch.setattr(module, "find_experiment", tiny.__getitem__)
     monkeypatch.setattr("gatedconv.train.trainer.write_exports", lambda *_: [])
     stand_ins(monkeypatch)

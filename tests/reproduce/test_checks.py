@@ -106,7 +106,7 @@ def test_a_summary_that_lacks_something_is_named(workplace: Workplace) -> None:
         ({}, r"epochs: expected .*, found None"),
         ({key: value for key, value in whole.items() if key != "dynamic"}, "missing key 'dynamic'"),
         ({key: value for key, value in whole.items() if key != "wall_s"}, "missing key 'wall_s'"),
-        ({**whole, "commit": 5}, "commit: expected str or NoneType, found int"),
+        ({**whole, "commit": 5}, "commit: expected str or null, got 5"),
         ({**whole, "open_ratio": 7.0}, "open_ratio: expected at most 1, got 7.0"),
     ):
         path.write_text(json.dumps(changed))

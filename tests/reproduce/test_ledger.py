@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reproduce.ledger import amend_row, append_row, read_json_lines, read_ledger
+from reproduce.ledger import append_row, read_json_lines, read_ledger
 from tests.reproduce.ledger_rows import row
 
 REQUIRED = (
@@ -101,21 +101,6 @@ def test_blank_lines_do_not_count(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "\n{\n")
     with pytest.raises(ValueError, match="line 4 is damaged"):
         read_ledger(path)
-
-
-def test_what_is_measured_later_goes_into_the_row(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    rows = [row(), row(seed=1)]
-    for each in rows:
-        append_row(path, each)
-    amend_row(path, rows[1].key, energy_j_image=0.25)
-    assert list(read_ledger(path).values()) == [rows[0], row(seed=1, energy_j_image=0.25)]
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="has no row of headline-r56-c10, seed 7"):
-        amend_row(path, ("headline-r56-c10", 7), energy_j_image=0.25)
-    with pytest.raises(ValueError, match="energy_j_image: expected at least 0, got -1.0"):
-        amend_row(path, rows[1].key, energy_j_image=-1.0)
-    assert path.read_bytes() == before
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,28 +175,3 @@ def test_an_unfinished_run_resumes_where_its_images_are_now(
     elsewhere = replace(there, sources={name: f"npz:{other}" for name in workplace.sources})
     with pytest.raises(ValueError, match="a run keeps its recipe: expected data 'npz:.*others.npz'"):
         runner.run_one(elsewhere, DENSE, 0)
-
-
-def test_joules_per_image_are_measured_when_all_have_ended(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Runs of a shared device have none; a pass of its own puts them into the rows, and touches nothing else."""
-    shared = replace(workplace, other_runs=1)
-    for name in (DENSE, GATED):
-        assert runner.run_one(shared, name, 0) == runner.DONE
-    before = read_ledger(workplace.ledger)
-    assert {each.jobs for each in before.values()} == {2} and {each.energy_j for each in before.values()} == {None}
-    counter = SimpleNamespace(name="fake", span=None, read=lambda: 1.0)
-    monkeypatch.setattr("gatedconv.measure.energy.find_counters", lambda device, host=True: ([counter], ""))
-    monkeypatch.setattr("gatedconv.train.summary.energy_per_call", lambda call, meter, synchronize: 0.5 * len(call()))
-    keys = [(DENSE, 0), (GATED, 0)]
-    assert runner.run_experiments(shared, keys, 2) == runner.DONE  # others run at the same time: not now
-    assert read_ledger(workplace.ledger) == before
-    assert runner.run_experiments(workplace, keys, 2) == runner.DONE
-    after = read_ledger(workplace.ledger)
-    assert after == {key: replace(each, energy_j_image=0.5) for key, each in before.items()}
-    workplace.ledger.write_text("".join(json.dumps(vars(each)) + "\n" for each in before.values()))
-    workplace.folder(DENSE, 0).model("dense").unlink()
-    assert runner.energy_of_images(workplace, keys) == runner.DONE
-    assert [each.energy_j_image for each in read_ledger(workplace.ledger).values()] == [None, 0.5]
-    assert "1 runs: not measured: no dense.safetensors" in capsys.readouterr().out

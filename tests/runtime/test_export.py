@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -87,8 +89,14 @@ def test_a_model_file_and_a_run_are_exported_from_the_command_line(rt, tmp_path,
     with np.load(data) as archive:
         pixels = archive["train_images"] / 255
     assert_close((*net.mean, *net.std), (pixels.mean(), pixels.std()), terms=1)
-    data.unlink()
+    data.unlink()  # the summary has what the plan names
+    summary = json.loads((run / "summary.json").read_text())
+    assert (tuple(summary["images"]["mean"]), tuple(summary["images"]["classes"])) == (net.mean, net.classes)
     capsys.readouterr()
-    assert main(["export", str(run), "--format", "plan", "--out", str(tmp_path / "bare.plan")]) == 0
-    assert "names no classes and no normalization" in capsys.readouterr().out
-    assert rt.load(tmp_path / "bare.plan").classes is None
+    export_again = ["export", str(run), "--format", "plan", "--out", str(tmp_path / "again.plan")]
+    assert main(export_again) == 0 and "no classes" not in capsys.readouterr().out
+    again = rt.load(tmp_path / "again.plan")
+    assert (again.classes, again.mean, again.std) == (net.classes, net.mean, net.std)
+    (run / "summary.json").write_text(json.dumps({key: summary[key] for key in summary.keys() - {"images"}}))
+    assert main(export_again) == 0 and "names no classes and no normalization" in capsys.readouterr().out
+    assert rt.load(tmp_path / "again.plan").classes is None

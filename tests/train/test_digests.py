@@ -34,7 +34,7 @@ RUNS: dict[str, list[list[str]]] = {
     "recompute": [[*_BASE, *_MACS, "--gate", "channel", "--recompute", "--hidden", "0", "--pool", "flatten"]],
     "resumed": [[*_DEFAULT, "--max-minutes", "1e-6"], ["--resume", "resumed", "--max-minutes", "0"]],
 }
-# Numbers of the CPU at hand, of time and of the machine.
+# Numbers of the CPU at hand, of time and of the machine; what the summary has of the data.
 _VARYING = {
     "seconds",
     "core_seconds",
@@ -49,6 +49,7 @@ _VARYING = {
     "energy_j_image",
     "blocks",
     "exports",
+    "images",
 }
 # Bits that depend on no CPU: one thread, PyTorch's plain loops, MKL's common path, no oneDNN, no kernels of ours.
 _SETTINGS = {

@@ -13,7 +13,6 @@ from gatedconv.engine.layers import Pair
 from gatedconv.engine.maps import Map, Step
 from gatedconv.engine.pack import round_up
 
-CONVS = ("conv", "winograd2", "winograd4", "depthwise")  # as a CPU computes them; here one instruction
 # Fields of `Instruction` that are those of its layer.
 _OF_LAYER = "act kernel stride padding dilation groups weight bias offset counts_padding".split()
 
@@ -92,7 +91,7 @@ def make_instructions(steps: list[Step], maps: list[Map]) -> list[Instruction]:
 def _instruction(step: Step, maps: list[Map]) -> Instruction:
     layer, target = step.layer, maps[step.target]
     assert layer is not None
-    op = "conv" if step.op in CONVS else step.op
+    op = "conv" if step.op == "depthwise" else step.op
     made = Instruction(op, layer.name, step.source, step.target, step.residual)
     made.channels = (maps[step.source].channels, target.channels)
     for name in _OF_LAYER:
