@@ -305,6 +305,13 @@ def _frame(
             owner = owner.layer
         module = getattr(owner, name)
     device = device_of(module, model)
-    parts = [*before, ("layer", module), *after]
-    framed = Framed(OrderedDict(parts)).train(module.training)
-    owner.add_module(name, framed if device is None else framed.to(device))
+    new = Framed(OrderedDict([*before, ("layer", module), *after])).train(module.training)
+    framed = new if device is None else new.to(device)
+    if isinstance(owner, Framed) and name != "layer" and owner._modules.keys().isdisjoint(n for n, _ in before + after):
+        parts = list(owner.named_children())  # of a network that was compact before: one frame, which a file describes
+        owner._modules.clear()
+        for other, part in parts:
+            inside = [(n if n != "layer" else name, m) for n, m in framed.named_children()]
+            owner._modules.update(inside if other == name else [(other, part)])
+        return
+    owner.add_module(name, framed)

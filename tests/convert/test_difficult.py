@@ -334,3 +334,17 @@ def test_threads_do_not_read_each_others_decisions():
     gated.get_submodule(path).conv1.register_forward_hook(interrupt)
     with torch.no_grad(), pytest.raises(RuntimeError, match="two threads run a network with gated branches"):
         gated(IMAGES)
+
+
+def test_a_second_round_of_pruning_is_saved(tmp_path):
+    small = prepared(Residual().eval())
+    for gate in ("channel", "layer"):
+        gated = gatedconv.gate_model(small, gate, example_input=IMAGES)
+        masks = {name: torch.arange(g.num_gates) % 2 == 1 for name, g in gatedconv.gates(gated).items()}
+        small = gatedconv.compact(gatedconv.freeze(gated, masks=masks), IMAGES)
+        gatedconv.save(small, tmp_path / "small.safetensors")
+        for loaded in (
+            gatedconv.load(tmp_path / "small.safetensors"),
+            gatedconv.load(tmp_path / "small.safetensors", into=prepared(Residual().eval())),
+        ):
+            assert_close(loaded.eval()(IMAGES), small(IMAGES))
