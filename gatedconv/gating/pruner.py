@@ -174,7 +174,8 @@ class GatePruner(nn.Module):
         for learned, mask in zip(self._gates.values(), self.pruned.split(self._sizes), strict=True):
             learned.fc2.weight.masked_fill_(mask[:, None], 0)
             learned.fc2.bias.masked_fill_(mask, CLOSED_LOGIT)
-            learned.running_open_rate.masked_fill_(mask, 0)  # which a gate in eval does not follow
+            if not learned.training:  # its running rate does not follow the decisions
+                learned.running_open_rate.masked_fill_(mask, 0)
 
     def _learning(self) -> Tensor:
         """Bool (G,): the gates whose parameters are trained; the others have no gradient to rank them by, and stay."""
