@@ -146,7 +146,7 @@ def _compact_rest(
     if (flow.record.may_skip_layers or flow.record.may_call_again) and not all(bool(m.all()) for *_, m in closed):
         _warn(
             f"the code of {type(unwrap(frozen)).__name__} reads numbers of its tensors, which may decide what runs; "
-            f"only what runs on example_input was checked"
+            f"only what runs on example_input was checked: pass an example that takes the other way, if there is one"
         )
     unsliceable: set[str] = set()
     in_eval: nn.Module | None = None  # the smallest that is right in eval, but does not train

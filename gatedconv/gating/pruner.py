@@ -118,7 +118,7 @@ class GatePruner(nn.Module):
         self._steps += 1
         behind = target == self._target < self._reached
         if behind or self._steps % EVERY == 0:
-            self.prune(target)
+            self._prune(target)
         self._target = target
 
     def finish(self, target: float) -> None:
@@ -128,7 +128,7 @@ class GatePruner(nn.Module):
             UserWarning: more MACs than the target are left.
         """
         if not self._reached or target < self._reached:
-            self.prune(target)
+            self._prune(target)
         if self._left > target:
             warnings.warn(
                 f"GatePruner: {self._left:.1%} of the MACs are left, the target is {target:.1%}; gates that are not "
@@ -136,7 +136,6 @@ class GatePruner(nn.Module):
                 stacklevel=2,
             )
 
-    @torch.no_grad()
     def prune(self, target: float) -> None:
         """Close gates until the MACs at the last batch's open rates are at most ``target`` of the dense model's.
 
@@ -151,6 +150,10 @@ class GatePruner(nn.Module):
         Warns:
             UserWarning: no gradient has reached the gates, so that they close in the order of the network.
         """
+        self._prune(target)
+
+    @torch.no_grad()
+    def _prune(self, target: float) -> None:
         _require_target(target)
         found = global_open_rates(self._pruned_model(), "GatePruner")
         self._reached = target
@@ -159,7 +162,7 @@ class GatePruner(nn.Module):
         if not bool(sensitivity.any()):
             warnings.warn(
                 "GatePruner: no gradient has reached the gates yet, so that they close in the order of the network",
-                stacklevel=3,  # past the decorator
+                stacklevel=4,  # of the caller of the public method, past the decorator
             )
         left = ~self.pruned & self._learning()
         order = self._scores(sensitivity).masked_fill(~left, torch.inf).argsort(stable=True).tolist()
@@ -174,8 +177,7 @@ class GatePruner(nn.Module):
         for learned, mask in zip(self._gates.values(), self.pruned.split(self._sizes), strict=True):
             learned.fc2.weight.masked_fill_(mask[:, None], 0)
             learned.fc2.bias.masked_fill_(mask, CLOSED_LOGIT)
-            if not learned.training:  # its running rate does not follow the decisions
-                learned.running_open_rate.masked_fill_(mask, 0)
+            learned.running_open_rate.masked_fill_(mask, 0)  # for a freeze without a vote
 
     def _learning(self) -> Tensor:
         """Bool (G,): the gates whose parameters are trained; the others have no gradient to rank them by, and stay."""

@@ -372,10 +372,11 @@ def two_layers():
     return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 1))
 
 
-def test_gates_in_eval_are_ranked_too_and_stay_closed_without_a_vote():
+@pytest.mark.parametrize("training", [True, False])
+def test_gates_in_eval_are_ranked_too_and_pruned_ones_stay_closed_without_a_vote(training):
     """Whoever freezes the norms of a network freezes the gates inside them as well."""
     model = gatedconv.gate_model(two_layers(), "channel", example_input=torch.randn(2, 3, 8, 8))
-    model.get_submodule("1").eval()
+    model.get_submodule("1").train(training)
     model.get_submodule("1").weight.data[:5] = 0.01
     pruner = gatedconv.GatePruner(model)
     for _ in range(5):
@@ -390,7 +391,7 @@ def test_the_pruner_says_what_it_cannot_do():
     model = gatedconv.gate_model(two_layers(), "channel", example_input=torch.randn(2, 3, 8, 8))
     model(torch.randn(2, 3, 8, 8))
     with pytest.warns(UserWarning, match="no gradient has reached the gates yet") as caught:
-        gatedconv.GatePruner(model).prune(0.5)
+        gatedconv.GatePruner(model).finish(0.5)
     assert [warning.filename for warning in caught] == [__file__]
     for parameter in model.get_submodule("1.channel_gate").parameters():
         parameter.requires_grad_(False)
