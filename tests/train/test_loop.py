@@ -165,7 +165,7 @@ def test_a_ramp_that_ends_with_the_gated_phase_reaches_its_target(
 ) -> None:
     changes = {"mac_weight": 0.0, "mac_control": "rank", "mac_ramp": (0.0, end), "consensus_at": end}
     config = dataclasses.replace(CONFIG, gate="channel", position="middle", **changes)
-    model, shares, prune = network(config), [], GatePruner.prune
+    model, shares, prune = network(config), [], GatePruner._prune
     gates = find_gates(model)
     sizes = [gate.num_gates for gate in gates.values()]
     full = float(expected_macs(model, {name: torch.ones(gate.num_gates) for name, gate in gates.items()}))
@@ -175,7 +175,7 @@ def test_a_ramp_that_ends_with_the_gated_phase_reaches_its_target(
         rates = torch.cat([gate.open_rate.detach() for gate in gates.values()]).masked_fill(pruner.pruned, 0)
         shares.append(float(expected_macs(model, dict(zip(gates, rates.split(sizes), strict=True)))) / full)
 
-    monkeypatch.setattr(GatePruner, "prune", pruned)
+    monkeypatch.setattr(GatePruner, "_prune", pruned)
     for _ in train(model, data, config):
         pass
     assert shares[-1] <= config.mac_target * 1.001
